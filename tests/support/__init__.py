@@ -1,0 +1,1 @@
+"""What the tests share: the oracle, the small networks, stand-ins for broken installations."""

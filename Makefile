@@ -1,0 +1,54 @@
+# `make demo` and `make test` are all that a fresh machine with Python and make needs.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CODE := structprune tests examples $(wildcard benchmarks)
+
+.PHONY: help install demo test lint types tests format clean
+
+help:
+	@echo "make demo    train a small network on handwritten digits, prune it, export it and time it"
+	@echo "make test    lint, types, tests"
+	@echo "make lint    ruff: rules and formatting"
+	@echo "make types   pyright, strict"
+	@echo "make tests   pytest alone"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make clean   remove the environment and all caches"
+
+install: $(INSTALLED)
+
+# torch goes first and alone: asked for with an exact version, pip takes a CPU build where it is offered one.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/digits.py
+
+# One after the other, whatever -j says: the cheapest check speaks first.
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory types
+	$(MAKE) --no-print-directory tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: $(INSTALLED)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tests: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(JOBS)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,187 @@
+"""ONNX files that are known to compute what the model computes.
+
+The file is written by ``torch.onnx`` into a temporary folder, checked by ``onnx.checker``, run by ONNX Runtime on the
+example inputs and on another batch size, and only then moved to where it was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structprune.errors import ExportError
+from structprune.inputs import ExampleInputs, as_call, batch_size, evaluating, is_batched, resize_batch
+from structprune.onnx_file import check, compare, input_names, require, tensors
+
+# Beyond 2 GiB a protobuf cannot hold the weights; they then go into a second file beside the first.
+_EXTERNAL_DATA_ABOVE = 1_800_000_000
+# How far the largest difference may be, as a share of the largest output.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written and how well it agrees with the model.
+
+    Attributes:
+        path: The ONNX file.
+        opset: Version of the ONNX operator set.
+        max_relative_error: Largest difference to the model's outputs, over all outputs and batch sizes tried, each
+            divided by the largest magnitude of that output.
+        bytes: Size of the file, with that of its external weights if it has any.
+    """
+
+    path: Path
+    opset: int
+    max_relative_error: float
+    bytes: int
+
+
+class _Flat(nn.Module):
+    """A model as a function from a flat list of tensors to a flat list of tensors, which is what an ONNX file is."""
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+        super().__init__()
+        self.model = model
+        leaves, self.spec = pytree.tree_flatten(as_call(example_inputs))
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        # Not `eval()`: the caller holds the model's modes, and this wrapper has none of its own.
+        self.training = False
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = iter(inputs)
+        pairs = zip(self.is_tensor, self.constants, strict=True)
+        leaves = [next(given) if is_tensor else constant for is_tensor, constant in pairs]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return tensors(self.model(*args, **kwargs))
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: ExampleInputs,
+    *,
+    dynamic_batch: bool = True,
+    opset: int | None = None,
+    tolerance: float | None = None,
+) -> OnnxExport:
+    """Write a model as an ONNX file, and prove that ONNX Runtime computes the same with it.
+
+    The model is exported in eval mode and left as it was. An existing file is replaced only by one that passed.
+
+    Args:
+        model: Any module that ``torch.export`` can trace.
+        path: Where the file goes; its folder must exist.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments; arguments may be
+            nested, and those that are no tensors become constants of the file.
+        dynamic_batch: Leave dimension 0 of every input that is as long as the batch free. The file is then also
+            run at another batch size: 1, or 3 where the example is a single sample.
+        opset: ONNX operator set; the exporter's own choice if not given.
+        tolerance: Largest relative error allowed; by default 1e-4 for a float32 model, 1e-6 for float64, 1e-2 for
+            float16.
+
+    Returns:
+        Path, operator set, measured error and size.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        ExportError: The model cannot be exported, the file is invalid, or it computes something else.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = export_onnx(model, f"{folder}/model.onnx", torch.randn(2, 4))
+        >>> result.max_relative_error < 1e-4
+        True
+    """
+    for extra in ("onnx", "onnxscript", "onnxruntime"):
+        require(extra)
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ExportError(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
+    size = batch_size(example_inputs)
+    # With a single sample the tracer would take the batch for a constant 1.
+    traced = resize_batch(example_inputs, 2) if dynamic_batch and size == 1 else example_inputs
+    sizes = [size, 3 if size == 1 else 1] if dynamic_batch else [size]
+    limit = _default_tolerance(model) if tolerance is None else tolerance
+    with evaluating(model), tempfile.TemporaryDirectory(dir=target.parent, prefix=".structprune-") as folder:
+        draft = Path(folder) / target.name
+        names = input_names(model, traced)
+        opset_written = _write(model, traced, draft, names, dynamic_batch=dynamic_batch, opset=opset)
+        check(draft)
+        error = max(compare(model, resize_batch(example_inputs, each), draft, names, limit) for each in sizes)
+        written = list(Path(folder).iterdir())
+        total = sum(file.stat().st_size for file in written)
+        # The weights before the file that points to them.
+        for file in sorted(written, key=lambda file: file == draft):
+            file.replace(target.parent / file.name)
+    return OnnxExport(path=target, opset=opset_written, max_relative_error=error, bytes=total)
+
+
+def _default_tolerance(model: nn.Module) -> float:
+    """The loosest one that a floating dtype of the model asks for; a model without parameters is taken for float32."""
+    found = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} or {torch.float32}
+    return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in found)
+
+
+def _write(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    file: Path,
+    names: Sequence[str],
+    *,
+    dynamic_batch: bool,
+    opset: int | None,
+) -> int:
+    """Run the exporter; returns the operator set of the file."""
+    wrapper = _Flat(model, example_inputs)
+    inputs = tensors(as_call(example_inputs))
+    size = batch_size(example_inputs)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    batched = [dynamic_batch and is_batched(tensor, size) for tensor in inputs]
+    # The name goes to the first; the exporter gives it to all that turn out to be as long, and warns if told twice.
+    marks = [
+        "batch" if flag and True not in batched[:index] else torch.export.Dim.DYNAMIC
+        for index, flag in enumerate(batched)
+    ]
+    shapes = tuple({0: mark} if flag else None for flag, mark in zip(batched, marks, strict=True))
+    with warnings.catch_warnings():
+        # torch's exporter copies a class that torch itself has deprecated; nothing that a user could act on.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+        try:
+            program = torch.onnx.export(
+                wrapper,
+                inputs,
+                file,
+                dynamo=True,
+                verbose=False,
+                input_names=list(names),
+                dynamic_shapes=(shapes,) if dynamic_batch else None,
+                opset_version=opset,
+                external_data=weights > _EXTERNAL_DATA_ABOVE,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            advice = "; if its forward fixes the batch size, pass dynamic_batch=False" if dynamic_batch else ""
+            raise ExportError(
+                f"{type(model).__name__} cannot be exported to ONNX{advice}. The exporter says: {_cause(error)}"
+            ) from error
+    assert program is not None  # only the old exporter, dynamo=False, returns nothing
+    return int(program.model.opset_imports[""])
+
+
+def _cause(error: BaseException) -> str:
+    """First line of the innermost error: the exporter's own text is a page of general advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,123 @@
+"""Example inputs: how they reach a model, how their batch is resized, and a model held still while it runs on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
+"""A tensor, the positional arguments as a tuple or list, or the keyword arguments as a dict."""
+
+
+def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn example inputs into the arguments of a call.
+
+    Args:
+        example_inputs: A tensor (the only argument), a tuple or list (positional) or a mapping (keyword).
+
+    Returns:
+        Positional and keyword arguments: ``model(*args, **kwargs)``.
+
+    Example:
+        >>> args, kwargs = as_call({"x": torch.zeros(2, 3)})
+        >>> args, list(kwargs)
+        ((), ['x'])
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return tuple(example_inputs), {}
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], example_inputs: ExampleInputs) -> Any:
+    """Apply a function to every tensor of the inputs, however nested; the rest stays as it is."""
+    return pytree.tree_map_only(Tensor, function, example_inputs)
+
+
+def batch_size(example_inputs: ExampleInputs) -> int:
+    """Size of the batch: dimension 0 of the first tensor that has dimensions.
+
+    Raises:
+        ValueError: No tensor of the inputs has dimensions.
+
+    Example:
+        >>> batch_size((torch.zeros(8, 3), torch.zeros(8)))
+        8
+    """
+    for leaf in pytree.tree_leaves(as_call(example_inputs)):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return leaf.shape[0]
+    raise ValueError(
+        "the example inputs hold no tensor with a batch dimension; pass a tensor, a tuple of positional arguments "
+        "or a dict of keyword arguments"
+    )
+
+
+def is_batched(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor has the batch in dimension 0, judged by its size."""
+    return tensor.ndim > 0 and tensor.shape[0] == size
+
+
+def resize_batch(example_inputs: ExampleInputs, size: int) -> Any:
+    """Repeat or cut the samples until there are ``size`` of them.
+
+    Args:
+        example_inputs: As for ``as_call``. Every tensor whose dimension 0 is as long as the batch is resized.
+        size: Number of samples wanted.
+
+    Raises:
+        ValueError: ``size`` is below one, or the inputs have no batch dimension or no sample.
+
+    Example:
+        >>> resize_batch(torch.tensor([[1.0], [2.0]]), 5).flatten().tolist()
+        [1.0, 2.0, 1.0, 2.0, 1.0]
+    """
+    current = batch_size(example_inputs)
+    if size < 1 or current < 1:
+        raise ValueError(f"cannot make a batch of {size} out of {current} samples; both must be at least 1")
+    if size == current:
+        return example_inputs
+
+    def resize(tensor: Tensor) -> Tensor:
+        if not is_batched(tensor, current):
+            return tensor
+        return tensor[torch.arange(size, device=tensor.device) % current]
+
+    return map_tensors(resize, example_inputs)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Generator[None]:
+    """Hold models in eval mode without gradients; afterwards their modes and the random state are as they were.
+
+    Random numbers drawn inside do not advance the caller's generators.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> with evaluating(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    tensors = (tensor for model in models for tensor in chain(model.parameters(), model.buffers()))
+    devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
+        stack.enter_context(torch.no_grad())
+        try:
+            for model in models:
+                model.eval()
+            yield
+        finally:
+            # Set flag by flag: `train()` may be overridden, and some parts may have been in eval mode all along.
+            for module, mode in modes:
+                module.training = mode

@@ -107,6 +107,8 @@ def session(file: Path, *, threads: int | None = None, provider: str = "CPUExecu
     options = runtime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
+    # Threads that wait by spinning would take the cores from whatever runs next, and these files are run in turns.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return runtime.InferenceSession(str(file), options, providers=[provider])
 
 

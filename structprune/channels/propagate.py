@@ -1,0 +1,126 @@
+"""The walk over a trace: each operation's rule is asked once how it relates channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from structprune.channels.relations import Relations
+from structprune.channels.rules import RULES, Context, Operand
+from structprune.errors import RuleError, StructpruneError
+from structprune.tracing.provenance import Expression
+from structprune.tracing.trace import Trace, describe
+
+
+@dataclass(frozen=True, slots=True)
+class Invariant:
+    """A number that must keep its value, since what it does to the result is unknown."""
+
+    expression: Expression
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Rows of every node of a trace, and all that relates them."""
+
+    rows: list[Any]
+    relations: Relations
+    invariants: list[Invariant]
+
+
+def has_rule(name: str) -> bool:
+    """Whether an operation of this name has a rule."""
+    return name in RULES
+
+
+def propagate(trace: Trace) -> Channels:
+    """Rows for every node of `trace`: one pass, no arithmetic on tensors."""
+    context = Context(Relations())
+    rows = context.rows
+    invariants: list[Invariant] = []
+    for node in trace.nodes:
+        name = node.meta["name"]
+        if name == "input":
+            rows.append(context.fresh(node.meta["shape"], "it is a dimension of the model's inputs"))
+        elif name == "parameter":
+            rows.append(tuple(context.axis(size) for size in node.meta["shape"]))
+        elif name == "constant":
+            rows.append(context.fresh(node.meta["shape"], "it belongs to a constant that no module holds"))
+        elif name == "part":
+            parent, position = node.args
+            rows.append(rows[parent.meta["index"]][position])  # type: ignore[union-attr,index]
+        else:
+            rows.append(_apply(context, node, trace))
+            for number in node.meta.get("tracked", ()):
+                if id(number) not in context.claimed:
+                    invariants.append(Invariant(number.expression, node.meta["where"]))
+    for node in trace.outputs:
+        for row in rows[node.meta["index"]]:
+            context.pin(row, "it is a dimension of the model's outputs")
+    return Channels(rows, context.relations, invariants)
+
+
+def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
+    rows = context.rows
+
+    def operand(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return Operand(value, rows[value.meta["index"]])
+        if isinstance(value, (tuple, list)):
+            return type(value)(operand(item) for item in value)
+        if isinstance(value, slice):
+            return slice(operand(value.start), operand(value.stop), operand(value.step))
+        return value
+
+    context.node, context.shape = node, node.meta.get("shape", ())
+    args = [operand(value) for value in node.args]
+    kwargs = {key: operand(value) for key, value in node.kwargs.items()}
+    rule = RULES.get(node.meta["name"])
+    if rule is None:
+        operands = list(_operands(args)) + list(_operands(list(kwargs.values())))
+        return context.pin_all(operands, f"there is no rule for the operation {describe(node, trace)}")
+    if node.target is getattr:
+        args = args[:1]
+    if "input" in kwargs:
+        args.insert(0, kwargs.pop("input"))
+    try:
+        result = rule(context, *args, **kwargs)
+    except StructpruneError as error:
+        raise RuleError(f"{error}, in {describe(node, trace)}, whose inputs are {_shapes(args)}") from error
+    except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        raise RuleError(
+            f"The rule {rule.__module__}.{rule.__qualname__} failed on {describe(node, trace)}, whose inputs are "
+            f"{_shapes(args)}: {type(error).__name__}: {error}"
+        ) from error
+    _check(result, context.shape, node, trace)
+    return result
+
+
+def _operands(values: Any) -> Any:
+    for value in values:
+        if isinstance(value, Operand):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _operands(value)
+
+
+def _shapes(args: list[Any]) -> str:
+    return ", ".join(str(list(value.shape)) for value in _operands(args)) or "no tensors"
+
+
+def _check(result: Any, shape: Any, node: fx.Node, trace: Trace) -> None:
+    """A rule must give one row of the right size for each dimension."""
+    if "shape" not in node.meta:
+        return  # a write: no tensor of its own comes out
+    pairs = zip(result, shape, strict=True) if isinstance(shape, list) else [(result, shape)]
+    for rows, sizes in pairs:
+        if sizes is not None and tuple(row.size for row in rows) != tuple(sizes):
+            raise RuleError(
+                f"The rule of {describe(node, trace)} gives rows of sizes {[row.size for row in rows]} for a tensor of "
+                f"shape {list(sizes)}."
+            )
+
+

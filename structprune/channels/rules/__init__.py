@@ -1,0 +1,31 @@
+"""Rules: what each operation does to channels, one function a kind of operation, one table for all."""
+
+from structprune.channels.rules import (
+    attention,
+    contraction,
+    creation,
+    elementwise,
+    indexing,
+    normalization,
+    recurrent,
+    shapes,
+    spatial,
+)
+from structprune.channels.rules.table import RULES, Context, Operand, Rule, rule
+
+__all__ = [
+    "RULES",
+    "Context",
+    "Operand",
+    "Rule",
+    "attention",
+    "contraction",
+    "creation",
+    "elementwise",
+    "indexing",
+    "normalization",
+    "recurrent",
+    "rule",
+    "shapes",
+    "spatial",
+]

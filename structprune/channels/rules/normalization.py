@@ -1,0 +1,118 @@
+"""Normalisations and reductions: over thinned channels they run over the survivors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from structprune.channels.relations import UNIT, Rows
+from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
+
+
+@rule("batch_norm", "instance_norm")
+def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Rows:
+    """Weight, bias, running mean and running variance have one entry a channel."""
+    for operand in operands_in(statistics, named):
+        c.same(x.rows[1], operand.rows[0])
+    return x.rows
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(c: Context, x: Operand, shape: Sequence[Any], *affine: Any, **named: Any) -> Rows:
+    """Normalises over the last ``len(shape)`` dimensions; weight and bias have that shape."""
+    first = len(x.rows) - len(shape)
+    for operand in operands_in(affine, named):
+        for row, other in zip(x.rows[first:], operand.rows, strict=True):
+            c.same(row, other)
+    for size, row in zip(shape, x.rows[first:], strict=True):
+        c.expect(size, row)
+    c.survivors(x, range(first, len(x.rows)))
+    return x.rows
+
+
+@rule("group_norm")
+def group_norm(c: Context, x: Operand, groups: int, *affine: Any, **named: Any) -> Rows:
+    """Channels are a grid of groups x channels in a group."""
+    row = x.rows[1]
+    for operand in operands_in(affine, named):
+        c.same(row, operand.rows[0])
+    if groups != 1:
+        outer, _ = c.split(row, (int(groups), row.size // int(groups)))
+        c.expect(groups, outer)
+    c.survivors(x, (1,))
+    return x.rows
+
+
+@rule("_weight_norm")
+def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Rows:
+    """``g * v / |v|``, with one norm for each index of `dim`."""
+    if g.rows[v.dim(dim)].size > 1:
+        c.same(v.rows[v.dim(dim)], g.rows[v.dim(dim)])
+    c.survivors(v, [at for at in range(len(v.rows)) if at != v.dim(dim)])
+    return v.rows
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "python.softmax", "python.log_softmax", "python.softmin",
+      "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "msort", "renorm", "gumbel_softmax",
+      "python.gumbel_softmax", "diff")  # fmt: skip
+def along(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
+    """Every channel along `dim` takes part in every other one."""
+    return _positional(c, x, kwargs.get("dim", args[0] if args else -1))
+
+
+@rule("topk", "kthvalue")
+def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Result:
+    """The largest along `dim`."""
+    return _positional(c, x, dim)
+
+
+def _positional(c: Context, x: Operand, dim: Any) -> Result:
+    reason = f"its channels compete in {c.where()}"
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        return c.pin_all([x], reason)
+    at = x.dim(dim)
+    c.pin(x.rows[at], reason)
+
+    def rows(shape: Sequence[int]) -> Rows:
+        return (*x.rows[:at], *c.fresh([shape[at]], reason), *x.rows[at + 1 :])
+
+    if isinstance(c.shape, list):
+        return [None if shape is None else rows(shape) for shape in c.shape]
+    return rows(c.shape)
+
+
+@rule("mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "amax", "amin", "logsumexp",
+      "nansum", "nanmean", "max", "min", "prod", "any", "all", "argmax", "argmin", "median", "aminmax", "mode",
+      "count_nonzero", "frobenius_norm", "nuclear_norm")  # fmt: skip
+def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
+    """Dimensions disappear, or keep size 1; sums, means and norms over channels run over the survivors."""
+    name = c.node.meta["name"]
+    if args and isinstance(args[0], Operand):  # torch.max(a, b) compares entry by entry
+        return c.broadcast([x, args[0]])
+    args = args[1:] if name in ("norm", "linalg_vector_norm") and args else args
+    dims = kwargs.get("dim", kwargs.get("axis", args[0] if args and not isinstance(args[0], bool) else None))
+    named = [dims] if isinstance(dims, int) else list(dims) if dims is not None else list(range(len(x.rows)))
+    gone = {x.dim(dim) for dim in named} or set(range(len(x.rows)))
+    if name in _SUMS:
+        c.survivors(x, sorted(gone))
+    else:
+        for at in gone:
+            c.pin(x.rows[at], f"its channels compete in {c.where()}")
+    shape = c.shape[0] if isinstance(c.shape, list) else c.shape
+    if len(shape) == len(x.rows):
+        rows = tuple(UNIT if at in gone else row for at, row in enumerate(x.rows))
+    else:
+        rows = tuple(row for at, row in enumerate(x.rows) if at not in gone)
+    return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
+
+
+_SUMS = frozenset({"mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "nansum",
+                   "nanmean", "frobenius_norm"})  # fmt: skip
+
+
+@rule("cosine_similarity", "pairwise_distance")
+def similarity(c: Context, a: Operand, b: Operand, dim: int = 1, *_: Any, **__: Any) -> Rows:
+    """A normalised product summed over one dimension."""
+    rows = c.broadcast([a, b])
+    at = int(dim) % len(rows) if c.node.meta["name"] == "cosine_similarity" else len(rows) - 1
+    return tuple(row for place, row in enumerate(rows) if place != at)

@@ -1,0 +1,69 @@
+"""Recurrent layers: gates are sections of the weights that keep the same hidden channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from structprune.channels.relations import Row, Rows
+from structprune.channels.rules.table import Context, Operand, rule
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def _cell(c: Context, gates: int, inputs: Row, hidden: Row, state: Row, parameters: Sequence[Operand]) -> None:
+    """Tie one direction of one layer: weights ``(gates * hidden, in)`` and ``(gates * hidden, state)``, two biases."""
+    into, again, *biases = parameters
+    c.same(inputs, into.rows[1])
+    c.same(state, again.rows[1])
+    for parameter in (into, again, *biases):
+        c.same(c.sections(parameter.rows[0], gates)[0], hidden)
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
+    """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
+    name = c.node.meta["name"]
+    packed = isinstance(args[0], Operand) and len(args) > 1 and isinstance(args[1], (Operand, tuple, list)) and (
+        isinstance(args[2], (tuple, list)) and not isinstance(args[2], bool)
+    )  # fmt: skip
+    hx, parameters, has_biases, layers, _, _, bidirectional = (args[1:] if packed else args)[:7]
+    states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    hidden = states[-1].rows[-1]
+    state = states[0].rows[-1]
+    directions = 2 if bidirectional else 1
+    projected = name == "lstm" and state.size != hidden.size
+    each = 2 + (2 if has_biases else 0) + (1 if projected else 0)
+    inputs = x.rows[-1]
+    stack = list(parameters)
+    for layer in range(int(layers)):
+        for direction in range(directions):
+            first = (layer * directions + direction) * each
+            mine = stack[first : first + each]
+            if projected:
+                c.same(mine[-1].rows[0], state)
+                c.same(mine[-1].rows[1], hidden)
+                mine = mine[:-1]
+            _cell(c, GATES[name], inputs, hidden, state, mine)
+        inputs = c.concatenated([state] * directions)
+    numbers, batch = states[0].rows[0], states[0].rows[1:-1]
+    c.pin(numbers, f"it numbers the layers of {c.where()}")
+    for other in states[1:]:
+        for a, b in zip(states[0].rows[:-1], other.rows[:-1], strict=True):
+            c.same(a, b)
+    out = (*x.rows[:-1], inputs)
+    ends = [(numbers, *batch, row) for row in (state, hidden)]
+    return [out, *ends][: len(c.shape)] if name == "lstm" else [out, (numbers, *batch, state)]
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Rows | list[Rows | None]:
+    """One step of a recurrent layer."""
+    name = c.node.meta["name"].removesuffix("_cell")
+    states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    hidden = states[0].rows[-1]
+    for other in states[1:]:
+        c.broadcast([states[0], other])
+    _cell(c, GATES[name], x.rows[-1], hidden, hidden, [p for p in parameters if isinstance(p, Operand)])
+    rows = (*x.rows[:-1], hidden)
+    return [rows, rows] if name == "lstm" else rows

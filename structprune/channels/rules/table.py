@@ -1,0 +1,153 @@
+"""The table that maps an operation to its rule, and what a rule works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from structprune.channels.relations import UNIT, Expectation, Relations, Row, Rows, Scale, Survivors
+from structprune.errors import RuleError
+from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, expression_of, leaves
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operand:
+    """A tensor argument of an operation: its rows, one for each dimension."""
+
+    node: fx.Node
+    rows: Rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions."""
+        return tuple(row.size for row in self.rows)
+
+    def dim(self, dim: int) -> int:
+        """A dimension, counted from the front."""
+        return int(dim) % len(self.rows) if self.rows else 0
+
+
+Result = Rows | list[Rows | None] | None
+Rule = Callable[..., Result]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of these operations.
+
+    Args:
+        names: canonical names of torch operations (``"conv2d"``), ``"namespace::name"`` of custom ones, or
+            ``"python.name"`` of a function written in Python that is to be taken as a whole.
+
+    Raises:
+        RuleError: an operation has a rule already, or the decorated object cannot be called.
+    """
+
+    def register(function: Rule) -> Rule:
+        if not callable(function):
+            raise RuleError(f"A rule must be a function, not {type(function).__name__}.")
+        for name in names:
+            if name in RULES:
+                raise RuleError(
+                    f"The operation {name!r} has a rule already ({RULES[name].__module__}.{RULES[name].__qualname__}). "
+                    "An operation has one rule: change that one, or unregister it first."
+                )
+            RULES[name] = function
+        return function
+
+    return register
+
+
+class Context:
+    """What a rule uses to say how an operation relates channels."""
+
+    def __init__(self, relations: Relations) -> None:
+        self.relations = relations
+        self.axis = relations.axis
+        self.same = relations.same
+        self.pin = relations.pin
+        self.split = relations.split
+        self.merged = relations.merged
+        self.sections = relations.sections
+        self.concatenated = relations.concatenated
+        self.node: fx.Node
+        self.shape: Any = ()
+        self.claimed: set[int] = set()
+        self.rows: list[Any] = []
+
+    def expect(self, value: Any, row: Row) -> None:
+        """The int `value`, an argument of the call, must equal the number of living channels of `row`."""
+        if not isinstance(value, int) or value < 0:
+            return
+        self.claimed.add(id(value))
+        if row.free or isinstance(value, SizeInt):
+            meta = self.node.meta
+            found = Expectation(expression_of(value), row, meta["index"], meta["where"])
+            self.relations.expectations.append(found)
+
+    def follows_input(self, value: Any) -> bool:
+        """Whether `value` was computed from a size that the inputs decide."""
+        return any(
+            isinstance(leaf, Dim) and not self.rows[leaf.node][leaf.dim].free for leaf in leaves(expression_of(value))
+        )
+
+    def survivors(self, operand: Operand, dims: Sequence[int]) -> None:
+        """The operation reduces or normalises `operand` over `dims`: over the survivors, where they are free."""
+        free = tuple(dim for dim in dims if operand.rows[dim].free)
+        if free:
+            rows = tuple(operand.rows[dim] for dim in free)
+            self.relations.survivors.append(Survivors(self.node.meta["index"], free, rows))
+
+    def scale(self, argument: int, value: Any, row: Row) -> None:
+        """The operation multiplies argument number `argument` by `value`, a number that depends on `row`'s size."""
+        self.claimed.add(id(value))
+        self.relations.scales.append(Scale(self.node.meta["index"], argument, expression_of(value), row))
+
+    def broadcast(self, operands: Sequence[Operand]) -> Rows:
+        """Rows of an elementwise result; dimensions of the same place are the same channels."""
+        if len(operands) == 1:
+            return operands[0].rows
+        dims = max(len(operand.rows) for operand in operands)
+        return tuple(self._joined(operands, -back) for back in range(dims, 0, -1))
+
+    def _joined(self, operands: Sequence[Operand], dim: int) -> Row:
+        result = UNIT
+        for operand in operands:
+            if len(operand.rows) < -dim:
+                continue
+            row = operand.rows[dim]
+            if row.size != 1:
+                result = row if result.size == 1 else self.same(result, row)
+        return result
+
+    def fresh(self, shape: Sequence[int], reason: str) -> Rows:
+        """Pinned rows of these sizes."""
+        return tuple(UNIT if size == 1 else Row(int(size), pin=reason) for size in shape)
+
+    def where(self) -> str:
+        """Operation and source line, for reasons."""
+        return f"{self.node.meta['name']} at {self.node.meta['where']}"
+
+    def pin_all(self, operands: Sequence[Operand], reason: str) -> Result:
+        """Pin every channel of the operands; the result is pinned too."""
+        for operand in operands:
+            for row in operand.rows:
+                self.pin(row, reason)
+        shape = self.shape
+        if isinstance(shape, list):
+            return [None if part is None else self.fresh(part, reason) for part in shape]
+        return self.fresh(shape, reason)
+
+
+def operands_in(*values: Any) -> Iterator[Operand]:
+    """The tensor arguments in `values`, in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Operand):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from operands_in(*value)
+        elif isinstance(value, dict):
+            yield from operands_in(*value.values())

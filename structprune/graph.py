@@ -1,0 +1,308 @@
+"""`DependencyGraph`: which slices of which parameters go together, and what may not go at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from torch import fx, nn
+
+from structprune.channels.fold import Fold, fold
+from structprune.channels.propagate import Channels, Invariant, has_rule, propagate
+from structprune.channels.relations import Ids, Row
+from structprune.channels.sizes import Counter, Sizes, SizeSolver
+from structprune.channels.solver import Components, Mask
+from structprune.errors import PinnedError, PlanError, UnknownLayerError
+from structprune.groups import Group, Member, Roots, Slot, coupled_groups
+from structprune.tracing.provenance import Attribute
+from structprune.tracing.trace import ExampleInputs, Trace, trace
+
+Layer = str | nn.Module
+
+
+class DependencyGraph:
+    """The coupled channels of a model.
+
+    Building it runs the model once on stand-ins without data; the model is left as it was.
+
+    Args:
+        model: any ``nn.Module`` whose forward can be traced.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
+        ignore: layers (modules or dotted names) to leave whole.
+
+    Raises:
+        TraceError: the forward cannot be recorded.
+        UnknownLayerError: a name in `ignore` is not in the model.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+        >>> graph = structprune.DependencyGraph(model, torch.randn(1, 3, 8, 8))
+        >>> print(graph.group("0"))
+        0: 8 channels
+          0.weight, dim 0: 1 a channel
+          0.bias, dim 0: 1 a channel
+          2.weight, dim 1: 1 a channel
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, *, ignore: Iterable[Layer] = ()) -> None:
+        self.model = model
+        self.example_inputs = example_inputs
+        self.ignored = tuple(self._path(layer) for layer in ignore)
+        self._analyse()
+
+    def _analyse(self) -> None:
+        for name in ("_groups", "roots", "slots"):
+            self.__dict__.pop(name, None)
+        self.trace: Trace = trace(self.model, self.example_inputs, leaves=has_rule)
+        self.channels: Channels = propagate(self.trace)
+        self._pin_ignored()
+        self.folds: list[Fold] = []
+        for scale in self.channels.relations.scales:
+            found = fold(self.trace, scale)
+            if found is None:
+                where = self.trace.nodes[scale.node].meta["where"]
+                self.channels.invariants.append(Invariant(scale.expression, where))
+            else:
+                self.folds.append(found)
+        self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
+        self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, lambda _: False)
+        self.components: Components
+        self.sizes: Sizes
+        self.components, self.sizes = self._sizes.solve()
+
+    def _pin_ignored(self) -> None:
+        for path in self.ignored:
+            for node in self.trace.nodes:
+                if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
+                    for row in self.channels.rows[node.meta["index"]]:
+                        self.channels.relations.pin(row, f"{path} is ignored")
+
+    # -- looking up ----------------------------------------------------------------------------------------------
+
+    def _path(self, layer: Layer) -> str:
+        modules = dict(self.model.named_modules())
+        if isinstance(layer, nn.Module):
+            for path, module in modules.items():
+                if module is layer:
+                    return path
+            raise UnknownLayerError(
+                f"The {type(layer).__name__} given is not a module of this {type(self.model).__name__}. Give a module "
+                "of the very model that the graph was built for, or its dotted name."
+            )
+        if layer in modules or layer in dict(self.model.named_parameters()) or layer in dict(self.model.named_buffers()):
+            return layer
+        near = [path for path in modules if path.endswith(layer) or layer.split(".")[-1] in path][:5]
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise UnknownLayerError(f"{type(self.model).__name__} has no layer {layer!r}.{hint}")
+
+    def read(self, attribute: Attribute) -> int:
+        """Value of an int attribute of the model."""
+        value: Any = self.model.get_submodule(attribute.module)
+        for step in attribute.chain:
+            value = value[step] if isinstance(step, int) else getattr(value, step)
+        return value
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """Every dimension of every tensor that the model holds and the forward uses, where channels may go."""
+        found = []
+        for node in self.trace.nodes:
+            if node.meta["name"] == "parameter":
+                for dim, row in enumerate(self.channels.rows[node.meta["index"]]):
+                    if row.free:
+                        found.append(Slot(str(node.target), dim, row))
+        return found
+
+    @cached_property
+    def _groups(self) -> tuple[Group, ...]:
+        return tuple(coupled_groups(self.components, self.slots))
+
+    @cached_property
+    def roots(self) -> Roots:
+        """The roots that each component lives by."""
+        return Roots(self.components)
+
+    def groups(self) -> tuple[Group, ...]:
+        """All prunable groups, in the order of the model.
+
+        Where a dimension is a grid (heads x head size, groups x channels in a group), its factors are groups of their
+        own: a head is a channel of one, an index into every head a channel of another.
+        """
+        return self._groups
+
+    def output_row(self, layer: Layer) -> tuple[str, Row]:
+        """The path of a layer and the row of its output channels.
+
+        Raises:
+            UnknownLayerError: there is no such layer, or it takes no part in the forward.
+        """
+        path = self._path(layer)
+        nodes: list[fx.Node] = []
+        for call in self.trace.calls:
+            if call.path == path:
+                nodes += [node for node in _nodes_in(call.output)]
+        nodes += [node for node in self.trace.nodes if node.op == "get_attr" and node.target == path]
+        rows = [row for node in nodes for row in self.channels.rows[node.meta["index"]] if isinstance(row, Row)]
+        if not rows:
+            raise UnknownLayerError(
+                f"The layer {path!r} takes no part in the forward on these example inputs, so it has no channels."
+            )
+        free = [row for row in rows if row.free and not self.components.pinned[self.components.of(row)].all()]
+        free = free or [row for row in rows if row.free]
+        return path, (free or rows)[-1]
+
+    def _layer_roots(self, layer: Layer) -> tuple[str, Ids]:
+        """For each output channel of a layer, the component that decides about it (of a cell: the longest factor)."""
+        path, row = self.output_row(layer)
+        if not row.free or self.components.pinned[self.components.of(row)].all():
+            raise PinnedError(f"The channels of {path!r} may not be removed: {self._reason(row)}.")
+        parts = self.components.of(row)
+        positions, found = self.roots.of(parts)
+        sizes = np.zeros(self.components.count, dtype=np.int64)
+        np.add.at(sizes, found, 1)
+        order = np.lexsort((sizes[found], positions))
+        first = np.unique(positions[order], return_index=True)[1]
+        return path, found[order][first]
+
+    def group(self, layer: Layer) -> Group:
+        """The group of a layer's output channels.
+
+        Args:
+            layer: a module of the model, or its dotted name.
+
+        Raises:
+            UnknownLayerError: there is no such layer, or the forward does not use it.
+            PinnedError: its channels may not be removed; the message says why.
+        """
+        path, found = self._layer_roots(layer)
+        chosen, first = np.unique(found, return_index=True)
+        chosen = chosen[np.argsort(first)]
+        chosen = chosen[self.components.roots[chosen]]
+        members = [
+            member for group in self.groups() for member in _restricted(group, chosen)
+        ]
+        return Group(path, chosen, tuple(members))
+
+    def _reason(self, row: Row) -> str:
+        if not row.free:
+            return row.pin or ""
+        parts = self.components.of(row)
+        numbers = self.components.reason[parts]
+        numbers = numbers[numbers >= 0]
+        return self.components.reasons[int(numbers[0])] if len(numbers) else "nothing pins it"
+
+    def explain(self, layer: Layer) -> str:
+        """Why a layer's channels are pinned, or what goes with them.
+
+        Example:
+            >>> import torch, structprune
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> graph = structprune.DependencyGraph(model, torch.randn(1, 4))
+            >>> print(graph.explain("1"))
+            1: 2 channels, pinned: it is a dimension of the model's outputs
+        """
+        path, row = self.output_row(layer)
+        if not row.free:
+            return f"{path}: {row.size} channels, pinned: {self._reason(row)}"
+        pinned = self.components.pinned[self.components.of(row)]
+        if pinned.all():
+            return f"{path}: {row.size} channels, pinned: {self._reason(row)}"
+        text = str(self.group(layer))
+        if pinned.any():
+            text += f"\n  {int(pinned.sum())} of {row.size} pinned: {self._reason(row)}"
+        return text
+
+    def pinned(self) -> dict[str, str]:
+        """Every dimension of a parameter whose channels may not be removed, and the reason."""
+        found: dict[str, str] = {}
+        for slot in self.slots:
+            if self.components.pinned[self.components.of(slot.row)].all():
+                found[f"{slot.tensor}, dim {slot.dim}"] = self._reason(slot.row)
+        return found
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The layers that hold tensors, with an edge where one's output reaches the next.
+
+        Node attributes: ``groups``, the numbers (in `groups`) of the groups that thin the layer.
+        """
+        result = nx.DiGraph()
+        numbers: dict[str, set[int]] = {}
+        for number, group in enumerate(self.groups()):
+            for member in group.members:
+                numbers.setdefault(member.tensor.rpartition(".")[0], set()).add(number)
+        reach: dict[fx.Node, frozenset[str]] = {}
+        for node in self.trace.nodes:
+            sources = [n for n in node.all_input_nodes if n.meta["name"] != "parameter"]
+            held = {str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.meta["name"] == "parameter"}
+            before = frozenset().union(*(reach.get(n, frozenset()) for n in sources)) if sources else frozenset()
+            for path in held:
+                result.add_node(path, groups=sorted(numbers.get(path, ())))
+                result.add_edges_from((other, path) for other in before if other != path)
+            reach[node] = frozenset(held) or before
+        return result
+
+    # -- removing ------------------------------------------------------------------------------------------------
+
+    def chosen(self, target: Group | Layer, indices: Sequence[int]) -> Ids:
+        """Components of the channels `indices` of a group, or of the output channels of a layer.
+
+        Raises:
+            PlanError: indices out of range or repeated.
+            PinnedError: one of them may not be removed.
+        """
+        if isinstance(target, Group):
+            name, found = target.name, target.components
+        else:
+            name, found = self._layer_roots(target)
+        picked = np.asarray(list(indices), dtype=np.int64)
+        if len(picked) and (picked.min() < 0 or picked.max() >= len(found)):
+            raise PlanError(
+                f"{name!r} has channels 0 to {len(found) - 1}; the indices {sorted(set(picked.tolist()))} go beyond."
+            )
+        if len(np.unique(picked)) < len(picked):
+            raise PlanError(f"Some of the indices for {name!r} are repeated: {sorted(picked.tolist())}.")
+        chosen = found[picked]
+        held = chosen[~self.components.roots[chosen]]
+        if len(held):
+            reason = self.components.reasons[int(self.components.reason[held[0]])]
+            raise PinnedError(f"Channels of {name!r} among {picked.tolist()} may not be removed: {reason}.")
+        return np.unique(chosen)
+
+    def counter(self, dead: Mask) -> Counter:
+        """Counts living channels of rows when the components marked in `dead` are gone."""
+        return Counter(self.components, dead)
+
+    def check(self, dead: Mask) -> dict[Attribute, int]:
+        """Values of the attributes that must change once `dead` is gone, after checking that every int will be right.
+
+        Raises:
+            PlanError: an int of the forward could not follow.
+        """
+        return self._sizes.values(self.counter(dead))
+
+
+def _nodes_in(value: Any) -> Iterable[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _nodes_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _nodes_in(item)
+
+
+def _restricted(group: Group, chosen: Ids) -> Iterable[Member]:
+    """Members of `group` for the chosen components only, numbered as chosen."""
+    place = {int(component): number for number, component in enumerate(chosen)}
+    wanted = np.array([place.get(int(component), -1) for component in group.components])
+    if (wanted < 0).all():
+        return
+    for member in group.members:
+        channels = wanted[member.channels]
+        hit = channels >= 0
+        yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])

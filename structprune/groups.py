@@ -1,0 +1,157 @@
+"""Coupled groups: channels that are alike, with the slices of parameters that each of them takes along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from structprune.channels.relations import Ids, Row
+from structprune.channels.solver import Components
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A dimension of a tensor that the model holds."""
+
+    tensor: str
+    dim: int
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A dimension of a tensor as a group sees it: index `positions[i]` of it goes when channel `channels[i]` goes.
+
+    Attributes:
+        tensor: dotted name of the parameter or buffer.
+        dim: its dimension.
+        positions: indices along that dimension, shape ``(n,)``.
+        channels: the channel of the group that each belongs to, shape ``(n,)``.
+    """
+
+    tensor: str
+    dim: int
+    positions: Ids
+    channels: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Channels that may be removed one by one, each with everything that is coupled to it.
+
+    Attributes:
+        name: the first layer whose channels they are.
+        channels: how many there are.
+        components: for each channel, its number in the solved algebra; shape ``(channels,)``.
+        members: the slices that go with them.
+    """
+
+    name: str
+    components: Ids
+    members: tuple[Member, ...]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return len(self.components)
+
+    def __str__(self) -> str:
+        """One line for the group, one for each member."""
+        lines = [f"{self.name}: {self.channels} channels"]
+        for member in self.members:
+            each = len(member.positions) / max(1, self.channels)
+            lines.append(f"  {member.tensor}, dim {member.dim}: {each:g} a channel")
+        return "\n".join(lines)
+
+
+class Roots:
+    """For every component, the roots that it lives by: itself, or the factors of the grids that it is a cell of."""
+
+    def __init__(self, components: Components) -> None:
+        self._components = components
+        n = components.count
+        self.is_cell = np.zeros(n, dtype=bool)
+        left: list[Ids] = []
+        right: list[Ids] = []
+        for lattice in components.lattices:
+            cells = lattice.cells
+            self.is_cell[cells.ravel()] = True
+            for axis, part in zip(lattice.axes, lattice.factors, strict=True):
+                along = part.reshape([-1 if i == axis else 1 for i in range(cells.ndim)])
+                left.append(cells.ravel())
+                right.append(np.broadcast_to(along, cells.shape).ravel())
+        self._matrix: csr_array | None = None
+        if left:
+            pairs = np.concatenate(left), np.concatenate(right)
+            step = csr_array((np.ones(len(pairs[0]), dtype=np.int32), pairs), shape=(n, n))
+            itself = np.flatnonzero(~self.is_cell)
+            total = csr_array((np.ones(len(itself), dtype=np.int32), (itself, itself)), shape=(n, n))
+            power = total
+            while (power := step @ power).nnz:
+                total = total + power
+            self._matrix = total
+
+    def of(self, components: Ids) -> tuple[Ids, Ids]:
+        """Positions in `components`, and a root for each: a cell appears once for each of its factors."""
+        if self._matrix is None or not self.is_cell[components].any():
+            return np.arange(len(components)), components
+        rows = self._matrix[components]
+        counts = np.diff(rows.indptr)
+        return np.repeat(np.arange(len(components)), counts), rows.indices.astype(np.int64)
+
+
+def coupled_groups(components: Components, slots: list[Slot]) -> list[Group]:
+    """The prunable channels of `slots`, those with the same slices in one group; in the order of the model."""
+    roots = Roots(components)
+    spans: dict[object, tuple[Ids, Ids, list[Slot]]] = {}
+    for slot in slots:
+        parts = components.of(slot.row)
+        key = parts.tobytes()
+        if key not in spans:
+            spans[key] = (*roots.of(parts), [])
+        spans[key][2].append(slot)
+    signature = _signatures(components, spans)
+    prunable = components.roots & (signature != 0)
+    chosen = np.flatnonzero(prunable)
+    if not len(chosen):
+        return []
+    _, first, group_of_chosen = np.unique(signature[chosen], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    group = np.full(components.count, -1, dtype=np.int64)
+    group[chosen] = rank[group_of_chosen]
+    place = np.full(components.count, -1, dtype=np.int64)
+    order = np.argsort(group[chosen], kind="stable")
+    counts = np.bincount(group[chosen])
+    place[chosen[order]] = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
+    members: list[list[Member]] = [[] for _ in counts]
+    for positions, found, attached in spans.values():
+        mine = group[found]
+        for number in np.unique(mine[mine >= 0]):
+            hit = mine == number
+            at, channels = positions[hit], place[found[hit]]
+            members[number] += [Member(slot.tensor, slot.dim, at, channels) for slot in attached]
+    return [
+        Group(_name(parts), chosen[order][counts[:number].sum() : counts[: number + 1].sum()], tuple(parts))
+        for number, parts in enumerate(members)
+    ]
+
+
+def _signatures(components: Components, spans: dict[object, tuple[Ids, Ids, list[Slot]]]) -> Ids:
+    """A number for each component that depends on the slots that it reaches and how; 0 if it reaches none."""
+    generator = np.random.default_rng(0)
+    signature = np.zeros(components.count, dtype=np.int64)
+    for _, found, _ in spans.values():
+        signature[np.unique(found)] ^= generator.integers(1, 2**62)
+    reached = signature != 0
+    for lattice in components.lattices:
+        for part in lattice.factors:
+            signature[np.unique(part)] ^= generator.integers(1, 2**62)
+    return np.where(reached, signature, 0)
+
+
+def _name(members: list[Member]) -> str:
+    """The layer whose output channels these are: that of the first member that makes them."""
+    makers = [member for member in members if member.dim == 0] or members
+    return makers[0].tensor.rpartition(".")[0] or makers[0].tensor

@@ -1,0 +1,303 @@
+"""Ints that remember where they came from.
+
+While a model is traced, the sizes of its tensors and the int attributes of its modules stand as `SizeInt`: an ``int``
+that carries the expression it was computed by. ``reshape(B, N, self.num_heads, C // self.num_heads)`` thus tells the
+library which attributes must change, and which sizes follow by themselves, once channels have been removed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TORCH_DIRECTORY = torch.__file__.rsplit("__init__", 1)[0]
+OWN_DIRECTORY = __file__.rsplit("tracing", 1)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A literal, or an int from a place that the tracer cannot see."""
+
+    value: float
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """The size of dimension `dim` of the tensor that node number `node` of the trace produces."""
+
+    node: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"%{self.node}.size({self.dim})"
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """An int attribute of the module `module`; `chain` leads through held objects: ``("config", "hidden_size")``.
+
+    A last int in `chain` is a position in a tuple or list.
+    """
+
+    module: str
+    chain: tuple[str | int, ...]
+
+    def __str__(self) -> str:
+        return ".".join([self.module or "model", *map(str, self.chain)])
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """`function` (named `symbol`) of two expressions, or of one when `right` is None."""
+
+    symbol: str
+    function: Callable[..., Any]
+    left: Expression
+    right: Expression | None = None
+
+    def __str__(self) -> str:
+        return f"{self.symbol}({self.left})" if self.right is None else f"({self.left} {self.symbol} {self.right})"
+
+
+Expression = Constant | Dim | Attribute | Arithmetic
+
+
+def evaluate(expression: Expression, leaf: Callable[[Dim | Attribute], float]) -> float:
+    """Value of `expression` when each size and attribute has the value that `leaf` gives it."""
+    if isinstance(expression, Constant):
+        return expression.value
+    if not isinstance(expression, Arithmetic):
+        return leaf(expression)
+    left = evaluate(expression.left, leaf)
+    if expression.right is None:
+        return expression.function(left)
+    return expression.function(left, evaluate(expression.right, leaf))
+
+
+def leaves(expression: Expression) -> Iterator[Dim | Attribute]:
+    """The sizes and attributes that `expression` is made of, from left to right."""
+    if isinstance(expression, Arithmetic):
+        yield from leaves(expression.left)
+        if expression.right is not None:
+            yield from leaves(expression.right)
+    elif not isinstance(expression, Constant):
+        yield expression
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Python compared two tracked numbers: after pruning, the outcome must be the same, or another branch would run."""
+
+    symbol: str
+    function: Callable[[Any, Any], bool]
+    left: Expression
+    right: Expression
+    outcome: bool
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Escape:
+    """A tracked number left for plain Python (``float(n)``): what it was used for is unknown, so it must not change."""
+
+    expression: Expression
+    where: str
+
+
+class Ledger:
+    """What Python did with tracked numbers outside tensor operations."""
+
+    def __init__(self) -> None:
+        self.comparisons: dict[tuple[str, Expression, Expression], Comparison] = {}
+        self.escapes: dict[Expression, Escape] = {}
+
+
+_ledger: ContextVar[Ledger | None] = ContextVar("structprune_ledger", default=None)
+_foreign_code: dict[Any, bool] = {}
+
+
+def source_line() -> str:
+    """File and line of the innermost frame outside torch and this library."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        foreign = _foreign_code.get(code)
+        if foreign is None:
+            name = code.co_filename
+            foreign = name.startswith((TORCH_DIRECTORY, OWN_DIRECTORY)) or name.startswith("<")
+            _foreign_code[code] = foreign
+        if not foreign:
+            return f"{code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown line"
+
+
+def expression_of(value: Any) -> Expression:
+    """The expression that `value` carries; a plain number is a constant."""
+    carried = getattr(value, "expression", None)
+    return Constant(value) if carried is None else carried
+
+
+def _wrap(value: Any, expression: Expression) -> Any:
+    if type(value) is int:
+        return SizeInt(value, expression)
+    if type(value) is float:
+        return SizeFloat(value, expression)
+    return value
+
+
+def _binary(symbol: str, function: Callable[..., Any], method: str, reflected: bool = False) -> Callable[..., Any]:
+    def apply(self: Any, other: Any) -> Any:
+        plain = getattr(self.base, method)(self, other)
+        if plain is NotImplemented:
+            return plain
+        mine, theirs = self.expression, expression_of(other)
+        left, right = (theirs, mine) if reflected else (mine, theirs)
+        return _wrap(plain, Arithmetic(symbol, function, left, right))
+
+    return apply
+
+
+def _unary(symbol: str, function: Callable[..., Any], method: str) -> Callable[..., Any]:
+    def apply(self: Any) -> Any:
+        return _wrap(getattr(self.base, method)(self), Arithmetic(symbol, function, self.expression))
+
+    return apply
+
+
+def _comparison(symbol: str, function: Callable[..., bool], method: str) -> Callable[..., Any]:
+    def apply(self: Any, other: Any) -> Any:
+        outcome = getattr(self.base, method)(self, other)
+        ledger = _ledger.get()
+        if outcome is not NotImplemented and ledger is not None:
+            left, right = self.expression, expression_of(other)
+            if isinstance(right, Constant) and sys._getframe(1).f_code.co_filename.startswith(TORCH_DIRECTORY):
+                return outcome  # torch chooses between ways to compute the same, or raises
+            key = (symbol, left, right)
+            if key not in ledger.comparisons:
+                ledger.comparisons[key] = Comparison(symbol, function, left, right, outcome, source_line())
+        return outcome
+
+    return apply
+
+
+def _float(self: Any) -> float:
+    ledger = _ledger.get()
+    if ledger is not None and self.expression not in ledger.escapes:
+        ledger.escapes[self.expression] = Escape(self.expression, source_line())
+    return self.base.__float__(self)
+
+
+_BINARY = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": "/", "pow": "**"}
+_UNARY = {"neg": "-", "abs": "abs"}
+_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
+
+def _arithmetic() -> dict[str, Callable[..., Any]]:
+    methods: dict[str, Callable[..., Any]] = {"__float__": _float}
+    for name, symbol in _BINARY.items():
+        function = getattr(operator, name)
+        methods[f"__{name}__"] = _binary(symbol, function, f"__{name}__")
+        methods[f"__r{name}__"] = _binary(symbol, function, f"__r{name}__", reflected=True)
+    for name, symbol in _UNARY.items():
+        methods[f"__{name}__"] = _unary(symbol, getattr(operator, name), f"__{name}__")
+    for name, symbol in _COMPARISONS.items():
+        methods[f"__{name}__"] = _comparison(symbol, getattr(operator, name), f"__{name}__")
+    return methods
+
+
+class SizeInt(int):
+    """An ``int`` that carries the `expression` it was computed by."""
+
+    base = int
+    expression: Expression
+
+    def __new__(cls, value: int, expression: Expression) -> SizeInt:
+        """An int of this value that remembers `expression`."""
+        self = int.__new__(cls, value)
+        self.expression = expression
+        return self
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles are plain ints."""
+        return int, (int.__int__(self),)
+
+    def __deepcopy__(self, memo: Any) -> SizeInt:
+        """A copy made while tracing still knows where it came from."""
+        return self
+
+    def __divmod__(self, other: Any) -> Any:
+        """Quotient and remainder, both tracked."""
+        return self // other, self % other
+
+    __hash__ = int.__hash__
+
+
+class SizeFloat(float):
+    """A ``float`` computed from tracked ints, such as ``head_dim ** -0.5``."""
+
+    base = float
+    expression: Expression
+
+    def __new__(cls, value: float, expression: Expression) -> SizeFloat:
+        """A float of this value that remembers `expression`."""
+        self = float.__new__(cls, value)
+        self.expression = expression
+        return self
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles are plain floats."""
+        return float, (float.__add__(self, 0.0),)
+
+    __hash__ = float.__hash__
+
+
+for _name, _method in _arithmetic().items():
+    setattr(SizeInt, _name, _method)
+    setattr(SizeFloat, _name, _method)
+
+
+def plain(value: Any) -> Any:
+    """`value` with every tracked number in it, in tuples, lists, dicts and slices too, as a plain one."""
+    if isinstance(value, SizeInt):
+        return int.__add__(value, 0)
+    if isinstance(value, SizeFloat):
+        return float.__add__(value, 0.0)
+    if isinstance(value, slice):
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
+@contextmanager
+def tracked_numbers() -> Iterator[Ledger]:
+    """Record comparisons and escapes of tracked numbers; ``math.sqrt`` of one stays tracked meanwhile."""
+    ledger = Ledger()
+    original = math.sqrt
+
+    def sqrt(value: Any) -> Any:
+        if isinstance(value, (SizeInt, SizeFloat)):
+            return SizeFloat(original(plain(value)), Arithmetic("sqrt", original, value.expression))
+        return original(value)
+
+    token = _ledger.set(ledger)
+    math.sqrt = sqrt
+    try:
+        yield ledger
+    finally:
+        math.sqrt = original
+        _ledger.reset(token)

@@ -1,0 +1,270 @@
+"""The mode that writes down each call of the torch API while a model runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from structprune.errors import TraceError
+from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
+from structprune.tracing.vocabulary import VALUES, Call, Kind, call_of
+
+
+@dataclass(slots=True)
+class ModuleCall:
+    """One call of a module: where it stands, what went in and came out, and which nodes ran directly inside it."""
+
+    path: str
+    module: nn.Module
+    first: int
+    last: int = -1
+    args: Any = ()
+    kwargs: Any = field(default_factory=dict)
+    output: Any = None
+    parent: int = -1
+
+
+@dataclass(slots=True)
+class Recording:
+    """Everything that was seen: the graph, its nodes in order, and the calls of modules around them."""
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    nodes: list[fx.Node] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+
+
+class Recorder(TorchFunctionMode):
+    """Records calls of the torch API into an ``fx.Graph`` while it is active.
+
+    Args:
+        names: the names of the model's tensors, by ``id``.
+        leaves: whether a rule exists for the Python function of this name, so that it need not be opened.
+        meta: whether the model runs on stand-ins on the ``meta`` device.
+    """
+
+    def __init__(self, names: dict[int, str], leaves: Callable[[str], bool], meta: bool) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self._names = names
+        self._leaves = leaves
+        self._meta = meta
+        self._known: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []
+        self._constants: dict[int, Tensor] = {}
+        self._stack: list[int] = []
+        self._opening: list[Call] = []
+        self._tracked: list[SizeInt | SizeFloat] = []
+
+    # -- nodes ---------------------------------------------------------------------------------------------------
+
+    def _node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
+        node = self.recording.graph.create_node(op, target, args, kwargs)
+        meta = node.meta
+        meta["index"] = len(self.recording.nodes)
+        meta["name"] = name
+        meta["call"] = self._stack[-1] if self._stack else -1
+        self.recording.nodes.append(node)
+        return node
+
+    def remember(self, tensor: Tensor, node: fx.Node) -> None:
+        """From now on `tensor` is what `node` made."""
+        node.meta["shape"] = tuple(plain(list(tensor.shape)))
+        node.meta["dtype"] = tensor.dtype
+        self._known[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that made `tensor`; a parameter, buffer or constant gets its node on first use."""
+        node = self._known.get(id(tensor))
+        if node is not None:
+            return node
+        name = self._names.get(id(tensor))
+        if name is not None:
+            node = self._node("get_attr", name, (), {}, "parameter")
+        elif self._meta and tensor.is_meta and id(tensor) not in self._constants:
+            raise TraceError(
+                f"A tensor of shape {tuple(tensor.shape)} was made by an operation that the tracer cannot see, before "
+                f"{source_line()}. Write it with torch operations, or register the operation with torch.library."
+            )
+        else:
+            node = self._node("get_attr", f"_constant_{len(self._constants)}", (), {}, "constant")
+        node.meta["where"] = source_line()
+        node.meta["call"] = -1
+        self.remember(tensor, node)
+        return node
+
+    def _argument(self, value: Any) -> Any:
+        """`value` as an argument of a node: tensors become the nodes that made them."""
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        kind = type(value)
+        if kind in (int, float, bool, str, type(None)):
+            return value
+        if kind is SizeInt or kind is SizeFloat:
+            self._tracked.append(value)
+            return value
+        if isinstance(value, (tuple, list)):
+            items = [self._argument(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        if kind is slice:
+            return slice(self._argument(value.start), self._argument(value.stop), self._argument(value.step))
+        if kind is dict:
+            return {key: self._argument(item) for key, item in value.items()}
+        return value
+
+    def _on_meta(self, value: Any) -> Any:
+        """Arguments with tensors from outside the model moved to the ``meta`` device."""
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                return value
+            moved = self._constants.get(id(value))
+            if moved is None:
+                moved = self._constants[id(value)] = value.detach().to("meta")
+                self._constants[id(moved)] = moved
+                self._alive += [value, moved]
+            return moved
+        if type(value) in (tuple, list):
+            return type(value)(self._on_meta(item) for item in value)
+        if type(value) is dict:
+            return {key: self._on_meta(item) for key, item in value.items()}
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        return value
+
+    # -- the mode ------------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one call of the torch API and write it down."""
+        kwargs = kwargs or {}
+        call = call_of(func, self._leaves)
+        if call.kind is Kind.QUERY:
+            return func(*args, **kwargs)
+        if call.inside is not None and call not in self._opening:
+            # One that hands itself over again although it was opened is recorded as a single operation.
+            self._opening.append(call)
+            try:
+                with self:
+                    return call.inside(*args, **kwargs)
+            finally:
+                self._opening.pop()
+        if call.kind is Kind.SIZE:
+            return self._size(call, func, args, kwargs)
+        if self._meta:
+            args, kwargs = self._on_meta(args), self._on_meta(kwargs)
+            if call.name in _FACTORIES:
+                kwargs["device"] = torch.device("meta")
+            elif call.name in ("cpu", "cuda"):
+                return args[0]
+            elif call.name == "to":
+                args = tuple("meta" if isinstance(a, str) else a for a in args)
+        self._tracked = []
+        before = [self._argument(value) for value in args]
+        keywords = {key: self._argument(value) for key, value in kwargs.items()}
+        result = func(*args, **kwargs)
+        self._record(call, before, keywords, result)
+        return result
+
+    def _size(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        answer = func(*args, **kwargs)
+        tensor = args[0]
+        index = self.node_of(tensor).meta["index"]
+        if call.name in ("numel", "nelement"):
+            total: Any = 1
+            for dim, size in enumerate(tensor.shape):
+                total = SizeInt(size, Dim(index, dim)) * total
+            return total
+        if isinstance(answer, int):
+            dim = plain(args[1] if len(args) > 1 else kwargs["dim"])
+            return SizeInt(answer, Dim(index, dim % tensor.dim()))
+        return torch.Size([SizeInt(size, Dim(index, dim)) for dim, size in enumerate(answer)])
+
+    def _record(self, call: Call, args: list[Any], kwargs: dict[str, Any], result: Any) -> None:
+        op = "call_method" if call.method else "call_function"
+        target = call.target
+        if target is getattr and not call.method:
+            args = [*args, call.name]
+        tensors = isinstance(result, Tensor) or (
+            isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result)
+        )
+        if not tensors and call.name in VALUES:
+            return  # its value went to Python: only possible on real tensors, where Python follows the real branch
+        node = self._node(op, target, tuple(args), kwargs, call.name)
+        node.meta["where"] = source_line()
+        if self._tracked:
+            node.meta["tracked"] = self._tracked
+        if call.inplace and isinstance(args[0], fx.Node):
+            node.meta["writes"] = args[0]
+        if isinstance(result, Tensor):
+            self.remember(result, node)
+        elif tensors:
+            node.meta["shape"] = [tuple(t.shape) if isinstance(t, Tensor) else None for t in result]
+            self._unpack(node, result)
+
+    def _unpack(self, node: fx.Node, result: Any) -> None:
+        for position, item in enumerate(result):
+            if isinstance(item, Tensor):
+                part = self._node("call_function", operator.getitem, (node, position), {}, "part")
+                part.meta["where"] = node.meta["where"]
+                self.remember(item, part)
+
+    # -- modules -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Note which module each call happens in, while the block runs."""
+        paths = {id(module): path for path, module in model.named_modules()}
+        original = nn.Module.__call__
+        recorder = self
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = paths.get(id(module))
+            if path is None:
+                return original(module, *args, **kwargs)
+            calls = recorder.recording.calls
+            number = len(calls)
+            entry = ModuleCall(path, module, len(recorder.recording.nodes))
+            entry.parent = recorder._stack[-1] if recorder._stack else -1
+            entry.args, entry.kwargs = recorder._known_only(args), recorder._known_only(kwargs)
+            calls.append(entry)
+            recorder._stack.append(number)
+            try:
+                output = original(module, *args, **kwargs)
+            finally:
+                recorder._stack.pop()
+            entry.last = len(recorder.recording.nodes)
+            entry.output = recorder._known_only(output)
+            return output
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+    def _known_only(self, value: Any) -> Any:
+        """`value` with tensors replaced by their nodes; a tensor not seen yet stays as it is."""
+        if isinstance(value, Tensor):
+            return self._known.get(id(value), value)
+        if isinstance(value, dict):
+            return {key: self._known_only(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(self._known_only(item) for item in value)
+        return value
+
+
+_FACTORIES = frozenset({
+    "zeros", "ones", "empty", "full", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
+    "tensor", "as_tensor", "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "hamming_window",
+    "blackman_window", "kaiser_window", "bartlett_window", "range", "zeros_like", "ones_like", "empty_like",
+    "full_like", "rand_like", "randn_like", "randint_like", "empty_strided", "new_zeros", "new_ones", "new_empty",
+    "new_full", "new_tensor", "normal_factory",
+})  # fmt: skip

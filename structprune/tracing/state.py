@@ -1,0 +1,161 @@
+"""What a model holds, and how to lend it to a trace without leaving a mark.
+
+`Holdings` lists the tensors of a model by name. `lent` swaps them for stand-ins on the ``meta`` device (or shields
+them, where real values are needed), replaces int attributes by tracked ones, and puts everything back afterwards:
+attributes, buffers, caches, hooks, mode, random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.tracing.provenance import Attribute, SizeInt
+
+_INTERNAL = frozenset({
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks", "_is_full_backward_hook", "training", "_is_hf_initialized", "_compiled_call_impl",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor that a module holds under `name`: a parameter, a buffer or a plain attribute."""
+
+    module: nn.Module
+    key: str
+    store: dict[str, Any]
+    tensor: Tensor
+
+
+def join(path: str, name: str) -> str:
+    """Dotted name of `name` inside the module at `path`."""
+    return f"{path}.{name}" if path else name
+
+
+def held_tensors(model: nn.Module) -> dict[str, Held]:
+    """Every tensor that the modules of `model` hold, by dotted name; a tied one appears under each of its names."""
+    found: dict[str, Held] = {}
+    for path, module in model.named_modules():
+        state = module.__dict__
+        for store in (state["_parameters"], state["_buffers"], state):
+            for key, value in store.items():
+                if isinstance(value, Tensor):
+                    found[join(path, key)] = Held(module, key, store, value)
+    return found
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the attributes of all modules back as they are now."""
+    saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
+        state = module.__dict__
+        saved.append((state, dict(state)))
+        for value in state.values():
+            if type(value) is dict:
+                saved.append((value, dict(value)))
+
+    def restore() -> None:
+        for live, before in saved:
+            live.clear()
+            live.update(before)
+
+    return restore
+
+
+def _track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
+    """`value` with its ints tracked; itself if it holds none."""
+    if type(value) is int:
+        return SizeInt(value, Attribute(module, chain))
+    if type(value) in (tuple, list) and value and len(value) <= 64 and all(type(item) in (int, tuple) for item in value):
+        return type(value)(_track(module, (*chain, i), item) for i, item in enumerate(value))
+    return value
+
+
+def _is_config(value: Any) -> bool:
+    """Whether `value` is an object that holds settings: it has attributes of its own and is no machinery of torch."""
+    kind = type(value)
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (type, nn.Module, Tensor))
+        and not callable(value)
+        and not kind.__module__.startswith(("torch", "builtins"))
+    )
+
+
+def _track_object(module: str, chain: tuple[str, ...], held: Any, seen: set[int], stack: ExitStack) -> None:
+    if id(held) in seen:
+        return
+    seen.add(id(held))
+    state = held.__dict__
+    before = dict(state)
+
+    def restore() -> None:
+        state.clear()
+        state.update(before)
+
+    stack.callback(restore)
+    for key, value in before.items():
+        if _is_config(value):
+            _track_object(module, (*chain, key), value, seen, stack)
+        else:
+            state[key] = _track(module, (*chain, key), value)
+
+
+def _track_attributes(model: nn.Module, stack: ExitStack) -> None:
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        state = module.__dict__
+        for key, value in list(state.items()):
+            if key in _INTERNAL:
+                continue
+            kind = type(value)
+            if kind is int or kind is tuple or kind is list:
+                state[key] = _track(path, (key,), value)
+            elif kind not in (bool, str, float, dict, type(None)) and _is_config(value):
+                _track_object(path, (key,), value, seen, stack)
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor on the ``meta`` device of the same shape, type and class."""
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def shield(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is a parameter; else a copy, since forwards write into buffers."""
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+
+@contextmanager
+def lent(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[dict[int, str]]:
+    """Lend `model` to a trace: its tensors replaced through `replace`, its int attributes tracked.
+
+    Yields the names of the replaced tensors by ``id``. Everything is put back at the end, whatever happens.
+    """
+    swapped: dict[int, Tensor] = {}
+    names: dict[int, str] = {}
+    with ExitStack() as stack:
+        stack.callback(_snapshot(model))
+        for name, held in held_tensors(model).items():
+            new = swapped.get(id(held.tensor))
+            if new is None:
+                new = swapped[id(held.tensor)] = replace(held.tensor)
+                names[id(new)] = name
+            held.store[held.key] = new
+        for module in model.modules():
+            for key, value in list(module.__dict__.items()):
+                # nn.RNNBase keeps its parameters in a list as well.
+                if type(value) in (list, tuple) and any(isinstance(item, Tensor) for item in value):
+                    module.__dict__[key] = type(value)(
+                        swapped.get(id(item), item) if isinstance(item, Tensor) else item for item in value
+                    )
+        _track_attributes(model, stack)
+        yield names

@@ -1,0 +1,183 @@
+"""`trace`: run a model once and write down every tensor operation, with no arithmetic done where that is possible."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from structprune.errors import StructpruneError, TraceError
+from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
+from structprune.tracing.recorder import ModuleCall, Recorder
+from structprune.tracing.state import held_tensors, lent, shield, stand_in
+
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A model as a graph of tensor operations.
+
+    Attributes:
+        graph: the operations, as calls of the torch API; parameters, buffers and constants are ``get_attr`` nodes.
+        nodes: its nodes in order; `provenance.Dim.node` counts in this tuple.
+        calls: the module calls in order; ``node.meta["call"]`` counts in this tuple.
+        inputs: the nodes of the example inputs.
+        outputs: the nodes of the tensors that the model returns.
+        tensors: the names under which the model holds each tensor, by the name of its ``get_attr`` node.
+        comparisons: what Python compared on the way.
+        escapes: tracked numbers that left for plain Python.
+        real: whether real numbers had to flow, because Python's control flow depends on them.
+    """
+
+    graph: fx.Graph
+    nodes: tuple[fx.Node, ...]
+    calls: tuple[ModuleCall, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    tensors: dict[str, tuple[str, ...]]
+    comparisons: tuple[Comparison, ...]
+    escapes: tuple[Escape, ...]
+    real: bool
+
+
+def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from a tensor, a tuple (positional) or a dict (keyword)."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    raise TypeError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, or a "
+        "dict of keyword arguments."
+    )
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with `function` applied to each tensor in its tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a nested output; objects that are no container (a cache, say) are not outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, item.name))
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """The random generators of all devices are afterwards as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool], meta: bool) -> Trace:
+    names = held_tensors(model)
+    aliases: dict[int, list[str]] = {}
+    for name, held in names.items():
+        aliases.setdefault(id(held.tensor), []).append(name)
+    tensors = {group[0]: tuple(group) for group in aliases.values()}
+    replace: Callable[[Tensor], Tensor] = stand_in if meta else (lambda tensor: tensor.detach().clone())
+    args, kwargs = as_call(inputs)
+    args, kwargs = map_tensors(replace, args), map_tensors(replace, kwargs)
+    lend = stand_in if meta else shield
+    with preserved_random_state(), torch.no_grad(), lent(model, lend) as ids, tracked_numbers() as ledger:
+        model.eval()
+        recorder = Recorder(ids, leaves, meta)
+        placeholders: list[fx.Node] = []
+        for tensor in tensors_in((args, kwargs)):
+            node = recorder._node("placeholder", f"input_{len(placeholders)}", (), {}, "input")
+            recorder.remember(tensor, node)
+            placeholders.append(node)
+        with recorder.watching(model), recorder:
+            result = model(*args, **kwargs)
+        outputs = [recorder.node_of(tensor) for tensor in tensors_in(result)]
+    recording = recorder.recording
+    recording.graph.output(tuple(outputs))
+    return Trace(
+        recording.graph,
+        tuple(recording.nodes),
+        tuple(recording.calls),
+        tuple(placeholders),
+        tuple(outputs),
+        tensors,
+        tuple(ledger.comparisons.values()),
+        tuple(ledger.escapes.values()),
+        not meta,
+    )
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str], bool] = lambda _: False) -> Trace:
+    """Record the forward of `model` on `example_inputs`, in eval mode, with nothing computed where possible.
+
+    The model runs on stand-ins on the ``meta`` device. Where Python needs a real number (``.item()``, a branch on a
+    value), it runs once more on its own weights and the given inputs, and `Trace.real` says so. The model, its mode,
+    its buffers and the random state are left as they were.
+
+    Args:
+        model: any ``nn.Module``.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        leaves: whether a rule exists for the Python function of this name, so that it is not opened.
+
+    Raises:
+        TraceError: the model runs but cannot be recorded.
+        Exception: whatever the model itself raises on these inputs.
+    """
+    try:
+        return _run(model, example_inputs, leaves, meta=True)
+    except Exception as error:
+        first = error
+    if any(held.tensor.is_meta for held in held_tensors(model).values()):
+        if isinstance(first, StructpruneError):
+            raise first
+        raise TraceError(
+            f"The forward cannot be traced on the meta device, where this model's weights are ({first}). "
+            "Give the model real weights, or take what needs a tensor's value out of its forward."
+        ) from first
+    try:
+        return _run(model, example_inputs, leaves, meta=False)
+    except Exception as error:
+        second = error
+    args, kwargs = as_call(example_inputs)
+    with preserved_random_state(), torch.no_grad(), lent(model, shield):
+        model.eval()
+        copies = map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs))
+        model(*copies[0], **copies[1])  # the user's own error, if there is one
+    if isinstance(second, StructpruneError):
+        raise second
+    raise TraceError(
+        f"The model runs on the example inputs, but not while it is recorded: {type(second).__name__}: {second}"
+    ) from second
+
+
+def describe(node: fx.Node, trace: Trace) -> str:
+    """Where `node` stands: its operation, module path and source line."""
+    call = node.meta["call"]
+    path = trace.calls[call].path if call >= 0 else ""
+    name = node.target if node.op == "get_attr" else node.meta["name"]
+    return f"{name} in {path or 'the model'} ({plain(node.meta.get('where', 'input'))})"

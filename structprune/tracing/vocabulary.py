@@ -1,0 +1,149 @@
+"""Names of the torch API's calls, and how to look inside those that are written in Python.
+
+A ``TorchFunctionMode`` sees each call of the torch API as a function object: a builtin, a method, a property's getter,
+an operator of ``torch.ops``. Here each gets one canonical name, so that ``x + y``, ``x.add_(y)`` and ``torch.add``
+share a rule. Functions written in Python (``F.multi_head_attention_forward``) are opened, so that a rule table over
+builtins is enough.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+import torch
+
+_OPERATORS = {
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift",
+}  # fmt: skip
+_SPELLINGS = {
+    "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "rsub": "sub",
+    "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
+    "negative": "neg", "absolute": "abs", "concat": "cat", "concatenate": "cat", "swapaxes": "transpose",
+    "swapdims": "transpose", "greater": "gt", "less": "lt", "less_equal": "le", "greater_equal": "ge",
+    "not_equal": "ne", "clip": "clamp", "moveaxis": "movedim", "special_expit": "sigmoid", "arctan": "atan",
+    "arctan2": "atan2", "fix": "trunc", "view_as_real_copy": "view_as_real", "inner_product": "inner",
+}  # fmt: skip
+
+# Questions about a tensor that are answered without an operation.
+QUERIES = frozenset({
+    "dim", "ndim", "ndimension", "device", "dtype", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta",
+    "is_leaf", "is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu", "is_floating_point", "is_complex",
+    "is_contiguous", "is_conj", "is_neg", "is_inference", "is_pinned", "is_shared", "is_same_size", "is_signed",
+    "is_sparse_csr", "is_mkldnn", "is_vulkan", "is_ipu", "is_xla", "is_maia", "is_mtia", "is_ort", "is_hpu",
+    "is_distributed", "element_size", "itemsize", "nbytes", "stride", "storage_offset", "data_ptr", "grad", "grad_fn",
+    "get_device", "name", "names", "output_nr", "retains_grad", "_version", "_is_view", "_base", "__hash__", "__len__",
+    "untyped_storage", "__repr__", "__format__", "__dir__", "_has_symbolic_sizes_strides", "__dlpack_device__",
+    "has_names", "result_type", "can_cast", "get_default_dtype", "_is_zerotensor", "is_coalesced", "cudnn_is_acceptable",
+    "__setstate__", "__reduce_ex__", "register_hook", "retain_grad", "is_storage", "is_tensor", "iscomplexobj",
+    "broadcast_shapes", "promote_types", "_nested_tensor_size", "is_autocast_enabled", "_sym_size", "imag_query",
+})  # fmt: skip
+VALUES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "equal",
+                    "allclose", "__contains__", "nonzero", "unique", "is_nonzero", "__complex__"})  # fmt: skip
+SIZES = frozenset({"shape", "size", "numel", "nelement"})
+
+
+class Kind(Enum):
+    """What the recorder does with a call."""
+
+    QUERY = auto()
+    SIZE = auto()
+    COMPOSITE = auto()
+    OPERATION = auto()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A function of the torch API: its canonical name, what to do with it, how to write it into a graph."""
+
+    name: str
+    kind: Kind
+    target: Callable[..., Any] | str
+    method: bool
+    inside: Callable[..., Any] | None = None
+    inplace: bool = False
+
+
+def _opened(function: types.FunctionType) -> types.FunctionType:
+    """A copy of a Python function that does not hand itself to the mode again, but runs its body."""
+    names = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
+    # F.max_pool2d and its like hold the functions that they choose from in their closure.
+    closure = function.__closure__ and tuple(
+        types.CellType(_opened(cell.cell_contents)) if isinstance(cell.cell_contents, types.FunctionType) else cell
+        for cell in function.__closure__
+    )
+    scope = {**function.__globals__, **names}
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _canonical(name: str) -> tuple[str, bool]:
+    """Canonical name, and whether the call writes into its first argument."""
+    inplace = False
+    if name.startswith("__") and name.endswith("__"):
+        inner = name.strip("_")
+        if inner in ("getitem", "setitem"):
+            return inner, inner == "setitem"
+        if inner[0] == "i" and inner[1:] in _OPERATORS:
+            inner, inplace = inner[1:], True
+        elif inner[0] == "r" and inner[1:] in _OPERATORS:
+            inner = inner[1:]
+        name = inner if inner in _OPERATORS or inner in ("neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge",
+                                                        "pos") else name  # fmt: skip
+    elif name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
+        name, inplace = name[:-1], True
+    return _SPELLINGS.get(name, name), inplace
+
+
+_cache: dict[Any, Call] = {}
+
+
+def call_of(function: Any, leaves: Callable[[str], bool]) -> Call:
+    """The `Call` for a function object seen by the mode; `leaves` says which Python functions have a rule as a whole."""
+    prop = isinstance(function, types.MethodWrapperType) and function.__name__ in ("__get__", "__set__", "__delete__")
+    key = (function.__self__.__name__, function.__name__) if prop else function
+    found = _cache.get(key)
+    if found is None:
+        found = _cache[key] = _property(*key) if prop else _call(function, leaves)
+    return found
+
+
+def _property(name: str, accessor: str) -> Call:
+    if accessor != "__get__":
+        return Call("set_" + name, Kind.OPERATION, setattr, False, inplace=True)
+    if name in SIZES:
+        return Call(name, Kind.SIZE, "size", True)
+    if name in QUERIES:
+        return Call(name, Kind.QUERY, name, True)
+    return Call({"data": "detach"}.get(name, name), Kind.OPERATION, getattr, False)
+
+
+def _call(function: Any, leaves: Callable[[str], bool]) -> Call:
+    if isinstance(function, torch._ops.OpOverload):
+        space, _, name = function._schema.name.partition("::")
+        if space == "aten":
+            plain, inplace = _canonical(name)
+            return Call(plain, Kind.OPERATION, function, False, inplace=inplace)
+        return Call(f"{space}::{name}", Kind.OPERATION, function, False)
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        space, _, name = function._qualified_op_name.partition("::")
+        return Call(_canonical(name)[0] if space == "aten" else f"{space}::{name}", Kind.OPERATION, function, False)
+    raw = getattr(function, "__name__", str(function))
+    if raw in SIZES:
+        return Call(raw, Kind.SIZE, raw, True)
+    if raw in QUERIES:
+        return Call(raw, Kind.QUERY, raw, True)
+    name, inplace = _canonical(raw)
+    method = isinstance(function, (types.MethodDescriptorType, types.WrapperDescriptorType))
+    if isinstance(function, types.FunctionType) and not leaves(f"python.{raw}"):
+        return Call(name, Kind.COMPOSITE, function, False, _opened(function))
+    if isinstance(function, types.FunctionType):
+        return Call(f"python.{raw}", Kind.OPERATION, function, False)
+    dunder = raw.startswith("__")
+    target: Any = raw if method and not dunder else getattr(operator, raw, function) if dunder else function
+    return Call(name, Kind.OPERATION, target, isinstance(target, str), inplace=inplace)

@@ -7,8 +7,10 @@ that one is never mistaken for the other.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,3 +74,10 @@ def ids(vocabulary: int = 13, length: int = 5) -> Callable[[], Tensor]:
 def features(width: int = 6) -> Callable[[], Tensor]:
     """A batch of three vectors."""
     return lambda: normal(3, width)
+
+
+def all_cases() -> list[Case]:
+    """Every case of every ``cases_*`` file beside this one."""
+    for path in sorted(Path(__file__).parent.glob("cases_*.py")):
+        importlib.import_module(f"support.{path.stem}")
+    return list(CASES.values())

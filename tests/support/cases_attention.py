@@ -18,7 +18,8 @@ class Block(nn.Module):
 
     def __init__(self, attn: nn.Module, width: int = 16) -> None:
         super().__init__()
-        self.embed, self.norm, self.attn, self.head = nn.Linear(8, width), nn.LayerNorm(width), attn, nn.Linear(width, 4)
+        self.embed, self.norm, self.head = nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, 4)
+        self.attn = attn
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -67,7 +68,7 @@ class ScaleAttention(TimmAttention):
         self.scale = self.head_dim**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
+        b, n, _ = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         attn = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
         return self.proj((attn @ v).transpose(1, 2).reshape(b, n, -1))
@@ -83,14 +84,15 @@ class BertAttention(nn.Module):
         self.query, self.key, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.view(x.size()[:-1] + (self.num_attention_heads, self.attention_head_size)).permute(0, 2, 1, 3)
+        shape = x.size()[:-1] + (self.num_attention_heads, self.attention_head_size)  # noqa: RUF005, as models have it
+        return x.view(shape).permute(0, 2, 1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(self.query(x)), self.heads(self.key(x)), self.heads(self.value(x))
         scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(self.attention_head_size)
         scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), float("-inf"))
         context = torch.matmul(F.softmax(scores, dim=-1), v).permute(0, 2, 1, 3).contiguous()
-        return self.proj(context.view(context.size()[:-2] + (self.all_head_size,)))
+        return self.proj(context.view(*context.size()[:-2], self.all_head_size))
 
 
 class EinsumAttention(BertAttention):
@@ -182,7 +184,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.memory, self.wide, self.head = (nn.Linear(i, o) for i, o in ((8, 16), (6, 12), (12, 20), (16, 4)))
+        self.embed, self.memory = nn.Linear(8, 16), nn.Linear(6, 12)
+        self.wide, self.head = nn.Linear(12, 20), nn.Linear(16, 4)
         self.attn = nn.MultiheadAttention(16, 4, kdim=12, vdim=20, batch_first=True)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:

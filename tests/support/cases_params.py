@@ -1,4 +1,4 @@
-"""Parameters and buffers used bare, shared or tied, and layers that stay whole for a reason."""
+"""Parameters and buffers used bare, shared or tied."""
 
 from __future__ import annotations
 
@@ -178,51 +178,3 @@ class BilinearPair(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.pre(x))
         return self.bilinear(self.left(x), self.right(x))
-
-
-@case(features(), pinned={"fc": "output", "norm": "output"})
-class NothingToRemove(nn.Module):
-    """Every channel is an input or an output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.fc(x))
-
-
-@case(features(), {"fc2.weight": 0}, pinned={"fc1": "sort"})
-class SortedChannels(nn.Module):
-    """Which channel goes where depends on the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(6, 8), nn.Linear(8, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(F.relu(self.fc2(self.fc1(x).sort(dim=-1).values)))
-
-
-@case(features(), {"fc2.weight": 0}, pinned={"fc1": "cumsum"})
-class CumulativeChannels(nn.Module):
-    """Each channel adds up those before it, so a removed one would still count in the next."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(6, 8), nn.Linear(8, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc3(F.relu(self.fc2(torch.cumsum(torch.sigmoid(self.fc1(x)), dim=-1))))
-
-
-@case(image(), {"conv2.weight": 0}, pinned={"conv1": "local_response_norm"})
-class LocalResponseNorm(nn.Module):
-    """Neighbouring channels normalise each other; with one gone the neighbours would be others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.head = conv(3, 8), conv(8, 8), conv(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.conv2(F.local_response_norm(torch.sigmoid(self.conv1(x)), 3))))

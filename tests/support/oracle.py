@@ -88,7 +88,8 @@ def _perturbed(inputs: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
 
     def move(t: Tensor) -> Tensor:
-        return t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t.clone()
+        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        return t + 0.3 * noise if t.is_floating_point() else t.clone()
 
     return _map(inputs, move)
 
@@ -128,6 +129,7 @@ class _Run(TorchFunctionMode):
         """Replace a reduction, smooth an activation, keep float64 where a forward casts down."""
         args, kwargs = self._widen(func, args, dict(kwargs or {}))
         if func is Tensor.float:
+            self.widened = True
             return args[0].to(torch.float64)
         if func in OVER_SURVIVORS:
             return self._reduce(func, args, kwargs)
@@ -137,13 +139,12 @@ class _Run(TorchFunctionMode):
             return SMOOTH[func](*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _widen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        narrow = (torch.float32, torch.float16, torch.bfloat16)
-        if func is Tensor.float or any(value in narrow for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)):
-            self.widened = True
-
+    def _widen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         def wide(value: Any) -> Any:
-            return torch.float64 if isinstance(value, torch.dtype) and value in narrow else value
+            if isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16):
+                self.widened = True
+                return torch.float64
+            return value
 
         return tuple(map(wide, args)), {key: wide(value) for key, value in kwargs.items()}
 
@@ -180,6 +181,10 @@ def _dead_elements(same: Tensor, natural: Tensor) -> Tensor | None:
     return dead
 
 
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
 def switch_off(model: nn.Module, removed: Removed) -> nn.Module:
     """A copy of ``model`` with every removed slice set to zero."""
     model = copy.deepcopy(model)
@@ -206,7 +211,7 @@ def reference(original: nn.Module, removed: Removed, inputs: Any) -> tuple[Any, 
         pair = [_observe(off, inputs, dead), _observe(other_off, moved, dead)]
         assert [t.shape for t in pair[0]] == [t.shape for t in natural], "the forward depends on its data"
         found = [_dead_elements(a == b, n) for a, b, n in zip(*pair, natural, strict=True)]
-        if all((f is None) == (d is None) and (f is None or torch.equal(f, d)) for f, d in zip(found, dead, strict=True)):
+        if all(f is d or _equal(f, d) for f, d in zip(found, dead, strict=True)):
             break
         dead = found
     with _Run(dead, smooth=False) as run:

@@ -78,7 +78,7 @@ def softmax(dead: Tensor, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -
     return torch.softmax(x.masked_fill(dead, float("-inf")), dim).nan_to_num(0.0).masked_fill(dead, 0)
 
 
-def _extreme(function: Callable[..., Any], fill: float) -> Callable[..., Any]:
+def _filled(function: Callable[..., Any], fill: float) -> Callable[..., Any]:
     def over_survivors(dead: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return function(x.masked_fill(dead, fill), *args, **kwargs)
 
@@ -146,11 +146,12 @@ OVER_SURVIVORS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_names("rms_norm"), rms_norm),
     **dict.fromkeys(_names("group_norm"), group_norm),
     **dict.fromkeys(_names("batch_norm"), batch_norm),
-    **{f: _extreme(f, float("-inf")) for f in _names("amax", "logsumexp")},
-    **{f: _extreme(f, float("inf")) for f in _names("amin")},
+    **{f: _filled(f, 0.0) for f in [*_names("norm", "frobenius_norm"), torch.linalg.vector_norm, torch.linalg.norm]},
+    **{f: _filled(f, float("-inf")) for f in _names("amax", "logsumexp")},
+    **{f: _filled(f, float("inf")) for f in _names("amin")},
 }
 for _name, _fill in (("max", float("-inf")), ("min", float("inf"))):
-    OVER_SURVIVORS |= {f: _extreme(f, _fill) for f in _names(_name)}
+    OVER_SURVIVORS |= {f: _filled(f, _fill) for f in _names(_name)}
 
 
 def _smooth(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -168,7 +169,8 @@ def _leaky(x: Tensor) -> Tensor:
 # A living channel may be cut to a constant by a ReLU and then look dead; these never do that, and they send equal
 # values to equal values, which is all that the search for dead channels looks at.
 SMOOTH: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    **dict.fromkeys(_names("relu", "relu6", "hardtanh", "threshold", "clamp", "clamp_min", "clamp_max"), _smooth(_leaky)),
+    **dict.fromkeys(_names("relu", "relu6", "hardtanh", "threshold"), _smooth(_leaky)),
+    **dict.fromkeys(_names("clamp", "clamp_min", "clamp_max"), _smooth(_leaky)),
     **dict.fromkeys(_names("hardswish"), _smooth(lambda x: x * torch.sigmoid(x))),
     **dict.fromkeys(_names("hardsigmoid"), _smooth(torch.sigmoid)),
     **{f: (lambda x, *a, **k: x.copy_(_leaky(x))) for f in _names("relu_", "clamp_", "clamp_min_", "clamp_max_")},

@@ -15,9 +15,10 @@ from structprune.channels.propagate import Channels, Invariant, has_rule, propag
 from structprune.channels.relations import Ids, Row
 from structprune.channels.sizes import Counter, Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
-from structprune.errors import PinnedError, PlanError, UnknownLayerError
+from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
 from structprune.groups import Group, Member, Roots, Slot, coupled_groups
 from structprune.tracing.provenance import Attribute
+from structprune.tracing.subgraph import module_graph, own_operations
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 
 Layer = str | nn.Module
@@ -59,6 +60,7 @@ class DependencyGraph:
             self.__dict__.pop(name, None)
         self.trace: Trace = trace(self.model, self.example_inputs, leaves=has_rule)
         self.channels: Channels = propagate(self.trace)
+        self._rebuilt: dict[str, bool] = {}
         self._pin_ignored()
         self.folds: list[Fold] = []
         for scale in self.channels.relations.scales:
@@ -69,7 +71,7 @@ class DependencyGraph:
             else:
                 self.folds.append(found)
         self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
-        self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, lambda _: False)
+        self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable)
         self.components: Components
         self.sizes: Sizes
         self.components, self.sizes = self._sizes.solve()
@@ -80,6 +82,20 @@ class DependencyGraph:
                 if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
                     for row in self.channels.rows[node.meta["index"]]:
                         self.channels.relations.pin(row, f"{path} is ignored")
+
+    def _rewritable(self, number: int) -> bool:
+        """Whether the forward of the module that runs this node can be rebuilt with another literal in it."""
+        call = self.trace.nodes[number].meta["call"]
+        if call < 0:
+            return False
+        path = self.trace.calls[call].path
+        if path not in self._rebuilt:
+            try:
+                module_graph(self.trace, path, lambda _number, _place, old: old)
+                self._rebuilt[path] = True
+            except TraceError:
+                self._rebuilt[path] = False
+        return self._rebuilt[path]
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
@@ -271,6 +287,12 @@ class DependencyGraph:
             reason = self.components.reasons[int(self.components.reason[held[0]])]
             raise PinnedError(f"Channels of {name!r} among {picked.tolist()} may not be removed: {reason}.")
         return np.unique(chosen)
+
+    def literal_site(self, number: int) -> tuple[str, int]:
+        """The module that runs node `number` itself, and the number of that operation among the module's own."""
+        node = self.trace.nodes[number]
+        path = self.trace.calls[node.meta["call"]].path
+        return path, own_operations(self.trace, path)[1].index(node)
 
     def counter(self, dead: Mask) -> Counter:
         """Counts living channels of rows when the components marked in `dead` are gone."""

@@ -10,7 +10,7 @@ from torch import fx
 from structprune.channels.relations import Relations
 from structprune.channels.rules import RULES, Context, Operand
 from structprune.errors import RuleError, StructpruneError
-from structprune.tracing.provenance import Expression
+from structprune.tracing.provenance import Expression, Literal, SizeInt
 from structprune.tracing.trace import Trace, describe
 
 
@@ -66,18 +66,22 @@ def propagate(trace: Trace) -> Channels:
 def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
     rows = context.rows
 
-    def operand(value: Any) -> Any:
+    number = node.meta["index"]
+
+    def operand(value: Any, place: tuple[int | str, ...]) -> Any:
         if isinstance(value, fx.Node):
             return Operand(value, rows[value.meta["index"]])
+        if type(value) is int:
+            return SizeInt(value, Literal(value, number, place))
         if isinstance(value, (tuple, list)):
-            return type(value)(operand(item) for item in value)
+            return type(value)(operand(item, (*place, i)) for i, item in enumerate(value))
         if isinstance(value, slice):
-            return slice(operand(value.start), operand(value.stop), operand(value.step))
+            return slice(*(operand(v, (*place, i)) for i, v in enumerate((value.start, value.stop, value.step))))
         return value
 
     context.node, context.shape = node, node.meta.get("shape", ())
-    args = [operand(value) for value in node.args]
-    kwargs = {key: operand(value) for key, value in node.kwargs.items()}
+    args = [operand(value, (i,)) for i, value in enumerate(node.args)]
+    kwargs = {key: operand(value, (key,)) for key, value in node.kwargs.items()}
     rule = RULES.get(node.meta["name"])
     if rule is None:
         operands = list(_operands(args)) + list(_operands(list(kwargs.values())))

@@ -25,8 +25,10 @@ from structprune.tracing.provenance import (
     Constant,
     Dim,
     Expression,
+    Literal,
     evaluate,
     leaves,
+    literals,
 )
 
 TRIALS = 3
@@ -74,7 +76,7 @@ class SizeSolver:
         channels: rows and relations; ties and pins are added to its relations.
         comparisons: what Python compared.
         read: value of an attribute of the model.
-        rewritable: whether a literal in the call of this node can be rewritten.
+        rewritable: whether a literal in the arguments of this node can be rewritten.
     """
 
     def __init__(
@@ -120,11 +122,8 @@ class SizeSolver:
                 break
             self._mend(failures)
         moving = {a: row for a, row in self._attributes.items() if self._moves(components, row)}
-        literals = [
-            e for e in self._expectations
-            if not any(True for _ in leaves(e.expression)) and self._moves(components, e.row)
-        ]  # fmt: skip
-        return components, Sizes(moving, literals, self._derived)
+        literal = [e for e in self._expectations if _is_literal(e) and self._moves(components, e.row)]
+        return components, Sizes(moving, literal, self._derived)
 
     def _moves(self, components: Components, row: Row) -> bool:
         return row.free and not bool(components.pinned[components.of(row)].all())
@@ -162,9 +161,7 @@ class SizeSolver:
     def _matters(self, components: Components, e: Expectation) -> bool:
         if not self._moves(components, e.row):
             return self._touched(components, e.expression)
-        if any(True for _ in leaves(e.expression)):
-            return True
-        return not self._rewritable(e.node)
+        return not (_is_literal(e) and self._rewritable(e.node))
 
     def _touched(self, components: Components, expression: Expression) -> bool:
         for leaf in leaves(expression):
@@ -199,7 +196,7 @@ class SizeSolver:
         """
         value = self._valuation(count, self._expectations)
         for e in self._expectations:
-            if any(True for _ in leaves(e.expression)) and not self._holds(e, count, value):
+            if not _is_literal(e) and not self._holds(e, count, value):
                 raise PlanError(
                     f"{e.expression} would be {evaluate(e.expression, value)} where {count(e.row)} channels are left, "
                     f"at {e.where}. Remove other channels, or name the layer in ignore=."
@@ -317,6 +314,19 @@ class SizeSolver:
         if row.free and factor.free and row.key in keys and factor.key in keys:
             return [factor, row] if keys.index(factor.key) < keys.index(row.key) else [row, factor]
         return [factor, row]
+
+
+def _is_literal(e: Expectation) -> bool:
+    """Whether the size is a literal in the call, and nothing else."""
+    return not any(True for _ in leaves(e.expression)) and sum(1 for _ in literals(e.expression)) == 1
+
+
+def literal_for(expression: Expression, target: Number) -> Number:
+    """The value of the literal in `expression`, which holds nothing else, for which it equals `target`."""
+    if isinstance(expression, Arithmetic) and expression.symbol == "-" and expression.right is None:
+        return literal_for(expression.left, -target)
+    assert isinstance(expression, Literal), f"{expression} is not a literal"
+    return target
 
 
 def _involved(expression: Expression) -> int:

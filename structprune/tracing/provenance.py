@@ -33,6 +33,18 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
+class Literal:
+    """A plain int in the arguments of node number `node`, at `place`: ``(1, 0)`` is the first item of argument 1."""
+
+    value: int
+    node: int
+    place: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True, slots=True)
 class Dim:
     """The size of dimension `dim` of the tensor that node number `node` of the trace produces."""
 
@@ -70,12 +82,12 @@ class Arithmetic:
         return f"{self.symbol}({self.left})" if self.right is None else f"({self.left} {self.symbol} {self.right})"
 
 
-Expression = Constant | Dim | Attribute | Arithmetic
+Expression = Constant | Literal | Dim | Attribute | Arithmetic
 
 
 def evaluate(expression: Expression, leaf: Callable[[Dim | Attribute], float]) -> float:
     """Value of `expression` when each size and attribute has the value that `leaf` gives it."""
-    if isinstance(expression, Constant):
+    if isinstance(expression, (Constant, Literal)):
         return expression.value
     if not isinstance(expression, Arithmetic):
         return leaf(expression)
@@ -91,7 +103,17 @@ def leaves(expression: Expression) -> Iterator[Dim | Attribute]:
         yield from leaves(expression.left)
         if expression.right is not None:
             yield from leaves(expression.right)
-    elif not isinstance(expression, Constant):
+    elif not isinstance(expression, (Constant, Literal)):
+        yield expression
+
+
+def literals(expression: Expression) -> Iterator[Literal]:
+    """The literals that stand as arguments of calls in `expression`."""
+    if isinstance(expression, Arithmetic):
+        yield from literals(expression.left)
+        if expression.right is not None:
+            yield from literals(expression.right)
+    elif isinstance(expression, Literal):
         yield expression
 
 
@@ -157,14 +179,13 @@ def _wrap(value: Any, expression: Expression) -> Any:
     return value
 
 
-def _binary(symbol: str, function: Callable[..., Any], method: str, reflected: bool = False) -> Callable[..., Any]:
+def _binary(symbol: str, function: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
     def apply(self: Any, other: Any) -> Any:
-        plain = getattr(self.base, method)(self, other)
-        if plain is NotImplemented:
-            return plain
-        mine, theirs = self.expression, expression_of(other)
-        left, right = (theirs, mine) if reflected else (mine, theirs)
-        return _wrap(plain, Arithmetic(symbol, function, left, right))
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        left, right = (other, self) if reflected else (self, other)
+        result = function(plain(left), plain(right))
+        return _wrap(result, Arithmetic(symbol, function, expression_of(left), expression_of(right)))
 
     return apply
 
@@ -208,8 +229,8 @@ def _arithmetic() -> dict[str, Callable[..., Any]]:
     methods: dict[str, Callable[..., Any]] = {"__float__": _float}
     for name, symbol in _BINARY.items():
         function = getattr(operator, name)
-        methods[f"__{name}__"] = _binary(symbol, function, f"__{name}__")
-        methods[f"__r{name}__"] = _binary(symbol, function, f"__r{name}__", reflected=True)
+        methods[f"__{name}__"] = _binary(symbol, function)
+        methods[f"__r{name}__"] = _binary(symbol, function, reflected=True)
     for name, symbol in _UNARY.items():
         methods[f"__{name}__"] = _unary(symbol, getattr(operator, name), f"__{name}__")
     for name, symbol in _COMPARISONS.items():

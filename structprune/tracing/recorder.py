@@ -73,6 +73,10 @@ class Recorder(TorchFunctionMode):
         self.recording.nodes.append(node)
         return node
 
+    def input_node(self) -> fx.Node:
+        """A node for the next example input."""
+        return self._node("placeholder", f"input_{len(self.recording.nodes)}", (), {}, "input")
+
     def remember(self, tensor: Tensor, node: fx.Node) -> None:
         """From now on `tensor` is what `node` made."""
         node.meta["shape"] = tuple(plain(list(tensor.shape)))
@@ -169,9 +173,13 @@ class Recorder(TorchFunctionMode):
         self._tracked = []
         before = [self._argument(value) for value in args]
         keywords = {key: self._argument(value) for key, value in kwargs.items()}
-        result = func(*args, **kwargs)
+        result = self._execute(call, func, args, kwargs)
         self._record(call, before, keywords, result)
         return result
+
+    def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operation that becomes the next node."""
+        return func(*args, **kwargs)
 
     def _size(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         answer = func(*args, **kwargs)

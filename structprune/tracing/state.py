@@ -135,8 +135,8 @@ def shield(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def lent(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[dict[int, str]]:
-    """Lend `model` to a trace: its tensors replaced through `replace`, its int attributes tracked.
+def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True) -> Iterator[dict[int, str]]:
+    """Lend `model` to a trace: its tensors replaced through `replace`, its int attributes tracked if `track`.
 
     Yields the names of the replaced tensors by ``id``. Everything is put back at the end, whatever happens.
     """
@@ -157,5 +157,6 @@ def lent(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[dict
                     module.__dict__[key] = type(value)(
                         swapped.get(id(item), item) if isinstance(item, Tensor) else item for item in value
                     )
-        _track_attributes(model, stack)
+        if track:
+            _track_attributes(model, stack)
         yield names

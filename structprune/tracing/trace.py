@@ -111,7 +111,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
         recorder = Recorder(ids, leaves, meta)
         placeholders: list[fx.Node] = []
         for tensor in tensors_in((args, kwargs)):
-            node = recorder._node("placeholder", f"input_{len(placeholders)}", (), {}, "input")
+            node = recorder.input_node()
             recorder.remember(tensor, node)
             placeholders.append(node)
         with recorder.watching(model), recorder:
@@ -130,6 +130,14 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
         tuple(ledger.escapes.values()),
         not meta,
     )
+
+
+def run_once(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """The outputs of `model` in eval mode, without gradients; model, inputs and random state stay as they were."""
+    args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
+    with preserved_random_state(), torch.no_grad(), lent(model, shield, track=False):
+        model.eval()
+        return model(*args, **kwargs)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str], bool] = lambda _: False) -> Trace:
@@ -163,11 +171,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
         return _run(model, example_inputs, leaves, meta=False)
     except Exception as error:
         second = error
-    args, kwargs = as_call(example_inputs)
-    with preserved_random_state(), torch.no_grad(), lent(model, shield):
-        model.eval()
-        copies = map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs))
-        model(*copies[0], **copies[1])  # the user's own error, if there is one
+    run_once(model, example_inputs)  # the user's own error, if there is one
     if isinstance(second, StructpruneError):
         raise second
     raise TraceError(

@@ -1,0 +1,28 @@
+"""structprune: trained PyTorch networks made smaller and faster by removing whole channels."""
+
+from structprune.api import plan, prune
+from structprune.channels.rules.table import rule as register_rule
+from structprune.cost import Cost, cost
+from structprune.graph import DependencyGraph
+from structprune.groups import Group, Member
+from structprune.importance.weight import LnNorm, Random
+from structprune.plan import Plan
+from structprune.surgery.verify import Report, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cost",
+    "DependencyGraph",
+    "Group",
+    "LnNorm",
+    "Member",
+    "Plan",
+    "Random",
+    "Report",
+    "cost",
+    "plan",
+    "prune",
+    "register_rule",
+    "verify",
+]

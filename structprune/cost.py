@@ -1,0 +1,190 @@
+"""Parameters, multiply-accumulates and memory, counted on the trace.
+
+Counting on the trace sees ``F.conv2d``, attention and bare matrix products as well as layers. Counts follow the rows of
+the channel algebra, so the cost of a plan is known without building the smaller model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from torch import fx, nn
+
+from structprune.channels.propagate import Channels, has_rule, propagate
+from structprune.channels.relations import Row
+from structprune.tracing.state import held_tensors
+from structprune.tracing.trace import ExampleInputs, Trace, trace
+
+Count = Callable[[Row], int]
+
+# Results that share the memory of their first argument.
+_VIEWS = frozenset({
+    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "unsqueeze", "squeeze", "getitem",
+    "select", "narrow", "chunk", "split", "unbind", "expand", "T", "mT", "t", "detach", "part", "contiguous",
+    "view_as", "expand_as", "python.split", "split_with_sizes", "dropout",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one forward on the example inputs takes.
+
+    Attributes:
+        params: entries of all parameters, each tied one once.
+        macs: multiply-accumulates of convolutions, linear layers, matrix products, attention and recurrences.
+        weight_bytes: bytes of all parameters and buffers.
+        peak_activation_bytes: bytes of the inputs and results that are alive at once, at the worst moment, if each is
+            freed after its last use and views take no memory.
+    """
+
+    params: int
+    macs: int
+    weight_bytes: int
+    peak_activation_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.params:,} parameters, {self.macs:,} MACs, {self.weight_bytes:,} bytes of weights, "
+            f"{self.peak_activation_bytes:,} bytes of activations at most"
+        )
+
+    def to_json(self) -> str:
+        """The four numbers as a JSON object."""
+        return json.dumps(asdict(self))
+
+
+def _rows(channels: Channels, node: Any) -> tuple[Row, ...]:
+    return channels.rows[node.meta["index"]]
+
+
+def _volume(rows: tuple[Row, ...], count: Count) -> int:
+    return prod(count(row) for row in rows)
+
+
+def _tensors(node: fx.Node) -> list[Any]:
+    found: list[Any] = []
+    fx.map_arg((node.args, node.kwargs), found.append)  # keeps the order, and repeats
+    return found
+
+
+def _node_macs(node: fx.Node, channels: Channels, count: Count) -> int:
+    name = node.meta["name"]
+    if name in ("conv1d", "conv2d", "conv3d"):
+        weight = _rows(channels, _tensors(node)[1])
+        return _volume(_rows(channels, node), count) * _volume(weight[1:], count)
+    if name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+        x, weight = (_rows(channels, n) for n in _tensors(node)[:2])
+        return _volume(x, count) * _volume(weight[1:], count)
+    if name in ("linear", "matmul", "mm", "bmm", "mv", "dot", "cdist"):
+        x = _rows(channels, _tensors(node)[0])
+        return _volume(_rows(channels, node), count) * count(x[-1])
+    if name in ("addmm", "baddbmm", "addmv"):
+        x = _rows(channels, _tensors(node)[1])
+        return _volume(_rows(channels, node), count) * count(x[-1])
+    if name == "scaled_dot_product_attention":
+        query, key, value = (_rows(channels, n) for n in _tensors(node)[:3])
+        scores = _volume(query[:-1], count) * count(key[-2])
+        return scores * (count(query[-1]) + count(value[-1]))
+    if name == "bilinear":
+        weight = _rows(channels, _tensors(node)[2])
+        return _volume(_rows(channels, node), count) * _volume(weight[1:], count)
+    if name == "python.einsum":
+        return _einsum_macs(node, channels, count)
+    if name in _RECURRENT:
+        steps = _volume(_rows(channels, _tensors(node)[0])[:-1], count)
+        weights = [_rows(channels, n) for n in _tensors(node)[1:] if n.meta["name"] == "parameter"]
+        return steps * sum(_volume(rows, count) for rows in weights if len(rows) == 2)
+    return 0
+
+
+_RECURRENT = frozenset(
+    kind + suffix for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for suffix in ("", "_cell")
+)  # fmt: skip
+
+
+def _einsum_macs(node: fx.Node, channels: Channels, count: Count) -> int:
+    equation = node.args[0]
+    tensors = _tensors(node)
+    if not isinstance(equation, str) or len(tensors) < 2:
+        return 0
+    sizes: dict[str, int] = {}
+    hidden = 1
+    for term, tensor in zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True):
+        rows = list(_rows(channels, tensor))
+        letters, dots = term.replace("...", ""), len(rows) - len(term.replace("...", ""))
+        if "..." in term:
+            at = term.index("...")
+            hidden = max(hidden, _volume(tuple(rows[at : at + dots]), count))
+            rows[at : at + dots] = []
+        sizes |= {letter: max(sizes.get(letter, 1), count(row)) for letter, row in zip(letters, rows, strict=True)}
+    return hidden * prod(sizes.values())
+
+
+def _peak(recorded: Trace, channels: Channels, count: Count) -> int:
+    """Bytes alive at the worst moment, each result freed after its last use."""
+    owner: dict[fx.Node, fx.Node] = {}
+    last: dict[fx.Node, int] = {}
+    size: dict[fx.Node, int] = {}
+    for index, node in enumerate(recorded.nodes):
+        if node.meta["name"] in ("parameter", "constant"):
+            continue
+        inputs = [owner[n] for n in node.all_input_nodes if n in owner]
+        shares = (node.meta["name"] in _VIEWS or "writes" in node.meta) and inputs
+        owner[node] = inputs[0] if shares else node
+        for root in (*inputs, owner[node]):
+            last[root] = index
+        if not shares and isinstance(node.meta.get("shape"), tuple):
+            size[node] = _volume(_rows(channels, node), count) * node.meta["dtype"].itemsize
+    for node in recorded.outputs:
+        if node in owner:
+            last[owner[node]] = len(recorded.nodes)
+    freed: dict[int, int] = {}
+    for root, index in last.items():
+        freed[index] = freed.get(index, 0) + size.get(root, 0)
+    alive = peak = 0
+    for index, node in enumerate(recorded.nodes):
+        alive += size.get(node, 0)
+        peak = max(peak, alive)
+        alive -= freed.get(index, 0)
+    return peak
+
+
+def count_cost(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Cost:
+    """Cost of the traced model when `count` gives the number of living channels of each row."""
+    thinned = {
+        str(node.target): _rows(channels, node) for node in recorded.nodes if node.meta["name"] == "parameter"
+    }
+    params = weight_bytes = 0
+    seen: set[int] = set()
+    for name, held in held_tensors(model).items():
+        if id(held.tensor) in seen:
+            continue
+        seen.add(id(held.tensor))
+        numel = _volume(thinned[name], count) if name in thinned else held.tensor.numel()
+        params += numel if isinstance(held.tensor, nn.Parameter) else 0
+        weight_bytes += numel * held.tensor.element_size()
+    macs = sum(_node_macs(node, channels, count) for node in recorded.nodes)
+    return Cost(params, macs, weight_bytes, _peak(recorded, channels, count))
+
+
+def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
+    """Count what one forward of `model` on `example_inputs` takes; nothing is computed.
+
+    Args:
+        model: any ``nn.Module`` whose forward can be traced.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword).
+
+    Raises:
+        TraceError: the forward cannot be recorded.
+
+    Example:
+        >>> import torch, structprune
+        >>> structprune.cost(torch.nn.Linear(8, 4), torch.randn(1, 8)).macs
+        32
+    """
+    recorded = trace(model, example_inputs, leaves=has_rule)
+    return count_cost(model, recorded, propagate(recorded), lambda row: row.size)

@@ -1,0 +1,1 @@
+"""Criteria: what a channel is worth, from tensors and index arrays alone."""

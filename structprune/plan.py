@@ -1,0 +1,135 @@
+"""`Plan`: what will be removed, repaired and rewritten; decided, printable, and not yet done."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from torch import nn
+
+from structprune.cost import Cost
+from structprune.errors import PlanError
+from structprune.surgery.apply import apply
+from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWidth:
+    """Output channels of a layer before and after."""
+
+    layer: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Plan(Edits):
+    """A decision that can be printed, costed, saved, compared and applied.
+
+    Attributes:
+        thinnings: what is removed from which tensor.
+        repairs: attributes to set.
+        rescales: factors that keep the function where a size changes it.
+        rewrites: literals in forwards to change.
+        layers: output channels of each thinned layer.
+        before: cost of the model as it is.
+        after: cost of the model that `apply` makes.
+        inputs: shapes and types of the example inputs, nested as they were given.
+        settings: what the plan was asked for.
+    """
+
+    layers: tuple[LayerWidth, ...]
+    before: Cost
+    after: Cost
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """Original indices that go, by tensor name and dimension."""
+        found: dict[str, dict[int, tuple[int, ...]]] = {}
+        for thinning in self.thinnings:
+            found.setdefault(thinning.tensor, {})[thinning.dim] = thinning.removed
+        return found
+
+    def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
+        """The smaller model.
+
+        Args:
+            model: the model that the plan was made for, or another of the same shapes.
+            inplace: change `model` itself and return it; otherwise it stays untouched.
+
+        Raises:
+            SurgeryError: the plan does not fit the model; the model is as it was.
+        """
+        return apply(model, self, inplace=inplace)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def table(self) -> Table:
+        """Layers with their channels before and after, and the cost."""
+        table = Table("layer", "channels", "kept", title=None)
+        for layer in self.layers:
+            table.add_row(layer.layer, str(layer.before), str(layer.after))
+        table.add_section()
+        for name, before in asdict(self.before).items():
+            after = getattr(self.after, name)
+            share = f" ({after / before:.1%})" if before else ""
+            table.add_row(name.replace("_", " "), f"{before:,}", f"{after:,}{share}")
+        return table
+
+    def __str__(self) -> str:
+        """The table as text."""
+        console = Console(file=io.StringIO(), width=100)
+        console.print(self.table())
+        for repair in self.repairs:
+            place = ".".join([repair.module or "model", *map(str, repair.chain)])
+            console.print(f"{place}: {repair.old} -> {repair.new}", highlight=False)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    # -- JSON ----------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The plan as JSON text, with its schema version."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            PlanError: the text is no plan, or one of a later schema.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"This is not the JSON of a plan: {error}. Pass what Plan.to_json returned.") from error
+        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+            raise PlanError("This JSON is not a plan: it has no schema version. Pass what Plan.to_json returned.")
+        if data["schema"] > SCHEMA:
+            raise PlanError(f"This plan has schema {data['schema']}; this version reads up to {SCHEMA}. Upgrade.")
+        try:
+            return cls(
+                tuple(Thinning(**{**t, "removed": tuple(t["removed"])}) for t in data["thinnings"]),
+                tuple(Repair(**{**r, "chain": tuple(r["chain"])}) for r in data["repairs"]),
+                tuple(Rescale(**{**r, "positions": _tuple(r["positions"])}) for r in data["rescales"]),
+                tuple(Rewrite(**{**r, "place": tuple(r["place"])}) for r in data["rewrites"]),
+                data["inputs"],
+                tuple(LayerWidth(**layer) for layer in data["layers"]),
+                Cost(**data["before"]),
+                Cost(**data["after"]),
+                data["settings"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"This JSON is not a whole plan: {type(error).__name__}: {error}.") from error
+
+
+def _tuple(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)

@@ -1,0 +1,110 @@
+"""From a decision about channels to a `Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from structprune.channels.relations import Ids
+from structprune.channels.sizes import Counter, literal_for
+from structprune.channels.solver import Mask
+from structprune.cost import count_cost
+from structprune.errors import PlanError
+from structprune.graph import DependencyGraph
+from structprune.plan import LayerWidth, Plan
+from structprune.surgery.edits import Repair, Rescale, Rewrite, Thinning
+from structprune.tracing.provenance import Attribute, Dim, evaluate, literals
+from structprune.tracing.specification import specify
+from structprune.tracing.state import held_tensors
+
+
+def tensors_of(graph: DependencyGraph) -> dict[str, Tensor]:
+    """The tensors of the graph's model by name."""
+    return {name: held.tensor for name, held in held_tensors(graph.model).items()}
+
+
+def plan_removal(graph: DependencyGraph, chosen: Ids, settings: Mapping[str, Any] | None = None) -> Plan:
+    """The plan that removes the components `chosen` and all that is coupled to them.
+
+    Raises:
+        PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
+    """
+    dead = np.zeros(graph.components.count, dtype=bool)
+    dead[chosen] = True
+    dead = graph.components.closure(dead)
+    count = graph.counter(dead)
+    thinnings = _thinnings(graph, dead)
+    values = graph.check(dead)
+    repairs = tuple(
+        Repair(attribute.module, attribute.chain, graph.read(attribute), new)
+        for attribute, new in sorted(values.items(), key=lambda item: str(item[0]))
+    )
+    nothing = graph.counter(np.zeros_like(dead))
+    return Plan(
+        thinnings,
+        repairs,
+        _rescales(graph, count, values),
+        _rewrites(graph, count),
+        specify(graph.example_inputs),
+        _layers(thinnings),
+        count_cost(graph.model, graph.trace, graph.channels, nothing),
+        count_cost(graph.model, graph.trace, graph.channels, count),
+        dict(settings or {}),
+    )
+
+
+def _thinnings(graph: DependencyGraph, dead: Mask) -> tuple[Thinning, ...]:
+    found = []
+    for slot in graph.slots:
+        gone = dead[graph.components.of(slot.row)]
+        if gone.all():
+            raise PlanError(
+                f"This would remove all {slot.row.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep at "
+                "least one; to remove a whole layer is another operation."
+            )
+        if gone.any():
+            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, tuple(np.flatnonzero(gone).tolist())))
+    return tuple(found)
+
+
+def _layers(thinnings: tuple[Thinning, ...]) -> tuple[LayerWidth, ...]:
+    return tuple(
+        LayerWidth(t.tensor.rpartition(".")[0] or t.tensor, t.size, t.size - len(t.removed))
+        for t in thinnings
+        if t.dim == 0 and t.tensor.endswith("weight")
+    )
+
+
+def _rescales(graph: DependencyGraph, count: Counter, values: Mapping[Attribute, int]) -> tuple[Rescale, ...]:
+    def before(leaf: Dim | Attribute) -> float:
+        return graph.channels.rows[leaf.node][leaf.dim].size if isinstance(leaf, Dim) else graph.read(leaf)
+
+    def after(leaf: Dim | Attribute) -> float:
+        if isinstance(leaf, Dim):
+            return count(graph.channels.rows[leaf.node][leaf.dim])
+        return values.get(leaf, graph.read(leaf))
+
+    found: list[Rescale] = []
+    for fold in graph.folds:
+        factor = evaluate(fold.scale.expression, before) / evaluate(fold.scale.expression, after)
+        if factor != 1:
+            found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in fold.carriers]
+    return tuple(found)
+
+
+def _rewrites(graph: DependencyGraph, count: Counter) -> tuple[Rewrite, ...]:
+    found: dict[tuple[str, int, tuple[int | str, ...]], Rewrite] = {}
+    for expectation in graph.sizes.literals:
+        (literal,) = literals(expectation.expression)
+        new = int(literal_for(expectation.expression, count(expectation.row)))
+        if new == literal.value:
+            continue
+        path, number = graph.literal_site(literal.node)
+        rewrite = Rewrite(path, number, literal.place, literal.value, new)
+        known = found.setdefault((path, number, literal.place), rewrite)
+        if known != rewrite:
+            raise PlanError(f"The literal {literal.value} at {expectation.where} would have to be two numbers at once.")
+    return tuple(found.values())

@@ -1,0 +1,1 @@
+"""Doing what a plan says: slices, repairs and rewrites, all or nothing; and checking the result."""

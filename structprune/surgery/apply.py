@@ -1,0 +1,139 @@
+"""Applying a plan: either it succeeds whole or the model is what it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.errors import SurgeryError
+from structprune.surgery.describe import describe_layers, set_attribute
+from structprune.surgery.edits import Edits, Repair
+from structprune.surgery.rewrite import rewritten_classes
+from structprune.surgery.slicing import smaller_tensors
+from structprune.tracing.state import Held, held_tensors
+
+
+def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
+    """Carry out `plan` on a copy of `model`, or on the model itself.
+
+    Args:
+        model: the model that the plan was made for, or another of the same shapes.
+        plan: what to remove, repair and rewrite.
+        inplace: change `model` itself; its parameters keep their identity, so an optimizer still holds them.
+
+    Raises:
+        SurgeryError: the plan does not fit the model, which is then as it was.
+    """
+    tensors = held_tensors(model)
+    with torch.no_grad():
+        new = smaller_tensors(plan, tensors)
+    classes = rewritten_classes(model, plan)
+    if inplace:
+        _change(model, plan, tensors, new, classes)
+        return model
+    slim = copy.deepcopy(model, _memo(tensors, new))
+    _finish(slim, plan, classes, [])
+    return slim
+
+
+def _memo(tensors: dict[str, Held], new: dict[int, Tensor]) -> dict[int, Any]:
+    """For ``deepcopy``: changed tensors come from `new`, so that what is removed is never copied."""
+    memo: dict[int, Any] = {}
+    for held in tensors.values():
+        old = held.tensor
+        changed = new.get(id(old))
+        if changed is None:
+            if not old.is_leaf:  # deepcopy refuses these; a forward makes them anew
+                memo[id(old)] = old.detach().clone()
+            continue
+        if isinstance(old, nn.Parameter):
+            changed = type(old)(changed, requires_grad=old.requires_grad) if type(old) is nn.Parameter else changed
+            changed.__dict__.update(copy.copy(old.__dict__))
+            changed.requires_grad_(old.requires_grad)
+            if old.grad is not None:
+                changed.grad = new[id(old.grad)]
+        memo[id(old)] = changed
+    return memo
+
+
+Classes = dict[str, type[nn.Module]]
+
+
+def _change(
+    model: nn.Module, plan: Edits, tensors: dict[str, Held], new: dict[int, Tensor], classes: Classes
+) -> None:
+    undo: list[Callable[[], None]] = []
+    try:
+        done: set[int] = set()
+        for held in tensors.values():
+            old = held.tensor
+            if id(old) in new and id(old) not in done:
+                done.add(id(old))
+                _swap(old, new, undo)
+        _finish(model, plan, classes, undo)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _swap(tensor: Tensor, new: dict[int, Tensor], undo: list[Callable[[], None]]) -> None:
+    data, grad = tensor.data, tensor.grad if tensor.is_leaf else None
+
+    def restore() -> None:
+        tensor.grad = None
+        tensor.data = data
+        tensor.grad = grad
+
+    undo.append(restore)
+    if grad is not None:
+        tensor.grad = None
+    tensor.data = new[id(tensor)]
+    if grad is not None:
+        tensor.grad = new[id(grad)]
+
+
+def _finish(model: nn.Module, plan: Edits, classes: Classes, undo: list[Callable[[], None]]) -> None:
+    """Everything but the tensors: attributes by provenance, descriptions of standard layers, literals."""
+    thinned = {thinning.tensor.rpartition(".")[0] for thinning in plan.thinnings}
+    for repair in plan.repairs:
+        _repair(model, repair, undo)
+    describe_layers(model, thinned | {repair.module for repair in plan.repairs}, undo)
+    for path, new_class in classes.items():
+        module = model.get_submodule(path)
+        undo.append(partial(setattr, module, "__class__", type(module)))
+        module.__class__ = new_class
+
+
+def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) -> None:
+    owner: Any = model.get_submodule(repair.module)
+    steps = list(repair.chain)
+    while len(steps) > 1 and isinstance(steps[1], str):
+        owner = getattr(owner, str(steps.pop(0)))
+    name = str(steps[0])
+    old = getattr(owner, name)
+    if _read(old, steps[1:]) not in (repair.old, repair.new):
+        raise SurgeryError(
+            f"The attribute {'.'.join(map(str, repair.chain))} of {repair.module or 'the model'!r} is "
+            f"{_read(old, steps[1:])}, where the plan expects {repair.old}. Make a new plan for this model."
+        )
+    set_attribute(owner, name, _replaced(old, steps[1:], repair.new), undo)
+
+
+def _read(value: Any, steps: list[Any]) -> Any:
+    for step in steps:
+        value = value[step]
+    return value
+
+
+def _replaced(value: Any, steps: list[Any], new: int) -> Any:
+    if not steps:
+        return new
+    items = list(value)
+    items[steps[0]] = _replaced(items[steps[0]], steps[1:], new)
+    return type(value)(items)

@@ -1,0 +1,58 @@
+"""The single changes that surgery makes, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Thinning:
+    """Indices `removed` of dimension `dim`, of `size` entries, of the tensor named `tensor` go."""
+
+    tensor: str
+    dim: int
+    size: int
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """The attribute at `chain` of the module `module` becomes `new`."""
+
+    module: str
+    chain: tuple[str | int, ...]
+    old: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rescale:
+    """Entries at the original `positions` (all, if None) of dimension `dim` of `tensor` are multiplied by `factor`."""
+
+    tensor: str
+    dim: int
+    positions: tuple[int, ...] | None
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """Literal `old`, at `place` in the arguments of operation number `operation` run directly by `module`, is `new`."""
+
+    module: str
+    operation: int
+    place: tuple[int | str, ...]
+    old: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Edits:
+    """All that is to change, and what the example inputs looked like (see `structprune.tracing.specification`)."""
+
+    thinnings: tuple[Thinning, ...]
+    repairs: tuple[Repair, ...]
+    rescales: tuple[Rescale, ...]
+    rewrites: tuple[Rewrite, ...]
+    inputs: Any

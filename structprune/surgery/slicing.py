@@ -1,0 +1,83 @@
+"""The smaller tensors of a plan, for any kind of layer alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from structprune.errors import SurgeryError
+from structprune.surgery.edits import Edits, Rescale, Thinning
+from structprune.tracing.state import Held
+
+
+def kept(thinning: Thinning) -> np.ndarray:
+    """Original indices that stay, in order."""
+    mask = np.ones(thinning.size, dtype=bool)
+    mask[list(thinning.removed)] = False
+    return np.flatnonzero(mask)
+
+
+def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:
+    """The entries `index` of dimension `dim`; a run is cut out without an index."""
+    if len(index) and index[-1] - index[0] + 1 == len(index):
+        return tensor.narrow(dim, int(index[0]), len(index))
+    return tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+
+
+def _sliced(tensor: Tensor, thinnings: list[Thinning]) -> Tensor:
+    result = tensor.detach()
+    # The dimension that loses the largest share goes first: less is copied twice.
+    for thinning in sorted(thinnings, key=lambda t: -len(t.removed) / t.size):
+        result = take(result, thinning.dim, kept(thinning))
+    return result.clone(memory_format=torch.contiguous_format) if result.numel() == 0 or _shares(result, tensor) else result
+
+
+def _shares(result: Tensor, tensor: Tensor) -> bool:
+    return not result.is_meta and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+
+def _rescaled(tensor: Tensor, rescale: Rescale, thinnings: list[Thinning]) -> Tensor:
+    if rescale.positions is None:
+        return tensor * rescale.factor
+    stays = next((kept(t) for t in thinnings if t.dim == rescale.dim), np.arange(tensor.shape[rescale.dim]))
+    factor = np.where(np.isin(stays, rescale.positions), rescale.factor, 1.0)
+    shape = [-1 if dim == rescale.dim else 1 for dim in range(tensor.dim())]
+    return tensor * torch.from_numpy(factor).to(tensor.device, tensor.dtype).view(shape)
+
+
+def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
+    """The new tensor for each tensor that the plan changes, by the ``id`` of the old one.
+
+    Raises:
+        SurgeryError: a tensor of the plan is missing or has another size.
+    """
+    by_tensor: dict[str, list[Thinning]] = {}
+    for thinning in plan.thinnings:
+        held = tensors.get(thinning.tensor)
+        if held is None:
+            raise SurgeryError(
+                f"The plan thins {thinning.tensor!r}, which this model does not have. Apply a plan to the model it was "
+                "made for."
+            )
+        shape = tuple(held.tensor.shape)
+        if thinning.dim >= len(shape) or shape[thinning.dim] != thinning.size:
+            raise SurgeryError(
+                f"The plan thins dimension {thinning.dim} of {thinning.tensor!r} from {thinning.size} entries, but its "
+                f"shape is {list(shape)}. Has the model been pruned since the plan was made? Make a new plan."
+            )
+        by_tensor.setdefault(thinning.tensor, []).append(thinning)
+    result: dict[int, Tensor] = {}
+    for name, thinnings in by_tensor.items():
+        old = tensors[name].tensor
+        result[id(old)] = _sliced(old, thinnings)
+    for rescale in plan.rescales:
+        old = tensors[rescale.tensor].tensor
+        result[id(old)] = _rescaled(
+            result.get(id(old), old.detach()), rescale, by_tensor.get(rescale.tensor, [])
+        )
+    for name in by_tensor.keys() | {rescale.tensor for rescale in plan.rescales}:
+        old = tensors[name].tensor
+        if isinstance(old, nn.Parameter) and old.grad is not None:
+            result[id(old.grad)] = _sliced(old.grad, by_tensor.get(name, []))
+    return result

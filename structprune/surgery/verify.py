@@ -1,0 +1,239 @@
+"""`verify`: does the pruned network compute what the original computes with those channels switched off?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from structprune.channels.propagate import has_rule
+from structprune.channels.relations import Survivors
+from structprune.channels.solver import Mask
+from structprune.errors import VerificationError
+from structprune.graph import DependencyGraph
+from structprune.surgery.edits import Edits
+from structprune.tracing.recorder import Recorder
+from structprune.tracing.state import held_tensors, lent, shield
+from structprune.tracing.trace import ExampleInputs, as_call, map_tensors, preserved_random_state, run_once, tensors_in
+from structprune.tracing.vocabulary import Call
+
+_WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        max_relative_error: largest difference of an output tensor over the largest entry of the reference; 0 on the
+            ``meta`` device, where only shapes are compared.
+        errors: the same for each output tensor, in order.
+        shapes: shapes of the outputs.
+        tolerance: what counts as equal in the precision that was used.
+        numbers: whether numbers were compared, or shapes only.
+    """
+
+    max_relative_error: float
+    errors: tuple[float, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    tolerance: float
+    numbers: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether the largest error is within the tolerance."""
+        return self.max_relative_error <= self.tolerance
+
+    def __str__(self) -> str:
+        what = f"max relative error {self.max_relative_error:.2e}" if self.numbers else "shapes equal"
+        return f"{'equal' if self.ok else 'DIFFERENT'}: {what}, {len(self.errors)} outputs, tolerance {self.tolerance:g}"
+
+    def raise_for_error(self) -> None:
+        """Raise unless the outputs are equal.
+
+        Raises:
+            VerificationError: they are not.
+        """
+        if not self.ok:
+            raise VerificationError(
+                f"The pruned network differs from the original with the removed channels switched off: {self}. "
+                "Please report the model; name layers in ignore= to find the one that is wrong."
+            )
+
+
+class _Reference(Recorder):
+    """Runs the original, with norms and sums over thinned axes taken over the survivors.
+
+    It counts operations as the tracer does, so that node numbers agree.
+    """
+
+    def __init__(self, names: dict[int, str], survivors: dict[int, tuple[tuple[int, ...], list[Mask]]]) -> None:
+        super().__init__(names, has_rule, meta=False)
+        self._survivors = survivors
+
+    def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = self._survivors.get(len(self.recording.nodes))
+        if found is None:
+            return super()._execute(call, func, args, kwargs)
+        dims, masks = found
+        x: Tensor = args[0] if args else kwargs["input"]
+        keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
+        rest = list(args[1:])
+        if call.name == "group_norm":
+            return self._group_norm(func, x, rest, kwargs, keep[0])
+        small = _selected(x, dims, keep)
+        if call.name in _WITH_SHAPE:
+            first = x.dim() - len(rest[0])
+            rest[0] = list(small.shape[first:])
+            inner = [dim - first for dim in dims]
+            rest[1:3] = [_selected(t, inner, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
+        result = func(small, *rest, **kwargs)
+        same = isinstance(result, Tensor) and result.dim() == x.dim() and call.name in (*_WITH_SHAPE, "_weight_norm")
+        return _scattered(result, x, dims, keep) if same else result
+
+    def _group_norm(self, func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], keep: Tensor) -> Tensor:
+        size = x.shape[1] // int(rest[0])
+        rest[0] = len(torch.unique(keep // size))
+        rest[1:3] = [t.index_select(0, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
+        return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
+
+
+def _selected(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
+    for dim, index in zip(dims, keep, strict=True):
+        x = x.index_select(dim, index)
+    return x
+
+
+def _scattered(small: Tensor, like: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
+    for dim, index in zip(dims, keep, strict=True):
+        shape = list(small.shape)
+        shape[dim] = like.shape[dim]
+        small = small.new_zeros(shape).index_copy(dim, index, small)
+    return small
+
+
+def _dead(graph: DependencyGraph, edits: Edits) -> Mask:
+    """Components that the edits remove."""
+    dead = np.zeros(graph.components.count, dtype=bool)
+    removed = {(t.tensor, t.dim): t.removed for t in edits.thinnings}
+    for slot in graph.slots:
+        indices = removed.get((slot.tensor, slot.dim))
+        if indices is not None:
+            dead[graph.components.of(slot.row)[list(indices)]] = True
+    for lattice in graph.components.lattices:
+        cells = dead[lattice.cells]
+        for axis, part in zip(lattice.axes, lattice.factors, strict=True):
+            dead[part[cells.all(axis=tuple(i for i in range(cells.ndim) if i != axis))]] = True
+    return graph.components.closure(dead)
+
+
+def _thinned(graph: DependencyGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
+    for survivors in graph.channels.relations.survivors:
+        masks = [~dead[graph.components.of(row)] for row in survivors.rows]
+        if not all(mask.all() for mask in masks):
+            yield survivors, masks
+
+
+def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInputs) -> Any:
+    """Outputs of `original` with the channels that `edits` removes switched off; the model is left as it was.
+
+    Every removed slice of a parameter or buffer is zero; norms, means and sums over thinned axes run over the
+    survivors.
+    """
+    graph = DependencyGraph(original, example_inputs)
+    survivors = {s.node: (s.dims, masks) for s, masks in _thinned(graph, _dead(graph, edits))}
+    off = copy.deepcopy(original, {id(h.tensor): _zeroed(n, h.tensor, edits) for n, h in held_tensors(original).items()})
+    args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
+    with preserved_random_state(), torch.no_grad(), lent(off, shield) as names:
+        off.eval()
+        recorder = _Reference(names, survivors)
+        for tensor in tensors_in((args, kwargs)):
+            recorder.remember(tensor, recorder.input_node())
+        with recorder:
+            return off(*args, **kwargs)
+
+
+def _zeroed(name: str, tensor: Tensor, edits: Edits) -> Tensor:
+    result = tensor.detach().clone()
+    for thinning in edits.thinnings:
+        if thinning.tensor == name and result.is_floating_point():
+            index = torch.tensor(thinning.removed, device=result.device)
+            result.index_fill_(thinning.dim, index, 0)
+    return nn.Parameter(result, requires_grad=False) if isinstance(tensor, nn.Parameter) else result
+
+
+def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
+    """Largest difference over the largest entry of the reference, for each tensor of two nested outputs.
+
+    Raises:
+        VerificationError: the outputs differ in number, shape or type.
+    """
+    left, right = list(tensors_in(ours)), list(tensors_in(reference))
+    if [(t.shape, t.dtype) for t in left] != [(t.shape, t.dtype) for t in right]:
+        raise VerificationError(
+            f"The pruned network's outputs have the shapes {[list(t.shape) for t in left]}, the original's "
+            f"{[list(t.shape) for t in right]}."
+        )
+    errors: list[float] = []
+    for a, b in zip(left, right, strict=True):
+        if not a.numel() or a.is_meta:
+            errors.append(0.0)
+            continue
+        a, b = a.detach().double(), b.detach().double()
+        difference = float((a - b).abs().max())
+        scale = float(b.abs().max())
+        finite = np.isfinite(difference)
+        errors.append(difference / scale if finite and scale else difference if finite else float("inf"))
+    return tuple(errors)
+
+
+def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: ExampleInputs) -> Report:
+    """Compare `slim` with `original` whose removed channels are switched off.
+
+    Half-precision models are compared in float32 copies; models on the ``meta`` device by shape alone.
+
+    Args:
+        original: the model that `plan` was made for, unchanged.
+        slim: what ``plan.apply`` returned.
+        plan: the plan.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword); real values make a better check.
+
+    Raises:
+        VerificationError: the outputs differ in number, shape or type.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(3, 4)
+        >>> plan = structprune.plan(model, x, ratio=0.5)
+        >>> structprune.verify(model, plan.apply(model), plan, x).ok
+        True
+    """
+    held = [h.tensor for h in held_tensors(original).values()]
+    types = {t.dtype for t in held if t.is_floating_point()} or {torch.float32}
+    if any(t.is_meta for t in held):
+        example_inputs = _mapped(example_inputs, lambda t: t.to("meta"))
+        errors = relative_errors(run_once(slim, example_inputs), run_once(original, example_inputs))
+        return Report(0.0, errors, _shapes(run_once(slim, example_inputs)), 0.0, numbers=False)
+    if types & {torch.float16, torch.bfloat16}:
+        original, slim = copy.deepcopy(original).float(), copy.deepcopy(slim).float()
+        example_inputs = _mapped(example_inputs, lambda t: t.float() if t.is_floating_point() else t)
+        types = {torch.float32}
+    ours = run_once(slim, example_inputs)
+    errors = relative_errors(ours, switched_off(original, plan, example_inputs))
+    tolerance = max(TOLERANCE.get(kind, 1e-3) for kind in types)
+    return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance)
+
+
+def _mapped(example_inputs: ExampleInputs, function: Any) -> ExampleInputs:
+    return map_tensors(function, example_inputs)
+
+
+def _shapes(outputs: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in tensors_in(outputs))

@@ -3,7 +3,7 @@
 from structprune.api import plan, prune
 from structprune.channels.rules.table import rule as register_rule
 from structprune.cost import Cost, cost
-from structprune.graph import DependencyGraph
+from structprune.dependency_graph import DependencyGraph
 from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.plan import Plan

@@ -9,7 +9,7 @@ import numpy as np
 
 from structprune.channels.relations import Ids
 from structprune.errors import PlanError
-from structprune.graph import DependencyGraph
+from structprune.graph import ChannelGraph
 from structprune.groups import Group
 
 
@@ -37,7 +37,7 @@ def check_ratio(ratio: float) -> float:
     return float(ratio)
 
 
-def one_factor_each(graph: DependencyGraph, ratio: Callable[[Group], float]) -> Sequence[Group]:
+def one_factor_each(graph: ChannelGraph, ratio: Callable[[Group], float]) -> Sequence[Group]:
     """The groups to thin when of each grid (heads x head size) only one factor is.
 
     Of the factors of a grid the one whose feasible number of channels comes nearest to the ratio is chosen; whole
@@ -75,7 +75,7 @@ def _together(a: int, b: int, factors: list[list[int]]) -> bool:
     return all((a in factor) == (b in factor) for factor in factors)
 
 
-def local_shares(graph: DependencyGraph, ratio: float) -> list[Share]:
+def local_shares(graph: ChannelGraph, ratio: float) -> list[Share]:
     """The same share of every group goes."""
     return [
         Share(group, kept_count(group.channels, ratio)) for group in one_factor_each(graph, lambda _: ratio)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from structprune.allocation import check_ratio, local_shares, lowest
-from structprune.graph import DependencyGraph, Layer
+from structprune.dependency_graph import DependencyGraph
+from structprune.graph import Layer
 from structprune.importance.base import Importance, check_scores, importance_of
 from structprune.plan import Plan
 from structprune.planning import plan_removal, tensors_of

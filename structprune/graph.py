@@ -1,4 +1,4 @@
-"""`DependencyGraph`: which slices of which parameters go together, and what may not go at all."""
+"""`ChannelGraph`: which slices of which parameters go together, and what may not go at all."""
 
 from __future__ import annotations
 
@@ -24,29 +24,13 @@ from structprune.tracing.trace import ExampleInputs, Trace, trace
 Layer = str | nn.Module
 
 
-class DependencyGraph:
-    """The coupled channels of a model.
-
-    Building it runs the model once on stand-ins without data; the model is left as it was.
+class ChannelGraph:
+    """The coupled channels of a model; `structprune.DependencyGraph` adds their removal.
 
     Args:
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ignore: layers (modules or dotted names) to leave whole.
-
-    Raises:
-        TraceError: the forward cannot be recorded.
-        UnknownLayerError: a name in `ignore` is not in the model.
-
-    Example:
-        >>> import torch, structprune
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
-        >>> graph = structprune.DependencyGraph(model, torch.randn(1, 3, 8, 8))
-        >>> print(graph.group("0"))
-        0: 8 channels
-          0.weight, dim 0: 1 a channel
-          0.bias, dim 0: 1 a channel
-          2.weight, dim 1: 1 a channel
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, *, ignore: Iterable[Layer] = ()) -> None:
@@ -215,9 +199,9 @@ class DependencyGraph:
         """Why a layer's channels are pinned, or what goes with them.
 
         Example:
-            >>> import torch, structprune
+            >>> import torch
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
-            >>> graph = structprune.DependencyGraph(model, torch.randn(1, 4))
+            >>> graph = ChannelGraph(model, torch.randn(1, 4))
             >>> print(graph.explain("1"))
             1: 2 channels, pinned: it is a dimension of the model's outputs
         """

@@ -13,7 +13,7 @@ from structprune.channels.sizes import Counter, literal_for
 from structprune.channels.solver import Mask
 from structprune.cost import count_cost
 from structprune.errors import PlanError
-from structprune.graph import DependencyGraph
+from structprune.graph import ChannelGraph
 from structprune.plan import LayerWidth, Plan
 from structprune.surgery.edits import Repair, Rescale, Rewrite, Thinning
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literals
@@ -21,12 +21,12 @@ from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
 
 
-def tensors_of(graph: DependencyGraph) -> dict[str, Tensor]:
+def tensors_of(graph: ChannelGraph) -> dict[str, Tensor]:
     """The tensors of the graph's model by name."""
     return {name: held.tensor for name, held in held_tensors(graph.model).items()}
 
 
-def plan_removal(graph: DependencyGraph, chosen: Ids, settings: Mapping[str, Any] | None = None) -> Plan:
+def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] | None = None) -> Plan:
     """The plan that removes the components `chosen` and all that is coupled to them.
 
     Raises:
@@ -56,7 +56,7 @@ def plan_removal(graph: DependencyGraph, chosen: Ids, settings: Mapping[str, Any
     )
 
 
-def _thinnings(graph: DependencyGraph, dead: Mask) -> tuple[Thinning, ...]:
+def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:
     found = []
     for slot in graph.slots:
         gone = dead[graph.components.of(slot.row)]
@@ -78,7 +78,7 @@ def _layers(thinnings: tuple[Thinning, ...]) -> tuple[LayerWidth, ...]:
     )
 
 
-def _rescales(graph: DependencyGraph, count: Counter, values: Mapping[Attribute, int]) -> tuple[Rescale, ...]:
+def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, int]) -> tuple[Rescale, ...]:
     def before(leaf: Dim | Attribute) -> float:
         return graph.channels.rows[leaf.node][leaf.dim].size if isinstance(leaf, Dim) else graph.read(leaf)
 
@@ -95,7 +95,7 @@ def _rescales(graph: DependencyGraph, count: Counter, values: Mapping[Attribute,
     return tuple(found)
 
 
-def _rewrites(graph: DependencyGraph, count: Counter) -> tuple[Rewrite, ...]:
+def _rewrites(graph: ChannelGraph, count: Counter) -> tuple[Rewrite, ...]:
     found: dict[tuple[str, int, tuple[int | str, ...]], Rewrite] = {}
     for expectation in graph.sizes.literals:
         (literal,) = literals(expectation.expression)

@@ -15,7 +15,7 @@ from structprune.channels.propagate import has_rule
 from structprune.channels.relations import Survivors
 from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
-from structprune.graph import DependencyGraph
+from structprune.graph import ChannelGraph
 from structprune.surgery.edits import Edits
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.state import held_tensors, lent, shield
@@ -118,7 +118,7 @@ def _scattered(small: Tensor, like: Tensor, dims: Sequence[int], keep: list[Tens
     return small
 
 
-def _dead(graph: DependencyGraph, edits: Edits) -> Mask:
+def _dead(graph: ChannelGraph, edits: Edits) -> Mask:
     """Components that the edits remove."""
     dead = np.zeros(graph.components.count, dtype=bool)
     removed = {(t.tensor, t.dim): t.removed for t in edits.thinnings}
@@ -133,7 +133,7 @@ def _dead(graph: DependencyGraph, edits: Edits) -> Mask:
     return graph.components.closure(dead)
 
 
-def _thinned(graph: DependencyGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
+def _thinned(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
     for survivors in graph.channels.relations.survivors:
         masks = [~dead[graph.components.of(row)] for row in survivors.rows]
         if not all(mask.all() for mask in masks):
@@ -146,7 +146,7 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
     Every removed slice of a parameter or buffer is zero; norms, means and sums over thinned axes run over the
     survivors.
     """
-    graph = DependencyGraph(original, example_inputs)
+    graph = ChannelGraph(original, example_inputs)
     survivors = {s.node: (s.dims, masks) for s, masks in _thinned(graph, _dead(graph, edits))}
     off = copy.deepcopy(original, {id(h.tensor): _zeroed(n, h.tensor, edits) for n, h in held_tensors(original).items()})
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))

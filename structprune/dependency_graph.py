@@ -1,0 +1,61 @@
+"""`DependencyGraph`: the coupled channels of a model, and their removal in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from structprune.graph import ChannelGraph, Layer
+from structprune.groups import Group
+from structprune.plan import Plan
+from structprune.planning import plan_removal
+
+
+class DependencyGraph(ChannelGraph):
+    """The coupled channels of a model.
+
+    Building it runs the model once on stand-ins without data; the model is left as it was.
+
+    Args:
+        model: any ``nn.Module`` whose forward can be traced.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
+        ignore: layers (modules or dotted names) to leave whole.
+
+    Raises:
+        TraceError: the forward cannot be recorded.
+        UnknownLayerError: a name in `ignore` is not in the model.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+        >>> graph = structprune.DependencyGraph(model, torch.randn(1, 3, 8, 8))
+        >>> print(graph.group("0"))
+        0: 8 channels
+          0.weight, dim 0: 1 a channel
+          0.bias, dim 0: 1 a channel
+          2.weight, dim 1: 1 a channel
+        >>> plan = graph.prune_group("0", [1, 5])
+        >>> model[2].weight.shape
+        torch.Size([4, 6, 3, 3])
+    """
+
+    def prune_group(self, target: Group | Layer, indices: Sequence[int]) -> Plan:
+        """Remove channels, with all that is coupled to them, from the model in place.
+
+        The graph then describes the smaller model; groups taken from it before are stale.
+
+        Args:
+            target: a group of this graph, or a layer (module or dotted name) whose output channels are meant.
+            indices: channels of the group, or output channels of the layer, counted from 0.
+
+        Returns:
+            The plan that was carried out.
+
+        Raises:
+            PlanError: indices out of range or repeated, or nothing would be left.
+            PinnedError: a channel may not be removed; the message says why.
+            SurgeryError: the removal failed; the model is as it was.
+        """
+        decided = plan_removal(self, self.chosen(target, indices), {"indices": [int(i) for i in indices]})
+        decided.apply(self.model, inplace=True)
+        self._analyse()
+        return decided

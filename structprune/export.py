@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import ExportError
-from structprune.inputs import ExampleInputs, as_call, batch_size, evaluating, is_batched, resize_batch
+from structprune.inputs import batch_size, evaluating, is_batched, resize_batch
 from structprune.onnx_file import check, compare, input_names, require, tensors
+from structprune.tracing.trace import ExampleInputs, as_call
 
 # Beyond 2 GiB a protobuf cannot hold the weights; they then go into a second file beside the first.
 _EXTERNAL_DATA_ABOVE = 1_800_000_000

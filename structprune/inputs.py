@@ -1,44 +1,17 @@
-"""Example inputs: how they reach a model, how their batch is resized, and a model held still while it runs on them."""
+"""Example inputs: their batch and how it is resized, and models held still while they run on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
-"""A tensor, the positional arguments as a tuple or list, or the keyword arguments as a dict."""
-
-
-def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn example inputs into the arguments of a call.
-
-    Args:
-        example_inputs: A tensor (the only argument), a tuple or list (positional) or a mapping (keyword).
-
-    Returns:
-        Positional and keyword arguments: ``model(*args, **kwargs)``.
-
-    Example:
-        >>> args, kwargs = as_call({"x": torch.zeros(2, 3)})
-        >>> args, list(kwargs)
-        ((), ['x'])
-    """
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return tuple(example_inputs), {}
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], example_inputs: ExampleInputs) -> Any:
-    """Apply a function to every tensor of the inputs, however nested; the rest stays as it is."""
-    return pytree.tree_map_only(Tensor, function, example_inputs)
+from structprune.tracing.trace import ExampleInputs, as_call
 
 
 def batch_size(example_inputs: ExampleInputs) -> int:
@@ -90,7 +63,7 @@ def resize_batch(example_inputs: ExampleInputs, size: int) -> Any:
             return tensor
         return tensor[torch.arange(size, device=tensor.device) % current]
 
-    return map_tensors(resize, example_inputs)
+    return pytree.tree_map_only(Tensor, resize, example_inputs)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import ExportError, MissingExtraError
-from structprune.inputs import ExampleInputs, as_call, batch_size
+from structprune.inputs import batch_size
+from structprune.tracing.trace import ExampleInputs, as_call
 
 
 def require(module: str) -> Any:

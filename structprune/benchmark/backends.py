@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from structprune.export import export_onnx
-from structprune.inputs import ExampleInputs, as_call
 from structprune.onnx_file import input_names, require, session, tensors, to_numpy
+from structprune.tracing.trace import ExampleInputs, as_call
 
 Call: TypeAlias = Callable[[], Any]
 

@@ -12,13 +12,15 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from structprune.benchmark.backends import BACKENDS, Call
 from structprune.benchmark.results import Benchmark, Timing
-from structprune.inputs import ExampleInputs, as_call, evaluating, map_tensors, resize_batch
 from structprune.inputs import batch_size as batch_size_of
+from structprune.inputs import evaluating, resize_batch
 from structprune.onnx_file import tensors
+from structprune.tracing.trace import ExampleInputs, as_call
 
 
 def benchmark(
@@ -63,7 +65,7 @@ def benchmark(
     """
     _validate(models, backends, runs=runs, warmup=warmup, threads=threads)
     where = torch.device(device) if device is not None else _device_of(example_inputs)
-    inputs = map_tensors(lambda tensor: tensor.to(where), example_inputs)
+    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), example_inputs)
     if batch_size is not None:
         inputs = resize_batch(inputs, batch_size)
     placed = {name: _placed(model, where) for name, model in models.items()}

@@ -1,0 +1,241 @@
+"""The benchmark: models run in turns, under the conditions asked for, and nothing of the caller's is changed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from structprune.benchmark import Benchmark, Timing, benchmark, timing
+from structprune.benchmark.results import bootstrap_speedup
+from structprune.errors import MissingExtraError
+
+
+class Recorder(nn.Module):
+    """Writes down each call and the conditions under which it came."""
+
+    def __init__(self, name="model", log=None):
+        super().__init__()
+        self.name = name
+        self.log = [] if log is None else log
+        self.drop = nn.Dropout()
+
+    def forward(self, x, **more):
+        self.log.append(
+            {
+                "name": self.name,
+                "training": self.training or self.drop.training,
+                "gradients": torch.is_grad_enabled(),
+                "threads": torch.get_num_threads(),
+                "shape": tuple(x.shape),
+                "collector": gc.isenabled(),
+                "more": {name: tuple(value.shape) for name, value in more.items()},
+            }
+        )
+        return self.drop(x)
+
+
+class Sleeper(nn.Module):
+    """Takes a known time."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return x
+
+
+def test_models_run_in_turns_after_the_warmup():
+    log = []
+    models = {name: Recorder(name, log) for name in "abc"}
+    result = benchmark(models, torch.zeros(2, 3), runs=3, warmup=2)
+    assert [entry["name"] for entry in log] == list("abc") * 5
+    assert [entry["collector"] for entry in log] == [True] * 6 + [False] * 9
+    assert gc.isenabled()
+    assert [len(timing.seconds) for timing in result.timings] == [3, 3, 3]
+
+
+def test_conditions_inside_and_state_afterwards():
+    model = Recorder()
+    model.train()
+    model.drop.eval()
+    before, random = torch.get_num_threads(), torch.get_rng_state()
+    result = benchmark({"a": model}, torch.zeros(2, 3), threads=before + 1, runs=2, warmup=0)
+    for entry in model.log:
+        assert not entry["training"]
+        assert not entry["gradients"]
+        assert entry["threads"] == before + 1
+    assert result.threads == before + 1
+    assert torch.get_num_threads() == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert (model.training, model.drop.training) == (True, False)
+    assert torch.is_grad_enabled()
+
+
+def test_state_is_restored_when_a_model_fails():
+    model = nn.Linear(3, 2).train()
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        benchmark({"a": model}, torch.zeros(2, 5), threads=before + 1)
+    assert model.training
+    assert torch.get_num_threads() == before
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_batch_size_repeats_or_cuts_the_samples(size):
+    model = Recorder()
+    inputs = {"x": torch.zeros(3, 4), "mask": torch.zeros(3), "table": torch.zeros(7)}
+    result = benchmark({"a": model}, inputs, batch_size=size, runs=2, warmup=0)
+    assert model.log[0]["shape"] == (size, 4)
+    assert model.log[0]["more"] == {"mask": (size,), "table": (7,)}
+    assert result.batch_size == size
+
+
+def test_durations_and_speedup_are_those_of_the_models():
+    result = benchmark({"slow": Sleeper(0.02), "fast": Sleeper(0.01)}, torch.zeros(4, 1), runs=10, warmup=1)
+    assert 0.02 <= result.timing("slow").median < 0.03
+    low, high = result.timing("fast").quartiles
+    assert 0.01 <= low <= result.timing("fast").median <= high
+    speedup = result.speedup("fast")
+    assert 1.5 < speedup.low <= speedup.ratio <= speedup.high < 2.5
+    assert result.speedup("slow").ratio == 1
+
+
+def test_onnxruntime_backend():
+    models = {"wide": nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2)), "narrow": nn.Linear(8, 2)}
+    result = benchmark(models, torch.randn(4, 8), backends=("eager", "onnxruntime"), runs=3, warmup=1)
+    found = [(timing.model, timing.backend) for timing in result.timings]
+    assert found == [(name, backend) for backend in ("eager", "onnxruntime") for name in ("wide", "narrow")]
+    assert all(second > 0 for timing in result.timings for second in timing.seconds)
+
+
+def test_compile_backend(monkeypatch):
+    """With dynamo alone: code generation is torch's own and takes a C++ compiler a quarter of a minute."""
+    compiled = []
+    compile_model = torch.compile
+
+    def compile_eagerly(model, **options):
+        compiled.append(options)
+        return compile_model(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    models = {"a": nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "b": nn.Sequential(nn.Linear(4, 2), nn.ReLU())}
+    result = benchmark(models, torch.randn(4, 4), backends=("compile",), runs=3, warmup=1)
+    assert compiled == [{"dynamic": False}] * 2
+    # Tracing takes longer than all runs together and must have fallen into the warm-up.
+    assert max(result.timing("b", "compile").seconds) < 0.05
+
+
+def test_missing_onnxruntime_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install structprune\[onnx\]"):
+        benchmark({"a": nn.Linear(2, 2)}, torch.zeros(1, 2), backends=("onnxruntime",))
+
+
+def test_onnxruntime_without_the_device_is_refused(monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["OtherExecutionProvider"])
+    with pytest.raises(ValueError, match="cannot run on cpu: it offers OtherExecutionProvider"):
+        benchmark({"a": nn.Linear(2, 2)}, torch.zeros(1, 2), backends=("onnxruntime",))
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        ({}, {}, "no model to time"),
+        ({"a": nn.ReLU()}, {"backends": ("eager", "tpu")}, r"out of eager, compile, onnxruntime; got \('eager', 'tpu'"),
+        ({"a": nn.ReLU()}, {"backends": "eager"}, "must be a sequence of names"),
+        ({"a": nn.ReLU()}, {"backends": ()}, "must be a sequence of names"),
+        ({"a": nn.ReLU()}, {"runs": 1}, "runs must be at least 2; got 1"),
+        ({"a": nn.ReLU()}, {"warmup": -1}, "warmup must be at least 0"),
+        ({"a": nn.ReLU()}, {"threads": 0}, "threads must be at least 1"),
+        ({"a": nn.ReLU()}, {"batch_size": 0}, "cannot make a batch of 0 out of 2"),
+    ],
+)
+def test_bad_arguments_are_refused(models, options, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark(models, torch.zeros(2, 2), **options)
+
+
+def test_a_model_that_is_elsewhere_is_copied():
+    model = nn.Linear(2, 2)
+    assert timing._placed(model, torch.device("cpu")) is model
+    copied = timing._placed(model, torch.device("meta"))
+    assert copied is not model
+    assert copied.weight.is_meta
+    assert not model.weight.is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_times_the_work_and_not_its_launch():
+    small, large = nn.Linear(64, 64), nn.Sequential(*[nn.Linear(4096, 4096) for _ in range(16)])
+    result = benchmark({"large": large}, torch.randn(4096, 4096), device="cuda", runs=5)
+    assert result.timing("large").median > 1e-3
+    assert benchmark({"small": small}, torch.randn(64, 64), device="cuda", runs=5).device == "cuda"
+    assert large[0].weight.device.type == "cpu"
+
+
+def example() -> Benchmark:
+    return Benchmark(
+        timings=(
+            Timing(model="dense", backend="eager", seconds=(0.004, 0.004, 0.005)),
+            Timing(model="slim", backend="eager", seconds=(0.002, 0.002, 0.0025)),
+        ),
+        device="cpu",
+        threads=1,
+        batch_size=8,
+    )
+
+
+def test_prints_as_a_table():
+    text = str(example())
+    assert "cpu, 1 thread, batch of 8, 3 runs" in text
+    dense, slim = (next(line for line in text.splitlines() if name in line) for name in ("dense", "slim"))
+    assert "4.000" in dense
+    assert "2000" in dense
+    assert "x" not in dense
+    assert "2.00x" in slim
+    assert "2.00 to 2.00" in slim
+
+
+def test_json_holds_durations_and_statistics():
+    data = json.loads(example().to_json())
+    assert (data["device"], data["threads"], data["batch_size"], data["confidence"]) == ("cpu", 1, 8, 0.95)
+    slim = data["timings"][1]
+    assert slim["seconds"] == [0.002, 0.002, 0.0025]
+    assert slim["median"] == 0.002
+    assert slim["quartiles"] == [0.002, pytest.approx(0.00225)]
+    assert slim["speedup"] == {"ratio": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_a_timing_that_does_not_exist_is_named():
+    with pytest.raises(KeyError, match="no timing of 'slim' on 'compile'; timed were 'dense' on 'eager', 'slim'"):
+        example().speedup("slim", "compile")
+
+
+def test_interval_covers_the_true_ratio():
+    random = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        dense, slim = 1.25 * random.lognormal(sigma=0.2, size=30), random.lognormal(sigma=0.2, size=30)
+        speedup = bootstrap_speedup(tuple(dense), tuple(slim), seed=trial)
+        assert speedup.low <= speedup.ratio <= speedup.high
+        covered += speedup.low <= 1.25 <= speedup.high
+    # 95% is aimed at; the percentile bootstrap of a median is known to run a little conservative.
+    assert 180 <= covered <= 200
+
+
+def test_a_slow_spell_that_hits_both_widens_nothing():
+    random = np.random.default_rng(0)
+    dense = random.lognormal(sigma=1.0, size=31)
+    speedup = bootstrap_speedup(tuple(dense), tuple(dense / 2))
+    assert (speedup.low, speedup.high) == (pytest.approx(2), pytest.approx(2))
+    assert bootstrap_speedup(tuple(dense), tuple(random.permutation(dense) / 2)).low < 1.9

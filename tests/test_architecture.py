@@ -1,0 +1,127 @@
+"""The shape of the package: imports run one way, files stay short, and importing it is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "structprune"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A file or folder imports only what stands above it; those of one line do not import each other.
+ORDER = (
+    ("errors",),
+    ("tracing",),
+    ("channels",),
+    ("groups",),
+    ("graph",),
+    ("importance",),
+    ("allocation",),
+    ("cost",),
+    ("surgery",),
+    ("plan",),
+    ("planning",),
+    ("dependency_graph",),
+    ("api",),
+    ("recovery",),
+    ("training", "masks"),
+    ("search",),
+    ("inputs",),
+    ("onnx_file",),
+    ("export",),
+    ("benchmark", "io", "report"),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+
+MAX_LINES = 400
+HEAVY = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna", "timm", "torchvision", "transformers")
+
+
+def imported(source: str) -> Iterator[tuple[int, str]]:
+    """Line and full name of each import of something of the package, also inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = ["." * node.level + (node.module or "")]
+        else:
+            continue
+        for name in names:
+            if name.startswith(".") or name.split(".")[0] == "structprune":
+                yield node.lineno, name
+
+
+def faults(part: str, source: str) -> list[str]:
+    """What is wrong with the imports of a file; `part` is the file or folder that it belongs to."""
+    found = []
+    for line, name in imported(source):
+        if name.startswith("."):
+            found.append(f"line {line}: relative import {name}; write it out")
+        elif name == "structprune":
+            found.append(f"line {line}: imports the package's own __init__; import the module that defines the name")
+        elif (other := name.split(".")[1]) not in RANK:
+            found.append(f"line {line}: {other} has no place in ORDER")
+        elif other != part and RANK[other] >= RANK[part]:
+            found.append(f"line {line}: {part} imports {other}, which does not stand above it")
+    return found
+
+
+# The package's own __init__ is the front door and gathers everything.
+@pytest.mark.parametrize(
+    "file",
+    [file for file in FILES if file.parent != PACKAGE or file.stem != "__init__"],
+    ids=lambda file: str(file.relative_to(PACKAGE)),
+)
+def test_imports_run_one_way(file):
+    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert part in RANK, f"{part} has no place in ORDER"
+    assert faults(part, file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("from structprune.plan import Plan", "line 1: graph imports plan, which does not stand above it"),
+        ("def f():\n    import structprune.cli", "line 2: graph imports cli, which does not stand above it"),
+        ("import structprune", "line 1: imports the package's own __init__"),
+        ("from structprune import prune", "line 1: imports the package's own __init__"),
+        ("from .plan import Plan", "line 1: relative import .plan"),
+        ("from . import plan", "line 1: relative import ."),
+        ("from structprune.nowhere import x", "line 1: nowhere has no place in ORDER"),
+    ],
+)
+def test_an_arrow_that_runs_up_is_seen(source, fault):
+    (found,) = faults("graph", source)
+    assert found.startswith(fault)
+
+
+def test_arrows_that_run_down_are_accepted():
+    source = "import torch\nfrom structprune.errors import PlanError\nfrom structprune.graph.parts import Part"
+    assert faults("graph", source) == []
+
+
+def test_files_are_short():
+    lengths = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in FILES}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import structprune
+for module in pkgutil.walk_packages(structprune.__path__, "structprune."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.parametrize("statement", ["import sys, structprune", IMPORT_ALL], ids=["package", "every module"])
+def test_importing_loads_nothing_heavy(statement):
+    code = f"{statement}\nprint(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -15,6 +15,7 @@ from structprune.channels.propagate import Channels, Invariant, has_rule, propag
 from structprune.channels.relations import Ids, Row
 from structprune.channels.sizes import Counter, Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
+from structprune.channels.zeros import ZeroPass
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
 from structprune.groups import Group, Member, Roots, Slot, coupled_groups
 from structprune.tracing.provenance import Attribute
@@ -46,6 +47,7 @@ class ChannelGraph:
         self.channels: Channels = propagate(self.trace)
         self._rebuilt: dict[str, bool] = {}
         self._pin_ignored()
+        ZeroPass(self.trace, self.channels).run()
         self.folds: list[Fold] = []
         for scale in self.channels.relations.scales:
             found = fold(self.trace, scale)

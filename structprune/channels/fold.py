@@ -25,7 +25,8 @@ MOVEMENT = frozenset({
 })  # fmt: skip
 HOMOGENEOUS = frozenset({"neg", "to", "float", "half", "bfloat16", "double", "type_as", "dropout", "detach", "relu"})
 SUMS = frozenset({"add", "sub", "cat", "stack"})
-AFFINE = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "layer_norm": -1, "rms_norm": -1, "batch_norm": 1}
+CONTRACTIONS = frozenset({"matmul", "bmm", "mm", "python.einsum"})
+AFFINE = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "layer_norm": -1, "rms_norm": -1, "batch_norm": 1}  # the dimension of a layer's channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,15 @@ class _Search:
         elif name in ("mul", "div"):
             self._product(node, mask)
             return []
+        elif name in CONTRACTIONS:
+            if not bool(mask.all()):
+                raise _NoCarrier
+            source = _tensors(node)[0]
+            self._ask(source, torch.ones(source.meta["shape"], dtype=torch.bool))
+            return []
         elif name in AFFINE:
-            return self._affine(node, mask)
+            self._affine(node, mask)
+            return []
         elif name == "parameter":
             return [Carrier(str(node.target), *_line(mask))]
         raise _NoCarrier
@@ -148,20 +156,21 @@ class _Search:
             raise _NoCarrier
         self._ask(chosen, mask)
 
-    def _affine(self, node: fx.Node, mask: Tensor) -> list[Carrier]:
-        parameters = [t for t in _tensors(node)[1:] if t.meta["name"] == "parameter"]
-        if node.meta["name"] == "batch_norm":
+    def _affine(self, node: fx.Node, mask: Tensor) -> None:
+        """Scale the weight and bias of a layer: the entries that make the masked channels."""
+        name = node.meta["name"]
+        parameters = [t for t in _tensors(node)[1:]]
+        if name in ("batch_norm", "instance_norm"):
             parameters = [t for t in (node.args[1], node.args[2]) if isinstance(t, fx.Node)]
-        if not parameters or (len(_tensors(node)[1:]) != len(parameters) and node.meta["name"] != "batch_norm"):
-            raise _NoCarrier
-        flat = mask.movedim(AFFINE[node.meta["name"]], 0).flatten(1)
+        flat = _lines(mask, AFFINE[name])
         along = flat.any(1)
-        if not torch.equal(along, flat.all(1)):
+        if not parameters or not torch.equal(along, flat.all(1)):
             raise _NoCarrier
-        positions = None if bool(along.all()) else tuple(torch.nonzero(along).flatten().tolist())
-        if any(len(parameter.users) != 1 for parameter in parameters):
-            raise _NoCarrier
-        return [Carrier(str(parameter.target), 0, positions) for parameter in parameters]
+        for parameter in parameters:
+            shape = parameter.meta["shape"]
+            if len(shape) > 1 and name in ("layer_norm", "rms_norm"):
+                raise _NoCarrier
+            self._ask(parameter, along.view(-1, *[1] * (len(shape) - 1)).expand(shape))
 
     def _check_users(self, node: fx.Node, mask: Tensor) -> None:
         """Whatever else reads the tensor must read other entries of it."""
@@ -179,12 +188,17 @@ class _Search:
                     raise _NoCarrier
 
 
+def _lines(mask: Tensor, dim: int) -> Tensor:
+    """The mask as a matrix with one line for each index of `dim`."""
+    return mask.movedim(dim, 0).reshape(mask.shape[dim], -1)
+
+
 def _line(mask: Tensor) -> tuple[int, tuple[int, ...] | None]:
     """The mask of a parameter as positions along one dimension."""
     if bool(mask.all()):
         return 0, None
     for dim in range(mask.dim()):
-        flat = mask.movedim(dim, 0).flatten(1)
+        flat = _lines(mask, dim)
         if torch.equal(flat.any(1), flat.all(1)):
             return dim, tuple(torch.nonzero(flat.any(1)).flatten().tolist())
     raise _NoCarrier

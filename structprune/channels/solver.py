@@ -181,7 +181,7 @@ class Components:
         return news
 
     def _conflicts(self, lattices: list[tuple[Lattice, list[bool]]]) -> bool:
-        """Where grids of different shape share cells, or a grid holds a cell twice, only its longest factor may go."""
+        """Where grids of different shape share cells, or a grid holds a cell twice, only the finest factor may go."""
         owner = np.full(self.count, -1, dtype=np.int64)
         guilty: set[int] = set()
         for number, (lattice, _) in enumerate(lattices):
@@ -199,14 +199,22 @@ class Components:
                     guilty.add(number)
         for number in guilty:
             lattice, closed = lattices[number]
-            sizes = [len(np.unique(part)) for part in lattice.factors]
-            keep = lattice.axes[max(range(len(sizes)), key=lambda i: (sizes[i], i))]
+            left = [(self._classes(lattice.cells, axis), axis) for axis in lattice.axes]
+            keep = max(left)[1]
             for axis, part in zip(lattice.axes, lattice.factors, strict=True):
                 if axis != keep:
                     closed[axis] = True
                     reason = self._number("its channels are seen in groups of different sizes by different operations")
                     self._spread(part, np.full(len(part), reason))
         return bool(guilty)
+
+    def _classes(self, cells: Ids, axis: int) -> int:
+        """How many indices along `axis` would still go one by one if only they could."""
+        along = np.arange(cells.shape[axis]).reshape([-1 if i == axis else 1 for i in range(cells.ndim)])
+        _, compact = np.unique(cells, return_inverse=True)
+        index = np.broadcast_to(along, cells.shape).ravel() + int(compact.max()) + 1
+        joined = _components(int(index.max()) + 1, [(compact.ravel(), index)])
+        return len(np.unique(joined))
 
     # -- removing ------------------------------------------------------------------------------------------------
 

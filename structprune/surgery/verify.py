@@ -93,6 +93,8 @@ class _Reference(Recorder):
             rest[0] = list(small.shape[first:])
             inner = [dim - first for dim in dims]
             rest[1:3] = [_selected(t, inner, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
+        if call.name == "_weight_norm":
+            rest[0] = _selected(rest[0], *_present(rest[0], dims, keep))
         result = func(small, *rest, **kwargs)
         same = isinstance(result, Tensor) and result.dim() == x.dim() and call.name in (*_WITH_SHAPE, "_weight_norm")
         return _scattered(result, x, dims, keep) if same else result
@@ -102,6 +104,12 @@ class _Reference(Recorder):
         rest[0] = len(torch.unique(keep // size))
         rest[1:3] = [t.index_select(0, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
         return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
+
+
+def _present(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> tuple[list[int], list[Tensor]]:
+    """Those of `dims` in which `x` is not broadcast."""
+    pairs = [(dim, index) for dim, index in zip(dims, keep, strict=True) if x.shape[dim] != 1]
+    return [dim for dim, _ in pairs], [index for _, index in pairs]
 
 
 def _selected(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
@@ -148,7 +156,10 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
     """
     graph = ChannelGraph(original, example_inputs)
     survivors = {s.node: (s.dims, masks) for s, masks in _thinned(graph, _dead(graph, edits))}
-    off = copy.deepcopy(original, {id(h.tensor): _zeroed(n, h.tensor, edits) for n, h in held_tensors(original).items()})
+    zeroed: dict[int, Any] = {}
+    for name, held in held_tensors(original).items():
+        zeroed.setdefault(id(held.tensor), _zeroed(name, held.tensor, edits))  # a plan names a tied tensor once
+    off = copy.deepcopy(original, zeroed)
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
     with preserved_random_state(), torch.no_grad(), lent(off, shield) as names:
         off.eval()

@@ -164,15 +164,15 @@ class Recorder(TorchFunctionMode):
             return self._size(call, func, args, kwargs)
         if self._meta:
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
-            if call.name in _FACTORIES:
-                kwargs["device"] = torch.device("meta")
-            elif call.name in ("cpu", "cuda"):
+            if call.name in ("cpu", "cuda"):
                 return args[0]
-            elif call.name == "to":
-                args = tuple("meta" if isinstance(a, str) else a for a in args)
         self._tracked = []
         before = [self._argument(value) for value in args]
         keywords = {key: self._argument(value) for key, value in kwargs.items()}
+        if self._meta and call.name in _FACTORIES:
+            kwargs["device"] = torch.device("meta")
+        elif self._meta and call.name == "to":
+            args = tuple("meta" if isinstance(a, str) else a for a in args)
         result = self._execute(call, func, args, kwargs)
         self._record(call, before, keywords, result)
         return result

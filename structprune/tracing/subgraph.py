@@ -148,7 +148,10 @@ class _Builder:
             return {key: self._map(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
             return type(value)(self._map(item) for item in value)
-        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, slice, type(...))):
+        if isinstance(value, torch.device) and self._made:
+            # The trace ran elsewhere: tensors are made where the first argument is.
+            return self._graph.call_function(getattr, (next(iter(self._made.values())), "device"))
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, slice, type(...))):
             return value
         raise self._fail(f"uses a {type(value).__name__}")
 

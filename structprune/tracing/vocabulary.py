@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from structprune.tracing.provenance import SizeFloat, SizeInt, plain
+
 _OPERATORS = {
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift",
 }  # fmt: skip
@@ -68,15 +70,33 @@ class Call:
     inplace: bool = False
 
 
-def _opened(function: types.FunctionType) -> types.FunctionType:
+class _FloatType(type):
+    """What ``float`` means inside opened functions: ``float(n)`` of a tracked number stays tracked."""
+
+    def __call__(cls, value: Any = 0.0) -> Any:
+        if isinstance(value, SizeInt):
+            return SizeFloat(float(plain(value)), value.expression)
+        return value if isinstance(value, SizeFloat) else float(value)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, float)
+
+
+class _Float(metaclass=_FloatType):
+    """Stands for ``float``."""
+
+
+def _opened(function: types.FunctionType, outer: types.FunctionType | None = None) -> types.FunctionType:
     """A copy of a Python function that does not hand itself to the mode again, but runs its body."""
     names = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
     # F.max_pool2d and its like hold the functions that they choose from in their closure.
     closure = function.__closure__ and tuple(
-        types.CellType(_opened(cell.cell_contents)) if isinstance(cell.cell_contents, types.FunctionType) else cell
+        types.CellType(_opened(cell.cell_contents, function))
+        if isinstance(cell.cell_contents, types.FunctionType) and cell.cell_contents not in (function, outer)
+        else cell
         for cell in function.__closure__
     )
-    scope = {**function.__globals__, **names}
+    scope = {**function.__globals__, **names, "float": _Float}
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

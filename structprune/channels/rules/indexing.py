@@ -26,6 +26,10 @@ def cut(c: Context, row: Row, piece: slice) -> Row:
         if row.free and isinstance(piece.stop, int):
             c.expect(piece.stop, row)
         return row[start:stop:step]
+    if step > 1 and row.size % step == 0 and start < step and stop == row.size:
+        outer, inner = c.split(row, (row.size // step, step))
+        c.pin(inner, f"every {step}th channel is taken in {c.where()}")
+        return outer
     if step != 1:
         c.pin(row, f"every {step}th channel is taken in {c.where()}")
         return row[plain(piece)]
@@ -241,6 +245,18 @@ def scatter(c: Context, x: Operand, dim: int, index: Operand, *rest: Any, **kwar
             else:
                 c.pin(row, reason)
     return x.rows
+
+
+@rule("python.embedding_bag")
+def embedding_bag(c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *_: Any, **named: Any) -> Rows:
+    """Sums or means of rows of the table."""
+    for operand in operands_in(offsets, named):
+        for row in operand.rows:
+            c.pin(row, f"it counts the bags of {c.where()}")
+    c.pin(weight.rows[0], "rows of an embedding table are looked up by data")
+    for row in indices.rows:
+        c.pin(row, f"it numbers the entries of the bags of {c.where()}")
+    return (*c.fresh(c.shape[:-1], f"it numbers the bags of {c.where()}"), weight.rows[1])
 
 
 @rule("embedding")

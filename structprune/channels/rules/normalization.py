@@ -48,7 +48,7 @@ def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Rows:
     """``g * v / |v|``, with one norm for each index of `dim`."""
     if g.rows[v.dim(dim)].size > 1:
         c.same(v.rows[v.dim(dim)], g.rows[v.dim(dim)])
-    c.survivors(v, [at for at in range(len(v.rows)) if at != v.dim(dim)])
+    c.survivors(v, range(len(v.rows)))
     return v.rows
 
 
@@ -108,6 +108,13 @@ def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
 
 _SUMS = frozenset({"mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "nansum",
                    "nanmean", "frobenius_norm"})  # fmt: skip
+
+
+@rule("python.local_response_norm")
+def local_response_norm(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
+    """Every channel is divided by a norm over its neighbours."""
+    c.pin(x.rows[1], f"its neighbours take part in {c.where()}")
+    return x.rows
 
 
 @rule("cosine_similarity", "pairwise_distance")

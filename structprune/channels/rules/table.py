@@ -129,7 +129,7 @@ class Context:
 
     def where(self) -> str:
         """Operation and source line, for reasons."""
-        return f"{self.node.meta['name']} at {self.node.meta['where']}"
+        return f"{self.node.meta['name'].removeprefix('python.')} at {self.node.meta['where']}"
 
     def pin_all(self, operands: Sequence[Operand], reason: str) -> Result:
         """Pin every channel of the operands; the result is pinned too."""

@@ -1,0 +1,257 @@
+"""Where a channel that is switched off is zero, and where that matters.
+
+Switching a channel off makes the parameters that belong to it zero. Its activation is then zero too after a linear
+layer, a norm or a ReLU, but one half after a sigmoid. A consumer with weights of its own does not care, since its weights
+for the channel go as well. A plain sum over channels, or a product of two activations, does: there a channel may only go
+if it is zero when it is off. Where it is not, it is pinned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from structprune.channels.propagate import Channels
+from structprune.channels.relations import Row
+from structprune.tracing.trace import Trace, describe
+
+Zeros = tuple[bool, ...]
+
+# f(0) = 0
+_PRESERVING = frozenset({
+    "abs", "asin", "asinh", "atan", "atanh", "bfloat16", "ceil", "celu", "clone", "contiguous", "cpu", "cuda", "detach",
+    "double", "dropout", "elu", "erf", "expm1", "feature_dropout", "float", "floor", "gelu", "half", "hardshrink",
+    "hardswish", "leaky_relu", "log1p", "mish", "nan_to_num", "neg", "positive", "prelu", "relu", "relu6", "round",
+    "rrelu", "selu", "sign", "silu", "sin", "sinh", "softshrink", "softsign", "sqrt", "square", "tan", "tanh",
+    "tanhshrink", "trunc", "to", "type_as", "zeros_like", "alpha_dropout", "requires_grad",
+})  # fmt: skip
+_RESIZING = frozenset({"pad", "constant_pad_nd", "python.interpolate", "expand_as"})
+_MEANS = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
+_SUMS = frozenset({"sum", "norm", "linalg_vector_norm", "nansum"})
+_AFFINE_AT = {
+    "linear": -1, "conv1d": -2, "conv2d": -3, "conv3d": -4, "conv_transpose1d": -2, "conv_transpose2d": -3,
+    "conv_transpose3d": -4, "bilinear": -1,
+}  # fmt: skip
+_NORM_AT = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1, "rms_norm": -1}
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addmm", "cdist"})
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+class ZeroPass:
+    """One walk over a trace; afterwards the channels that may not go, because off is not zero, are pinned."""
+
+    def __init__(self, trace: Trace, channels: Channels) -> None:
+        self._trace = trace
+        self._channels = channels
+        self.zeros: list[Any] = []
+
+    def run(self) -> None:
+        """Walk, and add pins to the relations."""
+        for node in self._trace.nodes:
+            self.zeros.append(self._node(node))
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _rows(self, node: fx.Node) -> tuple[Row, ...]:
+        return self._channels.rows[node.meta["index"]]
+
+    def _of(self, node: fx.Node) -> Zeros:
+        return self.zeros[node.meta["index"]]
+
+    def _pin(self, row: Row, node: fx.Node) -> None:
+        if row.free:
+            where = describe(node, self._trace)
+            self._channels.relations.pin(row, f"a channel that is off is not zero there, and is summed over by {where}")
+
+    def _tensors(self, node: fx.Node) -> list[fx.Node]:
+        found: list[fx.Node] = []
+        fx.map_arg((node.args, node.kwargs), found.append)
+        return found
+
+    # -- one node ------------------------------------------------------------------------------------------------
+
+    def _node(self, node: fx.Node) -> Any:
+        name, rows = node.meta["name"], self._rows(node)
+        if name == "part":
+            parent, position = node.args
+            return self.zeros[parent.meta["index"]][position]  # type: ignore[union-attr,index]
+        if isinstance(rows, list):
+            single = self._single(node, name, next((part for part in rows if part is not None), ()))
+            return [single if part is not None and len(part) == len(single) else _none(part) for part in rows]
+        return self._single(node, name, rows)
+
+    def _single(self, node: fx.Node, name: str, rows: tuple[Row, ...]) -> Zeros:
+        tensors = self._tensors(node)
+        if name == "parameter":
+            return tuple(bool(node.meta["dtype"].is_floating_point) for _ in rows)
+        if name in ("zeros", "new_zeros"):
+            return tuple(True for _ in rows)
+        if not tensors:
+            return _none(rows)
+        first = tensors[0]
+        if name in _PRESERVING or name in _RESIZING:
+            return self._resized(node, first, rows) if name in _RESIZING else self._of(first)
+        if name in ("mul", "div"):
+            return tuple(self._any(tensors if name == "mul" else tensors[:1], rows, d) for d in range(len(rows)))
+        if name in ("add", "sub", "where", "maximum", "minimum", "lerp", "copy"):
+            return self._sum_like(node, name, tensors, rows)
+        if name == "pow":
+            exponent = node.args[1] if len(node.args) > 1 else None
+            return self._of(first) if isinstance(exponent, (int, float)) and exponent > 0 else _none(rows)
+        if name in ("hardtanh", "clamp"):
+            return self._of(first) if self._spans_zero(node) else _none(rows)
+        if name in _AFFINE_AT:
+            return self._affine(name, tensors, rows)
+        if name in _NORM_AT:
+            return self._norm(name, tensors, rows)
+        if name == "_weight_norm" or name.startswith(_RECURRENT):
+            return tuple(d == len(rows) - 1 or name == "_weight_norm" for d in range(len(rows)))
+        if name == "embedding":
+            return (*_none(rows[:-1]), True)
+        if name in _PRODUCTS:
+            return self._product(node, tensors[-2:], rows)
+        if name == "scaled_dot_product_attention":
+            return self._attention(node, tensors, rows)
+        if name == "python.einsum":
+            return self._einsum(node, tensors, rows)
+        if name in _MEANS or name in _SUMS:
+            return self._reduction(node, name, first, rows)
+        if "pool" in name or name in _MOVES or name.startswith("upsample"):
+            return self._moved(tensors, rows)
+        return _none(rows)
+
+    def _any(self, tensors: list[fx.Node], rows: tuple[Row, ...], dim: int) -> bool:
+        """Whether one of the factors is zero at every index of `dim` that is off."""
+        back = dim - len(rows)
+        return any(
+            -back <= len(self._rows(t)) and self._rows(t)[back].size == rows[dim].size and self._of(t)[back]
+            for t in tensors
+        )
+
+    def _sum_like(self, node: fx.Node, name: str, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        if name == "where":
+            tensors = [t for t in node.args[1:] if isinstance(t, fx.Node)]
+        numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool) and a != 0]
+        result = []
+        for dim in range(len(rows)):
+            back = dim - len(rows)
+            whole = [t for t in tensors if len(self._rows(t)) >= -back and self._rows(t)[back].size == rows[dim].size]
+            rest = [t for t in tensors if t not in whole and not (name == "sub" and self._is_mean(t, tensors[0], back))]
+            result.append(not numbers and not rest and bool(whole) and all(self._of(t)[back] for t in whole))
+        return tuple(result)
+
+    def _is_mean(self, node: fx.Node, of: fx.Node, back: int) -> bool:
+        """Whether `node` is a mean of `of` over dimension `back`: a centred channel takes no part when it is off."""
+        if node.meta["name"] == "part":
+            node = node.args[0]  # type: ignore[assignment]
+        if node.meta["name"] not in ("mean", "var_mean", "std_mean"):
+            return False
+        source = self._rows(self._tensors(node)[0])
+        mine = self._rows(of)
+        return len(source) >= -back and source[back].free and mine[back].free and source[back].key == mine[back].key
+
+    def _spans_zero(self, node: fx.Node) -> bool:
+        bounds = [*node.args[1:], node.kwargs.get("min"), node.kwargs.get("max")]
+        low, high = (bounds[0] if len(node.args) > 1 else bounds[-2]), (bounds[1] if len(node.args) > 2 else bounds[-1])
+        if node.meta["name"] == "hardtanh" and low is None:
+            return True
+        numbers = [b is None or isinstance(b, (int, float)) for b in (low, high)]
+        return all(numbers) and (low is None or low <= 0) and (high is None or high >= 0)  # type: ignore[operator]
+
+    def _affine(self, name: str, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        parameters = tensors[2:] if name == "bilinear" else tensors[1:]
+        weight, bias = parameters[0], parameters[1:]
+        out = 1 if name.startswith("conv_transpose") else 0
+        at = _AFFINE_AT[name] % len(rows)
+        zero = self._of(weight)[out] and all(self._of(b)[0] for b in bias)
+        x = self._of(tensors[0])
+        return tuple(zero if d == at else not bias and d < len(x) and x[d] for d in range(len(rows)))
+
+    def _norm(self, name: str, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        parameters = tensors[1:]
+        at = _NORM_AT[name] % len(rows)
+        x = self._of(tensors[0])
+        zero = x[at] if not parameters else all(self._of(p)[-1] for p in parameters)
+        keeps = name == "rms_norm" or not parameters
+        return tuple(zero if d == at else keeps and x[d] for d in range(len(rows)))
+
+    def _resized(self, node: fx.Node, first: fx.Node, rows: tuple[Row, ...]) -> Zeros:
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+        x = self._of(first)
+        return x if not value and len(x) == len(rows) else _none(rows)
+
+    def _product(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        a, b = tensors
+        left, right = self._of(a), self._of(b)
+        if not (left[-1] or right[-2 if len(right) > 1 else -1]) or node.meta["name"] == "cdist":
+            if not (left[-1] and right[-1] and node.meta["name"] == "cdist"):
+                self._pin(self._rows(a)[-1], node)
+        if node.meta["name"] in ("baddbmm", "addmm", "cdist"):
+            return _none(rows)
+        result = [False] * len(rows)
+        if len(left) > 1 and len(right) > 1:
+            result[-1], result[-2] = right[-1], left[-2]
+            for back in range(3, len(rows) + 1):
+                result[-back] = any(len(z) >= back and z[-back] for z in (left, right))
+        elif rows:
+            result[-1] = left[-2] if len(left) > 1 else right[-1]
+        return tuple(result)
+
+    def _attention(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        query, key, value = (self._of(t) for t in tensors[:3])
+        if not (query[-1] or key[-1]):
+            self._pin(self._rows(tensors[0])[-1], node)
+        return (*value[: len(rows) - 2], False, value[-1]) if len(value) == len(rows) else _none(rows)
+
+    def _einsum(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        equation = node.args[0]
+        if not isinstance(equation, str) or "->" not in equation or "..." in equation:
+            for tensor in tensors:
+                for row, zero in zip(self._rows(tensor), self._of(tensor), strict=True):
+                    if not zero:
+                        self._pin(row, node)
+            return _none(rows)
+        inputs, _, output = equation.replace(" ", "").partition("->")
+        zero: dict[str, bool] = {}
+        where: dict[str, Row] = {}
+        for term, tensor in zip(inputs.split(","), tensors, strict=True):
+            for letter, row, z in zip(term, self._rows(tensor), self._of(tensor), strict=True):
+                zero[letter] = zero.get(letter, False) or z
+                where[letter] = row if letter not in where or row.free else where[letter]
+        for letter, row in where.items():
+            if letter not in output and not zero[letter]:
+                self._pin(row, node)
+        return tuple(zero[letter] for letter in output)
+
+    def _reduction(self, node: fx.Node, name: str, first: fx.Node, rows: tuple[Row, ...]) -> Zeros:
+        source, zero = self._rows(first), self._of(first)
+        kept = {row.key for row in rows if row.free}
+        for row, z in zip(source, zero, strict=True):
+            if row.free and row.key not in kept and not z:
+                self._pin(row, node)
+        return self._moved([first], rows)
+
+    def _moved(self, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """A movement keeps zeros where a row passes whole; a row that is made of several needs them all."""
+        known: dict[object, bool] = {}
+        everything = True
+        for tensor in tensors:
+            for row, zero in zip(self._rows(tensor), self._of(tensor), strict=True):
+                if row.free:
+                    known[row.key] = known.get(row.key, True) and zero
+                    everything = everything and zero
+        return tuple(known.get(row.key, everything) if row.free else False for row in rows)
+
+
+def _none(rows: Any) -> Zeros:
+    return tuple(False for _ in rows) if rows is not None else ()
+
+
+_MOVES = frozenset({
+    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "movedim", "T", "t",
+    "mT", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "getitem", "select", "narrow",
+    "unbind", "chunk", "split", "split_with_sizes", "python.split", "cat", "stack", "index_select", "gather",
+    "im2col", "col2im", "unfold", "glu", "repeat_interleave", "tile", "repeat", "view_as", "reshape_as", "setitem",
+    "tensor_split", "native_channel_shuffle",
+})  # fmt: skip

@@ -77,9 +77,7 @@ def _together(a: int, b: int, factors: list[list[int]]) -> bool:
 
 def local_shares(graph: ChannelGraph, ratio: float) -> list[Share]:
     """The same share of every group goes."""
-    return [
-        Share(group, kept_count(group.channels, ratio)) for group in one_factor_each(graph, lambda _: ratio)
-    ]
+    return [Share(group, kept_count(group.channels, ratio)) for group in one_factor_each(graph, lambda _: ratio)]
 
 
 def lowest(scores: np.ndarray, count: int) -> Ids:

@@ -10,7 +10,7 @@ import networkx as nx
 import numpy as np
 from torch import fx, nn
 
-from structprune.channels.fold import Fold, fold
+from structprune.channels.fold import Fold, folds
 from structprune.channels.propagate import Channels, Invariant, has_rule, propagate
 from structprune.channels.relations import Ids, Row
 from structprune.channels.sizes import Counter, Sizes, SizeSolver
@@ -49,8 +49,8 @@ class ChannelGraph:
         self._pin_ignored()
         ZeroPass(self.trace, self.channels).run()
         self.folds: list[Fold] = []
-        for scale in self.channels.relations.scales:
-            found = fold(self.trace, scale)
+        scales = self.channels.relations.scales
+        for scale, found in zip(scales, folds(self.trace, scales), strict=True):
             if found is None:
                 where = self.trace.nodes[scale.node].meta["where"]
                 self.channels.invariants.append(Invariant(scale.expression, where))
@@ -95,7 +95,11 @@ class ChannelGraph:
                 f"The {type(layer).__name__} given is not a module of this {type(self.model).__name__}. Give a module "
                 "of the very model that the graph was built for, or its dotted name."
             )
-        if layer in modules or layer in dict(self.model.named_parameters()) or layer in dict(self.model.named_buffers()):
+        if (
+            layer in modules
+            or layer in dict(self.model.named_parameters())
+            or layer in dict(self.model.named_buffers())
+        ):
             return layer
         near = [path for path in modules if path.endswith(layer) or layer.split(".")[-1] in path][:5]
         hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
@@ -184,9 +188,7 @@ class ChannelGraph:
         chosen, first = np.unique(found, return_index=True)
         chosen = chosen[np.argsort(first)]
         chosen = chosen[self.components.roots[chosen]]
-        members = [
-            member for group in self.groups() for member in _restricted(group, chosen)
-        ]
+        members = [member for group in self.groups() for member in _restricted(group, chosen)]
         return Group(path, chosen, tuple(members))
 
     def _reason(self, row: Row) -> str:

@@ -8,7 +8,9 @@ search runs backwards from the operation through operations that carry a factor 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +28,15 @@ MOVEMENT = frozenset({
 HOMOGENEOUS = frozenset({"neg", "to", "float", "half", "bfloat16", "double", "type_as", "dropout", "detach", "relu"})
 SUMS = frozenset({"add", "sub", "cat", "stack"})
 CONTRACTIONS = frozenset({"matmul", "bmm", "mm", "python.einsum"})
-AFFINE = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "layer_norm": -1, "rms_norm": -1, "batch_norm": 1}  # the dimension of a layer's channels
+AFFINE = {
+    "linear": -1,
+    "conv1d": 1,
+    "conv2d": 1,
+    "conv3d": 1,
+    "layer_norm": -1,
+    "rms_norm": -1,
+    "batch_norm": 1,
+}  # the dimension of a layer's channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +56,109 @@ class Fold:
     carriers: tuple[Carrier, ...]
 
 
-class _NoCarrier(Exception):
+class _NoCarrierError(Exception):
     """The factor cannot be carried further back."""
 
 
-def fold(trace: Trace, scale: Scale) -> Fold | None:
-    """The parameters that take up `scale`; None where there are none, or where they feed something else too."""
+def folds(trace: Trace, scales: Sequence[Scale]) -> list[Fold | None]:
+    """For each scale the parameters that take it up; None where there are none, or where they feed something else."""
+    masks = _Masks()
+    return [_fold(trace, scale, masks) for scale in scales]
+
+
+def _fold(trace: Trace, scale: Scale, masks: _Masks) -> Fold | None:
     node = trace.nodes[scale.node]
     source = node.args[scale.argument] if len(node.args) > scale.argument else node.kwargs.get("query")
     if not isinstance(source, fx.Node):
         return None
     try:
-        return Fold(scale, tuple(_Search(trace, node).run(source)))
-    except _NoCarrier:
+        return Fold(scale, tuple(_Search(trace, node, masks).run(source)))
+    except _NoCarrierError:
         return None
+
+
+class _Masks:
+    """Masks and what movements make of them; the layers of a network repeat, and so do these."""
+
+    def __init__(self) -> None:
+        self._full: dict[tuple[int, ...], Tensor] = {}
+        self._moved: dict[object, Tensor] = {}
+        self._whole: dict[int, bool] = {}
+        self._along: dict[tuple[int, int], Tensor | None] = {}
+        self._reached: dict[object, list[bool]] = {}
+        self._alive: list[Tensor] = []
+
+    def full(self, shape: tuple[int, ...]) -> Tensor:
+        """The mask that holds everything."""
+        found = self._full.get(shape)
+        if found is None:
+            found = self._full[shape] = torch.ones(shape, dtype=torch.bool)
+            self._whole[id(found)] = True
+        return found
+
+    def is_full(self, mask: Tensor) -> bool:
+        """Whether the mask holds everything."""
+        found = self._whole.get(id(mask))
+        if found is None:
+            found = self._whole[id(mask)] = bool(mask.all())
+            self._alive.append(mask)
+        return found
+
+    def along(self, mask: Tensor, dim: int) -> Tensor | None:
+        """The mask as one of the indices of `dim`; None where the other dimensions matter too."""
+        key = (id(mask), dim)
+        if key not in self._along:
+            flat = _lines(mask, dim)
+            line = flat.any(1)
+            self._along[key] = line if torch.equal(line, flat.all(1)) else None
+            self._alive.append(mask)
+        return self._along[key]
+
+    def forward(self, node: fx.Node, mask: Tensor) -> list[bool]:
+        """Whether anything of `mask`, a mask of the input of a movement, is in its result, or in each of its parts."""
+        key = (str(node.target), str(plain(_others(node))), id(mask))
+        if key not in self._reached:
+            moved = _run(node, mask)
+            pieces = moved if isinstance(moved, (tuple, list)) else [moved]
+            self._reached[key] = [bool(piece.any()) for piece in pieces]
+            self._alive.append(mask)
+        return self._reached[key]
+
+    def back(self, node: fx.Node, part: Any, mask: Tensor) -> Tensor:
+        """The entries of the input of a movement that land in `mask`, a mask of its result (or of a part of it)."""
+        shape = _tensors(node)[0].meta["shape"]
+        key = (str(node.target), str(plain(_others(node))), shape, part, id(mask))
+        found = self._moved.get(key)
+        if found is None:
+            numbers = torch.arange(prod(shape), dtype=torch.int32).view(shape)
+            moved = _run(node, numbers)
+            moved = moved if part is None else moved[part]
+            flat = torch.zeros(prod(shape), dtype=torch.bool)
+            flat[(moved if self.is_full(mask) else moved[mask]).reshape(-1).long()] = True
+            found = flat.view(shape)
+            found = self._moved[key] = self.full(shape) if bool(flat.all()) else found
+            self._alive.append(mask)  # so that its id stays its own
+        return found
+
+
+def _others(node: fx.Node) -> Any:
+    """The arguments of a node that are no tensors."""
+    return fx.map_arg((node.args, node.kwargs), lambda _: None)
 
 
 class _Search:
     """One walk backwards; `masks` holds which entries of each visited tensor are to be multiplied."""
 
-    def __init__(self, trace: Trace, consumer: fx.Node) -> None:
+    def __init__(self, trace: Trace, consumer: fx.Node, cache: _Masks) -> None:
         self._trace = trace
+        self._cache = cache
         self._consumer = consumer
         self._masks: dict[fx.Node, Tensor] = {}
         self._queue: list[int] = []
 
     def run(self, source: fx.Node) -> list[Carrier]:
         carriers: list[Carrier] = []
-        self._ask(source, torch.ones(source.meta["shape"], dtype=torch.bool))
+        self._ask(source, self._cache.full(source.meta["shape"]))
         while self._queue:
             node = self._trace.nodes[-heapq.heappop(self._queue)]
             carriers += self._step(node, self._masks[node])
@@ -86,7 +171,7 @@ class _Search:
         if known is None:
             self._masks[node] = mask
             heapq.heappush(self._queue, -node.meta["index"])
-        else:
+        elif known is not mask:
             self._masks[node] = known | mask
 
     def _step(self, node: fx.Node, mask: Tensor) -> list[Carrier]:
@@ -110,35 +195,29 @@ class _Search:
             self._product(node, mask)
             return []
         elif name in CONTRACTIONS:
-            if not bool(mask.all()):
-                raise _NoCarrier
+            if not self._cache.is_full(mask):
+                raise _NoCarrierError
             source = _tensors(node)[0]
-            self._ask(source, torch.ones(source.meta["shape"], dtype=torch.bool))
+            self._ask(source, self._cache.full(source.meta["shape"]))
             return []
         elif name in AFFINE:
             self._affine(node, mask)
             return []
         elif name == "parameter":
             return [Carrier(str(node.target), *_line(mask))]
-        raise _NoCarrier
+        raise _NoCarrierError
 
     def _back(self, node: fx.Node, part: Any, mask: Tensor) -> None:
-        source = _tensors(node)[0]
-        numbers = torch.arange(mask.new_empty(source.meta["shape"]).numel(), dtype=torch.int32)
-        moved = _run(node, numbers.view(source.meta["shape"]))
-        moved = moved if part is None else moved[part]
-        back = torch.zeros(numbers.shape, dtype=torch.bool)
-        back[moved[mask].long()] = True
-        self._ask(source, back.view(source.meta["shape"]))
+        self._ask(_tensors(node)[0], self._cache.back(node, part, mask))
 
     def _sum(self, node: fx.Node, mask: Tensor) -> None:
         tensors = _tensors(node)
-        if not bool(mask.all()) or len(tensors) + (node.meta["name"] in ("add", "sub")) < 2:
-            raise _NoCarrier
+        if not self._cache.is_full(mask) or len(tensors) + (node.meta["name"] in ("add", "sub")) < 2:
+            raise _NoCarrierError
         if node.meta["name"] in ("add", "sub") and len(tensors) < 2:
-            raise _NoCarrier  # adding a number is not homogeneous
+            raise _NoCarrierError  # adding a number is not homogeneous
         for tensor in tensors:
-            self._ask(tensor, torch.ones(tensor.meta["shape"], dtype=torch.bool))
+            self._ask(tensor, self._cache.full(tensor.meta["shape"]))
 
     def _product(self, node: fx.Node, mask: Tensor) -> None:
         tensors = _tensors(node)
@@ -146,46 +225,44 @@ class _Search:
             t for t in tensors if t.meta["shape"] == node.meta["shape"]
         ]
         if not first or (node.meta["name"] == "div" and first[0] is not node.args[0]):
-            raise _NoCarrier
+            raise _NoCarrierError
         chosen = first[0]
         while mask.dim() > len(chosen.meta["shape"]):
             if not torch.equal(mask.any(0), mask.all(0)):
-                raise _NoCarrier
+                raise _NoCarrierError
             mask = mask.any(0)
         if tuple(mask.shape) != tuple(chosen.meta["shape"]):
-            raise _NoCarrier
+            raise _NoCarrierError
         self._ask(chosen, mask)
 
     def _affine(self, node: fx.Node, mask: Tensor) -> None:
         """Scale the weight and bias of a layer: the entries that make the masked channels."""
         name = node.meta["name"]
-        parameters = [t for t in _tensors(node)[1:]]
+        parameters = list(_tensors(node)[1:])
         if name in ("batch_norm", "instance_norm"):
             parameters = [t for t in (node.args[1], node.args[2]) if isinstance(t, fx.Node)]
-        flat = _lines(mask, AFFINE[name])
-        along = flat.any(1)
-        if not parameters or not torch.equal(along, flat.all(1)):
-            raise _NoCarrier
+        along = self._cache.along(mask, AFFINE[name])
+        if along is None or not parameters:
+            raise _NoCarrierError
         for parameter in parameters:
             shape = parameter.meta["shape"]
             if len(shape) > 1 and name in ("layer_norm", "rms_norm"):
-                raise _NoCarrier
+                raise _NoCarrierError
             self._ask(parameter, along.view(-1, *[1] * (len(shape) - 1)).expand(shape))
 
     def _check_users(self, node: fx.Node, mask: Tensor) -> None:
         """Whatever else reads the tensor must read other entries of it."""
         if node in self._trace.outputs:
-            raise _NoCarrier
+            raise _NoCarrierError
         for user in node.users:
             if user is self._consumer or user in self._masks or user.op == "output":
                 continue
             if user.meta["name"] not in MOVEMENT or _tensors(user)[0] is not node:
-                raise _NoCarrier
-            moved = _run(user, mask)
-            for place, piece in enumerate(moved if isinstance(moved, (tuple, list)) else [moved]):
+                raise _NoCarrierError
+            for place, reached in enumerate(self._cache.forward(user, mask)):
                 parts = [p for p in user.users if p.meta["name"] == "part" and p.args[1] == place]
-                if bool(piece.any()) and (not parts or any(p not in self._masks and p.users for p in parts)):
-                    raise _NoCarrier
+                if reached and (not parts or any(p not in self._masks and p.users for p in parts)):
+                    raise _NoCarrierError
 
 
 def _lines(mask: Tensor, dim: int) -> Tensor:
@@ -195,13 +272,18 @@ def _lines(mask: Tensor, dim: int) -> Tensor:
 
 def _line(mask: Tensor) -> tuple[int, tuple[int, ...] | None]:
     """The mask of a parameter as positions along one dimension."""
-    if bool(mask.all()):
-        return 0, None
-    for dim in range(mask.dim()):
-        flat = _lines(mask, dim)
-        if torch.equal(flat.any(1), flat.all(1)):
-            return dim, tuple(torch.nonzero(flat.any(1)).flatten().tolist())
-    raise _NoCarrier
+    # A mask that was expanded from one dimension is read there, without looking at every entry.
+    spread = [dim for dim in range(mask.dim()) if mask.stride(dim) and mask.shape[dim] > 1]
+    for dim in spread if len(spread) == 1 else range(mask.dim()):
+        if len(spread) == 1:
+            line = mask[tuple(slice(None) if d == dim else 0 for d in range(mask.dim()))]
+        else:
+            flat = _lines(mask, dim)
+            line = flat.any(1)
+            if not torch.equal(line, flat.all(1)):
+                continue
+        return dim, None if bool(line.all()) else tuple(torch.nonzero(line).flatten().tolist())
+    raise _NoCarrierError
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

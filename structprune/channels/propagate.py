@@ -126,5 +126,3 @@ def _check(result: Any, shape: Any, node: fx.Node, trace: Trace) -> None:
                 f"The rule of {describe(node, trace)} gives rows of sizes {[row.size for row in rows]} for a tensor of "
                 f"shape {list(sizes)}."
             )
-
-

@@ -285,7 +285,7 @@ class SizeSolver:
                 return False
             outer, inner = self._relations.split(row, (int(a), int(b)))
             return all(
-                isinstance(part, Constant) and self._hold(piece) or self._tie(part, piece, node)
+                (isinstance(part, Constant) and self._hold(piece)) or self._tie(part, piece, node)
                 for part, piece in ((left, outer), (right, inner))
             )
         return False
@@ -373,5 +373,3 @@ def inverse(
     return inverse(
         expression.left if in_left else expression.right, unknown, undo[expression.symbol](target, known), value
     )
-
-

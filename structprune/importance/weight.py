@@ -31,6 +31,7 @@ class LnNorm:
 
     n: float = 2.0
     _sums: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _spaces: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.n > 0:
@@ -57,16 +58,39 @@ class LnNorm:
         return total if math.isinf(self.n) else total.pow(1 / self.n)
 
     def _along(self, name: str, weight: Tensor, dim: int) -> Tensor:
-        """Sum of ``|w| ** n`` for each index of `dim`, shape ``(weight.shape[dim],)``."""
+        """Sum (for n = inf: largest) of ``|w| ** n`` for each index of `dim`, shape ``(weight.shape[dim],)``."""
         known = self._sums.get((name, dim))
         if known is None:
-            others = [d for d in range(weight.dim()) if d != dim]
-            values = weight.detach()
-            if values.dtype in (torch.float16, torch.bfloat16):
-                values = values.float()
-            norm = torch.linalg.vector_norm(values, self.n, dim=others) if others else values.abs()
-            known = self._sums[(name, dim)] = norm if math.isinf(self.n) else norm.pow(self.n)
+            powers = self._powers(weight.detach())
+            # One pass over the weight serves its first two dimensions, which are asked for one after the other.
+            for place in {dim, 0, 1} & set(range(weight.dim())):
+                self._sums[(name, place)] = self._reduced(powers, place)
+            known = self._sums[(name, dim)]
         return known
+
+    def _powers(self, weight: Tensor) -> Tensor:
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            weight = weight.float()
+        powers = self._workspace(weight)
+        if self.n == 2:
+            return torch.mul(weight, weight, out=powers)
+        torch.abs(weight, out=powers)
+        return powers if self.n == 1 or math.isinf(self.n) else powers.pow_(self.n)
+
+    def _workspace(self, like: Tensor) -> Tensor:
+        """Memory for one weight at a time: fresh memory for each costs more than the arithmetic."""
+        key = (like.dtype, like.device)
+        space = self._spaces.get(key)
+        if space is None or space.numel() < like.numel():
+            space = self._spaces[key] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        return space[: like.numel()].view(like.shape)
+
+    def _reduced(self, powers: Tensor, dim: int) -> Tensor:
+        if math.isinf(self.n):
+            return powers.amax([d for d in range(powers.dim()) if d != dim]) if powers.dim() > 1 else powers.clone()
+        if dim == 1:  # summing rows first keeps to the order of memory
+            return powers.flatten(1).sum(0).view(powers.shape[1], -1).sum(1)
+        return powers.movedim(dim, 0).reshape(powers.shape[dim], -1).sum(1)
 
 
 @dataclass(frozen=True, slots=True)

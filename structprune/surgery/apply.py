@@ -64,9 +64,7 @@ def _memo(tensors: dict[str, Held], new: dict[int, Tensor]) -> dict[int, Any]:
 Classes = dict[str, type[nn.Module]]
 
 
-def _change(
-    model: nn.Module, plan: Edits, tensors: dict[str, Held], new: dict[int, Tensor], classes: Classes
-) -> None:
+def _change(model: nn.Module, plan: Edits, tensors: dict[str, Held], new: dict[int, Tensor], classes: Classes) -> None:
     undo: list[Callable[[], None]] = []
     try:
         done: set[int] = set()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+
 def _first(*names: str) -> Callable[[Any], Any]:
     """The first of these tensors that the module has."""
 

@@ -28,7 +28,9 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, type[nn.Modul
     for path, rewrites in by_module.items():
         pending = {(r.operation, r.place): r for r in rewrites}
 
-        def literal(number: int, place: tuple[int | str, ...], old: int, pending: dict = pending, path: str = path) -> int:  # type: ignore[type-arg]
+        def literal(
+            number: int, place: tuple[int | str, ...], old: int, pending: dict = pending, path: str = path
+        ) -> int:  # type: ignore[type-arg]
             found = pending.pop((number, place), None)
             if found is None:
                 return old

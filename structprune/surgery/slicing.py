@@ -30,7 +30,11 @@ def _sliced(tensor: Tensor, thinnings: list[Thinning]) -> Tensor:
     # The dimension that loses the largest share goes first: less is copied twice.
     for thinning in sorted(thinnings, key=lambda t: -len(t.removed) / t.size):
         result = take(result, thinning.dim, kept(thinning))
-    return result.clone(memory_format=torch.contiguous_format) if result.numel() == 0 or _shares(result, tensor) else result
+    return (
+        result.clone(memory_format=torch.contiguous_format)
+        if result.numel() == 0 or _shares(result, tensor)
+        else result
+    )
 
 
 def _shares(result: Tensor, tensor: Tensor) -> bool:
@@ -73,9 +77,7 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
         result[id(old)] = _sliced(old, thinnings)
     for rescale in plan.rescales:
         old = tensors[rescale.tensor].tensor
-        result[id(old)] = _rescaled(
-            result.get(id(old), old.detach()), rescale, by_tensor.get(rescale.tensor, [])
-        )
+        result[id(old)] = _rescaled(result.get(id(old), old.detach()), rescale, by_tensor.get(rescale.tensor, []))
     for name in by_tensor.keys() | {rescale.tensor for rescale in plan.rescales}:
         old = tensors[name].tensor
         if isinstance(old, nn.Parameter) and old.grad is not None:

@@ -52,7 +52,9 @@ class Report:
 
     def __str__(self) -> str:
         what = f"max relative error {self.max_relative_error:.2e}" if self.numbers else "shapes equal"
-        return f"{'equal' if self.ok else 'DIFFERENT'}: {what}, {len(self.errors)} outputs, tolerance {self.tolerance:g}"
+        return (
+            f"{'equal' if self.ok else 'DIFFERENT'}: {what}, {len(self.errors)} outputs, tolerance {self.tolerance:g}"
+        )
 
     def raise_for_error(self) -> None:
         """Raise unless the outputs are equal.

@@ -74,7 +74,12 @@ def _track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
     """`value` with its ints tracked; itself if it holds none."""
     if type(value) is int:
         return SizeInt(value, Attribute(module, chain))
-    if type(value) in (tuple, list) and value and len(value) <= 64 and all(type(item) in (int, tuple) for item in value):
+    if (
+        type(value) in (tuple, list)
+        and value
+        and len(value) <= 64
+        and all(type(item) in (int, tuple) for item in value)
+    ):
         return type(value)(_track(module, (*chain, i), item) for i, item in enumerate(value))
     return value
 

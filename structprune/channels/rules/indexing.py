@@ -248,7 +248,9 @@ def scatter(c: Context, x: Operand, dim: int, index: Operand, *rest: Any, **kwar
 
 
 @rule("python.embedding_bag")
-def embedding_bag(c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *_: Any, **named: Any) -> Rows:
+def embedding_bag(
+    c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *_: Any, **named: Any
+) -> Rows:
     """Sums or means of rows of the table."""
     for operand in operands_in(offsets, named):
         for row in operand.rows:

@@ -10,7 +10,7 @@ from torch import fx
 
 from structprune.channels.relations import UNIT, Expectation, Relations, Row, Rows, Scale, Survivors
 from structprune.errors import RuleError
-from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, expression_of, leaves
+from structprune.tracing.provenance import Dim, SizeInt, expression_of, leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,94 @@
+"""torch-pruning, called as its own examples call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Names that the projections of an attention block go by, with the attributes that tell how many heads they have.
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin")
+_JOINT = ("qkv", "query_key_value", "Wqkv", "c_attn", "in_proj")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    for owner in (module, getattr(module, "config", None)):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def heads_of(model: nn.Module) -> dict[nn.Module, int]:
+    """The ``num_heads`` that torch-pruning must be given for this model."""
+    found: dict[nn.Module, int] = {}
+    for module in model.modules():
+        heads = _number(module, _HEADS)
+        if heads is None:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            found[module] = heads
+            continue
+        few = _number(module, _KEY_VALUE_HEADS) or heads
+        children = dict(module.named_children())
+        for name in (*_PROJECTIONS, *_JOINT):
+            if isinstance(children.get(name), nn.Linear):
+                found[children[name]] = few if name[0] in "kv" and name not in _JOINT else heads
+    return found
+
+
+def last_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
+    """The layers that make the outputs, which torch-pruning must be told to leave alone."""
+    made: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        module.register_forward_hook(lambda m, _a, out: made.append((m, out)))
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    ]
+    try:
+        with torch.no_grad():
+            outputs = call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    storages = {t.untyped_storage().data_ptr() for t in _tensors(outputs)}
+    last = [module for module, out in made if out.untyped_storage().data_ptr() in storages]
+    return last or [module for module, _ in made[-1:]]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [t for item in tree for t in _tensors(item)] if isinstance(tree, list | tuple) else []
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on a tensor, a tuple of positional arguments or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def prune(model: nn.Module, inputs: Any, ratio: float, ignored: list[nn.Module], heads: dict[nn.Module, int]) -> None:
+    """Build the dependency graph, rank by the L2 norm of whole groups and remove `ratio`, in place."""
+    import torch_pruning as tp
+
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        inputs,
+        importance=tp.importance.MagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=ignored,
+        num_heads=dict(heads),
+        # Its default arguments are dicts that it writes to: a second model would see the first one's.
+        in_channel_groups={},
+        out_channel_groups={},
+        channel_groups={},
+    )
+    pruner.step()

@@ -1,0 +1,88 @@
+"""torchvision: all classification, segmentation, video and optical flow models, and the detectors' backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo_models.entry import Entry
+
+# Models that take other inputs than one image of 64 x 64, by the beginning of their names.
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "inception_v3": (1, 3, 96, 96),
+    "maxvit": (1, 3, 224, 224),
+    "s3d": (1, 3, 16, 224, 224),
+    "mvit": (1, 3, 8, 64, 64),
+    "swin3d": (1, 3, 8, 64, 64),
+    "r3d": (1, 3, 8, 64, 64),
+    "mc3": (1, 3, 8, 64, 64),
+    "r2plus1d": (1, 3, 8, 64, 64),
+    "raft": (1, 3, 128, 128),
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "vit_h_14": {"image_size": 56},
+    "vit": {"image_size": 64},
+    "mvit": {"spatial_size": (64, 64), "temporal_size": 8},
+    "inception_v3": {"init_weights": False},
+    "googlenet": {"init_weights": False},
+}
+
+
+def _first(table: dict[str, Any], name: str, default: Any) -> Any:
+    return next((value for start, value in table.items() if name.startswith(start)), default)
+
+
+def _make(name: str, **options: Any) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    options |= _first(_OPTIONS, name, {})
+    model = torchvision.models.get_model(name, weights=None, **options)
+    x = torch.randn(_first(_SHAPES, name, (1, 3, 64, 64)))
+    return model, (x, torch.randn_like(x)) if name.startswith("raft") else x
+
+
+def _segmentation(name: str) -> tuple[nn.Module, Any]:
+    return _make(name, weights_backbone=None)
+
+
+class _Backbone(nn.Module):
+    """A detector's backbone; its maps come out as a tuple."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        return tuple(self.body(x).values())
+
+
+def _backbone(name: str) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    detector = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    return _Backbone(detector.backbone), torch.randn(1, 3, 64, 64)
+
+
+def entries() -> list[Entry]:
+    """All of them, as torchvision itself lists them."""
+    from torchvision import models
+
+    found = []
+    for module, build in (
+        (models, _make),
+        (models.segmentation, _segmentation),
+        (models.video, _make),
+        (models.optical_flow, _make),
+    ):
+        found += [
+            Entry("torchvision", name, lambda name=name, build=build: build(name))
+            for name in models.list_models(module=module)
+        ]
+    found += [
+        Entry("torchvision", f"{name}.backbone", lambda name=name: _backbone(name))
+        for name in models.list_models(module=models.detection)
+    ]
+    return found

@@ -1,6 +1,7 @@
 """Random networks, random channels: always equal to the original with those channels switched off.
 
-The two tests draw 520 networks between them, the same ones each time.
+The two tests draw 520 networks between them, the same ones each time. A drawn network may ignore a channel (the mean of
+an instance norm is its bias), so it is not asked that the removed ones mattered.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, assume, example, given, note, settings
 from hypothesis import strategies as st
 from support import oracle
 from support.cases import normal
@@ -25,7 +26,7 @@ NETWORKS = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
@@ -37,19 +38,17 @@ def drawn(chain: Sequence[Any], head: str, seed: int) -> tuple[RandomNetwork, to
 
 
 @NETWORKS
+@example((("Split", (("Depthwise", 1), ("Conv", 6, 1, False), ("Shuffle",)), "cat"),), "conv", 0, 0.5)
 @given(chains(), heads(), st.integers(0, 999), st.sampled_from((0.25, 0.5, 0.75)))
 def test_planned_channels(chain: Sequence[Any], head: str, seed: int, ratio: float) -> None:
     model, inputs = drawn(chain, head, seed)
     before = snapshot(model)
-    torch.manual_seed(seed)
-    plan = structprune.plan(model, inputs, ratio=ratio, importance="random")
+    plan = structprune.plan(model, inputs, ratio=ratio, importance=structprune.Random(seed))
     note(f"removed: {plan.removed}")
     slim = plan.apply(model)
-    torch.set_rng_state(before["random state"])
     assert_untouched(model, before)
-    if ratio == 0.5:
-        assert plan.removed, "nothing could be removed"
-    oracle.check(model, slim, plan, inputs)
+    assume(plan.removed)  # a few networks hang together so that all or nothing may go
+    oracle.check(model, slim, plan, inputs, matters=False)
 
 
 @NETWORKS
@@ -60,9 +59,11 @@ def test_chosen_channels(chain: Sequence[Any], head: str, seed: int, data: st.Da
     slim = copy.deepcopy(model)
     graph = structprune.DependencyGraph(slim, inputs)
     groups = graph.groups()
-    assert groups, "nothing could be removed"
+    assume(groups)
     group = data.draw(st.sampled_from(range(len(groups))).map(groups.__getitem__))
-    gone = data.draw(st.sets(st.integers(0, group.channels - 1), min_size=1, max_size=group.channels).map(sorted))
+    gone = data.draw(
+        st.sets(st.integers(0, group.channels - 1), min_size=1, max_size=max(1, group.channels - 1)).map(sorted)
+    )
     before = snapshot(slim)
     try:
         plan = graph.prune_group(group, gone)
@@ -72,4 +73,4 @@ def test_chosen_channels(chain: Sequence[Any], head: str, seed: int, data: st.Da
         return
     note(f"removed: {plan.removed}")
     assert plan.removed
-    oracle.check(model, slim, plan, inputs)
+    oracle.check(model, slim, plan, inputs, matters=False)

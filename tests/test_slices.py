@@ -35,6 +35,8 @@ def merged(*parts: Slices) -> Slices:
     return result
 
 
+IN_BOTH_HEADS = (1, 3, 9, 11)
+IN_ALL_THREE = tuple(index + 16 * part for part in range(3) for index in IN_BOTH_HEADS)
 LSTM_GATES = tuple(unit + 16 * gate for gate in range(4) for unit in (2, 5))
 
 EXPECTED: list[tuple[str, str, tuple[int, ...], Slices]] = [
@@ -162,21 +164,22 @@ EXPECTED: list[tuple[str, str, tuple[int, ...], Slices]] = [
     ),
     ("Lstm", "embed", (0, 11), at((0, 11), embed__weight=0, embed__bias=0, rnn__weight_ih_l0=1)),
     (
-        "ClassToken",
+        "ClassToken",  # nn.MultiheadAttention holds one width for its input and its heads, so they go together
         "patch",
         (1, 3),
-        at(
-            (1, 3),
-            patch__weight=0,
-            patch__bias=0,
-            cls=2,
-            pos=2,
-            mix__in_proj_weight=1,
-            mix__out_proj__weight=0,
-            mix__out_proj__bias=0,
-            norm__weight=0,
-            norm__bias=0,
-            head__weight=1,
+        merged(
+            at(
+                IN_BOTH_HEADS,
+                patch__weight=0,
+                patch__bias=0,
+                cls=2,
+                pos=2,
+                norm__weight=0,
+                norm__bias=0,
+                head__weight=1,
+            ),
+            at(IN_BOTH_HEADS, mix__in_proj_weight=1, mix__out_proj__weight=(0, 1), mix__out_proj__bias=0),
+            at(IN_ALL_THREE, mix__in_proj_weight=0, mix__in_proj_bias=0),
         ),
     ),
     (

@@ -148,8 +148,11 @@ def _register(attention: type[nn.Module], thins: dict[str, int | tuple[int, ...]
 
 for _attention in (TimmAttention, RuntimeSizeAttention, ChunkAttention, ScaleAttention):
     _register(_attention, {**QKV})
-for _attention in (BertAttention, EinsumAttention, BmmAttention):
+for _attention in (BertAttention, BmmAttention):
     _register(_attention, {**SEPARATE})
+_register(
+    EinsumAttention, {"embed.weight": 0, "attn.query.weight": 1, "attn.value.weight": (0, 1), "attn.proj.weight": 1}
+)
 _register(ConvAttention, {f"attn.{n}.weight": (0, 1) for n in ("query", "key", "value")})
 
 

@@ -37,16 +37,6 @@ class TiedEmbedding(nn.Module):
         return self.head(x + self.fc2(F.gelu(self.fc1(x))))
 
 
-@case(ids(), {"embed.weight": 1, "offsets.weight": 1, "head.weight": 1})
-class EmbeddingBag(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.offsets, self.head = nn.EmbeddingBag(13, 16, mode="sum"), nn.Embedding(2, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embed(x) + self.offsets.weight)
-
-
 def rotate_half(x: Tensor) -> Tensor:
     """The usual pairing of index i with i + size / 2."""
     return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
@@ -129,7 +119,7 @@ class GroupedQueryBroadcast(GroupedQuery):
         return torch.einsum("bkgij,bkjd->bkgid", attn, v).flatten(1, 2)
 
 
-@case(ids(), {"embed.weight": 1, "q.weight": 0, "k.weight": 0, "v.weight": 0, "o.weight": 1})
+@case(ids(), {"embed.weight": 1, "q.weight": (0, 1), "k.weight": 1, "v.weight": 1, "o.weight": (0, 1)})
 class MultiQuery(GroupedQuery):
     """One key and value head for all, by broadcast."""
 

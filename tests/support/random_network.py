@@ -208,7 +208,7 @@ class Attention(Unit):
 
 @unit
 class Reorder(Unit):
-    """Flips, rolls, or takes every second channel first."""
+    """Flips the channels, or swaps their halves in two ways."""
 
     def __init__(self, channels: int, how: str) -> None:
         super().__init__(channels)
@@ -217,8 +217,8 @@ class Reorder(Unit):
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "flip":
             return x.flip(1)
-        if self.how == "stride":
-            return torch.cat((x[:, ::2], x[:, 1::2]), 1)
+        if self.how == "swap":
+            return torch.cat(x.chunk(2, dim=1)[::-1], dim=1)
         return x.unflatten(1, (2, -1)).flip(1).flatten(1, 2)
 
 
@@ -270,7 +270,7 @@ def _leaf_units() -> st.SearchStrategy[Spec]:
         st.tuples(st.just("Shuffle")),
         st.tuples(st.just("Affine")),
         st.tuples(st.just("Attention"), st.sampled_from((1, 2))),
-        st.tuples(st.just("Reorder"), st.sampled_from(("flip", "stride", "grid"))),
+        st.tuples(st.just("Reorder"), st.sampled_from(("flip", "swap", "grid"))),
     )
 
 

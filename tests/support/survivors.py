@@ -154,6 +154,14 @@ for _name, _fill in (("max", float("-inf")), ("min", float("inf"))):
     OVER_SURVIVORS |= {f: _filled(f, _fill) for f in _names(_name)}
 
 
+def centred(dead: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """``x - mean`` of a norm written by hand: what is off stays off, and is not counted by the variance after it."""
+    return (x - mean).masked_fill(dead, 0)
+
+
+MINUS: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys([*_names("sub"), Tensor.__sub__], centred)
+
+
 def _smooth(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def stand_in(x: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
         del args, kwargs

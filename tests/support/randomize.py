@@ -1,0 +1,78 @@
+"""Weights and inputs that tell channels apart: float64, random, no two entries equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def floating_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every floating parameter, buffer and plain tensor attribute, by dotted name, tied ones once under each name."""
+    found = dict(model.named_parameters(remove_duplicate=False))
+    found |= dict(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                found[f"{path}.{key}" if path else key] = value
+    return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+
+
+def jitter(model: nn.Module, seed: int) -> nn.Module:
+    """Give ``model`` distinct random float64 entries everywhere, in place, and set it to evaluation.
+
+    Weights are scaled by their fan-in so that deep networks stay tame. A buffer that is positive stays positive; one
+    that holds a pattern (rotary frequencies, a mask, a table) keeps it, each entry scaled by up to 5%.
+    """
+    model.to(torch.float64).eval()
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, key, value.to(torch.float64))
+    generator = torch.Generator().manual_seed(seed)
+    done: set[int] = set()
+    with torch.no_grad():
+        for tensor in floating_tensors(model).values():
+            if id(tensor) in done or tensor.numel() == 0:
+                continue
+            done.add(id(tensor))
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if isinstance(tensor, nn.Parameter):
+                ones = bool((tensor == 1).all())
+                fan_in = max(tensor.numel() // tensor.shape[0], 1) if tensor.ndim > 1 else 8
+                tensor.copy_(1 + 0.25 * noise if ones else noise / math.sqrt(fan_in))
+            elif bool((tensor == tensor.flatten()[0]).all()):
+                tensor.copy_(0.5 + noise.abs() if tensor.flatten()[0] > 0 else 0.5 * noise)
+            else:
+                tensor.mul_(1 + 0.05 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def double(inputs: Any) -> Any:
+    """The same nest of inputs with every floating tensor in float64, copied."""
+    return map_tensors(inputs, lambda t: t.detach().clone().to(torch.float64) if t.is_floating_point() else t.clone())
+
+
+def perturbed(inputs: Any, seed: int) -> Any:
+    """The same nest of inputs with noise on every floating entry."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(t: Tensor) -> Tensor:
+        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        return t + 0.3 * noise if t.is_floating_point() else t.clone()
+
+    return map_tensors(inputs, move)
+
+
+def map_tensors(tree: Any, function: Any) -> Any:
+    """The same nest with `function` applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(value, function) for value in tree)
+    return tree

@@ -26,15 +26,16 @@ def _bert_base() -> Built:
     return model, {"input_ids": torch.randint(0, 30000, (1, 32))}, ["classifier"]
 
 
-def _llama(**sizes: int) -> nn.Module:
+def _llama(**settings: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(use_cache=False, **sizes)).eval()
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
 def _llama_32() -> Built:
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 32, "vocab_size": 1000}
-    model = _llama(**sizes, num_attention_heads=8, num_key_value_heads=8)
+    # The cache would be among the outputs, which the peer cannot follow.
+    model = _llama(**sizes, num_attention_heads=8, num_key_value_heads=8, use_cache=False)
     return model, {"input_ids": torch.randint(0, 1000, (1, 16))}, ["lm_head"]
 
 

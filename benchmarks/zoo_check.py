@@ -40,6 +40,17 @@ def built(entry: Entry) -> tuple[nn.Module, Any]:
     return model.eval(), inputs
 
 
+def in_double(entry: Entry, inputs: Any) -> tuple[nn.Module, Any]:
+    """The same model and inputs in float64, each entry of a tensor its own random number."""
+    with torch.no_grad():  # weights that a hook computes are then leaves, which deepcopy asks for
+        model = built(entry)[0]
+    for module in model.modules():
+        # transformers runs experts by a kernel that has no float64; its plain loop computes the same.
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "eager"
+    return oracle.jitter(model, SEED), oracle.double(inputs)
+
+
 def shapes(output: Any) -> list[tuple[str, list[int]]]:
     """Where each tensor of an output stands, and its shape."""
     return [(path, list(t.shape)) for path, t in oracle.leaves(output)]
@@ -189,10 +200,7 @@ def checked(entry: Entry, ratios: tuple[float, ...]) -> Callable[[Report], None]
         if first.failed:
             return
         first.note(**prunable(graph))
-        double = None
-        if parameters(model) <= LARGEST_FOR_ORACLE:
-            with torch.no_grad():  # weights that a hook computes are then leaves, which deepcopy asks for
-                double = (oracle.jitter(built(entry)[0], SEED), oracle.double(inputs))
+        double = in_double(entry, inputs) if parameters(model) <= LARGEST_FOR_ORACLE else None
         for ratio in ratios:
             stages = _Stages(lambda facts, ratio=ratio: report({str(ratio): dict(facts)}))
             _at_ratio(stages, model, inputs, double, ratio, before)

@@ -79,8 +79,14 @@ def softmax(dead: Tensor, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -
 
 
 def _filled(function: Callable[..., Any], fill: float) -> Callable[..., Any]:
+    def finite(result: Any) -> Any:
+        """Where nothing survives the result is 0, not the filling."""
+        if isinstance(result, tuple):
+            return type(result)([finite(part) for part in result])
+        return result.masked_fill(result.isinf(), 0) if result.is_floating_point() else result
+
     def over_survivors(dead: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return function(x.masked_fill(dead, fill), *args, **kwargs)
+        return finite(function(x.masked_fill(dead, fill), *args, **kwargs))
 
     return over_survivors
 

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := structprune tests examples $(wildcard benchmarks)
 
-.PHONY: help install demo test lint types tests format clean
+.PHONY: help install demo test lint types tests bench zoo format clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits, prune it, export it and time it"
@@ -15,6 +15,8 @@ help:
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   pyright, strict"
 	@echo "make tests   pytest alone"
+	@echo "make bench   time whole calls against torch-pruning"
+	@echo "make zoo     prune every model of the zoo (hours)"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the environment and all caches"
 
@@ -45,6 +47,12 @@ types: $(INSTALLED)
 
 tests: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS)
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/tool_speed.py
+
+zoo: $(INSTALLED)
+	$(BIN)/python benchmarks/zoo.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(CODE)

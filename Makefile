@@ -16,7 +16,7 @@ help:
 	@echo "make types   pyright, strict"
 	@echo "make tests   pytest alone"
 	@echo "make bench   time whole calls against torch-pruning"
-	@echo "make zoo     prune every model of the zoo (hours)"
+	@echo "make zoo     prune every model of the zoo (takes long)"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the environment and all caches"
 

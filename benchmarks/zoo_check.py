@@ -83,7 +83,8 @@ def prunable(graph: structprune.DependencyGraph) -> dict[str, Any]:
             if dim < 2:
                 total += row.size
                 free += int((~pinned).sum()) if pinned is not None else 0
-            if pinned is None or pinned.any():
+            # Positions of a kernel are no channels.
+            if dim < 2 and (pinned is None or pinned.any()):
                 reason = graph._reason(row)
                 reasons[_general(reason)] += 1
                 examples.setdefault(_general(reason), f"{node.target}, dim {dim}: {without_folders(reason)}")

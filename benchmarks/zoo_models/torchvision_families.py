@@ -15,7 +15,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "inception_v3": (1, 3, 96, 96),
     "maxvit": (1, 3, 224, 224),
     "s3d": (1, 3, 16, 224, 224),
-    "mvit": (1, 3, 8, 64, 64),
+    "mvit": (1, 3, 16, 224, 224),
     "swin3d": (1, 3, 8, 64, 64),
     "r3d": (1, 3, 8, 64, 64),
     "mc3": (1, 3, 8, 64, 64),
@@ -25,7 +25,6 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 _OPTIONS: dict[str, dict[str, Any]] = {
     "vit_h_14": {"image_size": 56},
     "vit": {"image_size": 64},
-    "mvit": {"spatial_size": (64, 64), "temporal_size": 8},
     "inception_v3": {"init_weights": False},
     "googlenet": {"init_weights": False},
 }

@@ -80,9 +80,9 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"The whole call: trace or build, group, rank by L2, remove {result['ratio']:.0%}, in place. Medians in "
         "seconds, both tools in one process in turns, a fresh copy of the model for each call. Memory is the peak "
         "above what the process held before the call. *surgery / copy* is the time of surgery over that of copying "
-        f"the surviving entries of the thinned tensors once. A call may take {result['limit']:g} s. The model on `meta` "
-        "has no weights to rank: it is planned alone, with random importance, and not applied. What takes over 8 s is "
-        "timed once. *graph* is the time of `DependencyGraph` less that of a trace timed apart, so it is rough.",
+        f"the surviving entries of the thinned tensors once. A call may take {result['limit']:g} s. The model on "
+        "`meta` has no weights to rank: it is planned alone, with random importance, and not applied. What takes over "
+        "8 s is timed once. *graph* is the time of `DependencyGraph` less that of a trace timed apart, so it is rough.",
         "",
         as_line(result["environment"]) + ".",
         "",

@@ -112,10 +112,10 @@ def compare(name: str, limit: float, quick: bool) -> Callable[[Report], None]:
         turns = _Turns(name, limit, report)
         report({"parameters": sum(p.numel() for p in turns.model.parameters())})
         first = {tool: turns.once(tool) for tool in ("ours", "peer")}  # also the warm-up
-        slowest = max(filter(None, first.values()), default=0.0)
-        times = {tool: [first[tool]] if slowest > SLOW else [] for tool in turns.tools}
-        for _ in range(0 if slowest > SLOW else rounds(slowest, quick)):
-            for tool in list(turns.tools):
+        times = {tool: [first[tool]] if first[tool] > SLOW else [] for tool in turns.tools}
+        again = {tool: rounds(first[tool], quick) for tool in turns.tools if first[tool] <= SLOW}
+        for turn in range(max(again.values(), default=0)):
+            for tool in [tool for tool, count in again.items() if turn < count and tool in turns.tools]:
                 times[tool].append(turns.once(tool))
         for tool in turns.tools:
             report({tool: statistics.median(times[tool]), f"{tool}_all": times[tool]})

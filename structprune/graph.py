@@ -150,7 +150,7 @@ class ChannelGraph:
         nodes: list[fx.Node] = []
         for call in self.trace.calls:
             if call.path == path:
-                nodes += [node for node in _nodes_in(call.output)]
+                nodes += _nodes_in(call.output)
         nodes += [node for node in self.trace.nodes if node.op == "get_attr" and node.target == path]
         rows = [row for node in nodes for row in self.channels.rows[node.meta["index"]] if isinstance(row, Row)]
         if not rows:
@@ -228,12 +228,12 @@ class ChannelGraph:
                 found[f"{slot.tensor}, dim {slot.dim}"] = self._reason(slot.row)
         return found
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> nx.DiGraph[str]:
         """The layers that hold tensors, with an edge where one's output reaches the next.
 
         Node attributes: ``groups``, the numbers (in `groups`) of the groups that thin the layer.
         """
-        result = nx.DiGraph()
+        result: nx.DiGraph[str] = nx.DiGraph()
         numbers: dict[str, set[int]] = {}
         for number, group in enumerate(self.groups()):
             for member in group.members:

@@ -89,8 +89,8 @@ class Roots:
             itself = np.flatnonzero(~self.is_cell)
             total = csr_array((np.ones(len(itself), dtype=np.int32), (itself, itself)), shape=(n, n))
             power = total
-            while (power := step @ power).nnz:
-                total = total + power
+            while (power := csr_array(step @ power)).nnz:
+                total = csr_array(total + power)
             self._matrix = total
 
     def of(self, components: Ids) -> tuple[Ids, Ids]:

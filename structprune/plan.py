@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,7 @@ from structprune.surgery.apply import apply
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
 
 SCHEMA = 1
+E = TypeVar("E")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,10 @@ class Plan(Edits):
             raise PlanError(f"This plan has schema {data['schema']}; this version reads up to {SCHEMA}. Upgrade.")
         try:
             return cls(
-                tuple(Thinning(**{**t, "removed": tuple(t["removed"])}) for t in data["thinnings"]),
-                tuple(Repair(**{**r, "chain": tuple(r["chain"])}) for r in data["repairs"]),
-                tuple(Rescale(**{**r, "positions": _tuple(r["positions"])}) for r in data["rescales"]),
-                tuple(Rewrite(**{**r, "place": tuple(r["place"])}) for r in data["rewrites"]),
+                tuple(_edit(Thinning, t) for t in data["thinnings"]),
+                tuple(_edit(Repair, r) for r in data["repairs"]),
+                tuple(_edit(Rescale, r) for r in data["rescales"]),
+                tuple(_edit(Rewrite, r) for r in data["rewrites"]),
                 data["inputs"],
                 tuple(LayerWidth(**layer) for layer in data["layers"]),
                 Cost(**data["before"]),
@@ -130,5 +131,6 @@ class Plan(Edits):
             raise PlanError(f"This JSON is not a whole plan: {type(error).__name__}: {error}.") from error
 
 
-def _tuple(value: Any) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value)
+def _edit(kind: Callable[..., E], data: dict[str, Any]) -> E:
+    """A record from its JSON object, whose lists are tuples."""
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})

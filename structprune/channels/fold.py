@@ -176,47 +176,33 @@ class _Search:
 
     def _step(self, node: fx.Node, mask: Tensor) -> list[Carrier]:
         name = node.meta["name"]
-        if name == "part":
-            parent = node.args[0]
-            assert isinstance(parent, fx.Node)
-            if parent.meta["name"] in MOVEMENT:
-                self._back(parent, node.args[1], mask)
-                return []
+        if name == "parameter":
+            return [Carrier(str(node.target), *_line(mask))]
+        if name == "part" and isinstance(parent := node.args[0], fx.Node) and parent.meta["name"] in MOVEMENT:
+            self._back(parent, node.args[1], mask)
         elif name in MOVEMENT:
             self._back(node, None, mask)
-            return []
         elif name in HOMOGENEOUS:
             self._ask(_tensors(node)[0], mask)
-            return []
-        elif name in SUMS:
-            self._sum(node, mask)
-            return []
+        elif name in SUMS or name in CONTRACTIONS:
+            self._whole(node, mask)
         elif name in ("mul", "div"):
             self._product(node, mask)
-            return []
-        elif name in CONTRACTIONS:
-            if not self._cache.is_full(mask):
-                raise _NoCarrierError
-            source = _tensors(node)[0]
-            self._ask(source, self._cache.full(source.meta["shape"]))
-            return []
         elif name in AFFINE:
             self._affine(node, mask)
-            return []
-        elif name == "parameter":
-            return [Carrier(str(node.target), *_line(mask))]
-        raise _NoCarrierError
+        else:
+            raise _NoCarrierError
+        return []
 
     def _back(self, node: fx.Node, part: Any, mask: Tensor) -> None:
         self._ask(_tensors(node)[0], self._cache.back(node, part, mask))
 
-    def _sum(self, node: fx.Node, mask: Tensor) -> None:
+    def _whole(self, node: fx.Node, mask: Tensor) -> None:
+        """Scale all of a sum by scaling each term, all of a contraction by scaling its first factor."""
         tensors = _tensors(node)
-        if not self._cache.is_full(mask) or len(tensors) + (node.meta["name"] in ("add", "sub")) < 2:
-            raise _NoCarrierError
-        if node.meta["name"] in ("add", "sub") and len(tensors) < 2:
+        if not self._cache.is_full(mask) or (node.meta["name"] in ("add", "sub") and len(tensors) < 2):
             raise _NoCarrierError  # adding a number is not homogeneous
-        for tensor in tensors:
+        for tensor in tensors if node.meta["name"] in SUMS else tensors[:1]:
             self._ask(tensor, self._cache.full(tensor.meta["shape"]))
 
     def _product(self, node: fx.Node, mask: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import fx
 
 from structprune.channels.relations import Relations
 from structprune.channels.rules import RULES, Context, Operand
+from structprune.channels.rules.table import operands_in
 from structprune.errors import RuleError, StructpruneError
 from structprune.tracing.provenance import Expression, Literal, SizeInt
 from structprune.tracing.trace import Trace, describe
@@ -82,14 +83,19 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
     context.node, context.shape = node, node.meta.get("shape", ())
     args = [operand(value, (i,)) for i, value in enumerate(node.args)]
     kwargs = {key: operand(value, (key,)) for key, value in node.kwargs.items()}
-    rule = RULES.get(node.meta["name"])
-    if rule is None:
-        operands = list(_operands(args)) + list(_operands(list(kwargs.values())))
-        return context.pin_all(operands, f"there is no rule for the operation {describe(node, trace)}")
     if node.target is getattr:
         args = args[:1]
     if "input" in kwargs:
         args.insert(0, kwargs.pop("input"))
+    return _ask(context, args, kwargs, node, trace)
+
+
+def _ask(context: Context, args: list[Any], kwargs: dict[str, Any], node: fx.Node, trace: Trace) -> Any:
+    """What the rule of `node` says; errors tell where."""
+    rule = RULES.get(node.meta["name"])
+    if rule is None:
+        operands = list(operands_in(args, kwargs))
+        return context.pin_all(operands, f"there is no rule for the operation {describe(node, trace)}")
     try:
         result = rule(context, *args, **kwargs)
     except StructpruneError as error:
@@ -103,16 +109,8 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
     return result
 
 
-def _operands(values: Any) -> Any:
-    for value in values:
-        if isinstance(value, Operand):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _operands(value)
-
-
 def _shapes(args: list[Any]) -> str:
-    return ", ".join(str(list(value.shape)) for value in _operands(args)) or "no tensors"
+    return ", ".join(str(list(value.shape)) for value in operands_in(args)) or "no tensors"
 
 
 def _check(result: Any, shape: Any, node: fx.Node, trace: Trace) -> None:

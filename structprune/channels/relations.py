@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,10 +183,7 @@ class Relations:
         if not any(row.free for row in rows):
             return Row(sum(row.size for row in rows), pin=rows[0].pin)
         rows = [self.materialised(row) for row in rows]
-        follows = all(
-            a.array is None and b.array is None and a.start + a.size == b.start
-            for a, b in zip(rows, rows[1:], strict=False)
-        )
+        follows = all(a.array is None and b.array is None and a.start + a.size == b.start for a, b in pairwise(rows))
         if follows:
             return Row(sum(row.size for row in rows), rows[0].start)
         return Row(sum(row.size for row in rows), array=np.concatenate([row.ids() for row in rows]))

@@ -235,7 +235,8 @@ class SizeSolver:
         """Tie what can be tied; only where nothing more can, pin: first sizes, then what Python compared."""
         expected = [failure for failure in failures if isinstance(failure, Expectation)]
         for rank in sorted({_involved(e.expression) for e in expected}):
-            if any([self._try_tie(e) for e in expected if _involved(e.expression) == rank]):
+            tied = [self._try_tie(e) for e in expected if _involved(e.expression) == rank]
+            if any(tied):
                 return
         for e in expected:
             self._pin(e.expression, e.where)

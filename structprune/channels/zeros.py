@@ -1,13 +1,14 @@
 """Where a channel that is switched off is zero, and where that matters.
 
 Switching a channel off makes the parameters that belong to it zero. Its activation is then zero too after a linear
-layer, a norm or a ReLU, but one half after a sigmoid. A consumer with weights of its own does not care, since its weights
-for the channel go as well. A plain sum over channels, or a product of two activations, does: there a channel may only go
-if it is zero when it is off. Where it is not, it is pinned.
+layer, a norm or a ReLU, but one half after a sigmoid. A consumer with weights of its own does not care, since its
+weights for the channel go as well. A plain sum over channels, or a product of two activations, does: there a channel
+may only go if it is zero when it is off. Where it is not, it is pinned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from typing import Any
 
 from torch import fx
@@ -35,7 +36,7 @@ _AFFINE_AT = {
 }  # fmt: skip
 _NORM_AT = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1, "rms_norm": -1}
 _PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "dot", "baddbmm", "addmm", "cdist"})
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_RECURRENT = frozenset(kind + suffix for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for suffix in ("", "_cell"))
 
 
 class ZeroPass:
@@ -72,13 +73,14 @@ class ZeroPass:
     # -- one node ------------------------------------------------------------------------------------------------
 
     def _node(self, node: fx.Node) -> Any:
-        name, rows = node.meta["name"], self._rows(node)
+        name, rows = node.meta["name"], self._channels.rows[node.meta["index"]]
         if name == "part":
             parent, position = node.args
             return self.zeros[parent.meta["index"]][position]  # type: ignore[union-attr,index]
         if isinstance(rows, list):
-            single = self._single(node, name, next((part for part in rows if part is not None), ()))
-            return [single if part is not None and len(part) == len(single) else _none(part) for part in rows]
+            parts: list[tuple[Row, ...] | None] = rows
+            single = self._single(node, name, next((part for part in parts if part is not None), ()))
+            return [single if part is not None and len(part) == len(single) else _none(part) for part in parts]
         return self._single(node, name, rows)
 
     def _single(self, node: fx.Node, name: str, rows: tuple[Row, ...]) -> Zeros:
@@ -87,39 +89,34 @@ class ZeroPass:
             return tuple(bool(node.meta["dtype"].is_floating_point) for _ in rows)
         if name in ("zeros", "new_zeros"):
             return tuple(True for _ in rows)
-        if not tensors:
-            return _none(rows)
-        first = tensors[0]
-        if name in _PRESERVING or name in _RESIZING:
-            return self._resized(node, first, rows) if name in _RESIZING else self._of(first)
-        if name in ("mul", "div"):
-            return tuple(self._any(tensors if name == "mul" else tensors[:1], rows, d) for d in range(len(rows)))
-        if name in ("add", "sub", "where", "maximum", "minimum", "lerp", "copy"):
-            return self._sum_like(node, name, tensors, rows)
-        if name == "pow":
-            exponent = node.args[1] if len(node.args) > 1 else None
-            return self._of(first) if isinstance(exponent, (int, float)) and exponent > 0 else _none(rows)
-        if name in ("hardtanh", "clamp"):
-            return self._of(first) if self._spans_zero(node) else _none(rows)
-        if name in _AFFINE_AT:
-            return self._affine(name, tensors, rows)
-        if name in _NORM_AT:
-            return self._norm(name, tensors, rows)
-        if name == "_weight_norm" or name.startswith(_RECURRENT):
-            return tuple(d == len(rows) - 1 or name == "_weight_norm" for d in range(len(rows)))
-        if name == "embedding":
-            return (*_none(rows[:-1]), True)
-        if name in _PRODUCTS:
-            return self._product(node, tensors[-2:], rows)
-        if name == "scaled_dot_product_attention":
-            return self._attention(node, tensors, rows)
-        if name == "python.einsum":
-            return self._einsum(node, tensors, rows)
-        if name in _MEANS or name in _SUMS:
-            return self._reduction(node, name, first, rows)
-        if "pool" in name or name in _MOVES or name.startswith("upsample"):
-            return self._moved(tensors, rows)
-        return _none(rows)
+        family = next((family for names, family in _FAMILIES if name in names), None)
+        return _none(rows) if family is None or not tensors else family(self, node, tensors, rows)
+
+    def kept(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """f(0) = 0: zeros stay where they are."""
+        return self._of(tensors[0])
+
+    def factors(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """A product is zero where one factor is."""
+        factors = tensors if node.meta["name"] == "mul" else tensors[:1]
+        return tuple(self._any(factors, rows, d) for d in range(len(rows)))
+
+    def power(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """A positive power of zero is zero."""
+        exponent = node.args[1] if len(node.args) > 1 else None
+        return self._of(tensors[0]) if isinstance(exponent, (int, float)) and exponent > 0 else _none(rows)
+
+    def clamped(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """Zero stays if it lies between the bounds."""
+        return self._of(tensors[0]) if self._spans_zero(node) else _none(rows)
+
+    def everywhere(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """Made of parameters alone."""
+        return tuple(True for _ in rows)
+
+    def last(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """Zero in the last dimension, whose parameters are off."""
+        return (*_none(rows[:-1]), True)
 
     def _any(self, tensors: list[fx.Node], rows: tuple[Row, ...], dim: int) -> bool:
         """Whether one of the factors is zero at every index of `dim` that is off."""
@@ -129,7 +126,9 @@ class ZeroPass:
             for t in tensors
         )
 
-    def _sum_like(self, node: fx.Node, name: str, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+    def sum_like(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """A sum is zero where all of its terms are."""
+        name = node.meta["name"]
         if name == "where":
             tensors = [t for t in node.args[1:] if isinstance(t, fx.Node)]
         numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool) and a != 0]
@@ -159,7 +158,9 @@ class ZeroPass:
         numbers = [b is None or isinstance(b, (int, float)) for b in (low, high)]
         return all(numbers) and (low is None or low <= 0) and (high is None or high >= 0)  # type: ignore[operator]
 
-    def _affine(self, name: str, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+    def affine(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """Weights and bias of an output channel that is off are zero."""
+        name = node.meta["name"]
         parameters = tensors[2:] if name == "bilinear" else tensors[1:]
         weight, bias = parameters[0], parameters[1:]
         out = 1 if name.startswith("conv_transpose") else 0
@@ -168,7 +169,9 @@ class ZeroPass:
         x = self._of(tensors[0])
         return tuple(zero if d == at else not bias and d < len(x) and x[d] for d in range(len(rows)))
 
-    def _norm(self, name: str, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+    def norm(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """So are those of a normalised one."""
+        name = node.meta["name"]
         parameters = tensors[1:]
         at = _NORM_AT[name] % len(rows)
         x = self._of(tensors[0])
@@ -176,35 +179,42 @@ class ZeroPass:
         keeps = name == "rms_norm" or not parameters
         return tuple(zero if d == at else keeps and x[d] for d in range(len(rows)))
 
-    def _resized(self, node: fx.Node, first: fx.Node, rows: tuple[Row, ...]) -> Zeros:
+    def resized(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """Padding with zeros keeps them."""
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-        x = self._of(first)
+        x = self._of(tensors[0])
         return x if not value and len(x) == len(rows) else _none(rows)
 
-    def _product(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
-        a, b = tensors
+    def product(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """A matrix product; what it sums over must be zero in one of its factors."""
+        a, b = tensors[-2:]
         left, right = self._of(a), self._of(b)
-        if not (left[-1] or right[-2 if len(right) > 1 else -1]) or node.meta["name"] == "cdist":
-            if not (left[-1] and right[-1] and node.meta["name"] == "cdist"):
-                self._pin(self._rows(a)[-1], node)
+        if node.meta["name"] == "cdist":
+            zero = left[len(left) - 1] and right[len(right) - 1]
+        else:
+            zero = left[len(left) - 1] or right[max(0, len(right) - 2)]
+        if not zero:
+            self._pin(self._rows(a)[len(left) - 1], node)
         if node.meta["name"] in ("baddbmm", "addmm", "cdist"):
             return _none(rows)
         result = [False] * len(rows)
         if len(left) > 1 and len(right) > 1:
-            result[-1], result[-2] = right[-1], left[-2]
+            result[-1], result[-2] = right[len(right) - 1], left[len(left) - 2]
             for back in range(3, len(rows) + 1):
                 result[-back] = any(len(z) >= back and z[-back] for z in (left, right))
         elif rows:
-            result[-1] = left[-2] if len(left) > 1 else right[-1]
+            result[-1] = left[len(left) - 2] if len(left) > 1 else right[len(right) - 1]
         return tuple(result)
 
-    def _attention(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+    def attention(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """Scores are summed over the head's size, in which query or key must be zero."""
         query, key, value = (self._of(t) for t in tensors[:3])
         if not (query[-1] or key[-1]):
             self._pin(self._rows(tensors[0])[-1], node)
         return (*value[: len(rows) - 2], False, value[-1]) if len(value) == len(rows) else _none(rows)
 
-    def _einsum(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+    def einsum(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """A product; letters that are summed over must be zero in one of the factors."""
         equation = node.args[0]
         if not isinstance(equation, str) or "->" not in equation or "..." in equation:
             for tensor in tensors:
@@ -216,23 +226,24 @@ class ZeroPass:
         zero: dict[str, bool] = {}
         where: dict[str, Row] = {}
         for term, tensor in zip(inputs.split(","), tensors, strict=True):
-            for letter, row, z in zip(term, self._rows(tensor), self._of(tensor), strict=True):
-                zero[letter] = zero.get(letter, False) or z
+            for letter, row, off in zip(term, self._rows(tensor), self._of(tensor), strict=True):
+                zero[letter] = zero.get(letter, False) or off
                 where[letter] = row if letter not in where or row.free else where[letter]
         for letter, row in where.items():
             if letter not in output and not zero[letter]:
                 self._pin(row, node)
         return tuple(zero[letter] for letter in output)
 
-    def _reduction(self, node: fx.Node, name: str, first: fx.Node, rows: tuple[Row, ...]) -> Zeros:
-        source, zero = self._rows(first), self._of(first)
+    def reduction(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """A sum or a mean; what it runs over must be zero."""
+        source, zero = self._rows(tensors[0]), self._of(tensors[0])
         kept = {row.key for row in rows if row.free}
         for row, z in zip(source, zero, strict=True):
             if row.free and row.key not in kept and not z:
                 self._pin(row, node)
-        return self._moved([first], rows)
+        return self.moved(node, tensors[:1], rows)
 
-    def _moved(self, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+    def moved(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
         """A movement keeps zeros where a row passes whole; a row that is made of several needs them all."""
         known: dict[object, bool] = {}
         everything = True
@@ -248,6 +259,14 @@ def _none(rows: Any) -> Zeros:
     return tuple(False for _ in rows) if rows is not None else ()
 
 
+_POOLS = frozenset(
+    name.format(dims)
+    for dims in (1, 2, 3)
+    for name in (
+        "avg_pool{}d", "max_pool{}d", "max_pool{}d_with_indices", "adaptive_avg_pool{}d", "adaptive_max_pool{}d",
+        "upsample_nearest{}d", "_upsample_nearest_exact{}d", "reflection_pad{}d", "replication_pad{}d",
+    )
+) | {"upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"}  # fmt: skip
 _MOVES = frozenset({
     "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "movedim", "T", "t",
     "mT", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "getitem", "select", "narrow",
@@ -255,3 +274,23 @@ _MOVES = frozenset({
     "im2col", "col2im", "unfold", "glu", "repeat_interleave", "tile", "repeat", "view_as", "reshape_as", "setitem",
     "tensor_split", "native_channel_shuffle",
 })  # fmt: skip
+
+_Family = Callable[[ZeroPass, fx.Node, list[fx.Node], tuple[Row, ...]], Zeros]
+_FAMILIES: list[tuple[Container[str], _Family]] = [
+    (_PRESERVING, ZeroPass.kept),
+    (_RESIZING, ZeroPass.resized),
+    (_MOVES, ZeroPass.moved),
+    (_POOLS, ZeroPass.moved),
+    (("mul", "div"), ZeroPass.factors),
+    (("add", "sub", "where", "maximum", "minimum", "lerp", "copy"), ZeroPass.sum_like),
+    (("pow",), ZeroPass.power),
+    (("hardtanh", "clamp"), ZeroPass.clamped),
+    (_AFFINE_AT, ZeroPass.affine),
+    (_NORM_AT, ZeroPass.norm),
+    (("_weight_norm",), ZeroPass.everywhere),
+    (_RECURRENT | {"embedding", "python.embedding_bag"}, ZeroPass.last),
+    (_PRODUCTS, ZeroPass.product),
+    (("scaled_dot_product_attention",), ZeroPass.attention),
+    (("python.einsum",), ZeroPass.einsum),
+    (_MEANS | _SUMS, ZeroPass.reduction),
+]

@@ -52,9 +52,8 @@ def _memo(tensors: dict[str, Held], new: dict[int, Tensor]) -> dict[int, Any]:
                 memo[id(old)] = old.detach().clone()
             continue
         if isinstance(old, nn.Parameter):
-            changed = type(old)(changed, requires_grad=old.requires_grad) if type(old) is nn.Parameter else changed
-            changed.__dict__.update(copy.copy(old.__dict__))
-            changed.requires_grad_(old.requires_grad)
+            changed = nn.Parameter(changed, requires_grad=old.requires_grad)
+            vars(changed).update(vars(old))
             if old.grad is not None:
                 changed.grad = new[id(old.grad)]
         memo[id(old)] = changed

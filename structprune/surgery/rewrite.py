@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from structprune.channels.propagate import has_rule
@@ -10,6 +12,21 @@ from structprune.surgery.edits import Edits, Rewrite
 from structprune.tracing.specification import unspecify
 from structprune.tracing.subgraph import module_graph, rewritten_class
 from structprune.tracing.trace import trace
+
+Pending = dict[tuple[int, tuple[int | str, ...]], Rewrite]
+
+
+def _literal(path: str, pending: Pending, number: int, place: tuple[int | str, ...], old: int) -> int:
+    """The new value of a literal, if the plan has one; what is found is taken out of `pending`."""
+    found = pending.pop((number, place), None)
+    if found is None:
+        return old
+    if found.old != old:
+        raise SurgeryError(
+            f"The forward of {path or 'the model'} has the literal {old} where the plan expects {found.old}. "
+            "Make a new plan for this model."
+        )
+    return found.new
 
 
 def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, type[nn.Module]]:
@@ -28,21 +45,8 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, type[nn.Modul
     for path, rewrites in by_module.items():
         pending = {(r.operation, r.place): r for r in rewrites}
 
-        def literal(
-            number: int, place: tuple[int | str, ...], old: int, pending: dict = pending, path: str = path
-        ) -> int:  # type: ignore[type-arg]
-            found = pending.pop((number, place), None)
-            if found is None:
-                return old
-            if found.old != old:
-                raise SurgeryError(
-                    f"The forward of {path or 'the model'} has the literal {old} where the plan expects {found.old}. "
-                    "Make a new plan for this model."
-                )
-            return found.new
-
         try:
-            graph = module_graph(recorded, path, literal)
+            graph = module_graph(recorded, path, partial(_literal, path, pending))
         except TraceError as error:
             raise SurgeryError(f"A size in {path or 'the model'} cannot be rewritten: {error}.") from error
         if pending:

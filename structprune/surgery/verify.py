@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class _Reference(Recorder):
         dims, masks = found
         x: Tensor = args[0] if args else kwargs["input"]
         keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
-        rest = list(args[1:])
+        rest = cast(list[Any], [*args[1:]])
         if call.name == "group_norm":
             return self._group_norm(func, x, rest, kwargs, keep[0])
         small = _selected(x, dims, keep)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -305,7 +305,7 @@ def plain(value: Any) -> Any:
 
 
 @contextmanager
-def tracked_numbers() -> Iterator[Ledger]:
+def tracked_numbers() -> Generator[Ledger]:
     """Record comparisons and escapes of tracked numbers; ``math.sqrt`` of one stays tracked meanwhile."""
     ledger = Ledger()
     original = math.sqrt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from structprune.errors import TraceError
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
+from structprune.tracing.shapes import shape_of_result
 from structprune.tracing.vocabulary import VALUES, Call, Kind, call_of
 
 
@@ -148,7 +149,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one call of the torch API and write it down."""
-        kwargs = kwargs or {}
+        kwargs = {} if kwargs is None else kwargs
         call = call_of(func, self._leaves)
         if call.kind is Kind.QUERY:
             return func(*args, **kwargs)
@@ -179,7 +180,8 @@ class Recorder(TorchFunctionMode):
 
     def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation that becomes the next node."""
-        return func(*args, **kwargs)
+        result = shape_of_result(call.name, call.inplace, args, kwargs) if self._meta else None
+        return func(*args, **kwargs) if result is None else result
 
     def _size(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         answer = func(*args, **kwargs)
@@ -227,7 +229,7 @@ class Recorder(TorchFunctionMode):
     # -- modules -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watching(self, model: nn.Module) -> Generator[None]:
         """Note which module each call happens in, while the block runs."""
         paths = {id(module): path for path, module in model.named_modules()}
         original = nn.Module.__call__

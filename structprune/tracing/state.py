@@ -7,7 +7,7 @@ attributes, buffers, caches, hooks, mode, random state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +140,7 @@ def shield(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True) -> Iterator[dict[int, str]]:
+def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True) -> Generator[dict[int, str]]:
     """Lend `model` to a trace: its tensors replaced through `replace`, its int attributes tracked if `track`.
 
     Yields the names of the replaced tensors by ``id``. Everything is put back at the end, whatever happens.

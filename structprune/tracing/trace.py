@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +89,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
+def preserved_random_state() -> Generator[None]:
     """The random generators of all devices are afterwards as they were."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

@@ -40,7 +40,7 @@ QUERIES = frozenset({
     "is_distributed", "element_size", "itemsize", "nbytes", "stride", "storage_offset", "data_ptr", "grad", "grad_fn",
     "get_device", "name", "names", "output_nr", "retains_grad", "_version", "_is_view", "_base", "__hash__", "__len__",
     "untyped_storage", "__repr__", "__format__", "__dir__", "_has_symbolic_sizes_strides", "__dlpack_device__",
-    "has_names", "result_type", "can_cast", "get_default_dtype", "_is_zerotensor", "is_coalesced", "cudnn_is_acceptable",
+    "has_names", "result_type", "can_cast", "get_default_dtype", "_is_zerotensor", "is_coalesced",
     "__setstate__", "__reduce_ex__", "register_hook", "retain_grad", "is_storage", "is_tensor", "iscomplexobj",
     "broadcast_shapes", "promote_types", "_nested_tensor_size", "is_autocast_enabled", "_sym_size", "imag_query",
 })  # fmt: skip
@@ -124,9 +124,9 @@ _cache: dict[Any, Call] = {}
 
 
 def call_of(function: Any, leaves: Callable[[str], bool]) -> Call:
-    """The `Call` for a function object seen by the mode; `leaves` says which Python functions have a rule as a whole."""
+    """The `Call` for a function that the mode saw; `leaves` says which Python functions have a rule as a whole."""
     prop = isinstance(function, types.MethodWrapperType) and function.__name__ in ("__get__", "__set__", "__delete__")
-    key = (function.__self__.__name__, function.__name__) if prop else function
+    key: Any = (getattr(function.__self__, "__name__", ""), function.__name__) if prop else function
     found = _cache.get(key)
     if found is None:
         found = _cache[key] = _property(*key) if prop else _call(function, leaves)

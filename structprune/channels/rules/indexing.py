@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,7 @@ def chunk(c: Context, x: Operand, chunks: Any, dim: int = 0) -> Result:
 def _unequal(c: Context, x: Operand, at: int) -> list[Rows | None]:
     c.pin(x.rows[at], f"it is cut into unequal pieces by {c.where()}")
     bounds = np.cumsum([0, *(shape[at] for shape in c.shape)])
-    return _pieces(x, at, [x.rows[at][int(a) : int(b)] for a, b in zip(bounds, bounds[1:], strict=False)])
+    return _pieces(x, at, [x.rows[at][int(a) : int(b)] for a, b in pairwise(bounds)])
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "python.split")
@@ -178,7 +179,7 @@ def split(c: Context, x: Operand, sizes: Any, dim: int = 0) -> Result:
         c.expect(sizes, parts[0])
         return _pieces(x, at, parts)
     bounds = np.cumsum([0, *(int(size) for size in sizes)])
-    parts = tuple(row[int(a) : int(b)] for a, b in zip(bounds, bounds[1:], strict=False))
+    parts = tuple(row[int(a) : int(b)] for a, b in pairwise(bounds))
     for size, part in zip(sizes, parts, strict=True):
         c.expect(size, part)
     return _pieces(x, at, parts)

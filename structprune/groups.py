@@ -132,10 +132,8 @@ def coupled_groups(components: Components, slots: list[Slot]) -> list[Group]:
             hit = mine == number
             at, channels = positions[hit], place[found[hit]]
             members[number] += [Member(slot.tensor, slot.dim, at, channels) for slot in attached]
-    return [
-        Group(_name(parts), chosen[order][counts[:number].sum() : counts[: number + 1].sum()], tuple(parts))
-        for number, parts in enumerate(members)
-    ]
+    pieces = np.split(chosen[order], np.cumsum(counts)[:-1])
+    return [Group(_name(parts), piece, tuple(parts)) for piece, parts in zip(pieces, members, strict=True)]
 
 
 def _signatures(components: Components, spans: dict[object, tuple[Ids, Ids, list[Slot]]]) -> Ids:

@@ -155,9 +155,11 @@ class _Search:
         self._consumer = consumer
         self._masks: dict[fx.Node, Tensor] = {}
         self._queue: list[int] = []
+        self._source: fx.Node = consumer
 
     def run(self, source: fx.Node) -> list[Carrier]:
         carriers: list[Carrier] = []
+        self._source = source
         self._ask(source, self._cache.full(source.meta["shape"]))
         while self._queue:
             node = self._trace.nodes[-heapq.heappop(self._queue)]
@@ -236,12 +238,18 @@ class _Search:
                 raise _NoCarrierError
             self._ask(parameter, along.view(-1, *[1] * (len(shape) - 1)).expand(shape))
 
+    def _once(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether `user` is the operation that is compensated, and takes `node` as the one scaled argument only."""
+        places: list[fx.Node] = []
+        fx.map_arg((user.args, user.kwargs), places.append)
+        return user is self._consumer and node is self._source and places.count(node) == 1
+
     def _check_users(self, node: fx.Node, mask: Tensor) -> None:
         """Whatever else reads the tensor must read other entries of it."""
         if node in self._trace.outputs:
             raise _NoCarrierError
         for user in node.users:
-            if user is self._consumer or user in self._masks or user.op == "output":
+            if user in self._masks or user.op == "output" or self._once(user, node):
                 continue
             if user.meta["name"] not in MOVEMENT or _tensors(user)[0] is not node:
                 raise _NoCarrierError

@@ -81,6 +81,7 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
         return value
 
     context.node, context.shape = node, node.meta.get("shape", ())
+    context.claimed.clear()  # the same int may be a size in one call and a number in the next
     args = [operand(value, (i,)) for i, value in enumerate(node.args)]
     kwargs = {key: operand(value, (key,)) for key, value in node.kwargs.items()}
     if node.target is getattr:

@@ -31,7 +31,8 @@ from structprune.tracing.provenance import (
     literals,
 )
 
-TRIALS = 3
+# Shares of the channels that the trials remove; the last leaves one of each row, where branches and floors show.
+SHARES = (0.3, 0.5, 0.8, 1.0)
 Number = float
 
 
@@ -148,8 +149,7 @@ class SizeSolver:
             c for c in self._comparisons
             if self._touched(components, c.left) or self._touched(components, c.right)
         ]  # fmt: skip
-        for _ in range(TRIALS):
-            share = generator.uniform(0.2, 0.6)
+        for share in SHARES:
             dead = components.roots & (generator.random(components.count) < share) & ~keep
             count = Counter(components, components.closure(dead))
             value = self._valuation(count, relevant)
@@ -159,6 +159,8 @@ class SizeSolver:
         return list(failed.values())
 
     def _matters(self, components: Components, e: Expectation) -> bool:
+        if any(isinstance(leaf, Attribute) for leaf in leaves(e.expression)):
+            return True  # an attribute may change for another layer's sake
         if not self._moves(components, e.row):
             return self._touched(components, e.expression)
         return not (_is_literal(e) and self._rewritable(e.node))

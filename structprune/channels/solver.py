@@ -74,7 +74,7 @@ class Components:
     # -- solving -------------------------------------------------------------------------------------------------
 
     def _fixpoint(self) -> None:
-        grids = [[grid.cells, grid.factors, [False] * len(grid.factors)] for grid in self._relations.grids]
+        grids = [(grid.cells, grid.factors, [False] * len(grid.factors)) for grid in self._relations.grids]
         while True:
             self.count = int(self._component.max()) + 1 if self._total else 0
             self._first = np.zeros(self.count, dtype=np.int64)
@@ -113,19 +113,20 @@ class Components:
             self.reasons.append(reason)
         return self.reasons.index(reason)
 
-    def _reduce(self, grids: list[list[object]]) -> tuple[list[tuple[Ids, Ids]], list[Lattice], bool]:
+    def _reduce(
+        self, grids: list[tuple[Row, tuple[Row, ...], list[bool]]]
+    ) -> tuple[list[tuple[Ids, Ids]], list[Lattice], bool]:
         """One round: spread pins, turn grids of a single free factor into ties, join equal grids, find conflicts."""
         edges: list[tuple[Ids, Ids]] = []
         lattices: list[tuple[Lattice, list[bool]]] = []
         seen_cells: dict[object, Lattice] = {}
         seen_factors: dict[object, Lattice] = {}
         news = False
-        for cells_row, factor_rows, closed in grids:
-            factors: tuple[Row, ...] = factor_rows  # type: ignore[assignment]
+        for cells_row, factors, closed in grids:
             shape = tuple(row.size for row in factors)
-            cells = self.of(cells_row).reshape(shape)  # type: ignore[arg-type]
-            news |= self._spread_pins(cells, factors, closed)  # type: ignore[arg-type]
-            prunable = [i for i, row in enumerate(factors) if row.free and not closed[i] and not self._all_pinned(row)]  # type: ignore[index]
+            cells = self.of(cells_row).reshape(shape)
+            news |= self._spread_pins(cells, factors, closed)
+            prunable = [i for i, row in enumerate(factors) if row.free and not closed[i] and not self._all_pinned(row)]
             parts = tuple(self.of(factors[i]) for i in prunable)
             if len(prunable) == 1:
                 axis = prunable[0]
@@ -149,7 +150,7 @@ class Components:
                 if not np.array_equal(twin.cells, cells):
                     edges.append((cells.ravel(), twin.cells.ravel()))
                 continue
-            lattices.append((lattice, closed))  # type: ignore[arg-type]
+            lattices.append((lattice, closed))
         if edges or news:
             return edges, [], news
         return [], [lattice for lattice, _ in lattices], self._conflicts(lattices)

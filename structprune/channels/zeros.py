@@ -163,11 +163,20 @@ class ZeroPass:
         name = node.meta["name"]
         parameters = tensors[2:] if name == "bilinear" else tensors[1:]
         weight, bias = parameters[0], parameters[1:]
+        self._summed(node, name, tensors[0], weight)
         out = 1 if name.startswith("conv_transpose") else 0
         at = _AFFINE_AT[name] % len(rows)
         zero = self._of(weight)[out] and all(self._of(b)[0] for b in bias)
         x = self._of(tensors[0])
         return tuple(zero if d == at else not bias and d < len(x) and x[d] for d in range(len(rows)))
+
+    def _summed(self, node: fx.Node, name: str, x: fx.Node, weight: fx.Node) -> None:
+        """A layer sums over its input channels: off, they must be zero in the input or in the weight."""
+        inputs, zero = self._rows(x), self._of(weight)
+        across = 0 if name.startswith("conv_transpose") else min(1, len(zero) - 1)
+        at = _AFFINE_AT[name] % len(inputs)
+        if not (zero[across] or self._of(x)[at]):
+            self._pin(inputs[at], node)
 
     def norm(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
         """So are those of a normalised one."""
@@ -218,8 +227,8 @@ class ZeroPass:
         equation = node.args[0]
         if not isinstance(equation, str) or "->" not in equation or "..." in equation:
             for tensor in tensors:
-                for row, zero in zip(self._rows(tensor), self._of(tensor), strict=True):
-                    if not zero:
+                for row, off in zip(self._rows(tensor), self._of(tensor), strict=True):
+                    if not off:
                         self._pin(row, node)
             return _none(rows)
         inputs, _, output = equation.replace(" ", "").partition("->")

@@ -14,7 +14,7 @@ from structprune.tracing.state import Held
 def kept(thinning: Thinning) -> np.ndarray:
     """Original indices that stay, in order."""
     mask = np.ones(thinning.size, dtype=bool)
-    mask[list(thinning.removed)] = False
+    mask[np.fromiter(thinning.removed, dtype=np.int64, count=len(thinning.removed))] = False
     return np.flatnonzero(mask)
 
 

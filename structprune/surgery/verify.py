@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from structprune.tracing.trace import ExampleInputs, as_call, map_tensors, prese
 from structprune.tracing.vocabulary import Call
 
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
+_SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm"}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -86,19 +87,20 @@ class _Reference(Recorder):
         dims, masks = found
         x: Tensor = args[0] if args else kwargs["input"]
         keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
-        rest = cast(list[Any], [*args[1:]])
+        rest: list[Any] = list(args[1:])
         if call.name == "group_norm":
             return self._group_norm(func, x, rest, kwargs, keep[0])
         small = _selected(x, dims, keep)
         if call.name in _WITH_SHAPE:
             first = x.dim() - len(rest[0])
-            rest[0] = list(small.shape[first:])
+            rest[0] = tuple(small.shape[first:])
             inner = [dim - first for dim in dims]
             rest[1:3] = [_selected(t, inner, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
         if call.name == "_weight_norm":
-            rest[0] = _selected(rest[0], *_present(rest[0], dims, keep))
+            length: Tensor = args[1]
+            rest[0] = _selected(length, *_present(length, dims, keep))
         result = func(small, *rest, **kwargs)
-        same = isinstance(result, Tensor) and result.dim() == x.dim() and call.name in (*_WITH_SHAPE, "_weight_norm")
+        same = isinstance(result, Tensor) and result.dim() == x.dim() and call.name in _SAME_SHAPE
         return _scattered(result, x, dims, keep) if same else result
 
     def _group_norm(self, func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], keep: Tensor) -> Tensor:

@@ -149,7 +149,9 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one call of the torch API and write it down."""
-        kwargs = {} if kwargs is None else kwargs
+        return self._seen(func, args, kwargs or {})
+
+    def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = call_of(func, self._leaves)
         if call.kind is Kind.QUERY:
             return func(*args, **kwargs)

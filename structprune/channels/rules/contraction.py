@@ -83,14 +83,15 @@ def bilinear(c: Context, left: Operand, right: Operand, weight: Operand, bias: O
 @rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner_")
 def matmul(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
     """Rows of `a` times columns of `b`; leading dimensions broadcast."""
-    c.same(a.rows[-1], b.rows[-2] if len(b.rows) > 1 else b.rows[-1])
+    c.same(a.rows[-1], b.rows[max(0, len(b.rows) - 2)])
     batch = c.broadcast([Operand(a.node, a.rows[:-2]), Operand(b.node, b.rows[:-2])])
     return (*batch, *a.rows[-2:-1], *(b.rows[-1:] if len(b.rows) > 1 else ()))
 
 
-@rule("addmm", "addmv", "baddbmm", "addbmm_")
-def addmm(c: Context, bias: Operand, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
+@rule("addmm", "addmv", "baddbmm")
+def addmm(c: Context, bias: Operand, *factors: Any, **named: Any) -> Rows:
     """A product plus a tensor that broadcasts to it."""
+    a, b = operands_in(factors, named)
     return c.broadcast([Operand(c.node, matmul(c, a, b)), bias])  # type: ignore[arg-type]
 
 

@@ -40,6 +40,8 @@ def cut(c: Context, row: Row, piece: slice) -> Row:
                 c.pin(row, f"how much of it is used depends on the inputs, in {c.where()}")
             counted = row[: int(bound)] if bound >= 0 else row[int(bound) :]
             c.expect(bound if bound >= 0 else -bound, counted)
+    if stop - start == 1:
+        c.pin(row[start:stop], f"it is taken alone in {c.where()}")  # a piece of no channels would not broadcast
     return row[start:stop]
 
 
@@ -152,7 +154,7 @@ def _pieces(x: Operand, at: int, parts: Sequence[Row]) -> list[Rows | None]:
 
 
 @rule("chunk", "tensor_split", "unsafe_chunk")
-def chunk(c: Context, x: Operand, chunks: Any, dim: int = 0) -> Result:
+def chunk(c: Context, x: Operand, chunks: Any = None, dim: int = 0, **_: Any) -> Result:
     """Equal sections keep the same channels."""
     at = x.dim(dim)
     row = x.rows[at]

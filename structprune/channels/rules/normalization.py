@@ -14,6 +14,8 @@ def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Rows:
     """Weight, bias, running mean and running variance have one entry a channel."""
     for operand in operands_in(statistics, named):
         c.same(x.rows[1], operand.rows[0])
+    # Standardised weights are normalised over their input channels by a batch norm over "positions".
+    c.survivors(x, [at for at in range(len(x.rows)) if at != 1])
     return x.rows
 
 
@@ -119,7 +121,8 @@ def local_response_norm(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
 
 @rule("cosine_similarity", "pairwise_distance")
 def similarity(c: Context, a: Operand, b: Operand, dim: int = 1, *_: Any, **__: Any) -> Rows:
-    """A normalised product summed over one dimension."""
+    """A normalised product, or a distance with a constant in each entry, summed over one dimension."""
     rows = c.broadcast([a, b])
+    c.pin(rows[int(dim) if c.node.meta["name"] == "cosine_similarity" else -1], f"it is summed over by {c.where()}")
     at = int(dim) % len(rows) if c.node.meta["name"] == "cosine_similarity" else len(rows) - 1
     return tuple(row for place, row in enumerate(rows) if place != at)

@@ -27,7 +27,8 @@ def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     packed = isinstance(args[0], Operand) and len(args) > 1 and isinstance(args[1], (Operand, tuple, list)) and (
         isinstance(args[2], (tuple, list)) and not isinstance(args[2], bool)
     )  # fmt: skip
-    hx, parameters, has_biases, layers, _, _, bidirectional = (args[1:] if packed else args)[:7]
+    given: list[Any] = list(args[1:] if packed else args)
+    hx, parameters, has_biases, layers, bidirectional = (given[i] for i in (0, 1, 2, 3, 6))
     states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
     hidden = states[-1].rows[-1]
     state = states[0].rows[-1]
@@ -51,9 +52,9 @@ def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     for other in states[1:]:
         for a, b in zip(states[0].rows[:-1], other.rows[:-1], strict=True):
             c.same(a, b)
-    out = (*x.rows[:-1], inputs)
-    ends = [(numbers, *batch, row) for row in (state, hidden)]
-    return [out, *ends][: len(c.shape)] if name == "lstm" else [out, (numbers, *batch, state)]
+    results: list[Rows | None] = [(*x.rows[:-1], inputs)]
+    results += [(numbers, *batch, row) for row in ((state, hidden) if name == "lstm" else (state,))]
+    return results
 
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")

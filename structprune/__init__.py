@@ -1,9 +1,11 @@
 """structprune: trained PyTorch networks made smaller and faster by removing whole channels."""
 
 from structprune.api import plan, prune
+from structprune.benchmark import Benchmark, benchmark
 from structprune.channels.rules.table import rule as register_rule
 from structprune.cost import Cost, cost
 from structprune.dependency_graph import DependencyGraph
+from structprune.export import OnnxExport, export_onnx
 from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.plan import Plan
@@ -12,15 +14,19 @@ from structprune.surgery.verify import Report, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Benchmark",
     "Cost",
     "DependencyGraph",
     "Group",
     "LnNorm",
     "Member",
+    "OnnxExport",
     "Plan",
     "Random",
     "Report",
+    "benchmark",
     "cost",
+    "export_onnx",
     "plan",
     "prune",
     "register_rule",

@@ -237,7 +237,7 @@ class PartialShift(nn.Module):
         return self.conv2(y.add_(x).relu_())
 
 
-@case(tokens(), {"fc1.weight": 0, "fc2.weight": 1, "order": 0, "head.weight": 1}, pinned={"fc2": "index"})
+@case(tokens(), {"fc1.weight": 0, "fc2.weight": 1, "head.weight": 1}, pinned={"fc2": "index"})
 class Reordered(nn.Module):
     """Channels flipped, rolled and permuted by a buffer."""
 

@@ -16,6 +16,7 @@ from support.snapshot import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import structprune
+from structprune.errors import PlanError
 
 all_cases()
 INPUTS = normal(2, 3, 7, 7)
@@ -85,6 +86,13 @@ def test_types_may_differ_within_a_model() -> None:
     slim = structprune.prune(Mixed().eval(), INPUTS, ratio=0.5)
     assert (slim.conv1.weight.dtype, slim.conv2.weight.dtype) == (torch.float32, torch.bfloat16)
     assert slim.conv2.in_channels == 4
+
+
+def test_meta_has_nothing_to_rank() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    with pytest.raises(PlanError, match="on the meta device and have no values to rank"):
+        structprune.plan(model, torch.empty(2, 6, device="meta"), ratio=0.5)
 
 
 def test_meta() -> None:

@@ -42,6 +42,7 @@ class Plan(Edits):
         layers: output channels of each thinned layer.
         before: cost of the model as it is.
         after: cost of the model that `apply` makes.
+        caches: dicts of modules in which the forward keeps results: they are emptied.
         inputs: shapes and types of the example inputs, nested as they were given.
         settings: what the plan was asked for.
     """
@@ -121,6 +122,7 @@ class Plan(Edits):
                 tuple(_edit(Repair, r) for r in data["repairs"]),
                 tuple(_edit(Rescale, r) for r in data["rescales"]),
                 tuple(_edit(Rewrite, r) for r in data["rewrites"]),
+                tuple((module, name) for module, name in data["caches"]),
                 data["inputs"],
                 tuple(LayerWidth(**layer) for layer in data["layers"]),
                 Cost(**data["before"]),

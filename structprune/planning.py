@@ -48,6 +48,7 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] |
         repairs,
         _rescales(graph, count, values),
         _rewrites(graph, count),
+        graph.trace.caches,
         specify(graph.example_inputs),
         _layers(thinnings),
         count_cost(graph.model, graph.trace, graph.channels, nothing),

@@ -219,3 +219,29 @@ def test_ignored_layers_stay_whole() -> None:
         slim = structprune.prune(model, INPUTS, ratio=0.5, ignore=[ignored])
         assert slim.expand.weight.shape == model.expand.weight.shape
         assert slim.depth.weight.shape == model.depth.weight.shape, "what goes with it stays whole too"
+
+
+class KeptResult(nn.Module):
+    """Keeps a result in a dict from one evaluation to the next, as LeViT keeps its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.gain, self.head = nn.Linear(8, 16), nn.Parameter(torch.rand(16)), nn.Linear(16, 4)
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = str(x.device)
+        if key not in self.kept:
+            self.kept[key] = self.gain.detach() * 2
+        return self.head(torch.tanh(self.fc(x)) * self.kept[key])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_results_that_a_forward_keeps_are_dropped(inplace: bool) -> None:
+    model, x = KeptResult().eval(), normal(2, 8)
+    model(x)
+    plan = structprune.plan(model, x, ratio=0.5)
+    slim = plan.apply(model, inplace=inplace)
+    assert slim(x).shape == (2, 4)
+    assert slim.kept["cpu"].shape == (8,)
+    assert inplace or model.kept["cpu"].shape == (16,)

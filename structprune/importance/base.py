@@ -68,8 +68,8 @@ def check_scores(scores: Tensor, group: Group) -> Tensor:
         )
     if scores.is_meta:
         raise PlanError(
-            f"The weights of {group.name} are on the meta device and have no values to rank. Load real weights, or plan "
-            "with importance='random', or with a callable that needs none."
+            f"The weights of {group.name} are on the meta device and have no values to rank. Load real weights, or "
+            "plan with importance='random', or with a callable that needs none."
         )
     if not bool(torch.isfinite(scores).all()):
         raise PlanError(f"The criterion gave scores for {group.name} that are not finite. Are its weights?")

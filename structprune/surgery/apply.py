@@ -100,6 +100,10 @@ def _finish(model: nn.Module, plan: Edits, classes: Classes, undo: list[Callable
     thinned = {thinning.tensor.rpartition(".")[0] for thinning in plan.thinnings}
     for repair in plan.repairs:
         _repair(model, repair, undo)
+    for path, name in plan.caches:
+        held: dict[Any, Any] = getattr(model.get_submodule(path), name)
+        kept = {key: value for key, value in held.items() if not isinstance(value, Tensor)}
+        set_attribute(model.get_submodule(path), name, kept, undo)
     describe_layers(model, thinned | {repair.module for repair in plan.repairs}, undo)
     for path, new_class in classes.items():
         module = model.get_submodule(path)

@@ -49,10 +49,14 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Edits:
-    """All that is to change, and what the example inputs looked like (see `structprune.tracing.specification`)."""
+    """All that is to change, and what the example inputs looked like (see `structprune.tracing.specification`).
+
+    `caches` names the dicts (module, attribute) in which the forward keeps results of the old shape: they are emptied.
+    """
 
     thinnings: tuple[Thinning, ...]
     repairs: tuple[Repair, ...]
     rescales: tuple[Rescale, ...]
     rewrites: tuple[Rewrite, ...]
+    caches: tuple[tuple[str, str], ...]
     inputs: Any

@@ -84,6 +84,28 @@ def _track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
     return value
 
 
+def dictionaries(model: nn.Module) -> dict[tuple[str, str], frozenset[Any]]:
+    """Keys of the plain dicts that modules hold, by module path and attribute."""
+    return {
+        (path, name): frozenset(value)
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if type(value) is dict and name not in _INTERNAL
+    }
+
+
+def caches(model: nn.Module, before: dict[tuple[str, str], frozenset[Any]]) -> tuple[tuple[str, str], ...]:
+    """The dicts in which a forward has put tensors of its own since `before`: it keeps results there."""
+    return tuple(
+        (path, name)
+        for (path, name), keys in before.items()
+        if any(
+            isinstance(value, Tensor) and key not in keys
+            for key, value in getattr(model.get_submodule(path), name).items()
+        )
+    )
+
+
 def _is_config(value: Any) -> bool:
     """Whether `value` is an object that holds settings: it has attributes of its own and is no machinery of torch."""
     kind = type(value)

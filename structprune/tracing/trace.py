@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from structprune.errors import StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import ModuleCall, Recorder
-from structprune.tracing.state import held_tensors, lent, shield, stand_in
+from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -32,6 +32,7 @@ class Trace:
         tensors: the names under which the model holds each tensor, by the name of its ``get_attr`` node.
         comparisons: what Python compared on the way.
         escapes: tracked numbers that left for plain Python.
+        caches: module and attribute of the dicts in which the forward keeps results.
         real: whether real numbers had to flow, because Python's control flow depends on them.
     """
 
@@ -43,6 +44,7 @@ class Trace:
     tensors: dict[str, tuple[str, ...]]
     comparisons: tuple[Comparison, ...]
     escapes: tuple[Escape, ...]
+    caches: tuple[tuple[str, str], ...]
     real: bool
 
 
@@ -114,8 +116,10 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
             node = recorder.input_node()
             recorder.remember(tensor, node)
             placeholders.append(node)
+        before = dictionaries(model)
         with recorder.watching(model), recorder:
             result = model(*args, **kwargs)
+        kept = caches(model, before)
         outputs = [recorder.node_of(tensor) for tensor in tensors_in(result)]
     recording = recorder.recording
     recording.graph.output(tuple(outputs))
@@ -128,6 +132,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
         tensors,
         tuple(ledger.comparisons.values()),
         tuple(ledger.escapes.values()),
+        kept,
         not meta,
     )
 

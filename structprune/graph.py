@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +27,18 @@ from structprune.tracing.trace import ExampleInputs, Trace, trace
 Layer = str | nn.Module
 
 
+@contextmanager
+def _collection_paused() -> Generator[None]:
+    """A trace makes many objects and little garbage: searching it again and again would cost more than the trace."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class ChannelGraph:
     """The coupled channels of a model; `structprune.DependencyGraph` adds their removal.
 
@@ -41,6 +55,10 @@ class ChannelGraph:
         self._analyse()
 
     def _analyse(self) -> None:
+        with _collection_paused():
+            self._solve()
+
+    def _solve(self) -> None:
         for name in ("_groups", "roots", "slots"):
             self.__dict__.pop(name, None)
         self.trace: Trace = trace(self.model, self.example_inputs, leaves=has_rule)

@@ -15,6 +15,7 @@ from structprune.importance.base import Importance, check_scores, importance_of
 from structprune.plan import Plan
 from structprune.planning import plan_removal, tensors_of
 from structprune.surgery.verify import verify as verify_pruned
+from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs
 
 
@@ -47,6 +48,13 @@ def plan(
         (LayerWidth(layer='0', before=8, after=6),)
     """
     check_ratio(ratio)
+    with collection_paused():
+        return _plan(model, example_inputs, ratio, importance, ignore)
+
+
+def _plan(
+    model: nn.Module, example_inputs: ExampleInputs, ratio: float, importance: str | Importance, ignore: Iterable[Layer]
+) -> Plan:
     score = importance_of(importance)
     graph = DependencyGraph(model, example_inputs, ignore=ignore)
     tensors = tensors_of(graph)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,22 +19,11 @@ from structprune.channels.zeros import ZeroPass
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
 from structprune.groups import Group, Member, Roots, Slot, coupled_groups
 from structprune.tracing.provenance import Attribute
+from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import module_graph, own_operations
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 
 Layer = str | nn.Module
-
-
-@contextmanager
-def _collection_paused() -> Generator[None]:
-    """A trace makes many objects and little garbage: searching it again and again would cost more than the trace."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class ChannelGraph:
@@ -55,7 +42,7 @@ class ChannelGraph:
         self._analyse()
 
     def _analyse(self) -> None:
-        with _collection_paused():
+        with collection_paused():
             self._solve()
 
     def _solve(self) -> None:

@@ -15,7 +15,7 @@ from structprune.surgery.describe import describe_layers, set_attribute
 from structprune.surgery.edits import Edits, Repair
 from structprune.surgery.rewrite import rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
-from structprune.tracing.state import Held, held_tensors
+from structprune.tracing.state import Held, collection_paused, held_tensors
 
 
 def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
@@ -29,6 +29,11 @@ def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
     Raises:
         SurgeryError: the plan does not fit the model, which is then as it was.
     """
+    with collection_paused():
+        return _apply(model, plan, inplace)
+
+
+def _apply(model: nn.Module, plan: Edits, inplace: bool) -> nn.Module:
     tensors = held_tensors(model)
     with torch.no_grad():
         new = smaller_tensors(plan, tensors)

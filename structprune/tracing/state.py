@@ -7,6 +7,7 @@ attributes, buffers, caches, hooks, mode, random state.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,18 @@ def _track_attributes(model: nn.Module, stack: ExitStack) -> None:
                 state[key] = _track(path, (key,), value)
             elif kind not in (bool, str, float, dict, type(None)) and _is_config(value):
                 _track_object(path, (key,), value, seen, stack)
+
+
+@contextmanager
+def collection_paused() -> Generator[None]:
+    """Graphs and plans are many objects and little garbage: searching them again and again costs more than they do."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def stand_in(tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,6 +19,7 @@ from structprune.benchmark.results import Benchmark, Timing
 from structprune.inputs import batch_size as batch_size_of
 from structprune.inputs import evaluating, resize_batch
 from structprune.onnx_file import tensors
+from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, as_call
 
 
@@ -124,7 +124,7 @@ def _interleaved(
         for call in calls.values():
             call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with _no_garbage_collection():
+    with collection_paused():
         for _ in range(runs):
             for name, call in calls.items():
                 seconds[name].append(clock(call, device))
@@ -166,15 +166,3 @@ def _threads(count: int | None) -> Generator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_garbage_collection() -> Generator[None]:
-    """Keep the collector from running inside a timed run."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

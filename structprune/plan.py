@@ -88,12 +88,13 @@ class Plan(Edits):
 
     def __str__(self) -> str:
         """The table as text."""
-        console = Console(file=io.StringIO(), width=100)
+        text = io.StringIO()
+        console = Console(file=text, width=100)
         console.print(self.table())
         for repair in self.repairs:
             place = ".".join([repair.module or "model", *map(str, repair.chain)])
             console.print(f"{place}: {repair.old} -> {repair.new}", highlight=False)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return text.getvalue().rstrip()
 
     # -- JSON ----------------------------------------------------------------------------------------------------
 

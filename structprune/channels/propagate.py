@@ -12,7 +12,7 @@ from structprune.channels.rules import RULES, Context, Operand
 from structprune.channels.rules.table import operands_in
 from structprune.errors import RuleError, StructpruneError
 from structprune.tracing.provenance import Expression, Literal, SizeInt
-from structprune.tracing.trace import Trace, describe
+from structprune.tracing.trace import Trace, describe, part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ def propagate(trace: Trace) -> Channels:
         elif name == "constant":
             rows.append(context.fresh(node.meta["shape"], "it belongs to a constant that no module holds"))
         elif name == "part":
-            parent, position = node.args
-            rows.append(rows[parent.meta["index"]][position])  # type: ignore[union-attr,index]
+            parent, position = part_of(node)
+            rows.append(rows[parent.meta["index"]][position])
         else:
             rows.append(_apply(context, node, trace))
             for number in node.meta.get("tracked", ()):

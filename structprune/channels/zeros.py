@@ -15,7 +15,7 @@ from torch import fx
 
 from structprune.channels.propagate import Channels
 from structprune.channels.relations import Row
-from structprune.tracing.trace import Trace, describe
+from structprune.tracing.trace import Trace, describe, part_of
 
 Zeros = tuple[bool, ...]
 
@@ -75,8 +75,8 @@ class ZeroPass:
     def _node(self, node: fx.Node) -> Any:
         name, rows = node.meta["name"], self._channels.rows[node.meta["index"]]
         if name == "part":
-            parent, position = node.args
-            return self.zeros[parent.meta["index"]][position]  # type: ignore[union-attr,index]
+            parent, position = part_of(node)
+            return self.zeros[parent.meta["index"]][position]
         if isinstance(rows, list):
             parts: list[tuple[Row, ...] | None] = rows
             single = self._single(node, name, next((part for part in parts if part is not None), ()))
@@ -143,7 +143,7 @@ class ZeroPass:
     def _is_mean(self, node: fx.Node, of: fx.Node, back: int) -> bool:
         """Whether `node` is a mean of `of` over dimension `back`: a centred channel takes no part when it is off."""
         if node.meta["name"] == "part":
-            node = node.args[0]  # type: ignore[assignment]
+            node, _ = part_of(node)
         if node.meta["name"] not in ("mean", "var_mean", "std_mean"):
             return False
         source = self._rows(self._tensors(node)[0])
@@ -155,8 +155,9 @@ class ZeroPass:
         low, high = (bounds[0] if len(node.args) > 1 else bounds[-2]), (bounds[1] if len(node.args) > 2 else bounds[-1])
         if node.meta["name"] == "hardtanh" and low is None:
             return True
-        numbers = [b is None or isinstance(b, (int, float)) for b in (low, high)]
-        return all(numbers) and (low is None or low <= 0) and (high is None or high >= 0)  # type: ignore[operator]
+        below = low is None or (isinstance(low, (int, float)) and low <= 0)
+        above = high is None or (isinstance(high, (int, float)) and high >= 0)
+        return below and above
 
     def affine(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
         """Weights and bias of an output channel that is off are zero."""

@@ -256,11 +256,11 @@ class Recorder(TorchFunctionMode):
             entry.output = recorder._known_only(output)
             return output
 
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+        nn.Module.__call__ = call
         try:
             yield
         finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
+            nn.Module.__call__ = original
 
     def _known_only(self, value: Any) -> Any:
         """`value` with tensors replaced by their nodes; a tensor not seen yet stays as it is."""

@@ -163,7 +163,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
     """
     try:
         return _run(model, example_inputs, leaves, meta=True)
-    except Exception as error:
+    except Exception as error:  # the user's forward may raise anything on stand-ins; real numbers are tried next
         first = error
     if any(held.tensor.is_meta for held in held_tensors(model).values()):
         if isinstance(first, StructpruneError):
@@ -174,7 +174,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
         ) from first
     try:
         return _run(model, example_inputs, leaves, meta=False)
-    except Exception as error:
+    except Exception as error:  # raised again below, after the user's own error had its chance to show
         second = error
     run_once(model, example_inputs)  # the user's own error, if there is one
     if isinstance(second, StructpruneError):
@@ -182,6 +182,14 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
     raise TraceError(
         f"The model runs on the example inputs, but not while it is recorded: {type(second).__name__}: {second}"
     ) from second
+
+
+def part_of(node: fx.Node) -> tuple[fx.Node, int]:
+    """The operation that a ``part`` node takes one of several results of, and which one."""
+    parent, position = node.args
+    assert isinstance(parent, fx.Node)
+    assert isinstance(position, int)
+    return parent, position
 
 
 def describe(node: fx.Node, trace: Trace) -> str:

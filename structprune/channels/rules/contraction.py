@@ -83,6 +83,10 @@ def bilinear(c: Context, left: Operand, right: Operand, weight: Operand, bias: O
 @rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner_")
 def matmul(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
     """Rows of `a` times columns of `b`; leading dimensions broadcast."""
+    return _product(c, a, b)
+
+
+def _product(c: Context, a: Operand, b: Operand) -> Rows:
     c.same(a.rows[-1], b.rows[max(0, len(b.rows) - 2)])
     batch = c.broadcast([Operand(a.node, a.rows[:-2]), Operand(b.node, b.rows[:-2])])
     return (*batch, *a.rows[-2:-1], *(b.rows[-1:] if len(b.rows) > 1 else ()))
@@ -92,7 +96,7 @@ def matmul(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
 def addmm(c: Context, bias: Operand, *factors: Any, **named: Any) -> Rows:
     """A product plus a tensor that broadcasts to it."""
     a, b = operands_in(factors, named)
-    return c.broadcast([Operand(c.node, matmul(c, a, b)), bias])  # type: ignore[arg-type]
+    return c.broadcast([Operand(c.node, _product(c, a, b)), bias])
 
 
 @rule("outer", "ger")

@@ -3,42 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import nn
 
-from structprune.allocation import check_ratio, local_shares, lowest
+from structprune.allocation.factors import check_axes, lowest, thinned_groups
+from structprune.allocation.ratios import Ratio, as_json, ratio_of
+from structprune.allocation.rounding import Rounding, RoundTo
+from structprune.allocation.scopes import check_scope, kept_counts
 from structprune.dependency_graph import DependencyGraph
-from structprune.graph import Layer
+from structprune.graph import ChannelGraph, Layer
+from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, importance_of
 from structprune.plan import Plan
 from structprune.planning import plan_removal, tensors_of
 from structprune.surgery.verify import verify as verify_pruned
 from structprune.tracing.state import collection_paused
-from structprune.tracing.trace import ExampleInputs
+from structprune.tracing.trace import ExampleInputs, OutputName
+
+
+class Options(TypedDict, total=False):
+    """What `plan` may be asked for, and `prune` with it; see `plan`."""
+
+    ratio: Ratio
+    importance: str | Importance
+    ignore: Iterable[Layer]
+    scope: str
+    axes: Iterable[str] | None
+    round_to: RoundTo
+    min_channels: int
+    max_ratio: float
+    outputs: Iterable[OutputName] | None
 
 
 def plan(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
-    ratio: float = 0.5,
+    ratio: Ratio = 0.5,
     importance: str | Importance = "l2",
     ignore: Iterable[Layer] = (),
+    scope: str = "local",
+    axes: Iterable[str] | None = None,
+    round_to: RoundTo = "auto",
+    min_channels: int = 1,
+    max_ratio: float = 1.0,
+    outputs: Iterable[OutputName] | None = None,
 ) -> Plan:
     """Decide which channels of `model` go; nothing is changed.
 
     Args:
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
-        ratio: share of the channels of every coupled group to remove, from 0 to below 1.
+        ratio: share of the channels to remove, from 0 to below 1; or a mapping from layers or blocks (modules, dotted
+            names, patterns like ``"layer3.*"``) to such shares, where what no key matches stays whole.
         importance: what a channel is worth: ``"l1"``, ``"l2"``, ``"linf"``, ``"random"``, or a callable that gives
             scores (see `structprune.importance.base.Importance`).
         ignore: layers (modules or dotted names) to leave whole.
+        scope: ``"local"``: each group loses the ratio; ``"global"``: all compete; ``"isomorphic"``: groups of the same
+            structure compete.
+        axes: which kinds of channels may go: any of ``"hidden"`` (the width of a residual stream), ``"mlp"``,
+            ``"channels"`` (of convolutions inside a block), ``"heads"``, ``"head_size"``, ``"experts"``. By default
+            all, but of heads and head size only the one that comes nearer to the ratio.
+        round_to: widths that change become multiples of this; ``"auto"`` takes what the model's device and type run
+            fast, and less for narrow layers; 1 does not round. Where no multiple is left, a group stays whole.
+        min_channels: no group keeps fewer channels.
+        max_ratio: no group loses a greater share of its channels.
+        outputs: names (keys, attributes or positions, dotted if nested) of the outputs that must keep their shape; the
+            others may lose channels. By default all keep it.
 
     Raises:
         PlanError: what is asked for cannot be planned.
+        PinnedError: `ratio` names a layer whose channels may not be removed.
+        UnknownLayerError: a name matches no layer.
         TraceError: the forward cannot be recorded.
 
     Example:
@@ -47,38 +86,53 @@ def plan(
         >>> structprune.plan(model, torch.randn(1, 4), ratio=0.25).layers
         (LayerWidth(layer='0', before=8, after=6),)
     """
-    check_ratio(ratio)
-    with collection_paused():
-        return _plan(model, example_inputs, ratio, importance, ignore)
+    score, wanted_axes = importance_of(importance), check_axes(axes)
+    device, dtype = _kind(model)
+    rounding = Rounding(round_to, device, dtype, min_channels, max_ratio)
+    check_scope(scope)
+    with collection_paused(), torch.no_grad():
+        graph = DependencyGraph(model, example_inputs, ignore=ignore, outputs=outputs)
+        share = ratio_of(graph, ratio)
+        feasible = {group: rounding.feasible(group, graph.roles) for group in graph.groups()}
+        groups = thinned_groups(graph, share, feasible, wanted_axes)
+        scores = _scored(graph, groups, score) if scope != "local" else {}
+        kept = kept_counts(groups, share, feasible, scores, scope, graph.roles)
+        scores |= _scored(graph, [g for g in groups if kept[g] < g.channels and g not in scores], score)
+        gone = [g.components[lowest(scores[g], g.channels - n)] for g, n in kept.items() if n < g.channels]
+        chosen = np.concatenate([np.zeros(0, dtype=np.int64), *gone])
+        settings: dict[str, Any] = {
+            "ratio": as_json(ratio, graph),
+            "importance": importance if isinstance(importance, str) else repr(importance),
+            "scope": scope,
+            "axes": sorted(wanted_axes) if wanted_axes is not None else None,
+            "round_to": round_to,
+            "min_channels": min_channels,
+            "max_ratio": max_ratio,
+        }
+        return plan_removal(graph, chosen, settings)
 
 
-def _plan(
-    model: nn.Module, example_inputs: ExampleInputs, ratio: float, importance: str | Importance, ignore: Iterable[Layer]
-) -> Plan:
-    score = importance_of(importance)
-    graph = DependencyGraph(model, example_inputs, ignore=ignore)
+def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the model's weights are, and their type."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def _scored(graph: ChannelGraph, groups: Iterable[Group], score: Importance) -> dict[Group, np.ndarray]:
+    """The scores of each group, in float64."""
     tensors = tensors_of(graph)
-    chosen = [np.zeros(0, dtype=np.int64)]
-    with torch.no_grad():
-        for share in local_shares(graph, ratio):
-            group = share.group
-            count = group.channels - share.keep
-            if count:
-                scores = check_scores(score(group, tensors), group)
-                chosen.append(group.components[lowest(scores.double().cpu().numpy(), count)])
-    settings = {"ratio": ratio, "importance": importance if isinstance(importance, str) else repr(importance)}
-    return plan_removal(graph, np.concatenate(chosen), settings)
+    return {g: check_scores(score(g, tensors), g).double().cpu().numpy() for g in groups}
 
 
 def prune(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
-    ratio: float = 0.5,
-    importance: str | Importance = "l2",
-    ignore: Iterable[Layer] = (),
     inplace: bool = False,
     verify: bool = True,
+    **options: Unpack[Options],
 ) -> nn.Module:
     """A smaller model of the same class: plan, apply, verify.
 
@@ -87,11 +141,10 @@ def prune(
     Args:
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
-        ratio: share of the channels of every coupled group to remove, from 0 to below 1.
-        importance: what a channel is worth; see `plan`.
-        ignore: layers (modules or dotted names) to leave whole.
         inplace: change `model` itself and return it.
         verify: compare the result with the original whose removed channels are switched off; costs two forwards.
+        options: those of `plan`: ``ratio``, ``importance``, ``ignore``, ``scope``, ``axes``, ``round_to``,
+            ``min_channels``, ``max_ratio``, ``outputs``.
 
     Raises:
         PlanError: what is asked for cannot be planned.
@@ -104,7 +157,7 @@ def prune(
         >>> structprune.prune(model, torch.randn(1, 4), ratio=0.5)[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    decided = plan(model, example_inputs, ratio=ratio, importance=importance, ignore=ignore)
+    decided = plan(model, example_inputs, **options)
     if verify:
         slim = decided.apply(model)
         verify_pruned(model, slim, decided, example_inputs).raise_for_error()

@@ -139,7 +139,7 @@ def _peak(recorded: Trace, channels: Channels, count: Count) -> int:
             last[root] = index
         if not shares and isinstance(node.meta.get("shape"), tuple):
             size[node] = _volume(_rows(channels, node), count) * node.meta["dtype"].itemsize
-    for node in recorded.outputs:
+    for node in recorded.outputs.values():
         if node in owner:
             last[owner[node]] = len(recorded.nodes)
     freed: dict[int, int] = {}

@@ -19,6 +19,7 @@ class DependencyGraph(ChannelGraph):
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ignore: layers (modules or dotted names) to leave whole.
+        outputs: names of the outputs that keep their shape (see `structprune.plan`); None for all.
 
     Raises:
         TraceError: the forward cannot be recorded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import networkx as nx
 import numpy as np
 from torch import fx, nn
 
+from structprune.axes import Roles, roles
 from structprune.channels.fold import Fold, folds
 from structprune.channels.propagate import Channels, Invariant, has_rule, propagate
 from structprune.channels.relations import Ids, Row
@@ -21,7 +23,7 @@ from structprune.groups import Group, Member, Roots, Slot, coupled_groups
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import module_graph, own_operations
-from structprune.tracing.trace import ExampleInputs, Trace, trace
+from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 
 Layer = str | nn.Module
 
@@ -33,12 +35,21 @@ class ChannelGraph:
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ignore: layers (modules or dotted names) to leave whole.
+        outputs: names of the outputs that keep their shape; None for all.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, *, ignore: Iterable[Layer] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        *,
+        ignore: Iterable[Layer] = (),
+        outputs: Iterable[OutputName] | None = None,
+    ) -> None:
         self.model = model
         self.example_inputs = example_inputs
-        self.ignored = tuple(self._path(layer) for layer in ignore)
+        self._wanted = None if outputs is None else tuple([outputs] if isinstance(outputs, (str, int)) else outputs)
+        self.ignored = tuple(self.path_of(layer) for layer in ignore)
         self._analyse()
 
     def _analyse(self) -> None:
@@ -46,10 +57,11 @@ class ChannelGraph:
             self._solve()
 
     def _solve(self) -> None:
-        for name in ("_groups", "roots", "slots"):
+        for name in ("_groups", "roles", "roots", "slots"):
             self.__dict__.pop(name, None)
         self.trace: Trace = trace(self.model, self.example_inputs, leaves=has_rule)
-        self.channels: Channels = propagate(self.trace)
+        self.outputs = chosen_names(self.trace.outputs, self._wanted)
+        self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
         self._pin_ignored()
         ZeroPass(self.trace, self.channels).run()
@@ -90,7 +102,12 @@ class ChannelGraph:
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
-    def _path(self, layer: Layer) -> str:
+    def path_of(self, layer: Layer) -> str:
+        """The dotted name of a layer, a block or a tensor.
+
+        Raises:
+            UnknownLayerError: the model has none such.
+        """
         modules = dict(self.model.named_modules())
         if isinstance(layer, nn.Module):
             for path, module in modules.items():
@@ -130,7 +147,13 @@ class ChannelGraph:
 
     @cached_property
     def _groups(self) -> tuple[Group, ...]:
-        return tuple(coupled_groups(self.components, self.slots))
+        found = coupled_groups(self.components, self.slots)
+        return tuple(dataclasses.replace(group, axis=self.roles.axis(group)) for group in found)
+
+    @cached_property
+    def roles(self) -> Roles:
+        """The parts that channels and weights play in the network."""
+        return roles(self.trace, self.channels, self.components)
 
     @cached_property
     def roots(self) -> Roots:
@@ -151,7 +174,7 @@ class ChannelGraph:
         Raises:
             UnknownLayerError: there is no such layer, or it takes no part in the forward.
         """
-        path = self._path(layer)
+        path = self.path_of(layer)
         nodes: list[fx.Node] = []
         for call in self.trace.calls:
             if call.path == path:
@@ -194,7 +217,8 @@ class ChannelGraph:
         chosen = chosen[np.argsort(first)]
         chosen = chosen[self.components.roots[chosen]]
         members = [member for group in self.groups() for member in _restricted(group, chosen)]
-        return Group(path, chosen, tuple(members))
+        (axis,) = {group.axis for group in self.groups() if np.isin(chosen, group.components).any()} or {"channels"}
+        return Group(path, chosen, tuple(members), axis)
 
     def _reason(self, row: Row) -> str:
         if not row.free:
@@ -212,7 +236,7 @@ class ChannelGraph:
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
             >>> graph = ChannelGraph(model, torch.randn(1, 4))
             >>> print(graph.explain("1"))
-            1: 2 channels, pinned: it is a dimension of the model's outputs
+            1: 2 channels, pinned: it is a dimension of the model's output
         """
         path, row = self.output_row(layer)
         if not row.free:

@@ -46,11 +46,13 @@ class Group:
         channels: how many there are.
         components: for each channel, its number in the solved algebra; shape ``(channels,)``.
         members: the slices that go with them.
+        axis: what they are to the network, one of `structprune.axes.AXES`.
     """
 
     name: str
     components: Ids
     members: tuple[Member, ...]
+    axis: str = "channels"
 
     @property
     def channels(self) -> int:

@@ -30,6 +30,16 @@ class LayerWidth:
     after: int
 
 
+@dataclass(frozen=True, slots=True)
+class AxisWidth:
+    """Channels of one axis (see `structprune.axes.AXES`), over all its groups, before and after."""
+
+    axis: str
+    groups: int
+    before: int
+    after: int
+
+
 @dataclass(frozen=True)
 class Plan(Edits):
     """A decision that can be printed, costed, saved, compared and applied.
@@ -40,14 +50,17 @@ class Plan(Edits):
         rescales: factors that keep the function where a size changes it.
         rewrites: literals in forwards to change.
         layers: output channels of each thinned layer.
+        axes: channels by what they are to the network.
         before: cost of the model as it is.
         after: cost of the model that `apply` makes.
         caches: dicts of modules in which the forward keeps results: they are emptied.
         inputs: shapes and types of the example inputs, nested as they were given.
+        outputs: names of the outputs that keep their shape; None if all do.
         settings: what the plan was asked for.
     """
 
     layers: tuple[LayerWidth, ...]
+    axes: tuple[AxisWidth, ...]
     before: Cost
     after: Cost
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -75,10 +88,14 @@ class Plan(Edits):
     # -- reading -------------------------------------------------------------------------------------------------
 
     def table(self) -> Table:
-        """Layers with their channels before and after, and the cost."""
+        """Layers and axes with their channels before and after, and the cost."""
         table = Table("layer", "channels", "kept", title=None)
         for layer in self.layers:
             table.add_row(layer.layer, str(layer.before), str(layer.after))
+        table.add_section()
+        for axis in self.axes:
+            groups = f"{axis.groups} group{'s' if axis.groups > 1 else ''}"
+            table.add_row(f"{axis.axis} ({groups})", str(axis.before), str(axis.after))
         table.add_section()
         for name, before in asdict(self.before).items():
             after = getattr(self.after, name)
@@ -125,7 +142,9 @@ class Plan(Edits):
                 tuple(_edit(Rewrite, r) for r in data["rewrites"]),
                 tuple((module, name) for module, name in data["caches"]),
                 data["inputs"],
+                None if data["outputs"] is None else tuple(data["outputs"]),
                 tuple(LayerWidth(**layer) for layer in data["layers"]),
+                tuple(AxisWidth(**axis) for axis in data["axes"]),
                 Cost(**data["before"]),
                 Cost(**data["after"]),
                 data["settings"],

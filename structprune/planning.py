@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from structprune.axes import AXES
 from structprune.channels.relations import Ids
 from structprune.channels.sizes import Counter, literal_for
 from structprune.channels.solver import Mask
 from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
-from structprune.plan import LayerWidth, Plan
+from structprune.plan import AxisWidth, LayerWidth, Plan
 from structprune.surgery.edits import Repair, Rescale, Rewrite, Thinning
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literals
 from structprune.tracing.specification import specify
@@ -50,7 +51,9 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] |
         _rewrites(graph, count),
         graph.trace.caches,
         specify(graph.example_inputs),
+        tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
         _layers(thinnings),
+        _axes(graph, dead),
         count_cost(graph.model, graph.trace, graph.channels, nothing),
         count_cost(graph.model, graph.trace, graph.channels, count),
         dict(settings or {}),
@@ -77,6 +80,17 @@ def _layers(thinnings: tuple[Thinning, ...]) -> tuple[LayerWidth, ...]:
         for t in thinnings
         if t.dim == 0 and t.tensor.endswith("weight")
     )
+
+
+def _axes(graph: ChannelGraph, dead: Mask) -> tuple[AxisWidth, ...]:
+    found: list[AxisWidth] = []
+    for axis in AXES:
+        mine = [group for group in graph.groups() if group.axis == axis]
+        if mine:
+            before = sum(group.channels for group in mine)
+            after = before - sum(int(np.count_nonzero(dead[group.components])) for group in mine)
+            found.append(AxisWidth(axis, len(mine), before, after))
+    return tuple(found)
 
 
 def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, int]) -> tuple[Rescale, ...]:

@@ -19,6 +19,7 @@ ORDER = (
     ("tracing",),
     ("channels",),
     ("groups",),
+    ("axes",),
     ("graph",),
     ("importance",),
     ("allocation",),

@@ -246,7 +246,7 @@ class _Search:
 
     def _check_users(self, node: fx.Node, mask: Tensor) -> None:
         """Whatever else reads the tensor must read other entries of it."""
-        if node in self._trace.outputs:
+        if node in self._trace.outputs.values():
             raise _NoCarrierError
         for user in node.users:
             if user in self._masks or user.op == "output" or self._once(user, node):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from structprune.channels.rules import RULES, Context, Operand
 from structprune.channels.rules.table import operands_in
 from structprune.errors import RuleError, StructpruneError
 from structprune.tracing.provenance import Expression, Literal, SizeInt
-from structprune.tracing.trace import Trace, describe, part_of
+from structprune.tracing.trace import OutputName, Trace, chosen_names, describe, part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,13 @@ def has_rule(name: str) -> bool:
     return name in RULES
 
 
-def propagate(trace: Trace) -> Channels:
-    """Rows for every node of `trace`: one pass, no arithmetic on tensors."""
+def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Channels:
+    """Rows for every node of `trace`: one pass, no arithmetic on tensors.
+
+    Args:
+        trace: the recorded forward.
+        outputs: names of the outputs that keep their shape; None for all.
+    """
     context = Context(Relations())
     rows = context.rows
     invariants: list[Invariant] = []
@@ -58,9 +64,9 @@ def propagate(trace: Trace) -> Channels:
             for number in node.meta.get("tracked", ()):
                 if id(number) not in context.claimed:
                     invariants.append(Invariant(number.expression, node.meta["where"]))
-    for node in trace.outputs:
-        for row in rows[node.meta["index"]]:
-            context.pin(row, "it is a dimension of the model's outputs")
+    for name in chosen_names(trace.outputs, outputs):
+        for row in rows[trace.outputs[name].meta["index"]]:
+            context.pin(row, f"it is a dimension of the model's output{f' {name!r}' if name else ''}")
     return Channels(rows, context.relations, invariants)
 
 

@@ -52,6 +52,7 @@ class Edits:
     """All that is to change, and what the example inputs looked like (see `structprune.tracing.specification`).
 
     `caches` names the dicts (module, attribute) in which the forward keeps results of the old shape: they are emptied.
+    `outputs` names the outputs that keep their shape; None if all do.
     """
 
     thinnings: tuple[Thinning, ...]
@@ -60,3 +61,4 @@ class Edits:
     rewrites: tuple[Rewrite, ...]
     caches: tuple[tuple[str, str], ...]
     inputs: Any
+    outputs: tuple[str, ...] | None

@@ -19,7 +19,16 @@ from structprune.graph import ChannelGraph
 from structprune.surgery.edits import Edits
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.state import held_tensors, lent, shield
-from structprune.tracing.trace import ExampleInputs, as_call, map_tensors, preserved_random_state, run_once, tensors_in
+from structprune.tracing.trace import (
+    ExampleInputs,
+    as_call,
+    chosen_names,
+    map_tensors,
+    named_tensors,
+    preserved_random_state,
+    run_once,
+    tensors_in,
+)
 from structprune.tracing.vocabulary import Call
 
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
@@ -158,7 +167,7 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
     Every removed slice of a parameter or buffer is zero; norms, means and sums over thinned axes run over the
     survivors.
     """
-    graph = ChannelGraph(original, example_inputs)
+    graph = ChannelGraph(original, example_inputs, outputs=edits.outputs)
     survivors = {s.node: (s.dims, masks) for s, masks in _thinned(graph, _dead(graph, edits))}
     zeroed: dict[int, Any] = {}
     for name, held in held_tensors(original).items():
@@ -234,20 +243,27 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: Ex
     types = {t.dtype for t in held if t.is_floating_point()} or {torch.float32}
     if any(t.is_meta for t in held):
         example_inputs = _mapped(example_inputs, lambda t: t.to("meta"))
-        errors = relative_errors(run_once(slim, example_inputs), run_once(original, example_inputs))
-        return Report(0.0, errors, _shapes(run_once(slim, example_inputs)), 0.0, numbers=False)
+        ours = _kept_outputs(run_once(slim, example_inputs), plan)
+        errors = relative_errors(ours, _kept_outputs(run_once(original, example_inputs), plan))
+        return Report(0.0, errors, _shapes(ours), 0.0, numbers=False)
     if types & {torch.float16, torch.bfloat16}:
         original, slim = copy.deepcopy(original).float(), copy.deepcopy(slim).float()
         example_inputs = _mapped(example_inputs, lambda t: t.float() if t.is_floating_point() else t)
         types = {torch.float32}
-    ours = run_once(slim, example_inputs)
-    errors = relative_errors(ours, switched_off(original, plan, example_inputs))
+    ours = _kept_outputs(run_once(slim, example_inputs), plan)
+    errors = relative_errors(ours, _kept_outputs(switched_off(original, plan, example_inputs), plan))
     tolerance = max(TOLERANCE.get(kind, 1e-3) for kind in types)
     return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance)
 
 
 def _mapped(example_inputs: ExampleInputs, function: Any) -> ExampleInputs:
     return map_tensors(function, example_inputs)
+
+
+def _kept_outputs(outputs: Any, plan: Edits) -> list[Tensor]:
+    """The tensors among `outputs` that keep their shape."""
+    named = dict(named_tensors(outputs))
+    return [named[name] for name in chosen_names(named, plan.outputs)]
 
 
 def _shapes(outputs: Any) -> tuple[tuple[int, ...], ...]:

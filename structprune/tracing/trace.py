@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.errors import StructpruneError, TraceError
+from structprune.errors import PlanError, StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import ModuleCall, Recorder
 from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+OutputName = str | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Trace:
         nodes: its nodes in order; `provenance.Dim.node` counts in this tuple.
         calls: the module calls in order; ``node.meta["call"]`` counts in this tuple.
         inputs: the nodes of the example inputs.
-        outputs: the nodes of the tensors that the model returns.
+        outputs: the nodes of the tensors that the model returns, by name.
         tensors: the names under which the model holds each tensor, by the name of its ``get_attr`` node.
         comparisons: what Python compared on the way.
         escapes: tracked numbers that left for plain Python.
@@ -40,7 +41,7 @@ class Trace:
     nodes: tuple[fx.Node, ...]
     calls: tuple[ModuleCall, ...]
     inputs: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
+    outputs: dict[str, fx.Node]
     tensors: dict[str, tuple[str, ...]]
     comparisons: tuple[Comparison, ...]
     escapes: tuple[Escape, ...]
@@ -77,17 +78,42 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in a nested output; objects that are no container (a cache, say) are not outputs."""
+    return (tensor for _, tensor in named_tensors(value))
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a nested output with their names: keys, attributes and positions, joined by dots."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        yield name, value
+        return
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+        items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, item.name))
+        items = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
+    else:
+        return
+    for key, item in items:
+        yield from named_tensors(item, f"{name}.{key}" if name else str(key))
+
+
+def chosen_names(names: Iterable[str], wanted: Iterable[OutputName] | None) -> list[str]:
+    """Those of the outputs' `names` that `wanted` names, whole or by what contains them; all if it is None.
+
+    Raises:
+        PlanError: a name is no output.
+    """
+    names = list(names)
+    if wanted is None:
+        return names
+    found: set[str] = set()
+    for name in map(str, [wanted] if isinstance(wanted, (str, int)) else wanted):
+        hit = {n for n in names if n == name or n.startswith(f"{name}.")}
+        if not hit:
+            raise PlanError(f"The model has no output {name!r}. It returns {', '.join(map(repr, names))}.")
+        found |= hit
+    return [name for name in names if name in found]
 
 
 @contextmanager
@@ -120,15 +146,15 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
         with recorder.watching(model), recorder:
             result = model(*args, **kwargs)
         kept = caches(model, before)
-        outputs = [recorder.node_of(tensor) for tensor in tensors_in(result)]
+        outputs = {name: recorder.node_of(tensor) for name, tensor in named_tensors(result)}
     recording = recorder.recording
-    recording.graph.output(tuple(outputs))
+    recording.graph.output(tuple(outputs.values()))
     return Trace(
         recording.graph,
         tuple(recording.nodes),
         tuple(recording.calls),
         tuple(placeholders),
-        tuple(outputs),
+        outputs,
         tensors,
         tuple(ledger.comparisons.values()),
         tuple(ledger.escapes.values()),

@@ -1,0 +1,1 @@
+"""How many channels of each group go."""

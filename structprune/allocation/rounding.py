@@ -1,0 +1,100 @@
+"""Widths that hardware runs fast: feasible numbers of channels, and the nearest of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd, lcm
+from typing import Literal
+
+import numpy as np
+import torch
+
+from structprune.axes import Roles
+from structprune.errors import PlanError
+from structprune.groups import Group, Member
+
+RoundTo = int | Literal["auto"]
+
+# Channels that the kernels take at a time: 16 floats fill a vector register of a CPU, and the blocked convolutions of
+# ONNX Runtime and oneDNN pad to it; tensor cores of a GPU take tiles of 64 in half precision, of 32 otherwise.
+CPU_STEP = 16
+CUDA_STEPS = {torch.float16: 64, torch.bfloat16: 64}
+CUDA_STEP = 32
+# "auto" moves no width by more than about a sixteenth of what it was.
+FINEST = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """The numbers of channels that a group may keep.
+
+    Args:
+        round_to: every width that changes becomes a multiple of this; ``"auto"`` takes a power of two that suits the
+            device and type, smaller for narrow layers.
+        device: where the model is; a CPU if not given.
+        dtype: the type of its weights.
+        min_channels: a group keeps at least as many channels.
+        max_ratio: no group loses a greater share of its channels.
+
+    Raises:
+        PlanError: a setting is out of its range.
+    """
+
+    round_to: RoundTo = "auto"
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
+    min_channels: int = 1
+    max_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.round_to != "auto" and (type(self.round_to) is not int or self.round_to < 1):
+            raise PlanError(f"round_to is {self.round_to!r}; give a whole number from 1, or 'auto'.")
+        if self.min_channels < 1:
+            raise PlanError(f"min_channels is {self.min_channels}; a group keeps at least 1 channel.")
+        if not 0 <= self.max_ratio <= 1:
+            raise PlanError(f"max_ratio is {self.max_ratio}; it is a share of the channels, from 0 to 1.")
+
+    def feasible(self, group: Group, roles: Roles) -> np.ndarray:
+        """The numbers of channels that `group` may keep, ascending; all of them is always one."""
+        size = group.channels
+        step = self.step(group, roles)
+        least = max(self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
+        found = np.arange(step, size, step)
+        return np.append(found[found >= least], size)
+
+    def step(self, group: Group, roles: Roles) -> int:
+        """How many channels of `group` must go at a time."""
+        repeats = [_repeat(member, group.channels) for member in _widths(group, roles)]
+        if group.axis == "head_size":
+            repeats.append(1)  # the size itself is what attention sums over
+        if self.round_to == "auto":
+            width = group.channels * min(repeats, default=1)
+            multiple = min(self._fast(), 1 << max(0, (width // FINEST).bit_length() - 1))
+        else:
+            multiple = self.round_to
+        return lcm(*(multiple // gcd(multiple, repeat) for repeat in repeats))
+
+    def _fast(self) -> int:
+        if self.device is not None and self.device.type == "cuda":
+            return CUDA_STEPS.get(self.dtype, CUDA_STEP)
+        return CPU_STEP
+
+
+def nearest(feasible: np.ndarray, wanted: float) -> int:
+    """The feasible number nearest to `wanted`; the greater of two as near."""
+    return int(feasible[::-1][np.argmin(np.abs(feasible[::-1] - wanted))])
+
+
+def _widths(group: Group, roles: Roles) -> list[Member]:
+    """The members that show how wide the layers are: outputs of layers, else sides of their weights, else any."""
+    for dims in (roles.producers, roles.weights):
+        found = [m for m in group.members if (m.tensor, m.dim) in dims]
+        if found:
+            return found
+    return list(group.members)
+
+
+def _repeat(member: Member, channels: int) -> int:
+    """How many indices of the member's dimension each channel takes along."""
+    counts = np.bincount(member.channels, minlength=channels)
+    return max(1, int(np.gcd.reduce(counts[counts > 0])))

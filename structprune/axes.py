@@ -18,7 +18,7 @@ from torch import fx
 from structprune.channels.propagate import Channels
 from structprune.channels.relations import Row
 from structprune.channels.solver import Components
-from structprune.groups import Group
+from structprune.groups import Group, Roots
 from structprune.tracing.trace import Trace
 
 AXES = ("hidden", "mlp", "channels", "heads", "head_size", "experts")
@@ -34,7 +34,7 @@ class Roles:
     """The parts that channels and weights play in a trace.
 
     Attributes:
-        level: for each component, the highest of `_LEVEL` that it was seen in; shape ``(components,)``.
+        level: for each root, the highest of `_LEVEL` that its channels were seen in; shape ``(components,)``.
         weights: dimensions ``(tensor, dim)`` of the weights of convolutions, linear layers and matrix products.
         producers: those of them along which a layer makes channels of its own, and the widths of embedding tables.
         ranks: number of dimensions of each tensor.
@@ -58,9 +58,10 @@ class Roles:
 class _Reader:
     """One pass over a trace."""
 
-    def __init__(self, recorded: Trace, channels: Channels, components: Components) -> None:
+    def __init__(self, recorded: Trace, channels: Channels, components: Components, roots: Roots) -> None:
         self._channels = channels
         self._components = components
+        self._roots = roots
         self.level = np.zeros(components.count, dtype=np.int8)
         self.ranks: dict[str, int] = {}
         self.weights: set[tuple[str, int]] = set()
@@ -78,7 +79,7 @@ class _Reader:
     def _mark(self, name: str, rows: Iterable[Row]) -> None:
         for row in rows:
             if row.free:
-                parts = self._components.of(row)
+                _, parts = self._roots.of(self._components.of(row))
                 self.level[parts] = np.maximum(self.level[parts], _LEVEL[name])
 
     def _read(self, node: fx.Node) -> None:
@@ -162,7 +163,7 @@ def _is_depthwise(node: fx.Node, weight: fx.Node) -> bool:
     return node.meta["name"] in _CONVOLUTIONS and shape[1] == 1 and _tensors(node)[0].meta["shape"][1] == shape[0] > 1
 
 
-def roles(recorded: Trace, channels: Channels, components: Components) -> Roles:
+def roles(recorded: Trace, channels: Channels, components: Components, roots: Roots) -> Roles:
     """What the channels of a trace are to the network."""
-    read = _Reader(recorded, channels, components)
+    read = _Reader(recorded, channels, components, roots)
     return Roles(read.level, frozenset(read.weights), frozenset(read.producers), read.ranks)

@@ -153,7 +153,7 @@ class ChannelGraph:
     @cached_property
     def roles(self) -> Roles:
         """The parts that channels and weights play in the network."""
-        return roles(self.trace, self.channels, self.components)
+        return roles(self.trace, self.channels, self.components, self.roots)
 
     @cached_property
     def roots(self) -> Roots:

@@ -1,0 +1,299 @@
+"""How much goes, and of what: ratios by name, rounding, scopes, axes, chosen outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import oracle
+from torch import Tensor, nn
+
+import structprune
+from structprune.errors import PinnedError, PlanError, UnknownLayerError
+
+IMAGE = torch.randn(2, 3, 12, 12)
+
+
+class Residual(nn.Module):
+    """A stem, two residual blocks of convolutions, a head: one hidden width, two inner ones."""
+
+    def __init__(self, width: int = 48, inner: int = 40, groups: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3)
+        self.layer1 = self._block(width, inner, groups)
+        self.layer2 = self._block(width, inner, groups)
+        self.head = nn.Linear(width, 10)
+
+    def _block(self, width: int, inner: int, groups: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(width, inner, 1),
+            nn.ReLU(),
+            nn.Conv2d(inner, inner, 3, padding=1, groups=groups),
+            nn.ReLU(),
+            nn.Conv2d(inner, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.layer1(x)
+        x = x + self.layer2(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    """One pre-norm block with grouped-query attention: 8 query heads, 4 key and value heads of size 16."""
+
+    def __init__(self, width: int = 64, heads: int = 8, kv_heads: int = 4, size: int = 16) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size = heads, kv_heads, size
+        self.embed = nn.Embedding(11, width)
+        self.norm = nn.LayerNorm(width)
+        self.q = nn.Linear(width, heads * size)
+        self.k = nn.Linear(width, kv_heads * size)
+        self.v = nn.Linear(width, kv_heads * size)
+        self.o = nn.Linear(heads * size, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.out = nn.Linear(width, 11)
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        x = self.embed(ids)
+        h = self.norm(x)
+        b, n = ids.shape
+        q = self.q(h).view(b, n, self.heads, self.size).transpose(1, 2)
+        k = self.k(h).view(b, n, self.kv_heads, self.size).transpose(1, 2)
+        v = self.v(h).view(b, n, self.kv_heads, self.size).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        x = x + self.o(y.transpose(1, 2).reshape(b, n, -1))
+        x = x + self.fc2(F.gelu(self.fc1(x)))
+        return {"logits": self.out(x), "hidden": {"last": x}}
+
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def exact(model: nn.Module, inputs: Any, plan: structprune.Plan) -> nn.Module:
+    """The slim model, after checking it against the oracle."""
+    model, inputs = oracle.jitter(model, seed=3), oracle.double(inputs)
+    slim = plan.apply(model)
+    oracle.check(model, slim, plan, inputs)
+    return slim
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    return {name: tensor.shape[0] for name, tensor in model.named_parameters() if name.endswith("weight")}
+
+
+# -- ratios by name ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mapping_by_name_block_and_pattern() -> None:
+    model = Residual()
+    slim = structprune.prune(
+        model, IMAGE, ratio={"layer1.0": 0.25, "layer1": 0.5, "*.2": 0.75, "layer2.0": 0.5}, round_to=1
+    )
+    found = widths(slim)
+    assert found["layer1.0.weight"] == 30  # the longer name
+    assert found["layer1.2.weight"] == 20  # the block, before the pattern
+    assert found["layer2.0.weight"] == 20
+    assert found["layer2.2.weight"] == 10  # the pattern
+    assert found["stem.weight"] == found["layer1.4.weight"] == 48  # the stem has no ratio
+
+
+def test_a_group_takes_the_smallest_ratio_of_its_layers() -> None:
+    slim = structprune.prune(Residual(), IMAGE, ratio={"*": 0.5, "layer2": 0.25}, round_to=1)
+    assert widths(slim)["stem.weight"] == 36
+    assert widths(slim)["layer1.0.weight"] == 20
+    assert widths(slim)["layer2.0.weight"] == 30
+
+
+def test_modules_are_keys_too() -> None:
+    model = Residual()
+    plan = structprune.plan(model, IMAGE, ratio={model.layer1: 0.5}, round_to=1)
+    assert plan.settings["ratio"] == {"layer1": 0.5}
+    assert {layer.layer for layer in plan.layers} == {"layer1.0", "layer1.2"}
+
+
+def test_a_named_layer_that_cannot_lose_its_share_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"'stem', whose channels go together with those of layer1.4, layer2.4"):
+        structprune.plan(Residual(), IMAGE, ratio={"stem": 0.5})
+    with pytest.raises(PinnedError, match=r"ratio names 'head', but head: 10 channels, pinned: .*output"):
+        structprune.plan(Residual(), IMAGE, ratio={"head": 0.5})
+    structprune.plan(Residual(), IMAGE, ratio={"*": 0.5, "head": 0.0})  # asking for nothing is fine
+
+
+@pytest.mark.parametrize(("key", "message"), [("layer9", "no layer 'layer9'"), ("layer9.*", "'layer9.\\*' in ratio")])
+def test_a_key_that_matches_nothing_is_refused(key: str, message: str) -> None:
+    with pytest.raises(UnknownLayerError, match=message):
+        structprune.plan(Residual(), IMAGE, ratio={key: 0.5})
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.1, {"stem": 1.5}, float("nan"), "half"])
+def test_a_ratio_out_of_range_is_refused(ratio: Any) -> None:
+    with pytest.raises(PlanError, match="share of channels to remove"):
+        structprune.plan(Residual(), IMAGE, ratio=ratio)
+
+
+# -- rounding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("round_to", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
+def test_changed_widths_are_multiples(round_to: int, ratio: float) -> None:
+    model = Residual()
+    plan = structprune.plan(model, IMAGE, ratio=ratio, round_to=round_to)
+    before, after = widths(model), widths(exact(model, IMAGE, plan))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed
+    for name in changed:
+        assert after[name] % round_to == 0
+        wanted = before[name] * (1 - ratio)
+        others = range(round_to, before[name] + 1, round_to)
+        assert abs(after[name] - wanted) == min(abs(k - wanted) for k in others)
+
+
+def test_a_grouped_convolution_is_rounded_as_a_whole() -> None:
+    model = Residual(inner=48, groups=4)  # groups of 12: two channels of each make eight
+    plan = structprune.plan(model, IMAGE, ratio=0.3, round_to=8)
+    slim = exact(model, IMAGE, plan)
+    assert widths(slim)["layer1.0.weight"] == 32  # 4 x 8; 4 x 8.4 was wanted
+
+
+def test_heads_are_feasible_whatever_their_number_and_head_sizes_are_multiples() -> None:
+    heads = exact(Transformer(), IDS, structprune.plan(Transformer(), IDS, ratio=0.5, axes="heads", round_to=8))
+    assert heads.q.out_features == 4 * 16
+    assert heads.k.out_features == 2 * 16
+    sizes = exact(Transformer(), IDS, structprune.plan(Transformer(), IDS, ratio=0.3, axes="head_size", round_to=8))
+    assert sizes.q.out_features == 8 * 8  # 11.2 of 16 was wanted: 8 is nearer than 16
+    whole = structprune.plan(Transformer(), IDS, ratio=0.3, axes="head_size", round_to=32)
+    assert not whole.thinnings  # no multiple of 32 below 16, so it stays
+
+
+def test_flattened_channels_are_rounded_before_they_are_flattened() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 40, 5), nn.Flatten(), nn.Linear(40 * 64, 4))
+    slim = structprune.prune(model, IMAGE, ratio=0.3, round_to=16)
+    assert slim[0].out_channels == 32
+
+
+def test_auto_takes_less_for_narrow_layers() -> None:
+    model = nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 40), nn.Linear(40, 6), nn.Linear(6, 2))
+    slim = structprune.prune(model, torch.randn(1, 8), ratio=0.37)
+    assert [layer.out_features for layer in slim] == [320, 24, 4, 2]  # 322.6, 25.2 and 3.8 were wanted
+
+
+def test_min_channels_and_max_ratio_hold() -> None:
+    found = widths(structprune.prune(Residual(), IMAGE, ratio=0.9, min_channels=10, round_to=1))
+    assert found["stem.weight"] == 10
+    found = widths(structprune.prune(Residual(), IMAGE, ratio=0.9, max_ratio=0.25, round_to=8))
+    assert found["stem.weight"] == 40  # 36 is the least, and 40 the least multiple
+    assert found["layer1.0.weight"] == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"round_to": 0}, "round_to is 0"),
+        ({"round_to": "some"}, "round_to is 'some'"),
+        ({"min_channels": 0}, "min_channels is 0"),
+        ({"max_ratio": 1.5}, "max_ratio is 1.5"),
+        ({"scope": "world"}, "scope is 'world'"),
+        ({"axes": ["width"]}, "axes names width; known are hidden"),
+        ({"outputs": ["loss"]}, "no output 'loss'. It returns 'logits', 'hidden.last'"),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        structprune.plan(Transformer(), IDS, **options)
+
+
+# -- scopes -----------------------------------------------------------------------------------------------------------
+
+
+def quiet(model: Residual) -> Residual:
+    """Half of the channels inside the first block hardly matter."""
+    with torch.no_grad():
+        for i, scale in ((0, 0.01), (2, 0.01)):
+            model.layer1[i].weight[:20] *= scale
+            model.layer1[i].bias[:20] *= scale
+        model.layer1[2].weight[:, :20] *= 0.01
+        model.layer1[4].weight[:, :20] *= 0.01
+    return model
+
+
+@pytest.mark.parametrize("scope", ["global", "isomorphic"])
+def test_wide_scopes_take_channels_where_they_matter_least(scope: str) -> None:
+    torch.manual_seed(0)
+    model = quiet(Residual())
+    plan = structprune.plan(model, IMAGE, ratio=0.25, scope=scope, round_to=1)
+    found = widths(exact(model, IMAGE, plan))
+    if scope == "isomorphic":
+        assert found["stem.weight"] == 36  # nothing else is built like it
+    assert found["layer1.0.weight"] < 30 < found["layer2.0.weight"]
+    total = sum(axis.before for axis in plan.axes)
+    assert sum(axis.after for axis in plan.axes) == pytest.approx(0.75 * total, abs=1)
+
+
+def test_global_scope_leaves_something_everywhere() -> None:
+    torch.manual_seed(0)
+    model = quiet(Residual())
+    found = widths(structprune.prune(model, IMAGE, ratio=0.6, scope="global", min_channels=8, max_ratio=0.7))
+    assert min(width for name, width in found.items() if name != "head.weight") >= 12
+
+
+# -- axes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", ["mlp", "heads", "head_size", "hidden"])
+def test_only_the_axes_asked_for_go(axis: str) -> None:
+    model = Transformer()
+    plan = structprune.plan(model, IDS, ratio=0.5, axes=[axis], outputs=["logits"])
+    whole = {"hidden": 64, "mlp": 256, "heads": 6, "head_size": 16}  # heads: 4, and 2 queries for each
+    found = {width.axis: (width.before, width.after) for width in plan.axes}
+    half = {"hidden": 32, "mlp": 128, "heads": 4, "head_size": 8}
+    assert found == {name: (before, half[name] if name == axis else before) for name, before in whole.items()}
+    assert plan.apply(model).size == (8 if axis == "head_size" else 16)
+    assert structprune.verify(model, plan.apply(model), plan, IDS).ok
+
+
+def test_query_heads_go_with_their_keys_and_values() -> None:
+    model = Transformer()
+    plan = structprune.plan(model, IDS, ratio=0.5, axes="heads", importance="random")
+    slim = exact(model, IDS, plan)
+    assert (slim.heads, slim.kv_heads) == (4, 2)
+    gone = plan.removed
+    keys = {i // 16 for i in gone["k.weight"][0]}
+    assert {i // 16 for i in gone["v.weight"][0]} == keys
+    assert {i // 32 for i in gone["q.weight"][0]} == {i // 32 for i in gone["o.weight"][1]} == keys
+
+
+def test_heads_and_head_sizes_both_go_if_both_are_named() -> None:
+    plan = structprune.plan(Transformer(), IDS, ratio=0.5, axes=["heads", "head_size"])
+    slim = exact(Transformer(), IDS, plan)
+    assert (slim.heads, slim.kv_heads, slim.size) == (4, 2, 8)
+    assert slim.fc1.out_features == 256
+
+
+def test_the_plan_prints_its_axes() -> None:
+    plan = structprune.plan(Transformer(), IDS, ratio=0.5)
+    text = str(plan)
+    assert "mlp (1 group)" in text
+    assert "heads (2 groups)" in text
+    assert structprune.Plan.from_json(plan.to_json()) == plan
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_that_need_not_keep_their_shape_free_their_channels() -> None:
+    model = Transformer()
+    assert "output 'hidden.last'" in structprune.DependencyGraph(model, IDS).explain("fc2")
+    plan = structprune.plan(model, IDS, ratio=0.5, outputs=["logits"])
+    assert plan.outputs == ("logits",)
+    assert structprune.Plan.from_json(plan.to_json()) == plan
+    slim = structprune.prune(model, IDS, ratio=0.5, outputs=["logits"])
+    assert slim(IDS)["logits"].shape == model(IDS)["logits"].shape
+    assert slim(IDS)["hidden"]["last"].shape[-1] == 32
+    whole = structprune.prune(model, IDS, ratio=0.5, outputs=["logits", "hidden"])
+    assert whole(IDS)["hidden"]["last"].shape[-1] == 64

@@ -108,6 +108,8 @@ class Plan(Edits):
         text = io.StringIO()
         console = Console(file=text, width=100)
         console.print(self.table())
+        asked = (f"{key} {value}" for key, value in self.settings.items() if value is not None)
+        console.print("asked for: " + ", ".join(asked), highlight=False, markup=False, soft_wrap=True)
         for repair in self.repairs:
             place = ".".join([repair.module or "model", *map(str, repair.chain)])
             console.print(f"{place}: {repair.old} -> {repair.new}", highlight=False)

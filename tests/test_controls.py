@@ -280,6 +280,7 @@ def test_the_plan_prints_its_axes() -> None:
     text = str(plan)
     assert "mlp (1 group)" in text
     assert "heads (2 groups)" in text
+    assert "asked for: ratio 0.5, importance l2, scope local, round_to auto" in text
     assert structprune.Plan.from_json(plan.to_json()) == plan
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypedDict, Unpack
+from collections.abc import Iterable, Mapping
+from typing import TypedDict, Unpack
 
-import numpy as np
 import torch
 from torch import nn
 
-from structprune.allocation.factors import check_axes, lowest, thinned_groups
-from structprune.allocation.ratios import Ratio, as_json, ratio_of
+from structprune.allocation.ratios import Ratio
 from structprune.allocation.rounding import Rounding, RoundTo
-from structprune.allocation.scopes import check_scope, kept_counts
+from structprune.allocation.scopes import Scope
+from structprune.decision import Decision, Request
 from structprune.dependency_graph import DependencyGraph
-from structprune.graph import ChannelGraph, Layer
-from structprune.groups import Group
-from structprune.importance.base import Importance, check_scores, importance_of
+from structprune.graph import Layer
+from structprune.importance.base import Importance, importance_of
 from structprune.plan import Plan
-from structprune.planning import plan_removal, tensors_of
+from structprune.planning import plan_removal
 from structprune.surgery.verify import verify as verify_pruned
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, OutputName
@@ -27,10 +25,11 @@ from structprune.tracing.trace import ExampleInputs, OutputName
 class Options(TypedDict, total=False):
     """What `plan` may be asked for, and `prune` with it; see `plan`."""
 
-    ratio: Ratio
+    ratio: Ratio | None
+    target: Mapping[str, float] | None
     importance: str | Importance
     ignore: Iterable[Layer]
-    scope: str
+    scope: Scope
     axes: Iterable[str] | None
     round_to: RoundTo
     min_channels: int
@@ -42,10 +41,11 @@ def plan(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
-    ratio: Ratio = 0.5,
+    ratio: Ratio | None = None,
+    target: Mapping[str, float] | None = None,
     importance: str | Importance = "l2",
     ignore: Iterable[Layer] = (),
-    scope: str = "local",
+    scope: Scope = "local",
     axes: Iterable[str] | None = None,
     round_to: RoundTo = "auto",
     min_channels: int = 1,
@@ -58,12 +58,15 @@ def plan(
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ratio: share of the channels to remove, from 0 to below 1; or a mapping from layers or blocks (modules, dotted
-            names, patterns like ``"layer3.*"``) to such shares, where what no key matches stays whole.
+            names, patterns like ``"layer3.*"``) to such shares, where what no key matches stays whole. Without a target
+            it is 0.5.
+        target: instead of a ratio, what is to remain of ``"params"``, ``"macs"``, ``"memory"`` (bytes of weights and of
+            activations at their peak) or ``"channels"``: a fraction, or an amount above 1; several at once if wanted.
         importance: what a channel is worth: ``"l1"``, ``"l2"``, ``"linf"``, ``"random"``, or a callable that gives
             scores (see `structprune.importance.base.Importance`).
         ignore: layers (modules or dotted names) to leave whole.
         scope: ``"local"``: each group loses the ratio; ``"global"``: all compete; ``"isomorphic"``: groups of the same
-            structure compete.
+            structure compete; or sets of layer names or patterns: the layers of a set compete.
         axes: which kinds of channels may go: any of ``"hidden"`` (the width of a residual stream), ``"mlp"``,
             ``"channels"`` (of convolutions inside a block), ``"heads"``, ``"head_size"``, ``"experts"``. By default
             all, but of heads and head size only the one that comes nearer to the ratio.
@@ -86,30 +89,14 @@ def plan(
         >>> structprune.plan(model, torch.randn(1, 4), ratio=0.25).layers
         (LayerWidth(layer='0', before=8, after=6),)
     """
-    score, wanted_axes = importance_of(importance), check_axes(axes)
-    device, dtype = _kind(model)
-    rounding = Rounding(round_to, device, dtype, min_channels, max_ratio)
-    check_scope(scope)
+    score = importance_of(importance)
+    rounding = Rounding(round_to, *_kind(model), min_channels, max_ratio)
+    request = Request(ratio, target, scope, axes, rounding)
     with collection_paused(), torch.no_grad():
         graph = DependencyGraph(model, example_inputs, ignore=ignore, outputs=outputs)
-        share = ratio_of(graph, ratio)
-        feasible = {group: rounding.feasible(group, graph.roles) for group in graph.groups()}
-        groups = thinned_groups(graph, share, feasible, wanted_axes)
-        scores = _scored(graph, groups, score) if scope != "local" else {}
-        kept = kept_counts(groups, share, feasible, scores, scope, graph.roles)
-        scores |= _scored(graph, [g for g in groups if kept[g] < g.channels and g not in scores], score)
-        gone = [g.components[lowest(scores[g], g.channels - n)] for g, n in kept.items() if n < g.channels]
-        chosen = np.concatenate([np.zeros(0, dtype=np.int64), *gone])
-        settings: dict[str, Any] = {
-            "ratio": as_json(ratio, graph),
-            "importance": importance if isinstance(importance, str) else repr(importance),
-            "scope": scope,
-            "axes": sorted(wanted_axes) if wanted_axes is not None else None,
-            "round_to": round_to,
-            "min_channels": min_channels,
-            "max_ratio": max_ratio,
-        }
-        return plan_removal(graph, chosen, settings)
+        decision = Decision(graph, score, request)
+        named = {"importance": importance if isinstance(importance, str) else repr(importance)}
+        return plan_removal(graph, decision.chosen, decision.settings | named)
 
 
 def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -118,12 +105,6 @@ def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
     return torch.device("cpu"), torch.float32
-
-
-def _scored(graph: ChannelGraph, groups: Iterable[Group], score: Importance) -> dict[Group, np.ndarray]:
-    """The scores of each group, in float64."""
-    tensors = tensors_of(graph)
-    return {g: check_scores(score(g, tensors), g).double().cpu().numpy() for g in groups}
 
 
 def prune(
@@ -143,7 +124,7 @@ def prune(
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         inplace: change `model` itself and return it.
         verify: compare the result with the original whose removed channels are switched off; costs two forwards.
-        options: those of `plan`: ``ratio``, ``importance``, ``ignore``, ``scope``, ``axes``, ``round_to``,
+        options: those of `plan`: ``ratio``, ``target``, ``importance``, ``ignore``, ``scope``, ``axes``, ``round_to``,
             ``min_channels``, ``max_ratio``, ``outputs``.
 
     Raises:

@@ -54,6 +54,11 @@ class Roles:
         spatial = (self.ranks[m.tensor] > 2 for m in group.members if (m.tensor, m.dim) in self.weights)
         return "channels" if any(spatial) else "mlp"
 
+    def makers(self, group: Group) -> list[str]:
+        """Tensors of the layers that make the channels of a group."""
+        found = [m.tensor for m in group.members if (m.tensor, m.dim) in self.producers]
+        return found or [m.tensor for m in group.members]
+
 
 class _Reader:
     """One pass over a trace."""

@@ -280,7 +280,7 @@ def test_the_plan_prints_its_axes() -> None:
     text = str(plan)
     assert "mlp (1 group)" in text
     assert "heads (2 groups)" in text
-    assert "asked for: ratio 0.5, importance l2, scope local, round_to auto" in text
+    assert "asked for: ratio 0.5, scope local, round_to auto, min_channels 1, max_ratio 1.0, importance l2" in text
     assert structprune.Plan.from_json(plan.to_json()) == plan
 
 
@@ -298,3 +298,63 @@ def test_outputs_that_need_not_keep_their_shape_free_their_channels() -> None:
     assert slim(IDS)["hidden"]["last"].shape[-1] == 32
     whole = structprune.prune(model, IDS, ratio=0.5, outputs=["logits", "hidden"])
     assert whole(IDS)["hidden"]["last"].shape[-1] == 64
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
+@pytest.mark.parametrize(("name", "share"), [("macs", 0.5), ("params", 0.3), ("channels", 0.6), ("memory", 0.6)])
+def test_a_target_is_met_closely(name: str, share: float, scope: Any) -> None:
+    torch.manual_seed(0)
+    model = Residual(width=96, inner=80)
+    plan = structprune.plan(model, IMAGE, target={name: share}, scope=scope, round_to=1)
+    found = {
+        "macs": plan.after.macs / plan.before.macs,
+        "params": plan.after.params / plan.before.params,
+        "channels": sum(a.after for a in plan.axes) / sum(a.before for a in plan.axes),
+        "memory": (plan.after.weight_bytes + plan.after.peak_activation_bytes)
+        / (plan.before.weight_bytes + plan.before.peak_activation_bytes),
+    }[name]
+    assert share * 0.98 <= found <= share
+    assert plan.settings["reached"][name] == pytest.approx(found)
+    assert plan.after == structprune.cost(exact(model, IMAGE, plan).float(), IMAGE)
+
+
+def test_several_targets_and_absolute_amounts() -> None:
+    model = Residual(width=96, inner=80)
+    before = structprune.cost(model, IMAGE)
+    plan = structprune.plan(model, IMAGE, target={"macs": before.macs // 3, "params": 0.5})
+    assert plan.after.macs <= before.macs // 3
+    assert plan.after.params <= before.params / 2
+
+
+def test_layers_alike_stay_alike_where_the_target_allows() -> None:
+    model = Residual(width=96, inner=96)
+    halved = structprune.plan(model, IMAGE, ratio=0.5).after.params
+    found = widths(structprune.prune(model, IMAGE, target={"params": halved * 1.005}))
+    assert found["layer1.0.weight"] == found["layer2.0.weight"] == found["layer2.2.weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": {"flops": 0.5}}, "target names 'flops'; known are channels, params, macs, memory"),
+        ({"target": {"macs": -1}}, r"target\['macs'\] is -1"),
+        ({"target": {}}, "target is empty"),
+        ({"target": {"macs": 0.5}, "ratio": 0.5}, "Both ratio and target"),
+        ({"target": {"macs": 0.01}, "max_ratio": 0.5}, "cannot be met: .* there remain macs"),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        structprune.plan(Residual(), IMAGE, **options)
+
+
+def test_sets_of_layers_compete_among_themselves() -> None:
+    torch.manual_seed(0)
+    model = quiet(Residual())
+    plan = structprune.plan(model, IMAGE, ratio=0.25, scope=[["stem"], ["layer1.*", "layer2"]], round_to=1)
+    found = widths(exact(model, IMAGE, plan))
+    assert found["stem.weight"] == 36
+    assert found["layer1.0.weight"] < 30 < found["layer2.0.weight"]

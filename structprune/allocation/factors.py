@@ -8,7 +8,6 @@ import numpy as np
 
 from structprune.allocation.rounding import nearest
 from structprune.axes import AXES
-from structprune.channels.relations import Ids
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -77,9 +76,3 @@ def thinned_groups(
 def _together(a: int, b: int, factors: list[list[int]]) -> bool:
     """Whether two groups stand in the same factor of a grid, and in that one only, side by side."""
     return all((a in factor) == (b in factor) for factor in factors)
-
-
-def lowest(scores: np.ndarray, count: int) -> Ids:
-    """Positions of the `count` lowest scores; ties go to the later channel, so that the result is stable."""
-    order = np.lexsort((-np.arange(len(scores)), scores))
-    return np.sort(order[:count])

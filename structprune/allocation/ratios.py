@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -61,7 +61,7 @@ class _Table:
 
     def of(self, group: Group) -> float:
         """The smallest ratio of the layers that make the channels of `group`."""
-        return min((self._of_tensor(tensor) or 0.0 for tensor in _makers(self._graph, group)), default=0.0)
+        return min((self._of_tensor(tensor) or 0.0 for tensor in self._graph.roles.makers(group)), default=0.0)
 
     def _of_tensor(self, tensor: str) -> float | None:
         if tensor not in self._known:
@@ -91,11 +91,13 @@ class _Table:
     def _check_layer(self, name: str, share: float) -> None:
         """A single layer that is named must be able to lose that share."""
         mine = {name, f"{name}.weight"}
-        groups = [g for g in self._graph.groups() if mine & set(_makers(self._graph, g))]
+        groups = [g for g in self._graph.groups() if mine & set(self._graph.roles.makers(g))]
         if not groups:
             raise PinnedError(f"ratio names {name!r}, but {self._graph.explain(name)}.")
         for group in groups:
-            others = {t.rpartition(".")[0] or t for t in _makers(self._graph, group) if (self._of_tensor(t) or 0) == 0}
+            others = {
+                t.rpartition(".")[0] or t for t in self._graph.roles.makers(group) if (self._of_tensor(t) or 0) == 0
+            }
             if others:
                 raise PlanError(
                     f"ratio asks for {share} of {name!r}, whose channels go together with those of "
@@ -103,14 +105,8 @@ class _Table:
                 )
 
 
-def _makers(graph: ChannelGraph, group: Group) -> Iterable[str]:
-    """Tensors of the layers that make the channels of a group."""
-    found = [m.tensor for m in group.members if (m.tensor, m.dim) in graph.roles.producers]
-    return found or [m.tensor for m in group.members]
-
-
 def as_json(ratio: Ratio, graph: ChannelGraph) -> float | dict[str, float]:
     """`ratio` with names in place of modules."""
     if not isinstance(ratio, Mapping):
-        return float(ratio)
+        return check_ratio(ratio)
     return {graph.path_of(key) if isinstance(key, nn.Module) else key: float(share) for key, share in ratio.items()}

@@ -1,76 +1,140 @@
-"""Among which channels the ratio is met: in each group, in the whole network, or in all groups of like structure."""
+"""In which order channels go: those of a group, of the whole network, or of groups of like structure compete."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
 
 import numpy as np
 
-from structprune.allocation.rounding import nearest
 from structprune.axes import Roles
 from structprune.errors import PlanError
 from structprune.groups import Group
 
+Scope = Literal["local", "global", "isomorphic"] | Sequence[Iterable[str]]
 SCOPES = ("local", "global", "isomorphic")
-Scores = Mapping[Group, np.ndarray]
-Feasible = Mapping[Group, np.ndarray]
 
 
-def check_scope(scope: str) -> str:
+def check_scope(scope: Scope) -> Scope:
     """`scope`, after checking that there is such a one.
 
     Raises:
         PlanError: there is not.
     """
-    if scope not in SCOPES:
-        raise PlanError(f"scope is {scope!r}; it is one of {', '.join(map(repr, SCOPES))}.")
+    if isinstance(scope, str) and scope not in SCOPES:
+        raise PlanError(f"scope is {scope!r}; it is one of {', '.join(map(repr, SCOPES))}, or sets of layer names.")
     return scope
 
 
-def kept_counts(
-    groups: Sequence[Group],
-    ratio: Callable[[Group], float],
-    feasible: Feasible,
-    scores: Scores,
-    scope: str,
-    roles: Roles,
-) -> dict[Group, int]:
-    """How many channels each group keeps.
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Every step from one feasible number of channels of a group to the next smaller one.
 
-    Local: each loses its ratio. Global: groups of the same ratio compete, and the channels with the lowest scores go,
-    wherever they are; a group's scores are divided by their mean first, since their scale differs from group to group.
-    Isomorphic: only groups of the same structure compete, by their scores as they are (Fang et al., Isomorphic Pruning
-    for Vision Models, 2024, section 3.2).
+    Attributes:
+        groups: the groups that may be thinned.
+        feasible: for each, the numbers of channels that it may keep, ascending.
+        owner: for each step, the number of its group; shape ``(steps,)``.
+        depth: the share of the channels of all that compete that is gone once the step is half done; within a group it
+            rises from step to step.
     """
-    if scope == "local":
-        return {group: nearest(feasible[group], group.channels * (1 - ratio(group))) for group in groups}
-    sets: dict[tuple[float, Hashable], list[Group]] = {}
-    for group in groups:
-        structure = _structure(group, roles) if scope == "isomorphic" else None
-        sets.setdefault((ratio(group), structure), []).append(group)
-    found: dict[Group, int] = {}
-    for (share, _), members in sets.items():
-        found |= _compete(members, share, feasible, scores, relative=scope == "global")
-    return {group: found[group] for group in groups}
+
+    groups: Sequence[Group]
+    feasible: Sequence[np.ndarray]
+    owner: np.ndarray
+    depth: np.ndarray
+
+    def kept(self, taken: np.ndarray) -> dict[Group, int]:
+        """How many channels each group keeps once the steps marked in `taken` are done; shape ``(steps,)``."""
+        steps = np.bincount(self.owner[taken], minlength=len(self.groups))
+        return {g: int(f[-1 - n]) for g, f, n in zip(self.groups, self.feasible, steps.tolist(), strict=True)}
+
+    def kept_at(self, ratio: Callable[[Group], float]) -> dict[Group, int]:
+        """How many channels each group keeps when the share `ratio` of what competes goes."""
+        share = np.array([ratio(group) for group in self.groups])
+        return self.kept(self.depth < share[self.owner] - 1e-12)
 
 
-def _structure(group: Group, roles: Roles) -> Hashable:
-    """What two groups have in common that differ in their place and width only."""
-    return group.axis, tuple(sorted((roles.ranks[m.tensor], m.dim) for m in group.members))
+def steps_of(
+    groups: Sequence[Group],
+    feasible: Mapping[Group, np.ndarray],
+    scores: Mapping[Group, np.ndarray],
+    scope: Scope,
+    roles: Roles,
+    apart: Callable[[Group], Hashable] = lambda _: None,
+) -> Steps:
+    """The order in which channels go.
 
+    Local: each group by itself. Global: all groups compete, and the channels with the lowest scores go, wherever they
+    are; a group's scores are divided by their mean first, since their scale differs from group to group. Isomorphic:
+    groups of the same structure compete, by their scores as they are (Fang et al., Isomorphic Pruning for Vision
+    Models, 2024, section 3.2). Sets of layer names (or patterns): the groups that those layers make compete as in the
+    global scope, set by set, and all others in one more set; a group belongs to the first set that names one of its
+    layers.
 
-def _compete(groups: list[Group], ratio: float, feasible: Feasible, scores: Scores, relative: bool) -> dict[Group, int]:
-    """Remove the share `ratio` of the channels of all `groups`, those with the lowest scores first."""
-    pool: list[np.ndarray] = []
-    owner: list[np.ndarray] = []
+    Args:
+        groups: those that may be thinned.
+        feasible: the numbers of channels that each may keep, ascending.
+        scores: the scores of each group; not needed for the local scope.
+        scope: one of `SCOPES`, or sets of names.
+        roles: what channels are to the network.
+        apart: groups for which this differs never compete.
+    """
+    sets: dict[Hashable, list[int]] = {}
     for number, group in enumerate(groups):
-        ordered = np.sort(scores[group])
-        if relative:
-            mean = ordered.mean()
-            ordered = ordered / mean if mean else ordered
-        pool.append(ordered[: group.channels - int(feasible[group][0])])
-        owner.append(np.full(len(pool[-1]), number))
-    order = np.argsort(np.concatenate(pool), kind="stable")
-    wanted = round(ratio * sum(group.channels for group in groups))
-    gone = np.bincount(np.concatenate(owner)[order][:wanted], minlength=len(groups))
-    return {g: nearest(feasible[g], g.channels - int(n)) for g, n in zip(groups, gone, strict=True)}
+        sets.setdefault((apart(group), _set_of(group, number, scope, roles)), []).append(number)
+    owner: list[np.ndarray] = []
+    depth: list[np.ndarray] = []
+    for members in sets.values():
+        mine, deep = _ranked([groups[i] for i in members], feasible, scores, scope)
+        owner.append(np.asarray(members)[mine])
+        depth.append(deep)
+    empty = np.zeros(0)
+    return Steps(
+        groups, [feasible[g] for g in groups], np.concatenate([empty, *owner]).astype(np.int64),
+        np.concatenate([empty, *depth]),
+    )  # fmt: skip
+
+
+def _set_of(group: Group, number: int, scope: Scope, roles: Roles) -> Hashable:
+    """What is equal for the groups that compete."""
+    if scope == "local":
+        return number
+    if scope == "isomorphic":
+        return group.axis, tuple(sorted((roles.ranks[m.tensor], m.dim) for m in group.members))
+    if isinstance(scope, str):
+        return 0
+    names = {tensor.rpartition(".")[0] or tensor for tensor in roles.makers(group)}
+    for position, patterns in enumerate(scope):
+        listed = [patterns] if isinstance(patterns, str) else patterns
+        if any(name == p or name.startswith(f"{p}.") or fnmatchcase(name, p) for p in listed for name in names):
+            return position
+    return -1
+
+
+def _ranked(
+    groups: list[Group], feasible: Mapping[Group, np.ndarray], scores: Mapping[Group, np.ndarray], scope: Scope
+) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of groups that compete, in the order in which they go: their groups and depths."""
+    owner: list[np.ndarray] = []
+    worth: list[np.ndarray] = []
+    size: list[np.ndarray] = []
+    for number, group in enumerate(groups):
+        going = np.diff(feasible[group])[::-1]  # channels that each step takes, the first step first
+        if len(groups) == 1:
+            worth.append(np.arange(len(going), dtype=float))
+        else:
+            ordered = np.sort(scores[group])
+            if scope != "isomorphic" and (mean := float(ordered.mean())):
+                ordered = ordered / mean
+            ends = np.cumsum(going)
+            total = np.concatenate([[0.0], np.cumsum(ordered)])
+            worth.append((total[ends] - total[ends - going]) / going)
+        owner.append(np.full(len(going), number))
+        size.append(going)
+    sizes = np.concatenate(size)
+    order = np.argsort(np.concatenate(worth), kind="stable")
+    taken = sizes[order]
+    share = (np.cumsum(taken) - taken / 2) / sum(group.channels for group in groups)
+    return np.concatenate(owner)[order], share

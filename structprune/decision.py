@@ -1,0 +1,140 @@
+"""Which channels go: scores, scopes, ratios and targets put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from structprune.allocation.factors import check_axes, thinned_groups
+from structprune.allocation.ratios import Ratio, as_json, ratio_of
+from structprune.allocation.rounding import Rounding
+from structprune.allocation.scopes import Scope, check_scope, steps_of
+from structprune.allocation.targets import Kept, Target, amounts, kept_for, target_of
+from structprune.channels.relations import Ids
+from structprune.cost import count_cost
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.groups import Group
+from structprune.importance.base import Importance, check_scores
+from structprune.planning import tensors_of
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for; see `structprune.plan`.
+
+    Raises:
+        PlanError: a setting is out of its range, or both a ratio and a target are given.
+    """
+
+    ratio: Ratio | None
+    target: Mapping[str, float] | None
+    scope: Scope
+    axes: Iterable[str] | None
+    rounding: Rounding
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        check_axes(self.axes)
+        if self.ratio is not None and self.target is not None:
+            raise PlanError(
+                "Both ratio and target are given. A ratio says what each group loses, a target what remains."
+            )
+
+
+class Decision:
+    """The channels to remove from a graph.
+
+    Args:
+        graph: the coupled channels.
+        score: what a channel is worth.
+        request: what is asked for.
+
+    Attributes:
+        chosen: the components that go.
+        settings: what was asked for and, with a target, what is reached; plain data.
+    """
+
+    def __init__(self, graph: ChannelGraph, score: Importance, request: Request) -> None:
+        self._graph = graph
+        self._score = score
+        self._tensors = tensors_of(graph)
+        self._order: dict[Group, Ids] = {}
+        self._scores: dict[Group, np.ndarray] = {}
+        self.settings = _plain(request, graph)
+        target = self._target(request)
+        if target is None:
+            ratio = ratio_of(graph, 0.5 if request.ratio is None else request.ratio)
+        else:
+            guess = _guess(target, self._before)
+            ratio = ratio_of(graph, guess)
+        feasible = {group: request.rounding.feasible(group, graph.roles) for group in graph.groups()}
+        groups = thinned_groups(graph, ratio, feasible, check_axes(request.axes))
+        if request.scope != "local":
+            self._rank(groups)
+        steps = steps_of(groups, feasible, self._scores, request.scope, graph.roles, apart=ratio)
+        if target is None:
+            kept = steps.kept_at(ratio)
+        else:
+            self._rank(groups)
+            kept = kept_for(steps, target, self._amounts)
+            found = self._amounts(kept)
+            self.settings["reached"] = {name: found[name] / self._before[name] for name in target.limits}
+        self.chosen = self._gone(kept)
+
+    def _target(self, request: Request) -> Target | None:
+        if request.target is None:
+            return None
+        self._before = self._amounts({})
+        return target_of(request.target, self._before)
+
+    def _rank(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            if group not in self._order:
+                scores = check_scores(self._score(group, self._tensors), group).double().cpu().numpy()
+                self._scores[group] = scores
+                # Of equal scores the later channel goes first, so that the result is stable.
+                self._order[group] = group.components[np.lexsort((-np.arange(len(scores)), scores))]
+
+    def _gone(self, kept: Kept) -> Ids:
+        """The components that go, the least important ones of each group."""
+        thinned = [group for group, count in kept.items() if count < group.channels]
+        self._rank(thinned)
+        gone = [self._order[group][: group.channels - kept[group]] for group in thinned]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *gone])
+
+    def _amounts(self, kept: Kept) -> dict[str, float]:
+        dead = np.zeros(self._graph.components.count, dtype=bool)
+        dead[self._gone(kept)] = True
+        count = self._graph.counter(self._graph.components.closure(dead))
+        cost = count_cost(self._graph.model, self._graph.trace, self._graph.channels, count)
+        return amounts(cost, sum(kept.get(group, group.channels) for group in self._graph.groups()))
+
+
+def _guess(target: Target, before: Mapping[str, float]) -> float:
+    """The ratio that comes near to a target: parameters and MACs fall with the square of the width."""
+
+    def ratio(name: str, limit: float) -> float:
+        left = min(1.0, limit / before[name])
+        return 1 - (sqrt(left) if name in ("params", "macs") else left)
+
+    return min(0.99, max(ratio(name, limit) for name, limit in target.limits.items()))
+
+
+def _plain(request: Request, graph: ChannelGraph) -> dict[str, object]:
+    asked: dict[str, object] = {}
+    if request.target is None:
+        asked["ratio"] = as_json(0.5 if request.ratio is None else request.ratio, graph)
+    else:
+        asked["target"] = dict(request.target)
+    scope = request.scope
+    asked["scope"] = scope if isinstance(scope, str) else [[s] if isinstance(s, str) else list(s) for s in scope]
+    axes = check_axes(request.axes)
+    asked["axes"] = None if axes is None else sorted(axes)
+    asked["round_to"] = request.rounding.round_to
+    asked["min_channels"] = request.rounding.min_channels
+    asked["max_ratio"] = request.rounding.max_ratio
+    return asked

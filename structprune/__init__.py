@@ -9,6 +9,7 @@ from structprune.export import OnnxExport, export_onnx
 from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.plan import Plan
+from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.verify import Report, verify
 
 __version__ = "0.1.0"
@@ -24,11 +25,13 @@ __all__ = [
     "Plan",
     "Random",
     "Report",
+    "Sensitivity",
     "benchmark",
     "cost",
     "export_onnx",
     "plan",
     "prune",
     "register_rule",
+    "sensitivity",
     "verify",
 ]

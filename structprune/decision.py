@@ -11,7 +11,8 @@ import numpy as np
 from structprune.allocation.factors import check_axes, thinned_groups
 from structprune.allocation.ratios import Ratio, as_json, ratio_of
 from structprune.allocation.rounding import Rounding
-from structprune.allocation.scopes import Scope, check_scope, steps_of
+from structprune.allocation.scopes import Curves, Scope, check_scope, steps_of
+from structprune.allocation.scopes import as_json as scope_as_json
 from structprune.allocation.targets import Kept, Target, amounts, kept_for, target_of
 from structprune.channels.relations import Ids
 from structprune.cost import count_cost
@@ -43,6 +44,8 @@ class Request:
             raise PlanError(
                 "Both ratio and target are given. A ratio says what each group loses, a target what remains."
             )
+        if isinstance(self.scope, Curves) and self.target is None:
+            raise PlanError("Curves as a scope say what thinning costs, not how much is to go: give a target as well.")
 
 
 class Decision:
@@ -130,8 +133,7 @@ def _plain(request: Request, graph: ChannelGraph) -> dict[str, object]:
         asked["ratio"] = as_json(0.5 if request.ratio is None else request.ratio, graph)
     else:
         asked["target"] = dict(request.target)
-    scope = request.scope
-    asked["scope"] = scope if isinstance(scope, str) else [[s] if isinstance(s, str) else list(s) for s in scope]
+    asked["scope"] = scope_as_json(request.scope)
     axes = check_axes(request.axes)
     asked["axes"] = None if axes is None else sorted(axes)
     asked["round_to"] = request.rounding.round_to

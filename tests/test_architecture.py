@@ -29,6 +29,7 @@ ORDER = (
     ("planning",),
     ("decision", "dependency_graph"),
     ("api",),
+    ("sensitivity",),
     ("recovery",),
     ("training", "masks"),
     ("search",),

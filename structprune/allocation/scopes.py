@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,7 +13,17 @@ from structprune.axes import Roles
 from structprune.errors import PlanError
 from structprune.groups import Group
 
-Scope = Literal["local", "global", "isomorphic"] | Sequence[Iterable[str]]
+
+@runtime_checkable
+class Curves(Protocol):
+    """Knows what thinning a group costs, in a unit that is the same for all groups."""
+
+    def depth(self, group: Group, kept: np.ndarray) -> np.ndarray:
+        """What is lost when `group` keeps so many channels: never less for fewer; the shape of `kept`."""
+        ...
+
+
+Scope = Literal["local", "global", "isomorphic"] | Sequence[Iterable[str]] | Curves
 SCOPES = ("local", "global", "isomorphic")
 
 
@@ -26,6 +36,15 @@ def check_scope(scope: Scope) -> Scope:
     if isinstance(scope, str) and scope not in SCOPES:
         raise PlanError(f"scope is {scope!r}; it is one of {', '.join(map(repr, SCOPES))}, or sets of layer names.")
     return scope
+
+
+def as_json(scope: Scope) -> object:
+    """`scope` as plain data."""
+    if isinstance(scope, str):
+        return scope
+    if isinstance(scope, Curves):
+        return type(scope).__name__.lower()
+    return [[names] if isinstance(names, str) else list(names) for names in scope]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +90,20 @@ def steps_of(
     groups of the same structure compete, by their scores as they are (Fang et al., Isomorphic Pruning for Vision
     Models, 2024, section 3.2). Sets of layer names (or patterns): the groups that those layers make compete as in the
     global scope, set by set, and all others in one more set; a group belongs to the first set that names one of its
-    layers.
+    layers. Curves (`structprune.Sensitivity`): the steps that lose least go first, wherever they are; they need a
+    target.
 
     Args:
         groups: those that may be thinned.
         feasible: the numbers of channels that each may keep, ascending.
         scores: the scores of each group; not needed for the local scope.
-        scope: one of `SCOPES`, or sets of names.
+        scope: one of `SCOPES`, sets of names, or curves.
         roles: what channels are to the network.
         apart: groups for which this differs never compete.
     """
+    if isinstance(scope, Curves):
+        falls = [scope.depth(group, feasible[group][-2::-1]) for group in groups]
+        return _steps(groups, feasible, [np.full(len(fall), i) for i, fall in enumerate(falls)], falls)
     sets: dict[Hashable, list[int]] = {}
     for number, group in enumerate(groups):
         sets.setdefault((apart(group), _set_of(group, number, scope, roles)), []).append(number)
@@ -90,14 +113,17 @@ def steps_of(
         mine, deep = _ranked([groups[i] for i in members], feasible, scores, scope)
         owner.append(np.asarray(members)[mine])
         depth.append(deep)
-    empty = np.zeros(0)
-    return Steps(
-        groups, [feasible[g] for g in groups], np.concatenate([empty, *owner]).astype(np.int64),
-        np.concatenate([empty, *depth]),
-    )  # fmt: skip
+    return _steps(groups, feasible, owner, depth)
 
 
-def _set_of(group: Group, number: int, scope: Scope, roles: Roles) -> Hashable:
+def _steps(
+    groups: Sequence[Group], feasible: Mapping[Group, np.ndarray], owner: list[np.ndarray], depth: list[np.ndarray]
+) -> Steps:
+    owners = np.concatenate([np.zeros(0, dtype=np.int64), *owner])
+    return Steps(groups, [feasible[g] for g in groups], owners, np.concatenate([np.zeros(0), *depth]))
+
+
+def _set_of(group: Group, number: int, scope: str | Sequence[Iterable[str]], roles: Roles) -> Hashable:
     """What is equal for the groups that compete."""
     if scope == "local":
         return number

@@ -1,0 +1,223 @@
+"""`sensitivity`: how a metric falls when each group alone is thinned, at several ratios."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from structprune.dependency_graph import DependencyGraph
+from structprune.errors import MissingExtraError, PlanError
+from structprune.graph import Layer
+from structprune.groups import Group
+from structprune.importance.base import Importance, check_scores, importance_of
+from structprune.planning import plan_removal, tensors_of
+from structprune.tracing.trace import ExampleInputs
+
+Metric = Callable[[nn.Module, Any], float]
+RATIOS = (0.125, 0.25, 0.5, 0.75)
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCurve:
+    """One group alone at several ratios.
+
+    Attributes:
+        group: its name.
+        axis: what its channels are (see `structprune.axes.AXES`).
+        channels: how many there are.
+        kept: how many were kept at each measurement, descending.
+        metric: what the metric was, in the same order.
+    """
+
+    group: str
+    axis: str
+    channels: int
+    kept: tuple[int, ...]
+    metric: tuple[float, ...]
+
+    def drop(self, dense: float, kept: np.ndarray) -> np.ndarray:
+        """How far the metric falls when `kept` channels are kept: interpolated, and never less for fewer channels."""
+        shares = np.array([0.0, *(1 - k / self.channels for k in self.kept)])
+        drops = np.maximum.accumulate(np.array([0.0, *(dense - value for value in self.metric)]))
+        gone = 1 - kept / self.channels
+        inside = np.interp(gone, shares, drops)
+        # Beyond the last measurement the fall goes on at the rate that it had on the whole.
+        return np.where(gone > shares[-1], drops[-1] * gone / max(shares[-1], 1e-9), inside)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `sensitivity` found.
+
+    Attributes:
+        dense: the metric of the whole model.
+        curves: one for each group.
+    """
+
+    dense: float
+    curves: tuple[GroupCurve, ...]
+
+    def depth(self, group: Group, kept: np.ndarray) -> np.ndarray:
+        """How far the metric falls when `group` alone keeps `kept` channels; so this is a ``scope`` for `plan`.
+
+        Raises:
+            PlanError: the group was not measured.
+        """
+        for curve in self.curves:
+            if (curve.group, curve.axis, curve.channels) == (group.name, group.axis, group.channels):
+                return curve.drop(self.dense, kept)
+        raise PlanError(
+            f"The sensitivity of {group.name!r} was not measured. Measure this very model, with all groups."
+        )
+
+    def table(self) -> Table:
+        """A line for each group, most sensitive first: how far the metric falls at each ratio."""
+        worst = sorted(self.curves, key=lambda c: -max(self.dense - value for value in c.metric))
+        width = max(len(curve.kept) for curve in self.curves)
+        table = Table("group", "axis", "channels", *[f"step {i + 1}" for i in range(width)])
+        for curve in worst:
+            cells = [f"{m - self.dense:+.4g} ({k})" for k, m in zip(curve.kept, curve.metric, strict=True)]
+            table.add_row(curve.group, curve.axis, str(curve.channels), *cells)
+        return table
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Sensitivity:
+        """What `to_json` wrote.
+
+        Raises:
+            PlanError: the text is something else.
+        """
+        try:
+            data = json.loads(text)
+            if data["schema"] > SCHEMA:
+                raise PlanError(f"This sensitivity has schema {data['schema']}; this version reads up to {SCHEMA}.")
+            return cls(data["dense"], tuple(_curve(c) for c in data["curves"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise PlanError(f"This is not the JSON of a sensitivity: {type(error).__name__}: {error}.") from error
+
+    def plot(self, path: str | Path) -> None:
+        """Draw a heat map: groups down, the share of channels removed across, the fall of the metric as colour.
+
+        Raises:
+            MissingExtraError: Matplotlib is not there.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingExtraError("Drawing needs Matplotlib: pip install 'structprune[plot]'.") from error
+        shares = np.linspace(0, max(1 - c.kept[-1] / c.channels for c in self.curves), 17)
+        drops = np.array([c.drop(self.dense, c.channels * (1 - shares)) for c in self.curves])
+        figure = Figure(figsize=(6, 1 + 0.18 * len(self.curves)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.pcolormesh(shares, np.arange(len(self.curves)), drops, cmap="magma_r", shading="nearest")
+        axes.set_yticks(np.arange(len(self.curves)), [c.group for c in self.curves], fontsize=6)
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the channels removed")
+        figure.colorbar(image, label="fall of the metric")
+        figure.savefig(path, dpi=150)
+
+
+def _curve(data: Mapping[str, Any]) -> GroupCurve:
+    return GroupCurve(data["group"], data["axis"], data["channels"], tuple(data["kept"]), tuple(data["metric"]))
+
+
+def sensitivity(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    loader: Any,
+    metric: Metric,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    importance: str | Importance = "l2",
+    ignore: Iterable[Layer] = (),
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Thin each group alone at a grid of ratios and measure.
+
+    Args:
+        model: any ``nn.Module`` whose forward can be traced; it is left as it was.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
+        loader: given to `metric` as it is.
+        metric: called without gradients on a model and `loader`; a number, the greater the better (accuracy, minus the perplexity).
+        ratios: shares of the channels to remove.
+        importance: which channels go first; see `structprune.plan`.
+        ignore: layers (modules or dotted names) to leave whole.
+        checkpoint: a JSON file to which each group is written once it is measured, and from which a run that was cut
+            short goes on.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        PlanError: a ratio is no share, or the checkpoint belongs to another model or other ratios.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> found = structprune.sensitivity(model, x, x, lambda m, x: -float((m(x) - model(x)).abs().mean()))
+        >>> [(curve.group, curve.kept) for curve in found.curves]
+        [('0', (7, 6, 4, 2))]
+    """
+    if not ratios or any(not 0 < ratio < 1 for ratio in ratios):
+        raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
+    graph = DependencyGraph(model, example_inputs, ignore=ignore)
+    done = _resumed(checkpoint)
+    score, tensors = importance_of(importance), tensors_of(graph)
+    groups = [group for group in graph.groups() if group.channels > 1]
+    grid = [_kept(group, ratios) for group in groups]
+    if done and [(c.group, c.kept) for c in done.curves] != [
+        (group.name, kept) for group, kept, _ in zip(groups, grid, done.curves, strict=False)
+    ]:
+        raise PlanError(f"{checkpoint} was written for another model or other ratios. Delete it, or name another file.")
+    dense = done.dense if done else _measured(metric, model, loader)
+    curves = list(done.curves) if done else []
+    todo = list(zip(groups, grid, strict=True))[len(curves) :]
+    for group, kept in track(todo, "measuring", disable=not progress, transient=True):
+        order = group.components[np.argsort(check_scores(score(group, tensors), group).double().cpu().numpy())]
+        found: list[float] = []
+        for count in kept:
+            plan = plan_removal(graph, order[: group.channels - count])
+            found.append(_measured(metric, plan.apply(model), loader))
+        curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(found)))
+        if checkpoint is not None:
+            _write(Path(checkpoint), Sensitivity(dense, tuple(curves)))
+    return Sensitivity(dense, tuple(curves))
+
+
+def _resumed(checkpoint: str | Path | None) -> Sensitivity | None:
+    if checkpoint is None or not Path(checkpoint).exists():
+        return None
+    return Sensitivity.from_json(Path(checkpoint).read_text())
+
+
+def _measured(metric: Metric, model: nn.Module, loader: Any) -> float:
+    with torch.no_grad():
+        return float(metric(model, loader))
+
+
+def _kept(group: Group, ratios: Sequence[float]) -> tuple[int, ...]:
+    """The numbers of channels to try, descending; at least one channel stays, and at least one goes."""
+    wanted = {max(1, round(group.channels * (1 - ratio))) for ratio in ratios} - {group.channels}
+    return tuple(sorted(wanted or {group.channels - 1}, reverse=True))
+
+
+def _write(path: Path, found: Sensitivity) -> None:
+    """Write the whole file or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(found.to_json())
+    os.replace(partial, path)

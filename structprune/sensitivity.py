@@ -154,7 +154,8 @@ def sensitivity(
         model: any ``nn.Module`` whose forward can be traced; it is left as it was.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         loader: given to `metric` as it is.
-        metric: called without gradients on a model and `loader`; a number, the greater the better (accuracy, minus the perplexity).
+        metric: called without gradients on a model and `loader`; a number, the greater the better (accuracy, minus
+            the perplexity).
         ratios: shares of the channels to remove.
         importance: which channels go first; see `structprune.plan`.
         ignore: layers (modules or dotted names) to leave whole.

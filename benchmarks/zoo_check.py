@@ -20,11 +20,11 @@ import structprune
 from structprune.channels.propagate import has_rule
 from structprune.tracing.trace import trace
 
-TOLERANCE = 1e-10
 # Switching the removed channels off must change the output by more than this, relative to its largest entry.
 LEAST_CHANGE = 1e-6
-# The oracle holds five copies in double precision; larger models are compared by `structprune.verify` in single.
-LARGEST_FOR_ORACLE = 150_000_000
+# The oracle holds four copies of a model. Larger ones than this it holds in float32, one of them the model itself.
+LARGEST_IN_DOUBLE = 150_000_000
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 SEED = 0
 
 
@@ -40,15 +40,22 @@ def built(entry: Entry) -> tuple[nn.Module, Any]:
     return model.eval(), inputs
 
 
-def in_double(entry: Entry, inputs: Any) -> tuple[nn.Module, Any]:
-    """The same model and inputs in float64, each entry of a tensor its own random number."""
-    with torch.no_grad():  # weights that a hook computes are then leaves, which deepcopy asks for
-        model = built(entry)[0]
+def jittered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model itself with each entry of a tensor its own random number of this type."""
     for module in model.modules():
         # transformers runs experts by a kernel that has no float64; its plain loop computes the same.
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
-    return oracle.jitter(model, SEED), oracle.double(inputs)
+    return oracle.jitter(model, SEED, dtype)
+
+
+def judge_of(entry: Entry, model: nn.Module, inputs: Any) -> oracle.Oracle:
+    """What tells whether the pruned model is right; a large model's is over the model itself, which it changes."""
+    if parameters(model) > LARGEST_IN_DOUBLE:
+        return oracle.Oracle(jittered(model, torch.float32), inputs)
+    with torch.no_grad():  # weights that a hook computes are then leaves, which deepcopy asks for
+        double = jittered(built(entry)[0], torch.float64)
+    return oracle.Oracle(double, oracle.double(inputs))
 
 
 def shapes(output: Any) -> list[tuple[str, list[int]]]:
@@ -121,18 +128,9 @@ class _Stages:
         self._report(self.facts)
 
 
-def _compared(original: nn.Module, plan: structprune.Plan, inputs: Any, expected_shapes: Any) -> float:
-    """Largest relative error in float64 against the oracle; infinite where shapes differ."""
-    slim = plan.apply(original)
-    expected, widened = oracle.reference(original, plan.removed, inputs)
-    if widened:
-        with oracle._Run((), smooth=False):
-            output = oracle.call(slim, inputs)
-    else:
-        output = oracle.call(slim, inputs)
-    if shapes(output) != expected_shapes:
-        raise AssertionError(f"output shapes changed: {shapes(output)[:3]} instead of {expected_shapes[:3]}")
-    return oracle.relative_error(output, expected)
+def _same_shapes(output: Any, before: Any) -> None:
+    if shapes(output) != before:
+        raise AssertionError(f"output shapes changed: {shapes(output)[:3]} instead of {before[:3]}")
 
 
 def _right(error: float, tolerance: float) -> None:
@@ -140,20 +138,22 @@ def _right(error: float, tolerance: float) -> None:
         raise AssertionError(f"relative error {error:.3g} against the original with its channels off")
 
 
-def _changed(original: nn.Module, plan: structprune.Plan, inputs: Any) -> float:
-    """How far the removed channels move the output; where they do not, equality proves nothing."""
-    with oracle._Run((), smooth=True):
-        off = oracle.call(oracle.switch_off(original, plan.removed), inputs)
-        return oracle.relative_error(off, oracle.call(original, inputs))
-
-
 def _matters(changed: float) -> None:
-    if changed <= LEAST_CHANGE:
+    if not changed > LEAST_CHANGE:
         raise AssertionError(f"switching the channels off changes the output by {changed:.3g}: nothing is proved")
 
 
-def _at_ratio(stages: _Stages, model: nn.Module, inputs: Any, double: Any, ratio: float, before: Any) -> None:
-    """Plan, apply and compare; `double` is the model and its inputs in float64, or nothing for large models."""
+def _compared(judge: oracle.Oracle, plan: structprune.Plan, slim: nn.Module | None, before: Any) -> dict[str, Any]:
+    """Relative errors of the judge's own pruned model, or of `slim` where it is that."""
+    expected = judge.expect(plan.removed)
+    output = judge.output(plan.apply(judge.original) if slim is None else slim, expected.widened)
+    _same_shapes(output, before)
+    found = {"relative_error": oracle.relative_error(output, expected.output), "changed": expected.changed}
+    return {name: value if math.isfinite(value) else str(value) for name, value in found.items()}
+
+
+def _at_ratio(stages: _Stages, model: nn.Module, judge: oracle.Oracle, inputs: Any, ratio: float, before: Any) -> None:
+    """Plan, apply and compare."""
     plan = stages.run("planned", lambda: structprune.plan(model, inputs, ratio=ratio))
     slim = stages.run("applied", lambda: plan.apply(model))
     if stages.failed:
@@ -161,29 +161,15 @@ def _at_ratio(stages: _Stages, model: nn.Module, inputs: Any, double: Any, ratio
     stages.note(kept=parameters(slim) / parameters(model), removed=len(plan.thinnings))
     output = stages.run("runs slim", lambda: oracle.call(slim, inputs))
     stages.run("same shapes", lambda: _same_shapes(output, before))
+    same = judge.original is model
+    found = stages.run("compared", lambda: _compared(judge, plan, slim if same else None, before))
     if stages.failed:
         return
-    if double is None:
-        report = stages.run("compared", lambda: structprune.verify(model, slim, plan, inputs))
-        if not stages.failed:
-            stages.note(relative_error=report.max_relative_error, judge="verify in float32")
-            stages.run("right", report.raise_for_error)
-        return
-    error = stages.run("compared", lambda: _compared(double[0], plan, double[1], before))
-    if stages.failed:
-        return
-    stages.note(relative_error=error if math.isfinite(error) else str(error), judge="oracle in float64")
-    stages.run("right", lambda: _right(error, TOLERANCE))
+    stages.note(**found, judge=str(judge.dtype).removeprefix("torch."))
+    stages.run("right", lambda: _right(float(found["relative_error"]), TOLERANCE[judge.dtype]))
     if plan.removed:
-        changed = stages.run("switched off", lambda: _changed(double[0], plan, double[1]))
-        stages.note(changed=changed if stages.failed or math.isfinite(changed) else str(changed))
-        stages.run("comparison proves something", lambda: _matters(changed))
+        stages.run("comparison proves something", lambda: _matters(float(found["changed"])))
     stages.run("own verify agrees", lambda: structprune.verify(model, slim, plan, inputs).raise_for_error())
-
-
-def _same_shapes(output: Any, before: Any) -> None:
-    if shapes(output) != before:
-        raise AssertionError(f"output shapes changed: {shapes(output)[:3]} instead of {before[:3]}")
 
 
 def checked(entry: Entry, ratios: tuple[float, ...]) -> Callable[[Report], None]:
@@ -201,10 +187,12 @@ def checked(entry: Entry, ratios: tuple[float, ...]) -> Callable[[Report], None]
         if first.failed:
             return
         first.note(**prunable(graph))
-        double = in_double(entry, inputs) if parameters(model) <= LARGEST_FOR_ORACLE else None
+        judge = first.run("judged", lambda: judge_of(entry, model, inputs))
+        if first.failed:
+            return
         for ratio in ratios:
             stages = _Stages(lambda facts, ratio=ratio: report({str(ratio): dict(facts)}))
-            _at_ratio(stages, model, inputs, double, ratio, before)
+            _at_ratio(stages, model, judge, inputs, ratio, before)
             if not stages.failed:
                 stages.note(stage="done")
 

@@ -132,6 +132,33 @@ class StandardisedWeights(ConvNet):
         return F.conv2d(F.relu(self.bn(self.conv1(x))), flat.reshape_as(weight), self.conv2.bias)
 
 
+class Clamped(NormMlp):
+    """Integers are clamped before they index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+        self.table = nn.Parameter(torch.randn(2, 8))
+        self.slices = {"fc1.weight": 0, "fc1.bias": 0, "table": 1, "fc2.weight": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * self.table[torch.arange(len(x)).clamp(max=1)])
+
+
+class Pooled(NormMlp):
+    """The largest and the least entry of each channel, of which some are off altogether."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+        self.slices = {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x.amax(0) + x.min(0).values)
+
+
 class Casting(HandRms):
     """Casts to float32 and back, which would hide anything below 1e-7."""
 
@@ -150,6 +177,8 @@ NETWORKS = [
     GroupNormNet,
     PaddedMean,
     StandardisedWeights,
+    Clamped,
+    Pooled,
     Casting,
 ]
 GONE = (1, 6)  # one in each half, so that both groups of the group norm stay equal
@@ -234,6 +263,20 @@ def test_refuses_a_removal_that_changes_nothing() -> None:
     slim.forward = lambda x: slim.conv2(F.relu(slim.bn(slim.conv1(x)))[:, kept])
     with pytest.raises(AssertionError, match="proves nothing"):
         oracle.check(model, slim, plan, inputs)
+
+
+class Choosy(NormMlp):
+    """Takes a mean of what is positive, of which there is more or less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x) + x[x > 0].mean()
+
+
+def test_refuses_a_forward_that_depends_on_its_data() -> None:
+    model = oracle.jitter(Choosy(), 0)
+    with pytest.raises(AssertionError, match="depends on its data"):
+        oracle.Oracle(model, torch.ones(3, 6, dtype=torch.float64))
 
 
 def test_relative_error_walks_nested_outputs() -> None:

@@ -15,18 +15,15 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
-from unittest.mock import patch
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from support.randomize import double, floating_tensors, jitter, map_tensors, perturbed
-from support.survivors import MINUS, OVER_SURVIVORS, SMOOTH
+from support.randomize import double, floating_tensors, jitter, perturbed
+from support.runs import Run, call, in_step
 
-__all__ = ["call", "check", "double", "floating_tensors", "jitter", "reference", "relative_error", "switch_off"]
+__all__ = ["Oracle", "call", "check", "double", "floating_tensors", "jitter", "relative_error", "switch_off"]
 
 Removed = Mapping[str, Mapping[int, Sequence[int]]]
 
@@ -40,76 +37,7 @@ class HasRemoved(Protocol):
         ...
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Run ``model`` on a tensor, a tuple (positional) or a dict (keyword), on copies, without gradients."""
-    inputs = map_tensors(inputs, lambda t: t.clone())
-    with torch.no_grad():
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
 # ------------------------------------------------------------------------------------------------- the reference run
-
-
-class _Run(TorchFunctionMode):
-    """One forward with reductions over the survivors; notes the input of each and whether precision was kept up."""
-
-    def __init__(self, dead: Sequence[Tensor | None], *, smooth: bool) -> None:
-        super().__init__()
-        self.dead, self.smooth = dead, smooth
-        self.seen: list[Tensor] = []
-        self.means: list[Tensor] = []
-        self.widened = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace a reduction, smooth an activation, keep float64 where a forward casts down."""
-        args, kwargs = self._widen(func, args, dict(kwargs or {}))
-        if func is Tensor.float:
-            self.widened = True
-            return args[0].to(torch.float64)
-        if func in OVER_SURVIVORS:
-            result = self._reduce(func, args, kwargs)
-            self.means += result if isinstance(result, tuple) else (result,)
-            return result
-        if func in MINUS and any(args[1] is mean for mean in self.means):
-            return self._reduce(func, args, kwargs)
-        if func is F.multi_head_attention_forward:  # let the mode see what it is made of
-            with patch.object(F, "has_torch_function", lambda _: False), self:
-                return func(*args, **kwargs)
-        if func is torch._weight_norm:  # a removed filter has norm 0, and 0 / 0 is not 0
-            return func(*args, **kwargs).nan_to_num(0.0)
-        if self.smooth and func in SMOOTH:
-            return SMOOTH[func](*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _widen(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        def wide(value: Any) -> Any:
-            if isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16):
-                self.widened = True
-                return torch.float64
-            return value
-
-        return tuple(map(wide, args)), {key: wide(value) for key, value in kwargs.items()}
-
-    def _reduce(self, func: Any, args: Any, kwargs: Any) -> Any:
-        args = list(args)
-        x = args.pop(0) if args else kwargs.pop("input")
-        position = len(self.seen)
-        self.seen.append(x.detach().clone())
-        dead = self.dead[position] if position < len(self.dead) else None
-        if dead is None:
-            return func(x, *args, **kwargs)
-        assert dead.shape == x.shape, f"call {position} ({func}) saw {tuple(x.shape)}, expected {tuple(dead.shape)}"
-        if "axis" in kwargs:
-            kwargs["dim"] = kwargs.pop("axis")
-        return (OVER_SURVIVORS | MINUS)[func](dead, x, *args, **kwargs)
-
-
-def _observe(model: nn.Module, inputs: Any, dead: Sequence[Tensor | None]) -> list[Tensor]:
-    with _Run(dead, smooth=True) as run:
-        call(model, inputs)
-    return run.seen
 
 
 def _dead_elements(same: Tensor, natural: Tensor) -> Tensor | None:
@@ -125,13 +53,8 @@ def _dead_elements(same: Tensor, natural: Tensor) -> Tensor | None:
     return dead
 
 
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.equal(a, b)
-
-
-def switch_off(model: nn.Module, removed: Removed) -> nn.Module:
-    """A copy of ``model`` with every removed slice set to zero."""
-    model = copy.deepcopy(model)
+def _switch_off(model: nn.Module, removed: Removed) -> nn.Module:
+    """Set every removed slice of ``model`` to zero, in place."""
     tensors = floating_tensors(model)
     with torch.no_grad():
         for name, dims in removed.items():
@@ -141,26 +64,80 @@ def switch_off(model: nn.Module, removed: Removed) -> nn.Module:
     return model
 
 
-def reference(original: nn.Module, removed: Removed, inputs: Any) -> tuple[Any, bool]:
-    """The output of the original with the removed channels off, and whether its forward casts below float64."""
-    moved = perturbed(inputs, seed=7)
-    other = jitter(copy.deepcopy(original), seed=90_001)
-    off, other_off = switch_off(original, removed), switch_off(other, removed)
-    whole = [_observe(original, inputs, ()), _observe(other, moved, ())]
-    assert [t.shape for t in whole[0]] == [t.shape for t in whole[1]], "the forward depends on its data"
-    natural = [a == b for a, b in zip(*whole, strict=True)]
+def switch_off(model: nn.Module, removed: Removed) -> nn.Module:
+    """A copy of ``model`` with every removed slice set to zero."""
+    return _switch_off(copy.deepcopy(model), removed)
 
-    dead: list[Tensor | None] = [None] * len(natural)
-    for _ in range(20):  # a norm without weights hides its dead channels until its own are known
-        pair = [_observe(off, inputs, dead), _observe(other_off, moved, dead)]
-        assert [t.shape for t in pair[0]] == [t.shape for t in natural], "the forward depends on its data"
-        found = [_dead_elements(a == b, n) for a, b, n in zip(*pair, natural, strict=True)]
-        if all(f is d or _equal(f, d) for f, d in zip(found, dead, strict=True)):
-            break
-        dead = found
-    with _Run(dead, smooth=False) as run:
-        output = call(off, inputs)
-    return output, run.widened
+
+class Expected(NamedTuple):
+    """What the original computes with channels off.
+
+    Attributes:
+        output: of the unmodified forward.
+        widened: whether the forward casts down; a pruned network is then to be run by `Oracle.output`.
+        changed: how far the channels move the output; where they do not, equality proves nothing. Activations are
+            smooth for this: a ReLU may have cut these very channels off by itself.
+    """
+
+    output: Any
+    widened: bool
+    changed: float
+
+
+class Oracle:
+    """What one network computes with any of its channels off.
+
+    Args:
+        original: jittered, in evaluation mode, all in one floating type; not changed.
+        inputs: a tensor, a tuple (positional) or a dict (keyword) of the same type.
+    """
+
+    def __init__(self, original: nn.Module, inputs: Any) -> None:
+        self.original, self.inputs = original, inputs
+        self.dtype = next((t.dtype for t in floating_tensors(original).values()), torch.float64)
+        self._moved = perturbed(inputs, seed=7)
+        self._natural: list[Tensor] = []
+        self._whole = in_step((original, inputs), (self._other(), self._moved), self._note_natural, self.dtype)
+
+    def _other(self) -> nn.Module:
+        return jitter(copy.deepcopy(self.original), seed=90_001, dtype=self.dtype)
+
+    def _note_natural(self, position: int, x: Tensor, y: Tensor) -> None:
+        del position
+        self._natural.append(x == y)
+
+    def expect(self, removed: Removed) -> Expected:
+        """The original with the slices `removed` switched off."""
+        off, other = switch_off(self.original, removed), _switch_off(self._other(), removed)
+        masks: list[Tensor | None] = []
+
+        def dead_of(position: int, x: Tensor, y: Tensor) -> Tensor | None:
+            assert position < len(self._natural), "the forward depends on its data"
+            natural = self._natural[position]
+            assert natural.shape == x.shape, "the forward depends on its data"
+            masks.append(_dead_elements(x == y, natural))
+            return masks[-1]
+
+        smooth = in_step((off, self.inputs), (other, self._moved), dead_of, self.dtype)
+        del other
+        remaining = iter(masks)
+
+        def known(x: Tensor) -> Tensor | None:
+            dead = next(remaining)
+            assert dead is None or dead.shape == x.shape, "the forward depends on its data"
+            return dead
+
+        with Run(known, smooth=False, dtype=self.dtype) as run:
+            output = call(off, self.inputs)
+        changed = relative_error(smooth, self._whole) if removed else 0.0
+        return Expected(output, run.widened, changed)
+
+    def output(self, slim: nn.Module, widened: bool) -> Any:
+        """What a pruned network computes; in full precision where the reference was kept so."""
+        if not widened:
+            return call(slim, self.inputs)
+        with Run(smooth=False, dtype=self.dtype):
+            return call(slim, self.inputs)
 
 
 # --------------------------------------------------------------------------------------------------------- comparing
@@ -228,18 +205,12 @@ def check(
     wrong = {name: (got.get(name), shape) for name, shape in shapes.items() if got.get(name) != shape}
     assert not wrong, f"shapes that do not fit plan.removed (got, expected): {wrong}"
 
-    expected, widened = reference(original, plan.removed, inputs)
-    if widened:
-        with _Run((), smooth=False):
-            output = call(slim, inputs)
-    else:
-        output = call(slim, inputs)
-    found = relative_error(output, expected)
+    oracle = Oracle(original, inputs)
+    expected = oracle.expect(plan.removed)
+    found = relative_error(oracle.output(slim, expected.widened), expected.output)
     assert found <= tol, (
         f"relative error {found:.3g} > {tol:g} against the original with these channels off: "
         + ", ".join(f"{name}{ {d: tuple(i) for d, i in dims.items()} }" for name, dims in plan.removed.items())
     )
-    if plan.removed and matters:  # a ReLU may have cut these very channels off by itself, so look through smooth ones
-        with _Run((), smooth=True):
-            changed = relative_error(call(switch_off(original, plan.removed), inputs), call(original, inputs))
-        assert changed > 1e-6, "switching these channels off changes nothing, so the comparison proves nothing"
+    if plan.removed and matters:
+        assert expected.changed > 1e-6, "switching these channels off changes nothing, so the comparison proves nothing"

@@ -21,17 +21,17 @@ def floating_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
 
 
-def jitter(model: nn.Module, seed: int) -> nn.Module:
-    """Give ``model`` distinct random float64 entries everywhere, in place, and set it to evaluation.
+def jitter(model: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Give ``model`` distinct random entries of one type everywhere, in place, and set it to evaluation.
 
     Weights are scaled by their fan-in so that deep networks stay tame. A buffer that is positive stays positive; one
     that holds a pattern (rotary frequencies, a mask, a table) keeps it, each entry scaled by up to 5%.
     """
-    model.to(torch.float64).eval()
+    model.to(dtype).eval()
     for module in model.modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, key, value.to(torch.float64))
+                setattr(module, key, value.to(dtype))
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
     with torch.no_grad():
@@ -39,7 +39,7 @@ def jitter(model: nn.Module, seed: int) -> nn.Module:
             if id(tensor) in done or tensor.numel() == 0:
                 continue
             done.add(id(tensor))
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(tensor.shape, generator=generator, dtype=dtype)
             if isinstance(tensor, nn.Parameter):
                 ones = bool((tensor == 1).all())
                 fan_in = max(tensor.numel() // tensor.shape[0], 1) if tensor.ndim > 1 else 8
@@ -47,13 +47,13 @@ def jitter(model: nn.Module, seed: int) -> nn.Module:
             elif bool((tensor == tensor.flatten()[0]).all()):
                 tensor.copy_(0.5 + noise.abs() if tensor.flatten()[0] > 0 else 0.5 * noise)
             else:
-                tensor.mul_(1 + 0.05 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
+                tensor.mul_(1 + 0.05 * torch.rand(tensor.shape, generator=generator, dtype=dtype))
     return model
 
 
-def double(inputs: Any) -> Any:
-    """The same nest of inputs with every floating tensor in float64, copied."""
-    return map_tensors(inputs, lambda t: t.detach().clone().to(torch.float64) if t.is_floating_point() else t.clone())
+def double(inputs: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The same nest of inputs with every floating tensor in float64 or another type, copied."""
+    return map_tensors(inputs, lambda t: t.detach().clone().to(dtype) if t.is_floating_point() else t.clone())
 
 
 def perturbed(inputs: Any, seed: int) -> Any:
@@ -61,8 +61,9 @@ def perturbed(inputs: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
 
     def move(t: Tensor) -> Tensor:
-        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
-        return t + 0.3 * noise if t.is_floating_point() else t.clone()
+        if not t.is_floating_point():
+            return t.clone()
+        return t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype)
 
     return map_tensors(inputs, move)
 

@@ -1,0 +1,186 @@
+"""Forwards that the oracle watches: reductions over the survivors, and two networks run in step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from support.randomize import map_tensors
+from support.survivors import MINUS, OVER_SURVIVORS, SMOOTH
+
+# For the input of a reduction: which of its elements belong to removed channels, if any do.
+DeadOf = Callable[[Tensor], Tensor | None]
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run ``model`` on a tensor, a tuple (positional) or a dict (keyword), on copies, without gradients."""
+    inputs = map_tensors(inputs, lambda t: t.clone())
+    with torch.no_grad():
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def none_dead(x: Tensor) -> None:
+    """Nothing is switched off."""
+    del x
+
+
+def _opened(function: Any) -> Any:
+    """A Python function of torch that runs its body under the mode instead of being seen as one call."""
+    spaces = {**function.__globals__, "has_torch_function": lambda _: False}
+    opened = FunctionType(function.__code__, spaces, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+_MULTI_HEAD_ATTENTION = _opened(F.multi_head_attention_forward)
+
+
+class Run(TorchFunctionMode):
+    """One forward with reductions over the survivors, in one precision throughout.
+
+    With ``smooth``, activations that cut off are replaced by some that do not.
+    """
+
+    def __init__(self, dead_of: DeadOf = none_dead, *, smooth: bool, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.dead_of, self.smooth, self.dtype = dead_of, smooth, dtype
+        self.means: list[Tensor] = []
+        self.widened = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace a reduction, smooth an activation, keep the precision where a forward casts down."""
+        args, kwargs = self._widen(args, dict(kwargs or {}))
+        if func is Tensor.float:
+            self.widened = True
+            return args[0].to(self.dtype)
+        if func in OVER_SURVIVORS:
+            result = self._reduce(func, args, kwargs)
+            self.means += result if isinstance(result, tuple) else (result,)
+            return result
+        if func in MINUS and any(args[1] is mean for mean in self.means):
+            return self._reduce(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _MULTI_HEAD_ATTENTION(*args, **kwargs)
+        if func is torch._weight_norm:  # a removed filter has norm 0, and 0 / 0 is not 0
+            return func(*args, **kwargs).nan_to_num(0.0)
+        if self.smooth and func in SMOOTH and _floating(args, kwargs):
+            return SMOOTH[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _widen(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def wide(value: Any) -> Any:
+            if isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16):
+                self.widened = True
+                return self.dtype
+            return value
+
+        return tuple(map(wide, args)), {key: wide(value) for key, value in kwargs.items()}
+
+    def _reduce(self, func: Any, args: Any, kwargs: Any) -> Any:
+        args = list(args)
+        x = args.pop(0) if args else kwargs.pop("input")
+        dead = self.dead_of(x)
+        if dead is None:
+            return func(x, *args, **kwargs)
+        if "axis" in kwargs:
+            kwargs["dim"] = kwargs.pop("axis")
+        return (OVER_SURVIVORS | MINUS)[func](dead, x, *args, **kwargs)
+
+
+def _floating(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an activation takes numbers: what is clamped as an index stays an index."""
+    return (args[0] if args else kwargs["input"]).is_floating_point()
+
+
+# -------------------------------------------------------------------------------------------------- two runs in step
+
+
+class _Stopped(BaseException):
+    """The other run is over before this one."""
+
+
+class _Follower:
+    """A run in a thread of its own that moves on only when it is told to: to its next reduction, or its end."""
+
+    def __init__(self, model: nn.Module, inputs: Any, dtype: torch.dtype) -> None:
+        self._model, self._inputs, self._dtype = model, inputs, dtype
+        self._come: queue.SimpleQueue[Tensor | BaseException | None] = queue.SimpleQueue()
+        self._go: queue.SimpleQueue[Tensor | type[_Stopped] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> Tensor | None:
+        told = self._go.get()
+        if told is _Stopped:
+            raise _Stopped
+        return told
+
+    def _meet(self, x: Tensor) -> Tensor | None:
+        self._come.put(x)
+        return self._wait()
+
+    def _work(self) -> None:
+        try:
+            self._wait()
+            with Run(self._meet, smooth=True, dtype=self._dtype):
+                call(self._model, self._inputs)
+            self._come.put(None)
+        except BaseException as error:  # handed to the other thread, which raises it
+            self._come.put(error)
+
+    def next(self, dead: Tensor | None) -> Tensor | None:
+        """The input of its next reduction, or nothing at its end; `dead` is the answer for the one before."""
+        self._go.put(dead)
+        found = self._come.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def stop(self) -> None:
+        """End its thread wherever it stands."""
+        self._go.put(_Stopped)
+        self._thread.join()
+
+
+Compare = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+def in_step(pairs: tuple[nn.Module, Any], others: tuple[nn.Module, Any], compare: Compare, dtype: torch.dtype) -> Any:
+    """The output of one smooth run beside another one of other values, with what `compare` finds dead left out.
+
+    Only one of both runs at any time. `compare` is called with the number of a reduction and the two inputs that
+    meet there, as soon as both have come to it, so that later ones see what earlier ones left out.
+
+    Raises:
+        AssertionError: the forward takes another way with other values.
+    """
+    follower = _Follower(*others, dtype)
+    position, dead = 0, None
+
+    def meet(x: Tensor) -> Tensor | None:
+        nonlocal position, dead
+        y = follower.next(dead)
+        assert y is not None, "the forward depends on its data"
+        assert y.shape == x.shape, "the forward depends on its data"
+        dead = compare(position, x, y)
+        position += 1
+        return dead
+
+    try:
+        with Run(meet, smooth=True, dtype=dtype):
+            output = call(*pairs)
+        assert follower.next(dead) is None, "the forward depends on its data"
+    finally:
+        follower.stop()
+    return output

@@ -27,12 +27,14 @@ from harness.environment import environment
 from rich.console import Console
 from rich.table import Table
 from support.torchvision_shim import make_torchvision_importable
-from zoo_check import checked, peer_outcome
+from zoo_check import checked
 from zoo_models import FAMILIES, entries
 from zoo_models.entry import Entry
+from zoo_peer import peer_outcome
 from zoo_report import as_markdown, causes, line, outcome, summary
 
 RATIOS = (0.5, 0.3)
+PEER_LIMIT = 60.0  # seconds that torch-pruning may take; the comparison comes on top
 
 
 def chosen(options: argparse.Namespace, known: dict[str, Any]) -> list[Entry]:
@@ -46,13 +48,17 @@ def chosen(options: argparse.Namespace, known: dict[str, Any]) -> list[Entry]:
     return found
 
 
-def measure(entry: Entry, limit: float, peer: bool) -> dict[str, Any]:
+def measure(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model."""
-    found = run_apart(checked(entry, RATIOS), limit)
-    if peer:
-        theirs = run_apart(peer_outcome(entry, limit), limit + 30)
+    found = {} if options.peer_only else run_apart(checked(entry, RATIOS), options.limit)
+    if options.peer or options.peer_only:
+        theirs = run_apart(peer_outcome(entry, PEER_LIMIT), PEER_LIMIT + 60)
         found["peer"] = theirs if "outcome" in theirs else {"outcome": "crashes", "error": theirs.get("died", "")}
     return found
+
+
+def _peer_of(facts: dict[str, Any]) -> dict[str, Any]:
+    return {"peer": facts["peer"]} if "peer" in facts else {}
 
 
 def write(path: Path, models: dict[str, Any]) -> None:
@@ -80,6 +86,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="parts of names or patterns, separated by commas")
     parser.add_argument("--failed", action="store_true", help="only models that were not right at both ratios before")
     parser.add_argument("--peer", action="store_true", help="also what torch-pruning makes of each model")
+    parser.add_argument("--peer-only", action="store_true", help="that alone, beside results that are there already")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
@@ -98,11 +105,9 @@ def main() -> int:
     console = Console(file=sys.stdout, width=160)
     done: dict[str, Any] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for entry, facts in zip(
-            picked, pool.map(lambda e: measure(e, options.limit, options.peer), picked), strict=True
-        ):
-            if "peer" in known.get(entry.key, {}):
-                facts.setdefault("peer", known[entry.key]["peer"])
+        for entry, facts in zip(picked, pool.map(lambda e: measure(e, options), picked), strict=True):
+            before = known.get(entry.key, {})
+            facts = {**before, **facts} if options.peer_only else {**facts, **_peer_of(before), **_peer_of(facts)}
             known[entry.key] = done[entry.key] = facts
             console.print(line(entry.key, facts), highlight=False, soft_wrap=True)
             write(path, known)

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import peer
-from harness.children import OverTime, Report, at_most, one_line, source_of, without_folders
+from harness.children import Report, one_line, source_of, without_folders
 from support import oracle
 from torch import nn
 from zoo_models.entry import Entry
@@ -26,6 +25,8 @@ LEAST_CHANGE = 1e-6
 LARGEST_IN_DOUBLE = 150_000_000
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 SEED = 0
+_PRODUCTS = frozenset({"matmul", "bmm", "einsum", "python.einsum"})
+_PASSING = frozenset({"dropout", "to", "type_as", "add", "mul", "permute", "transpose", "reshape", "view", "type"})
 
 
 def parameters(model: nn.Module) -> int:
@@ -95,8 +96,22 @@ def prunable(graph: structprune.DependencyGraph) -> dict[str, Any]:
                 reason = graph._reason(row)
                 reasons[_general(reason)] += 1
                 examples.setdefault(_general(reason), f"{node.target}, dim {dim}: {without_folders(reason)}")
-    top = [{"reason": reason, "axes": n, "example": examples[reason]} for reason, n in reasons.most_common(8)]
-    return {"prunable": free / total if total else 0.0, "pinned": top}
+    why = [{"reason": reason, "axes": n, "example": examples[reason]} for reason, n in reasons.most_common()]
+    return {"prunable": free / total if total else 0.0, "pinned": why}
+
+
+def attends(graph: structprune.DependencyGraph) -> bool:
+    """Whether a model is one of attention: scaled dot products, or a softmax whose result is multiplied as a matrix."""
+    if any(node.meta["name"] == "scaled_dot_product_attention" for node in graph.trace.nodes):
+        return True
+    weights = {node for node in graph.trace.nodes if node.meta["name"] == "softmax"}
+    for node in graph.trace.nodes:
+        if weights.intersection(node.all_input_nodes):
+            if node.meta["name"] in _PRODUCTS:
+                return True
+            if node.meta["name"] in _PASSING:
+                weights.add(node)
+    return False
 
 
 class _Stages:
@@ -186,7 +201,7 @@ def checked(entry: Entry, ratios: tuple[float, ...]) -> Callable[[Report], None]
         graph = first.run("solved", lambda: structprune.DependencyGraph(model, inputs))
         if first.failed:
             return
-        first.note(**prunable(graph))
+        first.note(**prunable(graph), attends=attends(graph))
         judge = first.run("judged", lambda: judge_of(entry, model, inputs))
         if first.failed:
             return
@@ -195,29 +210,5 @@ def checked(entry: Entry, ratios: tuple[float, ...]) -> Callable[[Report], None]
             _at_ratio(stages, model, judge, inputs, ratio, before)
             if not stages.failed:
                 stages.note(stage="done")
-
-    return work
-
-
-def peer_outcome(entry: Entry, limit: float) -> Callable[[Report], None]:
-    """Work for a process of its own: whether torch-pruning comes to an end and leaves a model that runs."""
-
-    def work(report: Report) -> None:
-        model, inputs = built(entry)
-        before, size = shapes(oracle.call(model, inputs)), parameters(model)
-        start = time.perf_counter()
-        report({"outcome": "does not finish"})
-        try:
-            with at_most(limit):
-                peer.prune(model, inputs, 0.5, peer.last_layers(model, inputs), peer.heads_of(model))
-            taken = time.perf_counter() - start
-            after = shapes(oracle.call(model, inputs))
-        except OverTime:
-            return
-        except Exception as error:
-            report({"outcome": "crashes", "error": one_line(error)})
-            return
-        outcome = "runs" if after == before else "output shapes change"
-        report({"outcome": outcome, "kept": parameters(model) / size, "seconds": taken})
 
     return work

@@ -159,6 +159,21 @@ class Pooled(NormMlp):
         return self.fc2(x.amax(0) + x.min(0).values)
 
 
+class Shares(NormMlp):
+    """Each channel's entries over their sum, which is nothing where the channel is off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+        self.slices = {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        share = x / x.sum(0)
+        share /= share.abs().amax(0)
+        return self.fc2(share)
+
+
 class Casting(HandRms):
     """Casts to float32 and back, which would hide anything below 1e-7."""
 
@@ -179,6 +194,7 @@ NETWORKS = [
     StandardisedWeights,
     Clamped,
     Pooled,
+    Shares,
     Casting,
 ]
 GONE = (1, 6)  # one in each half, so that both groups of the group norm stay equal

@@ -75,6 +75,38 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
+def removed_slices(before: Tensor, after: Tensor) -> dict[int, tuple[int, ...]]:
+    """Which indices of each dimension are gone, found by the values alone; all entries of `before` must differ.
+
+    Raises:
+        ValueError: `after` is no slice of `before`.
+    """
+    if before.ndim != after.ndim or not after.numel():
+        raise ValueError(f"{list(after.shape)} is no slice of {list(before.shape)}")
+    corner = (before == after[(0,) * after.ndim]).nonzero()
+    if len(corner) != 1:
+        raise ValueError("its values are not those of the original")
+    kept = []
+    for dim in range(before.ndim):
+        line = before[tuple(slice(None) if d == dim else int(c) for d, c in enumerate(corner[0]))]
+        found = after[tuple(slice(None) if d == dim else 0 for d in range(after.ndim))]
+        matches = (line[:, None] == found[None]).nonzero()
+        kept.append(matches[matches[:, 1].argsort()][:, 0])
+    part = before
+    for dim, index in enumerate(kept):
+        part = part.index_select(dim, index)
+    if not torch.equal(part, after):
+        raise ValueError("its values are not those of the original")
+    gone = [sorted(set(range(size)) - set(index.tolist())) for size, index in zip(before.shape, kept, strict=True)]
+    return {dim: tuple(indices) for dim, indices in enumerate(gone) if indices}
+
+
+def removed_from(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, dict[int, tuple[int, ...]]]:
+    """The same for every tensor of a model, by name."""
+    found = {name: removed_slices(t, after[name]) for name, t in before.items() if name in after and t.numel() > 1}
+    return {name: slices for name, slices in found.items() if slices}
+
+
 def prune(model: nn.Module, inputs: Any, ratio: float, ignored: list[nn.Module], heads: dict[nn.Module, int]) -> None:
     """Build the dependency graph, rank by the L2 norm of whole groups and remove `ratio`, in place."""
     import torch_pruning as tp

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from support.randomize import map_tensors
-from support.survivors import MINUS, OVER_SURVIVORS, SMOOTH
+from support.survivors import DIVIDED, MINUS, OVER_SURVIVORS, SMOOTH
 
 # For the input of a reduction: which of its elements belong to removed channels, if any do.
 DeadOf = Callable[[Tensor], Tensor | None]
@@ -74,6 +74,9 @@ class Run(TorchFunctionMode):
                 return _MULTI_HEAD_ATTENTION(*args, **kwargs)
         if func is torch._weight_norm:  # a removed filter has norm 0, and 0 / 0 is not 0
             return func(*args, **kwargs).nan_to_num(0.0)
+        if func in DIVIDED and isinstance(args[1], Tensor):  # neither is 0 / 0, as for the shares of a head that is off
+            hollow = (args[0] == 0) & (args[1] == 0)
+            return func(*args, **kwargs).masked_fill_(hollow, 0)
         if self.smooth and func in SMOOTH and _floating(args, kwargs):
             return SMOOTH[func](*args, **kwargs)
         return func(*args, **kwargs)

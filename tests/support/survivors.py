@@ -168,6 +168,13 @@ def centred(dead: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 MINUS: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys([*_names("sub"), Tensor.__sub__], centred)
 
 
+DIVIDED = frozenset([
+    *_names("div", "true_divide", "divide", "div_", "true_divide_", "divide_"),
+    Tensor.__truediv__,
+    Tensor.__itruediv__,
+])  # fmt: skip
+
+
 def _smooth(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def stand_in(x: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
         del args, kwargs

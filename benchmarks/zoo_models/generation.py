@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from itertools import pairwise
 
@@ -106,34 +107,44 @@ class LatentDecoder(nn.Module):
         return self.last(F.silu(self.norm(h)))
 
 
-class Vocoder(nn.Module):
-    """HiFi-GAN's generator in small: transposed convolutions, then sums of dilated residual blocks."""
+class DilatedBlock(nn.Module):
+    """HiFi-GAN's residual block: pairs of convolutions, the first of each dilated."""
 
-    def __init__(self, norm, width: int = 64, mels: int = 20):
+    def __init__(self, norm, width: int, kernel: int, dilations: tuple[int, ...] = (1, 3)):
+        super().__init__()
+        self.wide = nn.ModuleList(
+            [norm(nn.Conv1d(width, width, kernel, dilation=d, padding=d * (kernel - 1) // 2)) for d in dilations]
+        )
+        self.near = nn.ModuleList([norm(nn.Conv1d(width, width, kernel, padding=kernel // 2)) for _ in dilations])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for wide, near in zip(self.wide, self.near, strict=True):
+            x = x + near(F.leaky_relu(wide(F.leaky_relu(x, 0.1)), 0.1))
+        return x
+
+
+class Vocoder(nn.Module):
+    """HiFi-GAN's generator in small: transposed convolutions, each before a mean of residual blocks of two kernels."""
+
+    def __init__(self, norm, width: int = 64, mels: int = 20, kernels: tuple[int, ...] = (3, 7)):
         super().__init__()
         self.first = norm(nn.Conv1d(mels, width, 7, padding=3))
         self.ups = nn.ModuleList(
             [norm(nn.ConvTranspose1d(width // 2**i, width // 2 ** (i + 1), 8, 4, padding=2)) for i in range(2)]
         )
-        self.blocks = nn.ModuleList([
-            nn.ModuleList([
-                norm(nn.Conv1d(width // 2 ** (i + 1), width // 2 ** (i + 1), k, dilation=d, padding=d * (k - 1) // 2))
-                for k in (3, 7)
-                for d in (1, 3)
-            ])
-            for i in range(2)
-        ])  # fmt: skip
+        self.num_kernels = len(kernels)
+        self.blocks = nn.ModuleList([DilatedBlock(norm, width // 2 ** (i + 1), k) for i in range(2) for k in kernels])
         self.last = norm(nn.Conv1d(width // 4, 1, 7, padding=3))
 
     def forward(self, mel: Tensor) -> Tensor:
         x = self.first(mel)
-        for up, blocks in zip(self.ups, self.blocks, strict=True):
+        for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, 0.1))
             total = None
-            for conv in blocks:
-                y = x + conv(F.leaky_relu(x, 0.1))
+            for j in range(self.num_kernels):
+                y = self.blocks[i * self.num_kernels + j](x)
                 total = y if total is None else total + y
-            x = total / len(blocks)
+            x = total / self.num_kernels
         return torch.tanh(self.last(F.leaky_relu(x)))
 
 
@@ -152,6 +163,39 @@ class Discriminator(nn.Module):
         return self.last(x.flatten(1))
 
 
+class _Sample(nn.Module):
+    """A diffusers model whose output is a plain tensor, as its record is made of no nested tensors."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.body(*inputs, return_dict=False)[0]
+
+
+def _diffusers_unet() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    from diffusers import UNet2DModel
+
+    kinds = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    model = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        down_block_types=kinds[0],
+        up_block_types=kinds[1],
+    )
+    return _Sample(model), (torch.randn(2, 3, 16, 16), torch.tensor([3, 40]))
+
+
+def _diffusers_decoder() -> tuple[nn.Module, Tensor]:
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(block_out_channels=(32, 64), norm_num_groups=8, **blocks)
+    return _Sample(model), torch.randn(1, 3, 32, 32)
+
+
 def entries() -> list[Entry]:
     """All of them."""
     image, mel = (lambda: torch.randn(2, 3, 32, 32)), (lambda: torch.randn(2, 20, 12))
@@ -163,4 +207,6 @@ def entries() -> list[Entry]:
         "discriminator-spectral-norm-hook": lambda: (Discriminator(spectral_norm), image()),
         "discriminator-spectral-norm-parametrized": lambda: (Discriminator(parametrizations.spectral_norm), image()),
     }
+    if importlib.util.find_spec("diffusers"):
+        makes |= {"diffusers-unet2d": _diffusers_unet, "diffusers-autoencoder-kl": _diffusers_decoder}
     return [Entry("generation", name, make) for name, make in makes.items()]

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from support.torchvision_shim import compiled_operators_load
 from torch import Tensor, nn
 
 from zoo_models.entry import Entry
@@ -27,7 +28,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "vit_h_14": {"image_size": 56},
     "vit": {"image_size": 64},
     "inception_v3": {"init_weights": False},
-    "googlenet": {"init_weights": False},
+    # As its published weights come: without the heads that serve training alone.
+    "googlenet": {"init_weights": False, "aux_logits": False},
 }
 
 
@@ -82,6 +84,14 @@ def _backbone(name: str) -> tuple[nn.Module, Any]:
     return _Backbone(detector.backbone), torch.randn(1, 3, 64, 64)
 
 
+def _detector(name: str) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    size = (300, 300) if name.startswith("ssd300") else (320, 320) if name.startswith("ssdlite") else (64, 64)
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    return model, ([torch.rand(3, *size)],)
+
+
 def entries() -> list[Entry]:
     """All of them, as torchvision itself lists them."""
     from torchvision import models
@@ -101,4 +111,9 @@ def entries() -> list[Entry]:
         Entry("torchvision", f"{name}.backbone", lambda name=name: _backbone(name))
         for name in models.list_models(module=models.detection)
     ]
+    if compiled_operators_load():
+        found += [
+            Entry("torchvision", name, lambda name=name: _detector(name))
+            for name in models.list_models(module=models.detection)
+        ]
     return found

@@ -15,6 +15,8 @@ _TEXT = {"vocab_size": VOCABULARY, **_SIZES}
 _LANGUAGE = {**_TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _GROUPED = {**_LANGUAGE, "num_key_value_heads": 2}
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
+_DISENTANGLED = {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}
+_DISTILLED = {"vocab_size": VOCABULARY, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}
 _IMAGE = {**_SIZES, "image_size": 32, "patch_size": 8}
 _T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 _BART = {
@@ -34,21 +36,17 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "bert-mlm": ("Bert", "BertForMaskedLM", _TEXT, "text"),
     "bert-base-model": ("Bert", "BertModel", _TEXT, "text"),
     "roberta": ("Roberta", "RobertaForSequenceClassification", _LANGUAGE, "text"),
-    "distilbert": (
-        "DistilBert",
-        "DistilBertForSequenceClassification",
-        {"vocab_size": VOCABULARY, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
-        "text",
-    ),
+    "distilbert": ("DistilBert", "DistilBertForSequenceClassification", _DISTILLED, "text"),
+    "distilbert-mlm": ("DistilBert", "DistilBertForMaskedLM", _DISTILLED, "text"),
     "albert": ("Albert", "AlbertForSequenceClassification", {**_TEXT, "embedding_size": 32}, "text"),
     "electra": ("Electra", "ElectraForSequenceClassification", {**_TEXT, "embedding_size": 32}, "text"),
-    "deberta-v2": (
-        "DebertaV2",
-        "DebertaV2ForSequenceClassification",
-        {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
-        "text",
-    ),
+    "deberta-v2": ("DebertaV2", "DebertaV2ForSequenceClassification", _DISENTANGLED, "text"),
+    "deberta-v2-mlm": ("DebertaV2", "DebertaV2ForMaskedLM", _DISENTANGLED, "text"),
     "modernbert": ("ModernBert", "ModernBertForSequenceClassification", {**_LANGUAGE, "cls_token_id": 1}, "text"),
+    "roberta-mlm": ("Roberta", "RobertaForMaskedLM", _LANGUAGE, "text"),
+    "albert-mlm": ("Albert", "AlbertForMaskedLM", {**_TEXT, "embedding_size": 32}, "text"),
+    "electra-mlm": ("Electra", "ElectraForMaskedLM", {**_TEXT, "embedding_size": 32}, "text"),
+    "modernbert-mlm": ("ModernBert", "ModernBertForMaskedLM", {**_LANGUAGE, "cls_token_id": 1}, "text"),
     "gpt2": ("GPT2", "GPT2LMHeadModel", {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4}, "causal"),
     "opt": ("OPT", "OPTForCausalLM", {**_LANGUAGE, "ffn_dim": 96, "word_embed_proj_dim": 64}, "causal"),
     "gpt-neox": ("GPTNeoX", "GPTNeoXForCausalLM", _LANGUAGE, "causal"),

@@ -5,6 +5,7 @@ Written after the published architectures.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -222,6 +223,13 @@ class Yolo(nn.Module):
         return self.head((n3, n4, n5))
 
 
+def _ultralytics(name: str) -> tuple[nn.Module, Tensor]:
+    """The package's own model; a check for those who have it, as its licence is not ours."""
+    from ultralytics.nn.tasks import DetectionModel
+
+    return DetectionModel(f"{name}.yaml", verbose=False), torch.randn(1, 3, 64, 64)
+
+
 def entries() -> list[Entry]:
     """All of them."""
     image = lambda: torch.randn(1, 3, 64, 64)  # noqa: E731
@@ -230,4 +238,6 @@ def entries() -> list[Entry]:
         "c2f-split": lambda: (Yolo(C2fSplit), image()),
         "c3k2-c2psa": lambda: (Yolo(C3k2, attends=True), image()),
     }
+    if importlib.util.find_spec("ultralytics"):
+        makes |= {f"ultralytics-{name}": lambda name=name: _ultralytics(name) for name in ("yolov8n", "yolo11n")}
     return [Entry("yolo", name, make) for name, make in makes.items()]

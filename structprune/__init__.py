@@ -8,6 +8,7 @@ from structprune.dependency_graph import DependencyGraph
 from structprune.export import OnnxExport, export_onnx
 from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
+from structprune.io import load, save
 from structprune.plan import Plan
 from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.verify import Report, verify
@@ -29,9 +30,11 @@ __all__ = [
     "benchmark",
     "cost",
     "export_onnx",
+    "load",
     "plan",
     "prune",
     "register_rule",
+    "save",
     "sensitivity",
     "verify",
 ]

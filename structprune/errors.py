@@ -42,6 +42,10 @@ class VerificationError(StructpruneError):
     """The pruned network does not compute what the original computes with those channels switched off."""
 
 
+class LoadError(StructpruneError):
+    """A saved model is incomplete, damaged, of a later version, or does not fit the model that it is loaded into."""
+
+
 class ExportError(StructpruneError):
     """The exported file is invalid or computes something else than the model."""
 

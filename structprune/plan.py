@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -18,6 +20,8 @@ from structprune.surgery.apply import apply
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
 
 SCHEMA = 1
+# Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
+RECORD = "_structprune_plans"
 E = TypeVar("E")
 
 
@@ -83,7 +87,9 @@ class Plan(Edits):
         Raises:
             SurgeryError: the plan does not fit the model; the model is as it was.
         """
-        return apply(model, self, inplace=inplace)
+        result = apply(model, self, inplace=inplace)
+        vars(result)[RECORD] = (*plans_of(result), self)
+        return result
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -116,6 +122,12 @@ class Plan(Edits):
         return text.getvalue().rstrip()
 
     # -- JSON ----------------------------------------------------------------------------------------------------
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the plan changes, in hexadecimal: equal for plans that make the same model."""
+        changes = {key: value for key, value in asdict(self).items() if key not in ("settings", "before", "after")}
+        return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The plan as JSON text, with its schema version."""
@@ -155,6 +167,34 @@ class Plan(Edits):
             raise PlanError(f"This JSON is not a whole plan: {type(error).__name__}: {error}.") from error
 
 
+def plans_of(model: nn.Module) -> tuple[Plan, ...]:
+    """The plans that were applied to a model or to what it is a copy of, the first one first."""
+    return vars(model).get(RECORD, ())
+
+
 def _edit(kind: Callable[..., E], data: dict[str, Any]) -> E:
-    """A record from its JSON object, whose lists are tuples."""
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    """A record from its JSON object, whose lists are tuples.
+
+    Raises:
+        TypeError: a field holds something of another kind than it should.
+    """
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    for name, value in values.items():
+        if not _fits(name, value):
+            raise TypeError(f"{kind.__name__}.{name} is {value!r:.60}")
+    return kind(**values)
+
+
+def _fits(field: str, value: Any) -> bool:
+    """Whether a field of a record that was read from a file is of the kind that it must be."""
+    if field in ("removed", "positions"):
+        return (field == "positions" and value is None) or (
+            isinstance(value, tuple) and all(type(i) is int and i >= 0 for i in value)
+        )
+    if field in ("chain", "place"):
+        return isinstance(value, tuple) and bool(value) and all(type(i) in (int, str) for i in value)
+    if field in ("tensor", "module"):
+        return isinstance(value, str)
+    if field == "factor":
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return type(value) is int

@@ -117,17 +117,20 @@ def _finish(model: nn.Module, plan: Edits, classes: Classes, undo: list[Callable
 
 
 def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) -> None:
-    owner: Any = model.get_submodule(repair.module)
+    what = f"The attribute {'.'.join(map(str, repair.chain))} of {repair.module or 'the model'!r}"
     steps = list(repair.chain)
-    while len(steps) > 1 and isinstance(steps[1], str):
-        owner = getattr(owner, str(steps.pop(0)))
-    name = str(steps[0])
-    old = getattr(owner, name)
-    if _read(old, steps[1:]) not in (repair.old, repair.new):
-        raise SurgeryError(
-            f"The attribute {'.'.join(map(str, repair.chain))} of {repair.module or 'the model'!r} is "
-            f"{_read(old, steps[1:])}, where the plan expects {repair.old}. Make a new plan for this model."
-        )
+    try:
+        owner: Any = model.get_submodule(repair.module)
+        while len(steps) > 1 and isinstance(steps[1], str):
+            owner = getattr(owner, str(steps.pop(0)))
+        name = str(steps[0])
+        old = getattr(owner, name)
+        now = _read(old, steps[1:])
+    except (AttributeError, IndexError, TypeError, KeyError) as error:
+        raise SurgeryError(f"{what} is not there. Make a new plan for this model.") from error
+    # A plan may come from a file: it sets numbers that count channels, and nothing else.
+    if type(now) is not int or now not in (repair.old, repair.new) or isinstance(owner, type):
+        raise SurgeryError(f"{what} is {now}, where the plan expects {repair.old}. Make a new plan for this model.")
     set_attribute(owner, name, _replaced(old, steps[1:], repair.new), undo)
 
 

@@ -65,7 +65,8 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
                 "made for."
             )
         shape = tuple(held.tensor.shape)
-        if thinning.dim >= len(shape) or shape[thinning.dim] != thinning.size:
+        inside = all(0 <= i < thinning.size for i in thinning.removed)
+        if thinning.dim >= len(shape) or shape[thinning.dim] != thinning.size or not inside:
             raise SurgeryError(
                 f"The plan thins dimension {thinning.dim} of {thinning.tensor!r} from {thinning.size} entries, but its "
                 f"shape is {list(shape)}. Has the model been pruned since the plan was made? Make a new plan."
@@ -76,6 +77,8 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
         old = tensors[name].tensor
         result[id(old)] = _sliced(old, thinnings)
     for rescale in plan.rescales:
+        if rescale.tensor not in tensors:
+            raise SurgeryError(f"The plan rescales {rescale.tensor!r}, which this model does not have.")
         old = tensors[rescale.tensor].tensor
         result[id(old)] = _rescaled(result.get(id(old), old.detach()), rescale, by_tensor.get(rescale.tensor, []))
     for name in by_tensor.keys() | {rescale.tensor for rescale in plan.rescales}:

@@ -1,0 +1,212 @@
+"""`save` and `load`: a pruned model as a folder of plain data, with no pickle and no code.
+
+The folder holds ``model.safetensors``, the tensors, and ``plan.json``: what was removed, repaired and rewritten in each
+round, and the digest of the tensors' file. Loading builds the original from the user's own factory, replays the plans,
+and fills in the tensors.
+
+A save never leaves the folder broken. New tensors are written beside the old ones; the new ``plan.json``, which names
+them by digest, takes the place of the old one in one step; then they get their name. A reader that comes in between
+finds the tensors by their digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from structprune.errors import LoadError, PlanError, StructpruneError
+from structprune.plan import Plan, plans_of
+
+SCHEMA = 1
+PLAN, WEIGHTS, INCOMING = "plan.json", "model.safetensors", "model.incoming.safetensors"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write a model, pruned or not, to a folder that `load` reads.
+
+    Saving over an older save is safe: a kill at any moment leaves the old or the new one whole.
+
+    Args:
+        model: any module; what was pruned from it is recorded by `Plan.apply`.
+        path: the folder; it is made if it does not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PlanError: the state of the model holds something that is no tensor, or a tensor without data.
+
+    Example:
+        >>> import tempfile, torch, structprune
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> slim = structprune.prune(build(), torch.randn(1, 4), ratio=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = structprune.load(build, structprune.save(slim, f"{folder}/slim"))
+        >>> torch.equal(again[0].weight, slim[0].weight)
+        True
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, aliases = _distinct(model)
+    plans = plans_of(model)
+    incoming = folder / INCOMING
+    _written(incoming, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
+    record = {
+        "schema": SCHEMA,
+        "weights": {"sha256": _digest(incoming), "aliases": aliases},
+        "plans": [json.loads(plan.to_json()) for plan in plans],
+    }
+    _written(folder / PLAN, lambda draft: Path(draft).write_text(json.dumps(record, indent=1)))
+    os.replace(incoming, folder / WEIGHTS)
+    return folder
+
+
+def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
+    """The model that `save` wrote: built anew, pruned by the saved plans, filled with the saved tensors.
+
+    Nothing in the folder is run; the only code is that of `build_model`.
+
+    Args:
+        build_model: makes the original model, with any weights; called once.
+        path: the folder.
+
+    Returns:
+        The model, in the mode in which `build_model` makes it.
+
+    Raises:
+        LoadError: the folder is incomplete, damaged, of a later version, or does not fit the model.
+    """
+    folder = Path(path)
+    record = _record(folder / PLAN)
+    weights = _weights(folder, record)
+    model = build_model()
+    try:
+        for data in record["plans"]:
+            model = Plan.from_json(json.dumps(data)).apply(model, inplace=True)
+    except StructpruneError as error:
+        raise LoadError(
+            f"The plan in {folder / PLAN} does not fit the model that build_model makes: {error}"
+        ) from error
+    _fill(model, weights, folder)
+    return model
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the state dict, each once, and for the further names of tied ones the name that holds them."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            what = "has no data: it is on the meta device" if isinstance(value, Tensor) else "is no tensor"
+            raise PlanError(f"{name!r} in the state of the model {what}, so it cannot be saved.")
+        if id(value) in first:
+            aliases[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            # A copy: safetensors refuses tensors that share memory, and views of larger ones.
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _written(path: Path, write: Callable[[str], Any]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        write(draft)
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """The contents of ``plan.json``, after checking their form."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(f"{path} does not exist. Give the folder that structprune.save returned.") from error
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path} is damaged or is no JSON: {error}. Save the model again.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
+        raise LoadError(f"{path} was not written by structprune.save: it has no schema version.")
+    if record["schema"] > SCHEMA:
+        raise LoadError(
+            f"{path} has schema {record['schema']}; this version reads up to {SCHEMA}. Upgrade structprune."
+        )
+    weights: Any = record.get("weights")
+    weights = weights if isinstance(weights, dict) else {}
+    aliases: Any = weights.get("aliases")
+    whole = isinstance(aliases, dict) and isinstance(weights.get("sha256"), str)
+    if not whole or not isinstance(record.get("plans"), list):
+        raise LoadError(f"{path} is not whole. Save the model again.")
+    if not all(isinstance(x, str) for pair in aliases.items() for x in pair):
+        raise LoadError(f"{path} names tied tensors by something that is no name. Save the model again.")
+    return record
+
+
+def _weights(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors by name, from the file that has the recorded digest."""
+    wanted = record["weights"]["sha256"]
+    for name in (WEIGHTS, INCOMING):  # the second one if a save was cut short
+        path = folder / name
+        if path.exists() and _digest(path) == wanted:
+            try:
+                tensors = load_file(path)
+            except SafetensorError as error:
+                raise LoadError(f"{path} is no safetensors file: {error}") from error
+            break
+    else:
+        raise LoadError(
+            f"No file in {folder} holds the tensors that {PLAN} was written with: {WEIGHTS} is missing, truncated or "
+            "was changed since. Save the model again, or restore the file."
+        )
+    for alias, name in record["weights"]["aliases"].items():
+        if name not in tensors:
+            raise LoadError(f"{folder / PLAN} ties {alias!r} to {name!r}, which is not among the tensors.")
+        tensors[alias] = tensors[name]
+    return tensors
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Give the model's parameters and buffers the saved values, with their types; all of them, and nothing else."""
+    held = model.state_dict(keep_vars=True)
+    missing, unknown = sorted(held.keys() - tensors.keys()), sorted(tensors.keys() - held.keys())
+    if missing or unknown:
+        raise LoadError(
+            f"The tensors in {folder} are not those of the model that build_model makes: "
+            f"missing {missing[:5]}, unknown {unknown[:5]}."
+        )
+    for name, old in held.items():
+        if old.shape != tensors[name].shape:
+            raise LoadError(
+                f"{name!r} has the shape {list(tensors[name].shape)} in {folder} and {list(old.shape)} in the model "
+                "that build_model makes, after pruning it by the plan. Build the model that was pruned."
+            )
+    with torch.no_grad():
+        for name, old in held.items():
+            old.data = tensors[name].to(old.device if not old.is_meta else "cpu")

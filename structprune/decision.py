@@ -11,7 +11,7 @@ import numpy as np
 from structprune.allocation.factors import check_axes, thinned_groups
 from structprune.allocation.ratios import Ratio, as_json, ratio_of
 from structprune.allocation.rounding import Rounding
-from structprune.allocation.scopes import Curves, Scope, check_scope, steps_of
+from structprune.allocation.scopes import Curves, Scope, Unit, check_scope, steps_of
 from structprune.allocation.scopes import as_json as scope_as_json
 from structprune.allocation.targets import Kept, Target, amounts, kept_for, target_of
 from structprune.channels.relations import Ids
@@ -78,7 +78,8 @@ class Decision:
         groups = thinned_groups(graph, ratio, feasible, check_axes(request.axes))
         if request.scope != "local":
             self._rank(groups)
-        steps = steps_of(groups, feasible, self._scores, request.scope, graph.roles, apart=ratio)
+        units = [Unit((group,), feasible[group][:, None]) for group in groups]
+        steps = steps_of(units, self._scores, request.scope, graph.roles, apart=ratio)
         if target is None:
             kept = steps.kept_at(ratio)
         else:

@@ -47,37 +47,61 @@ def as_json(scope: Scope) -> object:
     return [[names] if isinstance(names, str) else list(names) for names in scope]
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """Every step from one feasible number of channels of a group to the next smaller one.
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """Groups whose numbers of channels are chosen together: mostly a single one.
 
     Attributes:
-        groups: the groups that may be thinned.
-        feasible: for each, the numbers of channels that it may keep, ascending.
-        owner: for each step, the number of its group; shape ``(steps,)``.
-        depth: the share of the channels of all that compete that is gone once the step is half done; within a group it
+        groups: the groups.
+        counts: the numbers of channels that they may keep, ascending; the last are all of them; ``(states, groups)``.
+    """
+
+    groups: tuple[Group, ...]
+    counts: np.ndarray
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of all its groups."""
+        return int(self.counts[-1].sum())
+
+    @property
+    def going(self) -> np.ndarray:
+        """How many channels of each group each step takes, the first step first; shape ``(steps, groups)``."""
+        return np.diff(self.counts, axis=0)[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Every step of a unit from one state to the next smaller one.
+
+    Attributes:
+        units: the units that may be thinned.
+        owner: for each step, the number of its unit; shape ``(steps,)``.
+        depth: the share of the channels of all that compete that is gone once the step is half done; within a unit it
             rises from step to step.
     """
 
-    groups: Sequence[Group]
-    feasible: Sequence[np.ndarray]
+    units: Sequence[Unit]
     owner: np.ndarray
     depth: np.ndarray
 
     def kept(self, taken: np.ndarray) -> dict[Group, int]:
         """How many channels each group keeps once the steps marked in `taken` are done; shape ``(steps,)``."""
-        steps = np.bincount(self.owner[taken], minlength=len(self.groups))
-        return {g: int(f[-1 - n]) for g, f, n in zip(self.groups, self.feasible, steps.tolist(), strict=True)}
+        done = np.bincount(self.owner[taken], minlength=len(self.units)).tolist()
+        return {
+            group: int(count)
+            for unit, steps in zip(self.units, done, strict=True)
+            for group, count in zip(unit.groups, unit.counts[-1 - steps], strict=True)
+        }
 
     def kept_at(self, ratio: Callable[[Group], float]) -> dict[Group, int]:
         """How many channels each group keeps when the share `ratio` of what competes goes."""
-        share = np.array([ratio(group) for group in self.groups])
+        share = np.array([min(ratio(group) for group in unit.groups) for unit in self.units])
         return self.kept(self.depth < share[self.owner] - 1e-12)
 
 
 def steps_of(
-    groups: Sequence[Group],
-    feasible: Mapping[Group, np.ndarray],
+    units: Sequence[Unit],
     scores: Mapping[Group, np.ndarray],
     scope: Scope,
     roles: Roles,
@@ -94,33 +118,34 @@ def steps_of(
     target.
 
     Args:
-        groups: those that may be thinned.
-        feasible: the numbers of channels that each may keep, ascending.
+        units: those that may be thinned.
         scores: the scores of each group; not needed for the local scope.
         scope: one of `SCOPES`, sets of names, or curves.
         roles: what channels are to the network.
         apart: groups for which this differs never compete.
     """
     if isinstance(scope, Curves):
-        falls = [scope.depth(group, feasible[group][-2::-1]) for group in groups]
-        return _steps(groups, feasible, [np.full(len(fall), i) for i, fall in enumerate(falls)], falls)
+        falls = [
+            np.sum([scope.depth(g, unit.counts[-2::-1, i]) for i, g in enumerate(unit.groups)], axis=0)
+            for unit in units
+        ]
+        return _steps(units, [np.full(len(fall), i) for i, fall in enumerate(falls)], falls)
     sets: dict[Hashable, list[int]] = {}
-    for number, group in enumerate(groups):
+    for number, unit in enumerate(units):
+        group = unit.groups[0]
         sets.setdefault((apart(group), _set_of(group, number, scope, roles)), []).append(number)
     owner: list[np.ndarray] = []
     depth: list[np.ndarray] = []
     for members in sets.values():
-        mine, deep = _ranked([groups[i] for i in members], feasible, scores, scope)
+        mine, deep = _ranked([units[i] for i in members], scores, scope)
         owner.append(np.asarray(members)[mine])
         depth.append(deep)
-    return _steps(groups, feasible, owner, depth)
+    return _steps(units, owner, depth)
 
 
-def _steps(
-    groups: Sequence[Group], feasible: Mapping[Group, np.ndarray], owner: list[np.ndarray], depth: list[np.ndarray]
-) -> Steps:
+def _steps(units: Sequence[Unit], owner: list[np.ndarray], depth: list[np.ndarray]) -> Steps:
     owners = np.concatenate([np.zeros(0, dtype=np.int64), *owner])
-    return Steps(groups, [feasible[g] for g in groups], owners, np.concatenate([np.zeros(0), *depth]))
+    return Steps(units, owners, np.concatenate([np.zeros(0), *depth]))
 
 
 def _set_of(group: Group, number: int, scope: str | Sequence[Iterable[str]], roles: Roles) -> Hashable:
@@ -139,28 +164,29 @@ def _set_of(group: Group, number: int, scope: str | Sequence[Iterable[str]], rol
     return -1
 
 
-def _ranked(
-    groups: list[Group], feasible: Mapping[Group, np.ndarray], scores: Mapping[Group, np.ndarray], scope: Scope
-) -> tuple[np.ndarray, np.ndarray]:
-    """The steps of groups that compete, in the order in which they go: their groups and depths."""
-    owner: list[np.ndarray] = []
-    worth: list[np.ndarray] = []
-    size: list[np.ndarray] = []
-    for number, group in enumerate(groups):
-        going = np.diff(feasible[group])[::-1]  # channels that each step takes, the first step first
-        if len(groups) == 1:
-            worth.append(np.arange(len(going), dtype=float))
-        else:
-            ordered = np.sort(scores[group])
-            if scope != "isomorphic" and (mean := float(ordered.mean())):
-                ordered = ordered / mean
-            ends = np.cumsum(going)
-            total = np.concatenate([[0.0], np.cumsum(ordered)])
-            worth.append((total[ends] - total[ends - going]) / going)
-        owner.append(np.full(len(going), number))
-        size.append(going)
-    sizes = np.concatenate(size)
+def _ranked(units: list[Unit], scores: Mapping[Group, np.ndarray], scope: object) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of units that compete, in the order in which they go: their units and depths."""
+    sizes = [unit.going.sum(axis=1) for unit in units]
+    if len(units) == 1:
+        worth = [np.arange(len(sizes[0]), dtype=float)]
+    else:
+        worth = [
+            sum((_lost(scores[g], unit.going[:, i], scope != "isomorphic") for i, g in enumerate(unit.groups)), 0.0)
+            / size
+            for unit, size in zip(units, sizes, strict=True)
+        ]
     order = np.argsort(np.concatenate(worth), kind="stable")
-    taken = sizes[order]
-    share = (np.cumsum(taken) - taken / 2) / sum(group.channels for group in groups)
-    return np.concatenate(owner)[order], share
+    taken = np.concatenate(sizes)[order]
+    share = (np.cumsum(taken) - taken / 2) / sum(unit.channels for unit in units)
+    owner = np.repeat(np.arange(len(units)), [len(size) for size in sizes])
+    return owner[order], share
+
+
+def _lost(scores: np.ndarray, going: np.ndarray, relative: bool) -> np.ndarray:
+    """The sum of the scores of the channels that each step takes, the least important ones first."""
+    ordered = np.sort(scores)
+    if relative and (mean := float(ordered.mean())):
+        ordered = ordered / mean
+    ends = np.cumsum(going)
+    total = np.concatenate([[0.0], np.cumsum(ordered)])
+    return total[ends] - total[ends - going]

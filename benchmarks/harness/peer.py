@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # Names that the projections of an attention block go by, with the attributes that tell how many heads they have.
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin")
@@ -39,6 +41,44 @@ def heads_of(model: nn.Module) -> dict[nn.Module, int]:
             if isinstance(children.get(name), nn.Linear):
                 found[children[name]] = few if name[0] in "kv" and name not in _JOINT else heads
     return found
+
+
+# What its examples set by hand after pruning: the size of one head, and of all of them.
+_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
+_ALL_SIZES = ("all_head_size", "all_head_dim", "attn_dim")
+
+
+def repair_heads(model: nn.Module, heads: dict[nn.Module, int]) -> None:
+    """Set the sizes of heads that attention blocks keep as attributes, as torch-pruning's examples do."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if child not in heads or not isinstance(child, nn.Linear) or name[0] in "kv":
+                continue
+            width = child.out_features // (3 if name in _JOINT else 1)
+            sizes = dict.fromkeys(_HEAD_SIZES, width // heads[child]) | dict.fromkeys(_ALL_SIZES, width)
+            for attribute, value in sizes.items():
+                if isinstance(getattr(module, attribute, None), int):
+                    setattr(module, attribute, value)
+
+
+class SameScale(TorchFunctionMode):
+    """Scaled dot products that find their scale by the size of a head: noted, or scaled as noted before."""
+
+    def __init__(self, sizes: list[int] | None = None) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self._sizes = iter(sizes or ())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Give the scale that the unpruned network had."""
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            q = args[0] if args else kwargs["query"]
+            self.seen.append(q.shape[-1])
+            size = next(self._sizes, None)
+            if size and kwargs.get("scale") is None:
+                kwargs["scale"] = size**-0.5
+        return func(*args, **kwargs)
 
 
 def last_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
@@ -108,7 +148,7 @@ def removed_from(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[st
 
 
 def prune(model: nn.Module, inputs: Any, ratio: float, ignored: list[nn.Module], heads: dict[nn.Module, int]) -> None:
-    """Build the dependency graph, rank by the L2 norm of whole groups and remove `ratio`, in place."""
+    """Build the dependency graph, rank by the L2 norm of whole groups, remove `ratio`, repair heads; in place."""
     import torch_pruning as tp
 
     pruner = tp.pruner.MagnitudePruner(
@@ -124,3 +164,4 @@ def prune(model: nn.Module, inputs: Any, ratio: float, ignored: list[nn.Module],
         channel_groups={},
     )
     pruner.step()
+    repair_heads(model, heads)

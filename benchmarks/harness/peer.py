@@ -123,22 +123,27 @@ def removed_slices(before: Tensor, after: Tensor) -> dict[int, tuple[int, ...]]:
     """
     if before.ndim != after.ndim or not after.numel():
         raise ValueError(f"{list(after.shape)} is no slice of {list(before.shape)}")
-    corner = (before == after[(0,) * after.ndim]).nonzero()
-    if len(corner) != 1:
-        raise ValueError("its values are not those of the original")
+    # In float32 a large tensor may hold a number twice.
+    for corner in (before == after[(0,) * after.ndim]).nonzero()[:16]:
+        kept = _kept(before, after, corner.tolist())
+        part = before
+        for dim, index in enumerate(kept):
+            part = part.index_select(dim, index)
+        if torch.equal(part, after):
+            gone = [sorted(set(range(n)) - set(index.tolist())) for n, index in zip(before.shape, kept, strict=True)]
+            return {dim: tuple(indices) for dim, indices in enumerate(gone) if indices}
+    raise ValueError("its values are not those of the original")
+
+
+def _kept(before: Tensor, after: Tensor, corner: list[int]) -> list[Tensor]:
+    """For each dimension the indices whose values stand on the lines through the first entry of `after`."""
     kept = []
     for dim in range(before.ndim):
-        line = before[tuple(slice(None) if d == dim else int(c) for d, c in enumerate(corner[0]))]
+        line = before[tuple(slice(None) if d == dim else c for d, c in enumerate(corner))]
         found = after[tuple(slice(None) if d == dim else 0 for d in range(after.ndim))]
         matches = (line[:, None] == found[None]).nonzero()
         kept.append(matches[matches[:, 1].argsort()][:, 0])
-    part = before
-    for dim, index in enumerate(kept):
-        part = part.index_select(dim, index)
-    if not torch.equal(part, after):
-        raise ValueError("its values are not those of the original")
-    gone = [sorted(set(range(size)) - set(index.tolist())) for size, index in zip(before.shape, kept, strict=True)]
-    return {dim: tuple(indices) for dim, indices in enumerate(gone) if indices}
+    return kept
 
 
 def removed_from(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, dict[int, tuple[int, ...]]]:

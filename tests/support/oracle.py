@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from support.randomize import double, floating_tensors, jitter, perturbed
+from support.randomize import double, exchanged, floating_tensors, jitter, perturbed
 from support.runs import Run, call, in_step
 
 __all__ = ["Oracle", "call", "check", "double", "floating_tensors", "jitter", "relative_error", "switch_off"]
@@ -100,7 +100,7 @@ class Oracle:
         self._whole = in_step((original, inputs), (self._other(), self._moved), self._note_natural, self.dtype)
 
     def _other(self) -> nn.Module:
-        return jitter(copy.deepcopy(self.original), seed=90_001, dtype=self.dtype)
+        return exchanged(copy.deepcopy(self.original), 90_001, self.dtype)
 
     def _note_natural(self, position: int, x: Tensor, y: Tensor) -> None:
         del position

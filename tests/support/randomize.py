@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ def floating_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
 
 
-def jitter(model: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+def jitter(model: nn.Module, seed: int, dtype: torch.dtype = torch.float64, skip: Sequence[Tensor] = ()) -> nn.Module:
     """Give ``model`` distinct random entries of one type everywhere, in place, and set it to evaluation.
 
     Weights are scaled by their fan-in so that deep networks stay tame. A buffer that is positive stays positive; one
-    that holds a pattern (rotary frequencies, a mask, a table) keeps it, each entry scaled by up to 5%.
+    that holds a pattern (rotary frequencies, a mask, a table) keeps it, each entry scaled by up to 5%. The tensors in
+    `skip` are left as they are.
     """
     model.to(dtype).eval()
     for module in model.modules():
@@ -33,13 +34,13 @@ def jitter(model: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> n
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(module, key, value.to(dtype))
     generator = torch.Generator().manual_seed(seed)
-    done: set[int] = set()
+    done = {id(tensor) for tensor in skip}
     with torch.no_grad():
         for tensor in floating_tensors(model).values():
             if id(tensor) in done or tensor.numel() == 0:
                 continue
             done.add(id(tensor))
-            noise = torch.randn(tensor.shape, generator=generator, dtype=dtype)
+            noise = _noise(tensor.shape, generator, dtype)
             if isinstance(tensor, nn.Parameter):
                 ones = bool((tensor == 1).all())
                 fan_in = max(tensor.numel() // tensor.shape[0], 1) if tensor.ndim > 1 else 8
@@ -49,6 +50,25 @@ def jitter(model: nn.Module, seed: int, dtype: torch.dtype = torch.float64) -> n
             else:
                 tensor.mul_(1 + 0.05 * torch.rand(tensor.shape, generator=generator, dtype=dtype))
     return model
+
+
+_LARGE = 1 << 16
+
+
+def _noise(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Random numbers of unit variance; uniform ones where there are many, as they cost a fifth of normal ones."""
+    if shape.numel() < _LARGE:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+
+
+def exchanged(model: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
+    """Give a jittered ``model`` other values everywhere, in place; large parameters trade theirs among themselves."""
+    kept = [p for p in model.parameters() if p.numel() >= _LARGE]
+    with torch.no_grad():
+        for parameter in kept:
+            parameter.copy_(parameter.flatten().roll(7919).view_as(parameter))
+    return jitter(model, seed, dtype, kept)
 
 
 def double(inputs: Any, dtype: torch.dtype = torch.float64) -> Any:

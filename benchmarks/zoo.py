@@ -34,7 +34,8 @@ from zoo_peer import peer_outcome
 from zoo_report import as_markdown, causes, line, outcome, summary
 
 RATIOS = (0.5, 0.3)
-PEER_LIMIT = 60.0  # seconds that torch-pruning may take; the comparison comes on top
+PEER_LIMIT = 60.0  # seconds of the processor that torch-pruning may take
+PEER_WALL = 600.0  # seconds by the clock for it and the comparison
 
 
 def chosen(options: argparse.Namespace, known: dict[str, Any]) -> list[Entry]:
@@ -52,7 +53,7 @@ def measure(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model."""
     found = {} if options.peer_only else run_apart(checked(entry, RATIOS), options.limit)
     if options.peer or options.peer_only:
-        theirs = run_apart(peer_outcome(entry, PEER_LIMIT), PEER_LIMIT + 60)
+        theirs = run_apart(peer_outcome(entry, PEER_LIMIT), PEER_WALL)
         found["peer"] = theirs if "outcome" in theirs else {"outcome": "crashes", "error": theirs.get("died", "")}
     return found
 

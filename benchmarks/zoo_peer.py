@@ -38,8 +38,8 @@ def _judged(original: nn.Module, pruned: nn.Module, inputs: Any, before: Any) ->
 def peer_outcome(entry: Entry, limit: float) -> Callable[[Report], None]:
     """Work for a process of its own: ``right``, ``wrong``, ``crashes``, ``hangs`` or ``removes nothing``.
 
-    The peer may take `limit` seconds; what its model computes is compared with the oracle, which takes the removed
-    channels from the tensors that are left.
+    The peer may take `limit` seconds of the processor; what its model computes is compared with the oracle, which takes
+    the removed channels from the tensors that are left.
     """
 
     def work(report: Report) -> None:
@@ -48,12 +48,12 @@ def peer_outcome(entry: Entry, limit: float) -> Callable[[Report], None]:
         dtype = torch.float32 if parameters(model) > LARGEST_IN_DOUBLE else torch.float64
         model, inputs = jittered(model, dtype), oracle.double(inputs, dtype)
         original, before, size = copy.deepcopy(model), shapes(oracle.call(model, inputs)), parameters(model)
-        start = time.perf_counter()
+        start = time.process_time()
         report({"outcome": "hangs"})
         try:
             with at_most(limit):
                 peer.prune(model, inputs, 0.5, peer.last_layers(model, inputs), peer.heads_of(model))
-            report({"kept": parameters(model) / size, "seconds": time.perf_counter() - start})
+            report({"kept": parameters(model) / size, "seconds": time.process_time() - start})
             report(_judged(original, model, inputs, before))
         except OverTime:
             return

@@ -33,19 +33,19 @@ class OverTime(BaseException):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise `OverTime` inside the block once it has run for `seconds`."""
+    """Raise `OverTime` inside the block once it has used `seconds` of the processor."""
 
     def ring(_number: int, _frame: Any) -> None:
         raise OverTime(f"over {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGPROF, ring)
     # Rings again each second, should a bare `except` have swallowed the first.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def without_folders(text: str) -> str:

@@ -11,6 +11,7 @@ from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.plan import Plan
 from structprune.sensitivity import Sensitivity, sensitivity
+from structprune.surgery.history import kept
 from structprune.surgery.verify import Report, verify
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "cost",
     "export_onnx",
     "load",
+    "kept",
     "plan",
     "prune",
     "register_rule",

@@ -18,6 +18,7 @@ from structprune.channels.propagate import Channels, has_rule, propagate
 from structprune.channels.relations import Row
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
+from structprune.wrapping import prunable
 
 Count = Callable[[Row], int]
 
@@ -184,5 +185,6 @@ def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
         >>> structprune.cost(torch.nn.Linear(8, 4), torch.randn(1, 8)).macs
         32
     """
+    model = prunable(model)
     recorded = trace(model, example_inputs, leaves=has_rule)
     return count_cost(model, recorded, propagate(recorded), lambda row: row.size)

@@ -22,6 +22,10 @@ class PlanError(StructpruneError, ValueError):
     """What is asked for cannot be planned: a bad ratio, an unknown layer, bad indices, every channel gone."""
 
 
+class UnsupportedModelError(PlanError):
+    """A model of this kind (sharded, scripted, packed, not initialised) cannot be pruned; the message says what can."""
+
+
 class UnknownLayerError(PlanError, KeyError):
     """No module or parameter of the model has this name, or the module takes no part in the forward."""
 

@@ -24,6 +24,7 @@ from structprune.tracing.provenance import Attribute
 from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import module_graph, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
+from structprune.wrapping import prunable
 
 Layer = str | nn.Module
 
@@ -46,7 +47,7 @@ class ChannelGraph:
         ignore: Iterable[Layer] = (),
         outputs: Iterable[OutputName] | None = None,
     ) -> None:
-        self.model = model
+        self.model = prunable(model)
         self.example_inputs = example_inputs
         self._wanted = None if outputs is None else tuple([outputs] if isinstance(outputs, (str, int)) else outputs)
         self.ignored = tuple(self.path_of(layer) for layer in ignore)

@@ -13,24 +13,29 @@ from torch import Tensor, nn
 from structprune.errors import SurgeryError
 from structprune.surgery.describe import describe_layers, set_attribute
 from structprune.surgery.edits import Edits, Repair
+from structprune.surgery.history import record_kept
 from structprune.surgery.rewrite import rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
 from structprune.tracing.state import Held, collection_paused, held_tensors
+from structprune.wrapping import prunable, rewrapped
 
 
 def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
     """Carry out `plan` on a copy of `model`, or on the model itself.
 
     Args:
-        model: the model that the plan was made for, or another of the same shapes.
+        model: the model that the plan was made for, or another of the same shapes; wrapped or not.
         plan: what to remove, repair and rewrite.
         inplace: change `model` itself; its parameters keep their identity, so an optimizer still holds them.
 
     Raises:
         SurgeryError: the plan does not fit the model, which is then as it was.
+        UnsupportedModelError: a model of this kind cannot be pruned.
     """
+    inner = prunable(model, inplace=inplace)
     with collection_paused():
-        return _apply(model, plan, inplace)
+        slim = _apply(inner, plan, inplace)
+    return model if inplace else rewrapped(model, slim)
 
 
 def _apply(model: nn.Module, plan: Edits, inplace: bool) -> nn.Module:
@@ -42,7 +47,7 @@ def _apply(model: nn.Module, plan: Edits, inplace: bool) -> nn.Module:
         _change(model, plan, tensors, new, classes)
         return model
     slim = copy.deepcopy(model, _memo(tensors, new))
-    _finish(slim, plan, classes, [])
+    _finish(slim, plan, tensors, classes, [])
     return slim
 
 
@@ -77,7 +82,7 @@ def _change(model: nn.Module, plan: Edits, tensors: dict[str, Held], new: dict[i
             if id(old) in new and id(old) not in done:
                 done.add(id(old))
                 _swap(old, new, undo)
-        _finish(model, plan, classes, undo)
+        _finish(model, plan, tensors, classes, undo)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -100,8 +105,10 @@ def _swap(tensor: Tensor, new: dict[int, Tensor], undo: list[Callable[[], None]]
         tensor.grad = new[id(grad)]
 
 
-def _finish(model: nn.Module, plan: Edits, classes: Classes, undo: list[Callable[[], None]]) -> None:
-    """Everything but the tensors: attributes by provenance, descriptions of standard layers, literals."""
+def _finish(
+    model: nn.Module, plan: Edits, tensors: dict[str, Held], classes: Classes, undo: list[Callable[[], None]]
+) -> None:
+    """Everything but the tensors: attributes by provenance, descriptions of standard layers, literals, the record."""
     thinned = {thinning.tensor.rpartition(".")[0] for thinning in plan.thinnings}
     for repair in plan.repairs:
         _repair(model, repair, undo)
@@ -114,6 +121,7 @@ def _finish(model: nn.Module, plan: Edits, classes: Classes, undo: list[Callable
         module = model.get_submodule(path)
         undo.append(partial(setattr, module, "__class__", type(module)))
         module.__class__ = new_class
+    record_kept(tensors, model.get_submodule, plan, undo)
 
 
 def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) -> None:

@@ -30,6 +30,7 @@ from structprune.tracing.trace import (
     tensors_in,
 )
 from structprune.tracing.vocabulary import Call
+from structprune.wrapping import prunable
 
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
 _SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm"}
@@ -239,6 +240,7 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: Ex
         >>> structprune.verify(model, plan.apply(model), plan, x).ok
         True
     """
+    original, slim = prunable(original), prunable(slim)
     held = [h.tensor for h in held_tensors(original).values()]
     types = {t.dtype for t in held if t.is_floating_point()} or {torch.float32}
     if any(t.is_meta for t in held):

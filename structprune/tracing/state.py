@@ -8,8 +8,9 @@ attributes, buffers, caches, hooks, mode, random state.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from structprune.tracing.provenance import Attribute, SizeInt
 _INTERNAL = frozenset({
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_structprune_kept", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks", "_is_full_backward_hook", "training", "_is_hf_initialized", "_compiled_call_impl",
 })  # fmt: skip
 
@@ -163,6 +164,12 @@ def collection_paused() -> Generator[None]:
             gc.enable()
 
 
+def _eager() -> AbstractContextManager[Any]:
+    """What is compiled runs as it is written, so that its operations are seen."""
+    # Nothing can be compiled before torch._dynamo is loaded, and loading it takes a second.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo.eval_frame" in sys.modules else nullcontext()
+
+
 def stand_in(tensor: Tensor) -> Tensor:
     """A tensor on the ``meta`` device of the same shape, type and class."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -183,6 +190,7 @@ def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = Tr
     swapped: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     with ExitStack() as stack:
+        stack.enter_context(_eager())
         stack.callback(_snapshot(model))
         for name, held in held_tensors(model).items():
             new = swapped.get(id(held.tensor))

@@ -1,0 +1,162 @@
+"""Which channels of the first model are left: a record that travels with each layer through any number of rounds.
+
+The record of a tensor is a plain attribute of the module that holds it, and not of the model as a whole. So it follows
+the layer wherever it goes: into a copy, a pickle, a wrapper, another model, or under another name. A layer that is
+replaced by a new one begins anew. It is no parameter and no buffer, and the state dict does not know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from structprune.errors import SurgeryError
+from structprune.surgery.edits import Edits, Thinning
+from structprune.surgery.slicing import kept as kept_by
+from structprune.tracing.state import Held, held_tensors, join
+from structprune.wrapping import unwrapped
+
+# Of a module: the name of a tensor that it holds -> dimension -> (size in the first model, indices kept). The indices
+# are None once something else has resized a pruned tensor, since then nobody knows which channels they are.
+RECORD = "_structprune_kept"
+Indices = NDArray[np.int64]
+Record = dict[str, dict[int, tuple[int, Indices | None]]]
+
+
+def _shape(module: nn.Module, key: str) -> tuple[int, ...] | None:
+    """The shape of a tensor that a module holds, if it still does."""
+    state = module.__dict__
+    for store in (state["_parameters"], state["_buffers"], state):
+        if isinstance(store.get(key), Tensor):
+            return tuple(store[key].shape)
+    return None
+
+
+def _composed(record: tuple[int, Indices | None] | None, thinning: Thinning, now: int) -> tuple[int, Indices | None]:
+    """What is left of the first model's indices, when the dimension came out of the thinning with `now` entries."""
+    left = kept_by(thinning)
+    if record is None:
+        return thinning.size, left if len(left) == now else None
+    first, before = record
+    fits = before is not None and len(before) == thinning.size and len(left) == now
+    return first, before[left] if fits and before is not None else None
+
+
+def record_kept(
+    tensors: Mapping[str, Held], holders: Callable[[str], nn.Module], edits: Edits, undo: list[Callable[[], None]]
+) -> None:
+    """Note, at the modules that hold them, what is left of the tensors that `edits` thinned.
+
+    Args:
+        tensors: the tensors before they were thinned, by name; a tied one is noted under each of its names.
+        holders: the module of the thinned model at a path.
+        edits: what was removed.
+        undo: how to take the notes back is added here.
+    """
+    names: dict[int, list[str]] = {}
+    for name, held in tensors.items():
+        names.setdefault(id(held.tensor), []).append(name)
+    new: dict[int, tuple[nn.Module, Record]] = {}
+    for thinning in edits.thinnings:
+        for name in names[id(tensors[thinning.tensor].tensor)]:
+            path, _, key = name.rpartition(".")
+            module = holders(path)
+            if id(module) not in new:
+                old: Record = module.__dict__.get(RECORD, {})
+                new[id(module)] = module, {tensor: dict(dims) for tensor, dims in old.items()}
+            dims = new[id(module)][1].setdefault(key, {})
+            shape = _shape(module, key)
+            if shape is not None:
+                dims[thinning.dim] = _composed(dims.get(thinning.dim), thinning, shape[thinning.dim])
+    for module, record in new.values():
+        _set(module, record, undo)
+
+
+def _set(module: nn.Module, record: Record, undo: list[Callable[[], None]]) -> None:
+    state: dict[str, Any] = module.__dict__
+    before = dict(state)
+
+    def restore() -> None:
+        if RECORD in before:
+            state[RECORD] = before[RECORD]
+        else:
+            state.pop(RECORD, None)
+
+    undo.append(restore)
+    state[RECORD] = record
+
+
+def _records(model: nn.Module) -> Iterator[tuple[str, dict[int, tuple[int, Indices | None]], tuple[int, ...]]]:
+    """Name, record and shape of every thinned tensor that is still there."""
+    for path, module in unwrapped(model).named_modules():
+        record: Record = module.__dict__.get(RECORD, {})
+        for key, dims in record.items():
+            shape = _shape(module, key)
+            if shape is not None:
+                yield join(path, key), dims, shape
+
+
+def kept(model: nn.Module) -> dict[str, dict[int, tuple[int, ...]]]:
+    """The channels of the first model that are left in this one, after any number of rounds of pruning.
+
+    `Plan.apply`, `prune` and `DependencyGraph.prune_group` write this down, in place and on copies alike. The record is
+    kept by each layer: it goes along in ``copy.deepcopy``, in ``torch.save`` of a whole module, when a layer is renamed,
+    moved into another model or wrapped (``torch.compile``, DataParallel, an average of weights; names are those of the
+    model inside). A layer that is replaced by a new one is a whole one. A state dict does not hold the record: after
+    ``load_state_dict`` it says what was done to the model that was loaded into.
+
+    Args:
+        model: a model that was pruned, or not.
+
+    Returns:
+        For each tensor that lost channels, by name: dimension -> for each index that is left, in order, its index in
+        the tensor of the first model. Dimensions that are whole are left out; a model never pruned gives ``{}``. A tied
+        tensor appears under each of its names.
+
+    Raises:
+        SurgeryError: something else has resized a tensor since it was pruned, so that this is no longer known.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = structprune.DependencyGraph(model, torch.randn(1, 4))
+        >>> for _ in range(2):  # train in between
+        ...     _ = graph.prune_group("0", [0, 3])
+        >>> structprune.kept(model)["2.weight"]
+        {1: (2, 4, 6, 7)}
+    """
+    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, dims, shape in _records(model):
+        found[name] = {}
+        for dim, (first, indices) in sorted(dims.items()):
+            if indices is None or dim >= len(shape) or len(indices) != shape[dim]:
+                raise SurgeryError(
+                    f"Dimension {dim} of {name!r} had {first} channels in the first model and was pruned; since then "
+                    f"something else gave it the shape {list(shape)}, so which channels are left is not known. Put a "
+                    "new layer in its place instead, or resize before the first pruning."
+                )
+            found[name][dim] = tuple(indices.tolist())
+    return found
+
+
+def first_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes that the tensors of `model` had before it was first pruned, by name.
+
+    Args:
+        model: a model that was pruned, or not.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> slim = structprune.prune(model, torch.randn(1, 4), ratio=0.5)
+        >>> first_shapes(slim)["2.weight"], tuple(slim[2].weight.shape)
+        ((2, 8), (2, 4))
+    """
+    found = {name: tuple(held.tensor.shape) for name, held in held_tensors(unwrapped(model)).items()}
+    for name, dims, shape in _records(model):
+        found[name] = tuple(dims[dim][0] if dim in dims else size for dim, size in enumerate(shape))
+    return found

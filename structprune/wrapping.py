@@ -1,0 +1,187 @@
+"""Models that are already wrapped or converted: what is pruned through the wrapper, and what is refused by name.
+
+A wrapper (``torch.compile``, DataParallel, DistributedDataParallel, an average of weights) holds the model as its only
+child. Analysis and surgery work on that model, under its own layer names; the result gets a wrapper of the same kind.
+Classes are known by their full names, so that nothing has to be imported to recognise them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from structprune.errors import UnsupportedModelError
+
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+_DISTRIBUTED = "torch.nn.parallel.distributed.DistributedDataParallel"
+
+# Wrapper class -> the name under which it holds the model.
+WRAPPERS: dict[str, str] = {
+    _COMPILED: "_orig_mod",
+    _DISTRIBUTED: "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "timm.utils.model_ema.ModelEma": "ema",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+}
+
+_SHARDED = "its parameters are spread over processes; prune the model before it is sharded, and shard the result"
+_PACKED = "its weights are packed; prune the model in floating point first, then quantize the result"
+
+REFUSED: dict[str, str] = {
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": _SHARDED,
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": _SHARDED,
+    "torch.jit._script.ScriptModule": "its forward is compiled TorchScript; prune the nn.Module that it was made from",
+    "torch._export.exported_program.ExportedProgram": "prune the nn.Module that it was exported from",
+}
+REFUSED_PACKAGES: dict[str, str] = dict.fromkeys(
+    (
+        "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized", "bitsandbytes",
+        "auto_gptq", "gptqmodel", "awq", "hqq", "optimum.quanto",
+    ),
+    _PACKED,
+)  # fmt: skip
+# They sit among the quantized modules, but compute in floating point.
+_FLOATING = frozenset({"FloatFunctional", "FXFloatFunctional"})
+
+
+def _class_names(module: object) -> Iterator[str]:
+    """Full names of the classes that `module` is an instance of."""
+    return (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
+
+
+def _holds_under(module: object) -> str | None:
+    """The name under which a wrapper holds its model, or None if `module` is no wrapper."""
+    return next((WRAPPERS[name] for name in _class_names(module) if name in WRAPPERS), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside all wrappers; itself if there is none.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(model)) is model
+        True
+    """
+    while (name := _holds_under(model)) is not None:
+        model = getattr(model, name)
+    return model
+
+
+def prunable(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The model inside all wrappers, after checking that it is of a kind that can be pruned.
+
+    Args:
+        model: any ``nn.Module``, wrapped or not.
+        inplace: whether the model itself is to be changed.
+
+    Raises:
+        UnsupportedModelError: it is sharded, scripted, packed or not initialised; the message says what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}; give an nn.Module.")
+    if inplace:
+        for path, module in model.named_modules():
+            if _DISTRIBUTED in _class_names(module):
+                raise _refusal(
+                    module,
+                    path,
+                    "its reducer holds buckets for gradients of the old sizes; prune without inplace (the result is a new "
+                    "DistributedDataParallel), or prune its .module in place and wrap that again",
+                )
+    inner = unwrapped(model)
+    for path, module in inner.named_modules():
+        reason = _reason(module)
+        if reason is not None:
+            raise _refusal(module, path, reason)
+    return inner
+
+
+def _refusal(module: nn.Module, path: str, reason: str) -> UnsupportedModelError:
+    where = f"{path!r}, a {type(module).__name__}," if path else f"This {type(module).__name__}"
+    return UnsupportedModelError(f"{where} cannot be pruned: {reason}.")
+
+
+def _reason(module: nn.Module) -> str | None:
+    """Why a module cannot be pruned, if it can't; its children are not looked at."""
+    for name in _class_names(module):
+        if name in REFUSED:
+            return REFUSED[name]
+        for package, reason in REFUSED_PACKAGES.items():
+            if name.startswith(f"{package}.") and type(module).__name__ not in _FLOATING:
+                return reason
+    for store in (module._parameters, module._buffers):
+        for name, tensor in store.items():
+            if tensor is not None and (reason := _reason_of_tensor(name, tensor)) is not None:
+                return reason
+    return None
+
+
+def _reason_of_tensor(name: str, tensor: Tensor) -> str | None:
+    if is_lazy(tensor):
+        return f"its {name} has no shape yet; run the model once on example inputs first"
+    data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    if is_traceable_wrapper_subclass(data):
+        kind = type(data).__name__
+        return f"its {name} is a {kind}: {_SHARDED if kind == 'DTensor' else _PACKED}"
+    if tensor.is_quantized or tensor.layout is not torch.strided:
+        kind = tensor.dtype if tensor.is_quantized else tensor.layout
+        return f"its {name} is of {kind}: {_PACKED}"
+    return None
+
+
+def rewrapped(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
+    """`inner` in wrappers of the kinds and with the options of those around ``unwrapped(wrapper)``.
+
+    A compiled model is compiled again on its first call. A new DistributedDataParallel is a collective call: every
+    process must make it, and it raises where the processes did not prune alike.
+    """
+    held = _holds_under(wrapper)
+    if held is None:
+        return inner
+    inner = rewrapped(getattr(wrapper, held), inner)
+    names = set(_class_names(wrapper))
+    if _COMPILED in names:
+        compiled: Any = wrapper
+        return compiled.dynamo_ctx(inner)
+    if _DISTRIBUTED in names:
+        return _distributed(wrapper, inner)
+    result = wrapper.__class__.__new__(wrapper.__class__)
+    vars(result).update({key: _copied(value) for key, value in vars(wrapper).items()})
+    result._buffers = {key: copy.deepcopy(value) for key, value in wrapper._buffers.items()}
+    setattr(result, held, inner)
+    return result
+
+
+def _copied(value: Any) -> Any:
+    """A wrapper's attribute for another wrapper: containers and generators are its own, the rest is shared."""
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def _distributed(wrapper: Any, inner: nn.Module) -> nn.Module:
+    """A new DistributedDataParallel with the options of another."""
+    made: Any = type(wrapper)(
+        inner,
+        device_ids=wrapper.device_ids,
+        output_device=wrapper.output_device,
+        dim=wrapper.dim,
+        process_group=wrapper.process_group,
+        broadcast_buffers=wrapper.broadcast_buffers,
+        bucket_cap_mb=None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / 2**20,
+        find_unused_parameters=wrapper.find_unused_parameters,
+        gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
+        static_graph=wrapper.static_graph,
+        mixed_precision=wrapper.mixed_precision,
+    )
+    for hook, state in wrapper._comm_hooks:
+        made.register_comm_hook(state, hook)
+    return made.train(wrapper.training)

@@ -9,6 +9,7 @@ from structprune.export import OnnxExport, export_onnx
 from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
+from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.history import kept
@@ -38,5 +39,6 @@ __all__ = [
     "register_rule",
     "save",
     "sensitivity",
+    "remap_optimizer",
     "verify",
 ]

@@ -27,7 +27,7 @@ ORDER = (
     ("allocation",),
     ("surgery",),
     ("plan",),
-    ("planning",),
+    ("planning", "optimizers"),
     ("decision", "dependency_graph"),
     ("api",),
     ("sensitivity",),

@@ -1,0 +1,270 @@
+"""`remap_optimizer`: an optimizer goes on with the state of the survivors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from structprune.errors import SurgeryError
+from structprune.surgery.edits import Edits, Rescale, Thinning
+from structprune.surgery.slicing import kept, take
+from structprune.tracing.state import held_tensors
+from structprune.wrapping import unwrapped
+
+O = TypeVar("O", bound=Optimizer)  # noqa: E741
+
+# A weight times f has a gradient divided by f: the power of the gradient's unit in which a state entry is measured.
+_GRADIENT_POWER = {
+    "momentum_buffer": 1, "exp_avg": 1, "exp_inf": 1, "grad_avg": 1, "prev": 1, "exp_avg_diff": 1, "momentum": 1,
+    "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2, "variance": 2, "row_var": 2, "col_var": 2,
+    "exp_avg_sq_row": 2, "exp_avg_sq_col": 2, "acc_delta": -2, "ax": -1, "z": -1, "step_size": -1,
+    "lookahead_slow_buff": -1,
+}  # fmt: skip
+# Optimizers whose row and column statistics are known: the dimension, from the back, that each averages over, and
+# whether it stays as one of size 1. Those that choose the dimensions by their sizes, as timm's do, would choose others
+# for the smaller parameter.
+_FACTORED = {
+    "torch.optim.Adafactor": {"row_var": (1, True), "col_var": (2, True)},
+    "transformers.optimization.Adafactor": {"exp_avg_sq_row": (1, False), "exp_avg_sq_col": (2, False)},
+}
+
+
+@dataclass(slots=True)
+class _Change:
+    """What the plan did to one parameter."""
+
+    name: str
+    old: Tensor
+    new: Tensor
+    shape: tuple[int, ...]
+    thinnings: list[Thinning] = field(default_factory=list)
+    rescales: list[Rescale] = field(default_factory=list)
+
+
+def remap_optimizer(optimizer: O, plan: Edits, model: nn.Module | None = None, slim: nn.Module | None = None) -> O:
+    """Let `optimizer` go on with the pruned model, keeping momentum and moving averages of what survives.
+
+    The optimizer is changed in place, and returned: schedulers, hooks and gradient scalers that hold it keep working.
+    Each state tensor of its parameter's shape is sliced like the parameter, steps and other single numbers stay, and
+    groups keep their options and order. Parameters that the plan does not touch keep their state as it is; those that
+    are in no model of the call stay what they are. Where a plan scales weights, so that a changed head size leaves the
+    function as it was, their gradients' statistics are scaled along. Factored second moments (Adafactor) keep the rows
+    and columns that are left, each the average that it was; later steps average over the survivors.
+
+    After ``slim = plan.apply(model)`` the parameters are new ones::
+
+        slim = plan.apply(model)
+        structprune.remap_optimizer(optimizer, plan, model, slim)
+
+    In place they stay the same objects::
+
+        plan.apply(model, inplace=True)
+        structprune.remap_optimizer(optimizer, plan, model)
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer`` over parameters of `model`.
+        plan: the plan that was applied.
+        model: the model that the optimizer was made for, wrapped or not. It may be left out after pruning in place if
+            the optimizer was made from ``named_parameters()``.
+        slim: what ``plan.apply(model)`` returned; None if the model was pruned in place.
+
+    Raises:
+        SurgeryError: the optimizer keeps state that cannot be told apart by channel (LBFGS, Shampoo, sharded
+            optimizers), or does not fit model and plan. It is then as it was.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> model(torch.randn(3, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> plan = structprune.plan(model, torch.randn(1, 4), ratio=0.5)
+        >>> slim = plan.apply(model)
+        >>> optimizer = structprune.remap_optimizer(optimizer, plan, model, slim)
+        >>> optimizer.state[slim[0].weight]["exp_avg"].shape
+        torch.Size([4, 4])
+    """
+    used = _innermost(optimizer)
+    _check_kind(used)
+    inplace = slim is None or slim is model
+    changes = _changes(plan, *_models(used, model, slim), inplace)
+    if not changes:
+        return optimizer
+    mine = {id(p) for group in used.param_groups for p in group["params"]}
+    if mine.isdisjoint(changes):
+        raise SurgeryError(
+            "None of the optimizer's parameters belongs to this model. Give the model that the optimizer was made for, "
+            "then the one that plan.apply returned."
+        )
+    state: dict[Any, Any] = used.state
+    factored = _FACTORED.get(f"{type(used).__module__}.{type(used).__qualname__}", {})
+    with torch.no_grad():
+        sliced = {
+            parameter: _sliced_state(changes[id(parameter)], entries, factored)
+            for parameter, entries in state.items()
+            if isinstance(parameter, Tensor) and id(parameter) in changes
+        }
+    for parameter, entries in sliced.items():
+        del state[parameter]
+        state[changes[id(parameter)].new] = entries
+    for group in used.param_groups:
+        # The very list: LBFGS and wrappers of optimizers hold it.
+        group["params"][:] = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
+    return optimizer
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that keeps the state: timm's Lookahead and accelerate's wrapper hold it."""
+    for name in ("_base_optimizer", "optimizer"):
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, Optimizer):
+            return _innermost(inner)
+    return optimizer
+
+
+def _check_kind(optimizer: Optimizer) -> None:
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    if "ZeroRedundancyOptimizer" in names:
+        raise SurgeryError(
+            "ZeroRedundancyOptimizer spreads its state over processes, so it cannot be remapped here. Make a new one "
+            "for the pruned model."
+        )
+    if "LBFGS" in names and optimizer.state:
+        raise SurgeryError(
+            "LBFGS keeps flat histories of steps in the space of all weights, which mean nothing in the smaller space. "
+            "Make a new LBFGS for the pruned model."
+        )
+
+
+Tensors = dict[str, Tensor]
+
+
+def _tensors(model: nn.Module) -> Tensors:
+    return {name: held.tensor for name, held in held_tensors(unwrapped(model)).items()}
+
+
+def _models(optimizer: Optimizer, model: nn.Module | None, slim: nn.Module | None) -> tuple[Tensors, Tensors]:
+    """Tensors by name before and after; the same ones if the model was pruned in place."""
+    if model is not None:
+        return _tensors(model), _tensors(model if slim is None else slim)
+    if slim is not None:
+        raise SurgeryError("remap_optimizer was given the pruned model alone; give the original one before it.")
+    named: Tensors = {}
+    for group in optimizer.param_groups:
+        names: Iterable[str] | None = group.get("param_names")
+        if names is None:
+            raise SurgeryError(
+                "The optimizer does not know its parameters' names. Give the model: remap_optimizer(optimizer, plan, "
+                "model), or make the optimizer from model.named_parameters()."
+            )
+        named |= dict(zip(names, group["params"], strict=True))
+    return named, named
+
+
+def _changes(plan: Edits, old: Tensors, new: Tensors, inplace: bool) -> dict[int, _Change]:
+    """What became of each parameter, by the ``id`` of the old one."""
+    found: dict[int, _Change] = {}
+    for name, tensor in old.items():
+        if name not in new:
+            raise SurgeryError(f"The pruned model has no tensor {name!r}. Give the model that plan.apply returned.")
+        found.setdefault(id(tensor), _Change(name, tensor, new[name], tuple(tensor.shape)))
+    for thinning in plan.thinnings:
+        if (tensor := old.get(thinning.tensor)) is not None:
+            found[id(tensor)].thinnings.append(thinning)
+    for rescale in plan.rescales:
+        if (tensor := old.get(rescale.tensor)) is not None:
+            found[id(tensor)].rescales.append(rescale)
+    for change in found.values():
+        _check_shapes(change, inplace)
+    return found
+
+
+def _check_shapes(change: _Change, inplace: bool) -> None:
+    """The plan fits both; `change.shape` becomes the shape before."""
+    before, after = list(change.old.shape), list(change.old.shape)
+    for thinning in change.thinnings:
+        before[thinning.dim], after[thinning.dim] = thinning.size, thinning.size - len(thinning.removed)
+    old = after if inplace else before
+    if list(change.old.shape) != old or list(change.new.shape) != after:
+        raise SurgeryError(
+            f"The plan takes {change.name!r} from {before} to {after}, but it has the shape {list(change.old.shape)} in "
+            f"the model given and {list(change.new.shape)} in the pruned one. Give the plan, and the models before and "
+            "after it; after pruning in place, the model alone."
+        )
+    change.shape = tuple(before)
+
+
+# -- one parameter's state ---------------------------------------------------------------------------------------------
+
+
+Factored = dict[str, tuple[int, bool]]
+
+
+def _sliced_state(change: _Change, entries: dict[str, Any], factored: Factored) -> dict[str, Any]:
+    if not (change.thinnings or change.rescales):
+        return entries
+    return {name: _sliced(change, str(name), value, factored) for name, value in entries.items()}
+
+
+def _sliced(change: _Change, name: str, value: Any, factored: Factored) -> Any:
+    """One entry of the state of one parameter."""
+    if not isinstance(value, Tensor):
+        if _holds_tensors(value):
+            raise _unknown(change, name, f"a {type(value).__name__} of tensors")
+        return value
+    # Dimension of the parameter -> where the value has it.
+    places = {dim: dim for dim in range(len(change.shape))}
+    sizes = list(change.shape)
+    if name in factored and len(sizes) > 1:
+        back, stays = factored[name]
+        gone = len(sizes) - back
+        sizes[gone : gone + 1] = [1] if stays else []
+        places = {dim: dim - (dim > gone and not stays) for dim in places if dim != gone}
+    elif value.numel() == 1:
+        return value
+    if list(value.shape) != sizes:
+        raise _unknown(change, name, f"a tensor of shape {list(value.shape)}")
+    result = value
+    for thinning in change.thinnings:
+        if thinning.dim in places:
+            result = take(result, places[thinning.dim], kept(thinning))
+    if result is not value:
+        result = result.clone(memory_format=torch.contiguous_format)
+    for rescale in change.rescales:
+        result = _rescaled(result, change, places, rescale, rescale.factor ** -_GRADIENT_POWER.get(name, 0))
+    return result
+
+
+def _rescaled(value: Tensor, change: _Change, places: dict[int, int], rescale: Rescale, factor: float) -> Tensor:
+    """`value` with the statistics of rescaled weights in their new unit; an average over them stays as it is."""
+    if rescale.positions is None:
+        return value * factor
+    if rescale.dim not in places:
+        return value
+    left = next((kept(t) for t in change.thinnings if t.dim == rescale.dim), np.arange(change.shape[rescale.dim]))
+    factors = torch.from_numpy(np.where(np.isin(left, rescale.positions), factor, 1.0))
+    at = places[rescale.dim]
+    return value * factors.to(value.device, value.dtype).view([-1 if dim == at else 1 for dim in range(value.dim())])
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_tensors(item) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensors(item) for item in value)
+    return isinstance(value, Tensor)
+
+
+def _unknown(change: _Change, name: str, what: str) -> SurgeryError:
+    again = " (Was the optimizer remapped before?)" if what.endswith(str(list(change.new.shape))) else ""
+    return SurgeryError(
+        f"The optimizer keeps {name!r} of {change.name!r} as {what}, where the parameter had the shape "
+        f"{list(change.shape)}, so which of it belongs to the channels that went is not known{again}. Make a new "
+        "optimizer for the pruned model."
+    )

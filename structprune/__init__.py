@@ -2,6 +2,7 @@
 
 from structprune.api import plan, prune
 from structprune.benchmark import Benchmark, benchmark
+from structprune.channels.rules.opaque import register_module_rule
 from structprune.channels.rules.table import rule as register_rule
 from structprune.cost import Cost, cost
 from structprune.dependency_graph import DependencyGraph
@@ -36,6 +37,7 @@ __all__ = [
     "kept",
     "plan",
     "prune",
+    "register_module_rule",
     "register_rule",
     "save",
     "sensitivity",

@@ -123,7 +123,9 @@ def test_groups_options_schedulers_and_other_parameters() -> None:
     model, loss = network(), nn.Linear(3, 3)
     first = [model.head.weight, *loss.parameters()]
     rest = [p for n, p in model.named_parameters() if not n.startswith(("head", "stem"))]
-    optimizer = torch.optim.AdamW([{"params": first, "lr": 1e-2, "name": "head"}, {"params": rest, "weight_decay": 0.3}])
+    optimizer = torch.optim.AdamW(
+        [{"params": first, "lr": 1e-2, "name": "head"}, {"params": rest, "weight_decay": 0.3}]
+    )
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     loss(normal(2, 3)).sum().backward()
     step(model, optimizer, 0)

@@ -12,6 +12,7 @@ from structprune.channels.relations import Relations
 from structprune.channels.rules import RULES, Context, Operand
 from structprune.channels.rules.table import operands_in
 from structprune.errors import RuleError, StructpruneError
+from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Expression, Literal, SizeInt
 from structprune.tracing.trace import OutputName, Trace, chosen_names, describe, part_of
 
@@ -82,6 +83,8 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
             return SizeInt(value, Literal(value, number, place))
         if isinstance(value, (tuple, list)):
             return type(value)(operand(item, (*place, i)) for i, item in enumerate(value))
+        if isinstance(value, dict):
+            return {key: operand(item, (*place, str(key))) for key, item in value.items()}
         if isinstance(value, slice):
             return slice(*(operand(v, (*place, i)) for i, v in enumerate((value.start, value.stop, value.step))))
         return value
@@ -92,7 +95,7 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
     kwargs = {key: operand(value, (key,)) for key, value in node.kwargs.items()}
     if node.target is getattr:
         args = args[:1]
-    if "input" in kwargs:
+    if "input" in kwargs and node.target is not opaque_call:
         args.insert(0, kwargs.pop("input"))
     return _ask(context, args, kwargs, node, trace)
 

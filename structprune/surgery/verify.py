@@ -180,7 +180,7 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
         recorder = _Reference(names, survivors)
         for tensor in tensors_in((args, kwargs)):
             recorder.remember(tensor, recorder.input_node())
-        with recorder:
+        with recorder.watching(off), recorder:
             return off(*args, **kwargs)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from structprune.errors import TraceError
+from structprune.tracing.opaque import Opaque, holdings, opaque_call, opaque_of, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.shapes import shape_of_result
 from structprune.tracing.vocabulary import VALUES, Call, Kind, call_of
@@ -61,6 +62,7 @@ class Recorder(TorchFunctionMode):
         self._constants: dict[int, Tensor] = {}
         self._stack: list[int] = []
         self._opening: list[Call] = []
+        self._in_leaf = False
         self._tracked: list[SizeInt | SizeFloat] = []
 
     # -- nodes ---------------------------------------------------------------------------------------------------
@@ -96,7 +98,8 @@ class Recorder(TorchFunctionMode):
         elif self._meta and tensor.is_meta and id(tensor) not in self._constants:
             raise TraceError(
                 f"A tensor of shape {tuple(tensor.shape)} was made by an operation that the tracer cannot see, before "
-                f"{source_line()}. Write it with torch operations, or register the operation with torch.library."
+                f"{source_line()}. Write it with torch operations, register the operation with torch.library, or "
+                "declare the module that it is in with structprune.register_module_rule."
             )
         else:
             node = self._node("get_attr", f"_constant_{len(self._constants)}", (), {}, "constant")
@@ -239,7 +242,7 @@ class Recorder(TorchFunctionMode):
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             path = paths.get(id(module))
-            if path is None:
+            if path is None or recorder._in_leaf:
                 return original(module, *args, **kwargs)
             calls = recorder.recording.calls
             number = len(calls)
@@ -249,7 +252,8 @@ class Recorder(TorchFunctionMode):
             calls.append(entry)
             recorder._stack.append(number)
             try:
-                output = original(module, *args, **kwargs)
+                with recorder._taken_whole(module):
+                    output = original(module, *args, **kwargs)
             finally:
                 recorder._stack.pop()
             entry.last = len(recorder.recording.nodes)
@@ -261,6 +265,54 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             nn.Module.__call__ = original
+
+    @contextmanager
+    def _taken_whole(self, module: nn.Module) -> Generator[None]:
+        """While the block runs, the forward of a module declared opaque is one operation; its hooks are not part of it."""
+        opaque = opaque_of(module)
+        if opaque is None:
+            yield
+            return
+        forward, own = module.forward, module.__dict__.get("forward")
+
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():  # unlike calls of the torch API, this one arrives with the mode on
+                return self._leaf(opaque, module, forward, args, kwargs)
+
+        module.__dict__["forward"] = whole
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
+
+    def _leaf(
+        self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """Run an opaque module, or what tells its results' shape, and write it down as one operation."""
+        if self._meta:
+            args, kwargs = self._on_meta(args), self._on_meta(kwargs)
+        self._tracked = []
+        before = [self._argument(value) for value in (*holdings(module), *args)]
+        keywords = {key: self._argument(value) for key, value in kwargs.items()}
+        tracked, self._in_leaf = self._tracked, True
+        try:
+            with untracked(module):
+                told = self._meta and opaque.shape is not None
+                result = opaque.shape(module, *args, **kwargs) if told else forward(*args, **kwargs)
+        finally:
+            self._in_leaf = False
+        if not (isinstance(result, Tensor) or (isinstance(result, (tuple, list)) and result)):
+            raise TraceError(
+                f"{opaque.kind.__name__} is declared with register_module_rule, but gives a {type(result).__name__}. "
+                "Such a module must return a tensor, or a tuple of tensors."
+            )
+        self._tracked = tracked
+        self._record(Call(opaque.name, Kind.OPERATION, opaque_call, False), before, keywords, result)
+        node = next(node for node in reversed(self.recording.nodes) if node.target is opaque_call)
+        node.meta["module"] = module
+        return result
 
     def _known_only(self, value: Any) -> Any:
         """`value` with tensors replaced by their nodes; a tensor not seen yet stays as it is."""

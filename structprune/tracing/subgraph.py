@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from structprune.errors import TraceError
+from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Arithmetic, Attribute, Constant, Dim, Expression, SizeFloat, SizeInt
 from structprune.tracing.recorder import ModuleCall
 from structprune.tracing.trace import Trace
@@ -119,7 +120,7 @@ class _Builder:
                 self._unpack(item, self._graph.call_function(operator.getitem, (made, position)))
 
     def _operation(self, node: fx.Node, number: int) -> None:
-        if node.meta["name"] == "batch_norm" or node.target is setattr:
+        if node.meta["name"] == "batch_norm" or node.target in (setattr, opaque_call):
             raise self._fail(f"calls {node.meta['name']} itself")
         args = [self._argument(item, number, (i,)) for i, item in enumerate(node.args)]
         kwargs = {key: self._argument(item, number, (key,)) for key, item in node.kwargs.items()}

@@ -1,0 +1,91 @@
+"""Rules for modules that the tracer does not look into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from structprune.channels.rules.table import RULES, Context, Operand, Result, Rule, rule
+from structprune.errors import RuleError
+from structprune.tracing.opaque import OPAQUE, Opaque
+
+
+class Leaf:
+    """An opaque module as its rule sees it.
+
+    Attributes are those of the module, children included (``m.proj.weight``), but tensors are operands with rows, and
+    ints are tracked: what ``c.expect`` ties to a row is repaired in the pruned model.
+    """
+
+    def __init__(
+        self, module: nn.Module, tensors: dict[str, Operand], numbers: dict[str, Any], prefix: str = ""
+    ) -> None:
+        self._module, self._tensors, self._numbers, self._prefix = module, tensors, numbers, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        """A tensor's operand, a tracked int, a child's view, or whatever else the module has under this name."""
+        full = self._prefix + name
+        if full in self._tensors:
+            return self._tensors[full]
+        if full in self._numbers:
+            return self._numbers[full]
+        value = getattr(self._module, name)
+        return Leaf(value, self._tensors, self._numbers, f"{full}.") if isinstance(value, nn.Module) else value
+
+
+def register_module_rule(kind: type[nn.Module], shape: Callable[..., Any] | None = None) -> Callable[[Rule], Rule]:
+    """Declare that modules of class `kind` are taken as a whole, by the decorated rule.
+
+    Use it for a module whose forward the tracer cannot see: a Triton or CUDA kernel, NumPy, another library.
+
+    Args:
+        kind: the class; subclasses that inherit its forward are meant too.
+        shape: ``shape(module, *args, **kwargs)`` gives empty results of the right shapes, from arguments and parameters
+            on the ``meta`` device. Without it the forward itself runs, on ``meta`` if it can, else on real values.
+
+    Returns:
+        A decorator for ``rule(c, m, *args, **kwargs)``. `m` is the module with operands for tensors; tensor arguments
+        are operands too. It returns the rows of the result (a list of rows for a tuple of results). What the module
+        sums, sorts or normalises over without weights of its own must be pinned: ``c.pin(row, reason)``.
+
+    Raises:
+        RuleError: `kind` is no class of modules, or has a rule already.
+
+    Example:
+        >>> import torch, structprune
+        >>> class Kernel(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.randn(8, 4))
+        ...
+        ...     def forward(self, x):
+        ...         return torch.from_numpy(x.numpy() @ self.weight.detach().numpy().T)
+        >>> @structprune.register_module_rule(Kernel, shape=lambda m, x: x.new_empty(len(x), m.weight.shape[0]))
+        ... def kernel(c, m, x):
+        ...     c.same(x.rows[1], m.weight.rows[1])
+        ...     return (x.rows[0], m.weight.rows[0])
+        >>> model = torch.nn.Sequential(Kernel(), torch.nn.Linear(8, 2))
+        >>> slim = structprune.prune(model, torch.randn(1, 4), ratio=0.5)
+        >>> slim[0].weight.shape
+        torch.Size([4, 4])
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise RuleError(f"register_module_rule takes a class of modules, not {kind!r}. Give the class itself.")
+    if kind in OPAQUE:
+        raise RuleError(f"{kind.__name__} has a rule already. A class has one rule: change that one.")
+    name = f"module.{kind.__module__}.{kind.__qualname__}"
+    # Local classes, and those of a notebook's cell that runs twice, share their name.
+    opaque = Opaque(name if name not in RULES else f"{name} {len(OPAQUE)}", kind, shape)
+
+    def register(function: Rule) -> Rule:
+        def whole(c: Context, tensors: Any, numbers: Any, *args: Any, **kwargs: Any) -> Result:
+            return function(c, Leaf(c.node.meta["module"], tensors, numbers), *args, **kwargs)
+
+        whole.__module__, whole.__qualname__ = function.__module__, function.__qualname__
+        rule(opaque.name)(whole)
+        OPAQUE[kind] = opaque
+        return function
+
+    return register

@@ -142,7 +142,7 @@ class ChannelGraph:
         for node in self.trace.nodes:
             if node.meta["name"] == "parameter":
                 for dim, row in enumerate(self.channels.rows[node.meta["index"]]):
-                    if row.free:
+                    if row.free and row.size:
                         found.append(Slot(str(node.target), dim, row))
         return found
 

@@ -89,6 +89,9 @@ class ZeroPass:
             return tuple(bool(node.meta["dtype"].is_floating_point) for _ in rows)
         if name in ("zeros", "new_zeros"):
             return tuple(True for _ in rows)
+        source = node.meta.get("keeps_zeros")
+        if source is not None:
+            return self._of(source)
         family = next((family for names, family in _FAMILIES if name in names), None)
         return _none(rows) if family is None or not tensors else family(self, node, tensors, rows)
 

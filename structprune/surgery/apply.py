@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import SurgeryError
+from structprune.surgery.derived import owner, refresh
 from structprune.surgery.describe import describe_layers, set_attribute
 from structprune.surgery.edits import Edits, Repair
 from structprune.surgery.history import record_kept
@@ -109,13 +110,14 @@ def _finish(
     model: nn.Module, plan: Edits, tensors: dict[str, Held], classes: Classes, undo: list[Callable[[], None]]
 ) -> None:
     """Everything but the tensors: attributes by provenance, descriptions of standard layers, literals, the record."""
-    thinned = {thinning.tensor.rpartition(".")[0] for thinning in plan.thinnings}
+    thinned = {owner(thinning.tensor.rpartition(".")[0]) for thinning in plan.thinnings}
     for repair in plan.repairs:
         _repair(model, repair, undo)
     for path, name in plan.caches:
         held: dict[Any, Any] = getattr(model.get_submodule(path), name)
         kept = {key: value for key, value in held.items() if not isinstance(value, Tensor)}
         set_attribute(model.get_submodule(path), name, kept, undo)
+    refresh(model, thinned, undo)
     describe_layers(model, thinned | {repair.module for repair in plan.repairs}, undo)
     for path, new_class in classes.items():
         module = model.get_submodule(path)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from structprune.surgery.derived import resting
+
 
 def _first(*names: str) -> Callable[[Any], Any]:
     """The first of these tensors that the module has."""
@@ -82,14 +84,22 @@ def describe_layers(model: nn.Module, paths: Iterable[str], undo: list[Callable[
     """Make the standard layers at `paths` describe the shapes that their tensors have now."""
     for path in sorted(paths):
         module = model.get_submodule(path) if path else model
-        for kind, (tensor, attributes) in DESCRIPTIONS.items():
-            if not isinstance(module, kind):
-                continue
-            found = tensor(module)
-            if found is None:
-                break
-            for name, shape in attributes.items():
-                value = shape(module, found)
-                if getattr(module, name) != value:
-                    set_attribute(module, name, value, undo)
-            break
+        known = next((entry for kind, entry in DESCRIPTIONS.items() if isinstance(module, kind)), None)
+        if known is not None:
+            with resting(module):
+                _describe(module, *known, undo)
+
+
+def _describe(
+    module: nn.Module,
+    tensor: Callable[[Any], Any],
+    attributes: dict[str, Callable[[Any, Any], Any]],
+    undo: list[Callable[[], None]],
+) -> None:
+    found = tensor(module)
+    if found is None:
+        return
+    for name, shape in attributes.items():
+        value = shape(module, found)
+        if getattr(module, name) != value:
+            set_attribute(module, name, value, undo)

@@ -17,6 +17,7 @@ from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
 from structprune.surgery.edits import Edits
+from structprune.surgery.quantization import fake_quantization_off
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import (
@@ -93,7 +94,8 @@ class _Reference(Recorder):
     def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = self._survivors.get(len(self.recording.nodes))
         if found is None:
-            return super()._execute(call, func, args, kwargs)
+            result = super()._execute(call, func, args, kwargs)
+            return _off_over_off(result, *args) if call.name == "div" and not call.inplace else result
         dims, masks = found
         x: Tensor = args[0] if args else kwargs["input"]
         keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
@@ -118,6 +120,13 @@ class _Reference(Recorder):
         rest[0] = len(torch.unique(keep // size))
         rest[1:3] = [t.index_select(0, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
         return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
+
+
+def _off_over_off(result: Any, *operands: Any) -> Any:
+    """A quotient in which nothing over nothing is nothing: both belong to a channel that is off."""
+    if len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
+        return result
+    return torch.where((operands[0] == 0) & (operands[1] == 0), 0, result)
 
 
 def _present(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> tuple[list[int], list[Tensor]]:
@@ -221,7 +230,7 @@ def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
 def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: ExampleInputs) -> Report:
     """Compare `slim` with `original` whose removed channels are switched off.
 
-    Half-precision models are compared in float32 copies; models on the ``meta`` device by shape alone.
+    Half-precision models are compared in float32 copies; fake quantization is off meanwhile; models on the ``meta`` device by shape alone.
 
     Args:
         original: the model that `plan` was made for, unchanged.
@@ -252,8 +261,9 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: Ex
         original, slim = copy.deepcopy(original).float(), copy.deepcopy(slim).float()
         example_inputs = _mapped(example_inputs, lambda t: t.float() if t.is_floating_point() else t)
         types = {torch.float32}
-    ours = _kept_outputs(run_once(slim, example_inputs), plan)
-    errors = relative_errors(ours, _kept_outputs(switched_off(original, plan, example_inputs), plan))
+    with fake_quantization_off(original, slim):
+        ours = _kept_outputs(run_once(slim, example_inputs), plan)
+        errors = relative_errors(ours, _kept_outputs(switched_off(original, plan, example_inputs), plan))
     tolerance = max(TOLERANCE.get(kind, 1e-3) for kind in types)
     return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance)
 

@@ -16,7 +16,9 @@ def floating_tensors(model: nn.Module) -> dict[str, Tensor]:
     found |= dict(model.named_buffers(remove_duplicate=False))
     for path, module in model.named_modules(remove_duplicate=False):
         for key, value in vars(module).items():
-            if isinstance(value, Tensor):
+            # What a hook computes anew before each forward is no tensor of its own.
+            derived = f"{key}_orig" in module._parameters or f"{key}_v" in module._parameters
+            if isinstance(value, Tensor) and not derived:
                 found[f"{path}.{key}" if path else key] = value
     return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
 

@@ -106,6 +106,10 @@ class Context:
         self.claimed.add(id(value))
         self.relations.scales.append(Scale(self.node.meta["index"], argument, expression_of(value), row))
 
+    def keeps_zeros(self, operand: Operand) -> None:
+        """The result has the shape of `operand`, and is zero wherever that is: ``f(0) = 0``, entry by entry."""
+        self.node.meta["keeps_zeros"] = operand.node
+
     def broadcast(self, operands: Sequence[Operand]) -> Rows:
         """Rows of an elementwise result; dimensions of the same place are the same channels."""
         if len(operands) == 1:

@@ -8,6 +8,7 @@ Classes are known by their full names, so that nothing has to be imported to rec
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ _PACKED = "its weights are packed; prune the model in floating point first, then
 
 REFUSED: dict[str, str] = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": _SHARDED,
-    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": _SHARDED,
+    "torch.distributed.fsdp.FSDPModule": _SHARDED,
     "torch.jit._script.ScriptModule": "its forward is compiled TorchScript; prune the nn.Module that it was made from",
     "torch._export.exported_program.ExportedProgram": "prune the nn.Module that it was exported from",
 }
@@ -169,13 +170,22 @@ def _copied(value: Any) -> Any:
 
 def _distributed(wrapper: Any, inner: nn.Module) -> nn.Module:
     """A new DistributedDataParallel with the options of another."""
+    # Buffers that each process keeps for itself must not be overwritten when the new one starts. Releases that deprecate
+    # this option have no other for it yet.
+    buffers = {} if wrapper.broadcast_buffers else {"broadcast_buffers": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
+        return _with_options(wrapper, inner, buffers)
+
+
+def _with_options(wrapper: Any, inner: nn.Module, buffers: dict[str, bool]) -> nn.Module:
     made: Any = type(wrapper)(
         inner,
+        **buffers,
         device_ids=wrapper.device_ids,
         output_device=wrapper.output_device,
         dim=wrapper.dim,
         process_group=wrapper.process_group,
-        broadcast_buffers=wrapper.broadcast_buffers,
         bucket_cap_mb=None if wrapper.bucket_bytes_cap_default else wrapper.bucket_bytes_cap / 2**20,
         find_unused_parameters=wrapper.find_unused_parameters,
         gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
@@ -184,4 +194,5 @@ def _distributed(wrapper: Any, inner: nn.Module) -> nn.Module:
     )
     for hook, state in wrapper._comm_hooks:
         made.register_comm_hook(state, hook)
-    return made.train(wrapper.training)
+    made.training = wrapper.training  # of the wrapper alone: the layers inside have modes of their own
+    return made

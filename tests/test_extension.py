@@ -100,7 +100,9 @@ def test_an_operation_of_two_results(overload: bool) -> None:
     inputs = normal(3, 6).double()
     graph = structprune.DependencyGraph(Swapped(overload).double(), inputs)
     for layer in ("a", "b"):
-        assert re.search(r"no rule for the operation structprune_test::swap in the model \(.*:\d+\)", graph.explain(layer))
+        assert re.search(
+            r"no rule for the operation structprune_test::swap in the model \(.*:\d+\)", graph.explain(layer)
+        )
 
     @structprune.register_rule("structprune_test::swap")
     def swap(c: Any, x: Any, y: Any) -> Any:

@@ -193,9 +193,9 @@ def _check_shapes(change: _Change, inplace: bool) -> None:
     old = after if inplace else before
     if list(change.old.shape) != old or list(change.new.shape) != after:
         raise SurgeryError(
-            f"The plan takes {change.name!r} from {before} to {after}, but it has the shape {list(change.old.shape)} in "
-            f"the model given and {list(change.new.shape)} in the pruned one. Give the plan, and the models before and "
-            "after it; after pruning in place, the model alone."
+            f"The plan takes {change.name!r} from {before} to {after}, but it has the shape {list(change.old.shape)} "
+            f"in the model given and {list(change.new.shape)} in the pruned one. Give the plan, and the models "
+            "before and after it; after pruning in place, the model alone."
         )
     change.shape = tuple(before)
 

@@ -53,14 +53,14 @@ REFUSED_PACKAGES: dict[str, str] = dict.fromkeys(
 _FLOATING = frozenset({"FloatFunctional", "FXFloatFunctional"})
 
 
-def _class_names(module: object) -> Iterator[str]:
+def class_names(module: object) -> Iterator[str]:
     """Full names of the classes that `module` is an instance of."""
     return (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
 
 
 def _holds_under(module: object) -> str | None:
     """The name under which a wrapper holds its model, or None if `module` is no wrapper."""
-    return next((WRAPPERS[name] for name in _class_names(module) if name in WRAPPERS), None)
+    return next((WRAPPERS[name] for name in class_names(module) if name in WRAPPERS), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -90,12 +90,12 @@ def prunable(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise UnsupportedModelError(f"model is a {type(model).__name__}; give an nn.Module.")
     if inplace:
         for path, module in model.named_modules():
-            if _DISTRIBUTED in _class_names(module):
+            if _DISTRIBUTED in class_names(module):
                 raise _refusal(
                     module,
                     path,
-                    "its reducer holds buckets for gradients of the old sizes; prune without inplace (the result is a new "
-                    "DistributedDataParallel), or prune its .module in place and wrap that again",
+                    "its reducer holds buckets for gradients of the old sizes; prune without inplace (the result is a "
+                    "new DistributedDataParallel), or prune its .module in place and wrap that again",
                 )
     inner = unwrapped(model)
     for path, module in inner.named_modules():
@@ -112,7 +112,7 @@ def _refusal(module: nn.Module, path: str, reason: str) -> UnsupportedModelError
 
 def _reason(module: nn.Module) -> str | None:
     """Why a module cannot be pruned, if it can't; its children are not looked at."""
-    for name in _class_names(module):
+    for name in class_names(module):
         if name in REFUSED:
             return REFUSED[name]
         for package, reason in REFUSED_PACKAGES.items():
@@ -148,7 +148,7 @@ def rewrapped(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
     if held is None:
         return inner
     inner = rewrapped(getattr(wrapper, held), inner)
-    names = set(_class_names(wrapper))
+    names = set(class_names(wrapper))
     if _COMPILED in names:
         compiled: Any = wrapper
         return compiled.dynamo_ctx(inner)
@@ -170,8 +170,8 @@ def _copied(value: Any) -> Any:
 
 def _distributed(wrapper: Any, inner: nn.Module) -> nn.Module:
     """A new DistributedDataParallel with the options of another."""
-    # Buffers that each process keeps for itself must not be overwritten when the new one starts. Releases that deprecate
-    # this option have no other for it yet.
+    # Buffers that each process keeps for itself must not be overwritten when the new one starts. Releases that
+    # deprecate this option have no other for it yet.
     buffers = {} if wrapper.broadcast_buffers else {"broadcast_buffers": False}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)

@@ -1,4 +1,4 @@
-"""`kept`: every surviving channel's index in the first model, after any number of rounds and through whatever happens."""
+"""`kept`: every surviving channel's index in the first model, after any number of rounds."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_a_tensor_that_something_else_resized_is_not_guessed() -> None:
     slim = structprune.prune(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), normal(2, 4), ratio=0.5)
     slim[0].weight, slim[0].bias = nn.Parameter(torch.rand(6, 4)), nn.Parameter(torch.rand(6))
     slim[2].weight = nn.Parameter(torch.rand(2, 6))
-    with pytest.raises(SurgeryError, match="Dimension 0 of '0.weight' had 8 channels in the first model"):
+    with pytest.raises(SurgeryError, match=r"Dimension 0 of '0.weight' had 8 channels in the first model"):
         structprune.kept(slim)
     # Pruned again it may have as many channels as the old record, which says nothing about them all the same.
     structprune.DependencyGraph(slim, normal(2, 4)).prune_group("0", [0, 1])

@@ -253,7 +253,9 @@ def assert_refused(optimizer: torch.optim.Optimizer, message: str, *args: Any) -
     assert list(optimizer.state) == list(state)
     assert all(optimizer.state[p] is entries for p, entries in state.items())
     assert all(
-        a is b for old, new in zip(groups, optimizer.param_groups, strict=True) for a, b in zip(old, new["params"])
+        a is b
+        for old, new in zip(groups, optimizer.param_groups, strict=True)
+        for a, b in zip(old, new["params"], strict=True)
     )
 
 

@@ -1,7 +1,7 @@
 """Tensors that a layer computes from its parameters: kept up to date, and read without moving them on.
 
-The older `weight_norm` and `spectral_norm`, and ``torch.nn.utils.prune``, compute a layer's weight in a hook before each
-forward and leave the result on the module as a plain attribute; parametrizations compute it whenever it is read.
+The older `weight_norm` and `spectral_norm`, and ``torch.nn.utils.prune``, compute a layer's weight in a hook before
+each forward and leave the result on the module as a plain attribute; parametrizations compute it whenever it is read.
 """
 
 from __future__ import annotations

@@ -104,10 +104,10 @@ def kept(model: nn.Module) -> dict[str, dict[int, tuple[int, ...]]]:
     """The channels of the first model that are left in this one, after any number of rounds of pruning.
 
     `Plan.apply`, `prune` and `DependencyGraph.prune_group` write this down, in place and on copies alike. The record is
-    kept by each layer: it goes along in ``copy.deepcopy``, in ``torch.save`` of a whole module, when a layer is renamed,
-    moved into another model or wrapped (``torch.compile``, DataParallel, an average of weights; names are those of the
-    model inside). A layer that is replaced by a new one is a whole one. A state dict does not hold the record: after
-    ``load_state_dict`` it says what was done to the model that was loaded into.
+    kept by each layer: it goes along in ``copy.deepcopy``, in ``torch.save`` of a whole module, when a layer is
+    renamed, moved into another model or wrapped (``torch.compile``, DataParallel, an average of weights; names are
+    those of the model inside). A layer that is replaced by a new one is a whole one. A state dict does not hold the
+    record: after ``load_state_dict`` it says what was done to the model that was loaded into.
 
     Args:
         model: a model that was pruned, or not.

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+
+from structprune.wrapping import class_names
+
+_FAKE = "torch.ao.quantization.fake_quantize.FakeQuantizeBase"
 
 
 @contextmanager
@@ -19,8 +22,9 @@ def fake_quantization_off(*models: nn.Module) -> Generator[None]:
     switches: list[tuple[Tensor, Tensor]] = []
     for model in models:
         for module in model.modules():
-            if isinstance(module, FakeQuantizeBase):
-                switches += [(s, s.clone()) for s in (module.fake_quant_enabled, module.observer_enabled)]
+            if _FAKE in class_names(module):
+                found = (module.get_buffer("fake_quant_enabled"), module.get_buffer("observer_enabled"))
+                switches += [(switch, switch.clone()) for switch in found]
     try:
         with torch.no_grad():
             for switch, _ in switches:

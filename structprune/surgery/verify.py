@@ -230,7 +230,8 @@ def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
 def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: ExampleInputs) -> Report:
     """Compare `slim` with `original` whose removed channels are switched off.
 
-    Half-precision models are compared in float32 copies; fake quantization is off meanwhile; models on the ``meta`` device by shape alone.
+    Half-precision models are compared in float32 copies, models on the ``meta`` device by shape alone. Fake
+    quantization is off meanwhile.
 
     Args:
         original: the model that `plan` was made for, unchanged.

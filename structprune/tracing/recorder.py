@@ -268,7 +268,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def _taken_whole(self, module: nn.Module) -> Generator[None]:
-        """While the block runs, the forward of a module declared opaque is one operation; its hooks are not part of it."""
+        """While the block runs, the forward of a module declared opaque is one operation, its hooks are others."""
         opaque = opaque_of(module)
         if opaque is None:
             yield
@@ -299,8 +299,8 @@ class Recorder(TorchFunctionMode):
         tracked, self._in_leaf = self._tracked, True
         try:
             with untracked(module):
-                told = self._meta and opaque.shape is not None
-                result = opaque.shape(module, *args, **kwargs) if told else forward(*args, **kwargs)
+                shape = opaque.shape if self._meta else None
+                result = forward(*args, **kwargs) if shape is None else shape(module, *args, **kwargs)
         finally:
             self._in_leaf = False
         if not (isinstance(result, Tensor) or (isinstance(result, (tuple, list)) and result)):

@@ -72,8 +72,9 @@ def register_module_rule(kind: type[nn.Module], shape: Callable[..., Any] | None
 
     Returns:
         A decorator for ``rule(c, m, *args, **kwargs)``. `m` is the module with operands for tensors; tensor arguments
-        are operands too. Dimensions of the module's tensors that the rule never asks for stay whole. It returns the rows of the result (a list of rows for a tuple of results). What the module
-        sums, sorts or normalises over without weights of its own must be pinned: ``c.pin(row, reason)``.
+        are operands too. It returns the rows of the result (a list of rows for a tuple of results). Dimensions of the
+        module's tensors that it never asks for stay whole. What the module sums, sorts or normalises over without
+        weights of its own must be pinned: ``c.pin(row, reason)``.
 
     Raises:
         RuleError: `kind` is no class of modules, or has a rule already.

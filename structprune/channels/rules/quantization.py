@@ -6,21 +6,22 @@ represented exactly. Their statistics of single channels go with the channels.
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.quantization import fake_quantize, observer
 
 from structprune.channels.relations import Rows
 from structprune.channels.rules.opaque import Leaf, register_module_rule
 from structprune.channels.rules.table import Context, Operand
 
-_KINDS: tuple[type[nn.Module], ...] = (
-    observer.MinMaxObserver, observer.MovingAverageMinMaxObserver, observer.PerChannelMinMaxObserver,
-    observer.MovingAveragePerChannelMinMaxObserver, observer.HistogramObserver, observer.PlaceholderObserver,
-    observer.NoopObserver, observer.FixedQParamsObserver, observer.ReuseInputObserver, fake_quantize.FakeQuantize,
-    fake_quantize.FusedMovingAvgObsFakeQuantize, fake_quantize.FixedQParamsFakeQuantize,
+_KINDS = (
+    "MinMaxObserver", "MovingAverageMinMaxObserver", "PerChannelMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver", "HistogramObserver", "PlaceholderObserver", "NoopObserver",
+    "FixedQParamsObserver", "ReuseInputObserver", "FakeQuantize", "FusedMovingAvgObsFakeQuantize",
+    "FixedQParamsFakeQuantize",
 )  # fmt: skip
 _PER_CHANNEL = ("scale", "zero_point", "min_val", "max_val")
 
@@ -42,5 +43,8 @@ def _quantization(c: Context, m: Leaf, x: Operand) -> Rows:
     return x.rows
 
 
-for _kind in _KINDS:
-    register_module_rule(_kind, shape=_same)(_quantization)
+# torch means to give this package up: then there is nothing to register.
+if find_spec("torch.ao.quantization") is not None:
+    _package = import_module("torch.ao.quantization")
+    for _kind in _KINDS:
+        register_module_rule(getattr(_package, _kind), shape=_same)(_quantization)

@@ -1,0 +1,131 @@
+"""Hooks, masks and parametrizations: kept, run, and up to date."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import oracle
+from support.cases import normal
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import prune as masks
+from torch.nn.utils import spectral_norm as spectral_norm_hook
+from torch.nn.utils import weight_norm as weight_norm_hook
+
+import structprune
+
+INPUTS = normal(4, 3, 7, 7).double()
+
+
+class Network(nn.Module):
+    """Layers by name, so that names inside a wrapper can be told from those outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.head = nn.Conv2d(8, 12, 3), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.conv1(x)))
+        return self.head(F.adaptive_avg_pool2d(F.gelu(self.conv2(x)), 1).flatten(1))
+
+
+def network() -> Network:
+    return oracle.jitter(Network(), seed=0)  # pyright: ignore[reportReturnType]
+
+
+def test_hooks_are_kept_and_run() -> None:
+    model, seen = network(), []
+    model.conv1.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    model.conv1.register_forward_hook(lambda m, args, out: torch.tanh(out[:, :, 1:-1]))
+    model.conv2.register_forward_hook(lambda m, args, kwargs, out: seen.append(tuple(out.shape)), with_kwargs=True)
+    model.norm.register_full_backward_hook(lambda m, before, after: seen.append("backward"))
+    plan = structprune.plan(model, INPUTS, ratio=0.5)
+    slim = plan.apply(model)
+    oracle.check(model, slim, plan, INPUTS)
+    seen.clear()
+    slim(INPUTS).sum().backward()
+    assert seen == [(4, 6, 3, 5), "backward"]
+
+
+def test_a_hook_that_ties_channels_is_seen() -> None:
+    """It adds what another layer gave: the two must lose the same channels."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    model[2].register_forward_hook(lambda m, args, out: out + args[0])
+    model, inputs = oracle.jitter(model, seed=0), normal(4, 6).double()
+    plan = structprune.plan(model, inputs, ratio=0.5)
+    assert plan.removed["0.weight"][0] == plan.removed["2.weight"][0] == plan.removed["4.weight"][1]
+    oracle.check(model, plan.apply(model), plan, inputs)
+
+
+def masked(model: Network) -> nn.Module:
+    masks.l1_unstructured(model.conv2, "weight", amount=0.5)
+    masks.random_structured(model.conv2, "weight", amount=2, dim=0)
+    masks.random_unstructured(model.conv1, "bias", amount=0.5)
+    return model
+
+
+COMPUTED: dict[str, Callable[[Any], Any]] = {
+    "masks": masked,
+    "weight norm hook": lambda m: (weight_norm_hook(m.conv2), weight_norm_hook(m.head, dim=1), m)[-1],
+    "weight norm": lambda m: (parametrizations.weight_norm(m.conv2), parametrizations.weight_norm(m.head, dim=1), m)[
+        -1
+    ],
+    "spectral norm hook": lambda m: (spectral_norm_hook(m.conv2), m)[-1],
+    "spectral norm": lambda m: (parametrizations.spectral_norm(m.conv2), m)[-1],
+    "scaled": lambda m: (parametrize.register_parametrization(m.conv2, "weight", Scaled(12)), m)[-1],
+}
+
+
+class Scaled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.gain[:, None, None, None]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_weights_that_are_computed(kind: str, inplace: bool) -> None:
+    model = COMPUTED[kind](Network())
+    with torch.no_grad():
+        model(INPUTS.float())
+    twin = oracle.jitter(model, seed=0)
+    with torch.no_grad():
+        twin(INPUTS)
+    model = copy.deepcopy(twin).train()
+    plan = structprune.plan(model, INPUTS, ratio=0.5)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    slim = plan.apply(model, inplace=inplace)
+    assert (slim.conv2.in_channels, slim.conv2.out_channels, slim.head.in_features) == (4, 6, 6)
+    assert slim.training
+    for name, tensor in slim.state_dict().items():  # reading the weight has moved no power iteration on
+        for dim, indices in structprune.kept(slim).get(name, {}).items():
+            state[name] = state[name].index_select(dim, torch.tensor(indices))
+        assert torch.equal(tensor, state[name]), name
+    assert slim.eval().conv2.weight.shape == (6, 4, 3, 3), "up to date before the first forward"
+    oracle.check(twin, slim, plan, INPUTS)
+    slim.train()(INPUTS).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in slim.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["masks", "weight norm hook", "spectral norm hook"])
+def test_computed_weights_with_a_graph_of_their_own(kind: str) -> None:
+    """After a forward with gradients the weight on the module is no leaf, which ``copy.deepcopy`` refuses."""
+    model = COMPUTED[kind](Network()).eval()
+    model(INPUTS.float())
+    slim = structprune.prune(model, INPUTS.float(), ratio=0.5)
+    assert slim.conv2.weight.shape == (6, 4, 3, 3)
+    assert model.conv2.weight.grad_fn is not None
+    model(INPUTS.float()).sum().backward()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import CASES, all_cases, normal
 from support.snapshot import assert_untouched, snapshot
-from torch import Tensor, nn
+from torch import fx, nn
 
 import structprune
 from structprune.errors import SurgeryError
@@ -88,7 +88,7 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
         self.gain = nn.Parameter(torch.rand(8))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):  # with annotations that are strings, torch.fx cannot save it
         return self.head(F.relu(self.up(self.embed(x))) * self.gain + self.embed(x))
 
 
@@ -119,6 +119,22 @@ def test_the_record_survives_copies(copied: Any) -> None:
     assert structprune.kept(twin) == structprune.kept(model) != {}
     structprune.prune(twin, INPUTS, ratio=0.5, inplace=True)
     assert structprune.kept(twin) != structprune.kept(model)
+
+
+def test_graph_modules() -> None:
+    """Their copies are built anew from the graph, and lose the attributes of their root."""
+    tokens = torch.arange(6).reshape(2, 3)
+    model = structprune.prune(fx.symbolic_trace(Tied()), tokens, ratio=0.25)
+    record = structprune.kept(model)
+    assert record.keys() == {"gain", "embed.weight", "up.weight", "up.bias", "head.weight"}
+    assert structprune.kept(copy.deepcopy(model)) == structprune.kept(saved_and_loaded(model)) == record
+    plan = structprune.plan(model, tokens, ratio=0.5)
+    gone = plan.removed["gain"][0]
+    expected = tuple(x for i, x in enumerate(record["gain"][0]) if i not in gone)
+    assert structprune.kept(plan.apply(model))["gain"][0] == expected
+    assert structprune.kept(model) == record
+    plan.apply(model, inplace=True)
+    assert structprune.kept(model)["gain"][0] == structprune.kept(copy.deepcopy(model))["gain"][0] == expected
 
 
 def test_the_record_is_no_state() -> None:

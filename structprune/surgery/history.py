@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from structprune.errors import SurgeryError
 from structprune.surgery.edits import Edits, Thinning
@@ -23,6 +23,8 @@ from structprune.wrapping import unwrapped
 # Of a module: the name of a tensor that it holds -> dimension -> (size in the first model, indices kept). The indices
 # are None once something else has resized a pruned tensor, since then nobody knows which channels they are.
 RECORD = "_structprune_kept"
+# A copy of a GraphModule is built from its graph anew, and takes along only the attributes that its meta names here.
+_PRESERVED = "_user_preserved_attributes"
 Indices = NDArray[np.int64]
 Record = dict[str, dict[int, tuple[int, Indices | None]]]
 
@@ -77,17 +79,23 @@ def record_kept(
 
 
 def _set(module: nn.Module, record: Record, undo: list[Callable[[], None]]) -> None:
-    state: dict[str, Any] = module.__dict__
-    before = dict(state)
+    _assign(module.__dict__, RECORD, record, undo)
+    if isinstance(module, fx.GraphModule):
+        kept_in_copies: dict[str, Any] = module.meta.get(_PRESERVED, {})
+        _assign(module.meta, _PRESERVED, {**kept_in_copies, RECORD: record}, undo)
+
+
+def _assign(target: dict[str, Any], key: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    before = dict(target)
 
     def restore() -> None:
-        if RECORD in before:
-            state[RECORD] = before[RECORD]
+        if key in before:
+            target[key] = before[key]
         else:
-            state.pop(RECORD, None)
+            target.pop(key, None)
 
     undo.append(restore)
-    state[RECORD] = record
+    target[key] = value
 
 
 def _records(model: nn.Module) -> Iterator[tuple[str, dict[int, tuple[int, Indices | None]], tuple[int, ...]]]:

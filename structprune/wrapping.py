@@ -98,8 +98,12 @@ def prunable(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                     "new DistributedDataParallel), or prune its .module in place and wrap that again",
                 )
     inner = unwrapped(model)
+    kinds: dict[type, str | None] = {}
     for path, module in inner.named_modules():
-        reason = _reason(module)
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = _reason_of_kind(module)
+        reason = kinds[kind] or _reason_of_tensors(module)
         if reason is not None:
             raise _refusal(module, path, reason)
     return inner
@@ -110,14 +114,19 @@ def _refusal(module: nn.Module, path: str, reason: str) -> UnsupportedModelError
     return UnsupportedModelError(f"{where} cannot be pruned: {reason}.")
 
 
-def _reason(module: nn.Module) -> str | None:
-    """Why a module cannot be pruned, if it can't; its children are not looked at."""
+def _reason_of_kind(module: nn.Module) -> str | None:
+    """Why modules of this class cannot be pruned, if they can't."""
     for name in class_names(module):
         if name in REFUSED:
             return REFUSED[name]
         for package, reason in REFUSED_PACKAGES.items():
             if name.startswith(f"{package}.") and type(module).__name__ not in _FLOATING:
                 return reason
+    return None
+
+
+def _reason_of_tensors(module: nn.Module) -> str | None:
+    """Why the tensors that a module itself holds cannot be sliced, if they can't."""
     for store in (module._parameters, module._buffers):
         for name, tensor in store.items():
             if tensor is not None and (reason := _reason_of_tensor(name, tensor)) is not None:
@@ -128,9 +137,8 @@ def _reason(module: nn.Module) -> str | None:
 def _reason_of_tensor(name: str, tensor: Tensor) -> str | None:
     if is_lazy(tensor):
         return f"its {name} has no shape yet; run the model once on example inputs first"
-    data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
-    if is_traceable_wrapper_subclass(data):
-        kind = type(data).__name__
+    if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):
+        kind = type(tensor).__name__
         return f"its {name} is a {kind}: {_SHARDED if kind == 'DTensor' else _PACKED}"
     if tensor.is_quantized or tensor.layout is not torch.strided:
         kind = tensor.dtype if tensor.is_quantized else tensor.layout

@@ -123,7 +123,7 @@ def _finish(
         module = model.get_submodule(path)
         undo.append(partial(setattr, module, "__class__", type(module)))
         module.__class__ = new_class
-    record_kept(tensors, model.get_submodule, plan, undo)
+    record_kept(model, tensors, plan, undo)
 
 
 def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) -> None:

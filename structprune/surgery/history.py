@@ -38,9 +38,10 @@ def _shape(module: nn.Module, key: str) -> tuple[int, ...] | None:
     return None
 
 
-def _composed(record: tuple[int, Indices | None] | None, thinning: Thinning, now: int) -> tuple[int, Indices | None]:
+def _composed(
+    record: tuple[int, Indices | None] | None, thinning: Thinning, left: Indices, now: int
+) -> tuple[int, Indices | None]:
     """What is left of the first model's indices, when the dimension came out of the thinning with `now` entries."""
-    left = kept_by(thinning)
     if record is None:
         return thinning.size, left if len(left) == now else None
     first, before = record
@@ -48,32 +49,36 @@ def _composed(record: tuple[int, Indices | None] | None, thinning: Thinning, now
     return first, before[left] if fits and before is not None else None
 
 
-def record_kept(
-    tensors: Mapping[str, Held], holders: Callable[[str], nn.Module], edits: Edits, undo: list[Callable[[], None]]
-) -> None:
+def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, undo: list[Callable[[], None]]) -> None:
     """Note, at the modules that hold them, what is left of the tensors that `edits` thinned.
 
     Args:
+        model: the thinned model.
         tensors: the tensors before they were thinned, by name; a tied one is noted under each of its names.
-        holders: the module of the thinned model at a path.
         edits: what was removed.
         undo: how to take the notes back is added here.
     """
     names: dict[int, list[str]] = {}
     for name, held in tensors.items():
         names.setdefault(id(held.tensor), []).append(name)
+    modules = dict(model.named_modules())
     new: dict[int, tuple[nn.Module, Record]] = {}
+    # Coupled tensors lose the same channels: they share one array.
+    shared: dict[tuple[int, tuple[int, ...]], Indices] = {}
     for thinning in edits.thinnings:
+        signature = thinning.size, thinning.removed
+        if signature not in shared:
+            shared[signature] = kept_by(thinning)
         for name in names[id(tensors[thinning.tensor].tensor)]:
             path, _, key = name.rpartition(".")
-            module = holders(path)
+            module = modules[path]
             if id(module) not in new:
                 old: Record = module.__dict__.get(RECORD, {})
                 new[id(module)] = module, {tensor: dict(dims) for tensor, dims in old.items()}
             dims = new[id(module)][1].setdefault(key, {})
             shape = _shape(module, key)
             if shape is not None:
-                dims[thinning.dim] = _composed(dims.get(thinning.dim), thinning, shape[thinning.dim])
+                dims[thinning.dim] = _composed(dims.get(thinning.dim), thinning, shared[signature], shape[thinning.dim])
     for module, record in new.values():
         _set(module, record, undo)
 

@@ -20,6 +20,7 @@ from structprune.planning import plan_removal
 from structprune.surgery.verify import verify as verify_pruned
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, OutputName
+from structprune.wrapping import prunable
 
 
 class Options(TypedDict, total=False):
@@ -90,7 +91,7 @@ def plan(
         (LayerWidth(layer='0', before=8, after=6),)
     """
     score = importance_of(importance)
-    rounding = Rounding(round_to, *_kind(model), min_channels, max_ratio)
+    rounding = Rounding(round_to, *_kind(prunable(model)), min_channels, max_ratio)
     request = Request(ratio, target, scope, axes, rounding)
     with collection_paused(), torch.no_grad():
         graph = DependencyGraph(model, example_inputs, ignore=ignore, outputs=outputs)

@@ -18,6 +18,7 @@ from structprune.cost import Cost
 from structprune.errors import PlanError
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+from structprune.wrapping import unwrapped
 
 SCHEMA = 1
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
@@ -88,7 +89,7 @@ class Plan(Edits):
             SurgeryError: the plan does not fit the model; the model is as it was.
         """
         result = apply(model, self, inplace=inplace)
-        vars(result)[RECORD] = (*plans_of(result), self)
+        vars(unwrapped(result))[RECORD] = (*plans_of(result), self)
         return result
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class Plan(Edits):
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
     """The plans that were applied to a model or to what it is a copy of, the first one first."""
-    return vars(model).get(RECORD, ())
+    return vars(unwrapped(model)).get(RECORD, ())
 
 
 def _edit(kind: Callable[..., E], data: dict[str, Any]) -> E:

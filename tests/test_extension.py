@@ -136,6 +136,16 @@ def test_an_operation_without_a_shape_function_is_traced_on_real_values() -> Non
     check(Halved(), inputs, "up.weight", "down.weight", "out.weight")
 
 
+def test_rows_that_a_rule_of_an_operation_does_not_ask_for_stay_whole() -> None:
+    @structprune.register_rule("structprune_test::swap")
+    def swap(c: Any, x: Any, y: Any) -> Any:
+        return [(*y.rows[:-1], c.axis(10)), x.rows]
+
+    pinned = structprune.DependencyGraph(Swapped(False), normal(3, 6)).pinned()
+    assert pinned["b.weight, dim 0"] == "the rule for structprune_test::swap does not say what it is"
+    assert "a.weight, dim 0" not in pinned
+
+
 def test_a_wrong_rule_is_noticed() -> None:
     @structprune.register_rule("structprune_test::halve")
     def halve(c: Any, x: Any) -> Any:
@@ -205,6 +215,8 @@ def declare(shape: Any = None) -> None:
         first, _ = c.sections(m.proj.weight.rows[0], 2)
         if m.proj.bias is not None:
             c.same(m.proj.weight.rows[0], m.proj.bias.rows[0])
+        if hasattr(m, "shift"):  # a hook's, which is traced: there is nothing to say, but it is seen
+            _ = m.shift.rows[0]
         c.expect(m.sizes[0], m.proj.weight.rows[1])
         c.expect(m.sizes[1], m.proj.weight.rows[0])
         rows = (*x.rows[:-1], first)
@@ -214,6 +226,26 @@ def declare(shape: Any = None) -> None:
 def two(m: Any, x: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     result = x.new_empty(*x.shape[:-1], m.proj.weight.shape[0] // 2)
     return result, torch.empty_like(result)
+
+
+def test_what_a_rule_does_not_ask_for_stays_whole() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.table = nn.Parameter(torch.rand(8, 6)), nn.Parameter(torch.rand(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.detach().numpy() @ self.weight.detach().numpy().T * len(self.table))
+
+    @structprune.register_module_rule(Table)
+    def table(c: Any, m: Any, x: Any) -> Any:
+        return (*x.rows[:-1], m.weight.rows[0])
+
+    model = nn.Sequential(nn.Linear(6, 6), Table(), nn.Linear(8, 4))
+    pinned = structprune.DependencyGraph(model.double(), normal(3, 6).double()).pinned()
+    reason = "the rule for Table does not say what it is"
+    assert pinned["1.table, dim 0"] == pinned["1.weight, dim 1"] == pinned["0.weight, dim 0"] == reason
+    check(model, normal(3, 6).double(), "1.weight", "2.weight")
 
 
 @pytest.mark.parametrize("shape", [None, two], ids=["real", "meta"])

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import structprune
 from structprune.errors import UnknownLayerError, UnsupportedModelError
+from structprune.plan import plans_of
 from structprune.wrapping import WRAPPERS, rewrapped, unwrapped
 
 INPUTS = normal(4, 3, 7, 7).double()
@@ -97,6 +98,7 @@ def test_pruned_through_the_wrapper(kind: str, inplace: bool) -> None:
         assert oracle.relative_error(oracle.call(wrapped, INPUTS), oracle.call(twin, INPUTS)) < 1e-12
     assert structprune.verify(wrapped if not inplace else twin, slim, plan, INPUTS).ok
     assert structprune.cost(slim, INPUTS) == plan.after
+    assert plans_of(structprune.prune(slim, INPUTS, ratio=0.5))[0] == plan, "both rounds are known"
     assert "8 channels" in structprune.DependencyGraph(WRAPPED[kind](twin), INPUTS).explain("conv1")
 
 

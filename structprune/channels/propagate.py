@@ -11,6 +11,7 @@ from torch import fx
 from structprune.channels.relations import Relations
 from structprune.channels.rules import RULES, Context, Operand
 from structprune.channels.rules.table import operands_in
+from structprune.channels.rules.watch import call_watched
 from structprune.errors import RuleError, StructpruneError
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Expression, Literal, SizeInt
@@ -102,12 +103,16 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
 
 def _ask(context: Context, args: list[Any], kwargs: dict[str, Any], node: fx.Node, trace: Trace) -> Any:
     """What the rule of `node` says; errors tell where."""
-    rule = RULES.get(node.meta["name"])
+    name = node.meta["name"]
+    rule = RULES.get(name)
     if rule is None:
         operands = list(operands_in(args, kwargs))
         return context.pin_all(operands, f"there is no rule for the operation {describe(node, trace)}")
     try:
-        result = rule(context, *args, **kwargs)
+        if "::" in name:  # a custom operation
+            result = call_watched(context, rule, tuple(args), kwargs, name)
+        else:
+            result = rule(context, *args, **kwargs)
     except StructpruneError as error:
         raise RuleError(f"{error}, in {describe(node, trace)}, whose inputs are {_shapes(args)}") from error
     except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from structprune.channels.relations import Row, Rows
 from structprune.channels.rules.table import RULES, Context, Operand, Result, Rule, rule
+from structprune.channels.rules.watch import call_watched
 from structprune.errors import RuleError
 from structprune.tracing.opaque import OPAQUE, Opaque
-
-
-class _Watched(tuple[Row, ...]):
-    """Rows of a tensor that note which of them a rule looked at: about the others it says nothing."""
-
-    def __new__(cls, rows: Rows) -> Self:
-        made = super().__new__(cls, rows)
-        made._seen = set()
-        return made
-
-    _seen: set[int]
-
-    def unseen(self) -> list[int]:
-        """The dimensions that nobody asked for."""
-        return [dim for dim in range(len(self)) if dim not in self._seen]
-
-    def __getitem__(self, at: Any) -> Any:
-        places = range(len(self))[at]
-        self._seen.update(places if isinstance(places, range) else [places])
-        return super().__getitem__(at)
-
-    def __iter__(self) -> Iterator[Row]:
-        self._seen.update(range(len(self)))
-        return super().__iter__()
 
 
 class Leaf:
@@ -73,8 +49,8 @@ def register_module_rule(kind: type[nn.Module], shape: Callable[..., Any] | None
     Returns:
         A decorator for ``rule(c, m, *args, **kwargs)``. `m` is the module with operands for tensors; tensor arguments
         are operands too. It returns the rows of the result (a list of rows for a tuple of results). Dimensions of the
-        module's tensors that it never asks for stay whole. What the module sums, sorts or normalises over without
-        weights of its own must be pinned: ``c.pin(row, reason)``.
+        module's tensors and of its arguments that it never asks for stay whole. What the module sums, sorts or
+        normalises over without weights of its own must be pinned: ``c.pin(row, reason)``.
 
     Raises:
         RuleError: `kind` is no class of modules, or has a rule already.
@@ -106,14 +82,11 @@ def register_module_rule(kind: type[nn.Module], shape: Callable[..., Any] | None
     opaque = Opaque(name if name not in RULES else f"{name} {len(OPAQUE)}", kind, shape)
 
     def register(function: Rule) -> Rule:
-        def whole(c: Context, tensors: dict[str, Operand], numbers: Any, *args: Any, **kwargs: Any) -> Result:
-            watched = {key: Operand(tensor.node, _Watched(tensor.rows)) for key, tensor in tensors.items()}
-            result = function(c, Leaf(c.node.meta["module"], watched, numbers), *args, **kwargs)
-            for key, tensor in watched.items():
-                assert isinstance(tensor.rows, _Watched)
-                for dim in tensor.rows.unseen():
-                    c.pin(tensors[key].rows[dim], f"the rule for {kind.__name__} does not say what it is")
-            return result
+        def whole(c: Context, tensors: Any, numbers: Any, *args: Any, **kwargs: Any) -> Result:
+            def seen(c: Context, tensors: Any, *args: Any, **kwargs: Any) -> Result:
+                return function(c, Leaf(c.node.meta["module"], tensors, numbers), *args, **kwargs)
+
+            return call_watched(c, seen, (tensors, *args), kwargs, kind.__name__)
 
         whole.__module__, whole.__qualname__ = function.__module__, function.__qualname__
         rule(opaque.name)(whole)

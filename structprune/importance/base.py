@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
 from structprune.groups import Group
+from structprune.importance.data import Batches, Forward, Loss
 
 
 @runtime_checkable
@@ -25,6 +27,19 @@ class Importance(Protocol):
         Args:
             group: the channels; ``group.members`` says which slices of which tensors each takes along.
             tensors: the tensors of the model by name.
+        """
+        ...
+
+
+@runtime_checkable
+class Fittable(Importance, Protocol):
+    """A criterion that has to see the graph, and perhaps data, before it can score."""
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """What scores the groups of `graph`; the criterion itself and the model stay as they were.
+
+        Raises:
+            PlanError: data or a loss is needed and missing, or does not fit the model.
         """
         ...
 
@@ -57,6 +72,51 @@ def importance_of(chosen: str | Importance) -> Importance:
     if chosen not in CRITERIA:
         raise PlanError(f"There is no criterion {chosen!r}. Those known are {', '.join(sorted(CRITERIA))}.")
     return CRITERIA[chosen]()
+
+
+def fitted(
+    importance: str | Importance,
+    graph: ChannelGraph,
+    data: Iterable[Any] | Batches | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
+) -> Importance:
+    """A criterion that is ready to score the groups of `graph`.
+
+    Args:
+        importance: a name or a criterion.
+        graph: the coupled channels of the model.
+        data: an iterable of batches, or `Batches`; only criteria that look at data need it.
+        loss: called with the model and a batch; returns a scalar.
+        forward: called with the model and a batch; by default the model is called on the batch.
+
+    Raises:
+        PlanError: there is no such criterion; data or a loss is needed and missing, or does not fit the model.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> graph = ChannelGraph(model, torch.randn(1, 2))
+        >>> score = fitted("activation_mean", graph, data=[torch.randn(8, 2)])
+        >>> score(graph.groups()[0], dict(model.named_parameters())).shape
+        torch.Size([3])
+    """
+    chosen = importance_of(importance)
+    if not isinstance(chosen, Fittable):
+        return chosen
+    if isinstance(data, Batches):
+        if loss is not None or forward is not None:
+            raise PlanError("data is Batches, which hold loss and forward; give them there.")
+        return chosen.fit(graph, data)
+    return chosen.fit(graph, None if data is None else Batches(data, forward, loss))
+
+
+def not_fitted(importance: object) -> PlanError:
+    """The error of a criterion that is asked for scores before it has seen what it needs."""
+    return PlanError(
+        f"{type(importance).__name__} has to see the model's graph, and perhaps data, before it can score. Call "
+        "structprune.importance.base.fitted(criterion, graph, data, loss) first, or leave that to plan and prune."
+    )
 
 
 def check_scores(scores: Tensor, group: Group) -> Tensor:

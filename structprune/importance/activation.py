@@ -1,0 +1,363 @@
+"""Criteria that look at activations.
+
+All of them look at a channel where it ends (`structprune.importance.sites`): at the inputs of the layers that sum it
+away, which is the feature map after norm and activation. A dimension may hold a channel at several positions (a head
+at each of its columns); a group may end at several layers, whose scores `reduce` joins.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.groups import Group
+from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.data import Batches, require_data
+from structprune.importance.observe import Seen, Sums, look
+from structprune.importance.reduce import check_reduction, gathered, reduced
+from structprune.importance.sites import Sites
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteScores:
+    """Scores for each position of each tap, joined for the group that is asked about.
+
+    Attributes:
+        sites: the taps.
+        scores: for each tap, one score a position.
+        reduce: how the taps of a group are joined.
+        mean: whether the positions of a channel in a tap are averaged rather than summed.
+        root: whether the square root is taken of what that gives.
+    """
+
+    sites: Sites
+    scores: list[Tensor]
+    reduce: str
+    mean: bool
+    root: bool = False
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        for reach in self.sites.of(group):
+            values = self.scores[reach.tap]
+            positions = torch.from_numpy(reach.positions).to(values.device)
+            channels = torch.from_numpy(reach.channels).to(values.device)
+            total, here = gathered(values, positions, channels, group.channels, mean=self.mean)
+            parts.append((total.sqrt() if self.root else total, here))
+        return reduced(parts, self.reduce, group.channels)
+
+
+class ActivationCriterion(ABC):
+    """A statistic of each position of each tap, streamed over the data in sums."""
+
+    reduce: str
+    weighted = False
+    mean = True
+    root = False
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduce)
+
+    @abstractmethod
+    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+        """Sums over the samples of a batch, by name; each of shape ``(positions,)``, or with a dimension before it."""
+
+    @abstractmethod
+    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """A score for each position, from the sums over all data; `weight` has shape ``(positions, rest)``."""
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: this criterion has to see data first, by `fit`."""
+        raise not_fitted(self)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Look at the data; the model is left as it was.
+
+        Raises:
+            PlanError: there is no data, or it does not fit the model.
+        """
+        batches = require_data(batches, self)
+        sites = Sites(graph, each_edge=self.weighted, weighted=self.weighted)
+        sums: list[Sums] = [Sums() for _ in sites.taps]
+        weights: list[Tensor | None] = [None] * len(sites.taps)
+
+        def visit(seen: Seen, batch: Any) -> None:
+            for name, value in self.gather(seen, batch).items():
+                sums[seen.number].add(name, value)
+            if self.weighted and weights[seen.number] is None and seen.weight is not None:
+                weights[seen.number] = columns(seen)
+
+        look(graph, batches, sites.taps, visit)
+        scores = [
+            self.position_scores({str(name): value for name, value in s.tensors.items()}, weight)
+            for s, weight in zip(sums, weights, strict=True)
+        ]
+        return SiteScores(sites, scores, self.reduce, self.mean, self.root)
+
+
+def columns(seen: Seen) -> Tensor:
+    """The weight that sums a tap's channels away as ``(positions, rest)``: what each channel is multiplied with."""
+    weight = seen.weight
+    assert weight is not None
+    size = seen.x.shape[seen.dim]
+    inside = weight.shape[seen.weight_dim]
+    weight = weight.double() if weight.device.type != "mps" else weight.float()
+    if inside == size:
+        return weight.movedim(seen.weight_dim, 0).reshape(size, -1)
+    # A grouped convolution: (groups, outputs of each, inputs of each, kernel).
+    groups = size // inside
+    parts = weight.unflatten(0, (groups, weight.shape[0] // groups))
+    return parts.transpose(1, 2).reshape(size, -1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.device.type != "mps" else x.float()
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(float(rows.shape[0]), device=rows.device)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanActivation(ActivationCriterion):
+    """Mean of the absolute value of a channel's feature map over samples and positions.
+
+    Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017, section 2.2
+    ("activation"); after a ReLU the absolute value changes nothing.
+
+    Args:
+        reduce: how the layers at which a group ends are joined: ``"mean"``, ``"sum"``, ``"max"``, ``"prod"`` or
+            ``"first"``.
+    """
+
+    reduce: str = "mean"
+
+    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+        """Sum of absolute values, and how many."""
+        rows = _wide(seen.rows())
+        return {"sum": rows.abs().sum(0), "count": _count(rows)}
+
+    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """The mean."""
+        return sums["sum"] / sums["count"]
+
+
+@dataclass(frozen=True, slots=True)
+class L2Activation(ActivationCriterion):
+    """Root mean square of a channel's feature map over samples and positions.
+
+    The L2 norm, divided by the root of the number of entries so that it does not grow with the data.
+
+    Args:
+        reduce: how the layers at which a group ends are joined; see `MeanActivation`.
+    """
+
+    reduce: str = "mean"
+    root = True
+
+    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+        """Sum of squares, and how many."""
+        rows = _wide(seen.rows())
+        return {"sum": rows.square().sum(0), "count": _count(rows)}
+
+    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """The mean square; the root follows when the positions of a channel are joined."""
+        return sums["sum"] / sums["count"]
+
+
+@dataclass(frozen=True, slots=True)
+class APoZ(ActivationCriterion):
+    """One minus the average percentage of zeros in a channel's feature map.
+
+    Hu et al., Network Trimming, 2016, equation 1. The score is the share of entries that are not zero, so that a low
+    score means a channel to remove.
+
+    Args:
+        threshold: entries of at most this size count as zero, for activations that are never exactly zero.
+        reduce: how the layers at which a group ends are joined; see `MeanActivation`.
+    """
+
+    threshold: float = 0.0
+    reduce: str = "mean"
+
+    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+        """Number of entries above the threshold, and of all."""
+        rows = seen.rows()
+        return {"sum": (rows.abs() > self.threshold).sum(0), "count": _count(rows)}
+
+    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """The share that is not zero."""
+        return sums["sum"] / sums["count"]
+
+
+@dataclass(frozen=True, slots=True)
+class HRank(ActivationCriterion):
+    """Average rank of a channel's feature map, taken as a matrix of height x width.
+
+    Lin et al., HRank: Filter Pruning Using High-Rank Feature Map, 2020, equation 5. Of more than two dimensions of
+    positions the last two make the matrix; a single one (tokens) or none makes a matrix of one row, whose rank is one
+    unless it is zero.
+
+    Args:
+        reduce: how the layers at which a group ends are joined; see `MeanActivation`.
+    """
+
+    reduce: str = "mean"
+
+    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+        """Sum of ranks over samples, and the number of matrices."""
+        maps = _wide(seen.maps())
+        while maps.dim() < 4:
+            maps = maps.unsqueeze(2)
+        # The precision of the model's arithmetic decides, not that of this sum.
+        precision = max(torch.finfo(seen.x.dtype).eps, torch.finfo(torch.float32).eps)
+        ranks = torch.linalg.matrix_rank(maps, rtol=max(maps.shape[-2:]) * precision)
+        ranks = ranks.movedim(1, -1).reshape(-1, maps.shape[1])
+        return {"sum": ranks.sum(0), "count": _count(ranks)}
+
+    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """The mean rank."""
+        return sums["sum"] / sums["count"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanda(ActivationCriterion):
+    """Weights times the norm of what comes in: sum over a channel's weights of ``|w| * rms(x)``.
+
+    Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, equation 1, summed over the
+    outputs that a channel goes to. The norm is divided by the root of the number of entries, so that it does not grow
+    with the data. Only layers whose weight sums the channel away count.
+
+    Args:
+        reduce: how the layers at which a group ends are joined; see `MeanActivation`.
+    """
+
+    reduce: str = "sum"
+    weighted = True
+    mean = False
+
+    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+        """Sum of squares, and how many."""
+        rows = _wide(seen.rows())
+        return {"square": rows.square().sum(0), "count": _count(rows)}
+
+    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """Sum of the absolute weights times the root mean square."""
+        assert weight is not None
+        return weight.abs().sum(1) * (sums["square"] / sums["count"]).sqrt()
+
+
+@dataclass(frozen=True, slots=True)
+class FLAP(ActivationCriterion):
+    """Fluctuation of what comes in, times the squared norm of the weights that it meets.
+
+    An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, 2024, equation 5: the sample
+    variance of a channel around its mean, times the sum of its squared weights. A channel that does not vary can be
+    replaced by its mean in the next layer's bias. FLAP compares layers by standardised scores:
+    ``PerLayer(FLAP(), "standard")``.
+
+    Args:
+        reduce: how the layers at which a group ends are joined; see `MeanActivation`.
+    """
+
+    reduce: str = "sum"
+    weighted = True
+    mean = False
+
+    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+        """Sum, sum of squares, and how many."""
+        rows = _wide(seen.rows())
+        return {"sum": rows.sum(0), "square": rows.square().sum(0), "count": _count(rows)}
+
+    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """Sample variance times squared weights."""
+        assert weight is not None
+        count = sums["count"]
+        spread = (sums["square"] - sums["sum"].square() / count).clamp(min=0) / (count - 1).clamp(min=1)
+        return spread * weight.square().sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class TVSeparability(ActivationCriterion):
+    """How well a channel tells classes apart: a lower bound on the total variation between its class distributions.
+
+    Murti et al., TVSPrune: Pruning Non-discriminative Filters via Total Variation Separability of Intermediate
+    Representations, 2023: the outputs of a filter for two classes are taken as Gaussians, and the squared Hellinger
+    distance ``1 - sqrt(2 s t / (s^2 + t^2)) * exp(-(m - n)^2 / (4 (s^2 + t^2)))`` bounds their total variation from
+    below. Here a filter's output is the mean of its feature map over positions.
+
+    Args:
+        pairs: ``"min"`` scores a channel by the pair of classes that it tells apart least, as the paper does,
+            ``"mean"`` by the average pair.
+        labels: gives the class of each sample of a batch, shape ``(samples,)``; by default the second of a pair.
+        reduce: how the layers at which a group ends are joined; see `MeanActivation`.
+    """
+
+    pairs: str = "min"
+    labels: Any = field(default=None)
+    reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduce)
+        if self.pairs not in ("min", "mean"):
+            raise PlanError(f"pairs is {self.pairs!r}; give 'min' or 'mean'.")
+
+    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+        """Sums, squares and counts of each class, named by the class."""
+        means = _wide(seen.by_sample()).mean(2)
+        labels = self._labels(batch, len(means)).to(means.device)
+        found: dict[str, Tensor] = {}
+        for label in labels.unique().tolist():
+            mine = means[labels == label]
+            found[f"sum {label}"] = mine.sum(0)
+            found[f"square {label}"] = mine.square().sum(0)
+            found[f"count {label}"] = _count(mine)
+        return found
+
+    def _labels(self, batch: Any, samples: int) -> Tensor:
+        pair = isinstance(batch, (tuple, list)) and len(batch) > 1
+        found: Any = self.labels(batch) if self.labels is not None else batch[1] if pair else None
+        if not isinstance(found, Tensor) or tuple(found.shape) != (samples,):
+            raise PlanError(
+                "TVSeparability needs the class of each sample, as a tensor of shape (samples,): let data give pairs of "
+                "inputs and labels, or pass labels=, a function of the batch."
+            )
+        return found
+
+    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """The squared Hellinger distance of the least (or the average) pair of classes."""
+        labels = [name.removeprefix("count ") for name in sums if name.startswith("count ")]
+        if len(labels) < 2:
+            raise PlanError("The data holds samples of a single class, so no channel can tell classes apart.")
+        count = torch.stack([sums[f"count {label}"] for label in labels]).unsqueeze(1)
+        mean = torch.stack([sums[f"sum {label}"] for label in labels]) / count
+        variance = (torch.stack([sums[f"square {label}"] for label in labels]) / count - mean.square()).clamp(min=0)
+        first, second = torch.triu_indices(len(labels), len(labels), 1).unbind()
+        distance = hellinger(mean[first], variance[first], mean[second], variance[second])
+        return distance.amin(0) if self.pairs == "min" else distance.mean(0)
+
+
+def hellinger(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
+    """Squared Hellinger distance of Gaussians; of two that are points, whether they are different points."""
+    total = variance + other_variance
+    apart = (mean - other_mean).square()
+    safe = torch.where(total > 0, total, 1)
+    overlap = (2 * (variance * other_variance).sqrt() / safe).sqrt() * torch.exp(-apart / (4 * safe))
+    return 1 - torch.where(total > 0, overlap, (apart == 0).to(overlap.dtype))
+
+
+criterion("activation_mean")(MeanActivation)
+criterion("activation_l2")(L2Activation)
+criterion("apoz")(APoZ)
+criterion("hrank")(HRank)
+criterion("wanda")(Wanda)
+criterion("flap")(FLAP)
+criterion("tvs")(TVSeparability)

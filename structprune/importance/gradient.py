@@ -1,0 +1,284 @@
+"""Criteria that look at first derivatives of the loss.
+
+A *gate* is a factor of one on a channel. Its derivative for a sample is the sum of gradient x activation over the
+positions of the channel. Here the gate stands on every layer that sums the channel away, and nowhere else, so that
+setting it to zero is switching the channel off; derivatives at the several ends of a group are therefore added before
+anything is squared or its absolute value taken. The gradients of a mean over a batch are scaled back to those of its
+samples, so that how the data is cut into batches does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.groups import Group
+from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.data import Batches, require_data, samples_of, size_of
+from structprune.importance.observe import Seen, Sums, borrowed, descend
+from structprune.importance.reduce import check_reduction, member_sums, reduced
+from structprune.importance.sites import Sites
+
+
+class _Gates:
+    """The derivatives of all gates, joined over the ends of each channel, as a matrix of samples x components."""
+
+    def __init__(self, graph: ChannelGraph, sites: Sites) -> None:
+        self._reached: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites.taps]
+        for group in graph.groups():
+            numbers = torch.from_numpy(group.components)
+            for reach in sites.of(group) if sites.sees(group) else ():
+                channels = numbers[torch.from_numpy(reach.channels)]
+                self._reached[reach.tap].append((torch.from_numpy(reach.positions), channels))
+        self._gates: list[tuple[int, Tensor]] = []
+        self._count = graph.components.count
+
+    def place(self, seen: Seen) -> Tensor:
+        """The tapped tensor times a fresh gate."""
+        kind = seen.x.dtype if seen.x.dtype == torch.float64 else torch.float32
+        gate = torch.ones(seen.samples, seen.x.shape[seen.dim], dtype=kind, device=seen.x.device, requires_grad=True)
+        self._gates.append((seen.number, gate))
+        return seen.gated(gate)
+
+    def derivatives(self, value: Tensor, scale: float) -> Tensor:
+        """Shape ``(samples, components)``; the gates are forgotten."""
+        gates, self._gates = self._gates, []
+        found = torch.autograd.grad(value, [gate for _, gate in gates], allow_unused=True)
+        samples = max(len(gate) for _, gate in gates)
+        total = torch.zeros(samples, self._count, dtype=torch.float64, device="cpu")
+        for (number, _), gradient in zip(gates, found, strict=True):
+            if gradient is not None:
+                wide = gradient.detach().cpu().double() * scale
+                for positions, channels in self._reached[number]:
+                    total[: len(wide)].index_add_(1, channels, wide[:, positions])
+        return total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ComponentScores:
+    """A score for every component of the graph."""
+
+    sites: Sites
+    scores: Tensor
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        self.sites.of(group)  # raises where there is nothing to see
+        return self.scores[torch.from_numpy(group.components)]
+
+
+def gate_sums(
+    graph: ChannelGraph, batches: Batches, statistics: Mapping[str, Callable[[Tensor], Tensor]]
+) -> tuple[Sites, Sums]:
+    """Sums over samples of functions of the gates' derivatives, shape ``(components,)`` each, and ``"count"``.
+
+    Args:
+        graph: the graph of the model.
+        batches: data and loss.
+        statistics: by name, a function of the derivatives of shape ``(samples, components)``, entry by entry.
+    """
+    sites = Sites(graph, each_edge=True)
+    gates = _Gates(graph, sites)
+    sums = Sums()
+
+    def after(value: Tensor, samples: int) -> None:
+        scale = samples if batches.reduction == "mean" else 1
+        found = gates.derivatives(value, scale)
+        for name, function in statistics.items():
+            sums.add(name, function(found).sum(0))
+        sums.add("count", torch.tensor(float(samples)))
+
+    descend(graph, batches, sites.taps, gates.place, None, after)
+    return sites, sums
+
+
+@dataclass(frozen=True, slots=True)
+class Taylor:
+    """First-order estimate of how much the loss changes when a channel is switched off.
+
+    Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017, equation 8:
+    the absolute value of the sum over positions of gradient x activation, averaged over samples. The paper divides by
+    the number of positions and normalises each layer by its L2 norm; the sum is what estimates the change, and the
+    normalisation is ``PerLayer(Taylor(), "l2")``.
+
+    Args:
+        average: ``"after"`` averages the absolute values of the samples, as in the paper; ``"before"`` averages first,
+            which estimates the change of the mean loss, where samples may cancel.
+
+    Example:
+        >>> import torch
+        >>> from structprune.importance.base import fitted
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> graph = ChannelGraph(model, torch.randn(1, 2))
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> fitted(Taylor(), graph, [torch.randn(8, 2)], loss)(graph.groups()[0], {}).shape
+        torch.Size([3])
+    """
+
+    average: str = "after"
+
+    def __post_init__(self) -> None:
+        if self.average not in ("after", "before"):
+            raise PlanError(f"average is {self.average!r}; give 'after' or 'before' (the absolute value).")
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: this criterion has to see data first, by `fit`."""
+        raise not_fitted(self)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Look at the data; the model is left as it was.
+
+        Raises:
+            PlanError: there is no data or no loss, or they do not fit the model.
+        """
+        batches = require_data(batches, self)
+        batches.require_loss(self)
+        each = torch.abs if self.average == "after" else torch.clone
+        sites, sums = gate_sums(graph, batches, {"derivative": each})
+        return ComponentScores(sites, (sums["derivative"] / sums["count"]).abs())
+
+
+def weight_gradients(graph: ChannelGraph, batches: Batches, *, squares: bool = False) -> dict[str, Tensor]:
+    """The gradient of the mean loss over all samples for each parameter, by name.
+
+    Args:
+        graph: the graph of the model.
+        batches: data and loss.
+        squares: instead, the mean over samples of the square of each sample's gradient (the diagonal of the empirical
+            Fisher matrix). Samples are run one by one, since only so a layer of any kind shows its own.
+    """
+    sums = Sums()
+    model = graph.model
+    with borrowed(model, gradients=True), torch.enable_grad():
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for batch in batches.once("looking at gradients"):
+            for piece in samples_of(batch) if squares else (batch,):
+                count = size_of(piece)
+                scale = count if batches.reduction == "mean" else 1
+                value = batches.loss(model, piece)
+                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                for name, gradient in zip(parameters, found, strict=True):
+                    if gradient is not None:
+                        wide = gradient.double() if gradient.device.type != "mps" else gradient.float()
+                        sums.add(name, (wide * scale).square() if squares else wide * scale)
+                sums.add("", torch.tensor(float(count)))
+    total = float(sums[""])
+    return {name: sums[name] / total for name in parameters if name in sums}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EntryScores:
+    """Saliencies of single entries of parameters, joined over the slices of a group.
+
+    Attributes:
+        entries: by name, the saliency of each entry, in the shape of the parameter.
+        form: ``"element"`` sums them; ``"multivariable"`` takes the absolute value of each slice's sum; ``"group"``
+            sums over all slices before the absolute value is taken.
+        reduce: how the slices of a group are joined; of no effect for ``"group"``.
+    """
+
+    entries: Mapping[str, Tensor]
+    form: str = "element"
+    reduce: str = "sum"
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        parts = list(member_sums(group, self.entries.get))
+        if self.form == "group":
+            return reduced(parts, "sum", group.channels).abs()
+        if self.form == "multivariable":
+            parts = [(total.abs(), here) for total, here in parts]
+        return reduced(parts, self.reduce, group.channels)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTaylor:
+    """First-order estimate of the change of the loss from the weights that go with a channel.
+
+    Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, equations 7 and 8, with the absolute value
+    in place of the square, which ranks alike within a sum of one term. The gradient is that of the mean loss over all
+    data. Of a channel that a network without norms makes and consumes, the slices on both sides give the same sum.
+
+    Args:
+        form: ``"element"``: sum over entries of ``|w * g|``; ``"multivariable"``: sum over the slices of the group of
+            ``|sum of w * g|``; ``"group"``: ``|sum of w * g|`` over the whole group.
+        reduce: how the slices of a group are joined for the first two forms: ``"sum"``, ``"mean"``, ``"max"``,
+            ``"prod"`` or ``"first"``.
+    """
+
+    form: str = "multivariable"
+    reduce: str = "sum"
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduce)
+        if self.form not in ("element", "multivariable", "group"):
+            raise PlanError(f"form is {self.form!r}; give 'element', 'multivariable' or 'group'.")
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: this criterion has to see data first, by `fit`."""
+        raise not_fitted(self)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Look at the data; the model is left as it was.
+
+        Raises:
+            PlanError: there is no data or no loss, or they do not fit the model.
+        """
+        products = _products(self, graph, batches)
+        if self.form == "element":
+            products = {name: product.abs() for name, product in products.items()}
+        return EntryScores(products, self.form, self.reduce)
+
+
+def _products(importance: object, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+    """Weight x gradient for each entry of each parameter."""
+    batches = require_data(batches, importance)
+    batches.require_loss(importance)
+    gradients = weight_gradients(graph, batches)
+    weights = dict(graph.model.named_parameters())
+    return {name: weights[name].detach().to(gradient.dtype) * gradient for name, gradient in gradients.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class SNIP:
+    """Connection sensitivity of the weights that go with a channel.
+
+    Lee et al., SNIP: Single-shot Network Pruning Based on Connection Sensitivity, 2019, equation 6:
+    ``|w * g|`` over the sum of that over all weights, summed over a channel's weights. Scores of all groups are shares
+    of one whole.
+
+    Args:
+        reduce: how the slices of a group are joined; see `WeightTaylor`.
+    """
+
+    reduce: str = "sum"
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduce)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: this criterion has to see data first, by `fit`."""
+        raise not_fitted(self)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Look at the data; the model is left as it was.
+
+        Raises:
+            PlanError: there is no data or no loss, or they do not fit the model.
+        """
+        products = {name: product.abs() for name, product in _products(self, graph, batches).items()}
+        whole = sum(float(product.sum()) for product in products.values())
+        return EntryScores({n: p / whole if whole else p for n, p in products.items()}, "element", self.reduce)
+
+
+criterion("taylor")(Taylor)
+criterion("taylor_signed")(lambda: Taylor("before"))
+criterion("weight_taylor")(WeightTaylor)
+criterion("weight_taylor_element")(lambda: WeightTaylor("element"))
+criterion("weight_taylor_group")(lambda: WeightTaylor("group"))
+criterion("snip")(SNIP)

@@ -1,0 +1,369 @@
+"""Running a model over data and looking at chosen tensors on the way, without leaving a mark on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable, Iterable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from structprune.channels.propagate import has_rule
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.importance.data import Batches
+from structprune.importance.sites import Key, Tap
+from structprune.tracing.state import lent
+from structprune.tracing.trace import map_tensors, preserved_random_state, tensors_in
+from structprune.tracing.vocabulary import Kind, call_of
+
+
+class Sums:
+    """Named sums over data. Those of other data, or of another rank, are added by `merge`.
+
+    Example:
+        >>> import torch
+        >>> here, there = Sums(), Sums()
+        >>> here.add("count", torch.tensor(2.0)); there.add("count", torch.tensor(3.0))
+        >>> here.merge(there)["count"]
+        tensor(5., dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[Hashable, Tensor] = {}
+
+    def add(self, name: Hashable, value: Tensor) -> None:
+        """Add `value` to the sum of this name, in float64 where the device has it."""
+        value = value.detach()
+        value = value.double() if value.device.type != "mps" else value.float()
+        known = self.tensors.get(name)
+        if known is None:
+            self.tensors[name] = value.clone()
+        else:
+            known += value
+
+    def merge(self, other: Sums) -> Sums:
+        """Add all sums of `other`; returns itself."""
+        for name, value in other.tensors.items():
+            self.add(name, value)
+        return self
+
+    def __getitem__(self, name: Hashable) -> Tensor:
+        return self.tensors[name]
+
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self.tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A tapped tensor in a real run.
+
+    Attributes:
+        number: which tap.
+        x: the tensor.
+        dim: the dimension with the channels, counted from the end.
+        weight: the tensor that sums the channels away, if there is one.
+        weight_dim: the dimension of it that does.
+        samples: size of the batch that the model was called on.
+        call: the operation and its arguments.
+        where: operation, module and source line, for messages.
+    """
+
+    number: int
+    x: Tensor
+    dim: int
+    weight: Tensor | None
+    weight_dim: int
+    samples: int
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+    where: str
+
+    def rows(self) -> Tensor:
+        """`x` as a matrix: one row for each position of each sample, one column for each channel."""
+        return self.x.movedim(self.dim, -1).reshape(-1, self.x.shape[self.dim])
+
+    def by_sample(self) -> Tensor:
+        """`x` in the shape (samples, channels, positions of each).
+
+        Raises:
+            PlanError: no dimension of it counts the samples.
+        """
+        view, _ = self._split(self.x)
+        return view.flatten(2)
+
+    def maps(self) -> Tensor:
+        """`x` in the shape (samples, channels, *positions), with as many dimensions of positions as it has."""
+        return self._split(self.x)[0]
+
+    def gated(self, gate: Tensor) -> Tensor:
+        """`x` times a gate of shape (samples, channels)."""
+        view, restore = self._split(self.x)
+        return restore(view * gate.reshape(*gate.shape, *[1] * (view.dim() - 2)).to(view.dtype))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """`x` as (samples, channels, ...), and the way back."""
+        channels = x.dim() + self.dim
+        others = [dim for dim in range(x.dim()) if dim != channels]
+        lead = next((dim for dim in others[:1] if x.shape[dim] % self.samples == 0), None)
+        lead = next((dim for dim in others if x.shape[dim] == self.samples), None) if lead is None else lead
+        if lead is None and self.samples > 1:
+            raise PlanError(
+                f"A tensor of shape {list(x.shape)} in {self.where} has no dimension that counts the {self.samples} "
+                "samples of a batch, so that they cannot be told apart. Give batches of one sample."
+            )
+        if lead is None:
+            moved = x.movedim(channels, 0).unsqueeze(0)
+            return moved, lambda y: y.squeeze(0).movedim(0, channels)
+        moved = x.movedim((lead, channels), (0, 1))
+        # Windows of an image, or the tokens of a sequence, may be merged into the batch; samples come first in it.
+        inner = moved.shape[0] // self.samples
+        view = moved.unflatten(0, (self.samples, inner)).movedim(1, 2) if inner > 1 else moved
+
+        def restore(y: Tensor) -> Tensor:
+            y = y.movedim(2, 1).flatten(0, 1) if inner > 1 else y
+            return y.movedim((0, 1), (lead, channels))
+
+        return view, restore
+
+
+Visit = Callable[[Seen], Tensor | None]
+VisitResult = Callable[[Seen, Tensor], Tensor]
+
+
+class Watch(TorchFunctionMode):
+    """Hands the tensors of taps to `visit`, and puts what that returns, if anything, in their place.
+
+    Args:
+        names: the names of the model's tensors by ``id``.
+        taps: where to look.
+        visit: called with each tapped tensor.
+        visit_result: called with the result of each operation that has a tap on an argument.
+    """
+
+    def __init__(
+        self, names: dict[int, str], taps: Iterable[Tap], visit: Visit, visit_result: VisitResult | None = None
+    ) -> None:
+        super().__init__()
+        self._names = names
+        self._visit, self._visit_result = visit, visit_result
+        self._wanted: dict[tuple[Key, int], list[tuple[int, Tap]]] = {}
+        for number, tap in enumerate(taps):
+            self._wanted.setdefault((tap.key, tap.occurrence), []).append((number, tap))
+        self._operations = {key[0] for key, _ in self._wanted}
+        self._counts: dict[Key, int] = {}
+        self._opening: list[Any] = []
+        self._left: set[tuple[Key, int]] = set()
+        self.samples = 1
+        self.forwards = 0
+
+    def start(self, inputs: Any) -> None:
+        """A forward of the model begins."""
+        self._counts.clear()
+        self._left = set(self._wanted)
+        self.samples = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()), 1)
+        self.forwards += 1
+
+    def finish(self) -> None:
+        """A forward of the model ended.
+
+        Raises:
+            PlanError: it did not come by all taps.
+        """
+        if self._left:
+            _, tap = self._wanted[next(iter(self._left))][0]
+            raise PlanError(
+                f"On the data the forward did not come to {tap.where}, as it did on the example inputs. Give example "
+                "inputs of the same form as the data."
+            )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one call of the torch API."""
+        kwargs = kwargs or {}
+        call = call_of(func, has_rule)
+        if call.kind is Kind.QUERY or call.kind is Kind.SIZE:
+            return func(*args, **kwargs)
+        if call.inside is not None and call not in self._opening:
+            # As the recorder does: functions written in Python are looked into.
+            self._opening.append(call)
+            try:
+                with self:
+                    return call.inside(*args, **kwargs)
+            finally:
+                self._opening.pop()
+        if call.name not in self._operations:
+            return func(*args, **kwargs)
+        return self._operation(call.name, func, args, kwargs)
+
+    def _operation(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = list(tensors_in((args, kwargs)))
+        key = (name, tuple(self._names[id(t)] for t in tensors if id(t) in self._names))
+        occurrence = self._counts.get(key, 0)
+        self._counts[key] = occurrence + 1
+        wanted = self._wanted.get((key, occurrence))
+        if wanted is None:
+            return func(*args, **kwargs)
+        self._left.discard((key, occurrence))
+        call = (func, args, kwargs)
+        seen: list[Seen] = []
+        for number, tap in wanted:
+            if tap.operand >= 0:
+                seen.append(self._seen(number, tap, tensors[tap.operand], tensors, call))
+                changed = self._visit(seen[-1])
+                if changed is not None:
+                    args, kwargs = _replaced((args, kwargs), tap.operand, changed)
+        result = func(*args, **kwargs)
+        for number, tap in wanted:
+            if tap.operand < 0:
+                result = self._on_result(number, tap, result, tensors, call)
+        if self._visit_result is not None:
+            for one in seen:
+                result = self._visit_result(one, result)
+        return result
+
+    def _on_result(self, number: int, tap: Tap, result: Any, tensors: list[Tensor], call: Any) -> Any:
+        several = isinstance(result, (tuple, list))
+        x = result[tap.part] if several else result
+        changed = self._visit(self._seen(number, tap, x, tensors, call))
+        if changed is None:
+            return result
+        if not several:
+            return changed
+        items = list(result)
+        items[tap.part] = changed
+        return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+
+    def _seen(self, number: int, tap: Tap, x: Tensor, tensors: list[Tensor], call: Any) -> Seen:
+        if x.dim() < -tap.dim or x.shape[tap.dim] != tap.size:
+            raise PlanError(
+                f"On the data a tensor of {tap.where} has the shape {list(x.shape)}, where dimension {tap.dim} should "
+                f"have {tap.size} channels as on the example inputs."
+            )
+        weight = tensors[tap.weight].detach() if tap.weight >= 0 else None
+        return Seen(number, x, tap.dim, weight, tap.weight_dim, self.samples, call, tap.where)
+
+
+def _replaced(value: Any, operand: int, new: Tensor) -> Any:
+    """Nested arguments with tensor number `operand` exchanged."""
+    counter = iter(range(1 << 30))
+    return map_tensors(lambda tensor: new if next(counter) == operand else tensor, value)
+
+
+def _stand_in(tensor: Tensor, gradients: bool) -> Tensor:
+    """What the model computes with: a parameter that shares the memory, so that no gradient or hook of its own is met.
+
+    Buffers are copied, since forwards write into them.
+    """
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.detach().clone()
+    plain = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+    return nn.Parameter(plain, requires_grad=gradients and (plain.is_floating_point() or plain.is_complex()))
+
+
+@contextmanager
+def borrowed(model: nn.Module, *, gradients: bool = False) -> Generator[dict[int, str]]:
+    """The model in eval mode on stand-ins of its tensors; yields their names by ``id``.
+
+    Afterwards the model, its mode, buffers, gradients and flags, and the random state are as they were.
+
+    Args:
+        model: the model.
+        gradients: whether the parameters' stand-ins require gradients.
+
+    Raises:
+        PlanError: weights are on the ``meta`` device.
+    """
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        raise PlanError(
+            "The model's weights are on the meta device, so it cannot run on data. Load real weights, or choose "
+            "importance='random'."
+        )
+    replace = partial(_stand_in, gradients=gradients)
+    with torch.inference_mode(False), preserved_random_state(), lent(model, replace, track=False) as names:
+        model.eval()
+        yield names
+
+
+@contextmanager
+def watching(model: nn.Module, watch: Watch) -> Generator[None]:
+    """While the block runs, `watch` sees each forward of the model."""
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        watch.start((args, kwargs))
+        open_forwards.enter_context(watch)
+
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        open_forwards.close()
+        watch.finish()
+
+    open_forwards = ExitStack()
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True, prepend=True),
+    ]
+    try:
+        with open_forwards:  # a forward that raises does not come to its hook
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def look(graph: ChannelGraph, batches: Batches, taps: Iterable[Tap], visit: Callable[[Seen, Any], None]) -> None:
+    """One pass over the data without gradients; `visit` is called with each tapped tensor and its batch.
+
+    Raises:
+        PlanError: the data, or what the forward does on it, is not as it should be.
+    """
+    batch: Any = None
+    with borrowed(graph.model) as names, torch.no_grad():
+        watch = Watch(names, taps, lambda seen: visit(seen, batch))
+        for batch in batches.once("looking at activations"):
+            forwards = watch.forwards
+            with watching(graph.model, watch):
+                batches.forward(graph.model, batch)
+            _require_forward(watch.forwards - forwards, "forward")
+
+
+def _require_forward(count: int, name: str) -> None:
+    if not count:
+        raise PlanError(f"{name}= did not call the model that it was given, so there was nothing to look at.")
+
+
+def descend(
+    graph: ChannelGraph,
+    batches: Batches,
+    taps: Iterable[Tap],
+    visit: Visit,
+    visit_result: VisitResult | None,
+    after: Callable[[Tensor, int], None],
+) -> None:
+    """One pass over the data with gradients at taps; parameters need none.
+
+    Args:
+        graph: the graph of the model.
+        batches: data and loss.
+        taps: where to look.
+        visit: may put another tensor in place of a tapped one.
+        visit_result: the same for results of operations with a tap on an argument.
+        after: called with the loss of a batch and the number of its samples.
+
+    Raises:
+        PlanError: the data, the loss, or what the forward does on the data is not as it should be.
+    """
+    model = graph.model
+    with borrowed(model) as names, torch.enable_grad():
+        watch = Watch(names, taps, visit, visit_result)
+        for batch in batches.once("looking at gradients"):
+            forwards = watch.forwards
+            with watching(model, watch):
+                value = batches.loss(model, batch)
+            _require_forward(watch.forwards - forwards, "loss")
+            after(value, watch.samples)

@@ -1,0 +1,329 @@
+"""Where in a forward the channels of a group can be looked at.
+
+A channel is looked at where it *ends*: at the input of each convolution, linear layer or matrix product whose weight
+sums it away. There it has been through its norm and its activation, so the map is the one that the papers speak of
+(APoZ counts zeros after the ReLU); and the channel is off exactly when it is zero at all of its ends, whatever
+residual sums it went through, so that a gate on all ends is a gate on the channel. A depthwise convolution hands its
+channel on and is no end. A channel that no weight sums away (the size of a query head) is looked at where it is
+contracted with another activation, and what is left (the hidden state of a stacked LSTM apart, which no operation
+shows) at the last tensor that carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from structprune.channels.relations import Ids, Row
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.groups import Group
+from structprune.tracing.trace import describe, part_of
+
+Key = tuple[str, tuple[str, ...]]
+
+_CONVOLUTIONS = {f"conv{n}d": -(n + 1) for n in (1, 2, 3)}
+_TRANSPOSED = {f"conv_transpose{n}d": -(n + 1) for n in (1, 2, 3)}
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv"})
+_SUMS_OF_PRODUCTS = frozenset({"addmm", "addmv", "baddbmm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A dimension of a tensor in the forward.
+
+    It is found again in a real run by the operation's name, the model's tensors among its arguments, and how many such
+    operations came before: so the run may take other inputs than the trace, and do more around it.
+
+    Attributes:
+        key: canonical name of the operation, and the names of the model's tensors among its arguments, in order.
+        occurrence: how many operations of the same key come before it in a forward.
+        operand: which of the operation's tensor arguments; -1 for its result.
+        part: which of several results.
+        dim: the dimension, counted from the end.
+        size: number of channels there.
+        weight: which tensor argument sums the channels away, or -1 if none does.
+        weight_dim: the dimension of it that does.
+        node: number of the node in the trace that holds the tensor.
+        where: operation, module and source line, for messages.
+    """
+
+    key: Key
+    occurrence: int
+    operand: int
+    part: int
+    dim: int
+    size: int
+    weight: int
+    weight_dim: int
+    node: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What a group sees of a tap: position ``positions[i]`` of it belongs to channel ``channels[i]`` of the group."""
+
+    tap: int
+    positions: Ids
+    channels: Ids
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor arguments of an operation in order, with repeats."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def key_of(node: fx.Node) -> Key:
+    """Name of an operation, with the names of the model's tensors that it takes."""
+    return node.meta["name"], tuple(str(n.target) for n in operands(node) if n.meta["name"] == "parameter")
+
+
+@dataclass(frozen=True, slots=True)
+class _Contraction:
+    """Argument `operand` of a node is summed over `dim` against `weight_dim` of argument `weight`."""
+
+    operand: int
+    dim: int
+    weight: int
+    weight_dim: int
+
+
+def _contractions(node: fx.Node, count: int) -> Iterator[_Contraction]:
+    """The pairs of dimensions that an operation sums away, both ways round where neither side is the weight as such."""
+    name = node.meta["name"]
+    if name in _CONVOLUTIONS:
+        yield _Contraction(0, _CONVOLUTIONS[name], 1, 1)
+    elif name in _TRANSPOSED:
+        yield _Contraction(0, _TRANSPOSED[name], 1, 0)
+    elif name == "linear":
+        yield _Contraction(0, -1, 1, -1)
+    elif name in _PRODUCTS or name in _SUMS_OF_PRODUCTS:
+        left = count - 2
+        yield _Contraction(left, -1, left + 1, -2)
+        yield _Contraction(left + 1, -2, left, -1)
+    elif name == "scaled_dot_product_attention":
+        yield _Contraction(0, -1, 1, -1)
+    elif name == "bilinear":
+        yield _Contraction(0, -1, 2, 1)
+        yield _Contraction(1, -1, 2, 2)
+    elif name == "python.einsum" and isinstance(node.args[0], str):
+        yield from _einsum(node.args[0])
+
+
+def _einsum(equation: str) -> Iterator[_Contraction]:
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2:
+        return
+    left, right = terms
+    for letter in left.replace(".", ""):
+        if letter in right and letter not in output:
+            at, there = _place(left, letter), _place(right, letter)
+            yield _Contraction(0, at, 1, there)
+            yield _Contraction(1, there, 0, at)
+
+
+def _place(term: str, letter: str) -> int:
+    """The dimension of a letter: from the end, or from the front if an ellipsis stands behind it."""
+    before, dots, _ = term.partition("...")
+    if dots and letter in before:
+        return before.index(letter)
+    return term.rindex(letter) - len(term)
+
+
+class Sites:
+    """The taps of a graph, and which of their positions belong to which channel.
+
+    Args:
+        graph: the coupled channels of a model.
+        each_edge: one tap for each operation that takes a tensor, rather than one for each tensor.
+        weighted: only ends at a weight; a group without one then has no sites.
+    """
+
+    def __init__(self, graph: ChannelGraph, *, each_edge: bool = False, weighted: bool = False) -> None:
+        self._graph = graph
+        self._covered = np.zeros(graph.components.count, dtype=bool)
+        self._rows: dict[tuple[object, object], tuple[Ids, Ids]] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._each_edge = each_edge
+        self._entries: list[tuple[Ids, Ids]] = []
+        self.taps: list[Tap] = []
+        self._occurrences = _occurrences(graph)
+        held = _held(graph)
+        found = [(node, c) for node in graph.trace.nodes for c in _contractions(node, len(operands(node)))]
+        for node, c in found:
+            if self._side(node, c.weight) in held and self._side(node, c.operand) not in held:
+                self._end(node, c)
+        if not weighted:
+            self._without_weight(found)
+            self._last_seen()
+        self._sort()
+
+    @staticmethod
+    def _side(node: fx.Node, operand: int) -> fx.Node | None:
+        arguments = operands(node)
+        return arguments[operand] if 0 <= operand < len(arguments) else None
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def _row(self, node: fx.Node, operand: int, dim: int) -> tuple[fx.Node, Row, int] | None:
+        """The tensor, the row of its dimension and that dimension from the end; None if there is none that may go."""
+        side = self._side(node, operand)
+        if side is None:
+            return None
+        rows = self._graph.channels.rows[side.meta["index"]]
+        if not -len(rows) <= dim < len(rows) or not rows[dim].free:
+            return None
+        return side, rows[dim], dim if dim < 0 else dim - len(rows)
+
+    def _members(self, row: Row, against: Row | None) -> tuple[Ids, Ids]:
+        """Positions of `row` and prunable roots there, those only that `against` has too."""
+        key = (row.key, against.key if against is not None and against.free else None)
+        known = self._rows.get(key)
+        if known is None:
+            components = self._graph.components
+            positions, roots = self._graph.roots.of(components.of(row))
+            keep = components.roots[roots]
+            if against is not None and against is not row:
+                ends = np.zeros(components.count, dtype=bool)
+                if against.free:
+                    ends[self._graph.roots.of(components.of(against))[1]] = True
+                keep = keep & ends[roots]
+            known = self._rows[key] = positions[keep], roots[keep]
+        return known
+
+    def _end(self, node: fx.Node, c: _Contraction, uncovered: bool = False) -> None:
+        found = self._row(node, c.operand, c.dim)
+        other = self._row(node, c.weight, c.weight_dim)
+        if found is None or other is None:
+            return
+        side, row, dim = found
+        positions, roots = self._members(row, other[1])
+        if uncovered:
+            positions, roots = self._only_uncovered(positions, roots)
+        if not len(roots):
+            return
+        place = (side.meta["index"], dim)
+        if not self._each_edge and place in self._seen:
+            return
+        self._seen.add(place)
+        self._add(node, c.operand, 0, dim, row.size, side, positions, roots, c.weight, other[2])
+
+    def _add(
+        self, node: fx.Node, operand: int, part: int, dim: int, size: int, side: fx.Node, positions: Ids, roots: Ids,
+        weight: int = -1, weight_dim: int = 0,
+    ) -> None:  # fmt: skip
+        where = describe(node, self._graph.trace)
+        occurrence = self._occurrences[node]
+        at = side.meta["index"]
+        self.taps.append(
+            Tap(key_of(node), occurrence, operand, part, dim, size, weight, weight_dim, at, where)
+        )
+        self._entries.append((positions, roots))
+
+    def _cover(self) -> None:
+        for _, roots in self._entries:
+            self._covered[roots] = True
+
+    def _only_uncovered(self, positions: Ids, roots: Ids) -> tuple[Ids, Ids]:
+        keep = ~self._covered[roots]
+        return positions[keep], roots[keep]
+
+    def _without_weight(self, found: list[tuple[fx.Node, _Contraction]]) -> None:
+        """Channels that end at no weight: the first operand of a contraction of two activations."""
+        self._cover()
+        for node, c in found:
+            if c.operand < c.weight:
+                self._end(node, c, uncovered=True)
+
+    def _last_seen(self) -> None:
+        """Channels that end at no contraction: the last tensor that carries them."""
+        self._cover()
+        wanted = np.zeros(self._graph.components.count, dtype=bool)
+        for group in self._graph.groups():
+            wanted[group.components] = True
+        if not (wanted & ~self._covered).any():
+            return
+        self._covered |= ~wanted
+        for node in reversed(self._graph.trace.nodes):
+            if node.op.startswith("call_") and isinstance(node.meta.get("shape"), tuple):
+                self._result(node)
+
+    def _result(self, node: fx.Node) -> None:
+        rows = self._graph.channels.rows[node.meta["index"]]
+        made, part = part_of(node) if node.meta["name"] == "part" else (node, 0)
+        for dim, row in enumerate(rows):
+            if row.free:
+                positions, roots = self._only_uncovered(*self._members(row, None))
+                if len(roots):
+                    self._add(made, -1, part, dim - len(rows), row.size, node, positions, roots)
+                    self._covered[roots] = True
+
+    # -- looking up ----------------------------------------------------------------------------------------------
+
+    def _sort(self) -> None:
+        roots = [roots for _, roots in self._entries]
+        taps = [np.full(len(part), number) for number, part in enumerate(roots)]
+        root = np.concatenate([np.zeros(0, dtype=np.int64), *roots])
+        order = np.argsort(root, kind="stable")
+        self._root = root[order]
+        self._tap = np.concatenate([np.zeros(0, dtype=np.int64), *taps])[order]
+        self._position = np.concatenate([np.zeros(0, dtype=np.int64), *(p for p, _ in self._entries)])[order]
+
+    def sees(self, group: Group) -> bool:
+        """Whether the group reaches a tap."""
+        first = np.searchsorted(self._root, group.components, side="left")
+        return bool((first < np.searchsorted(self._root, group.components, side="right")).any())
+
+    def of(self, group: Group) -> list[Reach]:
+        """What the group sees of each tap that it reaches, in the order of the model.
+
+        Raises:
+            PlanError: there is nothing to see.
+        """
+        first = np.searchsorted(self._root, group.components, side="left")
+        last = np.searchsorted(self._root, group.components, side="right")
+        counts = last - first
+        channels = np.repeat(np.arange(group.channels), counts)
+        entries = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
+        taps = self._tap[entries]
+        if not len(taps):
+            raise PlanError(
+                f"The channels of {group.name!r} show in no tensor of the forward that this criterion can look at. "
+                "Name the layer in ignore=, or choose a criterion of weights, such as 'l2'."
+            )
+        order = np.argsort(taps, kind="stable")
+        numbers, starts = np.unique(taps[order], return_index=True)
+        pieces = np.split(order, starts[1:])
+        return [
+            Reach(int(number), self._position[entries[piece]], channels[piece])
+            for number, piece in zip(numbers, pieces, strict=True)
+        ]
+
+
+def _occurrences(graph: ChannelGraph) -> dict[fx.Node, int]:
+    """For each operation, how many of the same key come before it."""
+    counts: dict[Key, int] = {}
+    found: dict[fx.Node, int] = {}
+    for node in graph.trace.nodes:
+        if node.op.startswith("call_") and node.meta["name"] != "part":
+            key = key_of(node)
+            found[node] = counts.get(key, 0)
+            counts[key] = found[node] + 1
+    return found
+
+
+def _held(graph: ChannelGraph) -> set[fx.Node]:
+    """Tensors that the model holds, and what is computed from them alone: the weights."""
+    held: set[fx.Node] = set()
+    for node in graph.trace.nodes:
+        inputs = node.all_input_nodes
+        if node.meta["name"] == "parameter" or (node.op != "placeholder" and inputs and held.issuperset(inputs)):
+            held.add(node)
+    return held

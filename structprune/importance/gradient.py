@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.channels.relations import Ids
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -25,76 +27,95 @@ from structprune.importance.reduce import check_reduction, member_sums, reduced
 from structprune.importance.sites import Sites
 
 
-class _Gates:
-    """The derivatives of all gates, joined over the ends of each channel, as a matrix of samples x components."""
+class Gates:
+    """One gate for each channel of each group, on all of the channel's ends.
 
-    def __init__(self, graph: ChannelGraph, sites: Sites) -> None:
-        self._reached: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites.taps]
+    Attributes:
+        count: how many gates there are.
+        sites: the taps that they stand on.
+        reached: for each tap, pairs of its positions and the gates that stand there.
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.sites = Sites(graph, each_edge=True)
+        self.reached: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites.taps]
+        self.count = 0
+        self._of = np.full(graph.components.count, -1, dtype=np.int64)
         for group in graph.groups():
-            numbers = torch.from_numpy(group.components)
-            for reach in sites.of(group) if sites.sees(group) else ():
-                channels = numbers[torch.from_numpy(reach.channels)]
-                self._reached[reach.tap].append((torch.from_numpy(reach.positions), channels))
-        self._gates: list[tuple[int, Tensor]] = []
-        self._count = graph.components.count
+            if not self.sites.sees(group):
+                continue
+            self._of[group.components] = self.count + np.arange(group.channels)
+            for reach in self.sites.of(group):
+                channels = torch.from_numpy(reach.channels) + self.count
+                self.reached[reach.tap].append((torch.from_numpy(reach.positions), channels))
+            self.count += group.channels
+
+    def scores(self, values: Tensor) -> Importance:
+        """The criterion that gives each channel the value of its gate, from values of shape ``(count,)``."""
+        return GateScores(self.sites, self._of, values)
+
+
+class _SampleGates:
+    """Derivatives with respect to gates that each sample has for itself."""
+
+    def __init__(self, gates: Gates) -> None:
+        self._gates = gates
+        self._placed: list[tuple[int, Tensor]] = []
 
     def place(self, seen: Seen) -> Tensor:
         """The tapped tensor times a fresh gate."""
-        kind = seen.x.dtype if seen.x.dtype == torch.float64 else torch.float32
+        kind = torch.promote_types(seen.x.dtype, torch.float32)
         gate = torch.ones(seen.samples, seen.x.shape[seen.dim], dtype=kind, device=seen.x.device, requires_grad=True)
-        self._gates.append((seen.number, gate))
+        self._placed.append((seen.number, gate))
         return seen.gated(gate)
 
     def derivatives(self, value: Tensor, scale: float) -> Tensor:
-        """Shape ``(samples, components)``; the gates are forgotten."""
-        gates, self._gates = self._gates, []
-        found = torch.autograd.grad(value, [gate for _, gate in gates], allow_unused=True)
-        samples = max(len(gate) for _, gate in gates)
-        total = torch.zeros(samples, self._count, dtype=torch.float64, device="cpu")
-        for (number, _), gradient in zip(gates, found, strict=True):
+        """Shape ``(samples, gates)``; the placed gates are forgotten."""
+        placed, self._placed = self._placed, []
+        found = torch.autograd.grad(value, [gate for _, gate in placed], allow_unused=True)
+        samples = max(len(gate) for _, gate in placed)
+        total = torch.zeros(samples, self._gates.count, dtype=torch.float64)
+        for (number, _), gradient in zip(placed, found, strict=True):
             if gradient is not None:
                 wide = gradient.detach().cpu().double() * scale
-                for positions, channels in self._reached[number]:
+                for positions, channels in self._gates.reached[number]:
                     total[: len(wide)].index_add_(1, channels, wide[:, positions])
         return total
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ComponentScores:
-    """A score for every component of the graph."""
+class GateScores:
+    """A score for each gate, and the gate of each component of the graph (-1 for none)."""
 
     sites: Sites
+    gate_of: Ids
     scores: Tensor
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
         self.sites.of(group)  # raises where there is nothing to see
-        return self.scores[torch.from_numpy(group.components)]
+        return self.scores[torch.from_numpy(self.gate_of[group.components])]
 
 
-def gate_sums(
-    graph: ChannelGraph, batches: Batches, statistics: Mapping[str, Callable[[Tensor], Tensor]]
-) -> tuple[Sites, Sums]:
-    """Sums over samples of functions of the gates' derivatives, shape ``(components,)`` each, and ``"count"``.
+def gate_sums(graph: ChannelGraph, batches: Batches, function: Callable[[Tensor], Tensor]) -> tuple[Gates, Tensor]:
+    """The mean over samples of a function of the derivatives of the gates, shape ``(gates,)``.
 
     Args:
         graph: the graph of the model.
         batches: data and loss.
-        statistics: by name, a function of the derivatives of shape ``(samples, components)``, entry by entry.
+        function: takes derivatives of shape ``(samples, gates)``, gives a tensor of that shape.
     """
-    sites = Sites(graph, each_edge=True)
-    gates = _Gates(graph, sites)
+    gates = Gates(graph)
+    placed = _SampleGates(gates)
     sums = Sums()
 
     def after(value: Tensor, samples: int) -> None:
-        scale = samples if batches.reduction == "mean" else 1
-        found = gates.derivatives(value, scale)
-        for name, function in statistics.items():
-            sums.add(name, function(found).sum(0))
+        found = placed.derivatives(value, samples if batches.reduction == "mean" else 1)
+        sums.add("sum", function(found).sum(0))
         sums.add("count", torch.tensor(float(samples)))
 
-    descend(graph, batches, sites.taps, gates.place, None, after)
-    return sites, sums
+    descend(graph, batches, gates.sites.taps, placed.place, None, after)
+    return gates, sums["sum"] / sums["count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +160,8 @@ class Taylor:
         batches = require_data(batches, self)
         batches.require_loss(self)
         each = torch.abs if self.average == "after" else torch.clone
-        sites, sums = gate_sums(graph, batches, {"derivative": each})
-        return ComponentScores(sites, (sums["derivative"] / sums["count"]).abs())
+        gates, mean = gate_sums(graph, batches, each)
+        return gates.scores(mean.abs())
 
 
 def weight_gradients(graph: ChannelGraph, batches: Batches, *, squares: bool = False) -> dict[str, Tensor]:

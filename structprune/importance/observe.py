@@ -94,7 +94,7 @@ class Seen:
             PlanError: no dimension of it counts the samples.
         """
         view, _ = self._split(self.x)
-        return view.flatten(2)
+        return view.reshape(*view.shape[:2], -1)
 
     def maps(self) -> Tensor:
         """`x` in the shape (samples, channels, *positions), with as many dimensions of positions as it has."""

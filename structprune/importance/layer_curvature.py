@@ -1,0 +1,322 @@
+"""Criteria that hold the second moments of a layer's inputs, and of the gradients of its outputs.
+
+A layer computes ``y = sum over positions p and kernel offsets k of W[p, :, k] * f[p, k]``, where the features f are its
+inputs, or for a convolution its patches. Removing a channel removes the columns S of W that its features meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.groups import Group
+from structprune.importance.activation import columns
+from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.data import Batches, require_data
+from structprune.importance.observe import Seen, Sums, descend, look
+from structprune.importance.reduce import check_reduction, padded, reduced
+from structprune.importance.sites import Sites
+
+_NAMES = {
+    False: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    True: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+}
+_CHUNK = 1 << 22  # entries of patches that are held at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """A tapped layer: its weight by channel, and how its features are made.
+
+    Attributes:
+        weight: shape ``(positions, outputs of a group, kernel)``.
+        groups: of a grouped convolution.
+        call: arguments of a convolution other than input, weight and bias; None for a matrix product.
+        output_dim: the dimension of the outputs, counted from the end.
+    """
+
+    weight: Tensor
+    groups: int
+    call: dict[str, Any] | None
+    kernel: tuple[int, ...]
+    transposed: bool
+    output_dim: int
+
+    @staticmethod
+    def of(seen: Seen, name: str) -> _Layer:
+        """The layer at a tap.
+
+        Raises:
+            PlanError: it is neither a convolution nor a product with a matrix.
+        """
+        weight = seen.weight
+        assert weight is not None
+        size = seen.x.shape[seen.dim]
+        if name.startswith("conv"):
+            transposed = name.startswith("conv_transpose")
+            _, args, kwargs = seen.call
+            given = {**dict(zip(_NAMES[transposed], args, strict=False)), **kwargs}
+            rest = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
+            groups = int(rest.pop("groups", 1))
+            kernel = tuple(weight.shape[2:])
+            by_channel = columns(seen).reshape(size, -1, prod(kernel))
+            return _Layer(by_channel, groups, rest, kernel, transposed, seen.dim)
+        if weight.dim() != 2 or name in ("bilinear", "python.einsum"):
+            raise PlanError(
+                f"The second moments of {seen.where} are not known: it is neither a convolution nor a product with one "
+                "matrix. Name the layer in ignore=, or choose another criterion, such as 'wanda'."
+            )
+        # A weight on the left of its input gives its outputs in the dimension before the last.
+        return _Layer(columns(seen).unsqueeze(2), 1, None, (), False, -1 if seen.dim == -1 else -2)
+
+    def moments(self, seen: Seen) -> tuple[Tensor, int]:
+        """Sum of outer products of features, shape ``(groups, n, n)``, and how many."""
+        size = seen.x.shape[seen.dim]
+        step = size
+        if self.call is not None and seen.x.dim() == len(self.kernel) + 2:
+            step = max(1, _CHUNK * len(seen.x) // max(1, seen.x.numel() * prod(self.kernel)))
+        total: Tensor | None = None
+        count = 0
+        for piece in seen.x.detach().split(step) if self.call is not None else (seen.x.detach(),):
+            features = self._features(seen, piece, size)
+            features = features.double() if features.device.type != "mps" else features
+            rows = features.reshape(len(features), self.groups, -1).transpose(0, 1)
+            found = rows.transpose(1, 2) @ rows
+            total = found if total is None else total + found
+            count += len(features)
+        assert total is not None
+        return total, count
+
+    def _features(self, seen: Seen, x: Tensor, size: int) -> Tensor:
+        """Shape ``(rows, positions * kernel)``."""
+        if self.call is None:
+            return x.movedim(seen.dim, -1).reshape(-1, size)
+        # A kernel that is one at a single offset hands that offset on: its results are the patches.
+        taps = prod(self.kernel)
+        one = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *self.kernel)
+        eye = one.transpose(0, 1).repeat(size, *[1] * (one.dim() - 1)) if self.transposed else one.repeat(
+            size, *[1] * (one.dim() - 1)
+        )
+        patches: Tensor = seen.call[0](x, eye, None, groups=size, **self.call)
+        return patches.movedim(seen.dim, -1).reshape(-1, size * taps)
+
+    def full(self) -> Tensor:
+        """The weight with a row for each output of the whole layer, shape ``(positions, outputs, kernel)``."""
+        if self.groups == 1:
+            return self.weight
+        size, out, kernel = self.weight.shape
+        result = self.weight.new_zeros(self.groups, size // self.groups, self.groups, out, kernel)
+        each = torch.arange(self.groups, device=result.device)
+        result[each, :, each] = self.weight.reshape(self.groups, size // self.groups, out, kernel)
+        return result.reshape(size, self.groups * out, kernel)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _QuadraticScores:
+    """For each channel ``trace(G W_S M W_S^T)`` over the columns S that it takes along."""
+
+    sites: Sites
+    layers: list[_Layer]
+    inputs: list[Tensor]
+    outputs: list[Tensor] | None
+    inverse: bool
+    damping: float
+    factor: float
+    reduce: str
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        for reach in self.sites.of(group):
+            device = self.inputs[reach.tap].device
+            positions = torch.from_numpy(reach.positions).to(device)
+            table, real = padded(positions, torch.from_numpy(reach.channels).to(device), group.channels)
+            parts.append((self._tap(reach.tap, table, real) * self.factor, real.any(1)))
+        return reduced(parts, self.reduce, group.channels)
+
+    def _tap(self, number: int, table: Tensor, real: Tensor) -> Tensor:
+        layer, moments = self.layers[number], self.inputs[number]
+        kernel = layer.weight.shape[2]
+        inside = layer.weight.shape[0] // layer.groups
+        offsets = torch.arange(kernel, device=table.device)
+        local = ((table % inside).unsqueeze(2) * kernel + offsets).flatten(1)  # (channels, most * kernel)
+        number_of = (table // inside).repeat_interleave(kernel, 1)
+        there = real.repeat_interleave(kernel, 1)
+        matrix = _inverse(moments, self.damping) if self.inverse else moments
+        block = matrix[number_of.unsqueeze(2), local.unsqueeze(2), local.unsqueeze(1)]
+        pairs = (number_of.unsqueeze(2) == number_of.unsqueeze(1)) & there.unsqueeze(2) & there.unsqueeze(1)
+        block = block.masked_fill(~pairs, 0)
+        if self.inverse:
+            block = torch.linalg.inv(block + torch.diag_embed((~there).to(block.dtype)))
+        weight = layer.weight if self.outputs is None else layer.full()
+        taken = weight[table].transpose(1, 2).flatten(2)  # (channels, outputs, most * kernel)
+        # What no input ever reaches costs nothing, whatever the damping.
+        alive = torch.diagonal(moments, dim1=1, dim2=2)[number_of, local] > 0
+        taken = taken * (there & alive).unsqueeze(1)
+        product = taken @ block
+        if self.outputs is not None:
+            product = self.outputs[number] @ product
+        return (product * taken).sum((1, 2))
+
+
+def _inverse(moments: Tensor, damping: float) -> Tensor:
+    """Inverse of each matrix, with `damping` times its mean diagonal added to the diagonal."""
+    mean = torch.diagonal(moments, dim1=1, dim2=2).mean(1)
+    added = torch.where(mean > 0, mean * damping, 1)
+    return torch.linalg.inv(moments + torch.diag_embed(added.unsqueeze(1).expand(-1, moments.shape[1])))
+
+
+def _check(reduce: str, damping: float) -> None:
+    check_reduction(reduce)
+    if not damping > 0:
+        raise PlanError(f"damping is {damping}; it must be above 0, since inputs that depend on each other are common.")
+
+
+@dataclass(frozen=True, slots=True)
+class OBS:
+    """Optimal Brain Surgeon on a layer's own error: what its outputs lose once the remaining weights make up for it.
+
+    Hassibi and Stork, 1993; structured as in Kurtic et al., ZipLM, 2023, equation 2: with H the second moments of the
+    layer's inputs (patches, for a convolution), the mean squared change of its outputs is
+    ``sum over rows i of W[i, S] ((H^-1)[S, S])^-1 W[i, S]^T``. It needs data and no loss. A layer's H has as many rows as
+    the layer has inputs x kernel.
+
+    Args:
+        damping: share of the mean diagonal of H that is added to its diagonal.
+        reduce: how the layers at which a group ends are joined: ``"sum"``, ``"mean"``, ``"max"``, ``"prod"`` or
+            ``"first"``.
+    """
+
+    damping: float = 1e-2
+    reduce: str = "sum"
+
+    def __post_init__(self) -> None:
+        _check(self.reduce, self.damping)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: this criterion has to see data first, by `fit`."""
+        raise not_fitted(self)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Look at the data; the model is left as it was.
+
+        Raises:
+            PlanError: there is no data, it does not fit the model, or a layer is neither convolution nor product.
+        """
+        batches = require_data(batches, self)
+        sites = Sites(graph, each_edge=True, weighted=True)
+        moments = _Moments(sites)
+        look(graph, batches, sites.taps, lambda seen, _: moments.add(seen))
+        return _QuadraticScores(
+            sites, moments.layers(), moments.inputs(), None, True, self.damping, 1.0, self.reduce
+        )
+
+
+class _Moments:
+    """Second moments of the inputs of tapped layers."""
+
+    def __init__(self, sites: Sites) -> None:
+        self.sites = sites
+        self.sums = Sums()
+        self._layers: dict[int, _Layer] = {}
+
+    def layer(self, seen: Seen) -> _Layer:
+        """The layer at a tap."""
+        known = self._layers.get(seen.number)
+        if known is None:
+            name = self.sites.taps[seen.number].key[0]
+            known = self._layers[seen.number] = _Layer.of(seen, name)
+        return known
+
+    def add(self, seen: Seen) -> None:
+        """Count in what comes into a layer."""
+        with torch.no_grad():
+            found, count = self.layer(seen).moments(seen)
+        self.sums.add(("input", seen.number), found)
+        self.sums.add(("count", seen.number), torch.tensor(float(count)))
+        self.sums.add(("samples", seen.number), torch.tensor(float(seen.samples)))
+
+    def layers(self) -> list[_Layer]:
+        """The layers of all taps."""
+        return [self._layers[number] for number in range(len(self.sites.taps))]
+
+    def inputs(self, over: str = "count") -> list[Tensor]:
+        """Second moments of each tap: mean over rows (``"count"``), or over ``"samples"`` of the sum over rows."""
+        return [
+            self.sums["input", number] / float(self.sums[over, number]) for number in range(len(self.sites.taps))
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class KFAC:
+    """A layer's curvature as a Kronecker product: second moments of inputs x second moments of output gradients.
+
+    Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Grosse and
+    Martens, 2016, for convolutions (A sums over positions, G is their mean); used for channels by Wang et al.,
+    EigenDamage, 2019, section 3.2. The loss changes by ``1/2 trace(G W_S A[S, S] W_S^T)`` (C-OBD), or with the
+    remaining weights making up for it ``1/2 trace(G W_S ((A^-1)[S, S])^-1 W_S^T)`` (C-OBS). The paper takes a filter's
+    row away where it is made; here its columns go where it is consumed, which is the same switch behind a batch norm too.
+    Gradients are those of the data's own labels (the empirical Fisher matrix).
+
+    Args:
+        inverse: C-OBS in place of C-OBD.
+        damping: share of the mean diagonal that is added to it, for `inverse`.
+        reduce: how the layers at which a group ends are joined; see `OBS`.
+    """
+
+    inverse: bool = False
+    damping: float = 1e-2
+    reduce: str = "sum"
+
+    def __post_init__(self) -> None:
+        _check(self.reduce, self.damping)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: this criterion has to see data first, by `fit`."""
+        raise not_fitted(self)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Look at the data; the model is left as it was.
+
+        Raises:
+            PlanError: there is no data or no loss, they do not fit the model, or a layer is neither convolution nor
+                product.
+        """
+        batches = require_data(batches, self)
+        batches.require_loss(self)
+        sites = Sites(graph, each_edge=True, weighted=True)
+        moments = _Moments(sites)
+        shifts: list[tuple[int, int, Tensor]] = []
+
+        def shifted(seen: Seen, y: Tensor) -> Tensor:
+            shift = torch.zeros_like(y, requires_grad=True)
+            shifts.append((seen.number, moments.layer(seen).output_dim, shift))
+            return y + shift
+
+        def after(value: Tensor, samples: int) -> None:
+            found = torch.autograd.grad(value, [shift for _, _, shift in shifts], allow_unused=True)
+            for (number, dim, shift), gradient in zip(shifts, found, strict=True):
+                rows = torch.zeros_like(shift) if gradient is None else gradient.detach()
+                rows = rows.movedim(dim, -1).reshape(-1, rows.shape[dim])
+                rows = rows.double() if rows.device.type != "mps" else rows
+                rows = rows * (samples if batches.reduction == "mean" else 1)
+                moments.sums.add(("output", number), rows.T @ rows)
+            shifts.clear()
+
+        descend(graph, batches, sites.taps, moments.add, shifted, after)
+        outputs = [moments.sums["output", n] / float(moments.sums["count", n]) for n in range(len(sites.taps))]
+        return _QuadraticScores(
+            sites, moments.layers(), moments.inputs("samples"), outputs, self.inverse, self.damping, 0.5, self.reduce
+        )
+
+
+criterion("obs")(OBS)
+criterion("kfac")(KFAC)
+criterion("kfac_obs")(lambda: KFAC(inverse=True))

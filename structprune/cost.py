@@ -72,7 +72,8 @@ def _tensors(node: fx.Node) -> list[Any]:
     return found
 
 
-def _node_macs(node: fx.Node, channels: Channels, count: Count) -> int:
+def node_macs(node: fx.Node, channels: Channels, count: Count) -> int:
+    """Multiply-accumulates of one operation when `count` gives the number of living channels of each row."""
     name = node.meta["name"]
     if name in ("conv1d", "conv2d", "conv3d"):
         weight = _rows(channels, _tensors(node)[1])
@@ -166,7 +167,7 @@ def count_cost(model: nn.Module, recorded: Trace, channels: Channels, count: Cou
         numel = _volume(thinned[name], count) if name in thinned else held.tensor.numel()
         params += numel if isinstance(held.tensor, nn.Parameter) else 0
         weight_bytes += numel * held.tensor.element_size()
-    macs = sum(_node_macs(node, channels, count) for node in recorded.nodes)
+    macs = sum(node_macs(node, channels, count) for node in recorded.nodes)
     return Cost(params, macs, weight_bytes, _peak(recorded, channels, count))
 
 

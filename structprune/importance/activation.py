@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import Importance, criterion, not_fitted
 from structprune.importance.data import Batches, require_data
-from structprune.importance.observe import Seen, Sums, look
+from structprune.importance.observe import look
 from structprune.importance.reduce import check_reduction, gathered, reduced
+from structprune.importance.seen import Seen, Sums
 from structprune.importance.sites import Sites
 
 
@@ -118,11 +118,13 @@ def columns(seen: Seen) -> Tensor:
     return parts.transpose(1, 2).reshape(size, -1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """`x` in float64, where the device has it."""
     return x.double() if x.device.type != "mps" else x.float()
 
 
-def _count(rows: Tensor) -> Tensor:
+def counted(rows: Tensor) -> Tensor:
+    """Number of rows, as a tensor."""
     return torch.tensor(float(rows.shape[0]), device=rows.device)
 
 
@@ -142,8 +144,8 @@ class MeanActivation(ActivationCriterion):
 
     def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
         """Sum of absolute values, and how many."""
-        rows = _wide(seen.rows())
-        return {"sum": rows.abs().sum(0), "count": _count(rows)}
+        rows = wide(seen.rows())
+        return {"sum": rows.abs().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """The mean."""
@@ -165,8 +167,8 @@ class L2Activation(ActivationCriterion):
 
     def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
-        rows = _wide(seen.rows())
-        return {"sum": rows.square().sum(0), "count": _count(rows)}
+        rows = wide(seen.rows())
+        return {"sum": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """The mean square; the root follows when the positions of a channel are joined."""
@@ -191,7 +193,7 @@ class APoZ(ActivationCriterion):
     def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
         """Number of entries above the threshold, and of all."""
         rows = seen.rows()
-        return {"sum": (rows.abs() > self.threshold).sum(0), "count": _count(rows)}
+        return {"sum": (rows.abs() > self.threshold).sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """The share that is not zero."""
@@ -214,14 +216,14 @@ class HRank(ActivationCriterion):
 
     def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
         """Sum of ranks over samples, and the number of matrices."""
-        maps = _wide(seen.maps())
+        maps = wide(seen.maps())
         while maps.dim() < 4:
             maps = maps.unsqueeze(2)
         # The precision of the model's arithmetic decides, not that of this sum.
         precision = max(torch.finfo(seen.x.dtype).eps, torch.finfo(torch.float32).eps)
         ranks = torch.linalg.matrix_rank(maps, rtol=max(maps.shape[-2:]) * precision)
         ranks = ranks.movedim(1, -1).reshape(-1, maps.shape[1])
-        return {"sum": ranks.sum(0), "count": _count(ranks)}
+        return {"sum": ranks.sum(0), "count": counted(ranks)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """The mean rank."""
@@ -246,8 +248,8 @@ class Wanda(ActivationCriterion):
 
     def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
-        rows = _wide(seen.rows())
-        return {"square": rows.square().sum(0), "count": _count(rows)}
+        rows = wide(seen.rows())
+        return {"square": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """Sum of the absolute weights times the root mean square."""
@@ -274,8 +276,8 @@ class FLAP(ActivationCriterion):
 
     def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
         """Sum, sum of squares, and how many."""
-        rows = _wide(seen.rows())
-        return {"sum": rows.sum(0), "square": rows.square().sum(0), "count": _count(rows)}
+        rows = wide(seen.rows())
+        return {"sum": rows.sum(0), "square": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """Sample variance times squared weights."""
@@ -285,79 +287,9 @@ class FLAP(ActivationCriterion):
         return spread * weight.square().sum(1)
 
 
-@dataclass(frozen=True, slots=True)
-class TVSeparability(ActivationCriterion):
-    """How well a channel tells classes apart: a lower bound on the total variation between its class distributions.
-
-    Murti et al., TVSPrune: Pruning Non-discriminative Filters via Total Variation Separability of Intermediate
-    Representations, 2023: the outputs of a filter for two classes are taken as Gaussians, and the squared Hellinger
-    distance ``1 - sqrt(2 s t / (s^2 + t^2)) * exp(-(m - n)^2 / (4 (s^2 + t^2)))`` bounds their total variation from
-    below. Here a filter's output is the mean of its feature map over positions.
-
-    Args:
-        pairs: ``"min"`` scores a channel by the pair of classes that it tells apart least, as the paper does,
-            ``"mean"`` by the average pair.
-        labels: gives the class of each sample of a batch, shape ``(samples,)``; by default the second of a pair.
-        reduce: how the layers at which a group ends are joined; see `MeanActivation`.
-    """
-
-    pairs: str = "min"
-    labels: Any = field(default=None)
-    reduce: str = "mean"
-
-    def __post_init__(self) -> None:
-        check_reduction(self.reduce)
-        if self.pairs not in ("min", "mean"):
-            raise PlanError(f"pairs is {self.pairs!r}; give 'min' or 'mean'.")
-
-    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
-        """Sums, squares and counts of each class, named by the class."""
-        means = _wide(seen.by_sample()).mean(2)
-        labels = self._labels(batch, len(means)).to(means.device)
-        found: dict[str, Tensor] = {}
-        for label in labels.unique().tolist():
-            mine = means[labels == label]
-            found[f"sum {label}"] = mine.sum(0)
-            found[f"square {label}"] = mine.square().sum(0)
-            found[f"count {label}"] = _count(mine)
-        return found
-
-    def _labels(self, batch: Any, samples: int) -> Tensor:
-        pair = isinstance(batch, (tuple, list)) and len(batch) > 1
-        found: Any = self.labels(batch) if self.labels is not None else batch[1] if pair else None
-        if not isinstance(found, Tensor) or tuple(found.shape) != (samples,):
-            raise PlanError(
-                "TVSeparability needs the class of each sample, as a tensor of shape (samples,): let data give pairs of "
-                "inputs and labels, or pass labels=, a function of the batch."
-            )
-        return found
-
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The squared Hellinger distance of the least (or the average) pair of classes."""
-        labels = [name.removeprefix("count ") for name in sums if name.startswith("count ")]
-        if len(labels) < 2:
-            raise PlanError("The data holds samples of a single class, so no channel can tell classes apart.")
-        count = torch.stack([sums[f"count {label}"] for label in labels]).unsqueeze(1)
-        mean = torch.stack([sums[f"sum {label}"] for label in labels]) / count
-        variance = (torch.stack([sums[f"square {label}"] for label in labels]) / count - mean.square()).clamp(min=0)
-        first, second = torch.triu_indices(len(labels), len(labels), 1).unbind()
-        distance = hellinger(mean[first], variance[first], mean[second], variance[second])
-        return distance.amin(0) if self.pairs == "min" else distance.mean(0)
-
-
-def hellinger(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
-    """Squared Hellinger distance of Gaussians; of two that are points, whether they are different points."""
-    total = variance + other_variance
-    apart = (mean - other_mean).square()
-    safe = torch.where(total > 0, total, 1)
-    overlap = (2 * (variance * other_variance).sqrt() / safe).sqrt() * torch.exp(-apart / (4 * safe))
-    return 1 - torch.where(total > 0, overlap, (apart == 0).to(overlap.dtype))
-
-
 criterion("activation_mean")(MeanActivation)
 criterion("activation_l2")(L2Activation)
 criterion("apoz")(APoZ)
 criterion("hrank")(HRank)
 criterion("wanda")(Wanda)
 criterion("flap")(FLAP)
-criterion("tvs")(TVSeparability)

@@ -15,8 +15,9 @@ from structprune.groups import Group
 from structprune.importance.base import Importance, criterion, not_fitted
 from structprune.importance.data import Batches, require_data, size_of
 from structprune.importance.gradient import EntryScores, Gates, gate_sums, weight_gradients
-from structprune.importance.observe import Seen, Sums, borrowed, descend
+from structprune.importance.observe import borrowed, descend
 from structprune.importance.reduce import check_reduction
+from structprune.importance.seen import Seen, Sums
 
 
 def _probe(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from structprune.errors import PlanError
@@ -71,7 +69,7 @@ class Batches:
     ) -> None:
         if not isinstance(data, Iterable) or isinstance(data, (Tensor, Mapping, str)):
             raise PlanError(
-                f"data is a {type(data).__name__}; give an iterable of batches. A single batch goes into a list: [batch]."
+                f"data is a {type(data).__name__}; give an iterable of batches. A single batch goes into a list."
             )
         if reduction not in ("mean", "sum"):
             raise PlanError(f"reduction is {reduction!r}; the loss is the 'mean' or the 'sum' over a batch.")
@@ -108,6 +106,10 @@ class Batches:
         if not shown:
             yield from iterator
             return
+        # Here, since importing rich takes longer than most plans.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         length = getattr(self.data, "__len__", None)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -22,8 +22,9 @@ from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import Importance, criterion, not_fitted
 from structprune.importance.data import Batches, require_data, samples_of, size_of
-from structprune.importance.observe import Seen, Sums, borrowed, descend
+from structprune.importance.observe import borrowed, descend
 from structprune.importance.reduce import check_reduction, member_sums, reduced
+from structprune.importance.seen import Seen, Sums
 from structprune.importance.sites import Sites
 
 
@@ -72,14 +73,13 @@ class _SampleGates:
     def derivatives(self, value: Tensor, scale: float) -> Tensor:
         """Shape ``(samples, gates)``; the placed gates are forgotten."""
         placed, self._placed = self._placed, []
-        found = torch.autograd.grad(value, [gate for _, gate in placed], allow_unused=True)
+        found = torch.autograd.grad(value, [gate for _, gate in placed], allow_unused=True, materialize_grads=True)
         samples = max(len(gate) for _, gate in placed)
         total = torch.zeros(samples, self._gates.count, dtype=torch.float64)
         for (number, _), gradient in zip(placed, found, strict=True):
-            if gradient is not None:
-                wide = gradient.detach().cpu().double() * scale
-                for positions, channels in self._gates.reached[number]:
-                    total[: len(wide)].index_add_(1, channels, wide[:, positions])
+            wide = gradient.detach().cpu().double() * scale
+            for positions, channels in self._gates.reached[number]:
+                total[: len(wide)].index_add_(1, channels, wide[:, positions])
         return total
 
 
@@ -182,11 +182,10 @@ def weight_gradients(graph: ChannelGraph, batches: Batches, *, squares: bool = F
                 count = size_of(piece)
                 scale = count if batches.reduction == "mean" else 1
                 value = batches.loss(model, piece)
-                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
                 for name, gradient in zip(parameters, found, strict=True):
-                    if gradient is not None:
-                        wide = gradient.double() if gradient.device.type != "mps" else gradient.float()
-                        sums.add(name, (wide * scale).square() if squares else wide * scale)
+                    wide = gradient.double() if gradient.device.type != "mps" else gradient.float()
+                    sums.add(name, (wide * scale).square() if squares else wide * scale)
                 sums.add("", torch.tensor(float(count)))
     total = float(sums[""])
     return {name: sums[name] / total for name in parameters if name in sums}

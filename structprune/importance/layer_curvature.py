@@ -20,8 +20,9 @@ from structprune.groups import Group
 from structprune.importance.activation import columns
 from structprune.importance.base import Importance, criterion, not_fitted
 from structprune.importance.data import Batches, require_data
-from structprune.importance.observe import Seen, Sums, descend, look
+from structprune.importance.observe import descend, look
 from structprune.importance.reduce import check_reduction, padded, reduced
+from structprune.importance.seen import Seen, Sums
 from structprune.importance.sites import Sites
 
 _NAMES = {
@@ -101,8 +102,10 @@ class _Layer:
         # A kernel that is one at a single offset hands that offset on: its results are the patches.
         taps = prod(self.kernel)
         one = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *self.kernel)
-        eye = one.transpose(0, 1).repeat(size, *[1] * (one.dim() - 1)) if self.transposed else one.repeat(
-            size, *[1] * (one.dim() - 1)
+        eye = (
+            one.transpose(0, 1).repeat(size, *[1] * (one.dim() - 1))
+            if self.transposed
+            else one.repeat(size, *[1] * (one.dim() - 1))
         )
         patches: Tensor = seen.call[0](x, eye, None, groups=size, **self.call)
         return patches.movedim(seen.dim, -1).reshape(-1, size * taps)
@@ -185,8 +188,8 @@ class OBS:
 
     Hassibi and Stork, 1993; structured as in Kurtic et al., ZipLM, 2023, equation 2: with H the second moments of the
     layer's inputs (patches, for a convolution), the mean squared change of its outputs is
-    ``sum over rows i of W[i, S] ((H^-1)[S, S])^-1 W[i, S]^T``. It needs data and no loss. A layer's H has as many rows as
-    the layer has inputs x kernel.
+    ``sum over rows i of W[i, S] ((H^-1)[S, S])^-1 W[i, S]^T``. It needs data and no loss. A layer's H
+    has as many rows as the layer has inputs x kernel.
 
     Args:
         damping: share of the mean diagonal of H that is added to its diagonal.
@@ -214,9 +217,7 @@ class OBS:
         sites = Sites(graph, each_edge=True, weighted=True)
         moments = _Moments(sites)
         look(graph, batches, sites.taps, lambda seen, _: moments.add(seen))
-        return _QuadraticScores(
-            sites, moments.layers(), moments.inputs(), None, True, self.damping, 1.0, self.reduce
-        )
+        return _QuadraticScores(sites, moments.layers(), moments.inputs(), None, True, self.damping, 1.0, self.reduce)
 
 
 class _Moments:
@@ -249,9 +250,7 @@ class _Moments:
 
     def inputs(self, over: str = "count") -> list[Tensor]:
         """Second moments of each tap: mean over rows (``"count"``), or over ``"samples"`` of the sum over rows."""
-        return [
-            self.sums["input", number] / float(self.sums[over, number]) for number in range(len(self.sites.taps))
-        ]
+        return [self.sums["input", number] / float(self.sums[over, number]) for number in range(len(self.sites.taps))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +261,8 @@ class KFAC:
     Martens, 2016, for convolutions (A sums over positions, G is their mean); used for channels by Wang et al.,
     EigenDamage, 2019, section 3.2. The loss changes by ``1/2 trace(G W_S A[S, S] W_S^T)`` (C-OBD), or with the
     remaining weights making up for it ``1/2 trace(G W_S ((A^-1)[S, S])^-1 W_S^T)`` (C-OBS). The paper takes a filter's
-    row away where it is made; here its columns go where it is consumed, which is the same switch behind a batch norm too.
-    Gradients are those of the data's own labels (the empirical Fisher matrix).
+    row away where it is made; here its columns go where it is consumed, which is the same switch behind a batch norm
+    too. Gradients are those of the data's own labels (the empirical Fisher matrix).
 
     Args:
         inverse: C-OBS in place of C-OBD.
@@ -301,10 +300,11 @@ class KFAC:
             return y + shift
 
         def after(value: Tensor, samples: int) -> None:
-            found = torch.autograd.grad(value, [shift for _, _, shift in shifts], allow_unused=True)
-            for (number, dim, shift), gradient in zip(shifts, found, strict=True):
-                rows = torch.zeros_like(shift) if gradient is None else gradient.detach()
-                rows = rows.movedim(dim, -1).reshape(-1, rows.shape[dim])
+            found = torch.autograd.grad(
+                value, [shift for *_, shift in shifts], allow_unused=True, materialize_grads=True
+            )
+            for (number, dim, _), gradient in zip(shifts, found, strict=True):
+                rows = gradient.detach().movedim(dim, -1).reshape(-1, gradient.shape[dim])
                 rows = rows.double() if rows.device.type != "mps" else rows
                 rows = rows * (samples if batches.reduction == "mean" else 1)
                 moments.sums.add(("output", number), rows.T @ rows)

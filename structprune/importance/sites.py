@@ -222,9 +222,7 @@ class Sites:
         where = describe(node, self._graph.trace)
         occurrence = self._occurrences[node]
         at = side.meta["index"]
-        self.taps.append(
-            Tap(key_of(node), occurrence, operand, part, dim, size, weight, weight_dim, at, where)
-        )
+        self.taps.append(Tap(key_of(node), occurrence, operand, part, dim, size, weight, weight_dim, at, where))
         self._entries.append((positions, roots))
 
     def _cover(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,8 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
 from structprune.groups import Group
-from structprune.importance.base import criterion
+from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.data import Batches
+from structprune.importance.reduce import check_reduction, floating, member_sums, reduced
+from structprune.importance.sites import operands
+
+
+class _Version:
+    """A tensor as it is now: another one of the same name, or the same after a step of training, is another version."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._writes = -1 if tensor.is_inference() else tensor._version
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is the very tensor, unchanged; of an inference tensor that cannot be known."""
+        return self._tensor() is tensor and 0 <= self._writes == tensor._version
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +47,7 @@ class LnNorm:
     """
 
     n: float = 2.0
-    _sums: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _sums: dict[tuple[str, int], tuple[_Version, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _spaces: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,13 +77,14 @@ class LnNorm:
     def _along(self, name: str, weight: Tensor, dim: int) -> Tensor:
         """Sum (for n = inf: largest) of ``|w| ** n`` for each index of `dim`, shape ``(weight.shape[dim],)``."""
         known = self._sums.get((name, dim))
-        if known is None:
+        if known is None or not known[0].is_of(weight):
             powers = self._powers(weight.detach())
+            version = _Version(weight)
             # One pass over the weight serves its first two dimensions, which are asked for one after the other.
             for place in {dim, 0, 1} & set(range(weight.dim())):
-                self._sums[(name, place)] = self._reduced(powers, place)
+                self._sums[(name, place)] = version, self._reduced(powers, place)
             known = self._sums[(name, dim)]
-        return known
+        return known[1]
 
     def _powers(self, weight: Tensor) -> Tensor:
         if weight.dtype in (torch.float16, torch.bfloat16):
@@ -94,6 +112,127 @@ class LnNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class SliceNorm:
+    """The Ln norm of each slice that goes with a channel, joined over the slices of the group.
+
+    Fang et al., DepGraph, 2023, section 3.3, speak of both; `LnNorm` is one norm over all slices.
+
+    Args:
+        n: the order of the norm, above 0; ``math.inf`` takes the largest entry.
+        reduce: how the slices are joined: ``"mean"``, ``"sum"``, ``"max"``, ``"prod"`` or ``"first"``.
+    """
+
+    n: float = 2.0
+    reduce: str = "mean"
+    _norm: LnNorm = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduce)
+        object.__setattr__(self, "_norm", LnNorm(self.n))
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        for member in group.members:
+            weight = tensors[member.tensor]
+            if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+                one = Group(group.name, group.components, (member,))
+                here = torch.zeros(group.channels, dtype=torch.bool)
+                here[torch.from_numpy(member.channels)] = True
+                parts.append((self._norm(one, tensors), here))
+        return reduced(parts, self.reduce, group.channels)
+
+
+@dataclass(frozen=True, slots=True)
+class LAMP:
+    """Layer-adaptive magnitude: a channel's squared norm over that of all channels of its group that are no smaller.
+
+    Lee et al., Layer-Adaptive Sparsity for the Magnitude-based Pruning, 2021, equation 3, with the squared L2 norm of
+    everything that goes with a channel in place of a single squared weight. The largest channel of each group scores
+    one, so that a global ranking leaves every group a channel. Channels of equal norm count each other.
+    """
+
+    _norm: LnNorm = field(default_factory=LnNorm, repr=False, compare=False)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)`` in [0, 1]."""
+        squares = self._norm(group, tensors).double().square()
+        if squares.is_meta:
+            return squares
+        ordered, order = squares.sort()
+        tails = ordered.flip(0).cumsum(0).flip(0)
+        # The tail of equal values is that of the first of them.
+        tails = tails[torch.searchsorted(ordered, ordered)]
+        shares = torch.where(tails > 0, ordered / torch.where(tails > 0, tails, 1), 0)
+        return torch.zeros_like(squares).index_copy_(0, order, shares)
+
+
+_NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class NormScale:
+    """Absolute value of the scale that a channel has in its batch norms.
+
+    Liu et al., Learning Efficient Convolutional Networks through Network Slimming, 2017, section 3. It says something
+    after training with an L1 penalty on the scales. The scales are found in the trace, as the weights of operations of
+    these kinds, whatever module holds them.
+
+    Args:
+        kinds: of norms: ``"batch_norm"``, ``"instance_norm"``, ``"group_norm"``, ``"layer_norm"``, ``"rms_norm"``.
+        reduce: how several norms on a group are joined: ``"mean"``, ``"sum"``, ``"max"``, ``"prod"`` or ``"first"``.
+    """
+
+    kinds: tuple[str, ...] = ("batch_norm",)
+    reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduce)
+        unknown = [kind for kind in self.kinds if kind not in _NORMS]
+        if unknown:
+            raise PlanError(f"There is no norm {unknown[0]!r}. Those known are {', '.join(_NORMS)}.")
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: this criterion has to see the graph first, by `fit`."""
+        raise not_fitted(self)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Find the scales of norms; no data is needed."""
+        names: set[str] = set()
+        for node in graph.trace.nodes:
+            if node.meta["name"] in self.kinds:
+                # Only the scale and the shift are parameters, in this order.
+                held = [str(n.target) for n in operands(node)[1:] if n.meta["name"] == "parameter"]
+                parameters = [name for name in held if isinstance(_parameter(graph, name), nn.Parameter)]
+                names.update(parameters[:1])
+        return _Scales(frozenset(names), self.reduce, ", ".join(self.kinds))
+
+
+def _parameter(graph: ChannelGraph, name: str) -> Tensor:
+    path, _, key = name.rpartition(".")
+    return getattr(graph.model.get_submodule(path), key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """Scores by the scales of the norms of these names."""
+
+    names: frozenset[str]
+    reduce: str
+    kinds: str
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        parts = list(member_sums(group, lambda n: floating(tensors[n]).abs() if n in self.names else None))
+        if not parts:
+            raise PlanError(
+                f"The channels of {group.name!r} have no scale of a norm of the kinds {self.kinds}. Name the layer in "
+                "ignore=, give NormScale other kinds, or choose another criterion, such as 'l2'."
+            )
+        return reduced(parts, self.reduce, group.channels)
+
+
+@dataclass(frozen=True, slots=True)
 class Random:
     """Uniform random scores from a generator of its own: the baseline, and a way to test everything else.
 
@@ -116,3 +255,5 @@ criterion("l1")(lambda: LnNorm(1.0))
 criterion("l2")(lambda: LnNorm(2.0))
 criterion("linf")(lambda: LnNorm(math.inf))
 criterion("random")(Random)
+criterion("lamp")(LAMP)
+criterion("bn_scale")(NormScale)

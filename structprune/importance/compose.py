@@ -1,0 +1,248 @@
+"""Criteria made of criteria: sums, products, normalisation in each layer, a price on what a channel costs.
+
+Each fits its parts on the same data, which therefore must be something that can be run through several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from structprune.channels.relations import Ids, Row
+from structprune.channels.solver import Components
+from structprune.cost import node_macs
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.groups import Group
+from structprune.importance.base import Fittable, Importance, check_scores, importance_of
+from structprune.importance.data import Batches
+
+Part = str | Importance
+
+
+def _fit(part: Importance, graph: ChannelGraph, batches: Batches | None) -> Importance:
+    return part.fit(graph, batches) if isinstance(part, Fittable) else part
+
+
+def _scores(part: Importance, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+    return check_scores(part(group, tensors), group).double()
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A weighted sum of criteria: of their scores as they are, so normalise them by `PerLayer` if they differ in scale.
+
+    Args:
+        parts: names or criteria.
+        weights: a factor for each; one if not given.
+
+    Raises:
+        PlanError: there are no parts, or another number of weights.
+
+    Example:
+        >>> Sum([PerLayer("l2", "mean"), PerLayer("bn_scale", "mean")], weights=[1.0, 0.5]).weights
+        (1.0, 0.5)
+    """
+
+    parts: Sequence[Part]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", _all(self.parts))
+        weights = tuple(self.weights) if self.weights is not None else (1.0,) * len(self.parts)
+        if len(weights) != len(self.parts):
+            raise PlanError(f"There are {len(self.parts)} criteria to add and {len(weights)} weights; give one each.")
+        object.__setattr__(self, "weights", weights)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Fit all parts."""
+        return Sum([_fit(importance_of(part), graph, batches) for part in self.parts], self.weights)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        found = [_scores(importance_of(part), group, tensors) for part in self.parts]
+        return torch.stack([w * s.cpu() for w, s in zip(self.weights or (), found, strict=True)]).sum(0)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of criteria, each to a power.
+
+    Args:
+        parts: names or criteria.
+        powers: an exponent for each; one if not given. Scores below zero need whole powers.
+
+    Raises:
+        PlanError: there are no parts, or another number of powers.
+    """
+
+    parts: Sequence[Part]
+    powers: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", _all(self.parts))
+        powers = tuple(self.powers) if self.powers is not None else (1.0,) * len(self.parts)
+        if len(powers) != len(self.parts):
+            raise PlanError(f"There are {len(self.parts)} criteria and {len(powers)} powers; give one for each.")
+        object.__setattr__(self, "powers", powers)
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Fit all parts."""
+        return Product([_fit(importance_of(part), graph, batches) for part in self.parts], self.powers)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        found = [_scores(importance_of(part), group, tensors) for part in self.parts]
+        return torch.stack([s.cpu() ** p for p, s in zip(self.powers or (), found, strict=True)]).prod(0)
+
+
+def _all(parts: Sequence[Part]) -> tuple[Importance, ...]:
+    """The criteria themselves, so that one given by name keeps its state from group to group."""
+    if isinstance(parts, str) or not parts:
+        raise PlanError("Give a list of criteria, one or more, by name or as objects.")
+    return tuple(importance_of(part) for part in parts)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The share of channels below, with half of those that are equal: in (0, 1)."""
+    ordered = scores.sort().values
+    below = torch.searchsorted(ordered, scores, side="left")
+    upto = torch.searchsorted(ordered, scores, side="right")
+    return (below + upto).double() / (2 * len(scores))
+
+
+def _over(scores: Tensor, scale: Tensor) -> Tensor:
+    return scores / torch.where(scale > 0, scale, 1)
+
+
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda s: s,
+    "l2": lambda s: _over(s, torch.linalg.vector_norm(s)),
+    "mean": lambda s: _over(s, s.abs().mean()),
+    "max": lambda s: _over(s, s.abs().max()),
+    "rank": _ranks,
+    "standard": lambda s: _over(s - s.mean(), s.std(correction=0)),
+}
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """Scores divided by what is usual in their group, so that groups can be compared.
+
+    Args:
+        part: a name or a criterion.
+        how: ``"l2"``: the L2 norm of the group's scores, as Molchanov et al., 2017 (section 2.2) require for a global
+            ranking; ``"mean"`` or ``"max"`` of their absolute values; ``"rank"``: the share of channels that score
+            lower; ``"standard"``: mean zero and deviation one, as FLAP does; ``"none"``.
+
+    Raises:
+        PlanError: there is no such normalisation.
+    """
+
+    part: Part
+    how: str = "l2"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "part", importance_of(self.part))
+        if self.how not in NORMALISATIONS:
+            raise PlanError(f"There is no normalisation {self.how!r}. Those known are {', '.join(NORMALISATIONS)}.")
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Fit the criterion that is normalised."""
+        return PerLayer(_fit(importance_of(self.part), graph, batches), self.how)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        return NORMALISATIONS[self.how](_scores(importance_of(self.part), group, tensors))
+
+
+@dataclass(frozen=True)
+class CostPenalty:
+    """A score minus a price on the multiply-accumulates that go with the channel.
+
+    Molchanov et al., 2017, section 2.2 (FLOPs regularisation): ``score - price * MACs``. The MACs are those that
+    removing this channel alone saves, in units of the whole model's, so that `price` does not depend on its size.
+
+    Args:
+        part: a name or a criterion.
+        price: how much score the whole model's MACs are worth.
+    """
+
+    part: Part
+    price: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "part", importance_of(self.part))
+
+    def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
+        """Fit the criterion, and count what channels cost."""
+        return _Priced(_fit(importance_of(self.part), graph, batches), macs_of_channels(graph) * self.price)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: what a channel costs is known after `fit`."""
+        raise PlanError("CostPenalty has to see the graph first: call fitted(criterion, graph, data, loss).")
+
+
+@dataclass(frozen=True, eq=False)
+class _Priced:
+    part: Importance
+    prices: Tensor
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        return _scores(self.part, group, tensors).cpu() - self.prices[torch.from_numpy(group.components)]
+
+
+def macs_of_channels(graph: ChannelGraph) -> Tensor:
+    """For each component, the share of the model's MACs that removing it alone saves; shape ``(components,)``.
+
+    Channels of a group that are alike in an operation are counted once for all of them; no channel is counted by a
+    loop of its own.
+    """
+    saved = np.zeros(graph.components.count)
+    total = 0
+    known: dict[object, tuple[Ids, Ids]] = {}
+    for node in graph.trace.nodes:
+        rows: dict[object, Row] = {}
+
+        def full(row: Row, rows: dict[object, Row] = rows) -> int:
+            if row.free:
+                rows[row.key] = row
+            return row.size
+
+        macs = node_macs(node, graph.channels, full)
+        total += macs
+        if not macs or not rows:
+            continue
+        counts = {key: _multiplicity(graph, row, known) for key, row in rows.items()}
+        roots = np.unique(np.concatenate([found for found, _ in counts.values()]))
+        # How many positions of each row each root takes; roots that take alike cost alike.
+        table = np.zeros((len(rows), len(roots)), dtype=np.int64)
+        for i, (found, number) in enumerate(counts.values()):
+            table[i, np.searchsorted(roots, found)] = number
+        kinds, inverse = np.unique(table, axis=1, return_inverse=True)
+        for kind in range(kinds.shape[1]):
+            taken = dict(zip(rows, kinds[:, kind].tolist(), strict=True))
+            left = node_macs(node, graph.channels, partial(_left, taken=taken))
+            saved[roots[inverse.ravel() == kind]] += macs - left
+    return torch.from_numpy(saved / max(1, total))
+
+
+def _left(row: Row, taken: Mapping[object, int]) -> int:
+    return row.size - taken.get(row.key, 0) if row.free else row.size
+
+
+def _multiplicity(graph: ChannelGraph, row: Row, known: dict[object, tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
+    """The roots in a row, and how many positions each takes."""
+    found = known.get(row.key)
+    if found is None:
+        components: Components = graph.components
+        _, roots = graph.roots.of(components.of(row))
+        roots = roots[components.roots[roots]]
+        found = known[row.key] = np.unique(roots, return_counts=True)
+    return found

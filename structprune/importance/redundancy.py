@@ -1,0 +1,166 @@
+"""Criteria that ask whether other channels of a group could stand in for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from structprune.errors import PlanError
+from structprune.groups import Group
+from structprune.importance.base import criterion
+from structprune.importance.reduce import floating, indices, padded
+
+_BLOCK = 1024  # channels whose distances to all others are held at once
+
+
+def _check(slices: str) -> None:
+    if slices not in ("all", "output"):
+        raise PlanError(f"slices is {slices!r}; give 'all' (the whole group) or 'output' (the filters that make it).")
+
+
+def filters(group: Group, tensors: Mapping[str, Tensor], slices: str) -> Iterator[Tensor]:
+    """The slices that go with each channel, as matrices of shape ``(channels, entries)``, one for each tensor.
+
+    Args:
+        group: the channels.
+        tensors: the tensors of the model by name.
+        slices: ``"output"`` takes only dimension 0 of tensors with two dimensions or more: the filters that make the
+            channels (or, if there are none, whatever there is).
+    """
+    members = [m for m in group.members if isinstance(tensors[m.tensor], nn.Parameter)]
+    members = [m for m in members if tensors[m.tensor].is_floating_point()]
+    makers = [m for m in members if m.dim == 0 and tensors[m.tensor].dim() > 1]
+    for member in makers if slices == "output" and makers else members:
+        weight = floating(tensors[member.tensor])
+        table, real = padded(*indices(member, weight.device), group.channels)
+        rows = weight.movedim(member.dim, 0).reshape(weight.shape[member.dim], -1)
+        yield (rows[table] * real.unsqueeze(2)).flatten(1)
+
+
+def _joined(group: Group, tensors: Mapping[str, Tensor], slices: str) -> Tensor:
+    parts = [part.double() if part.device.type != "mps" else part for part in filters(group, tensors, slices)]
+    return torch.cat(parts, 1) if parts else torch.zeros(group.channels, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class FPGM:
+    """Sum of the distances to the other channels of the group: the nearer a channel is to all, the easier to replace.
+
+    He et al., Filter Pruning via Geometric Median, 2019, equation 6, on the weights that go with a channel.
+
+    Args:
+        slices: ``"output"``: the filters that make the channels, as in the paper; ``"all"``: everything that goes with
+            them, norms and consumers included.
+    """
+
+    slices: str = "output"
+
+    def __post_init__(self) -> None:
+        _check(self.slices)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        rows = _joined(group, tensors, self.slices)
+        return torch.cat([torch.cdist(block, rows, compute_mode=_EXACT).sum(1) for block in rows.split(_BLOCK)])
+
+
+_EXACT = "donot_use_mm_for_euclid_dist"
+
+
+@dataclass(frozen=True, slots=True)
+class GeometricMedian:
+    """Distance to the geometric median of the channels of the group.
+
+    He et al., 2019, equation 3, solved as such rather than among the channels themselves: by Weiszfeld's iteration, in
+    the form of Vardi and Zhang, 2000, which does not stop where the estimate meets a channel.
+
+    Args:
+        slices: see `FPGM`.
+        steps: most iterations.
+        tolerance: it ends when the median moves by less than this share of the mean distance.
+    """
+
+    slices: str = "output"
+    steps: int = 1000
+    tolerance: float = 1e-10
+
+    def __post_init__(self) -> None:
+        _check(self.slices)
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)``."""
+        rows = _joined(group, tensors, self.slices)
+        if rows.is_meta:
+            return rows.sum(1)
+        return torch.linalg.vector_norm(rows - geometric_median(rows, self.steps, self.tolerance), dim=1)
+
+
+def geometric_median(points: Tensor, steps: int = 1000, tolerance: float = 1e-10) -> Tensor:
+    """The point with the smallest sum of distances to `points`, of shape ``(n, dimensions)``.
+
+    Example:
+        >>> import torch
+        >>> geometric_median(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64))
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    median = points.mean(0)
+    for _ in range(steps):
+        away = points - median
+        distance = torch.linalg.vector_norm(away, dim=1)
+        scale = distance.mean()
+        apart = distance > 1e-14 * scale
+        if not bool(apart.any()):
+            break
+        weight = torch.where(apart, 1 / torch.where(apart, distance, 1), 0)
+        pull = (away * weight.unsqueeze(1)).sum(0)
+        step = pull / weight.sum()
+        # A point on the spot holds the median back by at most one unit of pull for each such point.
+        held = (~apart).sum() / torch.linalg.vector_norm(pull).clamp(min=torch.finfo(points.dtype).tiny)
+        step = step * (1 - held).clamp(min=0)
+        median = median + step
+        if torch.linalg.vector_norm(step) <= tolerance * scale:
+            break
+    return median
+
+
+@dataclass(frozen=True, slots=True)
+class Cosine:
+    """How unlike the other channels of the group a channel is: one minus its cosine similarity to them.
+
+    The similarity is taken without its sign, since the next layer can absorb a factor of any sign. A channel whose
+    weights are all zero can always be replaced, and scores zero.
+
+    Args:
+        against: ``"nearest"``: the channel that is most alike; ``"mean"``: all others on average.
+        slices: see `FPGM`.
+    """
+
+    against: str = "nearest"
+    slices: str = "output"
+
+    def __post_init__(self) -> None:
+        _check(self.slices)
+        if self.against not in ("nearest", "mean"):
+            raise PlanError(f"against is {self.against!r}; give 'nearest' or 'mean'.")
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Scores of shape ``(group.channels,)`` in [0, 1]."""
+        rows = _joined(group, tensors, self.slices)
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows = rows / torch.where(length > 0, length, 1)
+        found: list[Tensor] = []
+        for start in range(0, group.channels, _BLOCK):
+            alike = (rows[start : start + _BLOCK] @ rows.T).abs()
+            number = torch.arange(len(alike), device=alike.device)
+            alike[number, start + number] = 0
+            others = max(1, group.channels - 1)
+            found.append(alike.amax(1) if self.against == "nearest" else alike.sum(1) / others)
+        return torch.where(length[:, 0] > 0, (1 - torch.cat(found)).clamp(min=0), 0)
+
+
+criterion("fpgm")(FPGM)
+criterion("geometric_median")(GeometricMedian)
+criterion("cosine")(Cosine)

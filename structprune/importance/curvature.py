@@ -100,8 +100,8 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
 class OBD:
     """Optimal Brain Damage: half the diagonal of the Hessian times the square of what goes.
 
-    LeCun et al., Optimal Brain Damage, 1990, equation 4: ``1/2 * h_kk * w_k^2``. Negative estimates of curvature,
-    which Hutchinson's method can give, count as none.
+    LeCun et al., Optimal Brain Damage, 1990, equation 4: ``1/2 * h_kk * w_k^2``. The size of a
+    negative curvature, which Hutchinson's method can give, counts alike: the loss depends on what goes.
 
     Args:
         curvature: ``"fisher"``: the diagonal of the empirical Fisher matrix, the mean of squared gradients of single
@@ -147,13 +147,13 @@ class OBD:
                 gates, diagonal = gate_sums(graph, batches, torch.square)
             else:
                 gates, diagonal = _gate_hessian(graph, batches, self.probes, self.seed)
-            return gates.scores(diagonal.clamp(min=0) / 2)
+            return gates.scores(diagonal.abs() / 2)
         if self.curvature == "fisher":
             found = weight_gradients(graph, batches, squares=True)
         else:
             found = _weight_hessian(graph, batches, self.probes, self.seed)
         weights = dict(graph.model.named_parameters())
-        saliency = {n: h.clamp(min=0) * weights[n].detach().to(h.dtype).square() / 2 for n, h in found.items()}
+        saliency = {n: h.abs() * weights[n].detach().to(h.dtype).square() / 2 for n, h in found.items()}
         return EntryScores(saliency, "element", self.reduce)
 
 

@@ -205,6 +205,8 @@ class Sites:
             return
         side, row, dim = found
         positions, roots = self._members(row, other[1])
+        if node.meta["name"] in _TRANSPOSED:
+            positions, roots = self._not_handed_on(node, c, positions, roots)
         if uncovered:
             positions, roots = self._only_uncovered(positions, roots)
         if not len(roots):
@@ -214,6 +216,16 @@ class Sites:
             return
         self._seen.add(place)
         self._add(node, c.operand, 0, dim, row.size, side, positions, roots, c.weight, other[2])
+
+    def _not_handed_on(self, node: fx.Node, c: _Contraction, positions: Ids, roots: Ids) -> tuple[Ids, Ids]:
+        """Without the groups of a transposed convolution: its weight has them on the side that is summed away."""
+        out = self._graph.channels.rows[node.meta["index"]][c.dim]
+        weight = self._side(node, c.weight)
+        assert weight is not None
+        if not out.free or self._graph.channels.rows[weight.meta["index"]][1].size == out.size:
+            return positions, roots
+        keep = ~np.isin(roots, self._graph.roots.of(self._graph.components.of(out))[1])
+        return positions[keep], roots[keep]
 
     def _add(
         self, node: fx.Node, operand: int, part: int, dim: int, size: int, side: fx.Node, positions: Ids, roots: Ids,

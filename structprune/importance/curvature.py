@@ -13,9 +13,9 @@ from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import Importance, criterion, not_fitted
-from structprune.importance.data import Batches, require_data, size_of
+from structprune.importance.data import Batches, require_data
 from structprune.importance.gradient import EntryScores, Gates, gate_sums, weight_gradients
-from structprune.importance.observe import borrowed, descend
+from structprune.importance.observe import descend, losses, trained
 from structprune.importance.reduce import check_reduction
 from structprune.importance.seen import Seen, Sums
 
@@ -54,17 +54,14 @@ def hessian_diagonal(value: Tensor, variables: Sequence[Tensor], probes: int, se
 
 def _weight_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int) -> dict[str, Tensor]:
     """The diagonal of the Hessian of the mean loss, by name of parameter."""
-    model, sums = graph.model, Sums()
-    with borrowed(model, gradients=True), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for batch in batches.once("looking at curvature"):
-            count = size_of(batch)
-            value = batches.loss(model, batch) * (count if batches.reduction == "mean" else 1)
+    sums = Sums()
+    with trained(graph) as (parameters, watch), sdpa_kernel(SDPBackend.MATH):
+        for value, samples in losses(graph.model, batches, watch, "looking at curvature"):
             found = hessian_diagonal(value, list(parameters.values()), probes, seed)
             for name, diagonal in zip(parameters, found, strict=True):
                 sums.add(name, diagonal)
-            sums.add("", torch.tensor(float(count)))
-    return {name: sums[name] / float(sums[""]) for name in parameters}
+            sums.add("", torch.tensor(float(samples)))
+        return {name: sums[name] / float(sums[""]) for name in parameters}
 
 
 def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int) -> tuple[Gates, Tensor]:
@@ -85,7 +82,6 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
         return seen.gated(factor.expand(seen.samples, -1))
 
     def after(value: Tensor, samples: int) -> None:
-        value = value * (samples if batches.reduction == "mean" else 1)
         (found,) = hessian_diagonal(value, shared, probes, seed)
         sums.add("sum", found.cpu())
         sums.add("count", torch.tensor(float(samples)))

@@ -112,7 +112,8 @@ class Batches:
 
         length = getattr(self.data, "__len__", None)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=console.is_terminal) as bar:
             yield from bar.track(iterator, total=length() if length is not None else None, description=what)
 
     def require_loss(self, criterion: object) -> None:
@@ -144,7 +145,7 @@ class Batches:
                 "under torch.no_grad(), or detach its output?"
             )
         if not bool(torch.isfinite(value).all()):
-            raise PlanError(f"The loss of a batch is {float(value)}. Check the data and the model's weights.")
+            raise PlanError(f"The loss of a batch is {value.item()}. Check the data and the model's weights.")
         return value.reshape(())
 
 

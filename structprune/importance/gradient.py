@@ -21,8 +21,8 @@ from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import Importance, criterion, not_fitted
-from structprune.importance.data import Batches, require_data, samples_of, size_of
-from structprune.importance.observe import borrowed, descend
+from structprune.importance.data import Batches, require_data
+from structprune.importance.observe import descend, losses, trained
 from structprune.importance.reduce import check_reduction, member_sums, reduced
 from structprune.importance.seen import Seen, Sums
 from structprune.importance.sites import Sites
@@ -70,14 +70,14 @@ class _SampleGates:
         self._placed.append((seen.number, gate))
         return seen.gated(gate)
 
-    def derivatives(self, value: Tensor, scale: float) -> Tensor:
+    def derivatives(self, value: Tensor) -> Tensor:
         """Shape ``(samples, gates)``; the placed gates are forgotten."""
         placed, self._placed = self._placed, []
         found = torch.autograd.grad(value, [gate for _, gate in placed], allow_unused=True, materialize_grads=True)
         samples = max(len(gate) for _, gate in placed)
         total = torch.zeros(samples, self._gates.count, dtype=torch.float64)
         for (number, _), gradient in zip(placed, found, strict=True):
-            wide = gradient.detach().cpu().double() * scale
+            wide = gradient.detach().cpu().double()
             for positions, channels in self._gates.reached[number]:
                 total[: len(wide)].index_add_(1, channels, wide[:, positions])
         return total
@@ -110,7 +110,7 @@ def gate_sums(graph: ChannelGraph, batches: Batches, function: Callable[[Tensor]
     sums = Sums()
 
     def after(value: Tensor, samples: int) -> None:
-        found = placed.derivatives(value, samples if batches.reduction == "mean" else 1)
+        found = placed.derivatives(value)
         sums.add("sum", function(found).sum(0))
         sums.add("count", torch.tensor(float(samples)))
 
@@ -174,21 +174,15 @@ def weight_gradients(graph: ChannelGraph, batches: Batches, *, squares: bool = F
             Fisher matrix). Samples are run one by one, since only so a layer of any kind shows its own.
     """
     sums = Sums()
-    model = graph.model
-    with borrowed(model, gradients=True), torch.enable_grad():
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for batch in batches.once("looking at gradients"):
-            for piece in samples_of(batch) if squares else (batch,):
-                count = size_of(piece)
-                scale = count if batches.reduction == "mean" else 1
-                value = batches.loss(model, piece)
-                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-                for name, gradient in zip(parameters, found, strict=True):
-                    wide = gradient.double() if gradient.device.type != "mps" else gradient.float()
-                    sums.add(name, (wide * scale).square() if squares else wide * scale)
-                sums.add("", torch.tensor(float(count)))
-    total = float(sums[""])
-    return {name: sums[name] / total for name in parameters if name in sums}
+    with trained(graph) as (parameters, watch):
+        tensors = list(parameters.values())
+        for value, samples in losses(graph.model, batches, watch, "looking at gradients", by_sample=squares):
+            found = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(parameters, found, strict=True):
+                wide = gradient.double() if gradient.device.type != "mps" else gradient
+                sums.add(name, wide.square() if squares else wide)
+            sums.add("", torch.tensor(float(samples)))
+        return {name: sums[name] / float(sums[""]) for name in parameters}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -306,7 +306,6 @@ class KFAC:
             for (number, dim, _), gradient in zip(shifts, found, strict=True):
                 rows = gradient.detach().movedim(dim, -1).reshape(-1, gradient.shape[dim])
                 rows = rows.double() if rows.device.type != "mps" else rows
-                rows = rows * (samples if batches.reduction == "mean" else 1)
                 moments.sums.add(("output", number), rows.T @ rows)
             shifts.clear()
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from structprune.channels.propagate import has_rule
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
-from structprune.importance.data import Batches
+from structprune.importance.data import Batches, samples_of
 from structprune.importance.seen import Seen
 from structprune.importance.sites import Key, Tap
 from structprune.tracing.state import lent
@@ -227,6 +227,30 @@ def _require_forward(count: int, name: str) -> None:
         raise PlanError(f"{name}= did not call the model that it was given, so there was nothing to look at.")
 
 
+def losses(
+    model: nn.Module, batches: Batches, watch: Watch, what: str, *, by_sample: bool = False
+) -> Generator[tuple[Tensor, int]]:
+    """The sum of the losses of a batch's samples, and how many they are, for one batch after the other.
+
+    Args:
+        model: the model, borrowed.
+        batches: data and loss.
+        watch: sees each forward.
+        what: stands before the progress bar.
+        by_sample: whether samples are run one by one.
+
+    Raises:
+        PlanError: the data, the loss, or what the forward does on the data is not as it should be.
+    """
+    for batch in batches.once(what):
+        for piece in samples_of(batch) if by_sample else (batch,):
+            forwards = watch.forwards
+            with watching(model, watch):
+                value = batches.loss(model, piece)
+            _require_forward(watch.forwards - forwards, "loss")
+            yield (value * watch.samples if batches.reduction == "mean" else value), watch.samples
+
+
 def descend(
     graph: ChannelGraph,
     batches: Batches,
@@ -243,17 +267,22 @@ def descend(
         taps: where to look.
         visit: may put another tensor in place of a tapped one.
         visit_result: the same for results of operations with a tap on an argument.
-        after: called with the loss of a batch and the number of its samples.
+        after: called with the sum of the losses of a batch's samples, and how many they are.
 
     Raises:
         PlanError: the data, the loss, or what the forward does on the data is not as it should be.
     """
-    model = graph.model
-    with borrowed(model) as names, torch.enable_grad():
+    with borrowed(graph.model) as names, torch.enable_grad():
         watch = Watch(names, taps, visit, visit_result)
-        for batch in batches.once("looking at gradients"):
-            forwards = watch.forwards
-            with watching(model, watch):
-                value = batches.loss(model, batch)
-            _require_forward(watch.forwards - forwards, "loss")
-            after(value, watch.samples)
+        for value, samples in losses(graph.model, batches, watch, "looking at gradients"):
+            after(value, samples)
+
+
+@contextmanager
+def trained(graph: ChannelGraph) -> Generator[tuple[dict[str, Tensor], Watch]]:
+    """The model's parameters by name, so that losses can be derived by them, and a watch that only counts forwards."""
+    with borrowed(graph.model, gradients=True) as names, torch.enable_grad():
+        yield (
+            {name: p for name, p in graph.model.named_parameters() if p.requires_grad},
+            Watch(names, (), lambda _: None),
+        )

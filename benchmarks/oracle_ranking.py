@@ -79,8 +79,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         f"CIFAR ResNet-20, {report['channels']} channels in {report['groups']} groups, each switched off alone. Scores "
         f"from {report['images']} training images, the true change of the mean loss on {report['test']} test images. "
-        "Spearman's correlation: within each group (mean over groups, and the least), and over all channels at once with "
-        "scores as they are. Made by `benchmarks/oracle_ranking.py`.",
+        "Spearman's correlation: within each group (mean over groups, and the least), and over all channels at once "
+        "with scores as they are. Made by `benchmarks/oracle_ranking.py`.",
         "",
         "| criterion | within groups | least group | all channels | seconds |",
         "|---|---:|---:|---:|---:|",

@@ -1,14 +1,48 @@
 """Criteria: what a channel is worth, one file a family. Importing this registers them all by name."""
 
-from structprune.importance import (
-    activation,
-    compose,
-    curvature,
-    gradient,
-    layer_curvature,
-    redundancy,
-    separability,
-    weight,
-)
+from structprune.importance.activation import FLAP, APoZ, HRank, L2Activation, MeanActivation, Wanda
+from structprune.importance.base import CRITERIA, Fittable, Importance, criterion, fitted, importance_of
+from structprune.importance.compose import CostPenalty, PerLayer, Product, Sum
+from structprune.importance.curvature import OBD, GroupFisher
+from structprune.importance.data import Batches
+from structprune.importance.gradient import SNIP, Taylor, WeightTaylor
+from structprune.importance.layer_curvature import KFAC, OBS
+from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian
+from structprune.importance.separability import TVSeparability
+from structprune.importance.weight import LAMP, LnNorm, NormScale, Random, SliceNorm
 
-__all__ = ["activation", "compose", "curvature", "gradient", "layer_curvature", "redundancy", "separability", "weight"]
+__all__ = [
+    "CRITERIA",
+    "FLAP",
+    "FPGM",
+    "KFAC",
+    "LAMP",
+    "OBD",
+    "OBS",
+    "SNIP",
+    "APoZ",
+    "Batches",
+    "Cosine",
+    "CostPenalty",
+    "Fittable",
+    "GeometricMedian",
+    "GroupFisher",
+    "HRank",
+    "Importance",
+    "L2Activation",
+    "LnNorm",
+    "MeanActivation",
+    "NormScale",
+    "PerLayer",
+    "Product",
+    "Random",
+    "SliceNorm",
+    "Sum",
+    "TVSeparability",
+    "Taylor",
+    "Wanda",
+    "WeightTaylor",
+    "criterion",
+    "fitted",
+    "importance_of",
+]

@@ -132,8 +132,8 @@ def counted(rows: Tensor) -> Tensor:
 class MeanActivation(ActivationCriterion):
     """Mean of the absolute value of a channel's feature map over samples and positions.
 
-    Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017, section 2.2
-    ("activation"); after a ReLU the absolute value changes nothing.
+    Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017
+    (the "activation" criterion); after a ReLU the absolute value changes nothing.
 
     Args:
         reduce: how the layers at which a group ends are joined: ``"mean"``, ``"sum"``, ``"max"``, ``"prod"`` or
@@ -204,7 +204,7 @@ class APoZ(ActivationCriterion):
 class HRank(ActivationCriterion):
     """Average rank of a channel's feature map, taken as a matrix of height x width.
 
-    Lin et al., HRank: Filter Pruning Using High-Rank Feature Map, 2020, equation 5. Of more than two dimensions of
+    Lin et al., HRank: Filter Pruning Using High-Rank Feature Map, 2020. Of more than two dimensions of
     positions the last two make the matrix; a single one (tokens) or none makes a matrix of one row, whose rank is one
     unless it is zero.
 
@@ -261,7 +261,7 @@ class Wanda(ActivationCriterion):
 class FLAP(ActivationCriterion):
     """Fluctuation of what comes in, times the squared norm of the weights that it meets.
 
-    An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, 2024, equation 5: the sample
+    An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, 2024, WIFV: the sample
     variance of a channel around its mean, times the sum of its squared weights. A channel that does not vary can be
     replaced by its mean in the next layer's bias. FLAP compares layers by standardised scores:
     ``PerLayer(FLAP(), "standard")``.

@@ -136,7 +136,7 @@ class PerLayer:
 
     Args:
         part: a name or a criterion.
-        how: ``"l2"``: the L2 norm of the group's scores, as Molchanov et al., 2017 (section 2.2) require for a global
+        how: ``"l2"``: the L2 norm of the group's scores, as Molchanov et al., 2017, require for a global
             ranking; ``"mean"`` or ``"max"`` of their absolute values; ``"rank"``: the share of channels that score
             lower; ``"standard"``: mean zero and deviation one, as FLAP does; ``"none"``.
 
@@ -165,7 +165,7 @@ class PerLayer:
 class CostPenalty:
     """A score minus a price on the multiply-accumulates that go with the channel.
 
-    Molchanov et al., 2017, section 2.2 (FLOPs regularisation): ``score - price * MACs``. The MACs are those that
+    Molchanov et al., 2017 (FLOPs regularised pruning): ``score - price * MACs``. The MACs are those that
     removing this channel alone saves, in units of the whole model's, so that `price` does not depend on its size.
 
     Args:

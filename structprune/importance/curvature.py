@@ -29,7 +29,7 @@ def _probe(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
 def hessian_diagonal(value: Tensor, variables: Sequence[Tensor], probes: int, seed: int) -> list[Tensor]:
     """Hutchinson's estimate of the diagonal of a scalar's Hessian: the mean over random signs v of ``v * (H v)``.
 
-    Bekas et al., An Estimator for the Diagonal of a Matrix, 2007, equation 2. The same signs are drawn at each call, so
+    Bekas et al., An Estimator for the Diagonal of a Matrix, 2007. The same signs are drawn at each call, so
     that the estimate is linear in the Hessian and may be summed over batches.
 
     Args:
@@ -96,7 +96,7 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
 class OBD:
     """Optimal Brain Damage: half the diagonal of the Hessian times the square of what goes.
 
-    LeCun et al., Optimal Brain Damage, 1990, equation 4: ``1/2 * h_kk * w_k^2``. The size of a
+    LeCun et al., Optimal Brain Damage, 1990: ``1/2 * h_kk * w_k^2``. The size of a
     negative curvature, which Hutchinson's method can give, counts alike: the loss depends on what goes.
 
     Args:
@@ -157,7 +157,7 @@ class OBD:
 class GroupFisher:
     """Fisher information of the gate on a channel and all that is coupled to it.
 
-    Liu et al., Group Fisher Pruning for Practical Network Compression, 2021, equations 5 and 7: the squared derivative
+    Liu et al., Group Fisher Pruning for Practical Network Compression, 2021: the squared derivative
     of a sample's loss by the gate that all coupled layers share, half its mean over samples. The paper divides it by
     the memory that the channel takes; compare `structprune.importance.compose.CostPenalty`.
     """

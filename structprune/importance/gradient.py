@@ -214,7 +214,7 @@ class EntryScores:
 class WeightTaylor:
     """First-order estimate of the change of the loss from the weights that go with a channel.
 
-    Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, equations 7 and 8, with the absolute value
+    Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, with the absolute value
     in place of the square, which ranks alike within a sum of one term. The gradient is that of the mean loss over all
     data. Of a channel that a network without norms makes and consumes, the slices on both sides give the same sum.
 

@@ -7,7 +7,7 @@ inputs, or for a convolution its patches. Removing a channel removes the columns
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -133,6 +133,12 @@ class _QuadraticScores:
     damping: float
     factor: float
     reduce: str
+    inverses: dict[int, Tensor] = field(default_factory=dict)
+
+    def _inverse(self, number: int) -> Tensor:
+        if number not in self.inverses:
+            self.inverses[number] = _inverse(self.inputs[number], self.damping)
+        return self.inverses[number]
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
@@ -152,7 +158,7 @@ class _QuadraticScores:
         local = ((table % inside).unsqueeze(2) * kernel + offsets).flatten(1)  # (channels, most * kernel)
         number_of = (table // inside).repeat_interleave(kernel, 1)
         there = real.repeat_interleave(kernel, 1)
-        matrix = _inverse(moments, self.damping) if self.inverse else moments
+        matrix = self._inverse(number) if self.inverse else moments
         block = matrix[number_of.unsqueeze(2), local.unsqueeze(2), local.unsqueeze(1)]
         pairs = (number_of.unsqueeze(2) == number_of.unsqueeze(1)) & there.unsqueeze(2) & there.unsqueeze(1)
         block = block.masked_fill(~pairs, 0)
@@ -165,7 +171,8 @@ class _QuadraticScores:
         taken = taken * (there & alive).unsqueeze(1)
         product = taken @ block
         if self.outputs is not None:
-            product = self.outputs[number] @ product
+            # One product for all channels: a product for each would read the whole of G as often.
+            product = torch.einsum("op,cpk->cok", self.outputs[number], product)
         return (product * taken).sum((1, 2))
 
 
@@ -186,7 +193,7 @@ def _check(reduce: str, damping: float) -> None:
 class OBS:
     """Optimal Brain Surgeon on a layer's own error: what its outputs lose once the remaining weights make up for it.
 
-    Hassibi and Stork, 1993; structured as in Kurtic et al., ZipLM, 2023, equation 2: with H the second moments of the
+    Hassibi and Stork, 1993; structured as in Kurtic et al., ZipLM, 2023: with H the second moments of the
     layer's inputs (patches, for a convolution), the mean squared change of its outputs is
     ``sum over rows i of W[i, S] ((H^-1)[S, S])^-1 W[i, S]^T``. It needs data and no loss. A layer's H
     has as many rows as the layer has inputs x kernel.
@@ -259,7 +266,7 @@ class KFAC:
 
     Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Grosse and
     Martens, 2016, for convolutions (A sums over positions, G is their mean); used for channels by Wang et al.,
-    EigenDamage, 2019, section 3.2. The loss changes by ``1/2 trace(G W_S A[S, S] W_S^T)`` (C-OBD), or with the
+    EigenDamage, 2019. The loss changes by ``1/2 trace(G W_S A[S, S] W_S^T)`` (C-OBD), or with the
     remaining weights making up for it ``1/2 trace(G W_S ((A^-1)[S, S])^-1 W_S^T)`` (C-OBS). The paper takes a filter's
     row away where it is made; here its columns go where it is consumed, which is the same switch behind a batch norm
     too. Gradients are those of the data's own labels (the empirical Fisher matrix).

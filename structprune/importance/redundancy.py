@@ -49,7 +49,7 @@ def _joined(group: Group, tensors: Mapping[str, Tensor], slices: str) -> Tensor:
 class FPGM:
     """Sum of the distances to the other channels of the group: the nearer a channel is to all, the easier to replace.
 
-    He et al., Filter Pruning via Geometric Median, 2019, equation 6, on the weights that go with a channel.
+    He et al., Filter Pruning via Geometric Median, 2019, on the weights that go with a channel.
 
     Args:
         slices: ``"output"``: the filters that make the channels, as in the paper; ``"all"``: everything that goes with
@@ -74,7 +74,7 @@ _EXACT = "donot_use_mm_for_euclid_dist"
 class GeometricMedian:
     """Distance to the geometric median of the channels of the group.
 
-    He et al., 2019, equation 3, solved as such rather than among the channels themselves: by Weiszfeld's iteration, in
+    He et al., 2019, solved as such rather than among the channels themselves: by Weiszfeld's iteration, in
     the form of Vardi and Zhang, 2000, which does not stop where the estimate meets a channel.
 
     Args:

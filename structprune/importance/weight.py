@@ -115,7 +115,7 @@ class LnNorm:
 class SliceNorm:
     """The Ln norm of each slice that goes with a channel, joined over the slices of the group.
 
-    Fang et al., DepGraph, 2023, section 3.3, speak of both; `LnNorm` is one norm over all slices.
+    `LnNorm` is one norm over all slices; here each layer counts alike, however many weights it has.
 
     Args:
         n: the order of the norm, above 0; ``math.inf`` takes the largest entry.
@@ -147,7 +147,7 @@ class SliceNorm:
 class LAMP:
     """Layer-adaptive magnitude: a channel's squared norm over that of all channels of its group that are no smaller.
 
-    Lee et al., Layer-Adaptive Sparsity for the Magnitude-based Pruning, 2021, equation 3, with the squared L2 norm of
+    Lee et al., Layer-Adaptive Sparsity for the Magnitude-based Pruning, 2021, with the squared L2 norm of
     everything that goes with a channel in place of a single squared weight. The largest channel of each group scores
     one, so that a global ranking leaves every group a channel. Channels of equal norm count each other.
     """
@@ -174,7 +174,7 @@ _NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 class NormScale:
     """Absolute value of the scale that a channel has in its batch norms.
 
-    Liu et al., Learning Efficient Convolutional Networks through Network Slimming, 2017, section 3. It says something
+    Liu et al., Learning Efficient Convolutional Networks through Network Slimming, 2017. It says something
     after training with an L1 penalty on the scales. The scales are found in the trace, as the weights of operations of
     these kinds, whatever module holds them.
 

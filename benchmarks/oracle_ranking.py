@@ -4,7 +4,7 @@ Every channel of the trained CIFAR ResNet-20 is switched off alone (all its slic
 loss is measured on test images that no criterion saw. Scores come from training images. The correlation is Spearman's:
 within each group of coupled channels, averaged over groups, and over all channels of the network.
 
-    python benchmarks/oracle_ranking.py [--images 512] [--test 512] [--criteria l2,taylor]
+    python benchmarks/oracle_ranking.py [--images 256] [--test 256] [--criteria l2,taylor]
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--test", type=int, default=512)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--test", type=int, default=256)
     parser.add_argument("--criteria", default=",".join(CRITERIA))
     chosen = parser.parse_args()
     if cifar.data_folder() is None:

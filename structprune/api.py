@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from structprune.allocation.scopes import Scope
 from structprune.decision import Decision, Request
 from structprune.dependency_graph import DependencyGraph
 from structprune.graph import Layer
-from structprune.importance.base import Importance, importance_of
+from structprune.importance.base import Importance, fitted, importance_of
+from structprune.importance.data import Batches, Forward, Loss
 from structprune.plan import Plan
 from structprune.planning import plan_removal
 from structprune.surgery.verify import verify as verify_pruned
@@ -29,6 +30,9 @@ class Options(TypedDict, total=False):
     ratio: Ratio | None
     target: Mapping[str, float] | None
     importance: str | Importance
+    data: Iterable[Any] | Batches | None
+    loss: Loss | None
+    forward: Forward | None
     ignore: Iterable[Layer]
     scope: Scope
     axes: Iterable[str] | None
@@ -45,6 +49,9 @@ def plan(
     ratio: Ratio | None = None,
     target: Mapping[str, float] | None = None,
     importance: str | Importance = "l2",
+    data: Iterable[Any] | Batches | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
     ignore: Iterable[Layer] = (),
     scope: Scope = "local",
     axes: Iterable[str] | None = None,
@@ -63,8 +70,14 @@ def plan(
             it is 0.5.
         target: instead of a ratio, what is to remain of ``"params"``, ``"macs"``, ``"memory"`` (bytes of weights and of
             activations at their peak) or ``"channels"``: a fraction, or an amount above 1; several at once if wanted.
-        importance: what a channel is worth: ``"l1"``, ``"l2"``, ``"linf"``, ``"random"``, or a callable that gives
-            scores (see `structprune.importance.base.Importance`).
+        importance: what a channel is worth: a name (``"l2"``, ``"taylor"``, any of `structprune.importance.CRITERIA`),
+            an object of `structprune.importance`, or a callable that gives scores (see
+            `structprune.importance.base.Importance`).
+        data: an iterable of batches, for criteria that look at data.
+        loss: called with the model and a batch, returns a scalar, the mean over the batch; for criteria that need
+            gradients.
+        forward: called with the model and a batch; by default the model is called on a tensor, the first of a pair, or
+            a dict of keyword arguments.
         ignore: layers (modules or dotted names) to leave whole.
         scope: ``"local"``: each group loses the ratio; ``"global"``: all compete; ``"isomorphic"``: groups of the same
             structure compete; or sets of layer names or patterns: the layers of a set compete.
@@ -90,11 +103,13 @@ def plan(
         >>> structprune.plan(model, torch.randn(1, 4), ratio=0.25).layers
         (LayerWidth(layer='0', before=8, after=6),)
     """
-    score = importance_of(importance)
+    criterion = importance_of(importance)
     rounding = Rounding(round_to, *_kind(prunable(model)), min_channels, max_ratio)
     request = Request(ratio, target, scope, axes, rounding)
-    with collection_paused(), torch.no_grad():
+    with collection_paused():
         graph = DependencyGraph(model, example_inputs, ignore=ignore, outputs=outputs)
+    score = fitted(criterion, graph, data, loss, forward)
+    with collection_paused(), torch.no_grad():
         decision = Decision(graph, score, request)
         named = {"importance": importance if isinstance(importance, str) else repr(importance)}
         return plan_removal(graph, decision.chosen, decision.settings | named)
@@ -125,8 +140,8 @@ def prune(
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         inplace: change `model` itself and return it.
         verify: compare the result with the original whose removed channels are switched off; costs two forwards.
-        options: those of `plan`: ``ratio``, ``target``, ``importance``, ``ignore``, ``scope``, ``axes``, ``round_to``,
-            ``min_channels``, ``max_ratio``, ``outputs``.
+        options: those of `plan`: ``ratio``, ``target``, ``importance``, ``data``, ``loss``, ``forward``, ``ignore``,
+            ``scope``, ``axes``, ``round_to``, ``min_channels``, ``max_ratio``, ``outputs``.
 
     Raises:
         PlanError: what is asked for cannot be planned.

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from support.importance_nets import NETS, build, cross_entropy, graph_of, group_of, images, labels, pairs, scores_of
+from support.snapshot import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import structprune
@@ -246,6 +247,34 @@ def test_sums_of_several_ranks() -> None:
     torch.testing.assert_close(merged[("square", 0)], images().square().sum(0))
     assert "only here" in merged
     assert "nowhere" not in merged
+
+
+# ----------------------------------------------------------------------------------------------- through the front door
+
+
+@pytest.mark.parametrize("importance", ["taylor", "wanda", "kfac", Sum([PerLayer("taylor"), "cosine"])], ids=str)
+def test_plans_by_criteria_that_look_at_data(importance: object) -> None:
+    model = build("residual").train()
+    before = snapshot(model)
+    plan = structprune.plan(
+        model, images(2), target={"macs": 0.6}, scope="global", round_to=1, importance=importance, data=pairs(5, 3),
+        loss=cross_entropy,
+    )  # fmt: skip
+    assert_untouched(model, before)
+    slim = plan.apply(model)
+    assert structprune.verify(model, slim, plan, images(2)).ok
+    assert structprune.cost(slim, images(2)).macs < 0.65 * structprune.cost(model, images(2)).macs
+
+
+def test_the_channels_of_the_lowest_score_go() -> None:
+    model = build("chain")
+    graph = graph_of(model)
+    scores = scores_of(graph, "taylor")["0 first"]
+    slim = structprune.prune(
+        model, images(2), ratio={"first": 0.5}, round_to=1, importance="taylor", data=pairs(8), loss=cross_entropy
+    )
+    kept = scores.argsort()[2:].sort().values
+    torch.testing.assert_close(slim.first.weight, model.first.weight[kept])
 
 
 # ------------------------------------------------------------------------------------------------------------- sites

@@ -19,7 +19,7 @@ from structprune.channels.sizes import Counter, Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
 from structprune.channels.zeros import ZeroPass
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
-from structprune.groups import Group, Member, Roots, Slot, coupled_groups
+from structprune.groups import BalancedGroups, Group, Member, Roots, Slot, coupled_groups
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import module_graph, own_operations
@@ -168,6 +168,19 @@ class ChannelGraph:
         own: a head is a channel of one, an index into every head a channel of another.
         """
         return self._groups
+
+    def balanced(self) -> tuple[BalancedGroups, ...]:
+        """Groups that may only be thinned together, in equal or otherwise fitting numbers.
+
+        They come from forwards that cut a tensor into equal sections (``chunk``, a channel shuffle).
+        """
+        number = np.full(self.components.count, -1, dtype=np.int64)
+        for i, group in enumerate(self.groups()):
+            number[group.components] = i
+        return tuple(
+            BalancedGroups(tuple(int(number[ids[0]]) for ids in region.classes), region.counts)
+            for region in self.components.balances.regions
+        )
 
     def output_row(self, layer: Layer) -> tuple[str, Row]:
         """The path of a layer and the row of its output channels.

@@ -68,6 +68,20 @@ class Group:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BalancedGroups:
+    """Groups whose numbers of channels depend on each other.
+
+    Attributes:
+        groups: their numbers in `ChannelGraph.groups`.
+        counts: each line says how many channels of each of them may be kept together, shape ``(choices, groups)``;
+            from the fewest to all.
+    """
+
+    groups: tuple[int, ...]
+    counts: Ids
+
+
 class Roots:
     """For every component, the roots that it lives by: itself, or the factors of the grids that it is a cell of."""
 
@@ -148,6 +162,9 @@ def _signatures(components: Components, spans: dict[object, tuple[Ids, Ids, list
     for lattice in components.lattices:
         for part in lattice.factors:
             signature[np.unique(part)] ^= generator.integers(1, 2**62)
+    for region in components.balances.regions:
+        for ids in region.classes:
+            signature[ids] ^= generator.integers(1, 2**62)
     return np.where(reached, signature, 0)
 
 

@@ -61,17 +61,27 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] |
 
 
 def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:
-    found = []
+    found: list[Thinning] = []
+    orders = graph.components.balances.orders(dead)
     for slot in graph.slots:
-        gone = dead[graph.components.of(slot.row)]
+        parts = graph.components.of(slot.row)
+        gone = dead[parts]
         if gone.all():
             raise PlanError(
                 f"This would remove all {slot.row.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep at "
                 "least one; to remove a whole layer is another operation."
             )
         if gone.any():
-            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, tuple(np.flatnonzero(gone).tolist())))
+            removed = tuple(np.flatnonzero(gone).tolist())
+            order = _positions(parts, orders[parts.tobytes()]) if orders and parts.tobytes() in orders else None
+            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, removed, order))
     return tuple(found)
+
+
+def _positions(parts: Ids, wanted: Ids) -> tuple[int, ...]:
+    """Where each of `wanted` stands in `parts`, whose entries are distinct."""
+    order = np.argsort(parts)
+    return tuple(order[np.searchsorted(parts, wanted, sorter=order)].tolist())
 
 
 def _layers(thinnings: tuple[Thinning, ...]) -> tuple[LayerWidth, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import Relations
+from structprune.channels.relations import Relations, Row
 from structprune.channels.rules import RULES, Context, Operand
 from structprune.channels.rules.table import operands_in
 from structprune.channels.rules.watch import call_watched
@@ -28,11 +28,18 @@ class Invariant:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """Rows of every node of a trace, and all that relates them."""
+    """Rows of every node of a trace, and all that relates them; `held` are the numbers of the model's own tensors."""
 
     rows: list[Any]
     relations: Relations
     invariants: list[Invariant]
+    held: tuple[int, ...]
+
+    def every_row(self) -> Iterator[Row]:
+        """The rows of all tensors."""
+        for rows in self.rows:
+            for part in rows if isinstance(rows, list) else [rows]:
+                yield from part or ()
 
 
 def has_rule(name: str) -> bool:
@@ -69,7 +76,8 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
     for name in chosen_names(trace.outputs, outputs):
         for row in rows[trace.outputs[name].meta["index"]]:
             context.pin(row, f"it is a dimension of the model's output{f' {name!r}' if name else ''}")
-    return Channels(rows, context.relations, invariants)
+    held = tuple(node.meta["index"] for node in trace.nodes if node.meta["name"] == "parameter")
+    return Channels(rows, context.relations, invariants, held)
 
 
 def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:

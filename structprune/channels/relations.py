@@ -7,7 +7,7 @@ channels may never be removed (batch, image and token positions) carries no ids 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -76,6 +76,29 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """`row` is made of `pieces`, one after the other."""
+
+    pieces: Rows
+    row: Row
+
+
+@dataclass(slots=True, eq=False)
+class Balance:
+    """Equal sections `parts` of `row`, which must keep equally many channels; while `free`, each its own choice.
+
+    Where `shuffled` is given, the sections are interleaved into it: ``view(2, C / 2).T.flatten()``. Such a shuffle is
+    a pair of `grids`, which say that the sections keep the same channels; they count once the balance is not free.
+    """
+
+    row: Row
+    parts: Rows
+    shuffled: Row | None = None
+    grids: tuple[Grid, ...] = ()
+    free: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Expectation:
     """An int in a call that must equal the number of living channels of `row`."""
 
@@ -121,6 +144,7 @@ class Relations:
     expectations: list[Expectation] = field(default_factory=list)
     survivors: list[Survivors] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
+    movements: list[Join | Balance | Grid] = field(default_factory=list)
     _splits: dict[object, Rows] = field(default_factory=dict)
     _merges: dict[object, Row] = field(default_factory=dict)
 
@@ -185,8 +209,11 @@ class Relations:
         rows = [self.materialised(row) for row in rows]
         follows = all(a.array is None and b.array is None and a.start + a.size == b.start for a, b in pairwise(rows))
         if follows:
-            return Row(sum(row.size for row in rows), rows[0].start)
-        return Row(sum(row.size for row in rows), array=np.concatenate([row.ids() for row in rows]))
+            whole = Row(sum(row.size for row in rows), rows[0].start)
+        else:
+            whole = Row(sum(row.size for row in rows), array=np.concatenate([row.ids() for row in rows]))
+        self.movements.append(Join(tuple(rows), whole))
+        return whole
 
     def split(self, row: Row, sizes: Sequence[int]) -> Rows:
         """`row` seen as a grid of these sizes: one row for each."""
@@ -220,13 +247,49 @@ class Relations:
         if known is None:
             known = self._merges[key] = self.axis(size)
             self.grids.append(Grid(known, tuple(rows)))
+            self.movements.append(self.grids[-1])
             self._splits[(known.key, tuple(row.size for row in rows))] = tuple(rows)
         return known
 
     def sections(self, row: Row, count: int) -> Rows:
-        """`count` equal sections of `row` that must keep equally many channels: they keep the same ones."""
+        """`count` equal sections of `row`, whose channels are used together: they keep the same ones."""
         size = row.size // count
         parts = tuple(row[i * size : (i + 1) * size] for i in range(count))
         for part in parts[1:]:
             self.same(parts[0], part)
         return parts
+
+    def balanced(self, row: Row, count: int) -> Rows:
+        """`count` equal sections of `row` that must keep equally many channels."""
+        size = row.size // count
+        parts = tuple(row[i * size : (i + 1) * size] for i in range(count))
+        if row.free and count > 1:
+            self.movements.append(Balance(row, parts))
+        return parts
+
+    def free_balances(self) -> list[Balance]:
+        """Sections that may still keep channels of their own choice."""
+        return [movement for movement in self.movements if isinstance(movement, Balance) and movement.free]
+
+    def loosened(self) -> Iterator[tuple[Ids, Ids]]:
+        """Ids of the same channels before and after a free shuffle; its sections are counted by their size."""
+        for balance in self.free_balances():
+            if balance.shuffled is not None:
+                ids = balance.row.ids()
+                yield ids.reshape(len(balance.parts), -1).T.ravel(), balance.shuffled.ids()
+                yield balance.parts[0].ids(), balance.grids[0].factors[1].ids()
+
+    def all_pins(self) -> Iterator[tuple[Row, str]]:
+        """Rows that may not be removed, with reasons; the number of sections of a free shuffle is one."""
+        yield from self.pins
+        for balance in self.free_balances():
+            if balance.shuffled is not None:
+                yield balance.grids[0].factors[0], "it numbers the sections of a channel shuffle"
+
+    def tie(self, balance: Balance) -> None:
+        """The sections of `balance` keep the same channels after all."""
+        balance.free = False
+        self.grids.extend(balance.grids)
+        if not balance.grids:
+            for part in balance.parts[1:]:
+                self.same(balance.parts[0], part)

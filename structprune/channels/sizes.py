@@ -16,6 +16,7 @@ import numpy as np
 
 from structprune.channels.propagate import Channels, Invariant
 from structprune.channels.relations import Expectation, Row
+from structprune.channels.sections import Sections
 from structprune.channels.solver import Components, Mask
 from structprune.errors import PlanError
 from structprune.tracing.provenance import (
@@ -94,6 +95,8 @@ class SizeSolver:
         self._rewritable = rewritable
         self._expectations = [*channels.relations.expectations, *self._promised()]
         self._attempted: set[tuple[object, ...]] = set()
+        held = (row for number in channels.held for row in channels.rows[number])
+        self._sections = Sections(self._relations, channels.every_row(), held)
 
     def _row(self, leaf: Dim) -> Row:
         return self._channels.rows[leaf.node][leaf.dim]
@@ -116,6 +119,10 @@ class SizeSolver:
         """Components of channels whose removal leaves every int right, and what to change."""
         while True:
             components = Components(self._relations)
+            balances = self._sections.settle(components)
+            if balances is None:
+                continue
+            components.balances = balances
             self._attributes = self._attribute_rows(components)
             self._derived: dict[Attribute, Expectation] = {}
             failures = self._failures(components)
@@ -151,6 +158,8 @@ class SizeSolver:
         ]  # fmt: skip
         for share in SHARES:
             dead = components.roots & (generator.random(components.count) < share) & ~keep
+            for region in components.balances.regions:
+                region.draw(dead, share, generator)
             count = Counter(components, components.closure(dead))
             value = self._valuation(count, relevant)
             for check in [*relevant, *checks, *compared]:

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from structprune.channels.balance import Balances, Mask
 from structprune.channels.relations import Ids, Relations, Row
 
-Mask = NDArray[np.bool_]
+__all__ = ["Components", "Lattice", "Mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Components:
         pinned: for each component, whether it may not be removed.
         lattices: the grids whose cells follow from two factors or more.
         roots: for each component, whether it may be chosen for removal.
+        balances: which of them must be removed in equal numbers.
     """
 
     def __init__(self, relations: Relations) -> None:
@@ -48,13 +49,14 @@ class Components:
         self.reasons: list[str] = []
         self._pin_reason = np.full(total, -1, dtype=np.int64)
         numbers: dict[str, int] = {}
-        for row, reason in relations.pins:
+        for row, reason in relations.all_pins():
             number = numbers.setdefault(reason, len(numbers))
             ids = self._compact(row.ids())
             fresh = self._pin_reason[ids] < 0
             self._pin_reason[ids[fresh]] = number
         self.reasons = list(numbers)
         self._relations = relations
+        self.balances = Balances()
         self._fixpoint()
 
     # -- ids -----------------------------------------------------------------------------------------------------
@@ -278,6 +280,7 @@ def _is_whole(runs: Ids, a: Ids, b: Ids, starts: Ids, sizes: Ids) -> Mask:
 def _arrays(relations: Relations) -> Iterable[tuple[Ids, Ids]]:
     """The relations that do not join whole axes, as arrays of ids."""
     yield from relations.arrays
+    yield from relations.loosened()
     if relations.runs:
         starts = np.asarray(relations.starts, dtype=np.int64)
         sizes = np.asarray(relations.sizes, dtype=np.int64)

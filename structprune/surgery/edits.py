@@ -8,12 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Thinning:
-    """Indices `removed` of dimension `dim`, of `size` entries, of the tensor named `tensor` go."""
+    """Indices `removed` of dimension `dim`, of `size` entries, of the tensor named `tensor` go.
+
+    `order` holds the indices that stay as the smaller tensor has them; None where they keep their order.
+    """
 
     tensor: str
     dim: int
     size: int
     removed: tuple[int, ...]
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

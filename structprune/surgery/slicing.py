@@ -12,7 +12,9 @@ from structprune.tracing.state import Held
 
 
 def kept(thinning: Thinning) -> np.ndarray:
-    """Original indices that stay, in order."""
+    """Original indices that stay, as the smaller tensor has them."""
+    if thinning.order is not None:
+        return np.array(thinning.order, dtype=np.int64)
     mask = np.ones(thinning.size, dtype=bool)
     mask[np.fromiter(thinning.removed, dtype=np.int64, count=len(thinning.removed))] = False
     return np.flatnonzero(mask)
@@ -20,7 +22,7 @@ def kept(thinning: Thinning) -> np.ndarray:
 
 def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:
     """The entries `index` of dimension `dim`; a run is cut out without an index."""
-    if len(index) and index[-1] - index[0] + 1 == len(index):
+    if len(index) and bool((np.diff(index) == 1).all()):
         return tensor.narrow(dim, int(index[0]), len(index))
     return tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
 

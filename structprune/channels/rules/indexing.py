@@ -155,12 +155,12 @@ def _pieces(x: Operand, at: int, parts: Sequence[Row]) -> list[Rows | None]:
 
 @rule("chunk", "tensor_split", "unsafe_chunk")
 def chunk(c: Context, x: Operand, chunks: Any = None, dim: int = 0, **_: Any) -> Result:
-    """Equal sections keep the same channels."""
+    """Equal sections keep equally many channels."""
     at = x.dim(dim)
     row = x.rows[at]
     if not isinstance(chunks, int) or row.size % int(chunks) or len(c.shape) != int(chunks):
         return _unequal(c, x, at)
-    return _pieces(x, at, c.sections(row, int(chunks)))
+    return _pieces(x, at, c.balanced(row, int(chunks)))
 
 
 def _unequal(c: Context, x: Operand, at: int) -> list[Rows | None]:
@@ -177,7 +177,7 @@ def split(c: Context, x: Operand, sizes: Any, dim: int = 0) -> Result:
     if isinstance(sizes, int):
         if row.size % int(sizes):
             return _unequal(c, x, at)
-        parts = c.sections(row, row.size // int(sizes))
+        parts = c.balanced(row, row.size // int(sizes))
         c.expect(sizes, parts[0])
         return _pieces(x, at, parts)
     bounds = np.cumsum([0, *(int(size) for size in sizes)])

@@ -72,6 +72,7 @@ class Context:
         self.split = relations.split
         self.merged = relations.merged
         self.sections = relations.sections
+        self.balanced = relations.balanced
         self.concatenated = relations.concatenated
         self.node: fx.Node
         self.shape: Any = ()

@@ -20,8 +20,8 @@ from structprune.channels.solver import Components, Mask
 from structprune.channels.zeros import ZeroPass
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
 from structprune.groups import BalancedGroups, Group, Member, Roots, Slot, coupled_groups
-from structprune.tracing.provenance import Attribute
-from structprune.tracing.state import collection_paused
+from structprune.tracing.provenance import Attribute, Dim, leaves
+from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.subgraph import module_graph, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
@@ -65,6 +65,7 @@ class ChannelGraph:
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
         self._pin_ignored()
+        self._pin_caches()
         ZeroPass(self.trace, self.channels).run()
         self.folds: list[Fold] = []
         scales = self.channels.relations.scales
@@ -86,6 +87,17 @@ class ChannelGraph:
                 if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
                     for row in self.channels.rows[node.meta["index"]]:
                         self.channels.relations.pin(row, f"{path} is ignored")
+
+    def _pin_caches(self) -> None:
+        """A tensor whose size the forward checks is built anew where it does not fit: it must stay as it would be."""
+        held = held_tensors(self.model)
+        for comparison in self.trace.comparisons:
+            for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
+                node = self.trace.nodes[leaf.node] if isinstance(leaf, Dim) else None
+                if node is not None and node.meta["name"] == "parameter" and held[str(node.target)].temporary:
+                    for row in self.channels.rows[node.meta["index"]]:
+                        reason = f"the forward checks its size at {comparison.where}, and may build it anew"
+                        self.channels.relations.pin(row, reason)
 
     def _rewritable(self, number: int) -> bool:
         """Whether the forward of the module that runs this node can be rebuilt with another literal in it."""

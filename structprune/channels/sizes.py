@@ -9,7 +9,7 @@ random channels are removed and both sides are counted, until all hold. So plann
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,18 +148,11 @@ class SizeSolver:
 
     def _failures(self, components: Components) -> list[Expectation | Invariant | Comparison]:
         failed: dict[int, Expectation | Invariant | Comparison] = {}
-        generator = np.random.default_rng(0)
         relevant = [e for e in self._expectations if self._matters(components, e)]
         keep = _protected(components, [e.row for e in relevant if e.row.free], self._relations.starts)
         checks = [i for i in self._channels.invariants if self._touched(components, i.expression)]
-        compared = [
-            c for c in self._comparisons
-            if self._touched(components, c.left) or self._touched(components, c.right)
-        ]  # fmt: skip
-        for share in SHARES:
-            dead = components.roots & (generator.random(components.count) < share) & ~keep
-            for region in components.balances.regions:
-                region.draw(dead, share, generator)
+        compared = [c for c in self._comparisons if any(self._touched(components, x) for x in (c.left, c.right))]
+        for dead in _trials(components, keep):
             count = Counter(components, components.closure(dead))
             value = self._valuation(count, relevant)
             for check in [*relevant, *checks, *compared]:
@@ -190,13 +183,15 @@ class SizeSolver:
             return known[leaf] if leaf in known else self._read(leaf)
 
         for e in expectations:
-            unknown = {leaf for leaf in leaves(e.expression) if isinstance(leaf, Attribute) and leaf not in known}
-            if len(unknown) == 1 and evaluate(e.expression, value) != count(e.row):
-                (attribute,) = unknown
+            unknown = [leaf for leaf in leaves(e.expression) if isinstance(leaf, Attribute) and leaf not in known]
+            if not unknown or evaluate(e.expression, value) == count(e.row):
+                continue
+            for attribute in unknown:
                 solved = inverse(e.expression, attribute, count(e.row), value)
                 if solved is not None:
                     known[attribute] = int(solved)
                     self._derived[attribute] = e
+                    break
         return value
 
     def values(self, count: Counter) -> dict[Attribute, int]:
@@ -346,6 +341,22 @@ def _involved(expression: Expression) -> int:
     if not isinstance(expression, Arithmetic):
         return 0
     return 1 if expression.symbol == "//" else 2
+
+
+def _trials(components: Components, keep: Mask) -> Iterator[Mask]:
+    """What is removed on paper: random shares, and the last index of factors that `keep` would keep whole."""
+    generator = np.random.default_rng(0)
+    for share in SHARES:
+        dead = components.roots & (generator.random(components.count) < share) & ~keep
+        for region in components.balances.regions:
+            region.draw(dead, share, generator)
+        yield dead
+    dead = np.zeros(components.count, dtype=bool)
+    for lattice in components.lattices:
+        for part in lattice.factors:
+            if len(part) > 1 and keep[part].all() and components.roots[part].all():
+                dead[part[-1]] = True
+    yield dead
 
 
 def _protected(components: Components, rows: list[Row], starts: list[int]) -> Mask:

@@ -37,6 +37,12 @@ class Held:
     store: dict[str, Any]
     tensor: Tensor
 
+    @property
+    def temporary(self) -> bool:
+        """Whether it is no part of the state dict, so that a forward is free to replace it."""
+        state = self.module.__dict__
+        return self.store is state or self.key in state["_non_persistent_buffers_set"]
+
 
 def join(path: str, name: str) -> str:
     """Dotted name of `name` inside the module at `path`."""

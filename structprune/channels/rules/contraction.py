@@ -14,6 +14,15 @@ def _bias(c: Context, bias: Operand | None, row: Row) -> None:
         c.same(row, bias.rows[0])
 
 
+def _pointwise(weight: Operand, stride: Any, padding: Any) -> bool:
+    """Whether each position is computed from itself alone."""
+
+    def every(value: Any, wanted: int) -> bool:
+        return all(item == wanted for item in (value if isinstance(value, (tuple, list)) else (value,)))
+
+    return all(row.size == 1 for row in weight.rows[2:]) and every(stride, 1) and every(padding, 0)
+
+
 def _spatial(c: Context, weight: Operand, x_rows: Sequence[Row], shape: Sequence[int]) -> Rows:
     reason = f"it is a position that {c.where()} slides over"
     for row in (*weight.rows[2:], *x_rows):
@@ -39,6 +48,8 @@ def convolution(
         c.same(inside, weight.rows[1])
         c.expect(groups, group_in)
     _bias(c, bias, out)
+    if _pointwise(weight, stride, padding):
+        return (*x.rows[:at], out, *x.rows[at + 1 :])
     return (*x.rows[:at], out, *_spatial(c, weight, x.rows[at + 1 :], c.shape[at + 1 :]))
 
 

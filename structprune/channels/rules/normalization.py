@@ -87,7 +87,7 @@ def _positional(c: Context, x: Operand, dim: Any) -> Result:
       "nansum", "nanmean", "max", "min", "prod", "any", "all", "argmax", "argmin", "median", "aminmax", "mode",
       "count_nonzero", "frobenius_norm", "nuclear_norm")  # fmt: skip
 def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
-    """Dimensions disappear, or keep size 1; sums, means and norms over channels run over the survivors."""
+    """Dimensions disappear, or keep size 1; sums, means, norms and extremes run over the survivors."""
     name = c.node.meta["name"]
     if args and isinstance(args[0], Operand):  # torch.max(a, b) compares entry by entry
         return c.broadcast([x, args[0]])
@@ -95,7 +95,7 @@ def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     dims = kwargs.get("dim", kwargs.get("axis", args[0] if args and not isinstance(args[0], bool) else None))
     named = [dims] if isinstance(dims, int) else list(dims) if dims is not None else list(range(len(x.rows)))
     gone = {x.dim(dim) for dim in named} or set(range(len(x.rows)))
-    if name in _SUMS:
+    if name in _OVER_SURVIVORS:
         c.survivors(x, sorted(gone))
     else:
         for at in gone:
@@ -108,8 +108,8 @@ def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
 
 
-_SUMS = frozenset({"mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "nansum",
-                   "nanmean", "frobenius_norm"})  # fmt: skip
+_OVER_SURVIVORS = frozenset({"mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
+                             "nansum", "nanmean", "frobenius_norm", "amax", "amin"})  # fmt: skip
 
 
 @rule("python.local_response_norm")

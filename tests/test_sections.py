@@ -55,9 +55,7 @@ def test_shuffled_channels_go_to_other_places(name: str, ratio: float) -> None:
     assert again == plan
     oracle.check(model, again.apply(model), plan, inputs)
     assert structprune.verify(model, again.apply(model), plan, inputs).ok
-    unordered = dataclasses.replace(
-        plan, thinnings=tuple(dataclasses.replace(t, order=None) for t in plan.thinnings)
-    )
+    unordered = dataclasses.replace(plan, thinnings=tuple(dataclasses.replace(t, order=None) for t in plan.thinnings))
     with pytest.raises(AssertionError, match="relative error"):
         oracle.check(model, unordered.apply(model), plan, inputs)
 

@@ -38,7 +38,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Movements between rows, for any width: rows that no step makes are `made`, with `sizes` channels at full width."""
+    """Movements between numbered rows, for any width.
+
+    Rows that no step makes are `made`; at full width they have `sizes` channels.
+    """
 
     made: tuple[int, ...]
     sizes: tuple[int, ...]

@@ -120,7 +120,9 @@ class HalvesCutAgain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.stem(x).chunk(2, dim=1)
-        return self.head(torch.cat([self.a(left[:, : self.width]), right[:, self.width :] * 2, right[:, :4]], 1)[:, :12])
+        return self.head(
+            torch.cat([self.a(left[:, : self.width]), right[:, self.width :] * 2, right[:, :4]], 1)[:, :12]
+        )
 
 
 @case(image(), {"stem.weight": 0, "a.weight": (0, 1), "head.weight": 1})

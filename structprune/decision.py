@@ -78,7 +78,7 @@ class Decision:
         groups = thinned_groups(graph, ratio, feasible, check_axes(request.axes))
         if request.scope != "local":
             self._rank(groups)
-        units = [Unit((group,), feasible[group][:, None]) for group in groups]
+        units = _units(graph, groups, feasible)
         steps = steps_of(units, self._scores, request.scope, graph.roles, apart=ratio)
         if target is None:
             kept = steps.kept_at(ratio)
@@ -116,6 +116,29 @@ class Decision:
         count = self._graph.counter(self._graph.components.closure(dead))
         cost = count_cost(self._graph.model, self._graph.trace, self._graph.channels, count)
         return amounts(cost, sum(kept.get(group, group.channels) for group in self._graph.groups()))
+
+
+def _units(graph: ChannelGraph, groups: Iterable[Group], feasible: Mapping[Group, np.ndarray]) -> list[Unit]:
+    """The groups one by one, and balanced ones together: none of those is thinned unless all of them are."""
+    known, free = graph.groups(), set(groups)
+    units: list[Unit] = []
+    together: set[Group] = set()
+    for balanced in graph.balanced():
+        members = tuple(known[number] for number in balanced.groups)
+        together.update(members)
+        if free.issuperset(members):
+            allowed = [np.isin(balanced.counts[:, i], feasible[group]) for i, group in enumerate(members)]
+            units.append(Unit(members, _nested(balanced.counts, np.all(allowed, axis=0))))
+    return [Unit((group,), feasible[group][:, None]) for group in groups if group not in together] + units
+
+
+def _nested(counts: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """The allowed lines, of which none keeps more of any group than the next; the last one always."""
+    lines = [counts[-1]]
+    for line in counts[:-1][allowed[:-1]][::-1]:
+        if (line <= lines[-1]).all():
+            lines.append(line)
+    return np.stack(lines[::-1])
 
 
 def _guess(target: Target, before: Mapping[str, float]) -> float:

@@ -188,8 +188,8 @@ def _edit(kind: Callable[..., E], data: dict[str, Any]) -> E:
 
 def _fits(field: str, value: Any) -> bool:
     """Whether a field of a record that was read from a file is of the kind that it must be."""
-    if field in ("removed", "positions"):
-        return (field == "positions" and value is None) or (
+    if field in ("removed", "positions", "order"):
+        return (field != "removed" and value is None) or (
             isinstance(value, tuple) and all(type(i) is int and i >= 0 for i in value)
         )
     if field in ("chain", "place"):

@@ -73,15 +73,10 @@ def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:
             )
         if gone.any():
             removed = tuple(np.flatnonzero(gone).tolist())
-            order = _positions(parts, orders[parts.tobytes()]) if orders and parts.tobytes() in orders else None
-            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, removed, order))
+            order = orders.get(parts.tobytes()) if orders else None
+            places = None if order is None else tuple(order.tolist())
+            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, removed, places))
     return tuple(found)
-
-
-def _positions(parts: Ids, wanted: Ids) -> tuple[int, ...]:
-    """Where each of `wanted` stands in `parts`, whose entries are distinct."""
-    order = np.argsort(parts)
-    return tuple(order[np.searchsorted(parts, wanted, sorter=order)].tolist())
 
 
 def _layers(thinnings: tuple[Thinning, ...]) -> tuple[LayerWidth, ...]:

@@ -189,15 +189,45 @@ def sensitivity(
     curves = list(done.curves) if done else []
     todo = list(zip(groups, grid, strict=True))[len(curves) :]
     for group, kept in track(todo, "measuring", disable=not progress, transient=True):
-        order = group.components[np.argsort(check_scores(score(group, tensors), group).double().cpu().numpy())]
+        orders = {
+            member: member.components[np.argsort(check_scores(score(member, tensors), member).double().cpu().numpy())]
+            for member in (group, *_partners(graph, group))
+        }
         found: list[float] = []
         for count in kept:
-            plan = plan_removal(graph, order[: group.channels - count])
-            found.append(_measured(metric, plan.apply(model), loader))
+            plan = plan_removal(graph, _removed(graph, group, count, orders))
+            # What balanced groups lose together is shared out among them.
+            found.append(dense - (dense - _measured(metric, plan.apply(model), loader)) / len(orders))
         curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(found)))
         if checkpoint is not None:
             _write(Path(checkpoint), Sensitivity(dense, tuple(curves)))
     return Sensitivity(dense, tuple(curves))
+
+
+def _balanced(graph: DependencyGraph, group: Group) -> tuple[list[Group], np.ndarray] | None:
+    """The groups that are thinned together with `group`, it among them, and the numbers that fit."""
+    known = graph.groups()
+    for balanced in graph.balanced():
+        members = [known[number] for number in balanced.groups]
+        if group in members:
+            return members, balanced.counts
+    return None
+
+
+def _partners(graph: DependencyGraph, group: Group) -> list[Group]:
+    balanced = _balanced(graph, group)
+    return [] if balanced is None else [member for member in balanced[0] if member is not group]
+
+
+def _removed(graph: DependencyGraph, group: Group, count: int, orders: Mapping[Group, np.ndarray]) -> np.ndarray:
+    """The components that go when `group` keeps `count` channels, or of balanced groups about as many."""
+    balanced = _balanced(graph, group)
+    if balanced is None:
+        return orders[group][: group.channels - count]
+    members, counts = balanced
+    line = counts[np.abs(counts[:, members.index(group)] - count).argmin()]
+    gone = [orders[member][: member.channels - keep] for member, keep in zip(members, line.tolist(), strict=True)]
+    return np.concatenate(gone)
 
 
 def _resumed(checkpoint: str | Path | None) -> Sensitivity | None:

@@ -80,3 +80,24 @@ def test_each_choice_can_be_planned(name: str) -> None:
             ]
             plan = structprune.planning.plan_removal(graph, np.concatenate(chosen))
             oracle.check(model, plan.apply(model), plan, inputs)
+
+
+@pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
+@pytest.mark.parametrize("name", ["ShuffledUnits", "OddShuffledUnits", "HalvesApart"])
+def test_every_scope_keeps_the_balance(name: str, scope: str) -> None:
+    model, inputs = jittered(name)
+    for asked in ({"ratio": 0.4}, {"target": {"params": 0.5}}, {"ratio": 0.5, "round_to": 4}):
+        plan = structprune.plan(model, inputs, scope=scope, **asked)
+        assert plan.removed
+        oracle.check(model, plan.apply(model), plan, inputs)
+
+
+def test_sensitivity_thins_balanced_groups_together() -> None:
+    model, inputs = jittered("HalvesApart")
+
+    def near(other: nn.Module, x: torch.Tensor) -> float:
+        return -float((other(x) - model(x)).abs().mean())
+
+    found = structprune.sensitivity(model, inputs, inputs, near, ratios=(0.25, 0.5))
+    assert len(found.curves) == len(structprune.DependencyGraph(model, inputs).groups())
+    assert structprune.plan(model, inputs, scope=found, target={"params": 0.6}).removed

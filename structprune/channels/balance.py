@@ -49,13 +49,15 @@ class Machine:
     rows: int
 
     def run(self, sizes: Sequence[int]) -> list[Ids] | None:
-        """The channels in each row, numbered in the order of the made rows; None where the sections are not equal."""
+        """The channels in each row, numbered in the order of the made rows; None where that cannot be."""
         found: dict[int, Ids] = {}
         first = 0
         for row, size in zip(self.made, sizes, strict=True):
             found[row] = np.arange(first, first + size)
             first += size
         for step in self.steps:
+            if not found.keys() >= set(step.sources):
+                return None  # it is made of itself
             given = [found[source] for source in step.sources]
             if step.kind == "join":
                 result = [np.concatenate(given)]
@@ -123,12 +125,14 @@ class Region:
     Attributes:
         classes: the components of each class, in the order of the rows that make them.
         counts: how many channels of each class may be kept, shape ``(choices, classes)``, from the fewest to all.
+        rows: the components of each row of the machine, distinct within it.
         machine: the movements.
         table: what they allow.
     """
 
     classes: tuple[Ids, ...]
     counts: Ids
+    rows: tuple[Ids, ...]
     machine: Machine
     table: Table
 
@@ -177,26 +181,26 @@ class Balances:
     joins: tuple[tuple[tuple[Ids, ...], Ids], ...] = ()
 
     def orders(self, dead: Mask) -> dict[bytes, Ids]:
-        """Surviving components in their new order, by the components of a row; rows in their old order are left out.
+        """Surviving positions in their new order, by the components of a row; rows in their old order are left out.
 
         Raises:
             PlanError: sections would keep different numbers of channels.
         """
         found: dict[bytes, Ids] = {}
+
+        def positions(row: Ids) -> Ids:
+            known = found.get(row.tobytes())
+            return np.flatnonzero(~dead[row]) if known is None else known
+
+        def note(row: Ids, order: Ids) -> None:
+            if not (np.diff(order) > 0).all():
+                found[row.tobytes()] = order
+
         for region in self.regions:
-            rows = region.machine.run(region.machine.sizes)
-            assert rows is not None
-            every = np.empty(len(region.table.classes), dtype=np.int64)
-            for number, ids in enumerate(region.classes):
-                every[region.table.classes == number] = ids
-            for row, kept in zip(rows, region.orders(dead), strict=True):
-                _note(found, every[row], kept, dead)
+            for row, kept in zip(region.rows, region.orders(dead), strict=True):
+                by_number = np.argsort(row)
+                note(row, by_number[np.searchsorted(row, kept, sorter=by_number)])
         for pieces, whole in self.joins:
-            kept = np.concatenate([found.get(piece.tobytes(), piece[~dead[piece]]) for piece in pieces])
-            _note(found, whole, kept, dead)
+            firsts = np.cumsum([0, *map(len, pieces[:-1])])
+            note(whole, np.concatenate([first + positions(p) for first, p in zip(firsts, pieces, strict=True)]))
         return found
-
-
-def _note(found: dict[bytes, Ids], row: Ids, kept: Ids, dead: Mask) -> None:
-    if not np.array_equal(row[~dead[row]], kept):
-        found[row.tobytes()] = kept

@@ -102,7 +102,7 @@ class Sections:
         if allowed is None:
             return None
         classes = tuple(every[allowed.classes == number] for number in range(allowed.counts.shape[1]))
-        return Region(classes, allowed.counts, machine, allowed)
+        return Region(classes, allowed.counts, tuple(rows.parts), machine, allowed)
 
     def _elsewhere(
         self, components: Components, groups: list[list[Movement]], touched: Mask

@@ -13,11 +13,15 @@ from structprune.tracing.state import Held
 
 def kept(thinning: Thinning) -> np.ndarray:
     """Original indices that stay, as the smaller tensor has them."""
-    if thinning.order is not None:
-        return np.array(thinning.order, dtype=np.int64)
     mask = np.ones(thinning.size, dtype=bool)
     mask[np.fromiter(thinning.removed, dtype=np.int64, count=len(thinning.removed))] = False
-    return np.flatnonzero(mask)
+    stays = np.flatnonzero(mask)
+    if thinning.order is None:
+        return stays
+    order = np.array(thinning.order, dtype=np.int64)
+    if not np.array_equal(np.sort(order), stays):
+        raise SurgeryError(f"The order of what stays of {thinning.tensor!r} does not fit what goes. Make a new plan.")
+    return order
 
 
 def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:

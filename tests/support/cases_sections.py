@@ -152,18 +152,17 @@ class MixedAlongPositions(nn.Module):
         return self.head(self.out(F.relu(self.mix(self.embed(x)))).squeeze(1))
 
 
-@case(image(), {"stem.weight": 0, "head.weight": 1})
-class MeanAndMaximumGate(nn.Module):
-    """Mean and maximum over the channels, over the survivors."""
+@case(image(), {"stem.weight": 0, "b.weight": 1, "units.0.wide.weight": 0, "head.weight": 1})
+class ShuffledAndJoinedTwice(nn.Module):
+    """What is in another order stands twice in what is joined, once after another shuffle."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.gate, self.head = conv(3, 16), conv(2, 1), conv(16, 4)
+        self.stem, self.b, self.units, self.head = conv(3, 16), conv(16, 16), nn.Sequential(_Unit(8)), conv(64, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
-        return self.head(x * torch.sigmoid(self.gate(maps)))
+        x = self.units(self.stem(x))
+        return self.head(torch.cat([x, self.b(x), F.relu(x), shuffled(x, 2)], 1))
 
 
 @case(features(), {"fc.weight": 0}, pinned={"table": "may build it anew"})

@@ -87,7 +87,7 @@ def _positional(c: Context, x: Operand, dim: Any) -> Result:
       "nansum", "nanmean", "max", "min", "prod", "any", "all", "argmax", "argmin", "median", "aminmax", "mode",
       "count_nonzero", "frobenius_norm", "nuclear_norm")  # fmt: skip
 def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
-    """Dimensions disappear, or keep size 1; sums, means, norms and extremes run over the survivors."""
+    """Dimensions disappear, or keep size 1; sums, means, and norms run over the survivors."""
     name = c.node.meta["name"]
     if args and isinstance(args[0], Operand):  # torch.max(a, b) compares entry by entry
         return c.broadcast([x, args[0]])
@@ -109,7 +109,7 @@ def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
 
 
 _OVER_SURVIVORS = frozenset({"mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
-                             "nansum", "nanmean", "frobenius_norm", "amax", "amin"})  # fmt: skip
+                             "nansum", "nanmean", "frobenius_norm"})  # fmt: skip
 
 
 @rule("python.local_response_norm")

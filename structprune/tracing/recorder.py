@@ -16,6 +16,7 @@ from structprune.errors import TraceError
 from structprune.tracing.opaque import Opaque, holdings, opaque_call, opaque_of, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.shapes import shape_of_result
+from structprune.tracing.values import Values
 from structprune.tracing.vocabulary import VALUES, Call, Kind, call_of
 
 
@@ -49,17 +50,26 @@ class Recorder(TorchFunctionMode):
         names: the names of the model's tensors, by ``id``.
         leaves: whether a rule exists for the Python function of this name, so that it need not be opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
+        buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
     """
 
-    def __init__(self, names: dict[int, str], leaves: Callable[[str], bool], meta: bool) -> None:
+    def __init__(
+        self,
+        names: dict[int, str],
+        leaves: Callable[[str], bool],
+        meta: bool,
+        buffer: Callable[[str], Tensor | None] = lambda _: None,
+    ) -> None:
         super().__init__()
         self.recording = Recording()
         self._names = names
         self._leaves = leaves
         self._meta = meta
+        self.values = Values(self.recording.nodes, buffer)
         self._known: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._constants: dict[int, Tensor] = {}
+        self._originals: dict[int, Tensor] = {}
         self._stack: list[int] = []
         self._opening: list[Call] = []
         self._in_leaf = False
@@ -103,6 +113,8 @@ class Recorder(TorchFunctionMode):
             )
         else:
             node = self._node("get_attr", f"_constant_{len(self._constants)}", (), {}, "constant")
+            if self._meta:
+                self.values.give(node, self._originals.get(id(tensor), tensor))
         node.meta["where"] = source_line()
         node.meta["call"] = -1
         self.remember(tensor, node)
@@ -136,6 +148,7 @@ class Recorder(TorchFunctionMode):
             if moved is None:
                 moved = self._constants[id(value)] = value.detach().to("meta")
                 self._constants[id(moved)] = moved
+                self._originals[id(moved)] = value
                 self._alive += [value, moved]
             return moved
         if type(value) in (tuple, list):
@@ -170,23 +183,91 @@ class Recorder(TorchFunctionMode):
             return self._size(call, func, args, kwargs)
         if self._meta:
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
-            if call.name in ("cpu", "cuda"):
-                return args[0]
+        if call.name in ("cpu", "cuda", "pin_memory"):
+            return self._moved(func, args, kwargs)
         self._tracked = []
         before = [self._argument(value) for value in args]
         keywords = {key: self._argument(value) for key, value in kwargs.items()}
-        if self._meta and call.name in _FACTORIES:
-            kwargs["device"] = torch.device("meta")
-        elif self._meta and call.name == "to":
-            args = tuple("meta" if isinstance(a, str) else a for a in args)
-        result = self._execute(call, func, args, kwargs)
+        if self._meta and call.name in VALUES:
+            result = self._value(call, func, before, keywords)
+        else:
+            if self._meta and call.name in _FACTORIES:
+                kwargs["device"] = torch.device("meta")
+            elif self._meta and call.name == "to":
+                args = tuple("meta" if isinstance(a, str) else a for a in args)
+            result = self._execute(call, func, args, kwargs)
         self._record(call, before, keywords, result)
+        return result
+
+    def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor on another device is the same tensor to the graph."""
+        if self._meta:
+            return args[0]
+        result = func(*args, **kwargs)
+        if result is not args[0]:
+            self._known[id(result)] = self.node_of(args[0])
+            self._alive.append(result)
         return result
 
     def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation that becomes the next node."""
-        result = shape_of_result(call.name, call.inplace, args, kwargs) if self._meta else None
-        return func(*args, **kwargs) if result is None else result
+        if not self._meta:
+            return func(*args, **kwargs)
+        result = shape_of_result(call.name, call.inplace, args, kwargs)
+        if result is not None:
+            return result
+        try:
+            return func(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            shaped = self._shaped_by_values(call, func, args, kwargs)
+            if shaped is None:
+                raise
+            del error
+            return shaped
+
+    def _value(self, call: Call, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """What Python asks of a stand-in, if that is decided by the inputs alone."""
+        result = self._computed(func, args, kwargs)
+        if result is None:
+            raise TraceError(
+                f"The forward asks for the value of a tensor that depends on weights ({call.name} at {source_line()}), "
+                "which a model on the meta device cannot tell."
+            )
+        return result[0]
+
+    def _computed(self, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
+        """The result of `func` on real values, with tensors on the ``meta`` device; None where they are unknown."""
+        sources: list[fx.Node] = []
+        fx.map_arg((args, kwargs), sources.append)
+        if not sources or any(self.values.of(node) is None for node in sources):
+            return None
+        result = self.values.compute("call_function", func, args, kwargs)
+        return (self._on_meta_fresh(result),)
+
+    @staticmethod
+    def _on_meta_fresh(result: Any) -> Any:
+        if isinstance(result, Tensor):
+            return result.to("meta")
+        return tuple(t.to("meta") for t in result) if isinstance(result, tuple) else result
+
+    def _shaped_by_values(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A result whose shape depends on values (``x[mask]``), where the inputs alone decide them; else None."""
+        computed = self._computed(func, [self._argument(a) for a in args], self._argument(kwargs))
+        if computed is not None:
+            return computed[0]
+        if call.name not in ("getitem", "setitem", "masked_select"):
+            return None
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        positions: list[Any] = []
+        for item in index:
+            if isinstance(item, Tensor) and item.dtype is torch.bool:
+                known = self.values.of(self.node_of(item))
+                if known is None:
+                    return None
+                positions += [part.to("meta") for part in known.nonzero(as_tuple=True)]
+            else:
+                positions.append(item)
+        return func(args[0], tuple(positions), *args[2:]) if call.name != "masked_select" else None
 
     def _size(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         answer = func(*args, **kwargs)

@@ -132,15 +132,18 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
     tensors = {group[0]: tuple(group) for group in aliases.values()}
     replace: Callable[[Tensor], Tensor] = stand_in if meta else (lambda tensor: tensor.detach().clone())
     args, kwargs = as_call(inputs)
+    given = list(tensors_in((args, kwargs)))
     args, kwargs = map_tensors(replace, args), map_tensors(replace, kwargs)
     lend = stand_in if meta else shield
     with preserved_random_state(), torch.no_grad(), lent(model, lend) as ids, tracked_numbers() as ledger:
         model.eval()
-        recorder = Recorder(ids, leaves, meta)
+        recorder = Recorder(ids, leaves, meta, lambda name: _indices(names[name].tensor))
         placeholders: list[fx.Node] = []
-        for tensor in tensors_in((args, kwargs)):
+        for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
             node = recorder.input_node()
             recorder.remember(tensor, node)
+            if meta:
+                recorder.values.give(node, original)
             placeholders.append(node)
         before = dictionaries(model)
         with recorder.watching(model), recorder:
@@ -163,6 +166,12 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
     )
 
 
+def _indices(tensor: Tensor) -> Tensor | None:
+    """A buffer of positions, counts or flags: its values are no weights, and may decide a branch."""
+    weight = isinstance(tensor, nn.Parameter) or tensor.is_floating_point() or tensor.is_complex()
+    return None if weight or tensor.is_meta else tensor
+
+
 def run_once(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """The outputs of `model` in eval mode, without gradients; model, inputs and random state stay as they were."""
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
@@ -175,8 +184,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
     """Record the forward of `model` on `example_inputs`, in eval mode, with nothing computed where possible.
 
     The model runs on stand-ins on the ``meta`` device. Where Python needs a real number (``.item()``, a branch on a
-    value), it runs once more on its own weights and the given inputs, and `Trace.real` says so. The model, its mode,
-    its buffers and the random state are left as they were.
+    value) that the example inputs alone decide, it is computed from them. Where weights decide it, the model runs once
+    more on its own weights and the given inputs, and `Trace.real` says so. The model, its mode, its buffers and the
+    random state are left as they were.
 
     Args:
         model: any ``nn.Module``.

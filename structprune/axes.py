@@ -142,7 +142,7 @@ class _Reader:
                 if not _is_depthwise(node, held):
                     self.producers |= {(tensor, dim) for dim in self._made(node, tensor)}
                 if rank == 3 and node.meta["name"] not in _CONVOLUTIONS and len(held.meta["shape"]) == 3:
-                    self._mark("experts", self._rows(held)[:1])
+                    self._mark("experts", self._held[tensor][:1])
 
     def _made(self, node: fx.Node, tensor: str) -> Iterable[int]:
         """The dimensions of a weight whose channels are those of the result."""

@@ -74,7 +74,7 @@ class Decision:
         else:
             guess = _guess(target, self._before)
             ratio = ratio_of(graph, guess)
-        feasible = {group: request.rounding.feasible(group, graph.roles) for group in graph.groups()}
+        feasible = {g: request.rounding.feasible(g, graph.roles, graph.bounds(g)) for g in graph.groups()}
         groups = thinned_groups(graph, ratio, feasible, check_axes(request.axes))
         if request.scope != "local":
             self._rank(groups)

@@ -337,6 +337,15 @@ class ChannelGraph:
         path = self.trace.calls[node.meta["call"]].path
         return path, own_operations(self.trace, path)[1].index(node)
 
+    def least(self, group: Group) -> int:
+        """How many channels of `group` must be left at least: one, or as many as a top-k chooses from them."""
+        bounds = [
+            least.count
+            for least in self.channels.relations.minima
+            if least.row.free and bool(np.isin(self.components.of(least.row), group.components).all())
+        ]
+        return max(bounds, default=1)
+
     def counter(self, dead: Mask) -> Counter:
         """Counts living channels of rows when the components marked in `dead` are gone."""
         return Counter(self.components, dead)
@@ -345,9 +354,16 @@ class ChannelGraph:
         """Values of the attributes that must change once `dead` is gone, after checking that every int will be right.
 
         Raises:
-            PlanError: an int of the forward could not follow.
+            PlanError: an int of the forward could not follow, or fewer channels are left than are chosen from them.
         """
-        return self._sizes.values(self.counter(dead))
+        count = self.counter(dead)
+        for least in self.channels.relations.minima:
+            if count(least.row) < least.count:
+                raise PlanError(
+                    f"{count(least.row)} channels would be left of {least.row.size} where {least.count} of them are "
+                    f"chosen, by {least.where}. Remove fewer."
+                )
+        return self._sizes.values(count)
 
 
 def _nodes_in(value: Any) -> Iterable[fx.Node]:

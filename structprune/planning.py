@@ -16,7 +16,8 @@ from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.plan import AxisWidth, LayerWidth, Plan
-from structprune.surgery.edits import Repair, Rescale, Rewrite, Thinning
+from structprune.pretrained import config_repairs
+from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literals
 from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
@@ -44,7 +45,7 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] |
         for attribute, new in sorted(values.items(), key=lambda item: str(item[0]))
     )
     nothing = graph.counter(np.zeros_like(dead))
-    return Plan(
+    edits = Edits(
         thinnings,
         repairs,
         _rescales(graph, count, values),
@@ -52,11 +53,21 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] |
         graph.trace.caches,
         specify(graph.example_inputs),
         tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
+    )
+    more, stays = config_repairs(graph, edits, count)
+    return Plan(
+        thinnings,
+        (*repairs, *more),
+        edits.rescales,
+        edits.rewrites,
+        edits.caches,
+        edits.inputs,
+        edits.outputs,
         _layers(thinnings),
         _axes(graph, dead),
         count_cost(graph.model, graph.trace, graph.channels, nothing),
         count_cost(graph.model, graph.trace, graph.channels, count),
-        dict(settings or {}),
+        {**(settings or {}), **({"config": f"unchanged: {stays}"} if stays else {})},
     )
 
 

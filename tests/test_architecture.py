@@ -26,6 +26,7 @@ ORDER = (
     ("importance",),
     ("allocation",),
     ("surgery",),
+    ("pretrained",),
     ("plan",),
     ("planning", "optimizers"),
     ("decision", "dependency_graph"),

@@ -49,10 +49,10 @@ def thinned_groups(
     chosen: set[int] = set()
     blocked: set[int] = set()
 
-    def miss(i: int) -> tuple[float, bool, int]:
+    def miss(i: int) -> tuple[float, bool, bool, int]:
         size = groups[i].channels
         wanted = size * (1 - ratio(groups[i]))
-        return abs(wanted - nearest(feasible[groups[i]], wanted)) / size, size < FEW, i
+        return abs(wanted - nearest(feasible[groups[i]], wanted)) / size, size < FEW, groups[i].axis == "head_size", i
 
     for lattice in graph.components.lattices:
         factors: list[list[int]] = []

@@ -54,11 +54,11 @@ class Rounding:
         if not 0 <= self.max_ratio <= 1:
             raise PlanError(f"max_ratio is {self.max_ratio}; it is a share of the channels, from 0 to 1.")
 
-    def feasible(self, group: Group, roles: Roles) -> np.ndarray:
-        """The numbers of channels that `group` may keep, ascending; all of them is always one."""
+    def feasible(self, group: Group, roles: Roles, least: int = 1) -> np.ndarray:
+        """The numbers of channels from `least` that `group` may keep, ascending; all of them is always one."""
         size = group.channels
         step = self.step(group, roles)
-        least = max(self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
+        least = max(least, self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
         found = np.arange(step, size, step)
         return np.append(found[found >= least], size)
 

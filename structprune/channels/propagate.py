@@ -74,8 +74,12 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
                 if id(number) not in context.claimed:
                     invariants.append(Invariant(number.expression, node.meta["where"]))
     for name in chosen_names(trace.outputs, outputs):
-        for row in rows[trace.outputs[name].meta["index"]]:
+        output = trace.outputs[name]
+        for row in rows[output.meta["index"]]:
             context.pin(row, f"it is a dimension of the model's output{f' {name!r}' if name else ''}")
+        numbered = context.numbered(Operand(output, rows[output.meta["index"]]))
+        if numbered is not None:
+            context.pin(numbered, "the model returns the numbers of its channels")
     held = tuple(node.meta["index"] for node in trace.nodes if node.meta["name"] == "parameter")
     return Channels(rows, context.relations, invariants, held)
 
@@ -106,7 +110,9 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
         args = args[:1]
     if "input" in kwargs and node.target is not opaque_call:
         args.insert(0, kwargs.pop("input"))
-    return _ask(context, args, kwargs, node, trace)
+    result = _ask(context, args, kwargs, node, trace)
+    context.settle_numbers(list(operands_in(args, kwargs)))
+    return result
 
 
 def _ask(context: Context, args: list[Any], kwargs: dict[str, Any], node: fx.Node, trace: Trace) -> Any:

@@ -121,6 +121,15 @@ class Survivors:
 
 
 @dataclass(frozen=True, slots=True)
+class AtLeast:
+    """`row` must keep at least `count` channels, since `where` chooses that many of them."""
+
+    row: Row
+    count: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """Node `node` multiplies argument `argument` by ``factor``, which depends on the number of living channels."""
 
@@ -145,6 +154,7 @@ class Relations:
     survivors: list[Survivors] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
     movements: list[Join | Balance | Grid] = field(default_factory=list)
+    minima: list[AtLeast] = field(default_factory=list)
     _splits: dict[object, Rows] = field(default_factory=dict)
     _merges: dict[object, Row] = field(default_factory=dict)
 

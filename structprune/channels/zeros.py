@@ -219,6 +219,33 @@ class ZeroPass:
             result[-1] = left[len(left) - 2] if len(left) > 1 else right[len(right) - 1]
         return tuple(result)
 
+    def routed(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """An expert that is off takes no share, and no token."""
+        return tuple(row.free for row in rows)
+
+    def softened(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """So does one that a softmax leaves out; elsewhere zero becomes a share like any other."""
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+        return tuple(isinstance(dim, int) and place == dim % len(rows) for place in range(len(rows)))
+
+    def running(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """A sum up to each channel; what it runs over must be zero."""
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        zero = self._of(tensors[0])
+        at = dim % len(rows) if isinstance(dim, int) else 0
+        if not zero[at]:
+            self._pin(rows[at], node)
+        return tuple(z and place != at for place, z in enumerate(zero))
+
+    def grouped(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """Tokens times the weights of their experts."""
+        left, right = self._of(tensors[0]), self._of(tensors[1])
+        if len(left) != 2 or len(right) != 3:
+            return _none(rows)
+        if not (left[1] or right[1]):
+            self._pin(self._rows(tensors[0])[1], node)
+        return (False, right[2])
+
     def attention(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
         """Scores are summed over the head's size, in which query or key must be zero."""
         query, key, value = (self._of(t) for t in tensors[:3])
@@ -304,6 +331,10 @@ _FAMILIES: list[tuple[Container[str], _Family]] = [
     (_RECURRENT | {"embedding", "python.embedding_bag"}, ZeroPass.last),
     (_PRODUCTS, ZeroPass.product),
     (("scaled_dot_product_attention",), ZeroPass.attention),
+    (("_grouped_mm", "transformers::grouped_mm_fallback"), ZeroPass.grouped),
+    (("softmax", "_softmax", "python.softmax"), ZeroPass.softened),
+    (("histc", "bincount", "one_hot"), ZeroPass.routed),
+    (("cumsum",), ZeroPass.running),
     (("python.einsum",), ZeroPass.einsum),
     (_MEANS | _SUMS, ZeroPass.reduction),
 ]

@@ -34,7 +34,7 @@ from structprune.tracing.vocabulary import Call
 from structprune.wrapping import prunable
 
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
-_SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm"}
+_SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm", "softmax", "_softmax", "python.softmax"}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -111,7 +111,9 @@ class _Reference(Recorder):
         if call.name == "_weight_norm":
             length: Tensor = args[1]
             rest[0] = _selected(length, *_present(length, dims, keep))
-        result = func(small, *rest, **kwargs)
+        result = func(small, *rest, **{key: value for key, value in kwargs.items() if key != "input"})
+        if call.name == "topk":  # the choices are numbered as the original numbers them
+            return torch.return_types.topk((result[0], keep[0][result[1]]))
         same = isinstance(result, Tensor) and result.dim() == x.dim() and call.name in _SAME_SHAPE
         return _scattered(result, x, dims, keep) if same else result
 

@@ -76,6 +76,15 @@ def _cat(tensors: Any, dim: Any = 0, **named: Any) -> Tensor | None:
     return None if named else torch.empty(shape, dtype=first.dtype, device=first.device)
 
 
+def _grouped(x: Any, weight: Any, offs: Any = None, **named: Any) -> Tensor | None:
+    """On ``meta`` the operation insists on half precision."""
+    rest = any(value is not None for value in named.values())
+    if rest or offs is None or x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
+        return None
+    same = x.dtype == weight.dtype and offs.shape == weight.shape[:1]
+    return torch.empty((x.shape[0], weight.shape[2]), dtype=x.dtype, device=x.device) if same else None
+
+
 _UNARY = (
     "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "hardtanh", "relu", "relu6", "elu", "dropout",
     "leaky_relu", "mish", "roll",
@@ -88,6 +97,7 @@ SHORTCUTS: dict[str, Shortcut] = {
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("add", "sub", "mul"), _pointwise),
     "cat": _cat,
+    "_grouped_mm": _grouped,
     **dict.fromkeys(_UNARY, _same),
 }
 

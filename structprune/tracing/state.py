@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from structprune.tracing.provenance import Attribute, SizeInt
 
-_INTERNAL = frozenset({
+INTERNAL = frozenset({
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
@@ -99,7 +99,7 @@ def dictionaries(model: nn.Module) -> dict[tuple[str, str], frozenset[Any]]:
         (path, name): frozenset(value)
         for path, module in model.named_modules()
         for name, value in module.__dict__.items()
-        if type(value) is dict and name not in _INTERNAL
+        if type(value) is dict and name not in INTERNAL
     }
 
 
@@ -115,7 +115,7 @@ def caches(model: nn.Module, before: dict[tuple[str, str], frozenset[Any]]) -> t
     )
 
 
-def _is_config(value: Any) -> bool:
+def is_config(value: Any) -> bool:
     """Whether `value` is an object that holds settings: it has attributes of its own and is no machinery of torch."""
     kind = type(value)
     return (
@@ -139,10 +139,15 @@ def _track_object(module: str, chain: tuple[str, ...], held: Any, seen: set[int]
 
     stack.callback(restore)
     for key, value in before.items():
-        if _is_config(value):
+        if is_config(value):
             _track_object(module, (*chain, key), value, seen, stack)
         else:
             state[key] = _track(module, (*chain, key), value)
+
+
+def tracked_object(module: str, chain: tuple[str, ...], held: Any, stack: ExitStack) -> None:
+    """Track the ints of a settings object that `module` holds at `chain`, and of those in it, until `stack` ends."""
+    _track_object(module, chain, held, set(), stack)
 
 
 def _track_attributes(model: nn.Module, stack: ExitStack) -> None:
@@ -150,12 +155,12 @@ def _track_attributes(model: nn.Module, stack: ExitStack) -> None:
     for path, module in model.named_modules():
         state = module.__dict__
         for key, value in list(state.items()):
-            if key in _INTERNAL:
+            if key in INTERNAL:
                 continue
             kind = type(value)
             if kind is int or kind is tuple or kind is list:
                 state[key] = _track(path, (key,), value)
-            elif kind not in (bool, str, float, dict, type(None)) and _is_config(value):
+            elif kind not in (bool, str, float, dict, type(None)) and is_config(value):
                 _track_object(path, (key,), value, seen, stack)
 
 

@@ -153,7 +153,7 @@ OVER_SURVIVORS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_names("group_norm"), group_norm),
     **dict.fromkeys(_names("batch_norm"), batch_norm),
     **{f: _filled(f, 0.0) for f in [*_names("norm", "frobenius_norm"), torch.linalg.vector_norm, torch.linalg.norm]},
-    **{f: _filled(f, float("-inf")) for f in _names("amax", "logsumexp")},
+    **{f: _filled(f, float("-inf")) for f in _names("amax", "logsumexp", "topk")},
     **{f: _filled(f, float("inf")) for f in _names("amin")},
 }
 for _name, _fill in (("max", float("-inf")), ("min", float("inf"))):

@@ -21,7 +21,7 @@ def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
 
 @rule("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "tensor", "as_tensor",
       "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "hamming_window", "new_tensor", "range",
-      "from_numpy", "one_hot", "nonzero", "bincount", "empty_strided")  # fmt: skip
+      "from_numpy", "nonzero", "empty_strided")  # fmt: skip
 def positions(c: Context, *args: Any, **kwargs: Any) -> Result:
     """Values that depend on their position."""
     return c.pin_all(list(operands_in(args, kwargs)), f"its values count positions, made by {c.where()}")

@@ -42,6 +42,8 @@ def convert(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
 def elementwise(c: Context, *args: Any, **kwargs: Any) -> Result:
     """Tensors of broadcastable shape in, tied channels out."""
     operands = list(operands_in(args, kwargs))
+    if isinstance(c.shape, list):  # ``where`` of a condition alone: the places at which it holds
+        return c.pin_all(operands, f"its places are looked up by data in {c.where()}")
     if c.node.meta["name"] in ("mul", "div"):
         for position, other in ((0, 1), (1, 0)):
             if len(args) > 1 and isinstance(args[other], SizeFloat) and isinstance(args[position], Operand):

@@ -79,7 +79,8 @@ def indexed(c: Context, x: Operand, index: Any, shape: Sequence[int]) -> Rows | 
         if isinstance(item, slice):
             result.append(cut(c, row, item))
         elif isinstance(item, (Operand, list)):
-            c.pin(row, f"it is indexed by a tensor in {c.where()}")
+            if not (isinstance(item, Operand) and c.counts(item, row)):
+                c.pin(row, f"it is indexed by a tensor in {c.where()}")
             places.append(len(result))
         else:
             select_row(c, row, item)
@@ -214,7 +215,8 @@ def stack(c: Context, tensors: Sequence[Operand], dim: int = 0, **_: Any) -> Row
 def index_select(c: Context, x: Operand, dim: int, index: Operand) -> Rows:
     """Positions from a tensor."""
     at = x.dim(dim)
-    c.pin(x.rows[at], f"it is indexed by a tensor in {c.where()}")
+    if not c.counts(index, x.rows[at]):
+        c.pin(x.rows[at], f"it is indexed by a tensor in {c.where()}")
     return (*x.rows[:at], *(index.rows or (UNIT,)), *x.rows[at + 1 :])
 
 
@@ -227,6 +229,9 @@ def gather(c: Context, x: Operand, dim: int, index: Operand, **_: Any) -> Rows:
     for place, (mine, theirs) in enumerate(zip(x.rows, index.rows, strict=True)):
         if place != at and mine.size == theirs.size:
             rows.append(c.same(mine, theirs))
+            continue
+        if place == at and c.counts(index, mine):
+            rows.append(theirs)
             continue
         c.pin(mine, reason)
         rows.append(c.pin(theirs, reason))

@@ -54,25 +54,36 @@ def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Rows:
     return v.rows
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "python.softmax", "python.log_softmax", "python.softmin",
-      "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "msort", "renorm", "gumbel_softmax",
-      "python.gumbel_softmax", "diff")  # fmt: skip
+@rule("log_softmax", "_log_softmax", "python.log_softmax", "python.softmin", "cumprod", "logcumsumexp", "cummax",
+      "cummin", "sort", "argsort", "msort", "renorm", "gumbel_softmax", "python.gumbel_softmax",
+      "diff")  # fmt: skip
 def along(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     """Every channel along `dim` takes part in every other one."""
-    return _positional(c, x, kwargs.get("dim", args[0] if args else -1))
+    return competing(c, x, dimension(x, kwargs.get("dim", args[0] if args else -1)))
 
 
-@rule("topk", "kthvalue")
-def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Result:
-    """The largest along `dim`."""
-    return _positional(c, x, dim)
+@rule("kthvalue")
+def kthvalue(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Result:
+    """The k-th largest along `dim`."""
+    return competing(c, x, dimension(x, dim))
 
 
-def _positional(c: Context, x: Operand, dim: Any) -> Result:
+@rule("cumsum")
+def cumsum(c: Context, x: Operand, dim: Any = None, **_: Any) -> Result:
+    """Sums up to each channel: those that are off add nothing, which `channels.zeros` makes sure of."""
+    return competing(c, x, None) if dimension(x, dim) is None else x.rows
+
+
+def dimension(x: Operand, dim: Any) -> int | None:
+    """`dim` counted from the front; None if it is no number."""
+    return x.dim(dim) if isinstance(dim, int) and not isinstance(dim, bool) else None
+
+
+def competing(c: Context, x: Operand, at: int | None) -> Result:
+    """Every channel along dimension `at` takes part in every other one, so all of them must stay."""
     reason = f"its channels compete in {c.where()}"
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    if at is None:
         return c.pin_all([x], reason)
-    at = x.dim(dim)
     c.pin(x.rows[at], reason)
 
     def rows(shape: Sequence[int]) -> Rows:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import UNIT, Expectation, Relations, Row, Rows, Scale, Survivors
+from structprune.channels.relations import UNIT, AtLeast, Expectation, Relations, Row, Rows, Scale, Survivors
 from structprune.errors import RuleError
-from structprune.tracing.provenance import Dim, SizeInt, expression_of, leaves
+from structprune.tracing.provenance import Dim, Literal, SizeInt, expression_of, leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +29,15 @@ class Operand:
         """A dimension, counted from the front."""
         return int(dim) % len(self.rows) if self.rows else 0
 
+
+# Operations that pass numbers on, that give them sorted together with an order, that need only their order.
+_PASSING = frozenset({
+    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "expand", "contiguous",
+    "clone", "to", "long", "int", "float", "double", "type_as", "detach", "getitem", "select", "narrow", "gather", "flip",
+    "repeat", "index_select", "view_as", "reshape_as", "expand_as", "t", "T", "mT", "msort",
+})  # fmt: skip
+_PASSING_PARTS = frozenset({"sort"})
+_BY_ORDER = frozenset({"argsort", "ones_like", "zeros_like", "empty_like", "full_like"})
 
 Result = Rows | list[Rows | None] | None
 Rule = Callable[..., Result]
@@ -78,6 +87,8 @@ class Context:
         self.shape: Any = ()
         self.claimed: set[int] = set()
         self.rows: list[Any] = []
+        self._numbers: dict[tuple[int, int | None], Row] = {}
+        self._counted: set[int] = set()
 
     def expect(self, value: Any, row: Row) -> None:
         """The int `value`, an argument of the call, must equal the number of living channels of `row`."""
@@ -110,6 +121,54 @@ class Context:
     def keeps_zeros(self, operand: Operand) -> None:
         """The result has the shape of `operand`, and is zero wherever that is: ``f(0) = 0``, entry by entry."""
         self.node.meta["keeps_zeros"] = operand.node
+
+    def at_least(self, row: Row, count: Any) -> None:
+        """`row` must keep this many channels, a number that does not change with them."""
+        self.relations.minima.append(AtLeast(row, int(count), self.where()))
+
+    # -- tensors whose values are the numbers of channels ---------------------------------------------------------
+
+    def tracked(self, value: Any) -> bool:
+        """Whether `value` is an int that follows the channels: a size or an attribute, not a literal."""
+        return isinstance(value, SizeInt) and not isinstance(value.expression, Literal)
+
+    def number(self, row: Row, part: int | None = None) -> None:
+        """The values of the result (of part number `part` of it) are positions in `row`."""
+        self._numbers[self.node.meta["index"], part] = row
+
+    def numbered(self, operand: Operand) -> Row | None:
+        """The row that the values of `operand` are positions in; None if they are other values."""
+        node = operand.node
+        if node.meta["name"] == "part":
+            parent, position = node.args
+            assert isinstance(parent, fx.Node)
+            assert isinstance(position, int)
+            return self._numbers.get((parent.meta["index"], position))
+        return self._numbers.get((node.meta["index"], None))
+
+    def counts(self, operand: Operand, row: Row) -> bool:
+        """The values of `operand` look up channels of `row`; whether they are positions in it, and follow it."""
+        numbered = self.numbered(operand)
+        if numbered is None or numbered.size != row.size:
+            return False
+        self.same(numbered, row)
+        self._counted.add(operand.node.meta["index"])
+        return True
+
+    def settle_numbers(self, operands: Sequence[Operand]) -> None:
+        """After a rule: numbers that were passed on are numbers still; those used in another way may not change."""
+        name = self.node.meta["name"]
+        for operand in operands:
+            row = self.numbered(operand)
+            if row is None or operand.node.meta["index"] in self._counted or name in _BY_ORDER:
+                continue
+            if name in _PASSING and operand is operands[0]:
+                self.number(row)
+            elif name in _PASSING_PARTS and operand is operands[0]:
+                self.number(row, part=0)
+            else:
+                self.pin(row, f"the numbers of its channels are used as values by {self.where()}")
+        self._counted.clear()
 
     def broadcast(self, operands: Sequence[Operand]) -> Rows:
         """Rows of an elementwise result; dimensions of the same place are the same channels."""

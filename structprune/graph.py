@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from math import lcm
 from typing import Any
 
 import networkx as nx
@@ -17,6 +18,7 @@ from structprune.channels.propagate import Channels, Invariant, has_rule, propag
 from structprune.channels.relations import Ids, Row
 from structprune.channels.sizes import Counter, Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
+from structprune.channels.unreached import pin_unreached
 from structprune.channels.zeros import ZeroPass
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
 from structprune.groups import BalancedGroups, Group, Member, Roots, Slot, coupled_groups
@@ -66,6 +68,7 @@ class ChannelGraph:
         self._rebuilt: dict[str, bool] = {}
         self._pin_ignored()
         self._pin_caches()
+        pin_unreached(self.model, self.trace, self.channels)
         ZeroPass(self.trace, self.channels).run()
         self.folds: list[Fold] = []
         scales = self.channels.relations.scales
@@ -337,14 +340,18 @@ class ChannelGraph:
         path = self.trace.calls[node.meta["call"]].path
         return path, own_operations(self.trace, path)[1].index(node)
 
-    def least(self, group: Group) -> int:
-        """How many channels of `group` must be left at least: one, or as many as a top-k chooses from them."""
-        bounds = [
-            least.count
-            for least in self.channels.relations.minima
-            if least.row.free and bool(np.isin(self.components.of(least.row), group.components).all())
-        ]
-        return max(bounds, default=1)
+    def bounds(self, group: Group) -> tuple[int, int]:
+        """How many channels of `group` must be left at least, and the number that theirs must be a multiple of."""
+        least, step = 1, 1
+        for bound in self.channels.relations.bounds:
+            if not self.components.pinned[self.components.of(bound.row)].all() and self._rules(bound.row, group):
+                least, step = max(least, bound.least), lcm(step, bound.step)
+        return least, step
+
+    def _rules(self, row: Row, group: Group) -> bool:
+        """Whether channels of `group` decide about those of `row`."""
+        _, found = self.roots.of(self.components.of(row))
+        return bool(np.isin(found, group.components).any())
 
     def counter(self, dead: Mask) -> Counter:
         """Counts living channels of rows when the components marked in `dead` are gone."""
@@ -357,11 +364,12 @@ class ChannelGraph:
             PlanError: an int of the forward could not follow, or fewer channels are left than are chosen from them.
         """
         count = self.counter(dead)
-        for least in self.channels.relations.minima:
-            if count(least.row) < least.count:
+        for bound in self.channels.relations.bounds:
+            left = count(bound.row)
+            if left < bound.row.size and (left < bound.least or left % bound.step):
                 raise PlanError(
-                    f"{count(least.row)} channels would be left of {least.row.size} where {least.count} of them are "
-                    f"chosen, by {least.where}. Remove fewer."
+                    f"{left} channels would be left of {bound.row.size}, where at least {bound.least} and a multiple "
+                    f"of {bound.step} are needed, by {bound.where}. Remove fewer, or give round_to={bound.step}."
                 )
         return self._sizes.values(count)
 

@@ -54,11 +54,14 @@ class Rounding:
         if not 0 <= self.max_ratio <= 1:
             raise PlanError(f"max_ratio is {self.max_ratio}; it is a share of the channels, from 0 to 1.")
 
-    def feasible(self, group: Group, roles: Roles, least: int = 1) -> np.ndarray:
-        """The numbers of channels from `least` that `group` may keep, ascending; all of them is always one."""
+    def feasible(self, group: Group, roles: Roles, bounds: tuple[int, int] = (1, 1)) -> np.ndarray:
+        """The numbers of channels that `group` may keep, ascending; all of them is always one.
+
+        `bounds` are the least number that the forward allows, and what it must be a multiple of.
+        """
         size = group.channels
-        step = self.step(group, roles)
-        least = max(least, self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
+        step = lcm(self.step(group, roles), bounds[1])
+        least = max(bounds[0], self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
         found = np.arange(step, size, step)
         return np.append(found[found >= least], size)
 

@@ -73,6 +73,14 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
             for number in node.meta.get("tracked", ()):
                 if id(number) not in context.claimed:
                     invariants.append(Invariant(number.expression, node.meta["where"]))
+    _pin_outputs(context, trace, outputs)
+    held = tuple(node.meta["index"] for node in trace.nodes if node.meta["name"] == "parameter")
+    return Channels(rows, context.relations, invariants, held)
+
+
+def _pin_outputs(context: Context, trace: Trace, outputs: Iterable[OutputName] | None) -> None:
+    """What the model returns keeps its shape and its values."""
+    rows = context.rows
     for name in chosen_names(trace.outputs, outputs):
         output = trace.outputs[name]
         for row in rows[output.meta["index"]]:
@@ -80,8 +88,6 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
         numbered = context.numbered(Operand(output, rows[output.meta["index"]]))
         if numbered is not None:
             context.pin(numbered, "the model returns the numbers of its channels")
-    held = tuple(node.meta["index"] for node in trace.nodes if node.meta["name"] == "parameter")
-    return Channels(rows, context.relations, invariants, held)
 
 
 def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:

@@ -121,12 +121,13 @@ class Survivors:
 
 
 @dataclass(frozen=True, slots=True)
-class AtLeast:
-    """`row` must keep at least `count` channels, since `where` chooses that many of them."""
+class Bound:
+    """How many channels `row` may keep: at least `least`, and a multiple of `step`, for the sake of `where`."""
 
     row: Row
-    count: int
     where: str
+    least: int = 1
+    step: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ class Relations:
     survivors: list[Survivors] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
     movements: list[Join | Balance | Grid] = field(default_factory=list)
-    minima: list[AtLeast] = field(default_factory=list)
+    bounds: list[Bound] = field(default_factory=list)
     _splits: dict[object, Rows] = field(default_factory=dict)
     _merges: dict[object, Row] = field(default_factory=dict)
 

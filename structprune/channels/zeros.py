@@ -104,6 +104,11 @@ class ZeroPass:
         factors = tensors if node.meta["name"] == "mul" else tensors[:1]
         return tuple(self._any(factors, rows, d) for d in range(len(rows)))
 
+    def added(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
+        """Rows of one tensor added to, or put in the place of, rows of another."""
+        x, source = self._of(tensors[0]), self._of(tensors[-1])
+        return tuple(z and s for z, s in zip(x, source, strict=True)) if len(x) == len(source) else _none(rows)
+
     def power(self, node: fx.Node, tensors: list[fx.Node], rows: tuple[Row, ...]) -> Zeros:
         """A positive power of zero is zero."""
         exponent = node.args[1] if len(node.args) > 1 else None
@@ -323,6 +328,7 @@ _FAMILIES: list[tuple[Container[str], _Family]] = [
     (_POOLS, ZeroPass.moved),
     (("mul", "div"), ZeroPass.factors),
     (("add", "sub", "where", "maximum", "minimum", "lerp", "copy"), ZeroPass.sum_like),
+    (("index_add", "index_copy"), ZeroPass.added),
     (("pow",), ZeroPass.power),
     (("hardtanh", "clamp"), ZeroPass.clamped),
     (_AFFINE_AT, ZeroPass.affine),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from structprune.channels.propagate import has_rule
 from structprune.channels.relations import Survivors
@@ -22,6 +22,7 @@ from structprune.tracing.recorder import Recorder
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import (
     ExampleInputs,
+    Trace,
     as_call,
     chosen_names,
     map_tensors,
@@ -81,18 +82,60 @@ class Report:
             )
 
 
-class _Reference(Recorder):
-    """Runs the original, with norms and sums over thinned axes taken over the survivors.
+Site = tuple[str, int, int, str]
 
-    It counts operations as the tracer does, so that node numbers agree.
+
+class _Sites:
+    """Where an operation stands, in a way that loops of a length that data decide do not shift.
+
+    That is: the module, which of its calls, which operation of that call, and the operation's name.
     """
 
-    def __init__(self, names: dict[int, str], survivors: dict[int, tuple[tuple[int, ...], list[Mask]]]) -> None:
+    def __init__(self) -> None:
+        self._calls: dict[str, int] = {}
+        self._number: dict[int, int] = {}
+        self._done: dict[int, int] = {}
+
+    def of(self, call: int, path: str, name: str) -> Site:
+        """The site of the next operation, called `name`, of call number `call`, of the module at `path`."""
+        if call not in self._number:
+            self._number[call] = self._calls[path] = self._calls.get(path, -1) + 1
+        return path, self._number[call], self._done.get(call, 0), name
+
+    def passed(self, call: int) -> None:
+        """That operation was recorded."""
+        self._done[call] = self._done.get(call, 0) + 1
+
+
+def _sites(trace: Trace) -> dict[int, Site]:
+    """The site of each operation of a trace, by its number."""
+    sites = _Sites()
+    found: dict[int, Site] = {}
+    for node in trace.nodes:
+        if node.op.startswith("call_") and node.meta["name"] != "part":
+            call = node.meta["call"]
+            found[node.meta["index"]] = sites.of(call, trace.calls[call].path if call >= 0 else "", node.meta["name"])
+            sites.passed(call)
+    return found
+
+
+class _Reference(Recorder):
+    """Runs the original, with norms and sums over thinned axes taken over the survivors."""
+
+    def __init__(self, names: dict[int, str], survivors: dict[Site, tuple[tuple[int, ...], list[Mask]]]) -> None:
         super().__init__(names, has_rule, meta=False)
         self._survivors = survivors
+        self._sites = _Sites()
+
+    def _node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
+        if op.startswith("call_") and name != "part":
+            self._sites.passed(self._stack[-1] if self._stack else -1)
+        return super()._node(op, target, args, kwargs, name)
 
     def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found = self._survivors.get(len(self.recording.nodes))
+        number = self._stack[-1] if self._stack else -1
+        path = self.recording.calls[number].path if number >= 0 else ""
+        found = self._survivors.get(self._sites.of(number, path, call.name))
         if found is None:
             result = super()._execute(call, func, args, kwargs)
             return _off_over_off(result, *args) if call.name == "div" and not call.inplace else result
@@ -180,7 +223,8 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
     survivors.
     """
     graph = ChannelGraph(original, example_inputs, outputs=edits.outputs)
-    survivors = {s.node: (s.dims, masks) for s, masks in _thinned(graph, _dead(graph, edits))}
+    sites = _sites(graph.trace)
+    survivors = {sites[s.node]: (s.dims, masks) for s, masks in _thinned(graph, _dead(graph, edits))}
     zeroed: dict[int, Any] = {}
     for name, held in held_tensors(original).items():
         zeroed.setdefault(id(held.tensor), _zeroed(name, held.tensor, edits))  # a plan names a tied tensor once

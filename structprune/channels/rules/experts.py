@@ -46,7 +46,7 @@ def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> R
         return competing(c, x, at)
     row = x.rows[at]
     c.survivors(x, (at,))
-    c.at_least(row, k)
+    c.bounded(row, least=int(k))
     chosen = c.fresh([int(k)], f"it numbers the choices of {c.where()}")
     c.expect(k, chosen[0])
     rows = (*x.rows[:at], *chosen, *x.rows[at + 1 :])
@@ -55,7 +55,7 @@ def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> R
 
 
 @rule("histc")
-def histc(c: Context, x: Operand, bins: Any = 100, min: Any = 0, max: Any = 0, **_: Any) -> Result:  # noqa: A002
+def histc(c: Context, x: Operand, bins: Any = 100, min: Any = 0, max: Any = 0, **_: Any) -> Result:
     """How often each number occurs, where there is one bin for each channel that they number."""
     row = c.numbered(x)
     whole = row is not None and isinstance(max, int) and bins == row.size and min == 0 and max == row.size - 1
@@ -64,6 +64,7 @@ def histc(c: Context, x: Operand, bins: Any = 100, min: Any = 0, max: Any = 0, *
     c.counts(x, row)
     c.expect(bins, row)
     c.expect(max + 1, row)
+    c.claimed.add(id(max))
     return (row,)
 
 
@@ -98,4 +99,6 @@ def grouped_mm(c: Context, x: Operand, weight: Operand, offs: Any = None, *rest:
         return c.pin_all(given, f"its groups are not those of tokens sorted by expert, in {c.where()}")
     c.same(weight.rows[0], offs.rows[0])
     c.same(x.rows[1], weight.rows[1])
+    for row in weight.rows[1:]:  # the kernel wants lines to begin at multiples of 16 bytes, in half precision too
+        c.bounded(row, step=8)
     return (x.rows[0], weight.rows[2])

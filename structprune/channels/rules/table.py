@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import UNIT, AtLeast, Expectation, Relations, Row, Rows, Scale, Survivors
+from structprune.channels.relations import UNIT, Bound, Expectation, Relations, Row, Rows, Scale, Survivors
 from structprune.errors import RuleError
 from structprune.tracing.provenance import Dim, Literal, SizeInt, expression_of, leaves
 
@@ -33,8 +33,8 @@ class Operand:
 # Operations that pass numbers on, that give them sorted together with an order, that need only their order.
 _PASSING = frozenset({
     "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "expand", "contiguous",
-    "clone", "to", "long", "int", "float", "double", "type_as", "detach", "getitem", "select", "narrow", "gather", "flip",
-    "repeat", "index_select", "view_as", "reshape_as", "expand_as", "t", "T", "mT", "msort",
+    "clone", "to", "long", "int", "float", "double", "type_as", "detach", "getitem", "select", "narrow", "gather",
+    "flip", "repeat", "index_select", "view_as", "reshape_as", "expand_as", "t", "T", "mT", "msort",
 })  # fmt: skip
 _PASSING_PARTS = frozenset({"sort"})
 _BY_ORDER = frozenset({"argsort", "ones_like", "zeros_like", "empty_like", "full_like"})
@@ -122,9 +122,10 @@ class Context:
         """The result has the shape of `operand`, and is zero wherever that is: ``f(0) = 0``, entry by entry."""
         self.node.meta["keeps_zeros"] = operand.node
 
-    def at_least(self, row: Row, count: Any) -> None:
-        """`row` must keep this many channels, a number that does not change with them."""
-        self.relations.minima.append(AtLeast(row, int(count), self.where()))
+    def bounded(self, row: Row, least: int = 1, step: int = 1) -> None:
+        """`row` must keep at least `least` channels, and a multiple of `step`."""
+        if row.free:
+            self.relations.bounds.append(Bound(row, self.where(), least, step))
 
     # -- tensors whose values are the numbers of channels ---------------------------------------------------------
 

@@ -1,0 +1,71 @@
+"""Modules that the example inputs did not choose.
+
+Where data decide which of several alike modules run (a list of experts, each for the tokens that are routed to it), the
+trace shows those that ran. The others will be given the same tensors another time, so what they share with their
+siblings must stay as wide as it is; their own inner widths stay whole since nothing of theirs was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from structprune.channels.propagate import Channels
+from structprune.channels.relations import Row
+from structprune.tracing.state import join
+from structprune.tracing.trace import Trace
+
+
+def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:
+    """Pin what goes into and comes out of modules beside which an alike one was not chosen by the example inputs."""
+    if not trace.real:
+        return  # no branch depends on weights: what did not run never runs
+    reached = {call.path for call in trace.calls}
+    for node in trace.nodes:
+        if node.meta["name"] == "parameter":
+            parts = str(node.target).split(".")
+            reached.update(".".join(parts[:n]) for n in range(1, len(parts)))
+    for missing, siblings in _alternatives(model, reached):
+        reason = (
+            f"{missing} takes it too when data choose it, which the example inputs did not; give example inputs that "
+            "reach it"
+        )
+        for call in trace.calls:
+            if call.path in siblings:
+                for row in _rows(channels, (call.args, call.kwargs, call.output)):
+                    channels.relations.pin(row, reason)
+
+
+_Form = tuple[type[nn.Module], tuple[tuple[str, tuple[int, ...]], ...]]
+
+
+def _alternatives(model: nn.Module, reached: set[str]) -> Iterator[tuple[str, frozenset[str]]]:
+    """Each module of a list that did not run, with those like it that did."""
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        alike: dict[_Form, list[str]] = {}
+        for name, child in module.named_children():
+            alike.setdefault(_form(child), []).append(join(path, name))
+        for form, members in alike.items():
+            ran = frozenset(member for member in members if member in reached)
+            missing = [member for member in members if member not in ran]
+            if form[1] and ran and missing:
+                yield missing[0], ran
+
+
+def _form(module: nn.Module) -> _Form:
+    return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
+def _rows(channels: Channels, value: object) -> Iterator[Row]:
+    if isinstance(value, fx.Node):
+        rows = channels.rows[value.meta["index"]]
+        yield from (row for row in rows if isinstance(row, Row))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _rows(channels, item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _rows(channels, item)

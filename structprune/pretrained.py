@@ -15,6 +15,7 @@ found out, not assumed:
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,17 @@ from structprune.errors import StructpruneError
 from structprune.graph import ChannelGraph
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import Edits, Repair
-from structprune.tracing.provenance import Arithmetic, Attribute, Expression, SizeFloat, SizeInt, evaluate, leaves, plain
+from structprune.tracing.provenance import (
+    Arithmetic,
+    Attribute,
+    Expression,
+    SizeFloat,
+    SizeInt,
+    evaluate,
+    expression_of,
+    leaves,
+    plain,
+)
 from structprune.tracing.state import INTERNAL, is_config, tracked_object
 from structprune.tracing.trace import preserved_random_state
 
@@ -68,6 +79,10 @@ def config_repairs(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[t
         return (), str(reason)
 
 
+class _ShapesError(_UnknownError):
+    """The class built from it has other shapes, which says little: another choice may have the right ones."""
+
+
 class _Search:
     """One search for the configuration of a pruned model."""
 
@@ -84,18 +99,21 @@ class _Search:
             raise _UnknownError("a size is written as a number in a forward, which the class has from its source")
         self._compare_with_pruned()
         fixed = self._fixed()
-        reason = "no numbers in it give these shapes: layers of the same kind were pruned to different widths"
+        reasons: list[_UnknownError] = []
         for assignment in islice(self._assignments(fixed), CANDIDATES):
             try:
                 return self._checked(assignment)
             except _UnknownError as error:
-                reason = str(error)
-        raise _UnknownError(reason)
+                reasons.append(error)
+        telling = [error for error in reasons if not isinstance(error, _ShapesError)] or reasons
+        if telling:
+            raise telling[0]
+        raise _UnknownError("no numbers in it give the widths of all layers; name axes so that they are pruned alike")
 
     # -- the class as it is, with formulas -----------------------------------------------------------------------
 
     def _compare_with_pruned(self) -> None:
-        """Build the class from the configuration as it is: formulas, and, with the edits applied, what must come out."""
+        """Build the class from the configuration as it is, for its formulas; apply the edits, for what must come out."""
         config = copy.deepcopy(self._config)
         with ExitStack() as stack:
             tracked_object("", ("config",), config, stack)
@@ -130,13 +148,22 @@ class _Search:
         for expression, value in self._equations():
             if isinstance(expression, Attribute) and fixed.setdefault(expression, value) != value:
                 raise _UnknownError(
-                    f"{expression} would have to be {fixed[expression]} for one layer and {value} for another; a "
-                    "uniform ratio keeps layers of the same kind alike"
+                    f"{expression} would have to be {fixed[expression]} for {self._place_of(expression, fixed)} and "
+                    f"{value} for {self._place_of(expression, {expression: value})}; name axes or outputs so that all "
+                    "that it counts is pruned alike"
                 )
         return fixed
 
+    def _place_of(self, expression: Attribute, values: Assignment) -> str:
+        """The first attribute with this formula that has this value."""
+        for (module, chain), value in self._formulas.items():
+            known = (module, chain) in self._known or (module, chain) in self._read
+            if known and expression_of(value) == expression and self._after[module, chain] == values[expression]:
+                return ".".join([module or "model", *map(str, chain)])
+        return "another"
+
     def _assignments(self, fixed: Assignment) -> Iterator[Assignment]:
-        """Choices for the numbers that are not fixed, so that all equations hold; those that change least come first."""
+        """Choices for the numbers that are not fixed, for which all equations hold; those that change least first."""
         formulas = [v.expression for v in self._formulas.values() if isinstance(v, (SizeInt, SizeFloat))]
         used = {leaf for e in formulas for leaf in leaves(e) if isinstance(leaf, Attribute)}
         became = self._became()
@@ -191,13 +218,22 @@ class _Search:
             if value != self._value(leaf):
                 _assign(config, leaf.chain[1:], value)
         built = _built(type(self._model), config)
-        if _shapes(built) != self._shapes:
-            raise _UnknownError("no numbers in it give these shapes: layers of the same kind have different widths")
+        self._check_shapes(_shapes(built))
         self._check_buffers()
         repairs: list[Repair] = []
         for place, new in _numbers(built).items():
             repairs += self._compared(place, plain(new))
         return tuple(sorted(repairs, key=lambda repair: (repair.module, str(repair.chain))))
+
+    def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
+        for name, shape in self._shapes.items():
+            if found.get(name) != shape:
+                used = any(node.op == "get_attr" and node.target == name for node in self._graph.trace.nodes)
+                unused = "" if used else ", which the forward does not use on the example inputs"
+                raise _ShapesError(
+                    f"it cannot give {name!r}{unused}, the shape {list(shape)} together with all others; a model built "
+                    f"from it has {list(found.get(name, ()))} there"
+                )
 
     def _compared(self, place: Place, new: Any) -> list[Repair]:
         """One number of the class built anew, against what the pruned model has."""
@@ -210,13 +246,15 @@ class _Search:
         return [Repair(*place, after, new)]
 
     def _check_buffers(self) -> None:
-        """Buffers that are not saved are computed anew when the model is loaded."""
+        """Tensors that are not saved are computed anew when the model is loaded."""
+        # Patterns of names that a model keeps out of its files, where it has such a list.
+        omitted: Sequence[str] = getattr(self._model, "_keys_to_ignore_on_save", None) or ()
         saved = self._model.state_dict(keep_vars=True).keys()
         for thinning in self._edits.thinnings:
-            if thinning.tensor not in saved:
+            if thinning.tensor not in saved or any(re.search(pattern, thinning.tensor) for pattern in omitted):
                 raise _UnknownError(
                     f"{thinning.tensor!r} is not saved but computed from it, which cannot leave out the entries that "
-                    "were pruned; prune whole heads instead of the size of heads (axes=)"
+                    "were pruned; name axes that leave it whole"
                 )
 
 
@@ -316,4 +354,3 @@ def _tracking_int(model: nn.Module) -> Generator[None]:
         for scope, before in changed:
             del scope["int"]
             scope.update(before)
-

@@ -262,6 +262,7 @@ class SizeSolver:
         if key in self._attempted:
             return False
         self._attempted.add(key)
+        self._where = e.where
         return self._tie(e.expression, e.row, e.node)
 
     def _pin(self, expression: Expression, where: str) -> None:
@@ -274,6 +275,8 @@ class SizeSolver:
         """Make `expression` equal the number of channels of `row` by tying channels; whether that was possible."""
         if isinstance(expression, (Dim, Attribute)):
             counted = self._row(expression) if isinstance(expression, Dim) else self._attributes.get(expression)
+            if counted is None and isinstance(expression, Attribute) and row.free:
+                return self._adopt(expression, row, node)
             if counted is None or counted.size != row.size:
                 return False
             self._relations.same(counted, row)
@@ -296,6 +299,14 @@ class SizeSolver:
                 for part, piece in ((left, outer), (right, inner))
             )
         return False
+
+    def _adopt(self, attribute: Attribute, row: Row, node: int) -> bool:
+        """From now on the attribute, which stands in expressions only, is what counts `row`."""
+        if self._read(attribute) != row.size:
+            return False
+        self._expectations.append(Expectation(attribute, row, node, self._where))
+        self._attributes[attribute] = row
+        return True
 
     def _hold(self, row: Row) -> bool:
         self._relations.pin(row, "a literal counts it")

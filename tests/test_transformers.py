@@ -1,0 +1,240 @@
+"""Models of transformers in small: generation after pruning, and configurations that tell the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from support.snapshot import assert_untouched, snapshot
+from torch import Tensor, nn
+
+import structprune
+from structprune.channels.propagate import has_rule
+from structprune.tracing.trace import trace
+
+VOCABULARY = 99
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {**SIZES, **SPECIAL, "num_attention_heads": 8}
+GROUPED = {**TEXT, "num_key_value_heads": 4}
+WIDE_HEADS = {**GROUPED, "head_dim": 16}
+GPT = {**SPECIAL, "n_layer": 2, "n_head": 4}
+IMAGE = {**SIZES, "image_size": 32, "patch_size": 8}
+SIDES = {"layers": 2, "ffn_dim": 96, "attention_heads": 4}
+BOTH = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SIDES.items()}
+SEQ2SEQ = {**SPECIAL, **BOTH, "d_model": 64, "decoder_start_token_id": 1}
+MEL = {"num_mel_bins": 16, "max_source_positions": 16, "suppress_tokens": None, "begin_suppress_tokens": None}
+T5 = {**SPECIAL, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+MAMBA = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8}
+
+
+class Model(NamedTuple):
+    """A class, what its configuration is called if not like it, and what goes into that."""
+
+    kind: str
+    config: str
+    settings: Mapping[str, Any]
+    inputs: str = "text"
+    options: Mapping[str, Any] = {}
+
+
+LOGITS = {"outputs": ["logits"]}  # what the encoder gives is returned too, and would keep its width
+CAUSAL = {
+    "llama": Model("LlamaForCausalLM", "Llama", GROUPED),
+    "mistral": Model("MistralForCausalLM", "Mistral", GROUPED),
+    "qwen2": Model("Qwen2ForCausalLM", "Qwen2", GROUPED),
+    "qwen3": Model("Qwen3ForCausalLM", "Qwen3", WIDE_HEADS),
+    "gemma2": Model("Gemma2ForCausalLM", "Gemma2", WIDE_HEADS),
+    "gemma3": Model("Gemma3ForCausalLM", "Gemma3Text", WIDE_HEADS),
+    "phi3": Model("Phi3ForCausalLM", "Phi3", GROUPED),
+    "olmo2": Model("Olmo2ForCausalLM", "Olmo2", GROUPED),
+    "gpt2": Model("GPT2LMHeadModel", "GPT2", {**GPT, "n_embd": 64}),
+    "opt": Model("OPTForCausalLM", "OPT", {**TEXT, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt-neox": Model("GPTNeoXForCausalLM", "GPTNeoX", TEXT),
+    "bloom": Model("BloomForCausalLM", "Bloom", {**GPT, "hidden_size": 64}),
+    "mixtral": Model("MixtralForCausalLM", "Mixtral", {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4}),
+    "qwen3-moe": Model(
+        "Qwen3MoeForCausalLM",
+        "Qwen3Moe",
+        {**WIDE_HEADS, "num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 48},
+    ),
+    "mamba2": Model("Mamba2ForCausalLM", "Mamba2", {**SPECIAL, "hidden_size": 64, "num_hidden_layers": 2, **MAMBA}),
+    "t5": Model("T5ForConditionalGeneration", "T5", T5, "seq2seq", LOGITS),
+    "bart": Model("BartForConditionalGeneration", "Bart", SEQ2SEQ, "seq2seq", LOGITS),
+    "marian": Model("MarianMTModel", "Marian", SEQ2SEQ, "seq2seq", LOGITS),
+    "whisper": Model("WhisperForConditionalGeneration", "Whisper", {**SEQ2SEQ, **MEL}, "mel", LOGITS),
+}
+OTHERS = {
+    "bert": Model("BertForSequenceClassification", "Bert", {**SIZES, "vocab_size": VOCABULARY}),
+    "distilbert": Model(
+        "DistilBertForSequenceClassification",
+        "DistilBert",
+        {"vocab_size": VOCABULARY, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
+    ),
+    "vit": Model("ViTForImageClassification", "ViT", IMAGE, "image"),
+    "dinov2": Model("Dinov2ForImageClassification", "Dinov2", IMAGE, "image"),
+}
+MODELS = CAUSAL | OTHERS
+
+
+def tokens(length: int) -> Tensor:
+    return torch.randint(3, VOCABULARY - 1, (2, length))
+
+
+def made(model: Model) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with weights far from their start, and inputs for it."""
+    torch.manual_seed(0)
+    settings = getattr(transformers, f"{model.config}Config")(**model.settings)
+    network = getattr(transformers, model.kind)(settings).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if model.inputs == "image":
+        return network, {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if model.inputs == "mel":
+        return network, {"input_features": torch.randn(2, 16, 32), "decoder_input_ids": tokens(5)}
+    if model.inputs == "seq2seq":
+        return network, {"input_ids": tokens(9), "decoder_input_ids": tokens(5)}
+    return network, {"input_ids": tokens(9), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+
+
+def outputs(network: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return network(**inputs)["logits"]
+
+
+def reloaded(network: Any, folder: Any) -> Any:
+    network.save_pretrained(folder)
+    return type(network).from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("model", CAUSAL.values(), ids=CAUSAL)
+def test_generates_the_same_with_and_without_cache(model: Model) -> None:
+    network, inputs = made(model)
+    before = snapshot(network)
+    slim = structprune.prune(network, inputs, ratio=0.5, **model.options)
+    assert_untouched(network, before)
+    assert sum(p.numel() for p in slim.parameters()) < 0.7 * sum(p.numel() for p in network.parameters())
+    given = {key: value for key, value in inputs.items() if not key.startswith("decoder")}
+    how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    plain = slim.generate(**given, **how, use_cache=False)
+    assert torch.equal(slim.generate(**given, **how, use_cache=True), plain)
+    if slim._can_compile_fullgraph:  # what transformers asks of a model with a static cache
+        assert torch.equal(slim.generate(**given, **how, cache_implementation="static", disable_compile=True), plain)
+
+
+# A number of a configuration may mean more than a width (a scale, a table of positions), or a tensor of that width take no
+# part in the forward: then no configuration gives what pruning all axes does. Fewer axes may do, see UNIFORM.
+NOT_ALL_AXES = {
+    "marian": "'model.encoder.embed_positions.weight' is not saved but computed",
+    "t5": "model.config.d_model would have to be 64 for model.model_dim and 32 for",
+    "gemma2": "model.embed_tokens.scalar_embed_scale is 8.0 in the pruned model, and would be 5.65",
+    "gemma3": "model.embed_tokens.scalar_embed_scale is 8.0 in the pruned model, and would be 5.65",
+    "bloom": "self_attention.inv_norm_factor is 0.25 in the pruned model",
+    "dinov2": "'dinov2.embeddings.mask_token', which the forward does not use on the example inputs",
+}
+UNIFORM = {
+    **{name: (model, {}) for name, model in MODELS.items() if name not in NOT_ALL_AXES},
+    **{name: (MODELS[name], {"axes": ["heads", "mlp"]}) for name in ("gemma2", "gemma3", "t5", "marian")},
+}
+
+
+@pytest.mark.parametrize(("model", "options"), UNIFORM.values(), ids=UNIFORM)
+def test_a_uniformly_pruned_model_is_saved_and_loaded_through_its_configuration(model, options, tmp_path) -> None:
+    network, inputs = made(model)
+    original = network.config.to_dict()
+    plan = structprune.plan(network, inputs, ratio=0.5, **model.options, **options)
+    slim = structprune.Plan.from_json(plan.to_json()).apply(network)
+    assert "config" not in plan.settings
+    assert network.config.to_dict() == original
+    assert slim.config is not network.config
+    assert slim.config.to_dict() != original
+    again = reloaded(slim, tmp_path)
+    assert torch.equal(outputs(again, inputs), outputs(slim, inputs))
+    assert sum(p.numel() for p in again.parameters()) < 0.9 * sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", NOT_ALL_AXES)
+def test_a_configuration_that_cannot_say_it_is_left_and_the_plan_tells(name: str, tmp_path) -> None:
+    network, inputs = made(MODELS[name])
+    plan = structprune.plan(network, inputs, ratio=0.5, **MODELS[name].options)
+    assert NOT_ALL_AXES[name] in plan.settings["config"]
+    assert "config unchanged" in str(plan)
+    slim = plan.apply(network)
+    assert slim.config.to_dict() == network.config.to_dict()
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        reloaded(slim, tmp_path)
+
+
+def test_layers_of_different_widths_are_told(tmp_path) -> None:
+    network, inputs = made(MODELS["llama"])
+    ratio = {"model.layers.0.mlp.up_proj": 0.5, "model.layers.1.mlp.up_proj": 0.25}
+    ratio |= {name.replace("up_proj", "gate_proj"): share for name, share in ratio.items()}
+    plan = structprune.plan(network, inputs, ratio=ratio)
+    assert "model.config.intermediate_size would have to be" in plan.settings["config"]
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        reloaded(plan.apply(network), tmp_path)
+
+
+def test_a_size_of_heads_that_rotates_cannot_be_loaded_and_says_so() -> None:
+    network, inputs = made(MODELS["llama"])
+    plan = structprune.plan(network, inputs, ratio=0.5, axes=["head_size"])
+    assert "'model.rotary_emb.inv_freq' is not saved" in plan.settings["config"]
+    assert not any("config" in repair.chain for repair in plan.repairs)
+
+
+def test_attributes_that_the_forward_does_not_read_tell_the_truth_too() -> None:
+    network, inputs = made(MODELS["bert"])
+    slim = structprune.prune(network, inputs, ratio=0.5)
+    attention = slim.bert.encoder.layer[0].attention.self
+    assert (attention.num_attention_heads, attention.attention_head_size, attention.all_head_size) == (2, 16, 32)
+    assert (slim.config.hidden_size, slim.config.num_attention_heads, slim.config.intermediate_size) == (32, 2, 48)
+    assert slim.config.num_hidden_layers == 2
+
+
+def test_pruned_twice_and_in_place(tmp_path) -> None:
+    network, inputs = made(MODELS["llama"])
+    settings = network.config
+    axes = ["hidden", "mlp"]
+    once = structprune.prune(network, inputs, ratio=0.25, axes=axes, inplace=True)
+    assert once.config is settings
+    twice = structprune.prune(once, inputs, ratio=0.5, axes=axes)
+    assert (once.config.hidden_size, twice.config.hidden_size) == (48, 24)
+    assert torch.equal(outputs(reloaded(twice, tmp_path), inputs), outputs(twice, inputs))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bart", "whisper", "mixtral", "qwen3-moe"])
+def test_masks_and_positions_need_no_weights(name: str) -> None:
+    """Branches on masks are followed on stand-ins, so that models on the meta device can be planned."""
+    network, inputs = made(MODELS[name])
+    for given in (inputs, {**inputs, "use_cache": False} if name in CAUSAL else inputs):
+        assert not trace(network, given, leaves=has_rule).real
+    wanted = [(t.tensor, t.dim, len(t.removed)) for t in structprune.plan(network, inputs).thinnings]
+    with torch.device("meta"):
+        empty = type(network)(network.config)
+    planned = structprune.plan(empty, inputs, importance="random")
+    assert [(t.tensor, t.dim, len(t.removed)) for t in planned.thinnings] == wanted
+
+
+def test_a_mask_with_padding_takes_the_other_branch() -> None:
+    network, inputs = made(MODELS["llama"])
+    inputs["attention_mask"][0, :3] = 0
+    assert not trace(network, inputs, leaves=has_rule).real
+    plan = structprune.plan(network, inputs, ratio=0.5)
+    assert structprune.verify(network, plan.apply(network), plan, inputs).ok
+
+
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_by_each_implementation(name: str, how: str) -> None:
+    network, inputs = made(MODELS[name])
+    network.set_experts_implementation(how)
+    plan = structprune.plan(network, inputs, ratio=0.5)
+    slim = plan.apply(network)
+    assert structprune.verify(network, slim, plan, inputs).ok
+    up = next(tensor for tensor in plan.removed if tensor.endswith("experts.gate_up_proj"))
+    # The loop over experts that were hit hands their numbers to Python, so all of them stay.
+    assert set(plan.removed[up]) == ({1, 2} if how == "eager" else {0, 1, 2})

@@ -28,8 +28,13 @@ def tensors_of(graph: ChannelGraph) -> dict[str, Tensor]:
     return {name: held.tensor for name, held in held_tensors(graph.model).items()}
 
 
-def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] | None = None) -> Plan:
+def plan_removal(
+    graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] | None = None, *, config: bool = True
+) -> Plan:
     """The plan that removes the components `chosen` and all that is coupled to them.
+
+    With `config`, a configuration that the model's class is built from is made to say what the smaller model is (see
+    `structprune.pretrained`); it costs building the class on the ``meta`` device twice or more.
 
     Raises:
         PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
@@ -54,7 +59,7 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] |
         specify(graph.example_inputs),
         tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
     )
-    more, stays = config_repairs(graph, edits, count)
+    more, stays = config_repairs(graph, edits, count) if config else ((), None)
     return Plan(
         thinnings,
         (*repairs, *more),

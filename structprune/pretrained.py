@@ -113,7 +113,7 @@ class _Search:
     # -- the class as it is, with formulas -----------------------------------------------------------------------
 
     def _compare_with_pruned(self) -> None:
-        """Build the class from the configuration as it is, for its formulas; apply the edits, for what must come out."""
+        """Build the class from the configuration as it is, for its formulas; then apply the edits, as a model."""
         config = copy.deepcopy(self._config)
         with ExitStack() as stack:
             tracked_object("", ("config",), config, stack)

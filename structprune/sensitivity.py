@@ -195,7 +195,7 @@ def sensitivity(
         }
         found: list[float] = []
         for count in kept:
-            plan = plan_removal(graph, _removed(graph, group, count, orders))
+            plan = plan_removal(graph, _removed(graph, group, count, orders), config=False)
             # What balanced groups lose together is shared out among them.
             found.append(dense - (dense - _measured(metric, plan.apply(model), loader)) / len(orders))
         curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(found)))

@@ -74,7 +74,8 @@ class Values:
 
     def _forget(self, node: fx.Node) -> None:
         """A write of something unknown makes unknown all that shares the memory."""
-        written = self._known.get(node.meta.get("writes"))
+        target: fx.Node | None = node.meta.get("writes")
+        written = None if target is None else self._known.get(target)
         if isinstance(written, Tensor):
             memory = written.untyped_storage().data_ptr()
             for other, value in list(self._known.items()):

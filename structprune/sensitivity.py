@@ -179,8 +179,9 @@ def sensitivity(
     graph = DependencyGraph(model, example_inputs, ignore=ignore)
     done = _resumed(checkpoint)
     score, tensors = importance_of(importance), tensors_of(graph)
-    groups = [group for group in graph.groups() if group.channels > 1]
-    grid = [_kept(group, ratios) for group in groups]
+    counts = {group: _kept(group, ratios, graph.bounds(group)) for group in graph.groups()}
+    groups = [group for group, kept in counts.items() if kept]
+    grid = [counts[group] for group in groups]
     if done and [(c.group, c.kept) for c in done.curves] != [
         (group.name, kept) for group, kept, _ in zip(groups, grid, done.curves, strict=False)
     ]:
@@ -241,10 +242,13 @@ def _measured(metric: Metric, model: nn.Module, loader: Any) -> float:
         return float(metric(model, loader))
 
 
-def _kept(group: Group, ratios: Sequence[float]) -> tuple[int, ...]:
-    """The numbers of channels to try, descending; at least one channel stays, and at least one goes."""
-    wanted = {max(1, round(group.channels * (1 - ratio))) for ratio in ratios} - {group.channels}
-    return tuple(sorted(wanted or {group.channels - 1}, reverse=True))
+def _kept(group: Group, ratios: Sequence[float], bounds: tuple[int, int]) -> tuple[int, ...]:
+    """The numbers of channels to try, descending, within what the forward allows (`ChannelGraph.bounds`)."""
+    least, step = bounds
+    lowest = -(-least // step) * step
+    wanted = {max(lowest, round(group.channels * (1 - ratio) / step) * step) for ratio in ratios}
+    most = (group.channels - 1) // step * step
+    return tuple(sorted({min(n, most) for n in wanted}, reverse=True)) if most >= lowest else ()
 
 
 def _write(path: Path, found: Sensitivity) -> None:

@@ -17,6 +17,7 @@ from structprune.surgery.edits import Edits, Repair
 from structprune.surgery.history import record_kept
 from structprune.surgery.rewrite import rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
+from structprune.tracing.provenance import SizeInt
 from structprune.tracing.state import Held, collection_paused, held_tensors
 from structprune.wrapping import prunable, rewrapped
 
@@ -139,7 +140,7 @@ def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) ->
     except (AttributeError, IndexError, TypeError, KeyError) as error:
         raise SurgeryError(f"{what} is not there. Make a new plan for this model.") from error
     # A plan may come from a file: it sets numbers that count channels, and nothing else.
-    if type(now) is not int or now not in (repair.old, repair.new) or isinstance(owner, type):
+    if type(now) not in (int, SizeInt) or now not in (repair.old, repair.new) or isinstance(owner, type):
         raise SurgeryError(f"{what} is {now}, where the plan expects {repair.old}. Make a new plan for this model.")
     set_attribute(owner, name, _replaced(old, steps[1:], repair.new), undo)
 

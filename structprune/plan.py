@@ -89,7 +89,8 @@ class Plan(Edits):
             SurgeryError: the plan does not fit the model; the model is as it was.
         """
         result = apply(model, self, inplace=inplace)
-        vars(unwrapped(result))[RECORD] = (*plans_of(result), self)
+        if self.thinnings or self.repairs or self.rescales or self.rewrites:
+            vars(unwrapped(result))[RECORD] = (*plans_of(result), self)
         return result
 
     # -- reading -------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from structprune.axes import Roles, roles
 from structprune.channels.fold import Fold, folds
 from structprune.channels.propagate import Channels, Invariant, has_rule, propagate
 from structprune.channels.relations import Ids, Row
-from structprune.channels.sizes import Counter, Sizes, SizeSolver
+from structprune.channels.sizes import Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
+from structprune.channels.trials import Counter
 from structprune.channels.unreached import pin_unreached
 from structprune.channels.zeros import ZeroPass
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError

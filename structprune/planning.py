@@ -10,8 +10,9 @@ from torch import Tensor
 
 from structprune.axes import AXES
 from structprune.channels.relations import Ids
-from structprune.channels.sizes import Counter, literal_for
+from structprune.channels.sizes import literal_for
 from structprune.channels.solver import Mask
+from structprune.channels.trials import Counter
 from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph

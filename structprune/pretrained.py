@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from structprune.channels.relations import Row
-from structprune.channels.sizes import Counter
+from structprune.channels.trials import Counter
 from structprune.errors import StructpruneError
 from structprune.graph import ChannelGraph
 from structprune.surgery.apply import apply

@@ -9,15 +9,14 @@ random channels are removed and both sides are counted, until all hold. So plann
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
 
 from structprune.channels.propagate import Channels, Invariant
 from structprune.channels.relations import Expectation, Row
 from structprune.channels.sections import Sections
-from structprune.channels.solver import Components, Mask
+from structprune.channels.solver import Components
+from structprune.channels.trials import Counter, protected, trials
 from structprune.errors import PlanError
 from structprune.tracing.provenance import (
     Arithmetic,
@@ -32,8 +31,6 @@ from structprune.tracing.provenance import (
     literals,
 )
 
-# Shares of the channels that the trials remove; the last leaves one of each row, where branches and floors show.
-SHARES = (0.3, 0.5, 0.8, 1.0)
 Number = float
 
 
@@ -50,25 +47,6 @@ class Sizes:
     attributes: dict[Attribute, Row]
     literals: list[Expectation]
     derived: dict[Attribute, Expectation]
-
-
-class Counter:
-    """Numbers of living channels, given which components are dead."""
-
-    def __init__(self, components: Components, dead: Mask) -> None:
-        self._components = components
-        self._alive = ~dead
-        self._known: dict[object, int] = {}
-
-    def __call__(self, row: Row) -> int:
-        """Number of living channels of `row`."""
-        if not row.free:
-            return row.size
-        key = row.key
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = int(np.count_nonzero(self._alive[self._components.of(row)]))
-        return found
 
 
 class SizeSolver:
@@ -149,10 +127,10 @@ class SizeSolver:
     def _failures(self, components: Components) -> list[Expectation | Invariant | Comparison]:
         failed: dict[int, Expectation | Invariant | Comparison] = {}
         relevant = [e for e in self._expectations if self._matters(components, e)]
-        keep = _protected(components, [e.row for e in relevant if e.row.free], self._relations.starts)
+        keep = protected(components, [e.row for e in relevant if e.row.free], self._relations.starts)
         checks = [i for i in self._channels.invariants if self._touched(components, i.expression)]
         compared = [c for c in self._comparisons if any(self._touched(components, x) for x in (c.left, c.right))]
-        for dead in _trials(components, keep):
+        for dead in trials(components, keep):
             count = Counter(components, components.closure(dead))
             value = self._valuation(count, relevant)
             for check in [*relevant, *checks, *compared]:
@@ -352,39 +330,6 @@ def _involved(expression: Expression) -> int:
     if not isinstance(expression, Arithmetic):
         return 0
     return 1 if expression.symbol == "//" else 2
-
-
-def _trials(components: Components, keep: Mask) -> Iterator[Mask]:
-    """What is removed on paper: random shares, and the last index of factors that `keep` would keep whole."""
-    generator = np.random.default_rng(0)
-    for share in SHARES:
-        dead = components.roots & (generator.random(components.count) < share) & ~keep
-        for region in components.balances.regions:
-            region.draw(dead, share, generator)
-        yield dead
-    dead = np.zeros(components.count, dtype=bool)
-    for lattice in components.lattices:
-        for part in lattice.factors:
-            if len(part) > 1 and keep[part].all() and components.roots[part].all():
-                dead[part[-1]] = True
-    yield dead
-
-
-def _protected(components: Components, rows: list[Row], starts: list[int]) -> Mask:
-    """Components that a trial keeps, so that no row is emptied: the first channel of each, and what it lives by."""
-    keep = np.zeros(components.count, dtype=bool)
-    for row in rows:
-        keep[components.of(row)[0]] = True
-    for start in starts:
-        keep[components.of(Row(1, start))] = True
-    before = -1
-    while before != (before := int(keep.sum())):
-        for lattice in components.lattices:
-            cells = keep[lattice.cells]
-            for axis, part in zip(lattice.axes, lattice.factors, strict=True):
-                others = tuple(i for i in range(cells.ndim) if i != axis)
-                keep[part[cells.any(axis=others)]] = True
-    return keep
 
 
 def inverse(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,32 +14,10 @@ from torch.overrides import TorchFunctionMode
 from structprune.errors import TraceError
 from structprune.tracing.opaque import Opaque, holdings, opaque_call, opaque_of, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
+from structprune.tracing.recording import ModuleCall, Recording
 from structprune.tracing.shapes import shape_of_result
 from structprune.tracing.values import Values
 from structprune.tracing.vocabulary import VALUES, Call, Kind, call_of
-
-
-@dataclass(slots=True)
-class ModuleCall:
-    """One call of a module: where it stands, what went in and came out, and which nodes ran directly inside it."""
-
-    path: str
-    module: nn.Module
-    first: int
-    last: int = -1
-    args: Any = ()
-    kwargs: Any = field(default_factory=dict)
-    output: Any = None
-    parent: int = -1
-
-
-@dataclass(slots=True)
-class Recording:
-    """Everything that was seen: the graph, its nodes in order, and the calls of modules around them."""
-
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    nodes: list[fx.Node] = field(default_factory=list)
-    calls: list[ModuleCall] = field(default_factory=list)
 
 
 class Recorder(TorchFunctionMode):

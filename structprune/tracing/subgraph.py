@@ -18,7 +18,7 @@ from torch import fx, nn
 from structprune.errors import TraceError
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Arithmetic, Attribute, Constant, Dim, Expression, SizeFloat, SizeInt
-from structprune.tracing.recorder import ModuleCall
+from structprune.tracing.recording import ModuleCall
 from structprune.tracing.trace import Trace
 
 Literal = Callable[[int, tuple[int | str, ...], int], int]

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from structprune.errors import PlanError, StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
-from structprune.tracing.recorder import ModuleCall, Recorder
+from structprune.tracing.recorder import Recorder
+from structprune.tracing.recording import ModuleCall
 from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]

@@ -72,3 +72,12 @@ def test_slim_networks_can_be_pruned_again(case: Case) -> None:
     slim = structprune.prune(model, inputs, ratio=0.3, importance="l2")
     plan = structprune.plan(slim, inputs, ratio=0.3, importance="random")
     oracle.check(slim, plan.apply(slim), plan, inputs)
+
+
+def test_norms_over_the_size_of_a_head_go_with_it() -> None:
+    """Of heads and their size, whole heads go by default; asked for, the size goes."""
+    case = next(case for case in CASES if str(case) == "QueryKeyNorm")
+    model, inputs = oracle.jitter(case.build(), seed=2), oracle.double(case.inputs())
+    plan = structprune.plan(model, inputs, ratio=0.5, axes=["head_size"])
+    assert {"qn.weight", "kn.weight", "kn.bias", "q.weight", "v.weight"} <= plan.removed.keys()
+    oracle.check(model, plan.apply(model), plan, inputs)

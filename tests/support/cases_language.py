@@ -131,7 +131,7 @@ class MultiQuery(GroupedQuery):
         return torch.softmax(q @ k.transpose(-1, -2), -1) @ v
 
 
-@case(ids(), {"embed.weight": 1, "q.weight": (0, 1), "k.weight": (0, 1), "qn.weight": 0, "kn.weight": 0, "v.weight": 0})
+@case(ids(), {"embed.weight": 1, "q.weight": (0, 1), "k.weight": (0, 1), "v.weight": 0})
 class QueryKeyNorm(GroupedQuery):
     """Queries and keys are normalised over the size of a head, and not rotated."""
 

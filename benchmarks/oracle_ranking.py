@@ -1,10 +1,11 @@
 """How well criteria rank channels: rank correlation with the true change of the loss when a channel is switched off.
 
-Every channel of the trained CIFAR ResNet-20 is switched off alone (all its slices of all tensors set to zero), and the
-loss is measured on test images that no criterion saw. Scores come from training images. The correlation is Spearman's:
-within each group of coupled channels, averaged over groups, and over all channels of the network.
+Every channel of the trained CIFAR ResNet-20 is switched off alone (all its slices of all tensors set to zero). Scores come
+from training images; the loss is measured on test images that no criterion saw, or with --same on the images that the
+scores come from, which leaves out how far the loss on the one tells of the loss on the other. The correlation is
+Spearman's: within each group of coupled channels, averaged over groups, and over all channels of the network.
 
-    python benchmarks/oracle_ranking.py [--images 256] [--test 256] [--criteria l2,taylor]
+    python benchmarks/oracle_ranking.py [--images 256] [--test 256] [--criteria l2,taylor] [--same]
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "# Rank correlation of criteria with the true change of the loss",
         "",
         f"CIFAR ResNet-20, {report['channels']} channels in {report['groups']} groups, each switched off alone. Scores "
-        f"from {report['images']} training images, the true change of the mean loss on {report['test']} test images. "
+        f"from {report['images']} training images, the true change of the mean loss on "
+        f"{'the same images' if report['same'] else str(report['test']) + ' test images'}. "
         "Spearman's correlation: within each group (mean over groups, and the least), and over all channels at once "
         "with scores as they are. Made by `benchmarks/oracle_ranking.py`.",
         "",
@@ -94,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--test", type=int, default=256)
+    parser.add_argument("--same", action="store_true", help="measure the loss on the images that scores come from")
     parser.add_argument("--criteria", default=",".join(CRITERIA))
     chosen = parser.parse_args()
     if cifar.data_folder() is None:
@@ -104,7 +107,10 @@ def main() -> None:
     data = cifar.batches(*cifar.train_images(chosen.images, seed=0), 128)
     images, labels = cifar.test_set()
     order = np.random.default_rng(0).permutation(len(labels))[: chosen.test]
-    changes = true_changes(graph, images[order], labels[order])
+    images, labels = images[order], labels[order]
+    if chosen.same:
+        images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    changes = true_changes(graph, images, labels)
     tensors, rows = tensors_of(graph), {}
     for name in chosen.criteria.split(","):
         start = time.perf_counter()
@@ -114,7 +120,8 @@ def main() -> None:
         print(name, rows[name], flush=True)
     report = {
         "images": chosen.images,
-        "test": len(order),
+        "test": len(labels),
+        "same": chosen.same,
         "groups": len(changes),
         "channels": sum(len(c) for c in changes),
         "criteria": rows,
@@ -122,8 +129,9 @@ def main() -> None:
         "environment": environment(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "oracle_ranking.json").write_text(json.dumps(report, indent=1) + "\n")
-    (RESULTS / "oracle_ranking.md").write_text(as_markdown(report))
+    name = "oracle_ranking_same" if chosen.same else "oracle_ranking"
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(as_markdown(report))
 
 
 if __name__ == "__main__":

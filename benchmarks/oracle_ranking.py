@@ -1,6 +1,6 @@
 """How well criteria rank channels: rank correlation with the true change of the loss when a channel is switched off.
 
-Every channel of the trained CIFAR ResNet-20 is switched off alone (all its slices of all tensors set to zero). Scores come
+Every channel of the trained CIFAR ResNet-20 is switched off alone (all its slices of all tensors are zero). Scores come
 from training images; the loss is measured on test images that no criterion saw, or with --same on the images that the
 scores come from, which leaves out how far the loss on the one tells of the loss on the other. The correlation is
 Spearman's: within each group of coupled channels, averaged over groups, and over all channels of the network.

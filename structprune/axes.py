@@ -74,7 +74,7 @@ class _Reader:
         self._computed: set[fx.Node] = set(recorded.inputs)
         self._made_of: dict[fx.Node, tuple[str, ...]] = {}
         self._held: dict[str, tuple[Row, ...]] = {}
-        for node in recorded.nodes:
+        for node in recorded.everything:
             self._read(node)
 
     def _rows(self, node: fx.Node) -> tuple[Row, ...]:

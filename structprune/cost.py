@@ -157,7 +157,9 @@ def _peak(recorded: Trace, channels: Channels, count: Count) -> int:
 
 def count_cost(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Cost:
     """Cost of the traced model when `count` gives the number of living channels of each row."""
-    thinned = {str(node.target): _rows(channels, node) for node in recorded.nodes if node.meta["name"] == "parameter"}
+    thinned = {
+        str(node.target): _rows(channels, node) for node in recorded.everything if node.meta["name"] == "parameter"
+    }
     params = weight_bytes = 0
     seen: set[int] = set()
     for name, held in held_tensors(model).items():

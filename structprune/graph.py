@@ -75,7 +75,7 @@ class ChannelGraph:
         scales = self.channels.relations.scales
         for scale, found in zip(scales, folds(self.trace, scales), strict=True):
             if found is None:
-                where = self.trace.nodes[scale.node].meta["where"]
+                where = self.trace.everything[scale.node].meta["where"]
                 self.channels.invariants.append(Invariant(scale.expression, where))
             else:
                 self.folds.append(found)
@@ -87,7 +87,7 @@ class ChannelGraph:
 
     def _pin_ignored(self) -> None:
         for path in self.ignored:
-            for node in self.trace.nodes:
+            for node in self.trace.everything:
                 if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
                     for row in self.channels.rows[node.meta["index"]]:
                         self.channels.relations.pin(row, f"{path} is ignored")
@@ -97,7 +97,7 @@ class ChannelGraph:
         held = held_tensors(self.model)
         for comparison in self.trace.comparisons:
             for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
-                node = self.trace.nodes[leaf.node] if isinstance(leaf, Dim) else None
+                node = self.trace.everything[leaf.node] if isinstance(leaf, Dim) else None
                 if node is not None and node.meta["name"] == "parameter" and held[str(node.target)].temporary:
                     for row in self.channels.rows[node.meta["index"]]:
                         reason = f"the forward checks its size at {comparison.where}, and may build it anew"
@@ -105,8 +105,8 @@ class ChannelGraph:
 
     def _rewritable(self, number: int) -> bool:
         """Whether the forward of the module that runs this node can be rebuilt with another literal in it."""
-        call = self.trace.nodes[number].meta["call"]
-        if call < 0:
+        call = self.trace.everything[number].meta["call"]
+        if not 0 <= call < len(self.trace.calls):
             return False
         path = self.trace.calls[call].path
         if path not in self._rebuilt:
@@ -155,7 +155,7 @@ class ChannelGraph:
     def slots(self) -> list[Slot]:
         """Every dimension of every tensor that the model holds and the forward uses, where channels may go."""
         found = []
-        for node in self.trace.nodes:
+        for node in self.trace.everything:
             if node.meta["name"] == "parameter":
                 for dim, row in enumerate(self.channels.rows[node.meta["index"]]):
                     if row.free and row.size:
@@ -206,10 +206,10 @@ class ChannelGraph:
         """
         path = self.path_of(layer)
         nodes: list[fx.Node] = []
-        for call in self.trace.calls:
+        for call in self.trace.every_call:
             if call.path == path:
                 nodes += _nodes_in(call.output)
-        nodes += [node for node in self.trace.nodes if node.op == "get_attr" and node.target == path]
+        nodes += [node for node in self.trace.everything if node.op == "get_attr" and node.target == path]
         rows = [row for node in nodes for row in self.channels.rows[node.meta["index"]] if isinstance(row, Row)]
         if not rows:
             raise UnknownLayerError(

@@ -73,8 +73,17 @@ def plan_removal(
         _axes(graph, dead),
         count_cost(graph.model, graph.trace, graph.channels, nothing),
         count_cost(graph.model, graph.trace, graph.channels, count),
-        {**(settings or {}), **({"config": f"unchanged: {stays}"} if stays else {})},
+        {**(settings or {}), **_left(graph, stays)},
     )
+
+
+def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
+    """What a reader of the plan should know was left as it is."""
+    found = {"config": f"unchanged: {config}"} if config else {}
+    if graph.trace.training_error:
+        unseen = ", ".join(sorted({name.rpartition(".")[0] for name in graph.trace.unreached(graph.model)})[:5])
+        found["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"
+    return found
 
 
 def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:

@@ -228,7 +228,7 @@ class _Search:
     def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
         for name, shape in self._shapes.items():
             if found.get(name) != shape:
-                used = any(node.op == "get_attr" and node.target == name for node in self._graph.trace.nodes)
+                used = any(node.op == "get_attr" and node.target == name for node in self._graph.trace.everything)
                 unused = "" if used else ", which the forward does not use on the example inputs"
                 raise _ShapesError(
                     f"it cannot give {name!r}{unused}, the shape {list(shape)} together with all others; a model built "
@@ -318,7 +318,7 @@ def _read_in(graph: ChannelGraph) -> set[Place]:
     expressions: list[Expression] = [e.expression for e in graph.trace.escapes]
     for c in graph.trace.comparisons:
         expressions += [c.left, c.right]
-    for node in graph.trace.nodes:
+    for node in graph.trace.everything:
         expressions += [number.expression for number in node.meta.get("tracked", ())]
     return {(leaf.module, leaf.chain) for e in expressions for leaf in leaves(e) if isinstance(leaf, Attribute)}
 

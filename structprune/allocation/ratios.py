@@ -57,7 +57,7 @@ class _Table:
             pattern = isinstance(key, str) and any(c in key for c in "*?[")
             name = str(key) if pattern else graph.path_of(key)
             (self._patterns if pattern else self._names)[name] = check_ratio(share, f"ratio[{key!r}]")
-        self._held = {str(node.target) for node in graph.trace.nodes if node.meta["name"] == "parameter"}
+        self._held = {str(node.target) for node in graph.trace.everything if node.meta["name"] == "parameter"}
 
     def of(self, group: Group) -> float:
         """The smallest ratio of the layers that make the channels of `group`."""

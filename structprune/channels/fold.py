@@ -67,7 +67,7 @@ def folds(trace: Trace, scales: Sequence[Scale]) -> list[Fold | None]:
 
 
 def _fold(trace: Trace, scale: Scale, masks: _Masks) -> Fold | None:
-    node = trace.nodes[scale.node]
+    node = trace.everything[scale.node]
     source = node.args[scale.argument] if len(node.args) > scale.argument else node.kwargs.get("query")
     if not isinstance(source, fx.Node):
         return None
@@ -162,7 +162,7 @@ class _Search:
         self._source = source
         self._ask(source, self._cache.full(source.meta["shape"]))
         while self._queue:
-            node = self._trace.nodes[-heapq.heappop(self._queue)]
+            node = self._trace.everything[-heapq.heappop(self._queue)]
             carriers += self._step(node, self._masks[node])
         for node, mask in self._masks.items():
             self._check_users(node, mask)
@@ -246,7 +246,7 @@ class _Search:
 
     def _check_users(self, node: fx.Node, mask: Tensor) -> None:
         """Whatever else reads the tensor must read other entries of it."""
-        if node in self._trace.outputs.values():
+        if node in self._trace.outputs.values() or node in self._trace.training_outputs:
             raise _NoCarrierError
         for user in node.users:
             if user in self._masks or user.op == "output" or self._once(user, node):

@@ -57,7 +57,7 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
     context = Context(Relations())
     rows = context.rows
     invariants: list[Invariant] = []
-    for node in trace.nodes:
+    for node in trace.everything:
         name = node.meta["name"]
         if name == "input":
             rows.append(context.fresh(node.meta["shape"], "it is a dimension of the model's inputs"))
@@ -74,7 +74,7 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
                 if id(number) not in context.claimed:
                     invariants.append(Invariant(number.expression, node.meta["where"]))
     _pin_outputs(context, trace, outputs)
-    held = tuple(node.meta["index"] for node in trace.nodes if node.meta["name"] == "parameter")
+    held = tuple(node.meta["index"] for node in trace.everything if node.meta["name"] == "parameter")
     return Channels(rows, context.relations, invariants, held)
 
 
@@ -88,6 +88,9 @@ def _pin_outputs(context: Context, trace: Trace, outputs: Iterable[OutputName] |
         numbered = context.numbered(Operand(output, rows[output.meta["index"]]))
         if numbered is not None:
             context.pin(numbered, "the model returns the numbers of its channels")
+    for output in trace.training_outputs:
+        for row in rows[output.meta["index"]]:
+            context.pin(row, "it is a dimension of what the model returns in training mode")
 
 
 def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:

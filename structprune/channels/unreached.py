@@ -22,7 +22,7 @@ def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:
     if not trace.real:
         return  # no branch depends on weights: what did not run never runs
     reached = {call.path for call in trace.calls}
-    for node in trace.nodes:
+    for node in trace.everything:
         if node.meta["name"] == "parameter":
             parts = str(node.target).split(".")
             reached.update(".".join(parts[:n]) for n in range(1, len(parts)))

@@ -49,7 +49,7 @@ class ZeroPass:
 
     def run(self) -> None:
         """Walk, and add pins to the relations."""
-        for node in self._trace.nodes:
+        for node in self._trace.everything:
             self.zeros.append(self._node(node))
 
     # -- helpers -------------------------------------------------------------------------------------------------

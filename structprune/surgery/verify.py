@@ -224,7 +224,8 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
     """
     graph = ChannelGraph(original, example_inputs, outputs=edits.outputs)
     sites = _sites(graph.trace)
-    survivors = {sites[s.node]: (s.dims, masks) for s, masks in _thinned(graph, _dead(graph, edits))}
+    thinned = _thinned(graph, _dead(graph, edits))
+    survivors = {sites[s.node]: (s.dims, masks) for s, masks in thinned if s.node in sites}  # not those of training
     zeroed: dict[int, Any] = {}
     for name, held in held_tensors(original).items():
         zeroed.setdefault(id(held.tensor), _zeroed(name, held.tensor, edits))  # a plan names a tied tensor once

@@ -36,6 +36,11 @@ class Trace:
         escapes: tracked numbers that left for plain Python.
         caches: module and attribute of the dicts in which the forward keeps results.
         real: whether real numbers had to flow, because Python's control flow depends on them.
+        everything: `nodes` and, behind them, those of the forward in training mode, where only that one reaches some of
+            the parameters (an auxiliary head); ``node.meta["index"]`` counts in this tuple.
+        every_call: the module calls of both.
+        training_outputs: what the forward in training mode returns, where it was recorded.
+        training_error: why it could not be, where it was tried.
     """
 
     graph: fx.Graph
@@ -48,6 +53,17 @@ class Trace:
     escapes: tuple[Escape, ...]
     caches: tuple[tuple[str, str], ...]
     real: bool
+    everything: tuple[fx.Node, ...]
+    every_call: tuple[ModuleCall, ...]
+    training_outputs: tuple[fx.Node, ...] = ()
+    training_error: str = ""
+
+    def unreached(self, model: nn.Module) -> set[str]:
+        """Parameters of `model`, by the first of their names, that take no part."""
+        reached = {str(node.target) for node in self.everything if node.meta["name"] == "parameter"}
+        first = {names[0] for names in self.tensors.values()}
+        held = held_tensors(model)
+        return {name for name in first - reached if isinstance(held[name].tensor, nn.Parameter)}
 
 
 def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -125,7 +141,9 @@ def preserved_random_state() -> Generator[None]:
         yield
 
 
-def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool], meta: bool) -> Trace:
+def _run(
+    model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool], meta: bool, training: bool = False
+) -> Trace:
     names = held_tensors(model)
     aliases: dict[int, list[str]] = {}
     for name, held in names.items():
@@ -151,12 +169,23 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
             result = model(*args, **kwargs)
         kept = caches(model, before)
         outputs = {name: recorder.node_of(tensor) for name, tensor in named_tensors(result)}
-    recording = recorder.recording
+        recording = recorder.recording
+        nodes, calls, trained = tuple(recording.nodes), tuple(recording.calls), ()
+        if training:
+            model.train()
+            args, kwargs = map_tensors(_two_samples, args), map_tensors(_two_samples, kwargs)
+            for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
+                node = recorder.input_node()
+                recorder.remember(tensor, node)
+                recorder.values.give(node, _two_samples(original))
+            with recorder.watching(model), recorder:
+                result = model(*args, **kwargs)
+            trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
     recording.graph.output(tuple(outputs.values()))
     return Trace(
         recording.graph,
-        tuple(recording.nodes),
-        tuple(recording.calls),
+        nodes,
+        calls,
         tuple(placeholders),
         outputs,
         tensors,
@@ -164,7 +193,15 @@ def _run(model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool],
         tuple(ledger.escapes.values()),
         kept,
         not meta,
+        tuple(recording.nodes),
+        tuple(recording.calls),
+        trained,
     )
+
+
+def _two_samples(tensor: Tensor) -> Tensor:
+    """A batch of one as a batch of two: batch norms refuse to train on a single value."""
+    return torch.cat([tensor, tensor]) if tensor.shape[:1] == (1,) else tensor.clone()
 
 
 def _indices(tensor: Tensor) -> Tensor | None:
@@ -199,7 +236,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
         Exception: whatever the model itself raises on these inputs.
     """
     try:
-        return _run(model, example_inputs, leaves, meta=True)
+        return _with_training(_run(model, example_inputs, leaves, meta=True), model, example_inputs, leaves)
     except Exception as error:  # the user's forward may raise anything on stand-ins; real numbers are tried next
         first = error
     if any(held.tensor.is_meta for held in held_tensors(model).values()):
@@ -221,6 +258,20 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
     ) from second
 
 
+def _with_training(
+    found: Trace, model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str], bool]
+) -> Trace:
+    """`found`, or a trace of both modes if the forward in training mode reaches parameters that it does not."""
+    missing = found.unreached(model)
+    if not missing:
+        return found
+    try:
+        both = _run(model, example_inputs, leaves, meta=True, training=True)
+    except Exception as error:  # in training mode the user's forward may ask for more: labels, a larger batch
+        return dataclasses.replace(found, training_error=f"{type(error).__name__}: {error}")
+    return both if both.unreached(model) < missing else found
+
+
 def part_of(node: fx.Node) -> tuple[fx.Node, int]:
     """The operation that a ``part`` node takes one of several results of, and which one."""
     parent, position = node.args
@@ -232,6 +283,6 @@ def part_of(node: fx.Node) -> tuple[fx.Node, int]:
 def describe(node: fx.Node, trace: Trace) -> str:
     """Where `node` stands: its operation, module path and source line."""
     call = node.meta["call"]
-    path = trace.calls[call].path if call >= 0 else ""
+    path = trace.every_call[call].path if call >= 0 else ""
     name = node.target if node.op == "get_attr" else node.meta["name"]
     return f"{name} in {path or 'the model'} ({plain(node.meta.get('where', 'input'))})"

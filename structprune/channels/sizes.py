@@ -16,7 +16,7 @@ from structprune.channels.propagate import Channels, Invariant
 from structprune.channels.relations import Expectation, Row
 from structprune.channels.sections import Sections
 from structprune.channels.solver import Components
-from structprune.channels.trials import Counter, protected, trials
+from structprune.channels.trials import Counter, trials
 from structprune.errors import PlanError
 from structprune.tracing.provenance import (
     Arithmetic,
@@ -127,10 +127,10 @@ class SizeSolver:
     def _failures(self, components: Components) -> list[Expectation | Invariant | Comparison]:
         failed: dict[int, Expectation | Invariant | Comparison] = {}
         relevant = [e for e in self._expectations if self._matters(components, e)]
-        keep = protected(components, [e.row for e in relevant if e.row.free], self._relations.starts)
         checks = [i for i in self._channels.invariants if self._touched(components, i.expression)]
         compared = [c for c in self._comparisons if any(self._touched(components, x) for x in (c.left, c.right))]
-        for dead in trials(components, keep):
+        rows = [e.row for e in relevant if e.row.free]
+        for dead in trials(components, rows, self._relations):
             count = Counter(components, components.closure(dead))
             value = self._valuation(count, relevant)
             for check in [*relevant, *checks, *compared]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from structprune.channels.relations import Row
+from structprune.channels.relations import Ids, Relations, Row
 from structprune.channels.solver import Components, Mask
 
 # Shares of the channels that the trials remove; the last leaves one of each row, where branches and floors show.
@@ -32,29 +32,60 @@ class Counter:
         return found
 
 
-def trials(components: Components, keep: Mask) -> Iterator[Mask]:
-    """What is removed on paper: random shares, and the last index of factors that `keep` would keep whole."""
+def trials(components: Components, rows: Sequence[Row], relations: Relations) -> Iterator[Mask]:
+    """Components to remove: random shares, all but the first or the last of each row, and some of those.
+
+    Args:
+        components: which channels go together.
+        rows: those that must not be emptied, as must no axis.
+        relations: what the trace says.
+    """
     generator = np.random.default_rng(0)
+    starts = np.asarray(relations.starts, dtype=np.int64)
+    ends = starts + np.asarray(relations.sizes, dtype=np.int64) - 1
+    keep = _protected(components, [components.of(row)[0] for row in rows], starts)
     for share in SHARES:
-        dead = components.roots & (generator.random(components.count) < share) & ~keep
-        for region in components.balances.regions:
-            region.draw(dead, share, generator)
-        yield dead
-    dead = np.zeros(components.count, dtype=bool)
-    for lattice in components.lattices:
-        for part in lattice.factors:
-            if len(part) > 1 and keep[part].all() and components.roots[part].all():
-                dead[part[-1]] = True
-    yield dead
+        yield _drawn(components, keep, share, generator)
+    last = _protected(components, [components.of(row)[-1] for row in rows], ends)
+    yield _drawn(components, last, 1.0, generator)
+    # In narrow networks the first and last channels of all rows may be all that there is.
+    left = components.roots & keep & last
+    for region in components.balances.regions:
+        left[np.concatenate(region.classes)] = False
+    for _ in range(4 if left.any() else 0):
+        yield _emptying_none(components, left & (generator.random(components.count) < 0.5), rows, starts)
 
 
-def protected(components: Components, rows: list[Row], starts: list[int]) -> Mask:
-    """Components that a trial keeps, so that no row is emptied: the first channel of each, and what it lives by."""
+def _emptying_none(components: Components, dead: Mask, rows: Sequence[Row], starts: Ids) -> Mask:
+    """`dead`, less what would empty a row or an axis."""
+    every = components.of(Row(components.ids, array=np.arange(components.ids)))
+    parts = [components.of(row) for row in rows]
+    while dead.any():
+        gone = components.closure(dead)
+        empty = starts[~np.logical_or.reduceat(~gone[every], starts)]
+        firsts = [part[0] for part in parts if gone[part].all()]
+        if not len(empty) and not firsts:
+            break
+        keep = _protected(components, firsts, empty)
+        if not (dead & keep).any():
+            return np.zeros_like(dead)
+        dead &= ~keep
+    return dead
+
+
+def _drawn(components: Components, keep: Mask, share: float, generator: np.random.Generator) -> Mask:
+    dead = components.roots & (generator.random(components.count) < share) & ~keep
+    for region in components.balances.regions:
+        region.draw(dead, share, generator)
+    return dead
+
+
+def _protected(components: Components, chosen: Sequence[np.int64], ids: Ids) -> Mask:
+    """Components that a trial keeps, so that no row is emptied: those chosen, those of `ids`, and what they live by."""
     keep = np.zeros(components.count, dtype=bool)
-    for row in rows:
-        keep[components.of(row)[0]] = True
-    for start in starts:
-        keep[components.of(Row(1, start))] = True
+    keep[np.asarray(chosen, dtype=np.int64)] = True
+    if len(ids):
+        keep[components.of(Row(len(ids), array=ids))] = True
     before = -1
     while before != (before := int(keep.sum())):
         for lattice in components.lattices:

@@ -33,6 +33,7 @@ class Components:
     """Which channels live and die together.
 
     Attributes:
+        ids: number of ids in the relations.
         count: number of components.
         pinned: for each component, whether it may not be removed.
         lattices: the grids whose cells follow from two factors or more.
@@ -44,6 +45,7 @@ class Components:
         self._starts = np.asarray([*relations.starts], dtype=np.int64)
         self._axis_of, self._offset, total = _aliased(relations)
         self._total = total
+        self.ids = relations.total
         pairs = [(self._compact(a), self._compact(b)) for a, b in _arrays(relations)]
         self._component = _components(total, pairs)
         self.reasons: list[str] = []

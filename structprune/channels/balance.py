@@ -28,7 +28,11 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One movement between numbered rows: ``"join"``, ``"cut"`` into equal sections, or ``"shuffle"`` of sections."""
+    """One movement between numbered rows.
+
+    ``"join"`` makes one row of several, ``"cut"`` equal sections of one, ``"shuffle"`` the sections and, last, the row
+    in which they are interleaved.
+    """
 
     kind: str
     sources: tuple[int, ...]
@@ -63,10 +67,10 @@ class Machine:
                 result = [np.concatenate(given)]
             elif len(given[0]) % step.sections:
                 return None
-            elif step.kind == "cut":
-                result = np.split(given[0], step.sections)
             else:
-                result = [given[0].reshape(step.sections, -1).T.ravel()]
+                result = list(np.split(given[0], step.sections))
+                if step.kind == "shuffle":
+                    result.append(given[0].reshape(step.sections, -1).T.ravel())
             for target, row in zip(step.targets, result, strict=True):
                 if target in found and not np.array_equal(found[target], row):
                     return None

@@ -85,10 +85,7 @@ class Sections:
     def _region(self, components: Components, movements: Sequence[Movement], barred: Mask) -> Region | None:
         rows = _Rows(components)
         steps = [rows.step(movement) for movement in movements]
-        targets = {target for step in steps for target in step.targets}
-        made = tuple(number for number in range(len(rows.parts)) if number not in targets)
-        if not made:
-            return None
+        made = _made(steps)
         every = np.concatenate([rows.parts[number] for number in made])
         if barred[every].any() or len(np.unique(every)) < len(every):
             return None
@@ -146,10 +143,21 @@ class _Rows:
         """The movement between numbers."""
         if isinstance(movement, Join):
             return Step("join", tuple(map(self._number, movement.pieces)), (self._number(movement.row),))
-        source = (self._number(movement.row),)
+        source, parts = (self._number(movement.row),), tuple(map(self._number, movement.parts))
         if movement.shuffled is None:
-            return Step("cut", source, tuple(map(self._number, movement.parts)), len(movement.parts))
-        return Step("shuffle", source, (self._number(movement.shuffled),), len(movement.parts))
+            return Step("cut", source, parts, len(parts))
+        return Step("shuffle", source, (*parts, self._number(movement.shuffled)), len(parts))
+
+
+def _made(steps: Sequence[Step]) -> tuple[int, ...]:
+    """Rows that a step uses before one makes them."""
+    found: dict[int, bool] = {}
+    for step in steps:
+        for source in step.sources:
+            found.setdefault(source, True)
+        for target in step.targets:
+            found.setdefault(target, False)
+    return tuple(sorted(row for row, first in found.items() if first))
 
 
 def _rows_of(movement: Movement) -> tuple[Row, ...]:

@@ -12,6 +12,7 @@ from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
+from structprune.pruner import Pruner
 from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.history import kept
 from structprune.surgery.verify import Report, verify
@@ -27,6 +28,7 @@ __all__ = [
     "Member",
     "OnnxExport",
     "Plan",
+    "Pruner",
     "Random",
     "Report",
     "Sensitivity",

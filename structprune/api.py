@@ -67,7 +67,7 @@ def plan(
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ratio: share of the channels to remove, from 0 to below 1; or a mapping from layers or blocks (modules, dotted
             names, patterns like ``"layer3.*"``) to such shares, where what no key matches stays whole. Without a target
-            it is 0.5.
+            it is 0.5. A function from a `Group` to a share is a ratio too.
         target: instead of a ratio, what is to remain of ``"params"``, ``"macs"``, ``"memory"`` (bytes of weights and of
             activations at their peak) or ``"channels"``: a fraction, or an amount above 1; several at once if wanted.
         importance: what a channel is worth: a name (``"l2"``, ``"taylor"``, any of `structprune.importance.CRITERIA`),
@@ -113,6 +113,17 @@ def plan(
         decision = Decision(graph, score, request)
         named = {"importance": importance if isinstance(importance, str) else repr(importance)}
         return plan_removal(graph, decision.chosen, decision.settings | named)
+
+
+def request_of(model: nn.Module, options: Options) -> Request:
+    """How much of `model` is to go, from the options of `plan`."""
+    rounding = Rounding(
+        options.get("round_to", "auto"), *_kind(prunable(model)), options.get("min_channels", 1),
+        options.get("max_ratio", 1.0),
+    )  # fmt: skip
+    return Request(
+        options.get("ratio"), options.get("target"), options.get("scope", "local"), options.get("axes"), rounding
+    )
 
 
 def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -57,6 +57,7 @@ class Decision:
         request: what is asked for.
 
     Attributes:
+        kept: how many channels each group that may be thinned keeps.
         chosen: the components that go.
         settings: what was asked for and, with a target, what is reached; plain data.
     """
@@ -87,6 +88,7 @@ class Decision:
             kept = kept_for(steps, target, self._amounts)
             found = self._amounts(kept)
             self.settings["reached"] = {name: found[name] / self._before[name] for name in target.limits}
+        self.kept = kept
         self.chosen = self._gone(kept)
 
     def _target(self, request: Request) -> Target | None:

@@ -31,7 +31,7 @@ ORDER = (
     ("planning", "optimizers"),
     ("decision", "dependency_graph"),
     ("api",),
-    ("sensitivity",),
+    ("sensitivity", "pruner"),
     ("recovery",),
     ("training", "masks"),
     ("search",),

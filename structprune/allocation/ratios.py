@@ -11,7 +11,7 @@ from structprune.errors import PinnedError, PlanError, UnknownLayerError
 from structprune.graph import ChannelGraph, Layer
 from structprune.groups import Group
 
-Ratio = float | Mapping[Layer, float]
+Ratio = float | Mapping[Layer, float] | Callable[[Group], float]
 
 
 def check_ratio(ratio: float, of: str = "ratio") -> float:
@@ -26,7 +26,7 @@ def check_ratio(ratio: float, of: str = "ratio") -> float:
 
 
 def ratio_of(graph: ChannelGraph, ratio: Ratio) -> Callable[[Group], float]:
-    """The ratio of each group.
+    """The ratio of each group; a function is asked for that of each.
 
     In a mapping, a key is a layer or a block (module or dotted name), or a pattern with ``*``; of several keys that
     match a layer the longest name counts, and names count before patterns. A layer that no key matches stays whole. A
@@ -37,6 +37,8 @@ def ratio_of(graph: ChannelGraph, ratio: Ratio) -> Callable[[Group], float]:
         PinnedError: a layer is named whose channels may not be removed.
         UnknownLayerError: a key matches nothing.
     """
+    if callable(ratio):
+        return lambda group: check_ratio(ratio(group), f"ratio of {group.name}")
     if not isinstance(ratio, Mapping):
         share = check_ratio(ratio)
         return lambda _group: share
@@ -105,8 +107,10 @@ class _Table:
                 )
 
 
-def as_json(ratio: Ratio, graph: ChannelGraph) -> float | dict[str, float]:
+def as_json(ratio: Ratio, graph: ChannelGraph) -> float | str | dict[str, float]:
     """`ratio` with names in place of modules."""
+    if callable(ratio):
+        return "a function of the group"
     if not isinstance(ratio, Mapping):
         return check_ratio(ratio)
     return {graph.path_of(key) if isinstance(key, nn.Module) else key: float(share) for key, share in ratio.items()}

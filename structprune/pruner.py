@@ -1,0 +1,155 @@
+"""`Pruner`: pruning in steps between which the model is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Unpack
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from structprune.api import Options, request_of
+from structprune.decision import Decision
+from structprune.dependency_graph import DependencyGraph
+from structprune.errors import PlanError
+from structprune.groups import Group
+from structprune.importance.base import fitted, importance_of
+from structprune.optimizers import remap_optimizer
+from structprune.plan import Plan
+from structprune.planning import plan_removal
+from structprune.tracing.trace import ExampleInputs
+
+# The share of all that is to go that is gone at the share t of the steps.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "one-shot": lambda t: 1.0,
+    "linear": lambda t: t,
+    # Zhu & Gupta, To prune, or not to prune, 2017, equation 1, from no sparsity and without their start and frequency.
+    "cubic": lambda t: 1 - (1 - t) ** 3,
+}
+Schedule = str | Callable[[float], float]
+Key = tuple[str, str, int]
+
+
+class Pruner:
+    """Prunes a model in place, step by step; train it in between.
+
+    How many channels each group keeps in the end is decided at the start, as `structprune.plan` with the same options
+    decides it; which ones go is decided anew at each step.
+
+    Args:
+        model: any ``nn.Module`` whose forward can be traced; changed in place by `step`.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
+        steps: number of steps, from 1.
+        schedule: ``"cubic"`` (most goes early), ``"linear"``, ``"one-shot"`` (all in the first step), or a function
+            from the share of the steps done, above 0 to 1, to the share of the channels gone, from 0 to 1.
+        optimizer: its state is carried along, so that training goes on as if the removed channels had never been.
+        options: those of `structprune.plan`: ``ratio``, ``target``, ``importance``, ``data``, ``scope`` and the others.
+
+    Raises:
+        PlanError: what is asked for cannot be planned.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> pruner = structprune.Pruner(model, torch.randn(1, 4), steps=4, schedule="linear", ratio=0.5)
+        >>> widths = []
+        >>> while not pruner.done:
+        ...     plan = pruner.step()  # and train for an epoch
+        ...     widths.append(model[0].out_features)
+        >>> widths
+        [14, 12, 10, 8]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        *,
+        steps: int,
+        schedule: Schedule = "cubic",
+        optimizer: Optimizer | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if steps < 1:
+            raise PlanError(f"steps is {steps}; it takes at least 1.")
+        if isinstance(schedule, str) and schedule not in SCHEDULES:
+            raise PlanError(f"schedule is {schedule!r}; it is one of {', '.join(SCHEDULES)}, or a function.")
+        self.model = model
+        self.steps = steps
+        self.taken = 0
+        self._inputs = example_inputs
+        self._schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+        self._optimizer = optimizer
+        self._options = options
+        graph, decision = self._decide(None)
+        # By group: how many channels it has before the first step and after the last.
+        self._ends = {key: (g.channels, decision.kept.get(g, g.channels)) for g, key in _keys(graph.groups()).items()}
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps were taken."""
+        return self.taken == self.steps
+
+    def step(self) -> Plan:
+        """Remove the next share of the channels.
+
+        Returns:
+            The plan that was carried out.
+
+        Raises:
+            PlanError: all steps were taken, or the schedule gives something that is no share.
+        """
+        if self.done:
+            raise PlanError(f"All {self.steps} steps were taken. Make a new Pruner to go further.")
+        share = float(self._schedule((self.taken + 1) / self.steps))
+        if not 0 <= share <= 1:
+            raise PlanError(f"The schedule gives {share} at step {self.taken + 1}; it must give shares from 0 to 1.")
+        graph, decision = self._decide(share)
+        with torch.no_grad():
+            settings = {**decision.settings, "ratio": None, "step": self.taken + 1, "share": share}
+            plan = plan_removal(graph, decision.chosen, settings)
+        plan.apply(self.model, inplace=True)
+        if self._optimizer is not None:
+            remap_optimizer(self._optimizer, plan, self.model)
+        self.taken += 1
+        return plan
+
+    def _decide(self, share: float | None) -> tuple[DependencyGraph, Decision]:
+        """The channels to remove now so that `share` of all that is to go is gone; None decides about the end."""
+        options = self._options
+        graph = DependencyGraph(
+            self.model, self._inputs, ignore=options.get("ignore", ()), outputs=options.get("outputs")
+        )
+        request = request_of(self.model, options)
+        if share is not None:
+            request = replace(request, ratio=self._ratio(graph, share), target=None, scope="local")
+        criterion = importance_of(options.get("importance", "l2"))
+        score = fitted(criterion, graph, options.get("data"), options.get("loss"), options.get("forward"))
+        with torch.no_grad():
+            return graph, Decision(graph, score, request)
+
+    def _ratio(self, graph: DependencyGraph, share: float) -> Callable[[Group], float]:
+        """The share that each group must lose now, from what it has."""
+        left: dict[Group, float] = {}
+        for group, key in _keys(graph.groups()).items():
+            start, end = self._ends.get(key, (group.channels, group.channels))
+            left[group] = min(1.0, (start - share * (start - end)) / group.channels)
+        # Sections whose numbers depend on each other lose their share together.
+        for balanced in graph.balanced():
+            members = [graph.groups()[number] for number in balanced.groups]
+            wanted = sum(left[group] * group.channels for group in members) / sum(g.channels for g in members)
+            left |= dict.fromkeys(members, wanted)
+        return lambda group: 1 - left[group]
+
+
+def _keys(groups: Iterable[Group]) -> dict[Group, Key]:
+    """Names of groups that stay the same while their channels go."""
+    seen: Counter[tuple[str, str]] = Counter()
+    keys: dict[Group, Key] = {}
+    for group in groups:
+        keys[group] = (group.name, group.axis, seen[group.name, group.axis])
+        seen[group.name, group.axis] += 1
+    return keys

@@ -1,0 +1,104 @@
+"""Pruning in steps between which the model is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.cases import Case, all_cases
+from test_controls import IDS, IMAGE, Residual, Transformer
+from torch import nn
+
+import structprune
+from structprune.errors import PlanError
+
+SECTIONS = [case for case in all_cases() if "Unit" in str(case) and "huffle" in str(case) and case.thins]
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "linear", "one-shot", lambda t: t**0.5])
+@pytest.mark.parametrize(
+    "options", [{"ratio": 0.6}, {"target": {"macs": 0.4}, "scope": "global"}], ids=["ratio", "target"]
+)
+def test_the_last_step_ends_where_one_shot_does(schedule: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    wanted = shapes(structprune.prune(model, IMAGE, **options))
+    pruner = structprune.Pruner(model, IMAGE, steps=3, schedule=schedule, **options)
+    while not pruner.done:
+        pruner.step()
+    assert shapes(model) == wanted
+
+
+def test_heads_stay_heads_in_every_step() -> None:
+    model = Transformer()
+    wanted = shapes(structprune.prune(model, IDS, ratio=0.5))
+    pruner = structprune.Pruner(model, IDS, steps=4, ratio=0.5)
+    while not pruner.done:
+        pruner.step()
+    assert shapes(model) == wanted
+
+
+@pytest.mark.parametrize("case", SECTIONS, ids=str)
+def test_groups_that_go_together(case: Case) -> None:
+    torch.manual_seed(0)
+    model = case.build()
+    wanted = shapes(structprune.prune(model, case.inputs(), ratio=0.5))
+    pruner = structprune.Pruner(model, case.inputs(), steps=2, schedule="linear", ratio=0.5)
+    while not pruner.done:
+        pruner.step()
+    assert shapes(model) == wanted
+
+
+def test_schedules_say_how_much_is_gone() -> None:
+    widths: dict[str, list[int]] = {}
+    for schedule in ("cubic", "linear", "one-shot"):
+        model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 2))
+        pruner = structprune.Pruner(model, torch.randn(1, 4), steps=4, schedule=schedule, ratio=0.5, round_to=1)
+        widths[schedule] = []
+        for _ in range(4):
+            plan = pruner.step()
+            widths[schedule].append(model[0].out_features)
+    assert widths == {"cubic": [46, 36, 33, 32], "linear": [56, 48, 40, 32], "one-shot": [32, 32, 32, 32]}
+    assert plan.settings["step"] == 4
+
+
+def test_the_optimizer_goes_on_and_the_record_is_kept() -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    pruner = structprune.Pruner(model, IMAGE, steps=2, ratio=0.5, optimizer=optimizer)
+    for _ in range(2):
+        model(IMAGE).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    for parameter in model.parameters():
+        assert optimizer.state[parameter]["momentum_buffer"].shape == parameter.shape
+    assert len(structprune.kept(model)["stem.weight"][0]) == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "at least 1"),
+        ({"steps": 2, "schedule": "slow"}, "schedule is 'slow'; it is one of one-shot, linear, cubic"),
+        ({"steps": 2, "target": {"macs": 1e-9}}, "cannot be met"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_at_the_start(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        structprune.Pruner(Residual(), IMAGE, **options)
+
+
+def test_steps_beyond_the_last_and_wrong_schedules_are_refused() -> None:
+    pruner = structprune.Pruner(Residual(), IMAGE, steps=1, ratio=0.5)
+    pruner.step()
+    with pytest.raises(PlanError, match="All 1 steps were taken"):
+        pruner.step()
+    with pytest.raises(PlanError, match=r"gives 2\.0 at step 1"):
+        structprune.Pruner(Residual(), IMAGE, steps=1, schedule=lambda t: 2.0).step()

@@ -10,6 +10,7 @@ from structprune.export import OnnxExport, export_onnx
 from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
+from structprune.latency.measure import Latency
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.pruner import Pruner
@@ -24,6 +25,7 @@ __all__ = [
     "Cost",
     "DependencyGraph",
     "Group",
+    "Latency",
     "LnNorm",
     "Member",
     "OnnxExport",

@@ -13,12 +13,15 @@ from structprune.allocation.rounding import Rounding, RoundTo
 from structprune.allocation.scopes import Scope
 from structprune.decision import Decision, Request
 from structprune.dependency_graph import DependencyGraph
+from structprune.errors import PlanError
 from structprune.graph import Layer
 from structprune.importance.base import Importance, fitted, importance_of
 from structprune.importance.data import Batches, Forward, Loss
+from structprune.latency.measure import Latency
 from structprune.plan import Plan
 from structprune.planning import plan_removal
 from structprune.surgery.verify import verify as verify_pruned
+from structprune.timed import TimedDecision
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, OutputName
 from structprune.wrapping import prunable
@@ -34,12 +37,13 @@ class Options(TypedDict, total=False):
     loss: Loss | None
     forward: Forward | None
     ignore: Iterable[Layer]
-    scope: Scope
+    scope: Scope | None
     axes: Iterable[str] | None
     round_to: RoundTo
     min_channels: int
     max_ratio: float
     outputs: Iterable[OutputName] | None
+    latency: Latency | None
 
 
 def plan(
@@ -53,12 +57,13 @@ def plan(
     loss: Loss | None = None,
     forward: Forward | None = None,
     ignore: Iterable[Layer] = (),
-    scope: Scope = "local",
+    scope: Scope | None = None,
     axes: Iterable[str] | None = None,
     round_to: RoundTo = "auto",
     min_channels: int = 1,
     max_ratio: float = 1.0,
     outputs: Iterable[OutputName] | None = None,
+    latency: Latency | None = None,
 ) -> Plan:
     """Decide which channels of `model` go; nothing is changed.
 
@@ -69,7 +74,9 @@ def plan(
             names, patterns like ``"layer3.*"``) to such shares, where what no key matches stays whole. Without a target
             it is 0.5. A function from a `Group` to a share is a ratio too.
         target: instead of a ratio, what is to remain of ``"params"``, ``"macs"``, ``"memory"`` (bytes of weights and of
-            activations at their peak) or ``"channels"``: a fraction, or an amount above 1; several at once if wanted.
+            activations at their peak), ``"channels"`` or ``"latency"``: a fraction, or an amount above 1; several at
+            once if wanted. Latency is measured: a fraction of the time that the model takes on the example inputs, or
+            milliseconds; see `latency`.
         importance: what a channel is worth: a name (``"l2"``, ``"taylor"``, any of `structprune.importance.CRITERIA`),
             an object of `structprune.importance`, or a callable that gives scores (see
             `structprune.importance.base.Importance`).
@@ -80,7 +87,9 @@ def plan(
             a dict of keyword arguments.
         ignore: layers (modules or dotted names) to leave whole.
         scope: ``"local"``: each group loses the ratio; ``"global"``: all compete; ``"isomorphic"``: groups of the same
-            structure compete; or sets of layer names or patterns: the layers of a set compete.
+            structure compete; or sets of layer names or patterns: the layers of a set compete; or a
+            `structprune.Sensitivity`. By default ``"local"``, with a target of latency ``"global"``: there, and with a
+            sensitivity, what is lost is weighed against the time that is saved.
         axes: which kinds of channels may go: any of ``"hidden"`` (the width of a residual stream), ``"mlp"``,
             ``"channels"`` (of convolutions inside a block), ``"heads"``, ``"head_size"``, ``"experts"``. By default
             all, but of heads and head size only the one that comes nearer to the ratio.
@@ -90,6 +99,9 @@ def plan(
         max_ratio: no group loses a greater share of its channels.
         outputs: names (keys, attributes or positions, dotted if nested) of the outputs that must keep their shape; the
             others may lose channels. By default all keep it.
+        latency: where and how the time is measured for a target of latency: `structprune.Latency`; by default in eager
+            mode where the example inputs are. Widths are then rounded to the steps in which the operations' time
+            falls. ``plan.settings["latency"]`` tells what was predicted and measured, and whether the target is met.
 
     Raises:
         PlanError: what is asked for cannot be planned.
@@ -105,12 +117,20 @@ def plan(
     """
     criterion = importance_of(importance)
     rounding = Rounding(round_to, *_kind(prunable(model)), min_channels, max_ratio)
+    timed = target is not None and "latency" in target
+    if latency is not None and not timed:
+        raise PlanError("latency says how time is measured, but no target asks for it: target={'latency': 0.5}, say.")
+    if scope is None:
+        scope = "global" if timed else "local"
     request = Request(ratio, target, scope, axes, rounding)
     with collection_paused():
         graph = DependencyGraph(model, example_inputs, ignore=ignore, outputs=outputs)
     score = fitted(criterion, graph, data, loss, forward)
     with collection_paused(), torch.no_grad():
-        decision = Decision(graph, score, request)
+        if timed:
+            decision = TimedDecision(graph, score, request, latency or Latency())
+        else:
+            decision = Decision(graph, score, request)
         named = {"importance": importance if isinstance(importance, str) else repr(importance)}
         return plan_removal(graph, decision.chosen, decision.settings | named)
 
@@ -152,7 +172,8 @@ def prune(
         inplace: change `model` itself and return it.
         verify: compare the result with the original whose removed channels are switched off; costs two forwards.
         options: those of `plan`: ``ratio``, ``target``, ``importance``, ``data``, ``loss``, ``forward``, ``ignore``,
-            ``scope``, ``axes``, ``round_to``, ``min_channels``, ``max_ratio``, ``outputs``.
+            ``scope``, ``axes``, ``round_to``, ``min_channels``, ``max_ratio``, ``outputs``,
+            ``latency``.
 
     Raises:
         PlanError: what is asked for cannot be planned.

@@ -23,7 +23,7 @@ from structprune.wrapping import prunable
 Count = Callable[[Row], int]
 
 # Results that share the memory of their first argument.
-_VIEWS = frozenset({
+VIEWS = frozenset({
     "view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "unsqueeze", "squeeze", "getitem",
     "select", "narrow", "chunk", "split", "unbind", "expand", "T", "mT", "t", "detach", "part", "contiguous",
     "view_as", "expand_as", "python.split", "split_with_sizes", "dropout",
@@ -135,7 +135,7 @@ def _peak(recorded: Trace, channels: Channels, count: Count) -> int:
         if node.meta["name"] in ("parameter", "constant"):
             continue
         inputs = [owner[n] for n in node.all_input_nodes if n in owner]
-        shares = (node.meta["name"] in _VIEWS or "writes" in node.meta) and inputs
+        shares = (node.meta["name"] in VIEWS or "writes" in node.meta) and inputs
         owner[node] = inputs[0] if shares else node
         for root in (*inputs, owner[node]):
             last[root] = index

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
 
 from structprune.allocation.factors import check_axes, thinned_groups
+from structprune.allocation.knapsack import Knapsack, Piece
 from structprune.allocation.ratios import Ratio, as_json, ratio_of
 from structprune.allocation.rounding import Rounding
-from structprune.allocation.scopes import Curves, Scope, Unit, check_scope, steps_of
+from structprune.allocation.scopes import Curves, Scope, Steps, Unit, check_scope, lost, steps_of
 from structprune.allocation.scopes import as_json as scope_as_json
 from structprune.allocation.targets import Kept, Target, amounts, kept_for, target_of
 from structprune.channels.relations import Ids
@@ -20,6 +21,9 @@ from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores
+from structprune.latency.predict import Moved, TimeModel
+from structprune.latency.specs import Use
+from structprune.latency.widths import Widths
 from structprune.planning import tensors_of
 
 
@@ -55,6 +59,7 @@ class Decision:
         graph: the coupled channels.
         score: what a channel is worth.
         request: what is asked for.
+        time: predicts the time of the network, for a target of latency.
 
     Attributes:
         kept: how many channels each group that may be thinned keeps.
@@ -62,9 +67,12 @@ class Decision:
         settings: what was asked for and, with a target, what is reached; plain data.
     """
 
-    def __init__(self, graph: ChannelGraph, score: Importance, request: Request) -> None:
+    def __init__(
+        self, graph: ChannelGraph, score: Importance, request: Request, time: TimeModel | None = None
+    ) -> None:
         self._graph = graph
         self._score = score
+        self._time = time
         self._tensors = tensors_of(graph)
         self._order: dict[Group, Ids] = {}
         self._scores: dict[Group, np.ndarray] = {}
@@ -75,12 +83,19 @@ class Decision:
         else:
             guess = _guess(target, self._before)
             ratio = ratio_of(graph, guess)
-        feasible = {g: request.rounding.feasible(g, graph.roles, graph.bounds(g)) for g in graph.groups()}
+        measured = [None] * len(graph.groups()) if time is None else time.steps(Widths(graph, graph.groups()))
+        feasible = {
+            group: request.rounding.feasible(group, graph.roles, graph.bounds(group), step)
+            for group, step in zip(graph.groups(), measured, strict=True)
+        }
         groups = thinned_groups(graph, ratio, feasible, check_axes(request.axes))
         if request.scope != "local":
             self._rank(groups)
         units = _units(graph, groups, feasible)
-        steps = steps_of(units, self._scores, request.scope, graph.roles, apart=ratio)
+        if time is not None and (request.scope == "global" or isinstance(request.scope, Curves)):
+            steps = self._by_time(units, request.scope, time)
+        else:
+            steps = steps_of(units, self._scores, request.scope, graph.roles, apart=ratio)
         if target is None:
             kept = steps.kept_at(ratio)
         else:
@@ -96,6 +111,20 @@ class Decision:
             return None
         self._before = self._amounts({})
         return target_of(request.target, self._before)
+
+    def _by_time(self, units: Sequence[Unit], scope: Scope, time: TimeModel) -> Steps:
+        """The steps in the order that loses least importance for the time that it saves."""
+
+        def loss(group: Group, counts: np.ndarray) -> np.ndarray:
+            if isinstance(scope, Curves):
+                return scope.depth(group, counts[-2::-1])
+            return np.cumsum(lost(self._scores[group], np.diff(counts)[::-1], relative=True))
+
+        losses = [
+            np.sum([loss(group, unit.counts[:, i]) for i, group in enumerate(unit.groups)], axis=0) for unit in units
+        ]
+        groups = [group for unit in units for group in unit.groups]
+        return Knapsack(units, losses, _pieces(time, Widths(self._graph, groups))).steps()
 
     def _rank(self, groups: Iterable[Group]) -> None:
         for group in groups:
@@ -113,11 +142,33 @@ class Decision:
         return np.concatenate([np.zeros(0, dtype=np.int64), *gone])
 
     def _amounts(self, kept: Kept) -> dict[str, float]:
-        dead = np.zeros(self._graph.components.count, dtype=bool)
-        dead[self._gone(kept)] = True
-        count = self._graph.counter(self._graph.components.closure(dead))
+        count = self._graph.counter(self._graph.dead(self._gone(kept)))
         cost = count_cost(self._graph.model, self._graph.trace, self._graph.channels, count)
-        return amounts(cost, sum(kept.get(group, group.channels) for group in self._graph.groups()))
+        found = amounts(cost, sum(kept.get(group, group.channels) for group in self._graph.groups()))
+        if self._time is not None:
+            thinned = any(number < group.channels for group, number in kept.items())
+            measured = None if thinned else self._time.whole
+            found["latency"] = 1e3 * (measured or self._time.seconds(count))
+        return found
+
+
+def _pieces(time: TimeModel, widths: Widths) -> list[Piece]:
+    """What takes time, each with the groups that it follows; what follows none is left out."""
+
+    def piece(part: Use | Moved) -> Piece | None:
+        rows = part.rows if isinstance(part, Moved) else [row for held in part.rows.values() for row in held]
+        groups = widths.groups_of(rows)
+        known: dict[tuple[float, ...], float] = {}
+
+        def seconds(shares: list[float]) -> float:
+            key = tuple(shares[group] for group in groups)
+            if key not in known:
+                known[key] = time.share(part, widths.counter(shares))
+            return known[key]
+
+        return Piece(groups, seconds) if groups else None
+
+    return [found for part in time.parts if (found := piece(part)) is not None]
 
 
 def _units(graph: ChannelGraph, groups: Iterable[Group], feasible: Mapping[Group, np.ndarray]) -> list[Unit]:

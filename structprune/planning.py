@@ -40,9 +40,7 @@ def plan_removal(
     Raises:
         PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
     """
-    dead = np.zeros(graph.components.count, dtype=bool)
-    dead[chosen] = True
-    dead = graph.components.closure(dead)
+    dead = graph.dead(chosen)
     count = graph.counter(dead)
     thinnings = _thinnings(graph, dead)
     values = graph.check(dead)

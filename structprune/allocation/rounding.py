@@ -54,23 +54,28 @@ class Rounding:
         if not 0 <= self.max_ratio <= 1:
             raise PlanError(f"max_ratio is {self.max_ratio}; it is a share of the channels, from 0 to 1.")
 
-    def feasible(self, group: Group, roles: Roles, bounds: tuple[int, int] = (1, 1)) -> np.ndarray:
+    def feasible(
+        self, group: Group, roles: Roles, bounds: tuple[int, int] = (1, 1), measured: int | None = None
+    ) -> np.ndarray:
         """The numbers of channels that `group` may keep, ascending; all of them is always one.
 
-        `bounds` are the least number that the forward allows, and what it must be a multiple of.
+        `bounds` are the least number that the forward allows, and what it must be a multiple of. `measured` is the step
+        of the layers' widths in which their time falls, if that was measured; it takes the place of ``"auto"``.
         """
         size = group.channels
-        step = lcm(self.step(group, roles), bounds[1])
+        step = lcm(self.step(group, roles, measured), bounds[1])
         least = max(bounds[0], self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
         found = np.arange(step, size, step)
         return np.append(found[found >= least], size)
 
-    def step(self, group: Group, roles: Roles) -> int:
-        """How many channels of `group` must go at a time."""
+    def step(self, group: Group, roles: Roles, measured: int | None = None) -> int:
+        """How many channels of `group` must go at a time; see `feasible`."""
         repeats = [_repeat(member, group.channels) for member in _widths(group, roles)]
         if group.axis == "head_size":
             repeats.append(1)  # the size itself is what attention sums over
-        if self.round_to == "auto":
+        if self.round_to == "auto" and measured is not None:
+            multiple = measured
+        elif self.round_to == "auto":
             width = group.channels * min(repeats, default=1)
             multiple = min(self._fast(), 1 << max(0, (width // FINEST).bit_length() - 1))
         else:

@@ -171,7 +171,7 @@ def _ranked(units: list[Unit], scores: Mapping[Group, np.ndarray], scope: object
         worth = [np.arange(len(sizes[0]), dtype=float)]
     else:
         worth = [
-            sum((_lost(scores[g], unit.going[:, i], scope != "isomorphic") for i, g in enumerate(unit.groups)), 0.0)
+            sum((lost(scores[g], unit.going[:, i], scope != "isomorphic") for i, g in enumerate(unit.groups)), 0.0)
             / size
             for unit, size in zip(units, sizes, strict=True)
         ]
@@ -182,7 +182,7 @@ def _ranked(units: list[Unit], scores: Mapping[Group, np.ndarray], scope: object
     return owner[order], share
 
 
-def _lost(scores: np.ndarray, going: np.ndarray, relative: bool) -> np.ndarray:
+def lost(scores: np.ndarray, going: np.ndarray, relative: bool) -> np.ndarray:
     """The sum of the scores of the channels that each step takes, the least important ones first."""
     ordered = np.sort(scores)
     if relative and (mean := float(ordered.mean())):

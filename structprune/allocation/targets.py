@@ -13,7 +13,7 @@ from structprune.cost import Cost
 from structprune.errors import PlanError
 from structprune.groups import Group
 
-TARGETS = ("channels", "params", "macs", "memory")
+TARGETS = ("channels", "params", "macs", "memory", "latency")
 # A plan that comes so near to the target is taken as it stands, with steps of equal depth taken together.
 CLOSE = 0.01
 ATTEMPTS = 6
@@ -27,7 +27,7 @@ class Target:
 
     Attributes:
         limits: by name of `TARGETS`, the greatest amount that may remain: parameters, multiply-accumulates, bytes of
-            weights and of activations at their peak, or channels over all groups.
+            weights and of activations at their peak, channels over all groups, or milliseconds.
     """
 
     limits: Mapping[str, float]
@@ -38,7 +38,7 @@ class Target:
 
 
 def amounts(cost: Cost, channels: int) -> dict[str, float]:
-    """What there is of each of `TARGETS`."""
+    """What there is of each of `TARGETS` that can be counted."""
     return {
         "channels": float(channels),
         "params": float(cost.params),
@@ -57,6 +57,8 @@ def target_of(target: Mapping[str, float], before: Amounts) -> Target:
     for name, amount in target.items():
         if name not in TARGETS:
             raise PlanError(f"target names {name!r}; known are {', '.join(TARGETS)}.")
+        if name not in before:
+            raise PlanError(f"target[{name!r}] is to be measured, and no measurements are given; use structprune.plan.")
         if not isinstance(amount, (int, float)) or not amount > 0:
             raise PlanError(f"target[{name!r}] is {amount!r}; give what is to remain: a fraction, or a number above 1.")
         limits[name] = amount * before[name] if amount <= 1 else float(amount)
@@ -87,7 +89,8 @@ def kept_for(steps: Steps, target: Target, measure: Callable[[Kept], Amounts]) -
     nothing = np.zeros(len(order), dtype=bool)
     if miss(~nothing) > 0:
         found = measure(steps.kept(~nothing))
-        reached = ", ".join(f"{name} {found[name]:,.0f} of at most {most:,.0f}" for name, most in target.limits.items())
+        limits = target.limits.items()
+        reached = ", ".join(f"{name} {_number(found[name])} of at most {_number(most)}" for name, most in limits)
         raise PlanError(
             f"The target cannot be met: with all that may go gone there remain {reached}. Allow more to go."
         )
@@ -95,10 +98,12 @@ def kept_for(steps: Steps, target: Target, measure: Callable[[Kept], Amounts]) -
     best = steps.depth <= depths[_first(len(depths) - 1, lambda n: miss(steps.depth <= depths[n]) <= 0)]
     base, rest = nothing, order
     for _ in range(ATTEMPTS):
-        if miss(best) >= -CLOSE:
+        if miss(best) >= -CLOSE or not best.any():
             break
         count = _first(len(rest), partial(lambda base, rest, n: miss(after(base, rest[:n])) <= 0, base, rest))
         best = max(best, after(base, rest[:count]), key=miss)
+        if not count:
+            break
         # The last step went too far: leave it out, with what would follow it in its group, and take others.
         culprit = steps.owner[rest[count - 1]]
         base = after(base, rest[: count - 1])
@@ -106,6 +111,10 @@ def kept_for(steps: Steps, target: Target, measure: Callable[[Kept], Amounts]) -
         if miss(after(base, rest)) > 0:
             break
     return steps.kept(best)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _first(count: int, met: Callable[[int], bool]) -> int:

@@ -64,21 +64,21 @@ def benchmark(
         (['wide', 'narrow'], 8)
     """
     _validate(models, backends, runs=runs, warmup=warmup, threads=threads)
-    where = torch.device(device) if device is not None else _device_of(example_inputs)
+    where = torch.device(device) if device is not None else device_of(example_inputs)
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), example_inputs)
     if batch_size is not None:
         inputs = resize_batch(inputs, batch_size)
     placed = {name: _placed(model, where) for name, model in models.items()}
     timings: list[Timing] = []
-    with evaluating(*placed.values()), _threads(threads) as count, tempfile.TemporaryDirectory() as folder:
+    with evaluating(*placed.values()), threads_set(threads) as count, tempfile.TemporaryDirectory() as folder:
         for backend in backends:
             calls: dict[str, Call] = {}
             for index, (name, model) in enumerate(placed.items()):
                 own = Path(folder) / f"{backend}-{index}"
                 own.mkdir()
                 calls[name] = BACKENDS[backend](model, inputs, where, count, own)
-            clock = _cuda_clock if where.type == "cuda" and backend != "onnxruntime" else _wall_clock
-            seconds = _interleaved(calls, clock, where, runs=runs, warmup=warmup)
+            clock = clock_of(backend, where)
+            seconds = interleaved(calls, clock, where, runs=runs, warmup=warmup)
             timings += [Timing(model=name, backend=backend, seconds=tuple(seconds[name])) for name in calls]
     return Benchmark(timings=tuple(timings), device=str(where), threads=count, batch_size=batch_size_of(inputs))
 
@@ -97,7 +97,8 @@ def _validate(
             raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
-def _device_of(example_inputs: ExampleInputs) -> torch.device:
+def device_of(example_inputs: ExampleInputs) -> torch.device:
+    """Where the inputs are: the device of the first tensor."""
     found = tensors(as_call(example_inputs))
     return found[0].device if found else torch.device("cpu")
 
@@ -111,7 +112,7 @@ def _placed(model: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(model).to(device)
 
 
-def _interleaved(
+def interleaved(
     calls: Mapping[str, Call],
     clock: Callable[[Call, torch.device], float],
     device: torch.device,
@@ -129,6 +130,11 @@ def _interleaved(
             for name, call in calls.items():
                 seconds[name].append(clock(call, device))
     return seconds
+
+
+def clock_of(backend: str, device: torch.device) -> Callable[[Call, torch.device], float]:
+    """What times a call of this backend: events on the stream for torch on CUDA, else the wall clock."""
+    return _cuda_clock if device.type == "cuda" and backend != "onnxruntime" else _wall_clock
 
 
 def _wall_clock(call: Call, device: torch.device) -> float:
@@ -157,7 +163,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Generator[int]:
+def threads_set(count: int | None) -> Generator[int]:
     """Let torch use so many threads; yields how many it uses."""
     before = torch.get_num_threads()
     try:

@@ -1,0 +1,209 @@
+"""Timing operations in ONNX Runtime: many at once in one file, each read off the profile by itself.
+
+A convolution that stands alone pays for turning its input into the blocked layout and its output back, which inside a
+network it does not. In the profile these are nodes of their own, so they are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from structprune.errors import PlanError
+from structprune.latency.eager import QUANTILE, Point, shapes
+from structprune.latency.specs import TRANSPOSED, OpSpec
+from structprune.onnx_file import require
+
+OPSET, IR = 18, 9
+# Weights lie in the file, which a protobuf bounds; so many bytes go into one.
+FILE_BYTES = 200_000_000
+FILE_POINTS = 160
+# Nodes are named after the point that they belong to; ONNX Runtime names a node that it makes after its output.
+_OURS = re.compile(r"^p(\d+)_.*_kernel_time$")
+
+
+def time_onnxruntime(points: Sequence[Point], threads: int, runs: int, seconds: float) -> list[float]:
+    """The time of each point in seconds on the CPU.
+
+    Args:
+        points: operations and widths.
+        threads: how many threads an operation may use.
+        runs: how often each runs after one run that does not count.
+        seconds: once so much time is spent, three runs of each are enough.
+
+    Raises:
+        MissingExtraError: onnx or onnxruntime is not installed.
+        PlanError: ONNX Runtime does not know the type of an operation's tensors.
+    """
+    found: list[float] = []
+    pieces = _pieces(points)
+    for piece in pieces:
+        found += _time_piece(piece, threads, runs, seconds * len(piece) / max(1, len(points)))
+    return found
+
+
+def _pieces(points: Sequence[Point]) -> list[list[Point]]:
+    pieces: list[list[Point]] = [[]]
+    size = 0
+    for spec, widths in points:
+        bytes_ = 4 * prod(shapes(spec, widths)[1])
+        if pieces[-1] and (size + bytes_ > FILE_BYTES or len(pieces[-1]) >= FILE_POINTS):
+            pieces.append([])
+            size = 0
+        pieces[-1].append((spec, widths))
+        size += bytes_
+    return [piece for piece in pieces if piece]
+
+
+class _File:
+    """An ONNX file in the making, with a node or a few for each point."""
+
+    def __init__(self) -> None:
+        self._onnx = require("onnx")
+        self.nodes: list[Any] = []
+        self.weights: list[Any] = []
+        self.inputs: dict[str, tuple[int, tuple[int, ...], Any]] = {}
+        self.outputs: list[Any] = []
+
+    def input(self, position: int, shape: tuple[int, ...], dtype: Any) -> str:
+        """An input of the file; points whose operand has the same shape share it."""
+        name = f"x{position}_{np.dtype(dtype).name}_" + "x".join(map(str, shape))
+        self.inputs[name] = position, shape, dtype
+        return name
+
+    def weight(self, name: str, shape: tuple[int, ...], dtype: Any) -> str:
+        """A constant of the file."""
+        self.weights.append(self._onnx.numpy_helper.from_array(_numbers(prod(shape), dtype).reshape(shape), name))
+        return name
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """An operation, named after its output."""
+        made = self._onnx.helper.make_node(op, inputs, [output], name=output, **attributes)
+        self.nodes.append(made)
+        return output
+
+    def bytes(self) -> bytes:
+        """The file."""
+        helper = self._onnx.helper
+        kinds = {name: helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) for name, (_, _, dtype) in self.inputs.items()}
+        inputs = [helper.make_tensor_value_info(n, kinds[n], shape) for n, (_, shape, _) in self.inputs.items()]
+        graph = helper.make_graph(self.nodes, "operations", inputs, self.outputs, self.weights)
+        opset = helper.make_opsetid("", OPSET)
+        return helper.make_model(graph, opset_imports=[opset], ir_version=IR).SerializeToString()
+
+    def result(self, name: str, dtype: Any) -> None:
+        """Something small that depends on all of `name`, so that it is computed and need not be kept."""
+        out = f"r{len(self.outputs)}"
+        self.nodes.append(self._onnx.helper.make_node("ReduceMax", [name], [out], name=out, keepdims=0))
+        kind = self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self.outputs.append(self._onnx.helper.make_tensor_value_info(out, kind, None))
+
+
+def _numbers(count: int, dtype: Any) -> Any:
+    return ((np.arange(count) % 13 - 6) / 8).astype(dtype)
+
+
+def _dtype(spec: OpSpec) -> Any:
+    if spec.dtype not in ("float16", "float32", "float64"):
+        raise PlanError(
+            f"ONNX Runtime cannot be timed with {spec.dtype}; convert the model and the inputs to float32 or float16."
+        )
+    return np.dtype(spec.dtype).type
+
+
+def _add(file: _File, number: int, point: Point) -> None:
+    spec, widths = point
+    dtype, dims, name = _dtype(spec), shapes(spec, widths), f"p{number}_"
+    x = file.input(0, dims[0], dtype)
+    if spec.kind == "matmul":
+        right = _transposed(dims[1]) if spec.option("weight") else dims[1]
+        w = file.weight(f"w{number}", right, dtype) if spec.option("weight") else file.input(1, right, dtype)
+        y = file.node("MatMul", [x, w], f"{name}y")
+    elif spec.kind == "attention":
+        key, value = file.input(1, _transposed(dims[1]), dtype), file.input(2, dims[2], dtype)
+        scores = file.node("MatMul", [x, key], f"{name}scores")
+        shares = file.node("Softmax", [scores], f"{name}shares", axis=-1)
+        y = file.node("MatMul", [shares, value], f"{name}y")
+    else:
+        w = file.weight(f"w{number}", dims[1], dtype)
+        op = "ConvTranspose" if spec.kind in TRANSPOSED else "Conv"
+        y = file.node(op, [x, w], f"{name}y", **_attributes(spec, widths))
+        y = file.node("GlobalAveragePool", [y], f"g{number}")  # in the blocked layout, so that nothing is turned back
+    file.result(y, dtype)
+
+
+def _transposed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return *shape[:-2], shape[-1], shape[-2]
+
+
+def _attributes(spec: OpSpec, widths: tuple[int, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "group": spec.at(widths)["groups"],
+        "strides": list(spec.option("stride")),
+        "dilations": list(spec.option("dilation")),
+    }
+    padding = spec.option("padding")
+    if padding == "same":
+        found["auto_pad"] = "SAME_LOWER"
+    elif padding != "valid":
+        found["pads"] = [*padding, *padding]
+    if spec.kind in TRANSPOSED:
+        found["output_padding"] = list(spec.option("output_padding"))
+    return found
+
+
+def _time_piece(points: Sequence[Point], threads: int, runs: int, seconds: float) -> list[float]:
+    runtime = require("onnxruntime")
+    file = _File()
+    for number, point in enumerate(points):
+        _add(file, number, point)
+    room: dict[tuple[int, Any], int] = {}
+    for position, shape, dtype in file.inputs.values():
+        room[position, dtype] = max(room.get((position, dtype), 0), prod(shape))
+    numbers = {key: _numbers(count, key[1]) for key, count in room.items()}
+    feed = {n: numbers[i, dtype][: prod(shape)].reshape(shape) for n, (i, shape, dtype) in file.inputs.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        options = runtime.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = runtime.InferenceSession(file.bytes(), options, providers=["CPUExecutionProvider"])
+        began = time.perf_counter()
+        for number in range(runs + 1):
+            session.run(None, feed)
+            if number >= 3 and time.perf_counter() - began > seconds:
+                break
+        profile = json.loads(Path(session.end_profiling()).read_text())
+    return read_profile(profile, len(points))
+
+
+def read_profile(events: Sequence[Any], points: int) -> list[float]:
+    """Seconds of each point, from the events of a profile: its nodes' durations (in microseconds) added up run by run.
+
+    Raises:
+        PlanError: a point does not appear, so ONNX Runtime names its nodes in a way that is not known here.
+    """
+    nodes: list[dict[str, list[float]]] = [{} for _ in range(points)]
+    for event in events:
+        hit = _OURS.match(event.get("name", "")) if event.get("cat") == "Node" else None
+        if hit and not event["args"]["op_name"].startswith("Reorder"):
+            nodes[int(hit[1])].setdefault(event["name"], []).append(float(event["dur"]))
+    found: list[float] = []
+    for number, durations in enumerate(nodes):
+        if not durations:
+            raise PlanError(
+                f"ONNX Runtime's profile does not tell the time of operation {number}. Use backend='eager' and report "
+                "the version of onnxruntime."
+            )
+        total = np.sum([each[1:] or each for each in durations.values()], axis=0)  # the first run warms up
+        found.append(float(np.quantile(total, QUANTILE)) * 1e-6)
+    return found

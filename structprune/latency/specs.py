@@ -1,0 +1,230 @@
+"""The operations of a trace that take the time: what each is, and which channels its sizes follow.
+
+Convolutions (plain, grouped, depthwise, transposed), matrix products and attention are operations of their own in the
+table. Operations that are alike are one entry, however many layers they stand for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from structprune.channels.propagate import Channels
+from structprune.channels.relations import Row
+from structprune.tracing.provenance import plain
+from structprune.tracing.trace import Trace
+
+Count = Callable[[Row], int]
+Rows = tuple[Row, ...]
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")
+_NAMES = {
+    **dict.fromkeys(CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
+    **dict.fromkeys(
+        TRANSPOSED, ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    ),
+}
+# A table has two axes at most; what else changes counts in proportion.
+MOST_AXES = 2
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operation at its full size.
+
+    Attributes:
+        kind: ``"conv2d"`` and its like, ``"matmul"`` or ``"attention"``.
+        sizes: name and length of each of its dimensions. Convolutions: ``n``, ``in`` and ``out`` (channels of a
+            group), ``groups``, ``x0``, ``x1``, ... (the image) and ``k0``, ... (the kernel). Products: ``batch``,
+            ``rows``, ``in``, ``out``. Attention: ``batch``, ``heads``, ``query``, ``key``, ``size``, ``value``.
+        axes: the dimensions that pruning can change and that the table runs over.
+        options: other arguments, such as the stride; ``weight`` is true for a product with a parameter.
+        dtype: type of its tensors, such as ``"float32"``.
+    """
+
+    kind: str
+    sizes: tuple[tuple[str, int], ...]
+    axes: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    dtype: str = "float32"
+
+    @cached_property
+    def full(self) -> dict[str, int]:
+        """The sizes as a mapping."""
+        return dict(self.sizes)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The full length of each axis."""
+        return tuple(self.full[axis] for axis in self.axes)
+
+    def at(self, widths: tuple[int, ...]) -> dict[str, int]:
+        """The sizes when the axes have these lengths."""
+        return self.full | dict(zip(self.axes, widths, strict=True))
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """One of the other arguments."""
+        return dict(self.options).get(name, default)
+
+    @property
+    def key(self) -> str:
+        """A text that is equal for equal operations; keys of the table's file."""
+        return json.dumps([self.kind, dict(self.sizes), list(self.axes), dict(self.options), self.dtype])
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """An operation of the trace.
+
+    Attributes:
+        node: the node of the trace.
+        spec: what it is at full size.
+        rows: for each dimension of the specification that channels may leave, the rows whose counts it multiplies.
+    """
+
+    node: fx.Node
+    spec: OpSpec
+    rows: Mapping[str, Rows]
+
+    def sizes(self, count: Count) -> dict[str, int]:
+        """Lengths of its dimensions when `count` gives the living channels of each row."""
+        return self.spec.full | {name: prod(count(row) for row in rows) for name, rows in self.rows.items()}
+
+    def point(self, count: Count) -> tuple[tuple[int, ...], float]:
+        """The place in the table, and by what the time found there is to be multiplied."""
+        full, now = self.spec.full, self.sizes(count)
+        scale = 1.0
+        for name in now:
+            if name not in self.spec.axes:
+                scale *= now[name] / full[name]
+        return tuple(now[axis] for axis in self.spec.axes), scale
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped(Use):
+    """A convolution in groups of several channels, of which some may go from every group alike, or whole groups.
+
+    Attributes:
+        side: the side of which the weight's second dimension holds a group's channels: ``"out"`` if transposed.
+        each: that dimension.
+    """
+
+    side: str
+    each: Row
+
+    def sizes(self, count: Count) -> dict[str, int]:
+        """As of any use; there are as many groups as a group's channels go into those of that side."""
+        found = Use.sizes(self, count)
+        groups = max(1, found[self.side] // max(1, count(self.each)))
+        return found | {"groups": groups, "in": found["in"] // groups, "out": found["out"] // groups}
+
+
+def _rows(channels: Channels, node: fx.Node) -> Rows:
+    return channels.rows[node.meta["index"]]
+
+
+def _tensors(node: fx.Node) -> list[Any]:
+    found: list[Any] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _lengths(rows: Rows) -> int:
+    return prod(row.size for row in rows)
+
+
+def _tuple(value: Any, dims: int) -> Any:
+    """An option of a convolution as a tuple of one int a spatial dimension; names of paddings as they are."""
+    if isinstance(value, str):
+        return value
+    items = [int(plain(v)) for v in value] if isinstance(value, (tuple, list)) else [int(plain(value))]
+    return tuple(items * dims if len(items) == 1 else items)
+
+
+def _use(kind: str, rows: Mapping[str, Rows], wanted: tuple[str, ...], node: fx.Node, **more: Any) -> Use:
+    """A use whose axes are the first of `wanted` that channels can leave."""
+    free = {name: held for name, held in rows.items() if any(row.free for row in held)}
+    axes = tuple(name for name in wanted if name in free)[:MOST_AXES]
+    sizes = {name: _lengths(held) for name, held in rows.items()} | more.pop("sizes", {})
+    dtype = str(node.meta.get("dtype", torch.float32)).removeprefix("torch.")
+    return Use(node, OpSpec(kind, tuple(sizes.items()), axes, tuple(more.items()), dtype), free)
+
+
+def _convolution(node: fx.Node, channels: Channels) -> Use:
+    kind = node.meta["name"]
+    given: dict[str, Any] = {**dict(zip(_NAMES[kind], node.args, strict=False)), **node.kwargs}
+    x, weight, out = (_rows(channels, n) for n in (given["input"], given["weight"], node))
+    dims = len(weight) - 2
+    transposed = kind in TRANSPOSED
+    options = {
+        "stride": _tuple(given.get("stride", 1), dims),
+        "padding": _tuple(given.get("padding", 0), dims),
+        "dilation": _tuple(given.get("dilation", 1), dims),
+    }
+    if transposed:
+        options["output_padding"] = _tuple(given.get("output_padding", 0), dims)
+    inputs, outputs = x[-dims - 1], out[-dims - 1]
+    groups = int(plain(given.get("groups", 1)))
+    rows: dict[str, Rows] = {"n": x[:1] if len(x) == dims + 2 else (), "in": (inputs,), "out": (outputs,)}
+    sizes = {"groups": groups, "in": inputs.size // groups, "out": outputs.size // groups}
+    sizes |= {f"x{i}": row.size for i, row in enumerate(x[-dims:])}
+    sizes |= {f"k{i}": row.size for i, row in enumerate(weight[2:])}
+    if groups > 1 and groups == inputs.size:  # depthwise: channels are groups, and come and go with them
+        rows = {"n": rows["n"], "groups": (inputs,)}
+    use = _use(kind, rows, ("groups",) if "groups" in rows else ("out", "in"), node, sizes=sizes, **options)
+    if groups == 1 or "groups" in rows:
+        return use
+    return Grouped(node, use.spec, use.rows, "out" if transposed else "in", weight[1])
+
+
+def _product(node: fx.Node, channels: Channels) -> Use | None:
+    inputs = _tensors(node)
+    left, right = inputs[-2:] if node.meta["name"] in ("addmm", "baddbmm") else inputs[:2]
+    x, out = _rows(channels, left), _rows(channels, node)
+    if len(x) < 2 or len(_rows(channels, right)) < 2:
+        return None
+    weight = right.meta["name"] == "parameter" or node.meta["name"] in ("linear", "addmm", "mm")
+    if weight:
+        rows: dict[str, Rows] = {"rows": x[:-1], "in": x[-1:], "out": out[-1:]}
+    else:
+        rows = {"batch": out[:-2], "rows": out[-2:-1], "in": x[-1:], "out": out[-1:]}
+    return _use("matmul", rows, ("out", "in", "batch", "rows"), node, weight=weight)
+
+
+def _attention(node: fx.Node, channels: Channels) -> Use:
+    query, key, value = (_rows(channels, n) for n in _tensors(node)[:3])
+    rows: dict[str, Rows] = {
+        "batch": query[:1] if len(query) > 3 else (),
+        "heads": query[1:-2] if len(query) > 3 else query[:-2],
+        "query": query[-2:-1],
+        "key": key[-2:-1],
+        "size": query[-1:],
+        "value": value[-1:],
+    }
+    causal = bool(node.kwargs.get("is_causal", node.args[5] if len(node.args) > 5 else False))
+    return _use("attention", rows, ("heads", "size"), node, causal=causal)
+
+
+def uses(recorded: Trace, channels: Channels) -> list[Use]:
+    """The operations of a trace that the table holds, in order."""
+    found: list[Use] = []
+    for node in recorded.nodes:
+        name = node.meta["name"]
+        use: Use | None = None
+        if name in CONVOLUTIONS or name in TRANSPOSED:
+            use = _convolution(node, channels)
+        elif name in PRODUCTS:
+            use = _product(node, channels)
+        elif name == "scaled_dot_product_attention":
+            use = _attention(node, channels)
+        if use is not None:
+            found.append(use)
+    return found

@@ -1,0 +1,83 @@
+"""Counts of channels while widths are still being chosen: how each row follows from the shares that groups keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from structprune.channels.relations import Row
+from structprune.graph import ChannelGraph
+from structprune.groups import Group
+
+# So many channels of a row live while channels of these groups (by number) live.
+Term = tuple[int, tuple[int, ...]]
+
+
+class Widths:
+    """Rows as sums of products of the shares that groups keep.
+
+    A row of a residual stream follows one group, one behind a concatenation several side by side; of a grid (heads x
+    head size) it follows the product of both. Which channels go is not asked, so a row of a grid that loses channels
+    unevenly is told only nearly; `structprune.graph.ChannelGraph.counter` is exact.
+
+    Args:
+        graph: the coupled channels.
+        groups: the groups whose widths are chosen; all others stay whole.
+    """
+
+    def __init__(self, graph: ChannelGraph, groups: Sequence[Group]) -> None:
+        self.groups = groups
+        self._graph = graph
+        self._number = np.full(graph.components.count, -1, dtype=np.int64)
+        for number, group in enumerate(groups):
+            self._number[group.components] = number
+        self._mark = np.append(np.random.default_rng(0).integers(1, 2**62, len(groups)), 0)
+        self._terms: dict[object, tuple[Term, ...]] = {}
+
+    def terms(self, row: Row) -> tuple[Term, ...]:
+        """The terms of a row."""
+        found = self._terms.get(row.key) if row.free else ((row.size, ()),)
+        if found is None:
+            found = self._terms[row.key] = self._read(row)
+        return found
+
+    def _read(self, row: Row) -> tuple[Term, ...]:
+        positions, roots = self._graph.roots.of(self._graph.components.of(row))
+        numbers = self._number[roots]
+        sign = np.zeros(row.size, dtype=np.int64)
+        np.bitwise_xor.at(sign, positions, self._mark[numbers])
+        _, first, counts = np.unique(sign, return_index=True, return_counts=True)
+        terms: list[Term] = []
+        for at, count in zip(first.tolist(), counts.tolist(), strict=True):
+            mine = numbers[positions == at]
+            terms.append((count, tuple(sorted(set(mine[mine >= 0].tolist())))))
+        return tuple(terms)
+
+    def groups_of(self, rows: Iterable[Row]) -> frozenset[int]:
+        """The groups (by number) that rows follow."""
+        return frozenset(g for row in rows for _, groups in self.terms(row) for g in groups)
+
+    def counter(self, share: Mapping[int, float] | Sequence[float]) -> Shares:
+        """Counts rows when each group keeps such a share of its channels."""
+        return Shares(self, share)
+
+
+class Shares:
+    """Counts of rows for given shares; see `Widths`."""
+
+    def __init__(self, widths: Widths, share: Mapping[int, float] | Sequence[float]) -> None:
+        self._widths = widths
+        self._share = share
+
+    def __call__(self, row: Row) -> int:
+        """How many channels of `row` live."""
+        if not row.free:
+            return row.size
+        total = 0.0
+        for count, groups in self._widths.terms(row):
+            part = float(count)
+            for group in groups:
+                part *= self._share[group]
+            total += part
+        return round(total)

@@ -67,9 +67,7 @@ class Decision:
         settings: what was asked for and, with a target, what is reached; plain data.
     """
 
-    def __init__(
-        self, graph: ChannelGraph, score: Importance, request: Request, time: TimeModel | None = None
-    ) -> None:
+    def __init__(self, graph: ChannelGraph, score: Importance, request: Request, time: TimeModel | None = None) -> None:
         self._graph = graph
         self._score = score
         self._time = time
@@ -142,7 +140,7 @@ class Decision:
         return np.concatenate([np.zeros(0, dtype=np.int64), *gone])
 
     def _amounts(self, kept: Kept) -> dict[str, float]:
-        count = self._graph.counter(self._graph.dead(self._gone(kept)))
+        count = self._graph.counter(self._graph.components.dead(self._gone(kept)))
         cost = count_cost(self._graph.model, self._graph.trace, self._graph.channels, count)
         found = amounts(cost, sum(kept.get(group, group.channels) for group in self._graph.groups()))
         if self._time is not None:

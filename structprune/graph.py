@@ -354,12 +354,6 @@ class ChannelGraph:
         _, found = self.roots.of(self.components.of(row))
         return bool(np.isin(found, group.components).any())
 
-    def dead(self, chosen: Ids | Sequence[int]) -> Mask:
-        """Which components are gone once `chosen` and all that is coupled to them are; shape ``(components,)``."""
-        mask = np.zeros(self.components.count, dtype=bool)
-        mask[np.asarray(chosen, dtype=np.int64)] = True
-        return self.components.closure(mask)
-
     def counter(self, dead: Mask) -> Counter:
         """Counts living channels of rows when the components marked in `dead` are gone."""
         return Counter(self.components, dead)

@@ -40,7 +40,7 @@ def plan_removal(
     Raises:
         PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
     """
-    dead = graph.dead(chosen)
+    dead = graph.components.dead(chosen)
     count = graph.counter(dead)
     thinnings = _thinnings(graph, dead)
     values = graph.check(dead)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -120,7 +121,10 @@ class TimedDecision:
             Decision(graph, self._score, replace(self._request, target=None, ratio=goes * part, scope="local"), time)
             for part in CALIBRATE
         ]
-        counts = [graph.counter(graph.dead(())), *(graph.counter(graph.dead(d.chosen)) for d in decisions)]
+        counts = [
+            graph.counter(graph.components.dead(np.zeros(0, dtype=np.int64))),
+            *(graph.counter(graph.components.dead(d.chosen)) for d in decisions),
+        ]
         measured = [self._whole, *self._measure(*(self._thinned(decision) for decision in decisions))]
         time.calibration = calibrated([time.features(count) for count in counts], measured)
         time.whole = self._whole
@@ -130,7 +134,7 @@ class TimedDecision:
         found: list[_Attempt] = []
         for _ in range(ATTEMPTS):
             decision = Decision(self._graph, self._score, self._request, self._time)
-            predicted = self._time.seconds(self._graph.counter(self._graph.dead(decision.chosen)))
+            predicted = self._time.seconds(self._graph.counter(self._graph.components.dead(decision.chosen)))
             (measured,) = self._measure(self._thinned(decision))
             found.append(_Attempt(decision, predicted, measured))
             if abs(measured / predicted - 1) <= NEAR and not self._misses(measured):

@@ -223,6 +223,12 @@ class Components:
 
     # -- removing ------------------------------------------------------------------------------------------------
 
+    def dead(self, chosen: Ids) -> Mask:
+        """Which components are gone once `chosen` and all that is coupled to them are; shape ``(count,)``."""
+        mask = np.zeros(self.count, dtype=bool)
+        mask[chosen] = True
+        return self.closure(mask)
+
     def closure(self, dead: Mask) -> Mask:
         """Everything that dies with the components marked in `dead`, shape ``(count,)``."""
         dead = dead.copy()

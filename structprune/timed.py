@@ -121,10 +121,8 @@ class TimedDecision:
             Decision(graph, self._score, replace(self._request, target=None, ratio=goes * part, scope="local"), time)
             for part in CALIBRATE
         ]
-        counts = [
-            graph.counter(graph.components.dead(np.zeros(0, dtype=np.int64))),
-            *(graph.counter(graph.components.dead(d.chosen)) for d in decisions),
-        ]
+        gone = [np.zeros(0, dtype=np.int64), *(decision.chosen for decision in decisions)]
+        counts = [graph.counter(graph.components.dead(chosen)) for chosen in gone]
         measured = [self._whole, *self._measure(*(self._thinned(decision) for decision in decisions))]
         time.calibration = calibrated([time.features(count) for count in counts], measured)
         time.whole = self._whole

@@ -91,6 +91,7 @@ class Attention(nn.Module):
 
 
 IMAGES = torch.randn(2, 3, 8, 8)
+NONE = np.zeros(0, dtype=int)
 TOKENS = torch.randn(2, 5, 32)
 NETWORKS = {"convolutions": (Convolutions, IMAGES), "attention": (Attention, TOKENS)}
 
@@ -112,7 +113,7 @@ def test_operations_at_full_size_are_those_of_the_network(name):
     build, x = NETWORKS[name]
     graph = ChannelGraph(seeded(build), x)
     found = uses(graph.trace, graph.channels)
-    full = graph.counter(graph.components.dead(np.zeros(0, dtype=int)))
+    full = graph.counter(graph.components.dead(NONE))
     assert all(use.point(full) == (use.spec.widths, 1.0) for use in found)
     assert {use.spec.kind for use in found} == (
         {"conv2d", "conv_transpose2d", "matmul"} if name == "convolutions" else {"matmul", "attention"}
@@ -301,12 +302,12 @@ def test_the_network_takes_the_sum_of_its_operations(name):
     build, x = NETWORKS[name]
     machine = Machine(rest=0)
     graph, time = time_model(seeded(build), x, machine)
-    operations, bytes_ = time.features(graph.counter(graph.components.dead(np.zeros(0, dtype=int))))
+    operations, bytes_ = time.features(graph.counter(graph.components.dead(NONE)))
     assert operations == pytest.approx(machine.networks([seeded(build)], x)[0])
     assert bytes_ > 0
-    assert time.seconds(graph.counter(graph.components.dead(np.zeros(0, dtype=int)))) == operations
+    assert time.seconds(graph.counter(graph.components.dead(NONE))) == operations
     time.calibration = Calibration(2.0, 1e-9, 0.5)
-    assert time.seconds(graph.counter(graph.components.dead(np.zeros(0, dtype=int)))) == pytest.approx(
+    assert time.seconds(graph.counter(graph.components.dead(NONE))) == pytest.approx(
         2 * operations + 1e-9 * bytes_ + 0.5
     )
 
@@ -314,7 +315,7 @@ def test_the_network_takes_the_sum_of_its_operations(name):
 def test_bytes_moved_beside_the_operations():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     graph, time = time_model(model, torch.randn(3, 4), Machine())
-    full = graph.counter(graph.components.dead(np.zeros(0, dtype=int)))
+    full = graph.counter(graph.components.dead(NONE))
     assert sum(each(full) for each in time.moved) == 2 * 3 * 8 * 4  # the ReLU reads and writes
     half = graph.counter(graph.components.dead(graph.groups()[0].components[:4]))
     assert sum(each(half) for each in time.moved) == 3 * 8 * 4

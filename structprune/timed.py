@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.allocation.targets import target_of
 from structprune.benchmark.timing import device_of
 from structprune.decision import Decision, Request
 from structprune.errors import PlanError
@@ -115,7 +116,7 @@ class TimedDecision:
         graph, time = self._graph, self._time
         (self._whole,) = self._timer.networks([graph.model], graph.example_inputs)
         asked = (self._request.target or {})["latency"]
-        self._limit = asked * self._whole if asked <= 1 else asked / 1e3
+        self._limit = target_of({"latency": asked}, {"latency": 1e3 * self._whole}).limits["latency"] / 1e3
         goes = min(0.8, max(0.2, 1 - self._limit / self._whole))
         decisions = [
             Decision(graph, self._score, replace(self._request, target=None, ratio=goes * part, scope="local"), time)

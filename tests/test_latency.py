@@ -492,6 +492,14 @@ def test_a_target_that_cannot_be_met_is_refused():
         structprune.plan(seeded(Convolutions), IMAGES, target={"latency": 0.5}, latency=latency)
 
 
+@pytest.mark.parametrize("asked", [0, -1, "half"])
+def test_a_target_that_is_no_positive_number_is_refused(asked):
+    with pytest.raises(PlanError, match="what is to remain"):
+        structprune.plan(
+            seeded(Convolutions), IMAGES, target={"latency": asked}, latency=structprune.Latency(timer=Machine())
+        )
+
+
 def test_latency_without_a_target_of_latency_is_refused():
     with pytest.raises(PlanError, match="no target asks for it"):
         structprune.plan(seeded(Convolutions), IMAGES, ratio=0.5, latency=structprune.Latency())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -115,35 +115,55 @@ def plan(
         >>> structprune.plan(model, torch.randn(1, 4), ratio=0.25).layers
         (LayerWidth(layer='0', before=8, after=6),)
     """
-    criterion = importance_of(importance)
-    rounding = Rounding(round_to, *_kind(prunable(model)), min_channels, max_ratio)
-    timed = target is not None and "latency" in target
-    if latency is not None and not timed:
-        raise PlanError("latency says how time is measured, but no target asks for it: target={'latency': 0.5}, say.")
-    if scope is None:
-        scope = "global" if timed else "local"
-    request = Request(ratio, target, scope, axes, rounding)
-    with collection_paused():
-        graph = DependencyGraph(model, example_inputs, ignore=ignore, outputs=outputs)
-    score = fitted(criterion, graph, data, loss, forward)
+    options = Options(
+        ratio=ratio, target=target, importance=importance, data=data, loss=loss, forward=forward, ignore=ignore,
+        scope=scope, axes=axes, round_to=round_to, min_channels=min_channels, max_ratio=max_ratio, outputs=outputs,
+        latency=latency,
+    )  # fmt: skip
+    graph, decision = decide(model, example_inputs, options)
     with collection_paused(), torch.no_grad():
-        if timed:
-            decision = TimedDecision(graph, score, request, latency or Latency())
-        else:
-            decision = Decision(graph, score, request)
         named = {"importance": importance if isinstance(importance, str) else repr(importance)}
         return plan_removal(graph, decision.chosen, decision.settings | named)
 
 
-def request_of(model: nn.Module, options: Options) -> Request:
-    """How much of `model` is to go, from the options of `plan`."""
+def decide(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    options: Options,
+    change: Callable[[DependencyGraph, Request], Request] = lambda _, request: request,
+) -> tuple[DependencyGraph, Decision | TimedDecision]:
+    """The coupled channels of `model`, and which of them go by the options of `plan`.
+
+    Args:
+        model: any ``nn.Module`` whose forward can be traced.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
+        options: those of `plan`.
+        change: gives what is asked for in place of what the options ask for.
+    """
+    criterion = importance_of(options.get("importance", "l2"))
+    request = _request(model, options)
+    with collection_paused():
+        graph = DependencyGraph(model, example_inputs, ignore=options.get("ignore", ()), outputs=options.get("outputs"))
+    request = change(graph, request)
+    score = fitted(criterion, graph, options.get("data"), options.get("loss"), options.get("forward"))
+    with collection_paused(), torch.no_grad():
+        if request.target is not None and "latency" in request.target:
+            return graph, TimedDecision(graph, score, request, options.get("latency") or Latency())
+        return graph, Decision(graph, score, request)
+
+
+def _request(model: nn.Module, options: Options) -> Request:
+    """How much of `model` is to go."""
     rounding = Rounding(
         options.get("round_to", "auto"), *_kind(prunable(model)), options.get("min_channels", 1),
         options.get("max_ratio", 1.0),
     )  # fmt: skip
-    return Request(
-        options.get("ratio"), options.get("target"), options.get("scope", "local"), options.get("axes"), rounding
-    )
+    target = options.get("target")
+    timed = target is not None and "latency" in target
+    if options.get("latency") is not None and not timed:
+        raise PlanError("latency says how time is measured, but no target asks for it: target={'latency': 0.5}, say.")
+    scope = options.get("scope") or ("global" if timed else "local")
+    return Request(options.get("ratio"), target, scope, options.get("axes"), rounding)
 
 
 def _kind(model: nn.Module) -> tuple[torch.device, torch.dtype]:

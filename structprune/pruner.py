@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from structprune.api import Options, request_of
+from structprune.api import Options, decide
 from structprune.decision import Decision
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.groups import Group
-from structprune.importance.base import fitted, importance_of
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.planning import plan_removal
+from structprune.timed import TimedDecision
 from structprune.tracing.trace import ExampleInputs
 
 # The share of all that is to go that is gone at the share t of the steps.
@@ -117,19 +117,16 @@ class Pruner:
         self.taken += 1
         return plan
 
-    def _decide(self, share: float | None) -> tuple[DependencyGraph, Decision]:
+    def _decide(self, share: float | None) -> tuple[DependencyGraph, Decision | TimedDecision]:
         """The channels to remove now so that `share` of all that is to go is gone; None decides about the end."""
-        options = self._options
-        graph = DependencyGraph(
-            self.model, self._inputs, ignore=options.get("ignore", ()), outputs=options.get("outputs")
+        if share is None:
+            return decide(self.model, self._inputs, self._options)
+        return decide(
+            self.model,
+            self._inputs,
+            self._options,
+            lambda graph, request: replace(request, ratio=self._ratio(graph, share), target=None, scope="local"),
         )
-        request = request_of(self.model, options)
-        if share is not None:
-            request = replace(request, ratio=self._ratio(graph, share), target=None, scope="local")
-        criterion = importance_of(options.get("importance", "l2"))
-        score = fitted(criterion, graph, options.get("data"), options.get("loss"), options.get("forward"))
-        with torch.no_grad():
-            return graph, Decision(graph, score, request)
 
     def _ratio(self, graph: DependencyGraph, share: float) -> Callable[[Group], float]:
         """The share that each group must lose now, from what it has."""

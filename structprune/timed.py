@@ -83,7 +83,7 @@ class TimedDecision:
             self._calibrate()
             attempts = self._attempts()
         best = min(attempts, key=lambda a: (self._misses(a.measured), abs(a.measured - self._limit)))
-        self.chosen = best.decision.chosen
+        self.chosen, self.kept = best.decision.chosen, best.decision.kept
         self.settings = dict(best.decision.settings)
         self.settings["reached"] = {**self._reached(best.decision), "latency": best.measured / self._whole}
         self.settings["latency"] = {

@@ -7,12 +7,12 @@ the channel algebra, so the cost of a plan is known without building the smaller
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from structprune.channels.propagate import Channels, has_rule, propagate
 from structprune.channels.relations import Row
@@ -56,6 +56,19 @@ class Cost:
     def to_json(self) -> str:
         """The four numbers as a JSON object."""
         return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What a module takes by itself, without the modules inside it.
+
+    Attributes:
+        params: entries of the parameters that it holds, each tied one where it is held first.
+        macs: multiply-accumulates of the operations that its own forward runs.
+    """
+
+    params: int
+    macs: int
 
 
 def _rows(channels: Channels, node: Any) -> tuple[Row, ...]:
@@ -155,20 +168,45 @@ def _peak(recorded: Trace, channels: Channels, count: Count) -> int:
     return peak
 
 
-def count_cost(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Cost:
-    """Cost of the traced model when `count` gives the number of living channels of each row."""
+def _sizes(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Iterator[tuple[str, Tensor, int]]:
+    """Name, tensor and number of living entries of all that the model holds, each tied tensor once."""
     thinned = {
         str(node.target): _rows(channels, node) for node in recorded.everything if node.meta["name"] == "parameter"
     }
-    params = weight_bytes = 0
     seen: set[int] = set()
     for name, held in held_tensors(model).items():
-        if id(held.tensor) in seen:
-            continue
-        seen.add(id(held.tensor))
-        numel = _volume(thinned[name], count) if name in thinned else held.tensor.numel()
-        params += numel if isinstance(held.tensor, nn.Parameter) else 0
-        weight_bytes += numel * held.tensor.element_size()
+        if id(held.tensor) not in seen:
+            seen.add(id(held.tensor))
+            yield name, held.tensor, _volume(thinned[name], count) if name in thinned else held.tensor.numel()
+
+
+def count_layers(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> dict[str, LayerCost]:
+    """Cost of each module by its path, in the order of the model; modules that take nothing are left out.
+
+    An operation belongs to the innermost module whose forward runs it, ``""`` being the model itself. The sums over all
+    modules are the parameters and the multiply-accumulates of `count_cost`.
+    """
+    params: dict[str, int] = {}
+    macs: dict[str, int] = {}
+    for name, tensor, numel in _sizes(model, recorded, channels, count):
+        if isinstance(tensor, nn.Parameter):
+            path = name.rpartition(".")[0]
+            params[path] = params.get(path, 0) + numel
+    for node in recorded.nodes:
+        if found := node_macs(node, channels, count):
+            call = node.meta["call"]
+            path = recorded.calls[call].path if call >= 0 else ""
+            macs[path] = macs.get(path, 0) + found
+    order = [path for path, _ in model.named_modules(remove_duplicate=False) if path in params or path in macs]
+    return {path: LayerCost(params.get(path, 0), macs.get(path, 0)) for path in order}
+
+
+def count_cost(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Cost:
+    """Cost of the traced model when `count` gives the number of living channels of each row."""
+    params = weight_bytes = 0
+    for _, tensor, numel in _sizes(model, recorded, channels, count):
+        params += numel if isinstance(tensor, nn.Parameter) else 0
+        weight_bytes += numel * tensor.element_size()
     macs = sum(node_macs(node, channels, count) for node in recorded.nodes)
     return Cost(params, macs, weight_bytes, _peak(recorded, channels, count))
 

@@ -194,8 +194,8 @@ def _scattered(small: Tensor, like: Tensor, dims: Sequence[int], keep: list[Tens
     return small
 
 
-def _dead(graph: ChannelGraph, edits: Edits) -> Mask:
-    """Components that the edits remove."""
+def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
+    """The components of `graph` that the edits remove."""
     dead = np.zeros(graph.components.count, dtype=bool)
     removed = {(t.tensor, t.dim): t.removed for t in edits.thinnings}
     for slot in graph.slots:
@@ -224,7 +224,7 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
     """
     graph = ChannelGraph(original, example_inputs, outputs=edits.outputs)
     sites = _sites(graph.trace)
-    thinned = _thinned(graph, _dead(graph, edits))
+    thinned = _thinned(graph, dead_components(graph, edits))
     survivors = {sites[s.node]: (s.dims, masks) for s, masks in thinned if s.node in sites}  # not those of training
     zeroed: dict[int, Any] = {}
     for name, held in held_tensors(original).items():

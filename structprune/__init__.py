@@ -14,6 +14,7 @@ from structprune.latency.measure import Latency
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.pruner import Pruner
+from structprune.report import plot_costs, plot_widths, report
 from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.history import kept
 from structprune.surgery.verify import Report, verify
@@ -40,10 +41,13 @@ __all__ = [
     "kept",
     "load",
     "plan",
+    "plot_costs",
+    "plot_widths",
     "prune",
     "register_module_rule",
     "register_rule",
     "remap_optimizer",
+    "report",
     "save",
     "sensitivity",
     "verify",

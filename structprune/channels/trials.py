@@ -31,6 +31,10 @@ class Counter:
             found = self._known[key] = int(np.count_nonzero(self._alive[self._components.of(row)]))
         return found
 
+    def living(self, components: Ids) -> int:
+        """Number of living ones among `components`."""
+        return int(np.count_nonzero(self._alive[components]))
+
 
 def trials(components: Components, rows: Sequence[Row], relations: Relations) -> Iterator[Mask]:
     """Components to remove: random shares, all but the first or the last of each row, and some of those.

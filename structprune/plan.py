@@ -6,8 +6,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -123,6 +124,16 @@ class Plan(Edits):
             console.print(f"{place}: {repair.old} -> {repair.new}", highlight=False)
         return text.getvalue().rstrip()
 
+    def _repr_html_(self) -> str:
+        """A small table for notebooks: the network as a whole, then the layers."""
+        left = asdict(self.after)
+        rows = [(name.replace("_", " "), before, left[name]) for name, before in asdict(self.before).items()]
+        rows += [(f"{axis.axis} ({axis.groups})", axis.before, axis.after) for axis in self.axes]
+        layers = [(layer.layer, layer.before, layer.after) for layer in self.layers]
+        return _html(("", "before", "after"), rows) + (
+            f"<details><summary>{len(layers)} layers</summary>{_html(('layer', 'channels', 'kept'), layers)}</details>"
+        )
+
     # -- JSON ----------------------------------------------------------------------------------------------------
 
     @property
@@ -172,6 +183,19 @@ class Plan(Edits):
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
     """The plans that were applied to a model or to what it is a copy of, the first one first."""
     return vars(unwrapped(model)).get(RECORD, ())
+
+
+def _html(headings: tuple[str, ...], rows: Iterable[tuple[str, int, int]]) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    body = "".join(
+        f"<tr><td>{escape(name)}</td><td>{before:,}</td><td>{after:,}{_share(before, after)}</td></tr>"
+        for name, before, after in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _share(before: int, after: int) -> str:
+    return f" ({after / before:.1%})" if before > after else ""
 
 
 def _edit(kind: Callable[..., E], data: dict[str, Any]) -> E:

@@ -118,7 +118,7 @@ def heat_map(found: Sensitivity) -> str:
             element(
                 "td",
                 f"{value:.3g}",
-                class_="heat hot" if value > 0.55 * worst else "heat",
+                class_="heat hot" if value > 0.72 * worst else "heat",
                 style=f"--t:{max(0.0, value) / worst:.3f}",
                 data_value=f"{value:.8g}",
             )
@@ -150,13 +150,15 @@ def recovery_table(found: Recovery) -> str:
 # -- the curve --------------------------------------------------------------------------------------------------------
 
 _W, _H = 640.0, 340.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 24.0, 18.0, 52.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 36.0, 24.0, 52.0
 
 
 def curve(points: Sequence[Point], axes: tuple[str, str]) -> str:
     """Accuracy over cost as a chart, and the same points as a table."""
     ordered = sorted(points, key=lambda point: point[0])
     xs, ys = _ticks([p[0] for p in ordered], zero=True), _ticks([p[1] for p in ordered])
+
+    places = max(len(f"{round(t, 10):.10g}".partition(".")[2]) for t in ys)
 
     def x(value: float) -> float:
         return _LEFT + (_W - _LEFT - _RIGHT) * (value - xs[0]) / (xs[-1] - xs[0])
@@ -167,7 +169,7 @@ def curve(points: Sequence[Point], axes: tuple[str, str]) -> str:
     grid = [
         element("path", class_="grid", d="".join(f"M{_LEFT} {y(t):.1f}H{_W - _RIGHT}" for t in ys)),
         *(_label(short(round(t, 10)), x(t), _H - _BOTTOM + 20, "middle") for t in xs),
-        *(_label(f"{round(t, 10):g}", _LEFT - 10, y(t) + 4, "end") for t in ys),
+        *(_label(f"{t:.{places}f}", _LEFT - 10, y(t) + 4, "end") for t in ys),
         _label(axes[0], (_LEFT + _W - _RIGHT) / 2, _H - 8, "middle"),
         element(
             "text",
@@ -202,12 +204,14 @@ def _label(text: str, x: float, y: float, anchor: str) -> str:
 
 
 def _dot(point: Point, x: float, y: float) -> str:
-    end = x > _W * 0.75
+    first = x < _LEFT + 80
     parts = [
         element("circle", element("title", escape(f"{point[0]:g}, {point[1]:g}")), cx=f"{x:.1f}", cy=f"{y:.1f}", r=5)
     ]
     if len(point) > 2:
-        parts.append(_label(str(point[2]), x + (-9 if end else 9), y + 16, "end" if end else "start"))
+        parts.append(
+            _label(str(point[2]), x + (10 if first else -9), y + (4 if first else -8), "start" if first else "end")
+        )
     return "".join(parts)
 
 

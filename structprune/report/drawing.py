@@ -83,10 +83,10 @@ class Drawing:
         return node.label if node.kind == "layer" else _NAMES.get(node.operation, node.label)
 
     def _width(self, node: Node) -> tuple[int, int] | None:
-        """Output channels before and after: of the last dimension that may lose some, or could."""
+        """Output channels of the operation itself before and after: along the last dimension that could lose some."""
         if not node.operations:
             return None
-        rows = self._graph.channels.rows[node.operations[-1].meta["index"]]
+        rows = self._graph.channels.rows[node.operations[0].meta["index"]]
         free = [row for row in rows if row.free] if isinstance(rows, tuple) else []
         chosen = [row for row in free if not self._graph.components.pinned[self._graph.components.of(row)].all()]
         row = (chosen or free or [None])[-1]
@@ -135,6 +135,7 @@ class Drawing:
             element("g", nodes, class_="nodes"),
             id="graph",
             viewBox=f"0 0 {size}",
+            style=f"--ratio:{self._layout.width / self._layout.height:.3f}",
             role="group",
             aria_label=label,
         )

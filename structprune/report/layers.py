@@ -58,6 +58,8 @@ def layer_rows(graph: ChannelGraph, before: Count, after: Count) -> list[LayerRo
 
 
 def _width(graph: ChannelGraph, path: str, before: Count, after: Count) -> Pair | None:
+    if not path:  # what the model returns is no width of a layer
+        return None
     try:
         _, row = graph.output_row(path)
     except UnknownLayerError:  # it takes no part in the forward

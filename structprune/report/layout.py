@@ -24,7 +24,7 @@ MARGIN = 28.0
 _WAYPOINT = 14.0
 _SWEEPS = 8
 # Columns are chosen so that the whole drawing is about so many times wider than high.
-_ASPECT = 1.7
+_ASPECT = 1.35
 _SHORTEST = 5
 
 
@@ -139,17 +139,20 @@ def _positions(rows: list[list[int]], links: list[Edge], widths: NDArray[np.floa
     x = np.zeros(len(widths))
     for row in rows:
         x[row] = _spread(np.zeros(len(row)), widths[row])
+    real = widths > _WAYPOINT
     for sweep in range(2 * _SWEEPS):
         down = sweep % 2 == 0
         for row in rows if down else reversed(rows):
             near = [(above if down else below)[node] for node in row]
-            wish = np.array([np.mean(x[n]) if n else x[node] for node, n in zip(row, near, strict=True)])
-            # Waypoints weigh more, so that long edges run straight.
-            weight = np.array(
-                [8.0 if widths[node] == _WAYPOINT else 1.0 + len(n) for node, n in zip(row, near, strict=True)]
-            )
-            x[row] = _spread(wish, widths[row], weight)
+            # Layers stand under layers, and waypoints under waypoints, so that both run straight.
+            wish = [_mean(x[n], real[n] == real[node]) if n else x[node] for node, n in zip(row, near, strict=True)]
+            weight = np.where(real[row], [1.0 + len(n) for n in near], 0.02)
+            x[row] = _spread(np.array(wish), widths[row], weight)
     return x
+
+
+def _mean(x: NDArray[np.float64], alike: NDArray[np.bool_]) -> float:
+    return float(np.average(x, weights=np.where(alike, 1.0, 0.02)))
 
 
 def _spread(

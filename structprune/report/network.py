@@ -73,15 +73,15 @@ class _Groups:
                 self.of_tensor.setdefault(member.tensor, set()).add(number)
 
     def of(self, node: fx.Node) -> int | None:
-        """The group that most channels of the last dimension with a group belong to."""
+        """The largest group that channels of a result belong to."""
         rows = self._graph.channels.rows[node.meta["index"]]
-        for row in reversed(rows if isinstance(rows, tuple) else ()):
+        found: set[int] = set()
+        for row in rows if isinstance(rows, tuple) else ():
             if row.free:
                 _, roots = self._graph.roots.of(self._graph.components.of(row))
-                numbers = self._group_of[roots]
-                if len(numbers := numbers[numbers >= 0]):
-                    return int(np.bincount(numbers).argmax())
-        return None
+                found.update(np.unique(self._group_of[roots]).tolist())
+        groups = self._graph.groups()
+        return max(found - {-1}, key=lambda number: (groups[number].channels, number), default=None)
 
 
 class _Reader:

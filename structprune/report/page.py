@@ -180,23 +180,45 @@ def _graph(drawing: Drawing) -> str:
         element("button", sign, type="button", data_zoom=key, aria_label=label, title=label)
         for key, sign, label in (("in", "+", "Zoom in"), ("out", "\u2212", "Zoom out"), ("fit", "⤢", "Show all"))
     )
-    stage = element("div", drawing.svg(), element("div", buttons, class_="zoom"), class_="stage")
-    panel = element("aside", element("p", "No node is chosen.", class_="muted"), id="panel", aria_live="polite")
+    stage = element("div", drawing.svg(), class_="stage")
+    panel = element("aside", _overview(data), id="panel", aria_live="polite")
     legend = "".join(_legend(number, group) for number, group in enumerate(data["groups"]))
-    parts = [element("p", help_text, class_="muted help"), element("div", stage, panel, class_="explorer")]
+    above = element("p", help_text, class_="muted help") + element("div", buttons, class_="zoom")
+    parts = [element("div", above, class_="above"), element("div", stage, panel, class_="explorer")]
     if legend:
         parts += [element("h3", f"{len(data['groups'])} coupled groups"), element("div", legend, class_="legend")]
     return "".join(parts)
 
 
+def _overview(data: dict[str, Any]) -> str:
+    """What the panel says while no node is chosen: how many channels of each kind, and what is pinned."""
+    axes: dict[str, list[dict[str, Any]]] = {}
+    for group in data["groups"]:
+        axes.setdefault(group["axis"], []).append(group)
+    lines = "".join(
+        element("dt", escape(axis)) + element("dd", _arrow(*(sum(g["channels"][i] for g in mine) for i in (0, 1))))
+        for axis, mine in axes.items()
+    )
+    pinned = [it for it in data["nodes"] if it["group"] is None and it["kind"] not in ("join", "input", "output")]
+    held = "".join(element("li", element("code", escape(it["label"]))) for it in pinned)
+    parts = [
+        element("h3", f"{len(data['nodes'])} nodes"),
+        element("p", "Point at one to see what it is tied to.", class_="muted"),
+    ]
+    parts.append(element("h4", "Channels by kind") + element("dl", lines) if lines else "")
+    return "".join([*parts, element("h4", "Layers whose output is pinned") + element("ul", held) if held else ""])
+
+
+def _arrow(before: int, after: int) -> str:
+    return f"{before:,} → {after:,}" if before != after else f"{before:,}"
+
+
 def _legend(number: int, group: dict[str, Any]) -> str:
-    before, after = group["channels"]
-    change = f"{before} → {after}" if before != after else f"{before}"
     return element(
         "button",
         element("i", class_="swatch", aria_hidden="true"),
         element("span", escape(group["name"]), class_="name"),
-        element("span", f"{escape(group['axis'])}, {change}", class_="muted"),
+        element("span", f"{escape(group['axis'])}, {_arrow(*group['channels'])}", class_="muted"),
         type="button",
         style=f"--h:{hue(number)}",
         data_group=number,

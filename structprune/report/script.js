@@ -6,6 +6,7 @@
   const nodes = [...svg.querySelectorAll(".node")];
   const paths = [...svg.querySelectorAll(".edges path")];
   const legend = [...document.querySelectorAll(".legend button")];
+  const overview = [...panel.childNodes];
   let chosen = null; // {node: n} or {group: g}, kept by Enter or a click
 
   // -- what is shown of a node or a group
@@ -78,7 +79,7 @@
   function mark(what) {
     if (!what) {
       light([], null);
-      panel.replaceChildren(make("p", "No node is chosen.", "muted"));
+      panel.replaceChildren(...overview);
     } else if (what.node !== undefined) {
       const it = data.nodes[what.node];
       light(it.group === null ? it.groups : [it.group], what.node);

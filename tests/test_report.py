@@ -1,0 +1,346 @@
+"""The report: what it says, and that a real browser shows it whole, alone, and by keyboard."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from support.browser import CHROMIUM, Browser
+from support.cases import all_cases
+from torch import nn
+
+import structprune
+from structprune.cost import count_layers
+from structprune.errors import MissingExtraError
+from structprune.graph import ChannelGraph
+from structprune.report.charts import _ticks
+from structprune.report.layers import counts, layer_rows
+from structprune.report.layout import HEIGHT, WIDTH, layered
+from structprune.report.network import network_of
+from structprune.sensitivity import GroupCurve, Sensitivity
+
+IMAGE = torch.zeros(1, 3, 64, 64)
+MODELS = {
+    "resnet50": lambda: timm.create_model("resnet50"),
+    "vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64),
+}
+
+
+def data_of(text: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
+
+
+class Outside(HTMLParser):
+    """Collects what would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [
+            v for k, v in attrs if k in ("src", "href", "data", "action") and not v.startswith(("#", "data:"))
+        ]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, tmp_path_factory):
+    """A model, its plan, and a report with everything in it."""
+    torch.manual_seed(0)
+    model = MODELS[request.param]().eval()
+    plan = structprune.plan(model, IMAGE, ratio=0.5)
+    graph = structprune.DependencyGraph(model, IMAGE)
+    curves = tuple(
+        GroupCurve(g.name, g.axis, g.channels, (g.channels - 1, 1), (0.7, 0.5 / (1 + i)))
+        for i, g in enumerate(graph.groups())
+    )
+    recovery = SimpleNamespace(
+        layers=[SimpleNamespace(layer="conv<1>", before=0.5, after=0.125)], skipped={"fc": "its input is <the same>"}
+    )
+    file = structprune.report(
+        model,
+        IMAGE,
+        tmp_path_factory.mktemp("report") / "report.html",
+        plan=plan,
+        verification=structprune.verify(model, plan.apply(model), plan, IMAGE),
+        sensitivity=Sensitivity(0.75, curves),
+        points=[(4e9, 0.76, "dense"), (2e9, 0.75), (1e9, 0.7, "</script><b>quarter")],
+        recovery=recovery,
+    )
+    return SimpleNamespace(model=model, plan=plan, graph=graph, file=file, text=file.read_text())
+
+
+# -- costs by layer ---------------------------------------------------------------------------------------------------
+
+CASES = [case for case in all_cases() if case.thins]
+
+
+@pytest.mark.parametrize("each", CASES, ids=str)
+def test_costs_of_layers_add_up_to_those_of_the_plan(each):
+    model, inputs = each.build(), each.inputs()
+    plan = structprune.plan(model, inputs, ratio=0.5)
+    graph = ChannelGraph(model, inputs, outputs=plan.outputs)
+    for count, total in zip(counts(graph, plan), (plan.before, plan.after), strict=True):
+        found = count_layers(model, graph.trace, graph.channels, count).values()
+        assert (sum(c.params for c in found), sum(c.macs for c in found)) == (total.params, total.macs)
+    rows = layer_rows(graph, *counts(graph, plan))
+    assert sum(row.params[1] for row in rows) == sum(p.numel() for p in plan.apply(model).parameters())
+
+
+@pytest.mark.parametrize("each", CASES, ids=str)
+def test_every_case_can_be_reported(each, tmp_path):
+    model, inputs = each.build(), each.inputs()
+    plan = structprune.plan(model, inputs, ratio=0.5)
+    data = data_of(structprune.report(model, inputs, tmp_path / "r.html", plan=plan).read_text())
+    drawn = {g for node in data["nodes"] for g in node["groups"]}
+    assert drawn == set(range(len(structprune.DependencyGraph(model, inputs, outputs=plan.outputs).groups())))
+
+
+# -- the network and its layout ---------------------------------------------------------------------------------------
+
+
+def test_the_network_of_a_residual_block():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            x = self.norm(self.a(x)).relu()
+            return self.b(x) + x
+
+    network = network_of(ChannelGraph(Block(), IMAGE, outputs=()))
+    assert [(n.label, n.kind, n.merged) for n in network.nodes] == [
+        ("input", "input", []),
+        ("a", "layer", ["norm"]),
+        ("b", "layer", []),
+        ("add", "join", []),
+        ("output", "output", []),
+    ]
+    assert network.edges == {(0, 1): None, (1, 2): 0, (1, 3): 0, (2, 3): 0, (3, 4): 0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nodes_do_not_overlap_and_edges_go_down_or_to_the_next_column(seed):
+    random = np.random.default_rng(seed)
+    edges = [(int(random.integers(max(0, b - 9), b)), b) for b in range(1, 60) for _ in range(random.integers(1, 3))]
+    edges = list(dict.fromkeys(edges))
+    found = layered(60, edges)
+    at = np.array(found.centres)
+    apart = np.abs(at[:, None] - at[None, :])
+    overlap = (apart[..., 0] < WIDTH) & (apart[..., 1] < HEIGHT)
+    assert not (overlap & ~np.eye(60, dtype=bool)).any()
+    assert (at >= [WIDTH / 2, HEIGHT / 2]).all()
+    assert (at <= [found.width - WIDTH / 2, found.height - HEIGHT / 2]).all()
+    for (start, end), path in zip(edges, found.paths, strict=True):
+        assert found.centres[end][1] > found.centres[start][1] or found.centres[end][0] > found.centres[start][0]
+        numbers = [float(n) for n in re.findall(r"-?[\d.]+", path)]
+        assert numbers[0] == pytest.approx(found.centres[start][0], abs=0.1)
+        assert numbers[-1] == pytest.approx(found.centres[end][1] - HEIGHT / 2, abs=0.1)
+        assert max(numbers) <= max(found.width, found.height)
+
+
+def test_one_node_alone_has_a_place():
+    assert layered(1, []).centres[0][0] == pytest.approx(layered(1, []).width / 2, abs=40)
+
+
+@pytest.mark.parametrize("values", [[0.7, 0.76], [3.0], [0.0, 4.1e9], [-2.5, -2.4], [0.0]])
+def test_ticks_enclose_the_values(values):
+    ticks = _ticks(values)
+    assert 2 <= len(ticks) <= 8
+    assert ticks[0] <= min(values)
+    assert ticks[-1] >= max(values)
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_fetches_nothing_and_escapes_names(case):
+    seen = Outside()
+    seen.feed(case.text)
+    assert seen.found == []
+    assert "default-src 'none'" in case.text
+    assert "url(" not in case.text
+    assert "@import" not in case.text
+    assert "<b>quarter" not in case.text
+    assert "conv&lt;1&gt;" in case.text
+
+
+def test_the_page_holds_the_plan(case):
+    data = data_of(case.text)
+    assert [group["name"] for group in data["groups"]] == [group.name for group in case.graph.groups()]
+    assert sum(group["channels"][1] for group in data["groups"]) == sum(axis.after for axis in case.plan.axes)
+    assert sum(node["macs"][0] for node in data["nodes"]) == case.plan.before.macs
+    assert sum(node["macs"][1] for node in data["nodes"]) == case.plan.after.macs
+    pins = {reason for node in data["nodes"] for _, reason in node["pins"]}
+    assert "it is a dimension of the model's output" in pins
+    assert not any("site-packages" in reason for reason in pins)
+    assert case.plan.digest in case.text
+    for repair in case.plan.repairs:
+        assert f"{repair.old} → {repair.new}" in case.text
+
+
+def test_without_a_plan_the_model_is_shown_as_it_is(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    text = structprune.report(model, torch.zeros(1, 4), tmp_path / "r.html", title="<mine>").read_text()
+    assert "<h1>&lt;mine&gt;</h1>" in text
+    assert "→" not in re.sub("<(script|style).*?</", "", text, flags=re.S)
+    assert 'id="settings"' not in text
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_plan_in_a_notebook():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    html = structprune.plan(model, torch.zeros(1, 4), ratio=0.5)._repr_html_()
+    assert re.search(r"<td>0</td><td>8</td><td>4 \(50.0%\)</td>", html)
+    assert "params" in html
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draw", [structprune.plot_widths, structprune.plot_costs])
+def test_figures_for_papers(draw, case, tmp_path):
+    file = draw(case.model, IMAGE, tmp_path / "figure.svg", plan=case.plan)
+    assert file.read_text().count("<path") > 2 * len(case.plan.layers)
+
+
+def test_a_figure_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="of is 'time'"):
+        structprune.plot_costs(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "x.svg", of="time")
+
+
+def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"structprune\[plot\]"):
+        structprune.plot_widths(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "x.svg")
+
+
+# -- in a real browser ------------------------------------------------------------------------------------------------
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to show the page in")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as found:
+        yield found
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 420])
+def test_it_renders_alone_and_whole(browser, case, width, scheme):
+    browser.problems.clear()
+    browser.requests.clear()
+    browser.open(case.file, width=width, scheme=scheme)
+    assert browser.problems == []
+    assert browser.requests == [case.file.as_uri()]
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for number in range(len(case.graph.groups())):
+        assert browser.evaluate(f"document.querySelectorAll('.node[data-groups~=\"{number}\"]').length") >= 1
+    # Every node lies inside the drawing, every label inside its node.
+    outside = """(() => {
+        const frame = document.getElementById("graph").getBoundingClientRect();
+        const out = (box, of) => box.left < of.left - 1 || box.right > of.right + 1
+            || box.top < of.top - 1 || box.bottom > of.bottom + 1;
+        return [...document.querySelectorAll(".node")].filter((node) => {
+            const own = node.querySelector(".box").getBoundingClientRect();
+            return out(own, frame) || [...node.querySelectorAll("text")].some((t) => out(t.getBoundingClientRect(), own));
+        }).map((node) => node.id);
+    })()"""
+    assert browser.evaluate(outside) == []
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(17, 19, 24)") == (scheme == "dark")
+
+
+@needs_browser
+def test_the_keyboard_reaches_everything(browser, case):
+    browser.open(case.file)
+    order = []
+    for _ in range(60):
+        browser.press("Tab")
+        order.append(
+            browser.evaluate("document.activeElement.closest('nav, .zoom, .stage, .legend, .scroll')?.className")
+        )
+        if order[-1] == "scroll":
+            break
+    # Links, buttons, one stop for the whole graph, the groups, then the tables.
+    assert list(dict.fromkeys(order)) == ["", "zoom", "stage", "legend", "scroll"]
+    assert order.count("stage") == 1
+
+    browser.evaluate("document.getElementById('n0').focus()")
+    browser.press("ArrowDown")
+    assert browser.evaluate("document.activeElement.id") == "n1"
+    browser.press("Enter")
+    assert browser.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
+    name = browser.evaluate("document.querySelector('#panel h3').textContent")
+    assert name == data_of(case.text)["nodes"][1]["label"]
+    assert browser.evaluate("document.querySelectorAll('.node.lit').length") >= 2
+    browser.press("Escape")
+    assert browser.evaluate("document.querySelectorAll('[aria-pressed=\"true\"]').length") == 0
+    browser.press("ArrowUp")
+    assert browser.evaluate("document.activeElement.id") == "n0"
+    assert browser.problems == []
+
+
+@needs_browser
+def test_pinned_axes_say_why_on_hover(browser, case):
+    browser.open(case.file, height=1400)
+    nodes = data_of(case.text)["nodes"]
+    number = next(i for i, node in enumerate(nodes) if any("output" in reason for _, reason in node["pins"]))
+    box = f"document.getElementById('n{number}').getBoundingClientRect()"
+    left, top, width, height = (browser.evaluate(f"{box}.{key}") for key in ("left", "top", "width", "height"))
+    browser.mouse("mouseMoved", left + width / 2, top + height / 2)
+    text = browser.evaluate("document.getElementById('panel').textContent")
+    assert "it is a dimension of the model's output" in text
+    browser.mouse("mouseMoved", 2, 2)
+    assert "Channels by kind" in browser.evaluate("document.getElementById('panel').textContent")
+
+
+@needs_browser
+def test_it_zooms_and_moves(browser, case):
+    browser.open(case.file, height=1400)
+    width = "document.getElementById('graph').viewBox.baseVal.width"
+    whole = browser.evaluate(width)
+    browser.evaluate("document.getElementById('n0').focus()")
+    browser.press("+")
+    assert browser.evaluate(width) == pytest.approx(0.75 * whole)
+    middle = "document.getElementById('graph').getBoundingClientRect()"
+    x, y = (
+        browser.evaluate(f"{middle}.left + {middle}.width / 2"),
+        browser.evaluate(f"{middle}.top + {middle}.height / 2"),
+    )
+    corner = "document.getElementById('graph').viewBox.baseVal.x"
+    before = browser.evaluate(corner)
+    browser.mouse("mousePressed", x, y, button="left", clickCount=1)
+    browser.mouse("mouseMoved", x - 90, y, button="left")
+    browser.mouse("mouseReleased", x - 90, y, button="left", clickCount=1)
+    assert browser.evaluate(corner) > before + 50
+    browser.mouse("mouseWheel", x, y, deltaX=0, deltaY=-120, modifiers=2)
+    assert browser.evaluate(width) < 0.7 * whole
+    browser.press("0")
+    assert browser.evaluate(width) == pytest.approx(whole)
+    assert browser.problems == []
+
+
+@needs_browser
+def test_tables_sort(browser, case):
+    browser.open(case.file)
+    heading = "document.querySelector('#layers thead th:nth-child(4)')"
+    browser.evaluate(f"{heading}.querySelector('button').click()")
+    assert browser.evaluate(f"{heading}.getAttribute('aria-sort')") == "descending"
+    values = browser.evaluate(
+        "[...document.querySelectorAll('#layers tbody tr')].map((r) => +r.cells[3].dataset.value)"
+    )
+    assert values == sorted(values, reverse=True)
+    assert values[0] > values[-1]

@@ -79,12 +79,22 @@ def case(request, tmp_path_factory):
 
 # -- costs by layer ---------------------------------------------------------------------------------------------------
 
+
+def built(each):
+    """A case with weights that are numbers: bare parameters may come uninitialised."""
+    torch.manual_seed(0)
+    model = each.build()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter.data, std=0.2)
+    return model, each.inputs()
+
+
 CASES = [case for case in all_cases() if case.thins]
 
 
 @pytest.mark.parametrize("each", CASES, ids=str)
 def test_costs_of_layers_add_up_to_those_of_the_plan(each):
-    model, inputs = each.build(), each.inputs()
+    model, inputs = built(each)
     plan = structprune.plan(model, inputs, ratio=0.5)
     graph = ChannelGraph(model, inputs, outputs=plan.outputs)
     for count, total in zip(counts(graph, plan), (plan.before, plan.after), strict=True):
@@ -96,7 +106,7 @@ def test_costs_of_layers_add_up_to_those_of_the_plan(each):
 
 @pytest.mark.parametrize("each", CASES, ids=str)
 def test_every_case_can_be_reported(each, tmp_path):
-    model, inputs = each.build(), each.inputs()
+    model, inputs = built(each)
     plan = structprune.plan(model, inputs, ratio=0.5)
     data = data_of(structprune.report(model, inputs, tmp_path / "r.html", plan=plan).read_text())
     drawn = {g for node in data["nodes"] for g in node["groups"]}
@@ -155,8 +165,8 @@ def test_one_node_alone_has_a_place():
 def test_ticks_enclose_the_values(values):
     ticks = _ticks(values)
     assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= min(values)
-    assert ticks[-1] >= max(values)
+    assert ticks[0] <= min(values) + 1e-9
+    assert ticks[-1] >= max(values) - 1e-9
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -211,7 +221,8 @@ def test_a_plan_in_a_notebook():
 @pytest.mark.parametrize("draw", [structprune.plot_widths, structprune.plot_costs])
 def test_figures_for_papers(draw, case, tmp_path):
     file = draw(case.model, IMAGE, tmp_path / "figure.svg", plan=case.plan)
-    assert file.read_text().count("<path") > 2 * len(case.plan.layers)
+    convolutions = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in case.model.modules())
+    assert file.read_text().count("<path") > 2 * convolutions
 
 
 def test_a_figure_of_something_else_is_refused(tmp_path):
@@ -255,7 +266,8 @@ def test_it_renders_alone_and_whole(browser, case, width, scheme):
             || box.top < of.top - 1 || box.bottom > of.bottom + 1;
         return [...document.querySelectorAll(".node")].filter((node) => {
             const own = node.querySelector(".box").getBoundingClientRect();
-            return out(own, frame) || [...node.querySelectorAll("text")].some((t) => out(t.getBoundingClientRect(), own));
+            const labels = [...node.querySelectorAll("text")].map((text) => text.getBoundingClientRect());
+            return out(own, frame) || labels.some((label) => out(label, own));
         }).map((node) => node.id);
     })()"""
     assert browser.evaluate(outside) == []
@@ -328,6 +340,7 @@ def test_it_zooms_and_moves(browser, case):
     assert browser.evaluate(corner) > before + 50
     browser.mouse("mouseWheel", x, y, deltaX=0, deltaY=-120, modifiers=2)
     assert browser.evaluate(width) < 0.7 * whole
+    browser.evaluate("document.getElementById('n0').focus()")
     browser.press("0")
     assert browser.evaluate(width) == pytest.approx(whole)
     assert browser.problems == []
@@ -340,7 +353,7 @@ def test_tables_sort(browser, case):
     browser.evaluate(f"{heading}.querySelector('button').click()")
     assert browser.evaluate(f"{heading}.getAttribute('aria-sort')") == "descending"
     values = browser.evaluate(
-        "[...document.querySelectorAll('#layers tbody tr')].map((r) => +r.cells[3].dataset.value)"
+        "[...document.querySelectorAll('#layers tbody tr')].map((row) => +row.cells[3].dataset.value)"
     )
     assert values == sorted(values, reverse=True)
     assert values[0] > values[-1]

@@ -1,0 +1,230 @@
+"""The commands that make something: plan, prune, sensitivity, benchmark, export, report; `info` stands apart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from structprune.benchmark import benchmark
+from structprune.benchmark.backends import BACKENDS
+from structprune.cli.info import describe_machine, describe_model, model_tables
+from structprune.cli.models import named_object, parse_points
+from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, SlimOptions, command
+from structprune.cli.output import Output, costs, reporting
+from structprune.dependency_graph import DependencyGraph
+from structprune.export import export_onnx
+from structprune.io import save
+from structprune.plan import Plan
+from structprune.report import report
+from structprune.sensitivity import RATIOS, Sensitivity, sensitivity
+from structprune.surgery.verify import Report, verify
+
+app = typer.Typer(
+    name="structprune",
+    help="Make trained PyTorch networks smaller and faster by removing whole channels.",
+    epilog="Exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 an extra is missing, 4 refused, 5 not exact.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@command(app, "plan")
+def plan_command(source: ModelOptions, wanted: PlanOptions, out: File = None, as_json: AsJson = False) -> None:
+    """Decide which channels go; nothing is changed."""
+    with reporting(as_json) as output:
+        decided = wanted.plan(source.load())
+        if out is not None:
+            out.write_text(decided.to_json(), encoding="utf-8")
+        output.result(
+            decided.to_json(), *([decided.table()] if out is None else [costs(decided.before, decided.after)])
+        )
+
+
+@command(app, "prune")
+def prune_command(
+    source: ModelOptions,
+    wanted: PlanOptions,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for plan.json and model.safetensors.")],
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with the original.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Remove channels, verify the result and save it to a folder that structprune.load reads."""
+    with reporting(as_json) as output:
+        loaded = source.load()
+        decided = wanted.plan(loaded)
+        slim = decided.apply(loaded.model)
+        found = verify(loaded.model, slim, decided, loaded.inputs) if check else None
+        if found is not None:
+            found.raise_for_error()
+        save(slim, folder)
+        data = {"folder": str(folder), "digest": decided.digest, "before": asdict(decided.before)}
+        data |= {"after": asdict(decided.after), "verification": _verified(found)}
+        output.result(data, costs(decided.before, decided.after), f"{found or 'not verified'}\nsaved to {folder}")
+
+
+def _verified(found: Report | None) -> dict[str, Any] | None:
+    return None if found is None else {"ok": found.ok, **asdict(found)}
+
+
+@command(app, "sensitivity")
+def sensitivity_command(
+    source: ModelOptions,
+    metric: Annotated[str, typer.Option(help="module:function of (model, loader); a number, more is better.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; a run that was cut short goes on from it.")],
+    loader: Annotated[
+        str | None, typer.Option(help="module:function that makes the loader; without it, the example inputs.")
+    ] = None,
+    ratio: Annotated[list[float] | None, typer.Option("--ratio", "-r", help="Share to try, repeated.")] = None,
+    importance: Annotated[str, typer.Option(help="A criterion by name, or module:object.")] = "l2",
+    ignore: Annotated[list[str] | None, typer.Option(help="Layer to leave whole, repeated.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a heat map too; needs the extra plot.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Measure anew whatever the file holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how a metric of yours falls when each group alone is thinned."""
+    with reporting(as_json) as output:
+        loaded = source.load()
+        measure = named_object(metric)
+        data = loaded.inputs if loader is None else named_object(loader)()
+        if restart:
+            out.unlink(missing_ok=True)
+        found = sensitivity(
+            loaded.model,
+            loaded.inputs,
+            data,
+            measure,
+            ratios=tuple(ratio) if ratio else RATIOS,
+            importance=named_object(importance) if ":" in importance else importance,
+            ignore=ignore or (),
+            checkpoint=out,
+            progress=not output.quiet,
+        )
+        out.write_text(found.to_json(), encoding="utf-8")
+        if plot is not None:
+            found.plot(plot)
+        output.result(found.to_json(), found.table() if found.curves else "No group may lose channels.")
+
+
+@command(app, "benchmark")
+def benchmark_command(
+    source: ModelOptions,
+    wanted: SlimOptions,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=lambda: list(BACKENDS)),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in one run.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU.", min=1)] = None,
+    runs: Annotated[int, typer.Option(help="Timed runs of each.", min=2)] = 50,
+    warmup: Annotated[int, typer.Option(help="Runs before those.", min=0)] = 5,
+    out: File = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the model against its smaller self, in turns."""
+    chosen = backend or ["eager"]
+    if unknown := [name for name in chosen if name not in BACKENDS]:
+        raise typer.BadParameter(f"There is no backend {unknown[0]!r}; known are {', '.join(BACKENDS)}.")
+    with reporting(as_json) as output:
+        loaded = source.load()
+        models = {"dense": loaded.model, "slim": wanted.slim(loaded)}
+        found = benchmark(
+            models, loaded.inputs, backends=chosen, batch_size=batch_size, threads=threads, runs=runs, warmup=warmup
+        )
+        if out is not None:
+            out.write_text(found.to_json(), encoding="utf-8")
+        output.result(found.to_json(), cast("Any", found))
+
+
+@command(app, "export")
+def export_command(
+    source: ModelOptions,
+    file: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
+    wanted: SlimOptions,
+    dense: Annotated[bool, typer.Option("--dense", help="Export the model as it is.")] = False,
+    dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch free.")] = True,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an ONNX file of a saved or pruned model, checked by ONNX Runtime; needs the extra onnx."""
+    with reporting(as_json) as output:
+        loaded = source.load()
+        model = loaded.model if dense else wanted.slim(loaded)
+        found = export_onnx(model, file, loaded.inputs, dynamic_batch=dynamic_batch, opset=opset)
+        data = {**asdict(found), "path": str(found.path)}
+        text = f"{found.path}: {found.bytes:,} bytes, opset {found.opset}"
+        output.result(data, f"{text}, max relative error {found.max_relative_error:.1e} in ONNX Runtime")
+
+
+@command(app, "report")
+def report_command(
+    source: ModelOptions,
+    file: Annotated[Path, typer.Argument(help="The HTML file to write.", show_default=False)],
+    wanted: PlanOptions,
+    curves: Annotated[
+        Path | None, typer.Option("--sensitivity", help="JSON of `structprune sensitivity`.", exists=True)
+    ] = None,
+    points: Annotated[
+        Path | None, typer.Option(help="JSON list of [cost, accuracy] or [cost, accuracy, label].", exists=True)
+    ] = None,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with the original.")] = True,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file that shows the graph, the plan, and what was measured."""
+    with reporting(as_json) as output:
+        loaded = source.load()
+        decided: Plan | None = wanted.plan(loaded) if wanted.given else None
+        found = None
+        if decided is not None and check:
+            found = verify(loaded.model, decided.apply(loaded.model), decided, loaded.inputs)
+        written = report(
+            loaded.model,
+            loaded.inputs,
+            file,
+            plan=decided,
+            verification=found,
+            sensitivity=None if curves is None else Sensitivity.from_json(curves.read_text(encoding="utf-8")),
+            points=() if points is None else parse_points(points),
+            title=title or source.model,
+        )
+        size = written.stat().st_size
+        data = {"path": str(written), "bytes": size, "verification": _verified(found)}
+        output.result(data, *([str(found)] if found else []), f"{written}: {size:,} bytes")
+        if found is not None:
+            found.raise_for_error()
+
+
+@command(app, "info")
+def info_command(
+    model: Annotated[str | None, typer.Argument(help="A model; without one, the machine alone.")] = None,
+    inputs: Annotated[list[str] | None, typer.Option("--input", "-i", help="Shape of an input, repeated.")] = None,
+    device: Annotated[str, typer.Option(help="Where the model goes.")] = "cpu",
+    layer: Annotated[list[str] | None, typer.Option(help="Explain this layer, repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show versions and hardware, or what of a model is coupled and what is pinned."""
+    with reporting(as_json) as output:
+        if model is None:
+            _show_machine(output)
+            return
+        loaded = ModelOptions(model=model, inputs=inputs, device=device).load()
+        graph = DependencyGraph(loaded.model, loaded.inputs)
+        data = describe_model(graph)
+        explained = {name: graph.explain(name) for name in layer or ()}
+        output.result(data | {"layers": explained}, *(explained.values() if layer else model_tables(data)))
+
+
+def _show_machine(output: Output) -> None:
+    data = describe_machine()
+    lines = [f"{key}: {it if isinstance(it, str) else json.dumps(it)}" for key, it in data["hardware"].items()]
+    versions = [f"{name} {version}" for name, version in data["versions"].items()]
+    extras = [
+        f"{name}: {'ready' if not it['missing'] else 'missing ' + ', '.join(it['missing'])}"
+        for name, it in data["extras"].items()
+    ]
+    output.result(data, "\n".join(versions), "\n".join(lines), "extras\n  " + "\n  ".join(extras))

@@ -1,0 +1,93 @@
+"""What `structprune info` tells: versions, hardware, and the channels of a model."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from structprune.cost import count_cost
+from structprune.graph import ChannelGraph
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, extras with what they lack, and hardware."""
+    versions = {"structprune": version("structprune"), "python": platform.python_version()}
+    return {
+        "versions": versions | {name: version(name) for name in ("torch", "numpy", "safetensors")},
+        "extras": {name: {"missing": missing} for name, missing in _extras()},
+        "hardware": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def _extras() -> Iterator[tuple[str, list[str]]]:
+    """The extras that the package declares, with the packages of each that are not installed."""
+    found: dict[str, list[str]] = {}
+    for requirement in requires("structprune") or ():
+        if match := re.fullmatch(r"([\w.-]+).*extra == [\"'](\w+)[\"'].*", requirement):
+            name, extra = match.groups()
+            missing = found.setdefault(extra, [])
+            if not _installed(name):
+                missing.append(name)
+    yield from found.items()
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    """The processor's name; Linux tells it in a file only."""
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe_model(graph: ChannelGraph) -> dict[str, Any]:
+    """Costs, groups and pinned axes of a model."""
+    nothing = np.zeros(graph.components.count, dtype=bool)
+    cost = count_cost(graph.model, graph.trace, graph.channels, graph.counter(nothing))
+    groups = [
+        {
+            "name": group.name,
+            "axis": group.axis,
+            "channels": group.channels,
+            "tensors": sorted({member.tensor for member in group.members}),
+        }
+        for group in graph.groups()
+    ]
+    return {"class": type(graph.model).__name__, "cost": asdict(cost), "groups": groups, "pinned": graph.pinned()}
+
+
+def model_tables(data: dict[str, Any]) -> list[Any]:
+    """The same as tables."""
+    groups = Table("group", "axis", "channels", "tensors", title=data["class"])
+    for group in data["groups"]:
+        groups.add_row(group["name"], group["axis"], str(group["channels"]), str(len(group["tensors"])))
+    pinned = Table("pinned axis", "reason")
+    for place, reason in data["pinned"].items():
+        pinned.add_row(place, reason)
+    lines = [f"{name.replace('_', ' ')}: {value:,}" for name, value in data["cost"].items()]
+    return [groups, pinned, "\n".join(lines)]

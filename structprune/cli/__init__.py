@@ -16,4 +16,4 @@ def main() -> None:
             raise
         sys.stderr.write("The command line needs typer: pip install 'structprune[cli]'\n")
         sys.exit(MISSING_EXTRA)
-    app()
+    app(prog_name="structprune")

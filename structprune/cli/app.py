@@ -13,7 +13,7 @@ from structprune.benchmark import benchmark
 from structprune.benchmark.backends import BACKENDS
 from structprune.cli.info import describe_machine, describe_model, model_tables
 from structprune.cli.models import named_object, parse_points
-from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, SlimOptions, command
+from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, SlimOptions, among, command
 from structprune.cli.output import Output, costs, reporting
 from structprune.dependency_graph import DependencyGraph
 from structprune.export import export_onnx
@@ -116,7 +116,7 @@ def benchmark_command(
     wanted: SlimOptions,
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=lambda: list(BACKENDS)),
+        typer.Option("--backend", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=among(BACKENDS)),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in one run.", min=1)] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU.", min=1)] = None,

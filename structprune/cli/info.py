@@ -17,6 +17,7 @@ from rich.table import Table
 
 from structprune.cost import count_cost
 from structprune.graph import ChannelGraph
+from structprune.report.text import places
 
 
 def describe_machine() -> dict[str, Any]:
@@ -78,7 +79,8 @@ def describe_model(graph: ChannelGraph) -> dict[str, Any]:
         }
         for group in graph.groups()
     ]
-    return {"class": type(graph.model).__name__, "cost": asdict(cost), "groups": groups, "pinned": graph.pinned()}
+    pinned = {place: places(reason) for place, reason in graph.pinned().items()}
+    return {"class": type(graph.model).__name__, "cost": asdict(cost), "groups": groups, "pinned": pinned}
 
 
 def model_tables(data: dict[str, Any]) -> list[Any]:

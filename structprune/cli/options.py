@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import typer
 
+from structprune.allocation.ratios import Ratio
 from structprune.allocation.scopes import SCOPES
 from structprune.allocation.targets import TARGETS
 from structprune.api import Options, plan
@@ -26,6 +27,12 @@ from structprune.surgery.verify import verify
 
 _SOURCES = ("torchvision:", "timm:", "hf:")
 
+
+def among(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """What completes a word to one of `names`."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")]
 File = Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file.", dir_okay=False)]
 
@@ -38,7 +45,7 @@ class ModelOptions:
         str,
         typer.Argument(
             help="torchvision:NAME, timm:NAME, hf:PATH, module:function or file.py:function.",
-            autocompletion=lambda: list(_SOURCES),
+            autocompletion=among(_SOURCES),
             show_default=False,
         ),
     ]
@@ -85,20 +92,18 @@ class PlanOptions:
         list[str] | None,
         typer.Option(
             help=f"{', '.join(SCOPES)}; a JSON file of `structprune sensitivity`; or LAYER,LAYER,... repeated.",
-            autocompletion=lambda: list(SCOPES),
+            autocompletion=among(SCOPES),
         ),
     ] = None
     axes: Annotated[
-        list[str] | None, typer.Option(help=f"What may go: {', '.join(AXES)}.", autocompletion=lambda: list(AXES))
+        list[str] | None, typer.Option(help=f"What may go: {', '.join(AXES)}.", autocompletion=among(AXES))
     ] = None
     round_to: Annotated[str, typer.Option(help="Widths become multiples of this number, or auto.")] = "auto"
     min_channels: Annotated[int, typer.Option(help="No group keeps fewer.", min=1)] = 1
     max_ratio: Annotated[float, typer.Option(help="No group loses a greater share.")] = 1.0
     importance: Annotated[
         str,
-        typer.Option(
-            help="A criterion by name, or module:object for one of your own.", autocompletion=lambda: sorted(CRITERIA)
-        ),
+        typer.Option(help="A criterion by name, or module:object for one of your own.", autocompletion=among(CRITERIA)),
     ] = "l2"
     ignore: Annotated[list[str] | None, typer.Option(help="Layer to leave whole, repeated.")] = None
     outputs: Annotated[
@@ -186,7 +191,7 @@ def _pair(text: str) -> tuple[str, float]:
     return name, _number(number)
 
 
-def _ratio(texts: list[str]) -> float | dict[str, float]:
+def _ratio(texts: list[str]) -> Ratio:
     """One number; or numbers by name, where a number alone is for all that is not named."""
     if len(texts) == 1 and "=" not in texts[0]:
         return _number(texts[0])
@@ -215,7 +220,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         given = inspect.signature(function, eval_str=True).parameters.values()
-        bundles = {p.name: p.annotation for p in given if dataclasses.is_dataclass(p.annotation)}
+        bundles: dict[str, Any] = {p.name: p.annotation for p in given if dataclasses.is_dataclass(p.annotation)}
         parameters: list[inspect.Parameter] = []
         for parameter in given:
             parameters += _fields(bundles[parameter.name]) if parameter.name in bundles else [parameter]

@@ -1,0 +1,412 @@
+"""The command line: every command, what it prints, what it writes, and the code with which it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import structprune
+from structprune.cli import main
+from structprune.cli.app import app
+from structprune.cli.models import parse_inputs
+from structprune.plan import Plan
+from structprune.sensitivity import Sensitivity
+
+OWN = """
+import torch
+from torch import nn
+
+print("a line that is no result")
+
+class Net(nn.Sequential):
+    def __init__(self):
+        body = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()
+        super().__init__(*body, nn.Flatten(), nn.Linear(512, 4))
+
+def pair():
+    return Net(), torch.randn(2, 3, 8, 8)
+
+def broken():
+    raise RuntimeError("my own mistake")
+
+def number():
+    return 3
+
+calls = []
+
+def metric(model, loader):
+    calls.append(1)
+    return -float(model(loader).abs().mean())
+
+def images():
+    return torch.ones(2, 3, 8, 8)
+
+def last_first(group, tensors):
+    return -torch.arange(group.channels, dtype=torch.float64)
+"""
+SHAPE = ["--input", "2x3x8x8"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a module of the user's."""
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own", None)
+    sys.path[:] = [entry for entry in sys.path if entry != str(tmp_path)]
+
+
+def run(*args, code=0):
+    done = CliRunner().invoke(app, [str(arg) for arg in args])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return done
+
+
+def as_json(*args):
+    return json.loads(run(*args, "--json").stdout)
+
+
+# -- plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_a_table_and_writes_json(folder):
+    shown = run("plan", "own:pair", "--ratio", 0.5, "--out", "plan.json")
+    assert "params" in shown.stdout
+    assert "a line that is no result" not in shown.stdout
+    plan = Plan.from_json(Path("plan.json").read_text())
+    model, x = nn_of_own()
+    assert plan.digest == structprune.plan(model, x, ratio=0.5).digest
+    assert Plan.from_json(run("plan", "own:pair", "--ratio", 0.5, "--json").stdout) == plan
+    assert "│ 0 " in run("plan", "own:pair").stdout
+
+
+def nn_of_own():
+    own = __import__("own")
+    torch.manual_seed(0)
+    return own.pair()
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--ratio", 0.25], {"ratio": 0.25}),
+        (["--ratio", "0=0.5", "--ratio", 0.25], {"ratio": {"0": 0.5, "*": 0.25}}),
+        (["--target", "macs=0.5", "--target", "params=0.9"], {"target": {"macs": 0.5, "params": 0.9}}),
+        (["--scope", "global"], {"scope": "global"}),
+        (["--scope", "0,2"], {"scope": [["0", "2"]]}),
+        (["--axes", "channels,mlp"], {"axes": ["channels", "mlp"]}),
+        (
+            ["--round-to", 8, "--min-channels", 2, "--max-ratio", 0.6],
+            {"round_to": 8, "min_channels": 2, "max_ratio": 0.6},
+        ),
+        (["--importance", "l1"], {"importance": "l1"}),
+    ],
+)
+def test_options_are_those_of_plan(folder, options, settings):
+    found = as_json("plan", "own:pair", *options)["settings"]
+    assert {key: found[key] for key in settings} == settings
+
+
+def test_layers_can_be_left_whole_and_criteria_be_ones_own(folder):
+    layers = as_json("plan", "own:pair", "--ignore", "0", "--importance", "own:last_first", "--round-to", 1)["layers"]
+    assert layers == [{"layer": "2", "before": 32, "after": 16}]
+    removed = as_json("plan", "own:pair", "--importance", "own:last_first", "--round-to", 1)["thinnings"][0]["removed"]
+    assert removed == list(range(8, 16))
+
+
+# -- models and inputs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["own:Net", "own.py:Net"])
+def test_a_class_of_the_users_own(folder, spec):
+    assert as_json("info", spec, *SHAPE)["class"] == "Net"
+
+
+def test_a_model_of_timm_knows_its_inputs():
+    found = as_json("plan", "timm:resnet10t.c3_in1k", "--ratio", 0.1)
+    assert "[1, 3, 176, 176]" in json.dumps(found["inputs"])
+
+
+def test_a_model_of_transformers_from_its_config(tmp_path):
+    from transformers import BertConfig
+
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path / "bert")
+    found = as_json("info", f"hf:{tmp_path / 'bert'}")
+    assert found["class"] == "BertForSequenceClassification"
+    assert {group["axis"] for group in found["groups"]} >= {"hidden", "heads", "mlp"}
+    slim = as_json("prune", f"hf:{tmp_path / 'bert'}", "--ratio", 0.5, "--out", tmp_path / "slim")
+    assert slim["verification"]["ok"]
+
+
+def test_weights_of_transformers_beside_the_config_are_loaded(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    model = BertModel(config)
+    model.save_pretrained(tmp_path / "bert")
+    plan = as_json("plan", f"hf:{tmp_path / 'bert'}", "--ratio", 0.5)
+    inputs = {"input_ids": torch.zeros(1, 16, dtype=torch.int64)}
+    own = structprune.plan(model.eval(), inputs, ratio=0.5)
+    assert [t["removed"] for t in plan["thinnings"]] == [list(t.removed) for t in own.thinnings]
+
+
+def test_weights_from_a_file(folder):
+    run("plan", "own:pair")
+    model, _ = nn_of_own()
+    with torch.no_grad():
+        model[0].weight[torch.arange(16) % 2 == 0] = 0.0
+    save_file(model.state_dict(), folder / "w.safetensors")
+    torch.save(model.state_dict(), folder / "w.pt")
+    for file in ("w.safetensors", "w.pt"):
+        plan = as_json("plan", "own:pair", "--weights", file, "--round-to", 1)
+        assert plan["thinnings"][0]["removed"] == list(range(0, 16, 2))
+
+
+def test_inputs_by_shape():
+    image, ids = parse_inputs(["1x3x8x8", "int64:2x16:1000"])
+    assert (image.dtype, list(image.shape)) == (torch.float32, [1, 3, 8, 8])
+    assert (ids.dtype, list(ids.shape)) == (torch.int64, [2, 16])
+    assert 2 <= int(ids.max()) < 1000
+    named = parse_inputs(["x=float16:4", "mask=bool:1x4"])
+    assert {name: t.dtype for name, t in named.items()} == {"x": torch.float16, "mask": torch.bool}
+
+
+# -- the other commands -----------------------------------------------------------------------------------------------
+
+
+def test_prune_saves_what_load_reads(folder):
+    found = as_json("prune", "own:pair", "--ratio", 0.5, "--out", "slim")
+    assert found["verification"]["ok"]
+    assert found["after"]["params"] < 0.4 * found["before"]["params"]
+    model, x = nn_of_own()
+    again = structprune.load(lambda: nn_of_own()[0], "slim")
+    assert structprune.cost(again, x).params == found["after"]["params"]
+    expected = structprune.prune(model, x, ratio=0.5)
+    assert torch.equal(again(x), expected(x))
+
+
+def test_prune_by_a_plan_that_was_made_before(folder):
+    plan = as_json("plan", "own:pair", "--ratio", 0.25, "--out", "plan.json")
+    shown = run("prune", "own:pair", "--plan", "plan.json", "--out", "slim", "--no-verify").stdout
+    assert "not verified" in shown
+    assert f"{plan['after']['params']:,}" in shown
+
+
+def test_sensitivity_resumes(folder):
+    args = ["sensitivity", "own:pair", "--metric", "own:metric", "--loader", "own:images", "--out", "s.json", "-r", 0.5]
+    first = as_json(*args)
+    assert [curve["kept"] for curve in first["curves"]] == [[8], [16]]
+    own = sys.modules["own"]
+    assert len(own.calls) == 3
+    cut = dict(first, curves=first["curves"][:1])
+    Path("s.json").write_text(json.dumps(cut))
+    assert as_json(*args) == first
+    assert len(own.calls) == 4  # the second group alone
+    assert "channels" in run(*args, "--restart", "--plot", "s.png").stdout
+    assert len(own.calls) == 7
+    assert Path("s.png").stat().st_size > 1000
+    assert Sensitivity.from_json(Path("s.json").read_text()).dense == first["dense"]
+    plan = as_json("plan", "own:pair", "--scope", "s.json", "--target", "macs=0.6")
+    assert plan["settings"]["reached"]["macs"] <= 0.6
+
+
+def test_benchmark(folder):
+    args = ["benchmark", "own:pair", "--ratio", 0.5, "--runs", 3, "--warmup", 1, "--batch-size", 4, "--out", "b.json"]
+    found = as_json(*args, "-b", "eager", "-b", "onnxruntime")
+    assert [(t["model"], t["backend"]) for t in found["timings"]] == [
+        (name, backend) for backend in ("eager", "onnxruntime") for name in ("dense", "slim")
+    ]
+    assert found["batch_size"] == 4
+    assert json.loads(Path("b.json").read_text()) == found
+    assert "speed-up" in run(*args).stdout
+
+
+def test_export_of_a_saved_and_of_a_pruned_model(folder):
+    run("prune", "own:pair", "--ratio", 0.5, "--out", "slim")
+    dense = as_json("export", "own:pair", "dense.onnx", "--dense")
+    saved = as_json("export", "own:pair", "saved.onnx", "--saved", "slim")
+    pruned = as_json("export", "own:pair", "pruned.onnx", "--ratio", 0.5)
+    assert saved["bytes"] == pruned["bytes"] < 0.6 * dense["bytes"]
+    assert pruned["max_relative_error"] < 1e-4
+    assert Path("saved.onnx").is_file()
+
+
+def test_report(folder):
+    Path("points.json").write_text('[[100, 0.9, "dense"], [50, 0.8]]')
+    run("sensitivity", "own:pair", "--metric", "own:metric", "--out", "s.json")
+    found = as_json("report", "own:pair", "r.html", "-r", 0.5, "--points", "points.json", "--sensitivity", "s.json")
+    assert found["verification"]["ok"]
+    text = Path("r.html").read_text()
+    assert len(text.encode()) == found["bytes"]
+    for part in ("own:pair", "16 → 8", 'id="sensitivity"', 'id="curve"', "equal"):
+        assert part in text
+    run("report", "own:pair", "as-is.html", "--title", "Mine")
+    assert 'id="settings"' not in Path("as-is.html").read_text()
+
+
+def test_info_of_the_machine():
+    found = as_json("info")
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["hardware"]["cores"] >= 1
+    assert found["extras"]["onnx"]["missing"] == []
+    assert "torch" in run("info").stdout
+
+
+def test_info_of_a_model(folder):
+    found = as_json("info", "own:pair", "--layer", "5")
+    assert [group["name"] for group in found["groups"]] == ["0", "2"]
+    assert found["pinned"]["5.weight, dim 0"] == "it is a dimension of the model's output"
+    assert "pinned: it is a dimension of the model's output" in found["layers"]["5"]
+    assert "group" in run("info", "own:pair").stdout
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["plan", "resnet"], "names no model"),
+        (["plan", "nowhere:net"], "no module 'nowhere'"),
+        (["plan", "nowhere.py:net"], "There is no file nowhere.py"),
+        (["plan", "own:nothing"], "has no 'nothing'"),
+        (["plan", "own:number"], "gives a int"),
+        (["plan", "own:Net"], "does not say what it takes"),
+        (["plan", "own:Net", "-i", "3xx8"], "is no shape"),
+        (["plan", "own:Net", "-i", "0x3"], "is no shape"),
+        (["plan", "own:Net", "-i", "x=1x3", "-i", "1x3"], "by name, or none"),
+        (["plan", "own:pair", "--target", "macs"], "not of the form NAME=NUMBER"),
+        (["plan", "own:pair", "--ratio", "half"], "is no number"),
+        (["plan", "own:pair", "--round-to", "-8"], "give a whole number, or auto"),
+        (["plan", "own:pair", "--scope", "everything"], "--scope is 'everything'"),
+        (["plan", "own:pair", "--device", "abacus"], "There is no device"),
+        (["plan", "timm:resnet5000"], "timm has no model"),
+        (["plan", "hf:."], "has no config.json"),
+        (["plan", "hf:nobody/nothing"], "nor in the cache"),
+        (["export", "own:pair", "x.onnx"], "Say which smaller model is meant"),
+        (["benchmark", "own:pair", "-r", "0.5", "-b", "abacus"], "no backend 'abacus'"),
+        (["benchmark", "own:pair", "-r", "0.5", "--saved", "."], "not both"),
+        (["report", "own:pair", "r.html", "--points", "own.py"], "is no JSON"),
+    ],
+)
+def test_wrong_usage_exits_with_2(folder, args, message):
+    shown = run(*args, code=2)
+    assert message in " ".join(shown.stderr.replace("│", " ").split())
+    assert not Path("x.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["plan", "own:pair", "--ratio", "2"], "PlanError: ratio is 2.0"),
+        (["plan", "own:pair", "--target", "speed=0.5"], "target names 'speed'"),
+        (["plan", "own:pair", "--ignore", "layer9"], "has no layer 'layer9'"),
+        (["plan", "own:pair", "--importance", "best"], "no criterion 'best'"),
+        (["plan", "own:pair", "--plan", "own.py"], "not the JSON of a plan"),
+        (["export", "own:pair", "x.onnx", "--saved", "."], "plan.json does not exist"),
+    ],
+)
+def test_refusals_exit_with_4(folder, args, message):
+    shown = run(*args, code=4)
+    assert message in " ".join(shown.stderr.split())
+    assert shown.stdout == ""
+
+
+def test_a_result_that_is_not_exact_exits_with_5_and_saves_nothing(folder, monkeypatch):
+    def thinned_and_spoilt(plan, model, inplace=False):
+        slim = applied(plan, model, inplace)
+        with torch.no_grad():
+            slim[5].bias.add_(1)
+        return slim
+
+    applied = Plan.apply
+    monkeypatch.setattr(Plan, "apply", thinned_and_spoilt)
+    shown = run("prune", "own:pair", "--out", "slim", code=5)
+    assert "VerificationError" in shown.stderr
+    assert not Path("slim").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "args", "extra"),
+    [
+        ("timm", ["plan", "timm:resnet18"], "models"),
+        ("transformers", ["plan", "hf:bert"], "models"),
+        ("onnxruntime", ["export", "own:pair", "x.onnx", "--dense"], "onnx"),
+        (
+            "matplotlib.figure",
+            ["sensitivity", "own:pair", "--metric", "own:metric", "-o", "s", "--plot", "p.png"],
+            "plot",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(folder, monkeypatch, package, args, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    shown = run(*args, code=3)
+    assert f"structprune[{extra}]" in shown.stderr
+
+
+def test_errors_of_the_users_own_code_keep_their_traceback(folder):
+    with pytest.raises(RuntimeError, match="my own mistake"):
+        run("plan", "own:broken")
+
+
+# -- as a program -----------------------------------------------------------------------------------------------------
+
+
+def program(*args, before=""):
+    code = f"{before}\nfrom structprune.cli import main\nmain()"
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+
+
+def test_as_a_program(folder):
+    done = program("prune", "own:pair", "--ratio", "0.5", "--out", "slim", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["folder"] == "slim"
+    assert "a line that is no result" in done.stderr
+    assert program("plan", "own:pair", "--ratio", "7").returncode == 4
+    shown = program("--help")
+    for name in ("plan", "prune", "sensitivity", "benchmark", "export", "report", "info"):
+        assert f"│ {name} " in shown.stdout
+
+
+def test_without_typer_the_extra_is_named():
+    done = program("info", before="import sys\nsys.modules['typer'] = None")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "The command line needs typer: pip install 'structprune[cli]'\n"
+
+
+def test_the_console_script_is_declared():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"structprune": f"{main.__module__}:{main.__name__}"}
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("structprune plan x --scope ", ["local", "global", "isomorphic"]),
+        ("structprune plan x --scope gl", ["global"]),
+        ("structprune benchmark x --backend on", ["onnxruntime"]),
+        ("structprune plan x --importance l", ["l2", "l1", "linf"]),
+        ("structprune plan tim", ["timm:"]),
+        ("structprune sens", ["sensitivity"]),
+    ],
+)
+def test_completion_for_a_shell(words, found):
+    at = len(words.split(" ")) - 1
+    settings = {"_STRUCTPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+    done = program(before=f"import os\nos.environ.update({settings!r})")
+    assert set(found) <= set(done.stdout.split()), done.stderr
+    assert all(word.startswith(words.rpartition(" ")[2]) for word in done.stdout.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import structprune
 from structprune.cli import main
 from structprune.cli.app import app
 from structprune.cli.models import parse_inputs
+from structprune.cli.output import Exit
 from structprune.plan import Plan
 from structprune.sensitivity import Sensitivity
 
@@ -410,3 +413,30 @@ def test_completion_for_a_shell(words, found):
     done = program(before=f"import os\nos.environ.update({settings!r})")
     assert set(found) <= set(done.stdout.split()), done.stderr
     assert all(word.startswith(words.rpartition(" ")[2]) for word in done.stdout.split())
+
+
+# -- the documentation ------------------------------------------------------------------------------------------------
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "cli.md").read_text()
+EXAMPLES = [line for line in DOCUMENT.splitlines() if line.startswith("structprune ")]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_examples_of_the_documentation_are_understood(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("plan.json", "sensitivity.json", "points.json", "net.safetensors"):
+        Path(name).touch()
+    Path("slim").mkdir()
+    name, *args = shlex.split(line)[1:]
+    command = get_command(app).commands[name]
+    context = command.make_context(name, args)  # parsed and checked, not run
+    assert context.params["model"] is None or ":" in context.params["model"]
+
+
+def test_the_documentation_has_an_example_of_every_command():
+    assert {shlex.split(line)[1] for line in EXAMPLES} == set(get_command(app).commands)
+
+
+@pytest.mark.parametrize("code", list(Exit))
+def test_the_documentation_explains_every_exit_code(code):
+    assert f"| {code.value} |" in DOCUMENT

@@ -170,9 +170,7 @@ class Drawing:
         if node.kind == "join":
             return [element("text", escape(title), y="4.5", text_anchor="middle")]
         left = -width / 2
-        if len(title) > _LONGEST:
-            title = f"…{title[-_LONGEST + 1 :]}"
-        parts = [element("text", escape(title), x=left + 13, y="-3.5")]
+        parts = [element("text", escape(_shortened(title)), x=left + 13, y="-3.5")]
         pair = self._width(node)
         if pair is not None:
             parts.append(element("text", _arrow(pair), class_="small", x=left + 13, y="10.5"))
@@ -198,6 +196,14 @@ class Drawing:
         if before:
             said.append(f"{short(before)} MACs, {kept(before, after)} left")
         return ", ".join(said)
+
+
+def _shortened(path: str) -> str:
+    """The last parts of a path that fit."""
+    if len(path) <= _LONGEST:
+        return path
+    end = path[-_LONGEST + 1 :]
+    return f"…{end.partition('.')[2] or end}"
 
 
 def _gathered(pins: list[tuple[str, str]]) -> list[tuple[str, str]]:

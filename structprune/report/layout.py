@@ -242,7 +242,7 @@ class _Bends:
         self, point: dict[int, Point], rank: dict[int, int], column: list[int], right: dict[int, float], count: int
     ) -> None:
         self._point, self._rank, self._column, self._right, self._count = point, rank, column, right, count
-        self._lanes: dict[int, int] = {}
+        self._lanes: dict[int, dict[Edge, int]] = {}
 
     def path(self, chain: list[int]) -> str:
         """The path along a chain."""
@@ -260,14 +260,16 @@ class _Bends:
                     else f"C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}"
                 )
             else:
-                parts.append(self._step((x0, y0), (x1, y1), self._rank[a]))
+                parts.append(self._step((x0, y0), (x1, y1), (a, b)))
             if b >= self._count:
                 parts.append(f"V{y1 + HEIGHT:.1f}")
         return "".join(parts)
 
-    def _step(self, start: Point, end: Point, rank: int) -> str:
-        """Down, right into the gutter, up, right and down: a lane of its own for each edge."""
-        lane = self._lanes[rank] = self._lanes.get(rank, -1) + 1
+    def _step(self, start: Point, end: Point, link: Edge) -> str:
+        """Down, right into the gutter, up, right and down: a lane of its own for each link."""
+        rank = self._rank[link[0]]
+        lanes = self._lanes.setdefault(rank, {})
+        lane = lanes.setdefault(link, len(lanes))
         away = 12.0 + 7 * (lane % 5)
         (x0, y0), (x1, y1) = start, end
         gutter, low, high = self._right[self._column[rank]] + away, y0 + away, y1 - away

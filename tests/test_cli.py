@@ -3,81 +3,25 @@
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.main import get_command
-from typer.testing import CliRunner
+from support.command_line import as_json, run, working_folder
 
 import structprune
-from structprune.cli import main
-from structprune.cli.app import app
 from structprune.cli.models import parse_inputs
-from structprune.cli.output import Exit
 from structprune.plan import Plan
 from structprune.sensitivity import Sensitivity
 
-OWN = """
-import torch
-from torch import nn
-
-print("a line that is no result")
-
-class Net(nn.Sequential):
-    def __init__(self):
-        body = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()
-        super().__init__(*body, nn.Flatten(), nn.Linear(512, 4))
-
-def pair():
-    return Net(), torch.randn(2, 3, 8, 8)
-
-def broken():
-    raise RuntimeError("my own mistake")
-
-def number():
-    return 3
-
-calls = []
-
-def metric(model, loader):
-    calls.append(1)
-    return -float(model(loader).abs().mean())
-
-def images():
-    return torch.ones(2, 3, 8, 8)
-
-def last_first(group, tensors):
-    return -torch.arange(group.channels, dtype=torch.float64)
-"""
 SHAPE = ["--input", "2x3x8x8"]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with a module of the user's."""
-    (tmp_path / "own.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("own", None)
-    sys.path[:] = [entry for entry in sys.path if entry != str(tmp_path)]
-
-
-def run(*args, code=0):
-    done = CliRunner().invoke(app, [str(arg) for arg in args])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == code, done.output
-    return done
-
-
-def as_json(*args):
-    return json.loads(run(*args, "--json").stdout)
+    yield from working_folder(tmp_path, monkeypatch)
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------
@@ -274,169 +218,3 @@ def test_info_of_a_model(folder):
     assert found["pinned"]["5.weight, dim 0"] == "it is a dimension of the model's output"
     assert "pinned: it is a dimension of the model's output" in found["layers"]["5"]
     assert "group" in run("info", "own:pair").stdout
-
-
-# -- what goes wrong --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["plan", "resnet"], "names no model"),
-        (["plan", "nowhere:net"], "no module 'nowhere'"),
-        (["plan", "nowhere.py:net"], "There is no file nowhere.py"),
-        (["plan", "own:nothing"], "has no 'nothing'"),
-        (["plan", "own:number"], "gives a int"),
-        (["plan", "own:Net"], "does not say what it takes"),
-        (["plan", "own:Net", "-i", "3xx8"], "is no shape"),
-        (["plan", "own:Net", "-i", "0x3"], "is no shape"),
-        (["plan", "own:Net", "-i", "x=1x3", "-i", "1x3"], "by name, or none"),
-        (["plan", "own:pair", "--target", "macs"], "not of the form NAME=NUMBER"),
-        (["plan", "own:pair", "--ratio", "half"], "is no number"),
-        (["plan", "own:pair", "--round-to", "-8"], "give a whole number, or auto"),
-        (["plan", "own:pair", "--scope", "everything"], "--scope is 'everything'"),
-        (["plan", "own:pair", "--device", "abacus"], "There is no device"),
-        (["plan", "timm:resnet5000"], "timm has no model"),
-        (["plan", "hf:."], "has no config.json"),
-        (["plan", "hf:nobody/nothing"], "nor in the cache"),
-        (["export", "own:pair", "x.onnx"], "Say which smaller model is meant"),
-        (["benchmark", "own:pair", "-r", "0.5", "-b", "abacus"], "no backend 'abacus'"),
-        (["benchmark", "own:pair", "-r", "0.5", "--saved", "."], "not both"),
-        (["report", "own:pair", "r.html", "--points", "own.py"], "is no JSON"),
-    ],
-)
-def test_wrong_usage_exits_with_2(folder, args, message):
-    shown = run(*args, code=2)
-    assert message in " ".join(shown.stderr.replace("│", " ").split())
-    assert not Path("x.onnx").exists()
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["plan", "own:pair", "--ratio", "2"], "PlanError: ratio is 2.0"),
-        (["plan", "own:pair", "--target", "speed=0.5"], "target names 'speed'"),
-        (["plan", "own:pair", "--ignore", "layer9"], "has no layer 'layer9'"),
-        (["plan", "own:pair", "--importance", "best"], "no criterion 'best'"),
-        (["plan", "own:pair", "--plan", "own.py"], "not the JSON of a plan"),
-        (["export", "own:pair", "x.onnx", "--saved", "."], "plan.json does not exist"),
-    ],
-)
-def test_refusals_exit_with_4(folder, args, message):
-    shown = run(*args, code=4)
-    assert message in " ".join(shown.stderr.split())
-    assert shown.stdout == ""
-
-
-def test_a_result_that_is_not_exact_exits_with_5_and_saves_nothing(folder, monkeypatch):
-    def thinned_and_spoilt(plan, model, inplace=False):
-        slim = applied(plan, model, inplace)
-        with torch.no_grad():
-            slim[5].bias.add_(1)
-        return slim
-
-    applied = Plan.apply
-    monkeypatch.setattr(Plan, "apply", thinned_and_spoilt)
-    shown = run("prune", "own:pair", "--out", "slim", code=5)
-    assert "VerificationError" in shown.stderr
-    assert not Path("slim").exists()
-
-
-@pytest.mark.parametrize(
-    ("package", "args", "extra"),
-    [
-        ("timm", ["plan", "timm:resnet18"], "models"),
-        ("transformers", ["plan", "hf:bert"], "models"),
-        ("onnxruntime", ["export", "own:pair", "x.onnx", "--dense"], "onnx"),
-        (
-            "matplotlib.figure",
-            ["sensitivity", "own:pair", "--metric", "own:metric", "-o", "s", "--plot", "p.png"],
-            "plot",
-        ),
-    ],
-)
-def test_a_missing_extra_is_named(folder, monkeypatch, package, args, extra):
-    monkeypatch.setitem(sys.modules, package, None)
-    shown = run(*args, code=3)
-    assert f"structprune[{extra}]" in shown.stderr
-
-
-def test_errors_of_the_users_own_code_keep_their_traceback(folder):
-    with pytest.raises(RuntimeError, match="my own mistake"):
-        run("plan", "own:broken")
-
-
-# -- as a program -----------------------------------------------------------------------------------------------------
-
-
-def program(*args, before=""):
-    code = f"{before}\nfrom structprune.cli import main\nmain()"
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
-
-
-def test_as_a_program(folder):
-    done = program("prune", "own:pair", "--ratio", "0.5", "--out", "slim", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["folder"] == "slim"
-    assert "a line that is no result" in done.stderr
-    assert program("plan", "own:pair", "--ratio", "7").returncode == 4
-    shown = program("--help")
-    for name in ("plan", "prune", "sensitivity", "benchmark", "export", "report", "info"):
-        assert f"│ {name} " in shown.stdout
-
-
-def test_without_typer_the_extra_is_named():
-    done = program("info", before="import sys\nsys.modules['typer'] = None")
-    assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr == "The command line needs typer: pip install 'structprune[cli]'\n"
-
-
-def test_the_console_script_is_declared():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"structprune": f"{main.__module__}:{main.__name__}"}
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("structprune plan x --scope ", ["local", "global", "isomorphic"]),
-        ("structprune plan x --scope gl", ["global"]),
-        ("structprune benchmark x --backend on", ["onnxruntime"]),
-        ("structprune plan x --importance l", ["l2", "l1", "linf"]),
-        ("structprune plan tim", ["timm:"]),
-        ("structprune sens", ["sensitivity"]),
-    ],
-)
-def test_completion_for_a_shell(words, found):
-    at = len(words.split(" ")) - 1
-    settings = {"_STRUCTPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
-    done = program(before=f"import os\nos.environ.update({settings!r})")
-    assert set(found) <= set(done.stdout.split()), done.stderr
-    assert all(word.startswith(words.rpartition(" ")[2]) for word in done.stdout.split())
-
-
-# -- the documentation ------------------------------------------------------------------------------------------------
-
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "cli.md").read_text()
-EXAMPLES = [line for line in DOCUMENT.splitlines() if line.startswith("structprune ")]
-
-
-@pytest.mark.parametrize("line", EXAMPLES)
-def test_examples_of_the_documentation_are_understood(line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("plan.json", "sensitivity.json", "points.json", "net.safetensors"):
-        Path(name).touch()
-    Path("slim").mkdir()
-    name, *args = shlex.split(line)[1:]
-    command = get_command(app).commands[name]
-    context = command.make_context(name, args)  # parsed and checked, not run
-    assert context.params["model"] is None or ":" in context.params["model"]
-
-
-def test_the_documentation_has_an_example_of_every_command():
-    assert {shlex.split(line)[1] for line in EXAMPLES} == set(get_command(app).commands)
-
-
-@pytest.mark.parametrize("code", list(Exit))
-def test_the_documentation_explains_every_exit_code(code):
-    assert f"| {code.value} |" in DOCUMENT

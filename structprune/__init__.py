@@ -15,6 +15,8 @@ from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.pruner import Pruner
 from structprune.report import plot_costs, plot_widths, report
+from structprune.recovery.recover import recover
+from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.history import kept
 from structprune.surgery.verify import Report, verify
@@ -33,6 +35,7 @@ __all__ = [
     "Plan",
     "Pruner",
     "Random",
+    "RecoveryReport",
     "Report",
     "Sensitivity",
     "benchmark",
@@ -44,6 +47,8 @@ __all__ = [
     "plot_costs",
     "plot_widths",
     "prune",
+    "recover",
+    "recovery_report",
     "register_module_rule",
     "register_rule",
     "remap_optimizer",

@@ -56,3 +56,7 @@ class ExportError(StructpruneError):
 
 class MissingExtraError(StructpruneError, ImportError):
     """An optional dependency is needed; the message says which extra installs it."""
+
+
+class RecoveryError(StructpruneError):
+    """A pruned model cannot be recovered: it does not belong to the original, or the data does not fit it."""

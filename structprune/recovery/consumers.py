@@ -1,0 +1,204 @@
+"""Which layers of a pruned model are to be solved again, and what each is to meet, read off the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from structprune.channels.relations import Ids, Row
+from structprune.channels.solver import Mask
+from structprune.graph import ChannelGraph
+from structprune.recovery.contraction import ARGUMENTS
+
+_SAME = frozenset({"dropout", "contiguous", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"})
+_NORMS = {
+    "batch_norm": {"weight": 1, "bias": 2},
+    "layer_norm": {"weight": 2, "bias": 3},
+    "rms_norm": {"weight": 2},
+    "group_norm": {"weight": 2, "bias": 3},
+    "instance_norm": {"weight": 1, "bias": 2},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A layer to solve: an operation with a held weight, and the sum or norm behind it whose result it answers for.
+
+    Attributes:
+        node: number of the operation.
+        weight: name of its weight.
+        bias: name of what can take a constant up: its own bias or that of the batch norm behind it; None if nothing.
+        norms: numbers of the operations between it and `target` that scale its channels.
+        target: number of the operation whose result is to meet the original's.
+        diagonal: whether the weight scales each channel by itself (norms and plain products).
+        own_bias: whether `bias` is added before `norms` scale.
+    """
+
+    node: int
+    weight: str
+    bias: str | None
+    norms: tuple[int, ...]
+    target: int
+    diagonal: bool = False
+    own_bias: bool = True
+
+    @property
+    def layer(self) -> str:
+        """Path of the module that holds the weight."""
+        return self.weight.rpartition(".")[0] or self.weight
+
+
+def _argument(node: fx.Node, place: int, keyword: str) -> Any:
+    if keyword in node.kwargs:
+        return node.kwargs[keyword]
+    return node.args[place] if place < len(node.args) else None
+
+
+def _held(value: Any) -> str | None:
+    """The name of a tensor that the model holds and that is used here alone."""
+    if isinstance(value, fx.Node) and value.meta["name"] == "parameter" and len(value.users) == 1:
+        return str(value.target)
+    return None
+
+
+def kept_of(graph: ChannelGraph, dead: Mask, row: Row) -> Ids | None:
+    """Original indices of a row that live, or None if all do."""
+    if not row.free:
+        return None
+    gone = dead[graph.components.of(row)]
+    return np.flatnonzero(~gone) if gone.any() else None
+
+
+def _thinned(graph: ChannelGraph, dead: Mask, node: fx.Node) -> bool:
+    rows = graph.channels.rows[node.meta["index"]]
+    return any(isinstance(row, Row) and kept_of(graph, dead, row) is not None for row in rows)
+
+
+def affected(graph: ChannelGraph, dead: Mask) -> set[fx.Node]:
+    """The operations whose results differ from the original's, or may."""
+    found: set[fx.Node] = set()
+    for node in graph.trace.nodes:
+        sources = node.all_input_nodes
+        thinned = node.meta["name"] == "parameter" and _thinned(graph, dead, node)
+        if thinned or any(source in found for source in sources):
+            found.add(node)
+    return found
+
+
+def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
+    """The layers to solve once the components marked in `dead` are gone, in the order of the forward."""
+    changed = affected(graph, dead)
+    found: list[Consumer] = []
+    claimed: dict[int, int] = {}  # sums, and the last layer that ends in each
+    for node in graph.trace.nodes:
+        if node.meta["name"] not in ARGUMENTS or node not in changed:
+            continue
+        consumer = _consumer(graph, node, changed)
+        if consumer is not None:
+            claimed[consumer.target] = consumer.node
+            found.append(consumer)
+    # Of several layers that end in one sum the last corrects it; the others meet their own results.
+    found = [c if claimed[c.target] == c.node else _shortened(graph, c) for c in found]
+    taken = {number for consumer in found for number in consumer.norms}
+    found += [norm for norm in _norms(graph, changed) if norm.node not in taken]
+    return sorted(found, key=lambda c: c.node)
+
+
+def _operand(node: fx.Node, which: str) -> Any:
+    names = {"addmm": {"bias": "input", "input": "mat1", "weight": "mat2"}}.get(node.meta["name"], {})
+    place = ARGUMENTS[node.meta["name"]].get(which)
+    return None if place is None else _argument(node, place, names.get(which, which))
+
+
+def _consumer(graph: ChannelGraph, node: fx.Node, changed: set[fx.Node]) -> Consumer | None:
+    weight, x = _held(_operand(node, "weight")), _operand(node, "input")
+    if weight is None or not isinstance(x, fx.Node) or x not in changed:
+        return None
+    if node.meta["name"] == "addmm" and (node.kwargs.keys() & {"alpha", "beta"}):
+        return None
+    own = _held(_operand(node, "bias"))
+    return _followed(graph, node, weight, own)
+
+
+def _followed(graph: ChannelGraph, node: fx.Node, weight: str, own: str | None, sums: bool = True) -> Consumer:
+    """Follow the result while nothing but scaling happens to it, up to the sum that it goes into."""
+    bias, own_bias, norms, at = own, True, list[int](), node
+    while (user := _only_user(at)) is not None:
+        name = user.meta["name"]
+        if name == "batch_norm" and user.args and user.args[0] is at and node.meta["name"].startswith("conv"):
+            norms.append(user.meta["index"])
+            shift = _held(_argument(user, _NORMS[name]["bias"], "bias"))
+            if shift is not None:
+                bias, own_bias = shift, False
+        elif name == "add" and sums and _is_sum(user, at):
+            at = user
+            break
+        elif name not in _SAME or user.meta.get("shape") != at.meta.get("shape"):
+            break
+        at = user
+    return Consumer(node.meta["index"], weight, bias, tuple(norms), at.meta["index"], own_bias=own_bias)
+
+
+def _shortened(graph: ChannelGraph, consumer: Consumer) -> Consumer:
+    node = graph.trace.nodes[consumer.node]
+    return _followed(graph, node, consumer.weight, _held(_operand(node, "bias")), sums=False)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op != "output" else None
+
+
+def _is_sum(node: fx.Node, part: fx.Node) -> bool:
+    """Whether `node` adds `part` to another tensor of the same shape, once."""
+    others = [arg for arg in node.args if arg is not part]
+    return (
+        len(node.args) == 2
+        and len(others) == 1
+        and isinstance(others[0], fx.Node)
+        and not node.kwargs
+        and others[0].meta.get("shape") == part.meta["shape"] == node.meta.get("shape")
+    )
+
+
+def _norms(graph: ChannelGraph, changed: set[fx.Node]) -> Iterator[Consumer]:
+    """Norms, and products with a held vector, of what has changed."""
+    for node in graph.trace.nodes:
+        places = _NORMS.get(node.meta["name"])
+        if node not in changed:
+            continue
+        number = node.meta["index"]
+        if places is not None:
+            weight = _held(_argument(node, places["weight"], "weight"))
+            bias = _held(_argument(node, places["bias"], "bias")) if "bias" in places else None
+            if weight is not None and _along_channels(graph, node):
+                yield Consumer(number, weight, bias, (), number, diagonal=True)
+        elif node.meta["name"] == "mul" and "writes" not in node.meta:
+            weight = _factor(node)
+            if weight is not None:
+                yield Consumer(number, weight, None, (), number, diagonal=True)
+
+
+def _along_channels(graph: ChannelGraph, node: fx.Node) -> bool:
+    """Whether a norm's weight has one dimension."""
+    name = node.meta["name"]
+    shape = _argument(node, 1, "normalized_shape")
+    return name not in ("layer_norm", "rms_norm") or (isinstance(shape, (tuple, list)) and len(shape) == 1)
+
+
+def _factor(node: fx.Node) -> str | None:
+    """The held vector by which a product scales the last dimension of a tensor."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    for vector, x in (node.args, node.args[::-1]):
+        name = _held(vector)
+        if name is None or not isinstance(vector, fx.Node) or not isinstance(x, fx.Node):
+            continue
+        shape = vector.meta["shape"]
+        if len(shape) == 1 and node.meta["shape"] == x.meta["shape"] and shape[-1] == x.meta["shape"][-1]:
+            return name
+    return None

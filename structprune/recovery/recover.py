@@ -1,0 +1,158 @@
+"""`recover`: the layers of a pruned model solved again, so that it computes what the original computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.errors import RecoveryError
+from structprune.graph import ChannelGraph
+from structprune.recovery.consumers import Consumer, consumers
+from structprune.recovery.lockstep import Event, Side, lanes
+from structprune.recovery.report import RecoveryReport, keep_report
+from structprune.recovery.solving import Layer
+from structprune.surgery.apply import _memo
+from structprune.surgery.edits import Edits
+from structprune.surgery.verify import _dead
+from structprune.tracing.state import held_tensors, lent, shield
+from structprune.tracing.trace import map_tensors, preserved_random_state
+
+
+def inputs_of(batch: Any, device: torch.device) -> Any:
+    """What the model takes of a batch: a tensor, a dict of keyword arguments, or the first of a pair with labels.
+
+    Raises:
+        RecoveryError: the batch is none of these.
+    """
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, (Tensor, Mapping)):
+        raise RecoveryError(
+            f"A batch is a {type(batch).__name__}, and it is not clear how the model takes it. Let data give tensors, "
+            "dicts of keyword arguments, or pairs whose first is one of them."
+        )
+    return map_tensors(lambda tensor: tensor.to(device), batch)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def recover(
+    slim: nn.Module, original: nn.Module, data: Iterable[Any], *, plan: Edits, rows: int = 65536, seed: int = 0
+) -> nn.Module:
+    """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
+
+    Each convolution, linear layer or matrix product with a held weight whose input has changed is solved by ridge least
+    squares in float64, one after the other in the order of the forward, on the network as solved so far. What it has to
+    meet is the original's result on the same data: that of its batch norm where one follows, and of the residual sum as
+    a whole where it goes into one, so that it makes up for what was lost before it. Norms of which no solved layer is in
+    front are scaled, channel by channel. The ridge is chosen by a fifth of the data that the layer is not solved on; a
+    layer that does not get better on it is left. See `recovery_report` for the errors of each layer.
+
+    He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
+    layers and of residual sums); the targets are corrected for all that comes before.
+
+    Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model.
+
+    Args:
+        slim: what ``plan.apply(original)`` made.
+        original: the model before pruning.
+        data: batches as the model takes them: tensors, dicts of keyword arguments, or pairs of one of these and labels,
+            which are ignored. All of them are held by the model at once at one layer: some hundred samples are enough.
+        plan: what was removed.
+        rows: how many positions (pixels, tokens) of all batches together a layer is solved on; drawn at random.
+        seed: of the draw. Random generators outside are not touched.
+
+    Returns:
+        A new model; `slim` and `original` are as they were.
+
+    Raises:
+        RecoveryError: there is no data, or it does not fit the models, or the models do not fit each other.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(64, 4)
+        >>> plan = structprune.plan(model, x, ratio=0.25, round_to=1)
+        >>> recovered = structprune.recover(plan.apply(model), model, [x], plan=plan)
+        >>> print([row.layer for row in structprune.recovery_report(recovered).layers])
+        ['2']
+    """
+    batches = [inputs_of(batch, _device(original)) for batch in data]
+    if not batches:
+        raise RecoveryError("data holds no batch, so there is nothing to solve the layers on.")
+    recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
+    graph = ChannelGraph(original, batches[0])
+    dead = _dead(graph, plan)
+    layers = [Layer(graph, dead, consumer, rows, seed) for consumer in consumers(graph, dead)]
+    _check_fit(recovered, original, plan)
+    with preserved_random_state(), torch.no_grad():
+        solved = _sequential(recovered, original, batches, graph, layers)
+    keep_report(recovered, RecoveryReport(tuple(solved), _skipped(layers)))
+    return recovered
+
+
+def _check_fit(slim: nn.Module, original: nn.Module, plan: Edits) -> None:
+    ours = {name: list(held.tensor.shape) for name, held in held_tensors(slim).items()}
+    for name, held in held_tensors(original).items():
+        shape = list(held.tensor.shape)
+        for thinning in plan.thinnings:
+            if thinning.tensor == name:
+                shape[thinning.dim] -= len(thinning.removed)
+        tied = ours.get(name)
+        if tied is None or (tied != shape and any(t.tensor == name for t in plan.thinnings)):
+            raise RecoveryError(
+                f"By the plan {name!r} has shape {shape} in the pruned model, but it is {tied or 'missing'}. Give the "
+                "model that plan.apply(original) made, and the plan that made it."
+            )
+
+
+def _skipped(layers: list[Layer]) -> dict[str, str]:
+    return {layer.consumer.layer: layer.refused for layer in layers if layer.refused}
+
+
+def _sequential(
+    slim: nn.Module, original: nn.Module, batches: list[Any], graph: ChannelGraph, layers: list[Layer]
+) -> list[Any]:
+    """Solve layer after layer while all batches go through both models once."""
+    events = sorted(
+        ((event, number) for number, layer in enumerate(layers) for event in _events(layer.consumer)),
+        key=lambda item: (item[0], item[1]),
+    )
+    ours = {event for event, _ in events}
+    theirs = {(layer.consumer.target, Side.AFTER) for layer in layers}
+    solved: list[Any] = []
+    with lent(original, shield, track=False), lent(slim, shield, track=False):
+        original.eval()
+        slim.eval()
+        tensors = {name: held.tensor for name, held in held_tensors(slim).items()}
+        with lanes(slim, batches, graph.trace, ours) as mine, lanes(original, batches, graph.trace, theirs) as dense:
+            for event, numbers in _grouped(events):
+                stops = [lane.until(event) for lane in mine]
+                for number in numbers:
+                    layer = layers[number]
+                    if event != (layer.consumer.target, Side.AFTER):
+                        layer.look(event, stops)
+                        continue
+                    wanted = [lane.until(event).result for lane in dense]
+                    report = layer.solve([stop.result for stop in stops], wanted, tensors)
+                    solved += [report] if report is not None else []
+    return solved
+
+
+def _events(consumer: Consumer) -> list[Event]:
+    before = [] if consumer.diagonal else [(consumer.node, Side.BEFORE)]
+    return [*before, *((norm, Side.BEFORE) for norm in consumer.norms), (consumer.target, Side.AFTER)]
+
+
+def _grouped(events: list[tuple[Event, int]]) -> list[tuple[Event, list[int]]]:
+    """The numbers of the layers that have something to do at each event, in order."""
+    found: dict[Event, list[int]] = {}
+    for event, number in events:
+        found.setdefault(event, []).append(number)
+    return list(found.items())

@@ -1,0 +1,87 @@
+"""What `recover` did, layer by layer."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from structprune.errors import RecoveryError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecovery:
+    """How far a layer is from what it has to meet, before and after.
+
+    Errors are relative: the root of the mean squared difference over the root mean square of the original's values, on
+    calibration data that the layer was not solved on.
+
+    Attributes:
+        layer: path of the layer.
+        operation: what it does, by the torch API's name.
+        target: the operation whose result is to meet the original's: the layer itself, its norm, or a residual sum.
+        before: error with the weights as they were, all layers before it being solved.
+        after: error with the weights as they are now.
+        changed: whether it was solved; a layer that would have got worse is left.
+        ridge: the ridge that was chosen.
+    """
+
+    layer: str
+    operation: str
+    target: str
+    before: float
+    after: float
+    changed: bool
+    ridge: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryReport:
+    """What `recover` did.
+
+    Attributes:
+        layers: in the order in which they were solved.
+        skipped: layers whose input has changed but that could not be solved, with the reason.
+    """
+
+    layers: tuple[LayerRecovery, ...]
+    skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        """The table as text."""
+        table = Table("layer", "operation", "meets", "before", "after", "")
+        for row in self.layers:
+            left = "" if row.changed else "left"
+            table.add_row(row.layer, row.operation, row.target, f"{row.before:.4f}", f"{row.after:.4f}", left)
+        text = io.StringIO()
+        console = Console(file=text, width=120)
+        console.print(table)
+        for layer, reason in self.skipped.items():
+            console.print(f"{layer} is as it was: {reason}", highlight=False)
+        return text.getvalue().rstrip()
+
+
+_REPORTS: WeakKeyDictionary[nn.Module, RecoveryReport] = WeakKeyDictionary()
+
+
+def keep_report(model: nn.Module, report: RecoveryReport) -> None:
+    """Remember the report of a recovered model for as long as the model lives."""
+    _REPORTS[model] = report
+
+
+def recovery_report(model: nn.Module) -> RecoveryReport:
+    """What `recover` did to make this model.
+
+    Raises:
+        RecoveryError: `recover` did not make it.
+    """
+    if model not in _REPORTS:
+        raise RecoveryError(
+            f"This {type(model).__name__} does not come from structprune.recover in this process, so there is no "
+            "report on it. Ask for the report of the very module that recover returned; a copy has none."
+        )
+    return _REPORTS[model]

@@ -1,0 +1,221 @@
+"""One layer on its way: its features are gathered when it is reached, and it is solved where its target is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structprune.channels.relations import Row
+from structprune.channels.solver import Mask
+from structprune.graph import ChannelGraph
+from structprune.recovery.consumers import Consumer, kept_of
+from structprune.recovery.contraction import Contraction, apply_matrix, argument, contraction
+from structprune.recovery.least_squares import Solution, Sums, all_reduced, fit
+from structprune.recovery.lockstep import Event, Stop
+from structprune.recovery.report import LayerRecovery
+
+HELD_OUT = 5  # every so many-th part of the positions of a batch
+CHUNK = 1 << 25  # entries of features that are unfolded at a time
+
+
+class Layer:
+    """A consumer with what is known of it while the batches pass.
+
+    Args:
+        graph: of the original.
+        dead: the components that are gone.
+        consumer: the layer.
+        rows: positions of all batches together to solve on.
+        seed: of the draw of positions.
+    """
+
+    def __init__(self, graph: ChannelGraph, dead: Mask, consumer: Consumer, rows: int, seed: int) -> None:
+        self.consumer = consumer
+        self.refused = ""
+        self._node = graph.trace.nodes[consumer.node]
+        self._target = graph.trace.nodes[consumer.target]
+        self._kept = [
+            kept_of(graph, dead, row) for row in graph.channels.rows[consumer.target] if isinstance(row, Row)
+        ]
+        self._rows = rows
+        self._random = torch.Generator().manual_seed(seed + consumer.node)
+        self._calls: list[Stop] = []
+        self._form: Contraction | None = None
+        self._scale: Tensor | None = None
+
+    @property
+    def _name(self) -> str:
+        return self._node.meta["name"]
+
+    def look(self, event: Event, stops: list[Stop]) -> None:
+        """Remember what goes into the layer, or the scale of a norm behind it."""
+        if event[0] == self.consumer.node:
+            self._calls = list(stops)
+            self._form = contraction(self._name, stops[0].args, stops[0].kwargs)
+            if self._form is None:
+                self.refused = "its input or its weight has a number of dimensions that is not solved for"
+            return
+        weight, variance, eps = (_norm_argument(stops[0], at, key) for key, at in _BATCH_NORM.items())
+        if variance is None:
+            self.refused = "the batch norm behind it takes its statistics from the batch"
+            return
+        scale = (variance.double() + (1e-5 if eps is None else eps)).rsqrt()
+        scale = scale if weight is None else scale * weight.double()
+        self._scale = scale if self._scale is None else self._scale * scale
+
+    # -- solving -------------------------------------------------------------------------------------------------
+
+    def solve(self, ours: list[Tensor], wanted: list[Tensor], tensors: dict[str, Tensor]) -> LayerRecovery | None:
+        """Solve the layer, change its weight and correct the results at hand.
+
+        Args:
+            ours: results of the target on the pruned network, one a batch; corrected in place.
+            wanted: the original's.
+            tensors: the tensors of the pruned model by name.
+        """
+        if self.refused:
+            return None
+        if self.consumer.diagonal:
+            self._form = Contraction(1, (1, 1), "out_in")
+        wanted = [self._restricted(tensor) for tensor in wanted]
+        if any(a.shape != b.shape for a, b in zip(ours, wanted, strict=True)):
+            self.refused = f"its result has shape {list(ours[0].shape)}, the original's {list(wanted[0].shape)}"
+            return None
+        intercept = self.consumer.bias is not None
+        train, held, power = self._sums(ours, wanted, intercept)
+        found = fit(train, held, int(intercept))
+        if found.helps:
+            self._change(found, intercept, ours, tensors)
+        self._calls = []
+        scale = max(power, torch.finfo(torch.float64).tiny)
+        return LayerRecovery(
+            self.consumer.layer,
+            self._name,
+            self._target.meta["name"],
+            (found.before / scale) ** 0.5,
+            (found.after / scale) ** 0.5,
+            found.helps,
+            found.ridge,
+        )
+
+    def _restricted(self, tensor: Tensor) -> Tensor:
+        """The part of the original's result that survives."""
+        for dim, index in enumerate(self._kept):
+            if index is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+        return tensor
+
+    def _sums(self, ours: list[Tensor], wanted: list[Tensor], intercept: bool) -> tuple[Sums, Sums, float]:
+        """Sums over the rows to solve on and over those held out, and the power of the target on the latter."""
+        sums: list[Sums] = []
+        power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
+        quota = max(1, self._rows // len(ours))
+        for number, (mine, theirs) in enumerate(zip(ours, wanted, strict=True)):
+            for part, positions in enumerate(self._positions(mine, quota)):
+                for some in positions.to(mine.device).split(self._chunk(mine)):
+                    x, y, size = self._rows_at(number, mine, theirs, some)
+                    if intercept:
+                        x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+                    if not sums:
+                        sums = [Sums.zeros(x.shape[0], x.shape[2], y.shape[2], x.device) for _ in range(2)]
+                    sums[part].add(x, y)
+                    power += size if part else 0
+        for each in sums:
+            each.reduce()
+        return sums[0], sums[1], float(all_reduced(power))
+
+    def _channel_dim(self) -> int:
+        if not self.consumer.diagonal:
+            assert self._form is not None
+            return self._form.channel_dim
+        last = self._name in ("layer_norm", "rms_norm", "mul")
+        return -1 if last else 1
+
+    def _positions(self, result: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+        """Flat positions to solve on, and those held out: the last part of the batch, so that samples stay whole."""
+        total = result.numel() // result.shape[self._channel_dim()]
+        drawn = torch.arange(total)
+        if quota < total:
+            drawn = torch.randint(total, (quota,), generator=self._random).sort().values
+        split = total - total // HELD_OUT if total >= 2 * HELD_OUT else total - 1
+        return drawn[drawn < split], drawn[drawn >= split]
+
+    def _chunk(self, result: Tensor) -> int:
+        features = 2 if self.consumer.diagonal or self._form is None else self._form.features * self._form.groups
+        channels = result.shape[self._channel_dim()]
+        return max(1, CHUNK // max(features, channels))
+
+    def _rows_at(self, number: int, mine: Tensor, theirs: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, the part of the target that is missing, and the squared size of the target, at some positions."""
+        assert self._form is not None
+        if self.consumer.diagonal:
+            dim = self._channel_dim()
+            flat, goal = (t.movedim(dim, -1).reshape(-1, t.shape[dim])[at].double() for t in (mine, theirs))
+            return flat.T[..., None], (goal - flat).T[..., None], goal.square().sum()
+        call = self._calls[number]
+        goal = self._form.outputs(theirs, at)
+        x = self._form.rows(argument(self._name, "input", call.args, call.kwargs), at)
+        return x, goal - self._form.outputs(mine, at), goal.square().sum()
+
+    # -- changing ------------------------------------------------------------------------------------------------
+
+    def _change(self, found: Solution, intercept: bool, ours: list[Tensor], tensors: dict[str, Tensor]) -> None:
+        matrix = found.matrix[:, :-1] if intercept else found.matrix
+        shift = found.matrix[:, -1].flatten() if intercept else None
+        if self.consumer.diagonal:
+            self._change_diagonal(matrix.flatten(), shift, ours, tensors)
+            return
+        assert self._form is not None
+        scale = self._scale
+        if scale is not None:
+            # A channel that its norm switches off cannot be changed through it.
+            live = scale.abs() > 1e-6 * scale.abs().max()
+            matrix = matrix * live.reshape(matrix.shape[0], 1, -1)
+            safe = torch.where(live, scale, 1.0)
+            weight = matrix / safe.reshape(matrix.shape[0], 1, -1)
+            own_shift = None if shift is None else torch.where(live, shift, 0.0) / safe
+        else:
+            weight, own_shift = matrix, shift
+        parameter = tensors[self.consumer.weight]
+        _add(parameter, self._form.weight(weight))
+        if shift is not None and self.consumer.bias is not None:
+            shift = own_shift if self.consumer.own_bias else shift
+            assert shift is not None
+            _add(tensors[self.consumer.bias], shift)
+            if self.consumer.own_bias and scale is not None:
+                shift = shift * scale
+        for call, result in zip(self._calls, ours, strict=True):
+            delta = apply_matrix(self._name, self._form, matrix, call.args, call.kwargs)
+            if shift is not None:
+                delta = delta + shift.to(delta.dtype).reshape(-1, *[1] * (-1 - self._form.channel_dim))
+            result.add_(delta)
+
+    def _change_diagonal(
+        self, factor: Tensor, shift: Tensor | None, ours: list[Tensor], tensors: dict[str, Tensor]
+    ) -> None:
+        weight = tensors[self.consumer.weight]
+        _add(weight, weight.double().flatten() * factor)
+        if shift is not None and self.consumer.bias is not None:
+            bias = tensors[self.consumer.bias]
+            _add(bias, bias.double() * factor + shift)
+        for result in ours:
+            wide = [1] * result.dim()
+            wide[self._channel_dim()] = -1
+            change = result.double() * factor.view(wide) + (0 if shift is None else shift.view(wide))
+            result.add_(change.to(result.dtype))
+
+
+_BATCH_NORM = {"weight": 1, "running_var": 4, "eps": 7}
+
+
+def _norm_argument(stop: Stop, place: int, keyword: str) -> Any:
+    if keyword in stop.kwargs:
+        return stop.kwargs[keyword]
+    return stop.args[place] if place < len(stop.args) else None
+
+
+def _add(tensor: Tensor, change: Tensor) -> None:
+    """Add to a parameter; the sum is taken in float64."""
+    tensor.data.copy_((tensor.data.double() + change.reshape(tensor.shape)).to(tensor.dtype))

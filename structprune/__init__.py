@@ -17,6 +17,7 @@ from structprune.pruner import Pruner
 from structprune.report import plot_costs, plot_widths, report
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
+from structprune.recovery.selection import Reconstruction
 from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.history import kept
 from structprune.surgery.verify import Report, verify
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "Pruner",
     "Random",
+    "Reconstruction",
     "RecoveryReport",
     "Report",
     "Sensitivity",

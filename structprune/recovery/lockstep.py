@@ -107,6 +107,7 @@ class Lane:
         self._stop: Stop | None = None
         self._cancelled = False
         self._error: BaseException | None = None
+        self._output: Any = None
         self._thread = threading.Thread(target=self._run, args=(model, inputs, trace, nodes), daemon=True)
         self._thread.start()
 
@@ -116,7 +117,7 @@ class Lane:
             if not self._cancelled:
                 args, kwargs = as_call(inputs)
                 with torch.no_grad(), _Walker(trace, nodes, self):
-                    model(*args, **kwargs)
+                    self._output = model(*args, **kwargs)
         except _Cancelled:
             pass
         except BaseException as error:  # raised again by the thread that waits for this one
@@ -150,6 +151,17 @@ class Lane:
                 raise RecoveryError(f"A batch ended before operation {event[0]}. Do all batches run the same forward?")
             if self._stop.event == event:
                 return self._stop
+
+    def finish(self) -> Any:
+        """Let the batch run to the end; what the model returned."""
+        while self._stop is not None or self._thread.is_alive():
+            self._go.release()
+            self._there.acquire()
+            if self._error is not None:
+                raise self._error
+            if self._stop is None:
+                break
+        return self._output
 
     def cancel(self) -> None:
         """End the thread."""

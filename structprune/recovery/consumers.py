@@ -73,19 +73,33 @@ def kept_of(graph: ChannelGraph, dead: Mask, row: Row) -> Ids | None:
     return np.flatnonzero(~gone) if gone.any() else None
 
 
-def _thinned(graph: ChannelGraph, dead: Mask, node: fx.Node) -> bool:
-    rows = graph.channels.rows[node.meta["index"]]
-    return any(isinstance(row, Row) and kept_of(graph, dead, row) is not None for row in rows)
-
-
 def affected(graph: ChannelGraph, dead: Mask) -> set[fx.Node]:
-    """The operations whose results differ from the original's, or may."""
+    """The operations whose surviving channels differ from the original's, or may.
+
+    It begins where thinned channels are summed over: they come in and do not go out, or a norm runs over them.
+    """
     found: set[fx.Node] = set()
+    over = {survivors.node for survivors in graph.channels.relations.survivors}
     for node in graph.trace.nodes:
         sources = node.all_input_nodes
-        thinned = node.meta["name"] == "parameter" and _thinned(graph, dead, node)
-        if thinned or any(source in found for source in sources):
+        if any(source in found for source in sources):
             found.add(node)
+            continue
+        gone = [_gone(graph, dead, source) for source in sources]
+        lost = set().union(*gone)
+        if lost and (node.meta["index"] in over or not lost <= _gone(graph, dead, node)):
+            found.add(node)
+    return found
+
+
+def _gone(graph: ChannelGraph, dead: Mask, node: fx.Node) -> set[int]:
+    """The components that are gone from the rows of a node."""
+    rows = graph.channels.rows[node.meta["index"]]
+    found: set[int] = set()
+    for row in rows if isinstance(rows, tuple) else ():
+        if isinstance(row, Row) and row.free:
+            parts = graph.components.of(row)
+            found.update(parts[dead[parts]].tolist())
     return found
 
 
@@ -95,10 +109,10 @@ def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
     found: list[Consumer] = []
     claimed: dict[int, int] = {}  # sums, and the last layer that ends in each
     for node in graph.trace.nodes:
-        if node.meta["name"] not in ARGUMENTS or node not in changed:
+        if node.meta["name"] not in ARGUMENTS:
             continue
-        consumer = _consumer(graph, node, changed)
-        if consumer is not None:
+        consumer = _consumer(graph, node)
+        if consumer is not None and graph.trace.nodes[consumer.target] in changed:
             claimed[consumer.target] = consumer.node
             found.append(consumer)
     # Of several layers that end in one sum the last corrects it; the others meet their own results.
@@ -114,17 +128,17 @@ def _operand(node: fx.Node, which: str) -> Any:
     return None if place is None else _argument(node, place, names.get(which, which))
 
 
-def _consumer(graph: ChannelGraph, node: fx.Node, changed: set[fx.Node]) -> Consumer | None:
+def _consumer(graph: ChannelGraph, node: fx.Node) -> Consumer | None:
     weight, x = _held(_operand(node, "weight")), _operand(node, "input")
-    if weight is None or not isinstance(x, fx.Node) or x not in changed:
+    if weight is None or not isinstance(x, fx.Node):
         return None
     if node.meta["name"] == "addmm" and (node.kwargs.keys() & {"alpha", "beta"}):
         return None
     own = _held(_operand(node, "bias"))
-    return _followed(graph, node, weight, own)
+    return _followed(node, weight, own)
 
 
-def _followed(graph: ChannelGraph, node: fx.Node, weight: str, own: str | None, sums: bool = True) -> Consumer:
+def _followed(node: fx.Node, weight: str, own: str | None, sums: bool = True) -> Consumer:
     """Follow the result while nothing but scaling happens to it, up to the sum that it goes into."""
     bias, own_bias, norms, at = own, True, list[int](), node
     while (user := _only_user(at)) is not None:
@@ -145,7 +159,7 @@ def _followed(graph: ChannelGraph, node: fx.Node, weight: str, own: str | None, 
 
 def _shortened(graph: ChannelGraph, consumer: Consumer) -> Consumer:
     node = graph.trace.nodes[consumer.node]
-    return _followed(graph, node, consumer.weight, _held(_operand(node, "bias")), sums=False)
+    return _followed(node, consumer.weight, _held(_operand(node, "bias")), sums=False)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -85,7 +85,7 @@ class Layer:
             return None
         intercept = self.consumer.bias is not None
         train, held, power = self._sums(ours, wanted, intercept)
-        found = fit(train, held, int(intercept))
+        found = fit(train, held, int(intercept), noise=power * (4 * torch.finfo(ours[0].dtype).eps) ** 2)
         if found.helps:
             self._change(found, intercept, ours, tensors)
         self._calls = []

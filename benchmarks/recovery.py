@@ -1,0 +1,275 @@
+"""Accuracy without training: structprune's reconstruction, torch-pruning beside it, in the same run.
+
+Run ``python benchmarks/recovery.py`` with the data at hand (see `harness.cifar`); results go to ``results/recovery.*``.
+Calibration and the choice of channels see training images, or the first half of the tokens, without labels; the test
+set, or the second half, is for the last measurement alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from harness import ROOT, cifar
+from harness.environment import as_line, environment
+from torch import Tensor, nn
+
+import structprune
+
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = 1024
+WINDOW = 256
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what is to remain of it, and what the result should come to."""
+
+    name: str
+    model: str
+    target: dict[str, float]
+    axes: tuple[str, ...]
+    goal: float
+    unit: str
+
+
+CASES = (
+    Case("ResNet-56, 2.0x fewer MACs", "resnet56", {"macs": 1 / 2}, ("channels",), 92.3, "%"),
+    Case("ResNet-56, 3.0x fewer MACs", "resnet56", {"macs": 1 / 3}, ("channels",), 89.0, "%"),
+    Case("ResNet-20, 2.0x fewer MACs", "resnet20", {"macs": 1 / 2}, ("channels",), 88.5, "%"),
+    Case("stories260k, 20 % of all parameters", "stories260k", {"params": 0.8}, ("mlp",), 7.3, "perplexity"),
+    Case("stories260k, 35 % of the MLP width", "stories260k", {"mlp": 0.65}, ("mlp",), 6.6, "perplexity"),
+)
+
+
+# -- models and data -------------------------------------------------------------------------------------------------
+
+
+def load(name: str) -> nn.Module:
+    if name.startswith("resnet"):
+        return cifar.load_resnet(int(name.removeprefix("resnet")))
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(cifar.require_data() / name).eval()
+
+
+def windows(part: int) -> Tensor:
+    """The first or second half of the stories' tokens, in windows."""
+    tokens = np.load(cifar.require_data() / "stories260k" / "tokens.npy").astype(np.int64)
+    half = tokens[: len(tokens) // 2] if part == 0 else tokens[len(tokens) // 2 :]
+    return torch.from_numpy(half[: len(half) // WINDOW * WINDOW].reshape(-1, WINDOW))
+
+
+def calibration(name: str, seed: int) -> list[Any]:
+    if name.startswith("resnet"):
+        return list(cifar.train_images(IMAGES, seed)[0].split(128))
+    found = windows(0)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": part, "use_cache": False} for part in found[order].split(32)]
+
+
+@torch.no_grad()
+def score(name: str, model: nn.Module) -> float:
+    """Accuracy in percent, or perplexity."""
+    if name.startswith("resnet"):
+        return cifar.accuracy(model)
+    total = count = 0.0
+    for ids in windows(1).split(16):
+        losses = nn.functional.cross_entropy(
+            model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        )
+        total, count = total + float(losses), count + ids[:, 1:].numel()
+    return float(np.exp(total / count))
+
+
+def one_sample(data: list[Any]) -> Any:
+    first = data[0]
+    return first[:1] if isinstance(first, Tensor) else {**first, "input_ids": first["input_ids"][:1]}
+
+
+def amounts(case: Case, model: nn.Module) -> dict[str, float]:
+    """The case's target in what `structprune.plan` knows."""
+    if "mlp" not in case.target:
+        return case.target
+    mlp = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name)
+    return {"params": 1 - (1 - case.target["mlp"]) * mlp / sum(p.numel() for p in model.parameters())}
+
+
+# -- ours ------------------------------------------------------------------------------------------------------------
+
+
+def ours(case: Case, model: nn.Module, data: list[Any]) -> tuple[nn.Module, dict[str, float]]:
+    begin, used = time.perf_counter(), time.process_time()
+    x = one_sample(data)
+    (kind,) = amounts(case, model)
+    chosen = structprune.Reconstruction(per=kind, rows=32768).fit(structprune.DependencyGraph(model, x), data)
+    plan = structprune.plan(
+        model, x, importance=chosen, scope=chosen, target=amounts(case, model), axes=case.axes, round_to=1
+    )
+    slim = structprune.recover(plan.apply(model), model, data, plan=plan)
+    return slim, {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - used}
+
+
+# -- torch-pruning ---------------------------------------------------------------------------------------------------
+
+
+def peer_pruned(case: Case, model: nn.Module, x: Any, share: float) -> nn.Module:
+    """torch-pruning's magnitude pruner over all layers at once, on the layers that the case thins."""
+    import torch_pruning as tp
+
+    model = copy.deepcopy(model)
+    thinned = ("conv1",) if case.model.startswith("resnet") else ("gate_proj", "up_proj")
+    ignored = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and (name == "conv1" or not name.endswith(thinned))
+    ]
+    pruner = tp.pruner.MagnitudePruner(
+        model, x, importance=tp.importance.MagnitudeImportance(p=2), global_pruning=True, pruning_ratio=share,
+        ignored_layers=ignored, in_channel_groups={}, out_channel_groups={}, channel_groups={},
+    )  # fmt: skip
+    pruner.step()
+    return model
+
+
+def peer(case: Case, model: nn.Module, data: list[Any]) -> nn.Module:
+    """The smallest share that reaches the target, by bisection."""
+    x = one_sample(data)
+    (kind,), (left,) = amounts(case, model), amounts(case, model).values()
+    goal = getattr(structprune.cost(model, x), kind) * left
+    low, high = 0.0, 0.95
+    for _ in range(8):
+        middle = (low + high) / 2
+        small = getattr(structprune.cost(peer_pruned(case, model, x, middle), x), kind) <= goal
+        low, high = (low, middle) if small else (middle, high)
+    return peer_pruned(case, model, x, high)
+
+
+@torch.no_grad()
+def recalibrated(model: nn.Module, data: list[Any]) -> nn.Module:
+    """A copy with the statistics of its batch norms averaged anew over the batches."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    model.train()
+    for x in data:
+        model(x)
+    return model.eval()
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+
+def run(case: Case, seed: int) -> dict[str, Any]:
+    model, data = load(case.model), calibration(case.model, seed)
+    x = one_sample(data)
+    slim, times = ours(case, model, data)
+    other = peer(case, model, data)
+    before, after, theirs = (structprune.cost(m, x) for m in (model, slim, other))
+    found = {
+        "case": case.name,
+        "seed": seed,
+        **times,
+        "macs_ratio": before.macs / after.macs,
+        "params_ratio": before.params / after.params,
+        "structprune": score(case.model, slim),
+        "torch_pruning": score(case.model, other),
+        "torch_pruning_macs_ratio": before.macs / theirs.macs,
+        "torch_pruning_params_ratio": before.params / theirs.params,
+    }
+    if case.model.startswith("resnet"):
+        found["torch_pruning_recalibrated"] = score(case.model, recalibrated(other, data))
+    return found
+
+
+def spread(rows: list[dict[str, Any]], key: str) -> str:
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        return "-"
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
+    lines = [
+        "# Recovery without training",
+        "",
+        f"No labels, no gradients: {IMAGES:,} training images, or the first half of the tokens. Mean and standard "
+        "deviation over seeds of the calibration data. torch-pruning: its magnitude pruner over all layers at once at "
+        "the same cost, as it is, and with its batch norms recalibrated by hand.",
+        "",
+        "| case | seeds | dense | structprune | aim | torch-pruning | recalibrated | x fewer MACs | x fewer parameters "
+        "| CPU seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in CASES:
+        mine = [row for row in rows if row["case"] == case.name]
+        if mine:
+            keys = ("torch_pruning", "torch_pruning_recalibrated", "macs_ratio", "params_ratio", "cpu_seconds")
+            cells = " | ".join(spread(mine, key) for key in keys)
+            lines.append(
+                f"| {case.name} | {len(mine)} | {dense[case.model]:.2f} {case.unit} | {spread(mine, 'structprune')} "
+                f"| {case.goal} | {cells} |"
+            )
+    return "\n".join([*lines, "", as_line(environment()), ""])
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [case.name for case in CASES if any(row["case"] == case.name for row in rows)]
+    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3), squeeze=False)
+    kinds: tuple[tuple[str, str], ...] = (
+        ("structprune", "structprune"), ("torch_pruning", "torch-pruning"),
+        ("torch_pruning_recalibrated", "recalibrated"),
+    )  # fmt: skip
+    for axis, name in zip(axes[0], names, strict=True):
+        case = next(case for case in CASES if case.name == name)
+        for at, (key, label) in enumerate(kinds):
+            values = [row[key] for row in rows if row["case"] == name and key in row]
+            if values:
+                axis.bar(at, mean(values), yerr=stdev(values) if len(values) > 1 else None, label=label)
+        axis.axhline(case.goal, color="black", linewidth=0.8)
+        axis.set_title(name, fontsize=7)
+        axis.set_ylabel(case.unit)
+        axis.set_xticks(range(len(kinds)), [label for _, label in kinds], rotation=30, fontsize=6)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "recovery.png", dpi=120)
+
+
+def main(choose: Callable[[Case], bool], seeds: tuple[int, ...]) -> None:
+    torch.set_num_threads(1)
+    file = RESULTS / "recovery.json"
+    known = json.loads(file.read_text()) if file.exists() else {"rows": [], "dense": {}}
+    rows, dense = known["rows"], known["dense"]
+    for seed in seeds:
+        for case in filter(choose, CASES):
+            if case.model not in dense:
+                dense[case.model] = score(case.model, load(case.model))
+            row = run(case, seed)
+            print(json.dumps(row), flush=True)
+            rows = [r for r in rows if (r["case"], r["seed"]) != (case.name, seed)] + [row]
+            file.write_text(json.dumps({"environment": environment(), "dense": dense, "rows": rows}, indent=1) + "\n")
+            (RESULTS / "recovery.md").write_text(markdown(rows, dense))
+    plot(rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", default="", help="run only the cases whose name holds this")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    given = parser.parse_args()
+    main(lambda case: given.case in case.name, tuple(given.seeds))

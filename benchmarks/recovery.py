@@ -57,6 +57,9 @@ CASES = (
 def load(name: str) -> nn.Module:
     if name.startswith("resnet"):
         return cifar.load_resnet(int(name.removeprefix("resnet")))
+    from support.torchvision_shim import make_torchvision_importable
+
+    make_torchvision_importable()
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(cifar.require_data() / name).eval()
@@ -74,7 +77,8 @@ def calibration(name: str, seed: int) -> list[Any]:
         return list(cifar.train_images(IMAGES, seed)[0].split(128))
     found = windows(0)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": part, "use_cache": False} for part in found[order].split(32)]
+    full = order[: len(order) // 32 * 32]  # the forward takes another branch for a batch of one
+    return [{"input_ids": part, "use_cache": False} for part in found[full].split(32)]
 
 
 @torch.no_grad()
@@ -111,7 +115,9 @@ def ours(case: Case, model: nn.Module, data: list[Any]) -> tuple[nn.Module, dict
     begin, used = time.perf_counter(), time.process_time()
     x = one_sample(data)
     (kind,) = amounts(case, model)
-    chosen = structprune.Reconstruction(per=kind, rows=32768).fit(structprune.DependencyGraph(model, x), data)
+    probes = 256 if isinstance(data[0], Tensor) else 32
+    criterion = structprune.Reconstruction(per=kind, probes=probes, rows=32768, axes=case.axes)
+    chosen = criterion.fit(structprune.DependencyGraph(model, x), data)
     plan = structprune.plan(
         model, x, importance=chosen, scope=chosen, target=amounts(case, model), axes=case.axes, round_to=1
     )

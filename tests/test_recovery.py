@@ -339,5 +339,5 @@ def test_an_error_of_the_forward_comes_through_and_no_thread_stays():
 
 
 def test_only_what_recover_made_has_a_report():
-    with pytest.raises(RecoveryError, match="does not come from structprune.recover"):
+    with pytest.raises(RecoveryError, match=r"does not come from structprune\.recover"):
         structprune.recovery_report(nn.Linear(2, 2))

@@ -84,9 +84,7 @@ class Contraction:
     def features(self) -> int:
         """Features of each group."""
         return prod(self.kernel) * (
-            self.weight_shape[0] // self.groups
-            if self.layout in ("transposed", "in_out")
-            else self.weight_shape[1]
+            self.weight_shape[0] // self.groups if self.layout in ("transposed", "in_out") else self.weight_shape[1]
         )
 
     def rows(self, x: Tensor, positions: Tensor) -> Tensor:

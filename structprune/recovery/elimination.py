@@ -49,7 +49,7 @@ class View:
 
 @dataclass(slots=True)
 class _State:
-    """A consumer while channels go: the inverse over what is left, the solution, and where the channels' features are."""
+    """A consumer while channels go: the inverse over what is left, the solution, where each channel's features are."""
 
     inverse: Tensor
     solution: Tensor

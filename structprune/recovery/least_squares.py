@@ -35,12 +35,9 @@ class Sums:
     @classmethod
     def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> Sums:
         """Sums of no rows."""
-        options = {"dtype": torch.float64, "device": device}
-        return cls(
-            torch.zeros(groups, features, features, **options),
-            torch.zeros(groups, features, outputs, **options),
-            torch.zeros(groups, outputs, **options),
-        )
+        shapes = (groups, features, features), (groups, features, outputs), (groups, outputs)
+        xx, xy, yy = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+        return cls(xx, xy, yy)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in rows: ``x`` of shape ``(groups, rows, features)``, ``y`` of shape ``(groups, rows, outputs)``."""

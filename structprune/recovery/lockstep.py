@@ -2,8 +2,8 @@
 
 Layers that are solved one after the other need the statistics of a layer on the network as solved so far. Running the
 data once more for every layer would cost the square of the depth. Here each batch has a thread of its own, which stops
-at the operations asked for; once all stand there, the layer is solved, and all go on with the new weights. One pass over
-the data is enough, and no knowledge of the model's blocks is needed. Only one thread runs at a time.
+at the operations asked for; once all stand there, the layer is solved, and all go on with the new weights. One pass
+over the data is enough, and no knowledge of the model's blocks is needed. Only one thread runs at a time.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ class _Walker(Recorder):
 class Lane:
     """One batch on its way through a model, in a thread of its own."""
 
-    def __init__(self, model: nn.Module, inputs: Any, trace: Trace, nodes: Sequence[fx.Node], stops: set[Event]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Any, trace: Trace, nodes: Sequence[fx.Node], stops: set[Event]
+    ) -> None:
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._stops = stops
         self._stop: Stop | None = None
@@ -190,4 +192,3 @@ def lanes(model: nn.Module, batches: Sequence[Any], trace: Trace, stops: set[Eve
     finally:
         for lane in started:
             lane.cancel()
-

@@ -47,12 +47,13 @@ def recover(
 ) -> nn.Module:
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 
-    Each convolution, linear layer or matrix product with a held weight whose input has changed is solved by ridge least
-    squares in float64, one after the other in the order of the forward, on the network as solved so far. What it has to
-    meet is the original's result on the same data: that of its batch norm where one follows, and of the residual sum as
-    a whole where it goes into one, so that it makes up for what was lost before it. Norms of which no solved layer is in
-    front are scaled, channel by channel. The ridge is chosen by a fifth of the data that the layer is not solved on; a
-    layer that does not get better on it is left. See `recovery_report` for the errors of each layer.
+    Each convolution, linear layer or matrix product with a held weight whose result has changed is solved by ridge
+    least squares in float64, one after the other in the order of the forward, on the network as solved so far. What it
+    has to meet is the original's result on the same data: that of its batch norm where one follows, and of the residual
+    sum as a whole where it goes into one, so that it makes up for what was lost before it. Norms with no solved layer
+    in front are scaled and shifted channel by channel. The ridge is chosen by a fifth of the data, on which the layer
+    is not solved; a layer that does not get better there is left. `recovery_report` tells the errors of each layer.
+    Weights that are used in several places are left.
 
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); the targets are corrected for all that comes before.

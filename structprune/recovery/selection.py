@@ -33,6 +33,14 @@ def divergence(dense: Tensor, changed: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
+Key = tuple[tuple[str, int, bytes, bytes], ...]
+
+
+def _key(group: Group) -> Key:
+    """What is equal for the same group of another graph of the same model."""
+    return tuple((m.tensor, m.dim, m.positions.tobytes(), m.channels.tobytes()) for m in group.members)
+
+
 @dataclass(frozen=True, slots=True)
 class _Seat:
     """A consumer of a group: the operation, and the features of each channel."""
@@ -53,7 +61,7 @@ class _Curve:
 class FittedReconstruction:
     """Scores and prices of the groups of one model; give it to `structprune.plan` as importance and as scope."""
 
-    def __init__(self, curves: dict[tuple[str, bytes], _Curve]) -> None:
+    def __init__(self, curves: dict[Key, _Curve]) -> None:
         self._curves = curves
         self._norm = LnNorm(2.0)
 
@@ -61,7 +69,7 @@ class FittedReconstruction:
         return "reconstruction"
 
     def _curve(self, group: Group) -> _Curve | None:
-        return self._curves.get((group.name, group.components.tobytes()))
+        return self._curves.get(_key(group))
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``: the error once the channel is gone, with all those before it.
@@ -101,6 +109,7 @@ class Reconstruction:
         levels: shares of a group's channels to take out for measuring.
         probes: number of samples to measure on, at least one batch.
         rows: positions of all batches together to take second moments of.
+        axes: kinds of channels to look at, as for `structprune.plan`; by default all.
         distance: from the dense and the changed output, summed over samples; by default `divergence`.
         seed: of the draw of positions.
 
@@ -121,6 +130,7 @@ class Reconstruction:
     levels: tuple[float, ...] = (0.5, 0.75, 1.0)
     probes: int = 256
     rows: int = 65536
+    axes: tuple[str, ...] | None = None
     distance: Distance = divergence
     seed: int = 0
 
@@ -149,23 +159,26 @@ class Reconstruction:
         data = [inputs_of(batch, device) for batch in (() if batches is None else batches)]
         if not data:
             raise PlanError("Reconstruction looks at data: give an iterable with at least one batch.")
-        seats = {number: found for number, group in enumerate(graph.groups()) if (found := _seats(graph, group))}
+        # Forwards may branch on the size of the batch, which the example inputs need not share with the data.
+        graph = ChannelGraph(model, data[0], ignore=graph.ignored, outputs=graph._wanted)
+        wanted = [n for n, group in enumerate(graph.groups()) if self.axes is None or group.axis in self.axes]
+        seats = {number: found for number in wanted if (found := _seats(graph, graph.groups()[number]))}
         with preserved_random_state(), torch.no_grad(), lent(model, shield, track=False):
             model.eval()
             orders = self._orders(graph, seats, data)
             probes = _first(data, self.probes)
             dense = [next(tensors_in(_run(model, batch, graph, (), {}))) for batch in probes]
-            curves: dict[tuple[str, bytes], _Curve] = {}
+            curves: dict[Key, _Curve] = {}
             for number, (order, error, changes) in orders.items():
                 group = graph.groups()[number]
-                measured = [
-                    float(all_reduced(sum((self._distance_at(graph, seats[number], change, batch, out)
-                                           for batch, out in zip(probes, dense, strict=True)),
-                                          torch.zeros((), dtype=torch.float64))))
-                    for change in changes
-                ]  # fmt: skip
+                measured: list[float] = []
+                for change in changes:
+                    total = torch.zeros((), dtype=torch.float64, device=device)
+                    for batch, out in zip(probes, dense, strict=True):
+                        total += self._distance_at(graph, seats[number], change, batch, out)
+                    measured.append(float(all_reduced(total)))
                 prices = _prices(error, self._counts(group), measured) / self._saved(graph, group)
-                curves[(group.name, group.components.tobytes())] = _Curve(order, error, prices)
+                curves[_key(group)] = _Curve(order, error, prices)
         return FittedReconstruction(curves)
 
     def _counts(self, group: Group) -> list[int]:
@@ -233,7 +246,7 @@ class Reconstruction:
         edits = {seat.node.meta["index"]: (seat.node, change) for seat, change in zip(seats, changes, strict=True)}
         events = [(number, Side.AFTER) for number in sorted(edits)]
         output = next(tensors_in(_run(graph.model, batch, graph, events, edits)))
-        return self.distance(dense, output).double().cpu()
+        return self.distance(dense, output).double()
 
 
 def _run(

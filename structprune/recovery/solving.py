@@ -36,9 +36,7 @@ class Layer:
         self.refused = ""
         self._node = graph.trace.nodes[consumer.node]
         self._target = graph.trace.nodes[consumer.target]
-        self._kept = [
-            kept_of(graph, dead, row) for row in graph.channels.rows[consumer.target] if isinstance(row, Row)
-        ]
+        self._kept = [kept_of(graph, dead, row) for row in graph.channels.rows[consumer.target] if isinstance(row, Row)]
         self._rows = rows
         self._random = torch.Generator().manual_seed(seed + consumer.node)
         self._calls: list[Stop] = []

@@ -121,7 +121,7 @@ def ours(case: Case, model: nn.Module, data: list[Any]) -> tuple[nn.Module, dict
     plan = structprune.plan(
         model, x, importance=chosen, scope=chosen, target=amounts(case, model), axes=case.axes, round_to=1
     )
-    slim = structprune.recover(plan.apply(model), model, data, plan=plan)
+    slim = structprune.recover(plan.apply(model), model, data)
     return slim, {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - used}
 
 

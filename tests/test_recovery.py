@@ -129,7 +129,7 @@ def test_what_the_kept_channels_can_express_comes_back(name):
     copy_channels(model[0].weight, model[0].bias)
     plan = removal(model, data[0], "0")
     slim = plan.apply(model)
-    recovered = structprune.recover(slim, model, data, plan=plan)
+    recovered = structprune.recover(slim, model, data)
     assert error(slim, model, data) > 1e-2
     assert error(recovered, model, data) < 1e-8
     assert error(recovered, model, data_of((7, *shape[1:]), 1)) < 1e-8
@@ -144,7 +144,7 @@ def test_a_depthwise_convolution_between():
         depthwise.bias[GONE] = 2 * depthwise.bias[COPIED_FROM]
     data = data_of(IMAGES)
     plan = removal(model, data[0], "0")
-    recovered = structprune.recover(plan.apply(model), model, data, plan=plan)
+    recovered = structprune.recover(plan.apply(model), model, data)
     assert recovered[2].weight.shape == (5, 1, 3, 3)
     assert error(recovered, model, data) < 1e-8
 
@@ -155,7 +155,7 @@ def test_a_norm_between():
     copy_norm(model[1])
     data = data_of(IMAGES)
     plan = removal(model, data[0], "0")
-    recovered = structprune.recover(plan.apply(model), model, data, plan=plan)
+    recovered = structprune.recover(plan.apply(model), model, data)
     assert error(recovered, model, data) < 1e-8
 
 
@@ -183,7 +183,7 @@ def test_heads_of_attention():
     (heads,) = [g for g in graph.groups() if g.channels == 4]
     plan = plan_removal(graph, graph.chosen(heads, [2]))
     slim = plan.apply(model)
-    recovered = structprune.recover(slim, model, data, plan=plan)
+    recovered = structprune.recover(slim, model, data)
     assert error(slim, model, data) > 1e-2
     assert error(recovered, model, data) < 1e-8
 
@@ -205,7 +205,7 @@ def test_a_sum_makes_up_for_what_was_lost_before_it():
     model, data = jittered(Residual()), data_of(TOKENS)
     model.up2.load_state_dict(model.up1.state_dict())  # what the first branch loses, the second one still has
     plan = removal(model, data[0], "up1")
-    recovered = structprune.recover(plan.apply(model), model, data, plan=plan)
+    recovered = structprune.recover(plan.apply(model), model, data)
     report = structprune.recovery_report(recovered)
     assert [(row.layer, row.target) for row in report.layers] == [("down1", "add"), ("down2", "add")]
     assert report.layers[0].after > 1e-3
@@ -230,7 +230,7 @@ def test_the_width_of_a_residual_stream():
     model, data = jittered(Stream()), data_of(TOKENS)
     plan = removal(model, data[0], "embed", [1, 4])
     slim = plan.apply(model)
-    recovered = structprune.recover(slim, model, data, plan=plan)
+    recovered = structprune.recover(slim, model, data)
     rows = {row.layer: row for row in structprune.recovery_report(recovered).layers}
     assert {"norm", "up", "down", "head"} <= set(rows)
     assert all(row.after <= row.before for row in rows.values())
@@ -251,7 +251,7 @@ def test_nothing_else_is_touched():
     before = [copy.deepcopy(m.state_dict()) for m in (model, slim)]
     modes = [[module.training for module in m.modules()] for m in (model, slim)]
     state, threads = torch.get_rng_state(), threading.active_count()
-    recovered = structprune.recover(slim, model, data, plan=plan)
+    recovered = structprune.recover(slim, model, data)
     for m, old, flags in zip((model, slim), before, modes, strict=True):
         assert all(torch.equal(tensor, old[name]) for name, tensor in m.state_dict().items())
         assert [module.training for module in m.modules()] == flags
@@ -267,7 +267,7 @@ def test_a_layer_that_cannot_get_better_is_left():
         model[0].weight[GONE], model[0].bias[GONE] = 0.0, 0.0  # nothing is lost
     plan = removal(model, data[0], "0")
     slim = plan.apply(model)
-    recovered = structprune.recover(slim, model, data, plan=plan)
+    recovered = structprune.recover(slim, model, data)
     assert [row.changed for row in structprune.recovery_report(recovered).layers] == [False]
     assert torch.equal(recovered[2].weight, slim[2].weight)
 
@@ -283,7 +283,7 @@ def test_a_tied_weight_is_left():
 
     model, data = jittered(Tied()), data_of(TOKENS)
     plan = removal(model, data[0], "up")
-    recovered = structprune.recover(plan.apply(model), model, data, plan=plan)
+    recovered = structprune.recover(plan.apply(model), model, data)
     assert [row.layer for row in structprune.recovery_report(recovered).layers] == ["down"]
 
 
@@ -291,9 +291,7 @@ def test_the_same_seed_gives_the_same_model():
     model, data = conv_net(nn.Conv2d(8, 4, 3)), data_of(IMAGES)
     plan = removal(model, data[0], "0")
     slim = plan.apply(model)
-    first, second, other = (
-        structprune.recover(slim, model, data, plan=plan, rows=200, seed=seed) for seed in (0, 0, 1)
-    )
+    first, second, other = (structprune.recover(slim, model, data, rows=200, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first[2].weight, second[2].weight)
     assert not torch.equal(first[2].weight, other[2].weight)
 
@@ -305,9 +303,9 @@ def test_labels_are_ignored_and_keywords_understood():
     model, data = linear_net(nn.Linear(8, 4)), data_of(TOKENS)
     plan = removal(model, data[0], "0")
     slim = plan.apply(model)
-    plain = structprune.recover(slim, model, data, plan=plan)
-    labelled = structprune.recover(slim, model, [(x, torch.zeros(8)) for x in data], plan=plan)
-    named = structprune.recover(slim, model, ({"input": x} for x in data), plan=plan)
+    plain = structprune.recover(slim, model, data)
+    labelled = structprune.recover(slim, model, [(x, torch.zeros(8)) for x in data])
+    named = structprune.recover(slim, model, ({"input": x} for x in data))
     assert torch.equal(plain[2].weight, labelled[2].weight)
     assert torch.equal(plain[2].weight, named[2].weight)
 
@@ -319,14 +317,33 @@ def test_data_that_is_none_is_refused(data, message):
     model = linear_net(nn.Linear(8, 4))
     plan = removal(model, data_of(TOKENS)[0], "0")
     with pytest.raises(RecoveryError, match=message):
-        structprune.recover(plan.apply(model), model, data, plan=plan)
+        structprune.recover(plan.apply(model), model, data)
 
 
 def test_another_model_is_refused():
     model, data = linear_net(nn.Linear(8, 4)), data_of(TOKENS)
     plan = removal(model, data[0], "0")
-    with pytest.raises(RecoveryError, match=r"'0.weight' has shape \[5, 6\] in the pruned model, but it is \[8, 6\]"):
-        structprune.recover(model, model, data, plan=plan)
+    other = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
+    with pytest.raises(RecoveryError, match=r"'0.bias' has shape \[9\], but in the pruned model it is \[5\]"):
+        structprune.recover(plan.apply(model), other, data)
+
+
+def test_several_rounds_of_pruning():
+    model, data = conv_net(nn.Conv2d(8, 4, 3, padding=1)), data_of(IMAGES)
+    copy_channels(model[0].weight, model[0].bias)
+    slim = copy.deepcopy(model)
+    graph = structprune.DependencyGraph(slim, data[0])
+    graph.prune_group("0", [4])
+    graph.prune_group("0", [1, 5])  # the first model's 1 and 6
+    assert structprune.kept(slim)["2.weight"] == {1: tuple(KEPT)}
+    assert error(structprune.recover(slim, model, data), model, data) < 1e-8
+
+
+def test_a_whole_model_stays_what_it_is():
+    model, data = linear_net(nn.Linear(8, 4)), data_of(TOKENS)
+    recovered = structprune.recover(model, model, data)
+    assert structprune.recovery_report(recovered).layers == ()
+    assert all(torch.equal(a, b) for a, b in zip(recovered.parameters(), model.parameters(), strict=True))
 
 
 def test_an_error_of_the_forward_comes_through_and_no_thread_stays():
@@ -334,7 +351,7 @@ def test_an_error_of_the_forward_comes_through_and_no_thread_stays():
     plan = removal(model, data[0], "0")
     threads = threading.active_count()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        structprune.recover(plan.apply(model), model, [data[0], torch.zeros(3, 5, dtype=torch.float64)], plan=plan)
+        structprune.recover(plan.apply(model), model, [data[0], torch.zeros(3, 5, dtype=torch.float64)])
     assert threading.active_count() == threads
 
 

@@ -151,7 +151,7 @@ def test_channels_that_others_can_replace_go_first(make, shape):
     gone = set(plan.removed["0.weight"][0])
     # Of each pair of multiples one goes; the L2 norm would take the smaller ones, whatever they are worth.
     assert gone in [set(pairs) for pairs in itertools.product(*zip(GONE, [0, 2, 7], strict=True))]
-    recovered = structprune.recover(plan.apply(model), model, data, plan=plan)
+    recovered = structprune.recover(plan.apply(model), model, data)
     assert error(recovered, model, data) < 1e-8
 
 
@@ -181,7 +181,7 @@ def test_a_criterion_that_saw_no_data_refuses():
 def recovered_weight(data):
     model = conv_net(nn.Conv2d(8, 4, 3))
     plan = removal(model, data[0], "0")
-    return structprune.recover(plan.apply(model), model, data, plan=plan)[2].weight.detach()
+    return structprune.recover(plan.apply(model), model, data)[2].weight.detach()
 
 
 def one_rank(rank, port, file):
@@ -218,4 +218,4 @@ def test_batches_that_take_another_branch_are_refused():
     model, data = Branch().double(), data_of(TOKENS)
     plan = removal(model, data[0], "up")
     with pytest.raises(RecoveryError, match="A batch runs gelu where the trace of the original has relu"):
-        structprune.recover(plan.apply(model), model, [data[0], data[1][:2]], plan=plan)
+        structprune.recover(plan.apply(model), model, [data[0], data[1][:2]])

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ from structprune.recovery.lockstep import Event, Side, lanes
 from structprune.recovery.report import RecoveryReport, keep_report
 from structprune.recovery.solving import Layer
 from structprune.surgery.apply import _memo
-from structprune.surgery.edits import Edits
+from structprune.surgery.edits import Edits, Thinning
+from structprune.surgery.history import kept
 from structprune.surgery.verify import _dead
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import map_tensors, preserved_random_state
@@ -43,7 +45,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def recover(
-    slim: nn.Module, original: nn.Module, data: Iterable[Any], *, plan: Edits, rows: int = 65536, seed: int = 0
+    slim: nn.Module, original: nn.Module, data: Iterable[Any], *, rows: int = 65536, seed: int = 0
 ) -> nn.Module:
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 
@@ -61,11 +63,10 @@ def recover(
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model.
 
     Args:
-        slim: what ``plan.apply(original)`` made.
-        original: the model before pruning.
+        slim: a pruned model: what `structprune.prune` or ``plan.apply`` made of `original`, in one round or several.
+        original: the model before the first pruning.
         data: batches as the model takes them: tensors, dicts of keyword arguments, or pairs of one of these and labels,
             which are ignored. All of them are held by the model at once at one layer: some hundred samples are enough.
-        plan: what was removed.
         rows: how many positions (pixels, tokens) of all batches together a layer is solved on; drawn at random.
         seed: of the draw. Random generators outside are not touched.
 
@@ -79,38 +80,49 @@ def recover(
         >>> import torch, structprune
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> x = torch.randn(64, 4)
-        >>> plan = structprune.plan(model, x, ratio=0.25, round_to=1)
-        >>> recovered = structprune.recover(plan.apply(model), model, [x], plan=plan)
+        >>> slim = structprune.prune(model, x, ratio=0.25, round_to=1)
+        >>> recovered = structprune.recover(slim, model, [x])
         >>> print([row.layer for row in structprune.recovery_report(recovered).layers])
         ['2']
     """
     batches = [inputs_of(batch, _device(original)) for batch in data]
     if not batches:
         raise RecoveryError("data holds no batch, so there is nothing to solve the layers on.")
+    removed = removed_between(slim, original)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
     graph = ChannelGraph(original, batches[0])
-    dead = _dead(graph, plan)
+    dead = _dead(graph, removed)
     layers = [Layer(graph, dead, consumer, rows, seed) for consumer in consumers(graph, dead)]
-    _check_fit(recovered, original, plan)
     with preserved_random_state(), torch.no_grad():
         solved = _sequential(recovered, original, batches, graph, layers)
     keep_report(recovered, RecoveryReport(tuple(solved), _skipped(layers)))
     return recovered
 
 
-def _check_fit(slim: nn.Module, original: nn.Module, plan: Edits) -> None:
-    ours = {name: list(held.tensor.shape) for name, held in held_tensors(slim).items()}
+def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
+    """What was removed from `original` to make `slim`, by the record that `slim` carries.
+
+    Raises:
+        RecoveryError: by that record it was made of another model.
+    """
+    ours = {name: held.tensor for name, held in held_tensors(slim).items()}
+    record = kept(slim)
+    found: list[Thinning] = []
     for name, held in held_tensors(original).items():
         shape = list(held.tensor.shape)
-        for thinning in plan.thinnings:
-            if thinning.tensor == name:
-                shape[thinning.dim] -= len(thinning.removed)
-        tied = ours.get(name)
-        if tied is None or (tied != shape and any(t.tensor == name for t in plan.thinnings)):
+        for dim, indices in record.get(name, {}).items():
+            gone = np.setdiff1d(np.arange(shape[dim]), indices)
+            if len(gone):
+                found.append(Thinning(name, dim, shape[dim], tuple(gone.tolist())))
+            shape[dim] = len(indices)
+        tensor = ours.get(name)
+        if isinstance(held.tensor, nn.Parameter) and (tensor is None or list(tensor.shape) != shape):
             raise RecoveryError(
-                f"By the plan {name!r} has shape {shape} in the pruned model, but it is {tied or 'missing'}. Give the "
-                "model that plan.apply(original) made, and the plan that made it."
+                f"By the record of what was pruned {name!r} has shape {shape}, but in the pruned model it is "
+                f"{'missing' if tensor is None else list(tensor.shape)}. Give the pruned model as structprune made it, "
+                "and the model that it was made of."
             )
+    return Edits(tuple(found), (), (), (), (), None, None)
 
 
 def _skipped(layers: list[Layer]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from structprune.cost import count_cost
 from structprune.errors import PlanError, RecoveryError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
+from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
 from structprune.recovery.contraction import ARGUMENTS, Contraction, apply_matrix, argument, contraction
 from structprune.recovery.elimination import View, eliminate
@@ -127,7 +128,7 @@ class Reconstruction:
     """
 
     per: str = "macs"
-    levels: tuple[float, ...] = (0.5, 0.75, 1.0)
+    levels: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     probes: int = 256
     rows: int = 65536
     axes: tuple[str, ...] | None = None
@@ -144,7 +145,7 @@ class Reconstruction:
             "Reconstruction has to see data before it can score: call fit(graph, batches), and pass what it returns."
         )
 
-    def fit(self, graph: ChannelGraph, batches: Iterable[Any] | None) -> FittedReconstruction:
+    def fit(self, graph: ChannelGraph, batches: Iterable[Any] | Batches | None) -> FittedReconstruction:
         """Scores for the groups of `graph`; the model stays as it was.
 
         Args:
@@ -156,7 +157,8 @@ class Reconstruction:
         """
         model = graph.model
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        data = [inputs_of(batch, device) for batch in (() if batches is None else batches)]
+        found = batches.once("reconstruction") if isinstance(batches, Batches) else batches or ()
+        data = [inputs_of(batch, device) for batch in found]
         if not data:
             raise PlanError("Reconstruction looks at data: give an iterable with at least one batch.")
         # Forwards may branch on the size of the batch, which the example inputs need not share with the data.

@@ -169,10 +169,19 @@ def test_channels_go_where_the_output_misses_them_least():
 
 def test_a_criterion_that_saw_no_data_refuses():
     model, data = linear_net(nn.Linear(8, 4)), data_of(TOKENS)
+    graph = structprune.DependencyGraph(model, data[0])
     with pytest.raises(PlanError, match="has to see data"):
-        structprune.plan(model, data[0], importance=structprune.Reconstruction())
+        structprune.Reconstruction()(graph.groups()[0], {})
     with pytest.raises(PlanError, match="give an iterable with at least one batch"):
-        structprune.Reconstruction().fit(structprune.DependencyGraph(model, data[0]), [])
+        structprune.plan(model, data[0], importance=structprune.Reconstruction())
+
+
+def test_plan_fits_the_criterion_itself():
+    model, data = linear_net(nn.Linear(8, 4)), data_of(TOKENS)
+    copy_channels(model[0].weight, model[0].bias)
+    mine = structprune.plan(model, data[0], importance=structprune.Reconstruction(), data=data, round_to=1)
+    theirs = structprune.plan(model, data[0], importance=fitted(model, data), round_to=1)
+    assert mine.removed == theirs.removed
 
 
 # -- several processes -----------------------------------------------------------------------------------------------

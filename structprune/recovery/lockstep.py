@@ -70,12 +70,11 @@ class _Walker(Recorder):
     def _size(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def _moved(self, call: Call) -> bool:
-        """Whether this is a move between devices, which the trace on stand-ins leaves out."""
-        return call.name in ("cpu", "cuda") and not self._trace.real
+    def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._moved(call) or self._at >= len(self._nodes):
+        if self._at >= len(self._nodes):
             return func(*args, **kwargs)
         number = self._nodes[self._at].meta["index"]
         self._lane.visit(Stop((number, Side.BEFORE), args, kwargs))
@@ -87,7 +86,7 @@ class _Walker(Recorder):
         tensors = isinstance(result, Tensor) or (
             isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result)
         )
-        if self._moved(call) or (not tensors and call.name in VALUES):
+        if not tensors and call.name in VALUES:
             return
         if self._at >= len(self._nodes) or self._nodes[self._at].meta["name"] != call.name:
             there = describe(self._nodes[self._at], self._trace) if self._at < len(self._nodes) else "its end"

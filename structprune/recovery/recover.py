@@ -18,7 +18,7 @@ from structprune.recovery.report import RecoveryReport, keep_report
 from structprune.recovery.solving import Layer
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, Thinning
-from structprune.surgery.history import kept
+from structprune.surgery.history import first_shapes, kept
 from structprune.surgery.verify import _dead
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import map_tensors, preserved_random_state
@@ -105,23 +105,20 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
     Raises:
         RecoveryError: by that record it was made of another model.
     """
-    ours = {name: held.tensor for name, held in held_tensors(slim).items()}
-    record = kept(slim)
+    record, first = kept(slim), first_shapes(slim)
     found: list[Thinning] = []
     for name, held in held_tensors(original).items():
-        shape = list(held.tensor.shape)
+        shape = tuple(held.tensor.shape)
+        if isinstance(held.tensor, nn.Parameter) and first.get(name) != shape:
+            before = f"of shape {list(first[name])}" if name in first else "missing"
+            raise RecoveryError(
+                f"{name!r} has shape {list(shape)} in the original, but in the model that was pruned it was {before}. "
+                "Give the pruned model as structprune made it, and the model that it was made of."
+            )
         for dim, indices in record.get(name, {}).items():
             gone = np.setdiff1d(np.arange(shape[dim]), indices)
             if len(gone):
                 found.append(Thinning(name, dim, shape[dim], tuple(gone.tolist())))
-            shape[dim] = len(indices)
-        tensor = ours.get(name)
-        if isinstance(held.tensor, nn.Parameter) and (tensor is None or list(tensor.shape) != shape):
-            raise RecoveryError(
-                f"By the record of what was pruned {name!r} has shape {shape}, but in the pruned model it is "
-                f"{'missing' if tensor is None else list(tensor.shape)}. Give the pruned model as structprune made it, "
-                "and the model that it was made of."
-            )
     return Edits(tuple(found), (), (), (), (), None, None)
 
 

@@ -14,10 +14,10 @@ from structprune.latency.measure import Latency
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.pruner import Pruner
-from structprune.report import plot_costs, plot_widths, report
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
+from structprune.report import plot_costs, plot_widths, report
 from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.history import kept
 from structprune.surgery.verify import Report, verify

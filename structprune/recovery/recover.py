@@ -19,7 +19,7 @@ from structprune.recovery.solving import Layer
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, Thinning
 from structprune.surgery.history import first_shapes, kept
-from structprune.surgery.verify import _dead
+from structprune.surgery.verify import dead_components
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import map_tensors, preserved_random_state
 
@@ -91,7 +91,7 @@ def recover(
     removed = removed_between(slim, original)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
     graph = ChannelGraph(original, batches[0])
-    dead = _dead(graph, removed)
+    dead = dead_components(graph, removed)
     layers = [Layer(graph, dead, consumer, rows, seed) for consumer in consumers(graph, dead)]
     with preserved_random_state(), torch.no_grad():
         solved = _sequential(recovered, original, batches, graph, layers)

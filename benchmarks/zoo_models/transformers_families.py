@@ -209,6 +209,41 @@ def make(name: str) -> tuple[nn.Module, Any]:
     return getattr(transformers, model_class)(config), _inputs(kind)
 
 
+class Returns(nn.Module):
+    """A model that returns some of its outputs only, as ``plan(..., outputs=...)`` takes it."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, **inputs: Any) -> tuple[Any, ...]:
+        output = self.model(**inputs)
+        return tuple(output[name] for name in self.names)
+
+
+# Models that return hidden states besides what they are used for: a second time without these.
+_USED_FOR = {
+    "bert-base-model": ("pooler_output",),
+    "bart": ("logits",),
+    "marian": ("logits",),
+    "t5": ("logits",),
+    "detr": ("logits", "pred_boxes"),
+    "clip": ("logits_per_image",),
+    "siglip": ("logits_per_image",),
+}
+
+
+def without_states(name: str) -> tuple[nn.Module, Any]:
+    """A model that returns only what it is used for, and its keyword inputs."""
+    model, inputs = make(name)
+    return Returns(model, _USED_FOR[name]), inputs
+
+
 def entries() -> list[Entry]:
-    """All of them."""
-    return [Entry("transformers", name, lambda name=name: make(name)) for name in _MODELS]
+    """All of them, and those that return hidden states once more without these."""
+    whole = [Entry("transformers", name, lambda name=name: make(name)) for name in _MODELS]
+    return whole + [
+        Entry("transformers", f"{name}-{names[0].replace('_', '-')}", lambda name=name: without_states(name))
+        for name, names in _USED_FOR.items()
+    ]

@@ -45,8 +45,10 @@ def trials(components: Components, rows: Sequence[Row], relations: Relations) ->
         relations: what the trace says.
     """
     generator = np.random.default_rng(0)
-    starts = np.asarray(relations.starts, dtype=np.int64)
-    ends = starts + np.asarray(relations.sizes, dtype=np.int64) - 1
+    sizes = np.asarray(relations.sizes, dtype=np.int64)
+    starts = np.asarray(relations.starts, dtype=np.int64)[sizes > 0]  # a buffer may be empty
+    ends = starts + sizes[sizes > 0] - 1
+    rows = [row for row in rows if row.size]
     keep = _protected(components, [components.of(row)[0] for row in rows], starts)
     for share in SHARES:
         yield _drawn(components, keep, share, generator)

@@ -71,7 +71,7 @@ class _Reader:
         self.ranks: dict[str, int] = {}
         self.weights: set[tuple[str, int]] = set()
         self.producers: set[tuple[str, int]] = set()
-        self._computed: set[fx.Node] = set(recorded.inputs)
+        self._computed: set[fx.Node] = set()
         self._made_of: dict[fx.Node, tuple[str, ...]] = {}
         self._held: dict[str, tuple[Row, ...]] = {}
         for node in recorded.everything:
@@ -95,10 +95,10 @@ class _Reader:
             self._held[str(node.target)] = self._rows(node)
             return
         inputs = _tensors(node)
-        if any(n in self._computed for n in inputs):
+        if name == "input" or any(n in self._computed for n in inputs):
             self._computed.add(node)
         else:
-            self._made_of[node] = tuple(x for n in inputs for x in self._made_of.get(n, ()))
+            self._made_of[node] = tuple(dict.fromkeys(x for n in inputs for x in self._made_of.get(n, ())))
         if name in _CONTRACTIONS or name in _SUMS:
             _READERS.get(name, _Reader.contraction)(self, node, inputs)
         elif name == "scaled_dot_product_attention":

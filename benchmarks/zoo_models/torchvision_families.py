@@ -23,13 +23,13 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "mc3": (1, 3, 8, 64, 64),
     "r2plus1d": (1, 3, 8, 64, 64),
     "raft": (1, 3, 128, 128),
+    "vit_h_14": (1, 3, 56, 56),
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
     "vit_h_14": {"image_size": 56},
     "vit": {"image_size": 64},
     "inception_v3": {"init_weights": False},
-    # As its published weights come: without the heads that serve training alone.
-    "googlenet": {"init_weights": False, "aux_logits": False},
+    "googlenet": {"init_weights": False},
 }
 
 
@@ -81,7 +81,8 @@ def _backbone(name: str) -> tuple[nn.Module, Any]:
     import torchvision
 
     detector = torchvision.models.get_model(name, weights=None, weights_backbone=None)
-    return _Backbone(detector.backbone), torch.randn(1, 3, 64, 64)
+    side = 300 if name.startswith("ssd300") else 64
+    return _Backbone(detector.backbone), torch.randn(1, 3, side, side)
 
 
 def _detector(name: str) -> tuple[nn.Module, Any]:

@@ -159,7 +159,7 @@ PEER_OUTCOMES = ("right", "wrong", "crashes", "hangs", "removes nothing")
 def _totals(models: dict[str, Any], peer: bool) -> list[str]:
     """One line for each family, and one for all."""
     columns = ["family", "models", "right at 0.5", "right at 0.3", "keep too much", "longest, s"]
-    columns += [f"torch-pruning {outcome}" for outcome in PEER_OUTCOMES] * peer
+    columns += ["torch-pruning tried", *(f"torch-pruning {outcome}" for outcome in PEER_OUTCOMES)] * peer
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     families = _by_family(models)
     for family, found in [*families.items(), ("all", models)] if len(families) > 1 else families.items():
@@ -170,7 +170,8 @@ def _totals(models: dict[str, Any], peer: bool) -> list[str]:
         cells += [sum(map(keeps_too_much, every)), f"{longest:.1f}"]
         if peer:
             theirs = Counter(facts["peer"]["outcome"] for facts in every if "peer" in facts)
-            cells += [theirs[outcome] for outcome in PEER_OUTCOMES]
+            tried = sum(theirs.values())
+            cells += [tried, *(theirs[outcome] if tried else "" for outcome in PEER_OUTCOMES)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 

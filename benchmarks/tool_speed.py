@@ -99,7 +99,7 @@ class _Turns:
                 return seconds(call)
         except OverTime:
             self._report({f"{tool}_failed": f"over {self._limit:g} s"})
-        except Exception as error:
+        except Exception as error:  # either tool may raise anything; that is what is recorded
             self._report({f"{tool}_failed": one_line(error)})
         self.tools.remove(tool)
         return None
@@ -144,7 +144,7 @@ def plan_only(quick: bool) -> Callable[[Report], None]:
             if not quick:
                 run()
             steps = {"trace": seconds(lambda: trace(model, inputs, leaves=has_rule)), "plan": min(taken)}
-        except Exception as error:
+        except Exception as error:  # recorded as what came of the model
             report({"ours_failed": one_line(error)})
             return
         report({"ours": min(taken), "ours_memory": above, "ours_peak": whole, "parts": steps})

@@ -130,7 +130,7 @@ class _Stages:
         self._report(self.facts)
         try:
             result = function()
-        except Exception as error:
+        except Exception as error:  # recorded as what came of the stage
             self.failed = True
             self.facts |= {"failed": stage, "error": one_line(error, 600), "at": source_of(error, "structprune")}
             self._report(self.facts)

@@ -57,7 +57,7 @@ def peer_outcome(entry: Entry, limit: float) -> Callable[[Report], None]:
             report(_judged(original, model, inputs, before))
         except OverTime:
             return
-        except Exception as error:
+        except Exception as error:  # the peer may raise anything; that is its outcome
             report({"outcome": "crashes", "error": one_line(error)})
 
     return work

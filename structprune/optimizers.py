@@ -17,7 +17,7 @@ from structprune.surgery.slicing import kept, take
 from structprune.tracing.state import held_tensors
 from structprune.wrapping import unwrapped
 
-O = TypeVar("O", bound=Optimizer)  # noqa: E741
+O = TypeVar("O", bound=Optimizer)  # noqa: E741, O as in Optimizer
 
 # A weight times f has a gradient divided by f: the power of the gradient's unit in which a state entry is measured.
 _GRADIENT_POWER = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import oracle
 from support.cases import normal
+from test_wrapped import INPUTS, Network, network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as masks
@@ -18,25 +18,6 @@ from torch.nn.utils import spectral_norm as spectral_norm_hook
 from torch.nn.utils import weight_norm as weight_norm_hook
 
 import structprune
-
-INPUTS = normal(4, 3, 7, 7).double()
-
-
-class Network(nn.Module):
-    """Layers by name, so that names inside a wrapper can be told from those outside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.head = nn.Conv2d(8, 12, 3), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.norm(self.conv1(x)))
-        return self.head(F.adaptive_avg_pool2d(F.gelu(self.conv2(x)), 1).flatten(1))
-
-
-def network() -> Network:
-    return oracle.jitter(Network(), seed=0)  # pyright: ignore[reportReturnType]
 
 
 def test_hooks_are_kept_and_run() -> None:

@@ -281,7 +281,7 @@ def test_state_of_unknown_form_is_refused(state: Callable[[Tensor], Any], what: 
 
 @pytest.mark.parametrize("kind", [timm.optim.Adafactor, timm.optim.AdafactorBigVision])
 def test_factors_chosen_by_size_are_refused(kind: Any) -> None:
-    make = lambda p: kind(p, lr=1e-3, min_dim_size_to_factor=4)  # noqa: E731
+    make = lambda p: kind(p, lr=1e-3, min_dim_size_to_factor=4)  # noqa: E731, one of several makers
     model, optimizer, plan, slim = stepped(make)
     assert_refused(optimizer, "keeps 'exp_avg_sq_r.*' of '.*' as a tensor of shape", plan, model, slim)
 

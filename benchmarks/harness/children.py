@@ -77,7 +77,7 @@ def _child(work: Work, pipe: multiprocessing.connection.Connection) -> None:
     os.dup2(silent, 2)
     try:
         work(pipe.send)
-    except BaseException as error:
+    except BaseException as error:  # whatever ends the process is its result
         pipe.send({"died": one_line(error), "died_at": source_of(error, "structprune")})
     pipe.close()
     os._exit(0)

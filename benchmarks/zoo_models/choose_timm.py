@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from harness.children import at_most
+from harness.children import OverTime, at_most
 from support.torchvision_shim import make_torchvision_importable
 
 from zoo_models.timm_families import CHOSEN
@@ -32,7 +32,7 @@ def _built(name: str, **options: Any) -> torch.nn.Module:
 def _count(name: str) -> int | None:
     try:
         return sum(p.numel() for p in _built(name).parameters())
-    except BaseException:
+    except (Exception, OverTime):  # a model that cannot be built so is not chosen
         return None
 
 
@@ -49,7 +49,7 @@ def _inputs(name: str) -> dict[str, Any] | None:
                 with torch.no_grad(), at_most(30):
                     model(torch.randn(1, 3, size, size, device="meta"))
                 return {"name": name, "shape": [1, 3, size, size], "resized": resized}
-            except BaseException:
+            except (Exception, OverTime):  # nor one that does not run at this size, or takes too long
                 continue
     return None
 

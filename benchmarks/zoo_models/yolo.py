@@ -232,7 +232,7 @@ def _ultralytics(name: str) -> tuple[nn.Module, Tensor]:
 
 def entries() -> list[Entry]:
     """All of them."""
-    image = lambda: torch.randn(1, 3, 64, 64)  # noqa: E731
+    image = lambda: torch.randn(1, 3, 64, 64)  # noqa: E731, short and used beside it
     makes = {
         "c2f": lambda: (Yolo(C2f), image()),
         "c2f-split": lambda: (Yolo(C2fSplit), image()),

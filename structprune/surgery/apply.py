@@ -85,7 +85,7 @@ def _change(model: nn.Module, plan: Edits, tensors: dict[str, Held], new: dict[i
                 done.add(id(old))
                 _swap(old, new, undo)
         _finish(model, plan, tensors, classes, undo)
-    except BaseException:
+    except BaseException:  # an interrupt too must leave the model as it was; raised again below
         for step in reversed(undo):
             step()
         raise

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
-from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import look
 from structprune.importance.reduce import check_reduction, gathered, reduced
@@ -55,7 +55,7 @@ class SiteScores:
         return reduced(parts, self.reduce, group.channels)
 
 
-class ActivationCriterion(ABC):
+class ActivationCriterion(ABC, Unfitted):
     """A statistic of each position of each tap, streamed over the data in sums."""
 
     reduce: str
@@ -73,10 +73,6 @@ class ActivationCriterion(ABC):
     @abstractmethod
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """A score for each position, from the sums over all data; `weight` has shape ``(positions, rest)``."""
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see data first, by `fit`."""
-        raise not_fitted(self)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.

@@ -111,12 +111,17 @@ def fitted(
     return chosen.fit(graph, None if data is None else Batches(data, forward, loss))
 
 
-def not_fitted(importance: object) -> PlanError:
-    """The error of a criterion that is asked for scores before it has seen what it needs."""
-    return PlanError(
-        f"{type(importance).__name__} has to see the model's graph, and perhaps data, before it can score. Call "
-        "structprune.importance.base.fitted(criterion, graph, data, loss) first, or leave that to plan and prune."
-    )
+class Unfitted:
+    """A criterion that has to see the graph, and perhaps data, before it can score: `Fittable.fit` gives what does."""
+
+    __slots__ = ()
+
+    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Always raises: this criterion has to be fitted first."""
+        raise PlanError(
+            f"{type(self).__name__} has to see the model's graph, and perhaps data, before it can score. Call "
+            "structprune.importance.base.fitted(criterion, graph, data, loss) first, or leave that to plan and prune."
+        )
 
 
 def check_scores(scores: Tensor, group: Group) -> Tensor:

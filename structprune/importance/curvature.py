@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
-from structprune.groups import Group
-from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.gradient import EntryScores, Gates, gate_sums, weight_gradients
 from structprune.importance.observe import descend, losses, trained
@@ -93,7 +92,7 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
 
 
 @dataclass(frozen=True, slots=True)
-class OBD:
+class OBD(Unfitted):
     """Optimal Brain Damage: half the diagonal of the Hessian times the square of what goes.
 
     LeCun et al., Optimal Brain Damage, 1990: ``1/2 * h_kk * w_k^2``. The size of a
@@ -126,10 +125,6 @@ class OBD:
         if self.probes < 1:
             raise PlanError(f"probes is {self.probes}; at least one random vector is needed.")
 
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see data first, by `fit`."""
-        raise not_fitted(self)
-
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.
 
@@ -154,17 +149,13 @@ class OBD:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupFisher:
+class GroupFisher(Unfitted):
     """Fisher information of the gate on a channel and all that is coupled to it.
 
     Liu et al., Group Fisher Pruning for Practical Network Compression, 2021: the squared derivative
     of a sample's loss by the gate that all coupled layers share, half its mean over samples. The paper divides it by
     the memory that the channel takes; compare `structprune.importance.compose.CostPenalty`.
     """
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see data first, by `fit`."""
-        raise not_fitted(self)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.

@@ -20,7 +20,7 @@ from structprune.channels.relations import Ids
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
-from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, losses, trained
 from structprune.importance.reduce import check_reduction, member_sums, reduced
@@ -119,7 +119,7 @@ def gate_sums(graph: ChannelGraph, batches: Batches, function: Callable[[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Taylor:
+class Taylor(Unfitted):
     """First-order estimate of how much the loss changes when a channel is switched off.
 
     Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017, equation 8:
@@ -146,10 +146,6 @@ class Taylor:
     def __post_init__(self) -> None:
         if self.average not in ("after", "before"):
             raise PlanError(f"average is {self.average!r}; give 'after' or 'before' (the absolute value).")
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see data first, by `fit`."""
-        raise not_fitted(self)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.
@@ -211,7 +207,7 @@ class EntryScores:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightTaylor:
+class WeightTaylor(Unfitted):
     """First-order estimate of the change of the loss from the weights that go with a channel.
 
     Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, with the absolute value
@@ -232,10 +228,6 @@ class WeightTaylor:
         check_reduction(self.reduce)
         if self.form not in ("element", "multivariable", "group"):
             raise PlanError(f"form is {self.form!r}; give 'element', 'multivariable' or 'group'.")
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see data first, by `fit`."""
-        raise not_fitted(self)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.
@@ -259,7 +251,7 @@ def _products(importance: object, graph: ChannelGraph, batches: Batches | None) 
 
 
 @dataclass(frozen=True, slots=True)
-class SNIP:
+class SNIP(Unfitted):
     """Connection sensitivity of the weights that go with a channel.
 
     Lee et al., SNIP: Single-shot Network Pruning Based on Connection Sensitivity, 2019, equation 6:
@@ -274,10 +266,6 @@ class SNIP:
 
     def __post_init__(self) -> None:
         check_reduction(self.reduce)
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see data first, by `fit`."""
-        raise not_fitted(self)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.

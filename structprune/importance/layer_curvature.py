@@ -18,7 +18,7 @@ from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.activation import columns
-from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, look
 from structprune.importance.reduce import check_reduction, padded, reduced
@@ -190,7 +190,7 @@ def _check(reduce: str, damping: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class OBS:
+class OBS(Unfitted):
     """Optimal Brain Surgeon on a layer's own error: what its outputs lose once the remaining weights make up for it.
 
     Hassibi and Stork, 1993; structured as in Kurtic et al., ZipLM, 2023: with H the second moments of the
@@ -209,10 +209,6 @@ class OBS:
 
     def __post_init__(self) -> None:
         _check(self.reduce, self.damping)
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see data first, by `fit`."""
-        raise not_fitted(self)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.
@@ -261,7 +257,7 @@ class _Moments:
 
 
 @dataclass(frozen=True, slots=True)
-class KFAC:
+class KFAC(Unfitted):
     """A layer's curvature as a Kronecker product: second moments of inputs x second moments of output gradients.
 
     Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Grosse and
@@ -283,10 +279,6 @@ class KFAC:
 
     def __post_init__(self) -> None:
         _check(self.reduce, self.damping)
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see data first, by `fit`."""
-        raise not_fitted(self)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.

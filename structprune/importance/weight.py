@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
-from structprune.importance.base import Importance, criterion, not_fitted
+from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches
 from structprune.importance.reduce import check_reduction, floating, member_sums, reduced
 from structprune.importance.sites import operands
@@ -171,7 +171,7 @@ _NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True, slots=True)
-class NormScale:
+class NormScale(Unfitted):
     """Absolute value of the scale that a channel has in its batch norms.
 
     Liu et al., Learning Efficient Convolutional Networks through Network Slimming, 2017. It says something
@@ -191,10 +191,6 @@ class NormScale:
         unknown = [kind for kind in self.kinds if kind not in _NORMS]
         if unknown:
             raise PlanError(f"There is no norm {unknown[0]!r}. Those known are {', '.join(_NORMS)}.")
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Always raises: this criterion has to see the graph first, by `fit`."""
-        raise not_fitted(self)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Find the scales of norms; no data is needed."""

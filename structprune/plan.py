@@ -185,6 +185,26 @@ def plans_of(model: nn.Module) -> tuple[Plan, ...]:
     return vars(unwrapped(model)).get(RECORD, ())
 
 
+def replay(model: nn.Module, plans: Iterable[Plan]) -> None:
+    """Carry out, in place, those of `plans` that `model` has not been through yet.
+
+    Args:
+        model: the model as it was built, or after the first of the plans.
+        plans: what `plans_of` gives for the model that it is to become.
+
+    Raises:
+        PlanError: the model has been through other plans, or through more.
+    """
+    wanted, done = tuple(plans), plans_of(model)
+    if [plan.digest for plan in done] != [plan.digest for plan in wanted[: len(done)]]:
+        raise PlanError(
+            f"The model has been pruned {len(done)} times, which are not the first of the {len(wanted)} times that are "
+            "recorded, and what is gone cannot come back. Give the model as it was built."
+        )
+    for plan in wanted[len(done) :]:
+        plan.apply(model, inplace=True)
+
+
 def _html(headings: tuple[str, ...], rows: Iterable[tuple[str, int, int]]) -> str:
     head = "".join(f"<th>{heading}</th>" for heading in headings)
     body = "".join(

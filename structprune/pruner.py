@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.groups import Group
 from structprune.optimizers import remap_optimizer
-from structprune.plan import Plan
+from structprune.plan import Plan, plans_of, replay
 from structprune.planning import plan_removal
 from structprune.timed import TimedDecision
 from structprune.tracing.trace import ExampleInputs
@@ -46,10 +46,12 @@ class Pruner:
         schedule: ``"cubic"`` (most goes early), ``"linear"``, ``"one-shot"`` (all in the first step), or a function
             from the share of the steps done, above 0 to 1, to the share of the channels gone, from 0 to 1.
         optimizer: its state is carried along, so that training goes on as if the removed channels had never been.
+        state: what `state_dict` of a Pruner with the same options gave, to go on from there. The model is then given as
+            it was built; what was done to it is done again, so that the weights of the checkpoint fit.
         options: those of `structprune.plan`: ``ratio``, ``target``, ``importance``, ``data``, ``scope`` and the others.
 
     Raises:
-        PlanError: what is asked for cannot be planned.
+        PlanError: what is asked for cannot be planned, or `state` belongs to another schedule or model.
 
     Example:
         >>> import torch, structprune
@@ -71,6 +73,7 @@ class Pruner:
         steps: int,
         schedule: Schedule = "cubic",
         optimizer: Optimizer | None = None,
+        state: Mapping[str, Any] | None = None,
         **options: Unpack[Options],
     ) -> None:
         if steps < 1:
@@ -84,20 +87,41 @@ class Pruner:
         self._schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
         self._optimizer = optimizer
         self._options = options
-        graph, decision = self._decide(None)
         # By group: how many channels it has before the first step and after the last.
-        self._ends = {key: (g.channels, decision.kept.get(g, g.channels)) for g, key in _keys(graph.groups()).items()}
+        self._ends: dict[Key, tuple[int, int]]
+        if state is None:
+            graph, decision = self._decide(None)
+            keys = _keys(graph.groups())
+            self._ends = {key: (group.channels, decision.kept.get(group, group.channels)) for group, key in keys.items()}
+        else:
+            self._go_on(state)
 
     @property
     def done(self) -> bool:
         """Whether all steps were taken."""
         return self.taken == self.steps
 
-    def step(self) -> Plan:
+    def step(self, plan: Plan | None = None) -> Plan:
         """Remove the next share of the channels.
+
+        Args:
+            plan: what to carry out, instead of deciding it here: `next_plan` of another process, so that all agree.
 
         Returns:
             The plan that was carried out.
+
+        Raises:
+            PlanError: all steps were taken, or the schedule gives something that is no share.
+        """
+        plan = self.next_plan() if plan is None else plan
+        plan.apply(self.model, inplace=True)
+        if self._optimizer is not None:
+            remap_optimizer(self._optimizer, plan, self.model)
+        self.taken += 1
+        return plan
+
+    def next_plan(self) -> Plan:
+        """What the next `step` removes; nothing is changed.
 
         Raises:
             PlanError: all steps were taken, or the schedule gives something that is no share.
@@ -110,12 +134,45 @@ class Pruner:
         graph, decision = self._decide(share)
         with torch.no_grad():
             settings = {**decision.settings, "ratio": None, "step": self.taken + 1, "share": share}
-            plan = plan_removal(graph, decision.chosen, settings)
-        plan.apply(self.model, inplace=True)
-        if self._optimizer is not None:
-            remap_optimizer(self._optimizer, plan, self.model)
-        self.taken += 1
-        return plan
+            return plan_removal(graph, decision.chosen, settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the pruning is, for a checkpoint: numbers, strings and lists of them.
+
+        A state dict of the model holds no shapes to build. Give this to a new `Pruner` as ``state``, with the model as it
+        was built; then load the model's and the optimizer's state dicts.
+
+        Example:
+            >>> import torch, structprune
+            >>> def build():
+            ...     return torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+            >>> model, x = build(), torch.randn(1, 4)
+            >>> pruner = structprune.Pruner(model, x, steps=4, schedule="linear", ratio=0.5)
+            >>> plan = pruner.step()
+            >>> checkpoint = {"pruner": pruner.state_dict(), "model": model.state_dict()}
+            >>> model = build()
+            >>> pruner = structprune.Pruner(
+            ...     model, x, steps=4, schedule="linear", ratio=0.5, state=checkpoint["pruner"]
+            ... )
+            >>> model.load_state_dict(checkpoint["model"]), pruner.taken
+            (<All keys matched successfully>, 1)
+        """
+        return {
+            "steps": self.steps,
+            "taken": self.taken,
+            "ends": [[*key, *ends] for key, ends in self._ends.items()],
+            "plans": [plan.to_json() for plan in plans_of(self.model)],
+        }
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        if state["steps"] != self.steps:
+            raise PlanError(
+                f"The state is that of a Pruner of {state['steps']} steps, and this one has {self.steps}. Go on with the "
+                "same schedule."
+            )
+        replay(self.model, map(Plan.from_json, state["plans"]))
+        self._ends = {(name, axis, number): (start, end) for name, axis, number, start, end in state["ends"]}
+        self.taken = state["taken"]
 
     def _decide(self, share: float | None) -> tuple[DependencyGraph, Decision | TimedDecision]:
         """The channels to remove now so that `share` of all that is to go is gone; None decides about the end."""

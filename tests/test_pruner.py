@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.cases import Case, all_cases
 from test_controls import IDS, IMAGE, Residual, Transformer
 from torch import nn
@@ -41,6 +43,19 @@ def test_heads_stay_heads_in_every_step() -> None:
     while not pruner.done:
         pruner.step()
     assert shapes(model) == wanted
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_few_heads_go_on_going(steps: int) -> None:
+    """Of three heads that are left, one more goes, rather than nothing of their size."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **sizes))
+    pruner = structprune.Pruner(model, IDS, steps=steps, schedule="linear", ratio=0.5)
+    while not pruner.done:
+        pruner.step()
+    layer = model.bert.encoder.layer[0]
+    assert (layer.attention.self.attention_head_size, layer.attention.self.query.out_features) == (8, 16)
+    assert layer.intermediate.dense.out_features == 32
 
 
 @pytest.mark.parametrize("case", SECTIONS, ids=str)
@@ -102,3 +117,52 @@ def test_steps_beyond_the_last_and_wrong_schedules_are_refused() -> None:
         pruner.step()
     with pytest.raises(PlanError, match=r"gives 2\.0 at step 1"):
         structprune.Pruner(Residual(), IMAGE, steps=1, schedule=lambda t: 2.0).step()
+
+
+def interrupted(state_after: int) -> tuple[dict[str, Any], nn.Module]:
+    torch.manual_seed(0)
+    model = Residual()
+    pruner = structprune.Pruner(model, IMAGE, steps=3, schedule="linear", target={"params": 0.4}, scope="global")
+    for _ in range(state_after):
+        pruner.step()
+    return json.loads(json.dumps(pruner.state_dict())), model
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 3])
+def test_goes_on_from_its_state(taken: int) -> None:
+    """The weights that decide where it ends are not there any more, so the state must tell."""
+    state, first = interrupted(taken)
+    whole = interrupted(3)[1]
+    torch.manual_seed(7)
+    model = Residual()
+    options: dict[str, Any] = {"steps": 3, "schedule": "linear", "target": {"params": 0.4}, "scope": "global"}
+    pruner = structprune.Pruner(model, IMAGE, state=state, **options)
+    assert (pruner.taken, pruner.done) == (taken, taken == 3)
+    assert shapes(model) == shapes(first)
+    model.load_state_dict(first.state_dict())
+    while not pruner.done:
+        pruner.step()
+    assert structprune.kept(model) == structprune.kept(whole)
+    assert structprune.Pruner(model, IMAGE, state=pruner.state_dict(), **options).done  # nothing is done twice
+
+
+def test_a_state_that_does_not_belong_here_is_refused() -> None:
+    state, model = interrupted(1)
+    with pytest.raises(PlanError, match="of 3 steps, and this one has 2"):
+        structprune.Pruner(Residual(), IMAGE, steps=2, state=state)
+    further = interrupted(2)[1]
+    before = shapes(further)
+    with pytest.raises(PlanError, match="has been pruned 2 times, which are not the first of the 1"):
+        structprune.Pruner(further, IMAGE, steps=3, state=state)
+    assert shapes(further) == before
+    assert shapes(model) != shapes(Residual())
+
+
+def test_a_plan_from_another_process_is_carried_out() -> None:
+    first, second = interrupted(0)[1], interrupted(0)[1]
+    pruners = [structprune.Pruner(m, IMAGE, steps=2, ratio=0.5, importance="random") for m in (first, second)]
+    plan = pruners[0].next_plan()
+    assert shapes(first) == shapes(second)
+    for pruner in pruners:
+        assert pruner.step(structprune.Plan.from_json(plan.to_json())).digest == plan.digest
+    assert structprune.kept(first) == structprune.kept(second)

@@ -38,8 +38,8 @@ def thinned_groups(
     """The groups to thin; of a grid (heads x head size, groups x channels in a group) one factor only.
 
     The factor is chosen whose nearest feasible number of channels misses the ratio least; whole heads or groups before
-    positions inside them where both come as near, if there are at least four of them. Where `axes` names the axes of
-    both factors, both are thinned.
+    positions inside them where both come as near, if there are at least four of them. A factor of which nothing is to go
+    is chosen last. Where `axes` names the axes of both factors, both are thinned.
     """
     groups = graph.groups()
     number = np.full(graph.components.count, -1, dtype=np.int64)
@@ -49,10 +49,11 @@ def thinned_groups(
     chosen: set[int] = set()
     blocked: set[int] = set()
 
-    def miss(i: int) -> tuple[float, bool, bool, int]:
-        size = groups[i].channels
-        wanted = size * (1 - ratio(groups[i]))
-        return abs(wanted - nearest(feasible[groups[i]], wanted)) / size, size < FEW, groups[i].axis == "head_size", i
+    def miss(i: int) -> tuple[bool, float, bool, bool, int]:
+        size, share = groups[i].channels, ratio(groups[i])
+        wanted = size * (1 - share)
+        missed = abs(wanted - nearest(feasible[groups[i]], wanted)) / size
+        return share <= 0, missed, size < FEW, groups[i].axis == "head_size", i
 
     for lattice in graph.components.lattices:
         factors: list[list[int]] = []

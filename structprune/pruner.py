@@ -92,7 +92,9 @@ class Pruner:
         if state is None:
             graph, decision = self._decide(None)
             keys = _keys(graph.groups())
-            self._ends = {key: (group.channels, decision.kept.get(group, group.channels)) for group, key in keys.items()}
+            self._ends = {
+                key: (group.channels, decision.kept.get(group, group.channels)) for group, key in keys.items()
+            }
         else:
             self._go_on(state)
 
@@ -139,8 +141,8 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Where the pruning is, for a checkpoint: numbers, strings and lists of them.
 
-        A state dict of the model holds no shapes to build. Give this to a new `Pruner` as ``state``, with the model as it
-        was built; then load the model's and the optimizer's state dicts.
+        A state dict of the model holds no shapes to build. Give this to a new `Pruner` as ``state``, with the model as
+        it was built; then load the model's and the optimizer's state dicts.
 
         Example:
             >>> import torch, structprune
@@ -167,8 +169,8 @@ class Pruner:
     def _go_on(self, state: Mapping[str, Any]) -> None:
         if state["steps"] != self.steps:
             raise PlanError(
-                f"The state is that of a Pruner of {state['steps']} steps, and this one has {self.steps}. Go on with the "
-                "same schedule."
+                f"The state is that of a Pruner of {state['steps']} steps, and this one has {self.steps}. Go on with "
+                "the same schedule."
             )
         replay(self.model, map(Plan.from_json, state["plans"]))
         self._ends = {(name, axis, number): (start, end) for name, axis, number, start, end in state["ends"]}

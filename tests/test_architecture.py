@@ -42,6 +42,7 @@ ORDER = (
     ("training", "masks"),
     ("search",),
     ("io", "report"),
+    ("integrations",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -49,7 +50,12 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MAX_LINES = 400
 # Of the package alone: the command line needs it.
 COMMANDS = ("typer",)
-HEAVY = ("matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna", "timm", "torchvision", "transformers")
+HEAVY = (
+    "accelerate", "ignite", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna",
+    "pytorch_lightning", "timm", "torchvision", "transformers",
+)  # fmt: skip
+# Each is for one library, and importing it is using that.
+FOR_ONE_LIBRARY = ("ignite", "lightning", "transformers")
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
@@ -120,11 +126,12 @@ def test_files_are_short():
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
-IMPORT_ALL = """
+IMPORT_ALL = f"""
 import importlib, pkgutil, sys
 import structprune
 for module in pkgutil.walk_packages(structprune.__path__, "structprune."):
-    if not module.name.endswith("__main__"):
+    names = module.name.split(".")
+    if names[-1] != "__main__" and not (names[1] == "integrations" and names[-1] in {FOR_ONE_LIBRARY!r}):
         importlib.import_module(module.name)
 """
 
@@ -138,3 +145,29 @@ def test_importing_loads_nothing_heavy(statement, heavy):
     code = f"{statement}\nprint(sorted(set({heavy!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("ignite", ["ignite"], "ignite"),
+        ("lightning", ["lightning", "pytorch_lightning"], "lightning"),
+        ("transformers", ["transformers"], "models"),
+    ],
+)
+def test_an_integration_names_the_extra_that_it_needs(module, package, extra):
+    code = f"""
+import sys
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name in {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing)
+try:
+    import structprune.integrations.{module}
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("MissingExtraError")
+    assert f"pip install 'structprune[{extra}]'" in done.stdout

@@ -38,8 +38,8 @@ def thinned_groups(
     """The groups to thin; of a grid (heads x head size, groups x channels in a group) one factor only.
 
     The factor is chosen whose nearest feasible number of channels misses the ratio least; whole heads or groups before
-    positions inside them where both come as near, if there are at least four of them. A factor of which nothing is to go
-    is chosen last. Where `axes` names the axes of both factors, both are thinned.
+    positions inside them where both come as near, if there are at least four of them. A factor of which nothing is to
+    go is chosen last. Where `axes` names the axes of both factors, both are thinned.
     """
     groups = graph.groups()
     number = np.full(graph.components.count, -1, dtype=np.int64)

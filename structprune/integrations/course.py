@@ -121,7 +121,7 @@ class Course:
         return self._pruner
 
 
-def costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int]:
+def costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, float]:
     """What is logged: multiply-accumulates on the example inputs, and parameters.
 
     Example:

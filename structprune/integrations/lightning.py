@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from torch import nn
 
@@ -16,20 +16,25 @@ from structprune.integrations.course import Course, costs, missing_extra
 from structprune.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
 from structprune.tracing.trace import ExampleInputs
+from structprune.wrapping import class_names
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
     from lightning.pytorch.strategies import DDPStrategy, Strategy
-except ModuleNotFoundError as error:
-    if error.name != "lightning":
-        raise
-    try:  # the same under its older name
-        from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
-        from pytorch_lightning.strategies import DDPStrategy, Strategy
-    except ModuleNotFoundError as other:
-        if other.name != "pytorch_lightning":
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+        from lightning.pytorch.strategies import DDPStrategy, Strategy
+    except ModuleNotFoundError as error:
+        if error.name != "lightning":
             raise
-        raise missing_extra("lightning", "lightning") from error
+        try:  # the same under its older name
+            from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
+            from pytorch_lightning.strategies import DDPStrategy, Strategy
+        except ModuleNotFoundError as other:
+            if other.name != "pytorch_lightning":
+                raise
+            raise missing_extra("lightning", "lightning") from error
 
 # Under this name a checkpoint holds what was removed.
 KEY = "structprune"
@@ -40,8 +45,8 @@ _HOOKS = ("on_save_checkpoint", "on_load_checkpoint")
 class PruningCallback(Callback):
     """Prunes a LightningModule's network in place before the epochs that you name, as `structprune.Pruner` does.
 
-    The states of all optimizers go on with what is left. ``macs`` (of the example inputs) and ``params`` are logged when
-    training starts and after each step. Checkpoints carry what was removed: a run that goes on from one
+    The states of all optimizers go on with what is left. ``macs`` (of the example inputs) and ``params`` are logged
+    when training starts and after each step. Checkpoints carry what was removed: a run that goes on from one
     (``ckpt_path=``), or is tested on one, gets the pruned shapes before the weights are loaded. For
     ``load_from_checkpoint``, which knows no callbacks, see `restore`.
 
@@ -91,8 +96,13 @@ class PruningCallback(Callback):
                 f"{type(trainer.strategy).__name__} spreads the parameters over processes, so they cannot be pruned "
                 "while it trains. Prune before the fit, or use another strategy."
             )
+        if any(name.endswith("._MultiProcessingLauncher") for name in class_names(trainer.strategy.launcher)):
+            raise UnsupportedModelError(
+                "This strategy trains in processes that end with the fit, and brings the weights back into a module "
+                "that has its first shapes. Use strategy='ddp'."
+            )
         averaging = (callbacks.WeightAveraging, callbacks.StochasticWeightAveraging)
-        for other in trainer.callbacks:
+        for other in cast("Any", trainer).callbacks:
             if isinstance(other, averaging):
                 raise UnsupportedModelError(
                     f"{type(other).__name__} holds an average of the weights in their first shapes. Use it in a fit "
@@ -165,7 +175,9 @@ class PruningCallback(Callback):
     def _inputs_of(self, pl_module: LightningModule) -> ExampleInputs:
         inputs = pl_module.example_input_array if self._inputs is None else self._inputs
         if inputs is None:
-            raise PlanError("There are no example inputs. Give example_inputs, or set the module's example_input_array.")
+            raise PlanError(
+                "There are no example inputs. Give example_inputs, or set the module's example_input_array."
+            )
         return inputs
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:

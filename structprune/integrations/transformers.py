@@ -96,7 +96,7 @@ class PruningCallback(TrainerCallback):
         """Decide how much goes in the end, and log what there is."""
         if args.world_size > 1 or args.deepspeed is not None or args.fsdp:
             raise UnsupportedModelError(
-                "The Trainer spreads the model over processes and offers callbacks no way to wrap it anew. Prune in one "
+                "The Trainer spreads the model over processes and gives callbacks no way to wrap it anew. Prune in one "
                 "process, or before training."
             )
         self._course.begin(kwargs["model"], self._inputs)
@@ -119,7 +119,7 @@ class PruningCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the record to the checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             draft = folder / f".{RECORD}"
             draft.write_text(json.dumps(self._course.state_dict()), encoding="utf-8")
@@ -164,7 +164,7 @@ def save_pruned(model: Any, folder: str | os.PathLike[str]) -> bool:
     Example:
         >>> import tempfile, torch, transformers, structprune
         >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 1}
-        >>> model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes), add_pooling_layer=False)
+        >>> model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **sizes))
         >>> slim = structprune.prune(model, {"input_ids": torch.ones(1, 4, dtype=torch.long)}, axes=["mlp"])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_pruned(slim, folder)

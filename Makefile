@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := structprune tests examples $(wildcard benchmarks)
 
-.PHONY: help install demo test lint types tests bench zoo format clean
+.PHONY: help install demo test lint types tests dist bench zoo format clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits, prune it, export it and time it"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   pyright, strict"
 	@echo "make tests   pytest alone"
+	@echo "make dist    build wheel and sdist, look into them, and prune with the wheel in an environment of its own"
 	@echo "make bench   time whole calls against torch-pruning"
 	@echo "make zoo     prune every model of the zoo (takes long)"
 	@echo "make format  let ruff rewrite the files"
@@ -48,6 +49,12 @@ types: $(INSTALLED)
 tests: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS)
 
+# The environment has what the build needs, so that nothing is fetched for it.
+dist: $(INSTALLED)
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+	STRUCTPRUNE_DIST=dist $(BIN)/python -m pytest -q -p no:xdist tests/test_packaging.py
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/tool_speed.py
 
@@ -59,4 +66,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -32,7 +32,7 @@ VIEWS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one forward on the example inputs takes.
+    """What one forward on the example inputs takes. See `structprune.cost` for an example.
 
     Attributes:
         params: entries of all parameters, each tied one once.

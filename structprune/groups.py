@@ -24,6 +24,8 @@ class Slot:
 class Member:
     """A dimension of a tensor as a group sees it: index `positions[i]` of it goes when channel `channels[i]` goes.
 
+    See `structprune.Group` for an example.
+
     Attributes:
         tensor: dotted name of the parameter or buffer.
         dim: its dimension.
@@ -47,6 +49,13 @@ class Group:
         components: for each channel, its number in the solved algebra; shape ``(channels,)``.
         members: the slices that go with them.
         axis: what they are to the network, one of `structprune.axes.AXES`.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> (group,) = structprune.DependencyGraph(model, torch.randn(1, 4)).groups()
+        >>> group.name, group.channels, [(member.tensor, member.dim) for member in group.members]
+        ('0', 8, [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)])
     """
 
     name: str

@@ -75,7 +75,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
     """The model that `save` wrote: built anew, pruned by the saved plans, filled with the saved tensors.
 
-    Nothing in the folder is run; the only code is that of `build_model`.
+    Nothing in the folder is run; the only code is that of `build_model`. See `structprune.save` for an example.
 
     Args:
         build_model: makes the original model, with any weights; called once.

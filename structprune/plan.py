@@ -63,6 +63,14 @@ class Plan(Edits):
         inputs: shapes and types of the example inputs, nested as they were given.
         outputs: names of the outputs that keep their shape; None if all do.
         settings: what the plan was asked for.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> plan = structprune.plan(model, torch.randn(1, 4), ratio=0.5)
+        >>> plan = structprune.Plan.from_json(plan.to_json())
+        >>> plan.before.params, plan.after.params, plan.apply(model)[0]
+        (58, 30, Linear(in_features=4, out_features=4, bias=True))
     """
 
     layers: tuple[LayerWidth, ...]

@@ -58,7 +58,7 @@ class GroupCurve:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What `sensitivity` found.
+    """What `sensitivity` found. See `structprune.sensitivity` for an example.
 
     Attributes:
         dense: the metric of the whole model.

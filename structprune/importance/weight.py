@@ -44,6 +44,13 @@ class LnNorm:
 
     Args:
         n: the order of the norm, above 0; ``math.inf`` takes the largest entry.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> plan = structprune.plan(model, torch.randn(1, 4), ratio=0.5, importance=structprune.LnNorm(1))
+        >>> plan.layers[0].after
+        4
     """
 
     n: float = 2.0
@@ -234,6 +241,14 @@ class Random:
 
     Args:
         seed: of the generator; the global random state is not touched.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> criteria = structprune.Random(seed=1), structprune.Random(seed=1)
+        >>> first, second = (structprune.plan(model, torch.randn(1, 4), importance=each) for each in criteria)
+        >>> first.removed == second.removed
+        True
     """
 
     seed: int = 0

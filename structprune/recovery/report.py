@@ -41,7 +41,7 @@ class LayerRecovery:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryReport:
-    """What `recover` did.
+    """What `recover` did. See `structprune.recovery_report` for an example.
 
     Attributes:
         layers: in the order in which they were solved.
@@ -76,8 +76,19 @@ def keep_report(model: nn.Module, report: RecoveryReport) -> None:
 def recovery_report(model: nn.Module) -> RecoveryReport:
     """What `recover` did to make this model.
 
+    Args:
+        model: what `recover` returned.
+
     Raises:
         RecoveryError: `recover` did not make it.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> slim = structprune.prune(model, torch.randn(1, 4), ratio=0.5)
+        >>> slim = structprune.recover(slim, model, [torch.randn(32, 4)])
+        >>> [layer.layer for layer in structprune.recovery_report(slim).layers]
+        ['2']
     """
     if model not in _REPORTS:
         raise RecoveryError(

@@ -30,6 +30,13 @@ def plot_widths(
     Raises:
         MissingExtraError: Matplotlib is not installed.
         TraceError: the forward cannot be recorded.
+
+    Example:
+        >>> import tempfile, torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> plan = structprune.plan(model, torch.randn(1, 4), ratio=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figure = structprune.plot_widths(model, torch.randn(1, 4), f"{folder}/figure.svg", plan=plan)
     """
     rows = [row for row in _rows(model, example_inputs, plan) if row.channels]
     return _drawn([(row.path, row.channels) for row in rows if row.channels], "channels", path)
@@ -56,6 +63,13 @@ def plot_costs(
         MissingExtraError: Matplotlib is not installed.
         TraceError: the forward cannot be recorded.
         ValueError: `of` is something else.
+
+    Example:
+        >>> import tempfile, torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> plan = structprune.plan(model, torch.randn(1, 4), ratio=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figure = structprune.plot_costs(model, torch.randn(1, 4), f"{folder}/figure.svg", plan=plan)
     """
     if of not in ("macs", "params"):
         raise ValueError(f"of is {of!r}; it is 'macs' or 'params'.")

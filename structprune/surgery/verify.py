@@ -41,7 +41,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `verify` found.
+    """What `verify` found. See `structprune.verify` for an example.
 
     Attributes:
         max_relative_error: largest difference of an output tensor over the largest entry of the reference; 0 on the

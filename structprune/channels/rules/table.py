@@ -53,6 +53,12 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
     Raises:
         RuleError: an operation has a rule already, or the decorated object cannot be called.
+
+    Example::
+
+        @structprune.register_rule("mylib::scale_shift")
+        def scale_shift(c, x, scale, shift):
+            return c.broadcast([x, scale, shift])  # channels of the same place live and die together
     """
 
     def register(function: Rule) -> Rule:

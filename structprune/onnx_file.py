@@ -25,7 +25,7 @@ def require(module: str) -> Any:
         if error.name != module:
             raise
         raise MissingExtraError(
-            f"ONNX export needs the package {module!r}, which is not installed: pip install structprune[onnx]"
+            f"ONNX needs the package {module!r}, which is not installed: pip install 'structprune[onnx]'"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -109,6 +110,57 @@ def test_a_missing_extra_is_named(folder, monkeypatch, package, args, extra):
     assert f"structprune[{extra}]" in shown.stderr
 
 
+# Run on an install without any extra but that of the command line: what needs one says which, and all else works.
+BARE = """
+import importlib, json, sys
+ABSENT = {absent!r}
+
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent)
+from typer.testing import CliRunner
+from structprune.cli.app import app
+
+found = []
+for line in {lines!r}:
+    done = CliRunner().invoke(app, line.split())
+    found.append([done.exit_code, done.stderr, repr(done.exception)])
+print(json.dumps(found))
+"""
+FOR_EXTRAS = (
+    "accelerate", "ignite", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna", "peft",
+    "pytorch_lightning", "sklearn", "timm", "torchvision", "transformers",
+)  # fmt: skip
+NEEDED = {
+    "info": None,
+    "info own:pair": None,
+    "plan own:pair --importance taylor --data own:batches --loss own:loss": None,
+    "prune own:pair -o slim": None,
+    "sensitivity own:pair --metric own:metric -o s.json -r 0.5": None,
+    "sensitivity own:pair --metric own:metric -o t.json -r 0.5 --plot p.png": "plot",
+    "benchmark own:pair -r 0.5 --runs 2": None,
+    "benchmark own:pair -r 0.5 --runs 2 -b onnxruntime": "onnx",
+    "export own:pair x.onnx --saved slim": "onnx",
+    "report own:pair r.html -r 0.5 --sensitivity s.json": None,
+    "plan timm:resnet18": "models",
+    "plan torchvision:resnet18": "models",
+    "plan hf:bert": "models",
+}
+
+
+def test_each_command_on_an_install_without_extras(folder):
+    code = BARE.format(absent=FOR_EXTRAS, lines=list(NEEDED))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for (line, extra), (status, shown, exception) in zip(NEEDED.items(), json.loads(done.stdout), strict=True):
+        assert status == (0 if extra is None else 3), (line, shown, exception)
+        assert extra is None or f"pip install 'structprune[{extra}]'" in shown, line
+    assert Path("r.html").is_file()
+    assert not Path("t.json").exists()  # it was said before anything was measured
+
+
 def test_errors_of_the_users_own_code_keep_their_traceback(folder):
     with pytest.raises(RuntimeError, match="my own mistake"):
         run("plan", "own:broken")
@@ -156,6 +208,15 @@ def test_completion_for_a_shell(words, found):
     done = program(before=f"import os\nos.environ.update({settings!r})")
     assert set(found) <= set(done.stdout.split()), done.stderr
     assert all(word.startswith(words.rpartition(" ")[2]) for word in done.stdout.split())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_is_shown(shell):
+    done = program(
+        "--show-completion", shell, before="import os\nos.environ['_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION'] = '1'"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "_STRUCTPRUNE_COMPLETE" in done.stdout
 
 
 # -- the documentation ------------------------------------------------------------------------------------------------

@@ -28,8 +28,6 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from structprune.integrations.lightning import PruningCallback, restore  # noqa: E402
 
 pytestmark = [
-    # Lightning looks into batches by a function of torch that is deprecated; nobody but Lightning can change that.
-    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
     # Sixteen rows need no processes to load them.
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     # A run that goes on from a checkpoint need not save any itself.

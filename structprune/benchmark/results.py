@@ -58,7 +58,9 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Timings of several models under the same conditions; prints as a table. See `structprune.benchmark` for an example.
+    """Timings of several models under the same conditions; prints as a table.
+
+    See `structprune.benchmark` for an example.
 
     Attributes:
         timings: One for each model and backend; the models of a backend stand together, in the order given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from structprune.cli.models import named_object, parse_points
 from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, SlimOptions, among, command
 from structprune.cli.output import Output, costs, reporting
 from structprune.dependency_graph import DependencyGraph
+from structprune.errors import MissingExtraError
 from structprune.export import export_onnx
 from structprune.io import save
 from structprune.plan import Plan
@@ -88,6 +90,8 @@ def sensitivity_command(
 ) -> None:
     """Measure how a metric of yours falls when each group alone is thinned."""
     with reporting(as_json) as output:
+        if plot is not None:
+            _require_matplotlib()  # before hours of measuring
         loaded = source.load()
         measure = named_object(metric)
         data = loaded.inputs if loader is None else named_object(loader)()
@@ -108,6 +112,13 @@ def sensitivity_command(
         if plot is not None:
             found.plot(plot)
         output.result(found.to_json(), found.table() if found.curves else "No group may lose channels.")
+
+
+def _require_matplotlib() -> None:
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Drawing needs Matplotlib: pip install 'structprune[plot]'.") from error
 
 
 @command(app, "benchmark")

@@ -105,6 +105,13 @@ class PlanOptions:
         str,
         typer.Option(help="A criterion by name, or module:object for one of your own.", autocompletion=among(CRITERIA)),
     ] = "l2"
+    data: Annotated[
+        str | None, typer.Option(help="module:function that makes the batches, for criteria that look at data.")
+    ] = None
+    loss: Annotated[
+        str | None,
+        typer.Option(help="module:function of (model, batch): a mean loss, for criteria that need gradients."),
+    ] = None
     ignore: Annotated[list[str] | None, typer.Option(help="Layer to leave whole, repeated.")] = None
     outputs: Annotated[
         list[str] | None, typer.Option(help="Output that keeps its shape, repeated; by default all do.")
@@ -145,6 +152,10 @@ class PlanOptions:
             options["target"] = dict(_pair(text) for text in self.target)
         if self.scope:
             options["scope"] = _scope(self.scope)
+        if self.data:
+            options["data"] = named_object(self.data)()
+        if self.loss:
+            options["loss"] = named_object(self.loss)
         return options
 
 

@@ -39,6 +39,12 @@ def metric(model, loader):
 def images():
     return torch.ones(2, 3, 8, 8)
 
+def batches():
+    return [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))] * 2
+
+def loss(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
 def last_first(group, tensors):
     return -torch.arange(group.channels, dtype=torch.float64)
 """

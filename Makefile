@@ -5,9 +5,9 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := structprune tests examples $(wildcard benchmarks)
+CODE := structprune tests examples docs $(wildcard benchmarks)
 
-.PHONY: help install demo test lint types tests dist bench zoo format clean
+.PHONY: help install demo test lint types tests dist docs bench zoo format clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits, prune it, export it and time it"
@@ -16,6 +16,7 @@ help:
 	@echo "make types   pyright, strict"
 	@echo "make tests   pytest alone"
 	@echo "make dist    build wheel and sdist, look into them, and prune with the wheel in an environment of its own"
+	@echo "make docs    the documentation, into site/; any broken link is an error"
 	@echo "make bench   time whole calls against torch-pruning"
 	@echo "make zoo     prune every model of the zoo (takes long)"
 	@echo "make format  let ruff rewrite the files"
@@ -55,6 +56,10 @@ dist: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation
 	STRUCTPRUNE_DIST=dist $(BIN)/python -m pytest -q -p no:xdist tests/test_packaging.py
 
+# The variable silences a note of the theme's authors about its successor.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/tool_speed.py
 
@@ -66,4 +71,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info

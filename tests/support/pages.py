@@ -5,7 +5,8 @@ What a block needs beyond that stands in the page, in comments that nobody sees:
 - ``<!-- setup`` ... ``-->``: code that runs where it stands; a page whose blocks use `model` makes one there;
 - ``<!-- not run: REASON -->`` above a block: it cannot run where the tests do, for the reason given;
 - ``<!-- raises: PlanError -->`` above a block: running it must raise this exception of `structprune.errors`;
-- ``<!-- output -->`` above a ``text`` block: this is what was printed since the last one; ``...`` stands for anything.
+- ``<!-- output -->`` above a ``text`` block: this is what was printed since the last one; ``...`` stands for anything;
+- ``<!-- output: about -->``: the same, but numbers may be others.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _PIECE = re.compile(
     r"(?P<space>[ ]*)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=space)```",
     re.MULTILINE | re.DOTALL,
 )
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -128,7 +130,12 @@ class Run:
 
 
 def _compare(block: Block, printed: str, path: Path) -> None:
-    checker, example = doctest.OutputChecker(), doctest.Example("", block.code)
+    wanted = block.code
+    if block.said:
+        assert block.said == "about", f"{path}:{block.line}: {block.said!r} says nothing"
+        # Tables are as wide as their numbers.
+        wanted, printed = (re.sub(r"[─━┏┓┳┡┩╇└┘┴├┤┼┬┌┐]+", "-", _NUMBER.sub("#", text)) for text in (wanted, printed))
+    checker, example = doctest.OutputChecker(), doctest.Example("", wanted)
     if not checker.check_output(example.want, printed, _FLAGS):
         difference = checker.output_difference(example, printed, _FLAGS)
         raise AssertionError(f"{path}:{block.line}: it prints something else\n{difference}")

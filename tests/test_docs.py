@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from support.pages import Run
+from support.pages import Run, blocks
 from torch import nn
 
+import structprune.errors
 from structprune.channels.rules import RULES
 from structprune.tracing.opaque import OPAQUE
 
@@ -55,3 +59,38 @@ def test_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text()
     assert "224, 224" in text
     Run(page, given, text.replace("224, 224", "32, 32")).run()
+
+
+def _texts() -> list[str]:
+    """Every string of the package, with what is filled in marked; strings that stand side by side are one."""
+    found = []
+    for file in sorted((ROOT / "structprune").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def _quoted(page: Path) -> Iterator[str]:
+    """The messages and reasons that the page explains."""
+    for block in blocks(page.read_text()):
+        if block.language == "text" and not block.note:
+            kind, _, message = block.code.strip().partition(": ")
+            assert hasattr(structprune.errors, kind) or hasattr(builtins, kind), f"{page}:{block.line}: {kind}?"
+            yield message
+    for row in re.findall(r"^\| `(.+?)` \|", page.read_text(), re.MULTILINE):
+        yield row
+
+
+def test_messages_that_are_explained_are_still_in_the_code() -> None:
+    texts, messages = _texts(), list(_quoted(ROOT / "docs" / "troubleshooting.md"))
+    assert len(messages) > 40
+    for message in messages:
+        # What differs is written as three dots, between quotation marks where the message shows a name.
+        parts = [part for part in re.split(r"'?\.\.\.'?", message) if part.strip(" .,:;()'")]
+        pattern = re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
+        assert parts, message
+        assert any(pattern.search(text) for text in texts), f"nothing says: {message}"

@@ -5,7 +5,7 @@ What a block needs beyond that stands in the page, in comments that nobody sees:
 - ``<!-- setup`` ... ``-->``: code that runs where it stands; a page whose blocks use `model` makes one there;
 - ``<!-- not run: REASON -->`` above a block: it cannot run where the tests do, for the reason given;
 - ``<!-- raises: PlanError -->`` above a block: running it must raise this exception of `structprune.errors`;
-- ``<!-- output -->`` above a ``text`` block: this is what was printed since the last one; ``...`` stands for anything;
+- ``<!-- output -->`` above a ``text`` block: this is what the block above it prints; ``...`` stands for anything;
 - ``<!-- output: about -->``: the same, but numbers may be others.
 """
 
@@ -102,11 +102,11 @@ class Run:
             printed = io.StringIO()
             for block in blocks(self._text):
                 if block.language == "python":
+                    printed = io.StringIO()
                     with contextlib.redirect_stdout(printed):
                         self._python(block)
                 elif block.note == "output":
                     _compare(block, printed.getvalue(), self.path)
-                    printed = io.StringIO()
         finally:
             del sys.modules[self._module.__name__]
 

@@ -5,7 +5,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := structprune tests examples docs $(wildcard benchmarks)
+CODE := structprune tests examples docs/assets $(wildcard benchmarks)
 
 .PHONY: help install demo test lint types tests dist docs bench zoo format clean
 

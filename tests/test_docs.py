@@ -21,6 +21,7 @@ from structprune.tracing.opaque import OPAQUE
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
+
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A page runs in a folder of its own, and what it registers is gone afterwards."""
@@ -81,8 +82,7 @@ def _quoted(page: Path) -> Iterator[str]:
             kind, _, message = block.code.strip().partition(": ")
             assert hasattr(structprune.errors, kind) or hasattr(builtins, kind), f"{page}:{block.line}: {kind}?"
             yield message
-    for row in re.findall(r"^\| `(.+?)` \|", page.read_text(), re.MULTILINE):
-        yield row
+    yield from re.findall(r"^\| `(.+?)` \|", page.read_text(), re.MULTILINE)
 
 
 def test_messages_that_are_explained_are_still_in_the_code() -> None:

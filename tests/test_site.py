@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -124,3 +125,9 @@ def _wait(look: Callable[[], Any], for_what: Any) -> None:
     while (seen := look()) != for_what:
         assert time.monotonic() < end, f"{seen!r}, not {for_what!r}"
         time.sleep(0.1)
+
+
+def test_pictures_are_what_the_script_draws() -> None:
+    namespace = runpy.run_path(str(DOCS / "assets" / "draw.py"))
+    drawn = {name: draw().svg() for name, draw in namespace["PICTURES"].items()}
+    assert {file.stem: file.read_text() for file in (DOCS / "assets").glob("*.svg")} == drawn

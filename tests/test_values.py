@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import structprune
 from structprune.channels.propagate import has_rule
-from structprune.errors import TraceError
+from structprune.errors import PinnedError, TraceError
 from structprune.tracing.trace import Trace, trace
 
 
@@ -90,3 +91,30 @@ def test_what_depends_on_weights_or_chance_is_not_made_up(kind):
     assert traced(model, inputs).real
     with pytest.raises(TraceError, match="depends on weights"):
         traced(model.to("meta"), inputs)
+
+
+class Outside(nn.Module):
+    """A layer between two others that leaves torch and comes back; `way` says how."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.one, self.two, self.three = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(x).relu()).detach()
+        if self.way == "numpy":
+            return self.three(torch.from_numpy(x.numpy() / 2))
+        return self.three(torch.tensor(np.asarray(x) / 2 if self.way == "array" else x.tolist()))
+
+
+@pytest.mark.parametrize("way", ["numpy", "array", "list"])
+def test_what_is_handed_to_something_else_than_torch_stays_whole(way: str) -> None:
+    model, x = Outside(way), torch.randn(5, 4)
+    with pytest.raises(PinnedError, match=r"no rule for the operation (numpy|tolist|__array__)"):
+        structprune.DependencyGraph(model, x).group("two")
+    slim = structprune.prune(model, x, ratio=0.5)
+    assert (slim.one.out_features, slim.two.out_features, slim.three.in_features) == (3, 8, 8)
+    recovered = structprune.recover(slim, model, [torch.randn(16, 4)])
+    # What comes after is not known to have changed.
+    assert [row.layer for row in structprune.recovery_report(recovered).layers] == ["two"]

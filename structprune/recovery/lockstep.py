@@ -22,7 +22,7 @@ from structprune.channels.propagate import has_rule
 from structprune.errors import RecoveryError
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.trace import Trace, as_call, describe
-from structprune.tracing.vocabulary import VALUES, Call
+from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call
 
 
 class Side(IntEnum):
@@ -86,7 +86,7 @@ class _Walker(Recorder):
         tensors = isinstance(result, Tensor) or (
             isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result)
         )
-        if not tensors and call.name in VALUES:
+        if not tensors and call.name in VALUES - HANDED_OUT:
             return
         if self._at >= len(self._nodes) or self._nodes[self._at].meta["name"] != call.name:
             there = describe(self._nodes[self._at], self._trace) if self._at < len(self._nodes) else "its end"

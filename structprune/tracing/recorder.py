@@ -17,7 +17,7 @@ from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, sourc
 from structprune.tracing.recording import ModuleCall, Recording
 from structprune.tracing.shapes import shape_of_result
 from structprune.tracing.values import Values
-from structprune.tracing.vocabulary import VALUES, Call, Kind, call_of
+from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, call_of
 
 
 class Recorder(TorchFunctionMode):
@@ -268,7 +268,7 @@ class Recorder(TorchFunctionMode):
         tensors = isinstance(result, Tensor) or (
             isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result)
         )
-        if not tensors and call.name in VALUES:
+        if not tensors and call.name in VALUES - HANDED_OUT:
             return  # its value went to Python: only possible on real tensors, where Python follows the real branch
         node = self._node(op, target, tuple(args), kwargs, call.name)
         node.meta["where"] = source_line()

@@ -124,7 +124,7 @@ class Run:
             exec(code, vars(self._module))
         except error as caught:
             vars(self._module)["error"] = caught
-            print(caught)
+            sys.stdout.write(f"{caught}\n")
         else:
             raise AssertionError(f"{self.path}:{block.line}: {block.said} was not raised")
 

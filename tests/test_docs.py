@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import torch
 import torchvision
 from support.pages import Run, blocks
 from torch import nn
+from typer.main import get_command
 
 import structprune.errors
 from structprune.channels.rules import RULES
+from structprune.cli.app import app
 from structprune.tracing.opaque import OPAQUE
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +30,8 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A page runs in a folder of its own, and what it registers is gone afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Tables of latency need not be good ones.
+    monkeypatch.setattr("structprune.latency.measure.SECONDS", 1.0)
     tables = [(table, dict(table)) for table in (RULES, OPAQUE)]
     yield
     for table, before in tables:
@@ -50,7 +55,6 @@ def test_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_resnet50()
     waiting = [model]
     monkeypatch.setattr(torchvision.models, "resnet50", lambda: waiting.pop() if waiting else small_resnet50())
-    monkeypatch.setattr("structprune.latency.measure.SECONDS", 3.0)
     images = torch.randn(12, 3, 32, 32).split(4)
     given = {
         "images": images,
@@ -94,3 +98,23 @@ def test_messages_that_are_explained_are_still_in_the_code() -> None:
         pattern = re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
         assert parts, message
         assert any(pattern.search(text) for text in texts), f"nothing says: {message}"
+
+
+def _shell_lines() -> Iterator[str]:
+    """Commands of this project that the pages show."""
+    for page in (ROOT / "README.md", *PAGES):
+        for block in blocks(page.read_text()):
+            if block.language in ("", "bash", "sh"):
+                yield from (line for line in block.code.splitlines() if line.startswith(("structprune ", "make ")))
+
+
+@pytest.mark.parametrize("line", sorted(set(_shell_lines())))
+def test_commands_exist(line: str) -> None:
+    program, name, *args = shlex.split(line, comments=True)
+    if program == "make":
+        assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    command = get_command(app).commands[name]
+    options = {option for parameter in command.params for option in parameter.opts}
+    unknown = {arg.partition("=")[0] for arg in args if arg.startswith("-")} - options - {"--help"}
+    assert not unknown

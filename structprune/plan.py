@@ -19,6 +19,7 @@ from structprune.cost import Cost
 from structprune.errors import PlanError
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
 SCHEMA = 1
@@ -99,7 +100,7 @@ class Plan(Edits):
         """
         result = apply(model, self, inplace=inplace)
         if self.thinnings or self.repairs or self.rescales or self.rewrites:
-            vars(unwrapped(result))[RECORD] = (*plans_of(result), self)
+            remember(unwrapped(result), RECORD, (*plans_of(result), self), [])
         return result
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class Plan(Edits):
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
     """The plans that were applied to a model or to what it is a copy of, the first one first."""
-    return vars(unwrapped(model)).get(RECORD, ())
+    return recalled(unwrapped(model), RECORD, ())
 
 
 def replay(model: nn.Module, plans: Iterable[Plan]) -> None:

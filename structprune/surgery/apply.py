@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from structprune.surgery.derived import owner, refresh
 from structprune.surgery.describe import describe_layers, set_attribute
 from structprune.surgery.edits import Edits, Repair
 from structprune.surgery.history import record_kept
-from structprune.surgery.rewrite import rewritten_classes
+from structprune.surgery.rewrite import Rewritten, install, rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
 from structprune.tracing.provenance import SizeInt
 from structprune.tracing.state import Held, collection_paused, held_tensors
@@ -72,7 +71,7 @@ def _memo(tensors: dict[str, Held], new: dict[int, Tensor]) -> dict[int, Any]:
     return memo
 
 
-Classes = dict[str, type[nn.Module]]
+Classes = dict[str, Rewritten]
 
 
 def _change(model: nn.Module, plan: Edits, tensors: dict[str, Held], new: dict[int, Tensor], classes: Classes) -> None:
@@ -121,9 +120,7 @@ def _finish(
     refresh(model, thinned, undo)
     describe_layers(model, thinned | {repair.module for repair in plan.repairs}, undo)
     for path, new_class in classes.items():
-        module = model.get_submodule(path)
-        undo.append(partial(setattr, module, "__class__", type(module)))
-        module.__class__ = new_class
+        install(model.get_submodule(path), new_class, undo)
     record_kept(model, tensors, plan, undo)
 
 

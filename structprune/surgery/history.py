@@ -73,21 +73,30 @@ def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, und
             path, _, key = name.rpartition(".")
             module = modules[path]
             if id(module) not in new:
-                old: Record = module.__dict__.get(RECORD, {})
+                old: Record = recalled(module, RECORD, {})
                 new[id(module)] = module, {tensor: dict(dims) for tensor, dims in old.items()}
             dims = new[id(module)][1].setdefault(key, {})
             shape = _shape(module, key)
             if shape is not None:
                 dims[thinning.dim] = _composed(dims.get(thinning.dim), thinning, shared[signature], shape[thinning.dim])
     for module, record in new.values():
-        _set(module, record, undo)
+        remember(module, RECORD, record, undo)
 
 
-def _set(module: nn.Module, record: Record, undo: list[Callable[[], None]]) -> None:
-    _assign(module.__dict__, RECORD, record, undo)
+def remember(module: nn.Module, key: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    """Give a module a plain attribute that its copies take along; how to take it back is added to `undo`."""
+    _assign(module.__dict__, key, value, undo)
     if isinstance(module, fx.GraphModule):
         kept_in_copies: dict[str, Any] = module.meta.get(_PRESERVED, {})
-        _assign(module.meta, _PRESERVED, {**kept_in_copies, RECORD: record}, undo)
+        _assign(module.meta, _PRESERVED, {**kept_in_copies, key: value}, undo)
+
+
+def recalled(module: nn.Module, key: str, default: Any) -> Any:
+    """What `remember` gave to a module or to what it is a copy of."""
+    if key in module.__dict__:
+        return module.__dict__[key]
+    # A shallow copy of a GraphModule shares its meta, and has no attributes of the original.
+    return module.meta.get(_PRESERVED, {}).get(key, default) if isinstance(module, fx.GraphModule) else default
 
 
 def _assign(target: dict[str, Any], key: str, value: Any, undo: list[Callable[[], None]]) -> None:
@@ -106,7 +115,7 @@ def _assign(target: dict[str, Any], key: str, value: Any, undo: list[Callable[[]
 def _records(model: nn.Module) -> Iterator[tuple[str, dict[int, tuple[int, Indices | None]], tuple[int, ...]]]:
     """Name, record and shape of every thinned tensor that is still there."""
     for path, module in unwrapped(model).named_modules():
-        record: Record = module.__dict__.get(RECORD, {})
+        record: Record = recalled(module, RECORD, {})
         for key, dims in record.items():
             shape = _shape(module, key)
             if shape is not None:

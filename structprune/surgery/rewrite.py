@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
-from torch import nn
+from torch import fx, nn
 
 from structprune.channels.propagate import has_rule
 from structprune.errors import SurgeryError, TraceError
@@ -14,6 +15,8 @@ from structprune.tracing.subgraph import module_graph, rewritten_class
 from structprune.tracing.trace import trace
 
 Pending = dict[tuple[int, tuple[int | str, ...]], Rewrite]
+# What makes a module's forward another: a subclass of its class, or the graph of a module that is run by one.
+Rewritten = type[nn.Module] | fx.Graph
 
 
 def _literal(path: str, pending: Pending, number: int, place: tuple[int | str, ...], old: int) -> int:
@@ -29,8 +32,8 @@ def _literal(path: str, pending: Pending, number: int, place: tuple[int | str, .
     return found.new
 
 
-def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, type[nn.Module]]:
-    """The new class of every module whose forward holds a literal that changes; `model` is not touched.
+def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:
+    """The new class or graph of every module whose forward holds a literal that changes; `model` is not touched.
 
     Raises:
         SurgeryError: the forward of this model is not the one that the plan was made for.
@@ -41,7 +44,7 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, type[nn.Modul
     if not by_module:
         return {}
     recorded = trace(model, unspecify(edits.inputs), leaves=has_rule)
-    classes: dict[str, type[nn.Module]] = {}
+    classes: dict[str, Rewritten] = {}
     for path, rewrites in by_module.items():
         pending = {(r.operation, r.place): r for r in rewrites}
 
@@ -54,5 +57,29 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, type[nn.Modul
                 f"The forward of {path or 'the model'} no longer holds the literals {[r.old for r in rewrites]} that "
                 "the plan rewrites. Make a new plan for this model."
             )
-        classes[path] = rewritten_class(model.get_submodule(path), graph)
+        classes[path] = _rewritten(model.get_submodule(path), path, graph)
     return classes
+
+
+def _rewritten(module: nn.Module, path: str, graph: fx.Graph) -> Rewritten:
+    if not isinstance(module, fx.GraphModule):
+        return rewritten_class(type(module), graph)
+    # Its copies are built from its graph: a class with another forward would be forgotten by them.
+    others = [name for name, held in vars(module).items() if isinstance(held, fx.Graph) and held is not module.graph]
+    if others:
+        raise SurgeryError(
+            f"A size in {path or 'the model'} cannot be rewritten: the module keeps further graphs in "
+            f"{', '.join(others)} (one for each mode, as a feature extractor does), which hold the size too. Write the "
+            "size with x.shape or -1, or prune before the feature extractor is made."
+        )
+    return graph
+
+
+def install(module: nn.Module, rewritten: Rewritten, undo: list[Callable[[], None]]) -> None:
+    """Give a module its new forward; how to take it back is added to `undo`."""
+    if isinstance(rewritten, fx.Graph):
+        undo.append(partial(setattr, module, "graph", module.graph))
+        module.graph = rewritten
+    else:
+        undo.append(partial(setattr, module, "__class__", type(module)))
+        module.__class__ = rewritten

@@ -7,9 +7,11 @@ can be changed.
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -190,10 +192,31 @@ class _Builder:
         return value
 
 
-def rewritten_class(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:
-    """A subclass of the module's class whose forward runs `graph`."""
-    made = fx.GraphModule(module, graph)
-    name = type(module).__name__
-    body = {"forward": type(made).forward, "__doc__": f"{name} with sizes that were literals changed.",
-            "structprune_graph": graph, "__module__": type(module).__module__}  # fmt: skip
-    return type(name, (type(module),), body)
+def rewritten_class(base: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
+    """A subclass of `base` whose forward runs `graph`; it can be pickled, together with the graph."""
+    targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    made = fx.GraphModule(dict.fromkeys(targets), graph)
+    body = {"forward": type(made).forward, "__doc__": f"{base.__name__} with sizes that were literals changed.",
+            "structprune_graph": graph, "__module__": base.__module__, "__qualname__": base.__qualname__}  # fmt: skip
+    return _metaclass(type(base))(base.__name__, (base,), body)
+
+
+class _Rewritten(type):
+    """The class of rewritten classes: no import finds them, so pickle has to be told what they are made of."""
+
+
+@cache
+def _metaclass(kind: type) -> type:
+    """`kind`, or a subclass of it, of which pickle knows how its instances are made."""
+    if issubclass(kind, _Rewritten):
+        return kind
+    found = _Rewritten if kind is type else type("_Rewritten", (_Rewritten, kind), {})
+    copyreg.pickle(found, _made_of)
+    return found
+
+
+def _made_of(kind: Any) -> tuple[Callable[..., type[nn.Module]], tuple[type[nn.Module], fx.Graph]]:
+    # A copy: the graph itself belongs to the module of which the class has its forward.
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(kind.structprune_graph, {}))
+    return rewritten_class, (kind.__bases__[0], graph)

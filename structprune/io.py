@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,12 @@ from torch import Tensor, nn
 
 from structprune.errors import LoadError, PlanError, StructpruneError
 from structprune.plan import Plan, plans_of
+from structprune.schema import FormError, Migration, up_to_date
+from structprune.surgery.history import kept
 
 SCHEMA = 1
+# For every older schema of the folder, what lifts its record to the next one; plans have a schema of their own.
+MIGRATIONS: dict[int, Migration] = {}
 PLAN, WEIGHTS, INCOMING = "plan.json", "model.safetensors", "model.incoming.safetensors"
 
 
@@ -44,7 +48,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        PlanError: the state of the model holds something that is no tensor, or a tensor without data.
+        PlanError: the state of the model holds something that is no tensor, or a tensor without data; or layers of it
+            were pruned in another model, whose plans it does not have.
 
     Example:
         >>> import tempfile, torch, structprune
@@ -60,6 +65,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _distinct(model)
     plans = plans_of(model)
+    if not plans and (pruned := next(iter(kept(model)), None)) is not None:
+        raise PlanError(
+            f"{pruned!r} was pruned as part of another model, and this one does not know by which plans, so nobody "
+            "could build it again. Save the model that was pruned, or prune the whole."
+        )
     incoming = folder / INCOMING
     _written(incoming, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
     record = {
@@ -67,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "weights": {"sha256": _digest(incoming), "aliases": aliases},
         "plans": [json.loads(plan.to_json()) for plan in plans],
     }
-    _written(folder / PLAN, lambda draft: Path(draft).write_text(json.dumps(record, indent=1)))
+    _written(folder / PLAN, lambda draft: draft.write_text(json.dumps(record, indent=1)))
     os.replace(incoming, folder / WEIGHTS)
     return folder
 
@@ -93,7 +103,7 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
     model = build_model()
     try:
         for data in record["plans"]:
-            model = Plan.from_json(json.dumps(data)).apply(model, inplace=True)
+            model = Plan.from_data(data).apply(model, inplace=True)
     except StructpruneError as error:
         raise LoadError(
             f"The plan in {folder / PLAN} does not fit the model that build_model makes: {error}"
@@ -123,17 +133,19 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
-def _written(path: Path, write: Callable[[str], Any]) -> None:
+def _written(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is there whole or not at all."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode
         write(draft)
-        with open(draft, "rb") as file:
+        draft.chmod(mode)  # safetensors makes files that nobody else may read
+        with draft.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:
@@ -147,17 +159,17 @@ def _digest(path: Path) -> str:
 def _record(path: Path) -> dict[str, Any]:
     """The contents of ``plan.json``, after checking their form."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LoadError(f"{path} does not exist. Give the folder that structprune.save returned.") from error
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{path} is damaged or is no JSON: {error}. Save the model again.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
-        raise LoadError(f"{path} was not written by structprune.save: it has no schema version.")
-    if record["schema"] > SCHEMA:
-        raise LoadError(
-            f"{path} has schema {record['schema']}; this version reads up to {SCHEMA}. Upgrade structprune."
-        )
+    try:
+        record = up_to_date(data, SCHEMA, MIGRATIONS, str(path))
+    except FormError as error:
+        raise LoadError(f"{error}. Give a folder that structprune.save wrote.") from error
     weights: Any = record.get("weights")
     weights = weights if isinstance(weights, dict) else {}
     aliases: Any = weights.get("aliases")
@@ -174,7 +186,7 @@ def _weights(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     wanted = record["weights"]["sha256"]
     for name in (WEIGHTS, INCOMING):  # the second one if a save was cut short
         path = folder / name
-        if path.exists() and _digest(path) == wanted:
+        if path.is_file() and _digest(path) == wanted:
             try:
                 tensors = load_file(path)
             except SafetensorError as error:
@@ -202,11 +214,40 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
             f"missing {missing[:5]}, unknown {unknown[:5]}."
         )
     for name, old in held.items():
-        if old.shape != tensors[name].shape:
-            raise LoadError(
-                f"{name!r} has the shape {list(tensors[name].shape)} in {folder} and {list(old.shape)} in the model "
-                "that build_model makes, after pruning it by the plan. Build the model that was pruned."
-            )
+        _fitting(name, old, tensors[name], folder)
+    given: dict[int, str] = {}
     with torch.no_grad():
         for name, old in held.items():
-            old.data = tensors[name].to(old.device if not old.is_meta else "cpu")
+            first = given.setdefault(id(old), name)
+            if not _same(tensors[first], tensors[name]):
+                raise LoadError(
+                    f"{first!r} and {name!r} are one tensor in the model that build_model makes, and two with "
+                    f"different values in {folder}. Build the model that was saved, with the same weights tied."
+                )
+            if first == name:
+                # A copy where one saved tensor goes to two that are not tied.
+                old.data = tensors[name].to(old.device if not old.is_meta else "cpu", copy=True)
+
+
+def _fitting(name: str, old: Tensor, new: Tensor, folder: Path) -> None:
+    """Refuse a tensor of another shape, or one that is no number of the kind that it should be."""
+    if old.shape != new.shape:
+        raise LoadError(
+            f"{name!r} has the shape {list(new.shape)} in {folder} and {list(old.shape)} in the model that build_model "
+            "makes, after pruning it by the plan. Build the model that was pruned."
+        )
+    # A model may have been saved in another precision than it is built in; counts and masks have none.
+    precision = (old.is_floating_point() and new.is_floating_point()) or (old.is_complex() and new.is_complex())
+    if not precision and old.dtype != new.dtype:
+        raise LoadError(
+            f"{name!r} is of {new.dtype} in {folder} and of {old.dtype} in the model that build_model makes. Build the "
+            "model that was saved."
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same bits; unlike `torch.equal`, NaN counts as itself."""
+    return one is other or (
+        one.dtype == other.dtype
+        and torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+    )

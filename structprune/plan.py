@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,15 +16,17 @@ from torch import nn
 
 from structprune.cost import Cost
 from structprune.errors import PlanError
+from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
 from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
 SCHEMA = 1
+# For every older schema, what lifts a plan to the next one.
+MIGRATIONS: dict[int, Migration] = {}
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
 RECORD = "_structprune_plans"
-E = TypeVar("E")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,29 +165,36 @@ class Plan(Edits):
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"This is not the JSON of a plan: {error}. Pass what Plan.to_json returned.") from error
-        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
-            raise PlanError("This JSON is not a plan: it has no schema version. Pass what Plan.to_json returned.")
-        if data["schema"] > SCHEMA:
-            raise PlanError(f"This plan has schema {data['schema']}; this version reads up to {SCHEMA}. Upgrade.")
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Plan:
+        """The same from what the JSON text says.
+
+        Raises:
+            PlanError: the data is no plan, or one of a later schema.
+        """
         try:
+            data = up_to_date(data, SCHEMA, MIGRATIONS, "it")
             return cls(
-                tuple(_edit(Thinning, t) for t in data["thinnings"]),
-                tuple(_edit(Repair, r) for r in data["repairs"]),
-                tuple(_edit(Rescale, r) for r in data["rescales"]),
-                tuple(_edit(Rewrite, r) for r in data["rewrites"]),
-                tuple((module, name) for module, name in data["caches"]),
-                data["inputs"],
-                None if data["outputs"] is None else tuple(data["outputs"]),
-                tuple(LayerWidth(**layer) for layer in data["layers"]),
-                tuple(AxisWidth(**axis) for axis in data["axes"]),
-                Cost(**data["before"]),
-                Cost(**data["after"]),
-                data["settings"],
+                tuple(record(Thinning, t) for t in data["thinnings"]),
+                tuple(record(Repair, r) for r in data["repairs"]),
+                tuple(record(Rescale, r) for r in data["rescales"]),
+                tuple(record(Rewrite, r) for r in data["rewrites"]),
+                tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
+                inputs(data["inputs"]),
+                None if data["outputs"] is None else texts(data["outputs"]),
+                tuple(record(LayerWidth, layer) for layer in data["layers"]),
+                tuple(record(AxisWidth, axis) for axis in data["axes"]),
+                record(Cost, data["before"]),
+                record(Cost, data["after"]),
+                settings(data["settings"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"This JSON is not a whole plan: {type(error).__name__}: {error}.") from error
+        except (FormError, KeyError, TypeError) as error:
+            what = str(error) if isinstance(error, FormError) else f"{type(error).__name__}: {error}"
+            raise PlanError(f"This plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:
@@ -225,31 +233,3 @@ def _html(headings: tuple[str, ...], rows: Iterable[tuple[str, int, int]]) -> st
 
 def _share(before: int, after: int) -> str:
     return f" ({after / before:.1%})" if before > after else ""
-
-
-def _edit(kind: Callable[..., E], data: dict[str, Any]) -> E:
-    """A record from its JSON object, whose lists are tuples.
-
-    Raises:
-        TypeError: a field holds something of another kind than it should.
-    """
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    for name, value in values.items():
-        if not _fits(name, value):
-            raise TypeError(f"{kind.__name__}.{name} is {value!r:.60}")
-    return kind(**values)
-
-
-def _fits(field: str, value: Any) -> bool:
-    """Whether a field of a record that was read from a file is of the kind that it must be."""
-    if field in ("removed", "positions", "order"):
-        return (field != "removed" and value is None) or (
-            isinstance(value, tuple) and all(type(i) is int and i >= 0 for i in value)
-        )
-    if field in ("chain", "place"):
-        return isinstance(value, tuple) and bool(value) and all(type(i) in (int, str) for i in value)
-    if field in ("tensor", "module"):
-        return isinstance(value, str)
-    if field == "factor":
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    return type(value) is int

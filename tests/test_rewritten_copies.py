@@ -121,6 +121,6 @@ def test_a_module_with_two_graphs_is_refused() -> None:
     root = Literal()
     model = TwoGraphs(root, fx.symbolic_trace(root).graph).eval()
     plan = structprune.plan(model, INPUTS, ratio=0.5)
-    with pytest.raises(SurgeryError, match="keeps further graphs in train_graph .* which hold the size too"):
+    with pytest.raises(SurgeryError, match=r"keeps further graphs in train_graph .* which hold the size too"):
         plan.apply(model)
     assert model(INPUTS).shape == (2, 5)

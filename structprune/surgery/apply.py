@@ -17,7 +17,7 @@ from structprune.surgery.history import record_kept
 from structprune.surgery.rewrite import Rewritten, install, rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
 from structprune.tracing.provenance import SizeInt
-from structprune.tracing.state import Held, collection_paused, held_tensors
+from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors
 from structprune.wrapping import prunable, rewrapped
 
 
@@ -114,14 +114,25 @@ def _finish(
     for repair in plan.repairs:
         _repair(model, repair, undo)
     for path, name in plan.caches:
-        held: dict[Any, Any] = getattr(model.get_submodule(path), name)
-        kept = {key: value for key, value in held.items() if not isinstance(value, Tensor)}
-        set_attribute(model.get_submodule(path), name, kept, undo)
+        _empty(model, path, name, undo)
     refresh(model, thinned, undo)
     describe_layers(model, thinned | {repair.module for repair in plan.repairs}, undo)
     for path, new_class in classes.items():
         install(model.get_submodule(path), new_class, undo)
     record_kept(model, tensors, plan, undo)
+
+
+def _empty(model: nn.Module, path: str, name: str, undo: list[Callable[[], None]]) -> None:
+    """Forget the tensors that a dict of a module holds."""
+    try:
+        module = model.get_submodule(path)
+        held = vars(module)[name]
+    except (AttributeError, KeyError) as error:
+        raise SurgeryError(f"{path or 'The model'} has no cache {name!r}. Make a new plan for this model.") from error
+    # A plan may come from a file: what torch keeps in a module is no cache of a forward.
+    if not isinstance(held, dict) or name in INTERNAL:
+        raise SurgeryError(f"{name!r} of {path or 'the model'} is no cache. Make a new plan for this model.")
+    set_attribute(module, name, {key: value for key, value in held.items() if not isinstance(value, Tensor)}, undo)
 
 
 def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) -> None:

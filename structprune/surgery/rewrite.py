@@ -8,7 +8,7 @@ from functools import partial
 from torch import fx, nn
 
 from structprune.channels.propagate import has_rule
-from structprune.errors import SurgeryError, TraceError
+from structprune.errors import StructpruneError, SurgeryError, TraceError
 from structprune.surgery.edits import Edits, Rewrite
 from structprune.tracing.specification import unspecify
 from structprune.tracing.subgraph import module_graph, rewritten_class
@@ -43,7 +43,15 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:
         by_module.setdefault(rewrite.module, []).append(rewrite)
     if not by_module:
         return {}
-    recorded = trace(model, unspecify(edits.inputs), leaves=has_rule)
+    try:
+        recorded = trace(model, unspecify(edits.inputs), leaves=has_rule)
+    except StructpruneError:
+        raise
+    except Exception as error:  # a forward may raise anything on inputs that were not made for it
+        raise SurgeryError(
+            f"The model does not run on inputs like those that the plan was made with: {type(error).__name__}: {error}."
+            " Make a new plan for this model."
+        ) from error
     classes: dict[str, Rewritten] = {}
     for path, rewrites in by_module.items():
         pending = {(r.operation, r.place): r for r in rewrites}

@@ -56,12 +56,8 @@ def _rescaled(tensor: Tensor, rescale: Rescale, thinnings: list[Thinning]) -> Te
     return tensor * torch.from_numpy(factor).to(tensor.device, tensor.dtype).view(shape)
 
 
-def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
-    """The new tensor for each tensor that the plan changes, by the ``id`` of the old one.
-
-    Raises:
-        SurgeryError: a tensor of the plan is missing or has another size.
-    """
+def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[Thinning]]:
+    """What the plan removes from each tensor, once it is known to fit."""
     by_tensor: dict[str, list[Thinning]] = {}
     for thinning in plan.thinnings:
         held = tensors.get(thinning.tensor)
@@ -78,6 +74,20 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
                 f"shape is {list(shape)}. Has the model been pruned since the plan was made? Make a new plan."
             )
         by_tensor.setdefault(thinning.tensor, []).append(thinning)
+        if len({t.dim for t in by_tensor[thinning.tensor]}) < len(by_tensor[thinning.tensor]):
+            raise SurgeryError(
+                f"The plan thins dimension {thinning.dim} of {thinning.tensor!r} twice. Make a new plan."
+            )
+    return by_tensor
+
+
+def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
+    """The new tensor for each tensor that the plan changes, by the ``id`` of the old one.
+
+    Raises:
+        SurgeryError: a tensor of the plan is missing or has another size.
+    """
+    by_tensor = _by_tensor(plan, tensors)
     result: dict[int, Tensor] = {}
     for name, thinnings in by_tensor.items():
         old = tensors[name].tensor
@@ -86,6 +96,12 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
         if rescale.tensor not in tensors:
             raise SurgeryError(f"The plan rescales {rescale.tensor!r}, which this model does not have.")
         old = tensors[rescale.tensor].tensor
+        size = old.shape[rescale.dim] if rescale.dim < old.dim() else 0
+        if any(position >= size for position in rescale.positions or ()):
+            raise SurgeryError(
+                f"The plan rescales dimension {rescale.dim} of {rescale.tensor!r}, whose shape {list(old.shape)} does "
+                "not have it. Make a new plan."
+            )
         result[id(old)] = _rescaled(result.get(id(old), old.detach()), rescale, by_tensor.get(rescale.tensor, []))
     for name in by_tensor.keys() | {rescale.tensor for rescale in plan.rescales}:
         old = tensors[name].tensor

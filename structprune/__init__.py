@@ -11,6 +11,7 @@ from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.latency.measure import Latency
+from structprune.onnx_info import OnnxInfo, onnx_info
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.pruner import Pruner
@@ -33,6 +34,7 @@ __all__ = [
     "LnNorm",
     "Member",
     "OnnxExport",
+    "OnnxInfo",
     "Plan",
     "Pruner",
     "Random",
@@ -45,6 +47,7 @@ __all__ = [
     "export_onnx",
     "kept",
     "load",
+    "onnx_info",
     "plan",
     "plot_costs",
     "plot_widths",

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import ExportError
-from structprune.inputs import batch_size, evaluating, is_batched, resize_batch
-from structprune.onnx_file import check, compare, input_names, require, tensors
+from structprune.free_dims import FreeDims
+from structprune.inputs import evaluating
+from structprune.onnx_file import check, compare, require, tensors
+from structprune.onnx_info import metadata
+from structprune.onnx_program import program_of
 from structprune.tracing.trace import ExampleInputs, as_call
 
 # Beyond 2 GiB a protobuf cannot hold the weights; they then go into a second file beside the first.
@@ -72,20 +74,29 @@ def export_onnx(
     example_inputs: ExampleInputs,
     *,
     dynamic_batch: bool = True,
+    dynamic_dims: Mapping[str, Mapping[int, str]] | None = None,
+    check_inputs: Iterable[ExampleInputs] = (),
     opset: int | None = None,
     tolerance: float | None = None,
 ) -> OnnxExport:
     """Write a model as an ONNX file, and prove that ONNX Runtime computes the same with it.
 
-    The model is exported in eval mode and left as it was. An existing file is replaced only by one that passed.
+    The model is exported in eval mode and left as it was. An existing file is replaced only by one that passed. The
+    file says which plans made the model and what it costs (`onnx_info`); source lines and paths of this machine, which
+    the exporter notes at each operation, are taken out.
 
     Args:
         model: Any module that ``torch.export`` can trace.
         path: Where the file goes; its folder must exist.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments; arguments may be
             nested, and those that are no tensors become constants of the file.
-        dynamic_batch: Leave dimension 0 of every input that is as long as the batch free. The file is then also
-            run at another batch size: 1, or 3 where the example is a single sample.
+        dynamic_batch: Leave dimension 0 of every input that is as long as the batch free, under the name ``batch``. The
+            file is then also run at another batch size: 1, or 3 where the example is a single sample.
+        dynamic_dims: Further dimensions to leave free: name of an input (that of the argument; a tensor inside one has
+            its path after it) -> dimension -> name. Dimensions of one name are of one size. The file is then also run
+            with each name at twice its size, or at half of it where the model itself does not run at twice.
+        check_inputs: More inputs like the example, of other sizes, on which the file has to agree with the model. Given
+            these, the names of `dynamic_dims` are tried at no other sizes.
         opset: ONNX operator set; the exporter's own choice if not given.
         tolerance: Largest relative error allowed; by default 1e-4 for a float32 model, 1e-6 for float64, 1e-2 for
             float16.
@@ -95,7 +106,8 @@ def export_onnx(
 
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
-        ExportError: The model cannot be exported, the file is invalid, or it computes something else.
+        ExportError: The model cannot be exported, the file is invalid, or it computes something else; or a dimension is
+            not free, or the operator set not possible.
 
     Example:
         >>> import tempfile
@@ -110,17 +122,16 @@ def export_onnx(
     target = Path(path)
     if not target.parent.is_dir():
         raise ExportError(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
-    size = batch_size(example_inputs)
-    # With a single sample the tracer would take the batch for a constant 1.
-    traced = resize_batch(example_inputs, 2) if dynamic_batch and size == 1 else example_inputs
-    sizes = [size, 3 if size == 1 else 1] if dynamic_batch else [size]
+    free = FreeDims.of(model, example_inputs, dynamic_batch, dynamic_dims or {})
     limit = _default_tolerance(model) if tolerance is None else tolerance
     with evaluating(model), tempfile.TemporaryDirectory(dir=target.parent, prefix=".structprune-") as folder:
         draft = Path(folder) / target.name
-        names = input_names(model, traced)
-        opset_written = _write(model, traced, draft, names, dynamic_batch=dynamic_batch, opset=opset)
+        opset_written = _write(model, free, draft, opset)
         check(draft)
-        error = max(compare(model, resize_batch(example_inputs, each), draft, names, limit) for each in sizes)
+        trials = [*free.batches(), *((inputs, "check_inputs") for inputs in check_inputs)]
+        if len(trials) == len(free.batches()):
+            trials += free.other_sizes(model)
+        error = max(compare(model, inputs, draft, free.names, limit, at) for inputs, at in trials)
         written = list(Path(folder).iterdir())
         total = sum(file.stat().st_size for file in written)
         # The weights before the file that points to them.
@@ -135,48 +146,19 @@ def _default_tolerance(model: nn.Module) -> float:
     return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in found)
 
 
-def _write(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    file: Path,
-    names: Sequence[str],
-    *,
-    dynamic_batch: bool,
-    opset: int | None,
-) -> int:
+def _write(model: nn.Module, free: FreeDims, file: Path, opset: int | None) -> int:
     """Run the exporter; returns the operator set of the file."""
-    wrapper = _Flat(model, example_inputs)
-    inputs = tensors(as_call(example_inputs))
-    size = batch_size(example_inputs)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    batched = [dynamic_batch and is_batched(tensor, size) for tensor in inputs]
-    # The name goes to the first; the exporter gives it to all that turn out to be as long, and warns if told twice.
-    marks = [
-        "batch" if flag and True not in batched[:index] else torch.export.Dim.DYNAMIC
-        for index, flag in enumerate(batched)
-    ]
-    shapes = tuple({0: mark} if flag else None for flag, mark in zip(batched, marks, strict=True))
-    with warnings.catch_warnings():
-        # torch's exporter copies a class that torch itself has deprecated; nothing that a user could act on.
-        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
-        try:
-            program = torch.onnx.export(
-                wrapper,
-                inputs,
-                file,
-                dynamo=True,
-                verbose=False,
-                input_names=list(names),
-                dynamic_shapes=(shapes,) if dynamic_batch else None,
-                opset_version=opset,
-                external_data=weights > _EXTERNAL_DATA_ABOVE,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            advice = "; if its forward fixes the batch size, pass dynamic_batch=False" if dynamic_batch else ""
-            raise ExportError(
-                f"{type(model).__name__} cannot be exported to ONNX{advice}. The exporter says: {_cause(error)}"
-            ) from error
-    assert program is not None  # only the old exporter, dynamo=False, returns nothing
+    traced = free.traced()
+    try:
+        program = program_of(_Flat(model, traced), tensors(as_call(traced)), free.names, free.dims, opset)
+    except torch.onnx.OnnxExporterError as error:
+        advice = "; if its forward fixes the batch size, pass dynamic_batch=False" if free.dynamic_batch else ""
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported to ONNX{advice}. The exporter says: {_cause(error)}"
+        ) from error
+    program.model.metadata_props.update(metadata(model))
+    program.save(file, external_data=weights > _EXTERNAL_DATA_ABOVE)
     return int(program.model.opset_imports[""])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -62,6 +62,27 @@ def resize_batch(example_inputs: ExampleInputs, size: int) -> Any:
         if not is_batched(tensor, current):
             return tensor
         return tensor[torch.arange(size, device=tensor.device) % current]
+
+    return pytree.tree_map_only(Tensor, resize, example_inputs)
+
+
+def resize_dims(example_inputs: ExampleInputs, sizes: Sequence[Mapping[int, int]]) -> Any:
+    """Repeat or cut tensors along any of their dimensions.
+
+    Args:
+        example_inputs: As for ``as_call``.
+        sizes: For each tensor, in flat order, the new size of the dimensions that get one.
+
+    Example:
+        >>> resize_dims(torch.tensor([[1.0, 2.0]]), [{1: 3}]).tolist()
+        [[1.0, 2.0, 1.0]]
+    """
+    pending = iter(sizes)
+
+    def resize(tensor: Tensor) -> Tensor:
+        for dim, size in next(pending).items():
+            tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+        return tensor
 
     return pytree.tree_map_only(Tensor, resize, example_inputs)
 

@@ -58,14 +58,23 @@ def check(file: Path) -> None:
         raise ExportError(f"the exporter wrote an invalid ONNX file for {file.name}: {error}") from error
 
 
-def compare(model: nn.Module, inputs: ExampleInputs, file: Path, names: Sequence[str], limit: float) -> float:
+def compare(
+    model: nn.Module, inputs: ExampleInputs, file: Path, names: Sequence[str], limit: float, at: str = ""
+) -> float:
     """Largest relative error of the file on these inputs.
+
+    Args:
+        model: the model that was written.
+        inputs: of any size that the file is meant for.
+        file: the ONNX file.
+        names: of the inputs.
+        limit: the largest error allowed.
+        at: says in messages which inputs these are; their batch size, if not given.
 
     Raises:
         ExportError: It is above the limit, or ONNX Runtime refuses the file or the inputs.
     """
-    size = batch_size(inputs)
-    where = f"{type(model).__name__} at batch size {size}"
+    where = f"{type(model).__name__} at {at or f'batch size {batch_size(inputs)}'}"
     args, kwargs = as_call(inputs)
     try:
         expected = tensors(model(*args, **kwargs))
@@ -82,7 +91,8 @@ def compare(model: nn.Module, inputs: ExampleInputs, file: Path, names: Sequence
         if ours.shape != theirs.shape:
             raise ExportError(
                 f"{where}: output {index} has shape {tuple(theirs.shape)} in ONNX Runtime and {tuple(ours.shape)} in "
-                "PyTorch; the forward depends on the batch size, so export with dynamic_batch=False"
+                "PyTorch; the forward depends on the size of its inputs, so export with dynamic_batch=False, and "
+                "without dynamic_dims"
             )
         error = relative_error(ours, theirs)
         # Written so that an error that is no number fails as well.
@@ -106,6 +116,7 @@ def session(file: Path, *, threads: int | None = None, provider: str = "CPUExecu
     """
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
+    options.log_severity_level = 3  # what it could not simplify is no concern of the reader's; errors are raised anyway
     if threads is not None:
         options.intra_op_num_threads = threads
     # Threads that wait by spinning would take the cores from whatever runs next, and these files are run in turns.

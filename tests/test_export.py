@@ -211,14 +211,13 @@ def misname_operator(path: Path) -> None:
 
 def damage_files(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
     """The exporter is honest as a rule; make it write something else."""
-    export = torch.onnx.export
+    save = torch.onnx.ONNXProgram.save
 
-    def damaged(model, args, file, **options):
-        program = export(model, args, file, **options)
+    def damaged(program, file, **options):
+        save(program, file, **options)
         damage(Path(file))
-        return program
 
-    monkeypatch.setattr(torch.onnx, "export", damaged)
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", damaged)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Export every model of the zoo's tests to ONNX after pruning, save and load it, and write down what came of it.
+
+Each model has a process of its own with a time limit. What the pruned model cannot do is tried with the dense one too:
+a model that torch.onnx does not export in the first place is no failure of pruning, and the result says so.
+
+    python benchmarks/export_zoo.py [--only PATTERN] [--missing] [--limit 300]
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from export_report import as_markdown, line
+from harness import RESULTS
+from harness.children import Report, one_line, run_apart
+from harness.environment import environment
+from support import oracle
+from support.torchvision_shim import make_torchvision_importable
+from test_zoo import MODELS
+from torch import nn
+from zoo_check import SEED, built, parameters
+from zoo_models import entries
+from zoo_models.entry import Entry
+
+import structprune
+
+RATIO = 0.5
+
+
+def exported(model: nn.Module, inputs: Any, **options: Any) -> dict[str, Any]:
+    """What became of an export: size, operator set and error, or why there is none."""
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = structprune.export_onnx(model, Path(folder) / "model.onnx", inputs, **options)
+        except Exception as error:  # recorded as what came of it
+            return {"error": one_line(error, 500)}
+        said = structprune.onnx_info(found.path)
+    return {
+        "bytes": found.bytes,
+        "opset": found.opset,
+        "max_relative_error": found.max_relative_error,
+        "digests": list(said.digests),
+        "params": [cost.params for cost in (said.before, said.after) if cost],
+        "seconds": round(time.process_time() - start, 1),
+    }
+
+
+def saved_and_loaded(entry: Entry, slim: nn.Module, inputs: Any) -> str:
+    """Whether a folder gives back the same bits: in the tensors and in the outputs."""
+
+    def factory() -> nn.Module:
+        torch.manual_seed(SEED + 1)  # other weights than the saved ones
+        return entry.build()[0].eval()
+
+    with tempfile.TemporaryDirectory() as folder:
+        again = structprune.load(factory, structprune.save(slim, folder))
+    ours, theirs = slim.state_dict(), again.state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        return "other tensors"
+    same = zip(oracle.leaves(oracle.call(slim, inputs)), oracle.leaves(oracle.call(again, inputs)), strict=True)
+    return "exact" if all(torch.equal(one, other) for (_, one), (_, other) in same) else "other outputs"
+
+
+def tried(entry: Entry) -> Callable[[Report], None]:
+    """Work for a process of its own."""
+
+    def work(report: Report) -> None:
+        model, inputs = built(entry)
+        plan = structprune.plan(model, inputs, ratio=RATIO)
+        slim = plan.apply(model)
+        report({"params": [parameters(slim), parameters(model)], "digest": plan.digest, "rewrites": len(plan.rewrites)})
+        report({"saved": saved_and_loaded(entry, slim, inputs)})
+        fixed = exported(slim, inputs, dynamic_batch=False)
+        report({"slim": fixed})
+        report({"dense": exported(model, inputs, dynamic_batch=False)})
+        dynamic = exported(slim, inputs)
+        report({"slim_dynamic": dynamic})
+        if "error" in dynamic:
+            report({"dense_dynamic": exported(model, inputs)})
+
+    return work
+
+
+def write(path: Path, models: dict[str, Any]) -> None:
+    """Both files, in the order of the tests."""
+    order = {key: position for position, key in enumerate(MODELS)}
+    models = dict(sorted(models.items(), key=lambda item: order.get(item[0], len(order))))
+    result = {"environment": environment(), "ratio": RATIO, "models": models}
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(as_markdown(result))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="a pattern of names")
+    parser.add_argument("--missing", action="store_true", help="only models that have no result yet")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one model")
+    parser.add_argument("--output", default=str(RESULTS / "export"), help="where to write, without a suffix")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    make_torchvision_importable()
+    path = Path(options.output).with_suffix(".json")
+    known: dict[str, Any] = json.loads(path.read_text())["models"] if path.exists() else {}
+    by_key = {entry.key: entry for entry in entries()}
+    for key in MODELS:
+        if not fnmatch.fnmatch(key, options.only) or (options.missing and key in known):
+            continue
+        known[key] = run_apart(tried(by_key[key]), options.limit)
+        print(line(key, known[key]), flush=True)
+        write(path, known)
+    return 0 if len(known) == len(MODELS) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,64 +23,67 @@ def _error(of: dict[str, Any] | None) -> str:
 
 def line(key: str, of: dict[str, Any]) -> str:
     """One model on one line."""
-    if "died" in of:
-        return f"{key}: {of['died']}"
+    if "params" not in of:
+        return f"{key}: {of.get('died', '-')}"
     left = of["params"][0] / of["params"][1]
     return (
-        f"{key}: saved {of['saved']}, params {left:.3f}, file {_share(ratio(of))}, error {_error(of.get('slim'))}, "
-        f"with a free batch {_error(of.get('slim_dynamic'))}"
+        f"{key}: saved {of.get('saved')}, params {left:.3f}, file {_share(ratio(of))}, error {_error(of.get('slim'))}"
+        + (f", with a fixed batch {_error(of['slim_fixed'])}" if "slim_fixed" in of else "")
+        + (f"; {of['died']}" if "died" in of else "")
     )
 
 
-def _reason(of: dict[str, Any], which: str) -> str:
+def _reason(of: dict[str, Any], slim: str, dense: str) -> str:
     """Why a pruned model was not exported, and whether the dense one is."""
-    slim, dense = of[f"slim{which}"], of[f"dense{which}"]
-    if "error" not in dense:
-        return f"the dense model is exported, the pruned one is not: {slim['error']}"
-    return f"nor is the dense model: {dense['error']}"
+    if "error" not in of.get(dense, {}):
+        return f"the dense model is exported, the pruned one is not: {of[slim]['error']}"
+    return f"nor is the dense model: {of[dense]['error']}"
 
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The whole page."""
     models: dict[str, Any] = result["models"]
-    whole = {key: of for key, of in models.items() if "slim_dynamic" in of}
-    fixed = [of for of in whole.values() if "bytes" in of["slim"]]
-    free = [of for of in whole.values() if "bytes" in of["slim_dynamic"]]
-    exact = [of for of in models.values() if of.get("saved") == "exact"]
-    errors = [of[which]["max_relative_error"] for which in ("slim", "slim_dynamic") for of in whole.values()
-              if "bytes" in of[which]]  # fmt: skip
+    done = [of for of in models.values() if "params" in of]
+    free = [of for of in done if "bytes" in of.get("slim", {})]
+    fixed = [of for of in done if "bytes" in of.get("slim_fixed", {})]
+    errors = [
+        of[kind]["max_relative_error"] for of in done for kind in ("slim", "slim_fixed") if "bytes" in of.get(kind, {})
+    ]
     lines = [
         "# Models of the zoo's tests, carried away",
         "",
-        f"Each model is pruned by one plain call at ratio {result['ratio']}, saved and loaded into a model with other "
-        "weights, and exported to ONNX, once with its batch fixed and once with it free. Every file is checked by onnx "
-        "and run by ONNX Runtime (with a free batch at two sizes).",
+        f"Each model is pruned by one plain call at ratio {result['ratio']}, saved, loaded into one of other weights, "
+        "and exported to ONNX with its batch free. Every file is checked by onnx and run by ONNX Runtime at two batch "
+        "sizes. Where that is refused, the dense model is tried too, and then the pruned one with its batch fixed.",
         "",
-        f"- saved and loaded, bit for bit: {len(exact)} of {len(models)}",
-        f"- exported and right: {len(fixed)} of {len(models)} with the batch fixed, {len(free)} with it free",
-        f"- largest error relative to an output's largest entry: {max(errors, default=0):.1e}",
+        f"- saved and loaded, bit for bit: {sum(of.get('saved') == 'exact' for of in done)} of {len(models)}",
+        f"- exported and right: {len(free)} of {len(models)} with the batch free, and {len(fixed)} more with it fixed",
+        f"- largest error, relative to an output's largest entry: {max(errors, default=0):.1e}",
         "",
-        "| model | params kept | file kept | error | error, free batch | saved and loaded |",
+        "| model | params kept | file, bytes | file over that of the dense model | error | saved and loaded |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for key, of in models.items():
         if "params" not in of:
             lines.append(f"| {key} | {of.get('died', '-')} | | | | |")
             continue
-        left = of["params"][0] / of["params"][1]
-        cells = f"{left:.3f} | {_share(ratio(of))} | {_error(of.get('slim'))} | {_error(of.get('slim_dynamic'))}"
-        lines.append(f"| {key} | {cells} | {of.get('saved', of.get('died'))} |")
+        written = of["slim"] if "bytes" in of.get("slim", {}) else of.get("slim_fixed", {})
+        note = " (batch fixed)" if written is not of.get("slim") and "bytes" in written else ""
+        cells = (
+            f"{of['params'][0] / of['params'][1]:.3f}",
+            f"{written['bytes']:,}{note}" if "bytes" in written else "-",
+            _share(ratio(of)),
+            _error(written),
+            str(of.get("saved", of.get("died", "-"))),
+        )
+        lines.append(f"| {key} | {' | '.join(cells)} |")
     refused = [
-        f"- {key}, {what}: {_reason(of, which)}"
-        for key, of in whole.items()
-        for which, what in (("", "batch fixed"), ("_dynamic", "batch free"))
-        if "error" in of[f"slim{which}"]
+        f"- {key}, {what}: {_reason(of, slim, dense)}"
+        for key, of in models.items()
+        for slim, dense, what in (("slim", "dense", "batch free"), ("slim_fixed", "dense_fixed", "batch fixed"))
+        if "error" in of.get(slim, {})
     ]
     lines += ["", "What was refused:", "", *refused] if refused else []
-    lines += [
-        "",
-        "Parameters of branches that run in training alone (auxiliary heads) are counted in the second column and are "
-        "in no file.",
-    ]
+    lines += ["", "Parameters of branches that run in training alone (auxiliary heads) are in no file."]
     hardware = ", ".join(f"{key} {value}" for key, value in result["environment"].items() if isinstance(value, str))
     return "\n".join([*lines, "", f"Measured on: {hardware}.", ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -148,6 +149,31 @@ def _same_shapes(output: Any, before: Any) -> None:
         raise AssertionError(f"output shapes changed: {shapes(output)[:3]} instead of {before[:3]}")
 
 
+def saved_exactly(entry: Entry, slim: nn.Module, inputs: Any, output: Any) -> None:
+    """Save the pruned model, load it into one with other weights, and compare every bit of its state and its output."""
+
+    def factory() -> nn.Module:
+        torch.manual_seed(SEED + 1)
+        return entry.build()[0].eval()
+
+    with tempfile.TemporaryDirectory() as folder:
+        again = structprune.load(factory, structprune.save(slim, folder))
+    ours, theirs = slim.state_dict(), again.state_dict()
+    other = [name for name in ours if name not in theirs or not same_bits(ours[name], theirs[name])]
+    if other or len(ours) != len(theirs):
+        raise AssertionError(f"the loaded model has another state: {other[:3]}")
+    for (path, one), (_, two) in zip(oracle.leaves(output), oracle.leaves(oracle.call(again, inputs)), strict=True):
+        if not same_bits(one, two):
+            raise AssertionError(f"the loaded model has another output {path}")
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equality in which NaN equals itself."""
+    return one.dtype == other.dtype and torch.equal(one.isnan(), other.isnan()) and torch.equal(
+        one.nan_to_num(), other.nan_to_num()
+    )  # fmt: skip
+
+
 def _right(error: float, tolerance: float) -> None:
     if not error <= tolerance:
         raise AssertionError(f"relative error {error:.3g} against the original with its channels off")
@@ -167,8 +193,10 @@ def _compared(judge: oracle.Oracle, plan: structprune.Plan, slim: nn.Module | No
     return {name: value if math.isfinite(value) else str(value) for name, value in found.items()}
 
 
-def _at_ratio(stages: _Stages, model: nn.Module, judge: oracle.Oracle, inputs: Any, ratio: float, before: Any) -> None:
-    """Plan, apply and compare."""
+def _at_ratio(
+    stages: _Stages, entry: Entry, model: nn.Module, judge: oracle.Oracle, inputs: Any, ratio: float, before: Any
+) -> None:
+    """Plan, apply, save and load, and compare."""
     plan = stages.run("planned", lambda: structprune.plan(model, inputs, ratio=ratio))
     slim = stages.run("applied", lambda: plan.apply(model))
     if stages.failed:
@@ -176,6 +204,7 @@ def _at_ratio(stages: _Stages, model: nn.Module, judge: oracle.Oracle, inputs: A
     stages.note(kept=parameters(slim) / parameters(model), removed=len(plan.thinnings))
     output = stages.run("runs slim", lambda: oracle.call(slim, inputs))
     stages.run("same shapes", lambda: _same_shapes(output, before))
+    stages.run("saved and loaded", lambda: saved_exactly(entry, slim, inputs, output))
     same = judge.original is model
     found = stages.run("compared", lambda: _compared(judge, plan, slim if same else None, before))
     if stages.failed:
@@ -207,7 +236,7 @@ def checked(entry: Entry, ratios: tuple[float, ...]) -> Callable[[Report], None]
             return
         for ratio in ratios:
             stages = _Stages(lambda facts, ratio=ratio: report({str(ratio): dict(facts)}))
-            _at_ratio(stages, model, judge, inputs, ratio, before)
+            _at_ratio(stages, entry, model, judge, inputs, ratio, before)
             if not stages.failed:
                 stages.note(stage="done")
 

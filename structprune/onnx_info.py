@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from structprune.cost import Cost
-from structprune.errors import ExportError
+from structprune.errors import LoadError
 from structprune.onnx_file import require
 from structprune.plan import plans_of
 from structprune.schema import FormError, record, texts
@@ -72,7 +72,7 @@ def onnx_info(path: str | os.PathLike[str]) -> OnnxInfo:
 
     Raises:
         MissingExtraError: onnx is not installed.
-        ExportError: There is no such file, or it is no ONNX file, or its metadata was changed.
+        LoadError: There is no such file, or it is no ONNX file, or its metadata was changed.
 
     Example:
         >>> import tempfile, torch, structprune
@@ -90,9 +90,9 @@ def onnx_info(path: str | os.PathLike[str]) -> OnnxInfo:
     try:
         model = onnx.load(path, load_external_data=False)
     except refusals as error:
-        raise ExportError(f"{path} cannot be read as an ONNX file: {error}") from error
+        raise LoadError(f"{path} cannot be read as an ONNX file: {error}") from error
     if not model.graph.node:
-        raise ExportError(f"{path} is no ONNX file: it holds no operations")
+        raise LoadError(f"{path} is no ONNX file: it holds no operations")
     opsets = [imported.version for imported in model.opset_import if imported.domain in ("", "ai.onnx")]
     found = {entry.key: entry.value for entry in model.metadata_props}
     try:
@@ -103,7 +103,7 @@ def onnx_info(path: str | os.PathLike[str]) -> OnnxInfo:
             record(Cost, json.loads(found[AFTER])) if AFTER in found else None,
         )
     except (ValueError, RecursionError, FormError) as error:
-        raise ExportError(f"the metadata of {path} that structprune wrote was changed: {error}") from error
+        raise LoadError(f"the metadata of {path} that structprune wrote was changed: {error}") from error
     size = path.stat().st_size + sum(file.stat().st_size for file in _external(model, path))
     return OnnxInfo(path, size, max(opsets, default=0), _shapes(model.graph.input), _shapes(model.graph.output), *said)
 

@@ -191,6 +191,27 @@ def test_export_of_a_saved_and_of_a_pruned_model(folder):
     assert Path("saved.onnx").is_file()
 
 
+def test_what_an_onnx_file_says_of_itself(folder):
+    Path("free.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def pair():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)), torch.randn(2, 3, 8, 9)\n"
+    )
+    digest = as_json("prune", "free.py:pair", "--ratio", 0.5, "--out", "slim")["digest"]
+    options = ("--dynamic", "input:2=height", "--dynamic", "input:3=width", "--opset", 20, "--tolerance", 1e-3)
+    assert as_json("export", "free.py:pair", "slim.onnx", "--saved", "slim", *options)["opset"] == 20
+    found = as_json("info", "slim.onnx")
+    assert found["digests"] == [digest]
+    assert found["opset"] == 20
+    assert found["before"]["params"] > found["after"]["params"]
+    assert found["inputs"] == {"input": ["batch", 3, "height", "width"]}
+    shown = run("info", "slim.onnx").stdout
+    assert digest in shown
+    assert "batch x 3 x height x width" in shown
+    run("export", "free.py:pair", "dense.onnx", "--dense")
+    assert "of a model that was not pruned" in run("info", "dense.onnx").stdout
+
+
 def test_report(folder):
     Path("points.json").write_text('[[100, 0.9, "dense"], [50, 0.8]]')
     run("sensitivity", "own:pair", "--metric", "own:metric", "--out", "s.json")

@@ -49,6 +49,7 @@ def folder(tmp_path, monkeypatch):
         (["plan", "hf:."], "has no config.json"),
         (["plan", "hf:nobody/nothing"], "nor in the cache"),
         (["export", "own:pair", "x.onnx"], "Say which smaller model is meant"),
+        (["export", "own:pair", "x.onnx", "--dense", "--dynamic", "input-2"], "write INPUT:DIM=NAME"),
         (["benchmark", "own:pair", "-r", "0.5", "-b", "abacus"], "no backend 'abacus'"),
         (["benchmark", "own:pair", "-r", "0.5", "--saved", "."], "not both"),
         (["report", "own:pair", "r.html", "--points", "own.py"], "is no JSON"),
@@ -69,6 +70,7 @@ def test_wrong_usage_exits_with_2(folder, args, message):
         (["plan", "own:pair", "--importance", "best"], "no criterion 'best'"),
         (["plan", "own:pair", "--plan", "own.py"], "not the JSON of a plan"),
         (["export", "own:pair", "x.onnx", "--saved", "."], "plan.json does not exist"),
+        (["info", "own.onnx"], "cannot be read as an ONNX file"),
     ],
 )
 def test_refusals_exit_with_4(folder, args, message):

@@ -1,5 +1,7 @@
 """Forty models of the zoo, one or more of every kind: pruned by one plain call at ratio 0.5, right, and small enough.
 
+Each is saved and loaded into a model of other weights too, and comes back bit for bit.
+
 The code is that of ``benchmarks/zoo.py``, which runs all of them.
 """
 
@@ -76,6 +78,7 @@ def test_model_is_pruned_exactly(key: str) -> None:
     facts: dict[str, Any] = {}
     zoo_check.checked(entry, (0.5,))(facts.update)
     assert zoo_report.outcome(facts) == "right", facts
+    assert "saved and loaded_s" in facts["0.5"], "it was saved and loaded, which raises where a bit differs"
     assert facts["0.5"]["kept"] <= zoo_report.bound(facts)
     reasons = [pinned["reason"] + pinned["example"] for pinned in facts["model"]["pinned"]]
     assert not any(str(Path.home()) in reason or sys.prefix in reason for reason in reasons)

@@ -12,14 +12,15 @@ import typer
 
 from structprune.benchmark import benchmark
 from structprune.benchmark.backends import BACKENDS
-from structprune.cli.info import describe_machine, describe_model, model_tables
-from structprune.cli.models import named_object, parse_points
+from structprune.cli.info import describe_machine, describe_model, model_tables, onnx_tables
+from structprune.cli.models import named_object, parse_dimensions, parse_points
 from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, SlimOptions, among, command
 from structprune.cli.output import Output, costs, reporting
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import MissingExtraError
 from structprune.export import export_onnx
 from structprune.io import save
+from structprune.onnx_info import onnx_info
 from structprune.plan import Plan
 from structprune.report import report
 from structprune.sensitivity import RATIOS, Sensitivity, sensitivity
@@ -158,14 +159,27 @@ def export_command(
     wanted: SlimOptions,
     dense: Annotated[bool, typer.Option("--dense", help="Export the model as it is.")] = False,
     dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch free.")] = True,
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="Further free dimension, INPUT:DIM=NAME, repeated.", metavar="DIMENSION")
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative error allowed.", min=0)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write an ONNX file of a saved or pruned model, checked by ONNX Runtime; needs the extra onnx."""
     with reporting(as_json) as output:
+        dims = parse_dimensions(dynamic or ())
         loaded = source.load()
         model = loaded.model if dense else wanted.slim(loaded)
-        found = export_onnx(model, file, loaded.inputs, dynamic_batch=dynamic_batch, opset=opset)
+        found = export_onnx(
+            model,
+            file,
+            loaded.inputs,
+            dynamic_batch=dynamic_batch,
+            dynamic_dims=dims,
+            opset=opset,
+            tolerance=tolerance,
+        )
         data = {**asdict(found), "path": str(found.path)}
         text = f"{found.path}: {found.bytes:,} bytes, opset {found.opset}"
         output.result(data, f"{text}, max relative error {found.max_relative_error:.1e} in ONNX Runtime")
@@ -212,16 +226,22 @@ def report_command(
 
 @command(app, "info")
 def info_command(
-    model: Annotated[str | None, typer.Argument(help="A model; without one, the machine alone.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A model, or an ONNX file; without one, the machine alone.")
+    ] = None,
     inputs: Annotated[list[str] | None, typer.Option("--input", "-i", help="Shape of an input, repeated.")] = None,
     device: Annotated[str, typer.Option(help="Where the model goes.")] = "cpu",
     layer: Annotated[list[str] | None, typer.Option(help="Explain this layer, repeated.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show versions and hardware, or what of a model is coupled and what is pinned."""
+    """Show versions and hardware, or what of a model is coupled and pinned, or of which plans an ONNX file came."""
     with reporting(as_json) as output:
         if model is None:
             _show_machine(output)
+            return
+        if model.endswith(".onnx"):
+            said = onnx_info(model)
+            output.result({**asdict(said), "path": str(said.path)}, *onnx_tables(said))
             return
         loaded = ModelOptions(model=model, inputs=inputs, device=device).load()
         graph = DependencyGraph(loaded.model, loaded.inputs)

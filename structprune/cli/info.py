@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from structprune.cli.output import costs
 from structprune.cost import count_cost
 from structprune.graph import ChannelGraph
+from structprune.onnx_info import OnnxInfo
 from structprune.report.text import places
 
 
@@ -93,3 +95,16 @@ def model_tables(data: dict[str, Any]) -> list[Any]:
         pinned.add_row(place, reason)
     lines = [f"{name.replace('_', ' ')}: {value:,}" for name, value in data["cost"].items()]
     return [groups, pinned, "\n".join(lines)]
+
+
+def onnx_tables(said: OnnxInfo) -> list[Any]:
+    """What an ONNX file says of itself, as tables."""
+    table = Table("input or output", "shape", title=f"{said.path}: {said.bytes:,} bytes, opset {said.opset}")
+    for name, shape in [*said.inputs.items(), *said.outputs.items()]:
+        table.add_row(name, " x ".join(map(str, shape)))
+    if said.version is None:
+        return [table, "Not written by structprune."]
+    if said.before is None or said.after is None:
+        return [table, f"Written by structprune {said.version}, of a model that was not pruned."]
+    lines = [f"Written by structprune {said.version}; plans", *said.digests]
+    return [table, costs(said.before, said.after), "\n  ".join(lines)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,17 @@ def parse_points(file: Path) -> list[Any]:
     if not isinstance(points, list) or not all(map(good, points)):
         raise typer.BadParameter(f"{file} is no list of [cost, accuracy] or [cost, accuracy, label].")
     return [tuple(point) for point in points]
+
+
+def parse_dimensions(texts: Iterable[str]) -> dict[str, dict[int, str]]:
+    """Free dimensions of inputs, each written ``INPUT:DIM=NAME``."""
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        match = re.fullmatch(r"(.+):(\d+)=(\w+)", text)
+        if match is None:
+            raise typer.BadParameter(
+                f"{text!r} is no free dimension; write INPUT:DIM=NAME, as in input_ids:1=sequence."
+            )
+        name, dim, label = match.groups()
+        found.setdefault(name, {})[int(dim)] = label
+    return found

@@ -28,6 +28,7 @@ from structprune.errors import LoadError, PlanError, StructpruneError
 from structprune.plan import Plan, plans_of
 from structprune.schema import FormError, Migration, up_to_date
 from structprune.surgery.history import kept
+from structprune.tracing.state import held_tensors
 
 SCHEMA = 1
 # For every older schema of the folder, what lifts its record to the next one; plans have a schema of their own.
@@ -88,7 +89,7 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
     Nothing in the folder is run; the only code is that of `build_model`. See `structprune.save` for an example.
 
     Args:
-        build_model: makes the original model, with any weights; called once.
+        build_model: makes the original model, with any weights, or on the ``meta`` device; called once.
         path: the folder.
 
     Returns:
@@ -215,6 +216,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
         )
     for name, old in held.items():
         _fitting(name, old, tensors[name], folder)
+    if _make(model, tensors):
+        held = model.state_dict(keep_vars=True)
     given: dict[int, str] = {}
     with torch.no_grad():
         for name, old in held.items():
@@ -226,7 +229,31 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
                 )
             if first == name:
                 # A copy where one saved tensor goes to two that are not tied.
-                old.data = tensors[name].to(old.device if not old.is_meta else "cpu", copy=True)
+                old.data = tensors[name].to(old.device, copy=True)
+
+
+def _make(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Put tensors with memory in the place of those on the meta device; whether there were any.
+
+    Raises:
+        LoadError: one of them is no part of the state, so that nobody knows its values.
+    """
+    made: dict[int, Tensor] = {}
+    for name, held in held_tensors(model).items():
+        old = held.tensor
+        if not old.is_meta:
+            continue
+        if name not in tensors:
+            raise LoadError(
+                f"build_model leaves {name!r} on the meta device, and it is not saved with the model, since it is no "
+                "part of its state. Make it on the device where the model is to run."
+            )
+        if id(old) not in made:
+            new = torch.empty_like(tensors[name])
+            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            vars(made[id(old)]).update(vars(old))
+        held.store[held.key] = made[id(old)]
+    return bool(made)
 
 
 def _fitting(name: str, old: Tensor, new: Tensor, folder: Path) -> None:

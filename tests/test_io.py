@@ -149,6 +149,39 @@ def test_one_saved_tensor_for_two_that_are_not_tied(tmp_path: Path) -> None:
         structprune.load(lambda: net(True), structprune.save(net(False), tmp_path))
 
 
+class WithTable(nn.Module):
+    """A weight under two names, and a table that is saved or not."""
+
+    def __init__(self, saved: bool) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.last = nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+        self.register_buffer("table", torch.ones(4), persistent=saved)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.down(torch.relu(self.up(self.first(x)))) + self.table)
+
+
+def test_a_model_built_on_the_meta_device(tmp_path: Path) -> None:
+    def on_meta(saved: bool) -> nn.Module:
+        with torch.device("meta"):
+            model = WithTable(saved)
+        model.first.bias.requires_grad_(False)
+        return model
+
+    slim = structprune.prune(WithTable(True), X, ratio=0.5)
+    again = structprune.load(lambda: on_meta(True), structprune.save(slim, tmp_path / "one"))
+    assert_same(slim, again)
+    assert torch.equal(slim(X), again(X))
+    assert again.last.weight is again.first.weight
+    assert isinstance(again.first.weight, nn.Parameter)
+    assert not again.first.bias.requires_grad
+    slim = structprune.prune(WithTable(False), X, ratio=0.5)
+    with pytest.raises(LoadError, match="leaves 'table' on the meta device, and it is not saved with the model"):
+        structprune.load(lambda: on_meta(False), structprune.save(slim, tmp_path / "two"))
+
+
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="on the meta device"):
         structprune.save(nn.Linear(2, 2, device="meta"), tmp_path)

@@ -86,7 +86,7 @@ def _name_dims(model: Any, names: Sequence[str], dims: Dims) -> None:
             if symbol is None:
                 raise ExportError(
                     f"dimension {dim} of {name!r} was to be free as {wanted!r}, but the model fixes it to "
-                    f"{value.shape[dim]}; leave it out"
+                    f"{value.shape[dim]}; leave the name out, or pass dynamic_batch=False if it is the batch"
                 )
             if given.setdefault(symbol, wanted) != wanted:
                 raise ExportError(

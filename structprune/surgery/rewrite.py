@@ -86,6 +86,7 @@ def _rewritten(module: nn.Module, path: str, graph: fx.Graph) -> Rewritten:
 def install(module: nn.Module, rewritten: Rewritten, undo: list[Callable[[], None]]) -> None:
     """Give a module its new forward; how to take it back is added to `undo`."""
     if isinstance(rewritten, fx.Graph):
+        assert isinstance(module, fx.GraphModule)
         undo.append(partial(setattr, module, "graph", module.graph))
         module.graph = rewritten
     else:

@@ -77,6 +77,8 @@ def as_markdown(result: dict[str, Any]) -> str:
             str(of.get("saved", of.get("died", "-"))),
         )
         lines.append(f"| {key} | {' | '.join(cells)} |")
+    missing = [key for key in result["asked"] if key not in models]
+    lines += ["", f"Not run yet: {', '.join(missing)}."] if missing else []
     refused = [
         f"- {key}, {what}: {_reason(of, slim, dense)}"
         for key, of in models.items()

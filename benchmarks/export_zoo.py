@@ -94,7 +94,7 @@ def write(path: Path, models: dict[str, Any]) -> None:
     """Both files, in the order of the tests."""
     order = {key: position for position, key in enumerate(MODELS)}
     models = dict(sorted(models.items(), key=lambda item: order.get(item[0], len(order))))
-    result = {"environment": environment(), "ratio": RATIO, "models": models}
+    result = {"environment": environment(), "ratio": RATIO, "asked": list(MODELS), "models": models}
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(as_markdown(result))
 

@@ -16,6 +16,9 @@ from structprune.benchmark import Benchmark, Timing, benchmark, timing
 from structprune.benchmark.results import bootstrap_speedup
 from structprune.errors import MissingExtraError
 
+# Runs beside those that are timed are left out where calls are counted.
+ALONE = {"memory": False, "explanations": False}
+
 
 class Recorder(nn.Module):
     """Writes down each call and the conditions under which it came."""
@@ -56,7 +59,7 @@ class Sleeper(nn.Module):
 def test_models_run_in_turns_after_the_warmup():
     log = []
     models = {name: Recorder(name, log) for name in "abc"}
-    result = benchmark(models, torch.zeros(2, 3), runs=3, warmup=2)
+    result = benchmark(models, torch.zeros(2, 3), runs=3, warmup=2, **ALONE)
     assert [entry["name"] for entry in log] == list("abc") * 5
     assert [entry["collector"] for entry in log] == [True] * 6 + [False] * 9
     assert gc.isenabled()
@@ -68,7 +71,7 @@ def test_conditions_inside_and_state_afterwards():
     model.train()
     model.drop.eval()
     before, random = torch.get_num_threads(), torch.get_rng_state()
-    result = benchmark({"a": model}, torch.zeros(2, 3), threads=before + 1, runs=2, warmup=0)
+    result = benchmark({"a": model}, torch.zeros(2, 3), threads=before + 1, runs=2, warmup=0, **ALONE)
     for entry in model.log:
         assert not entry["training"]
         assert not entry["gradients"]
@@ -94,7 +97,7 @@ def test_state_is_restored_when_a_model_fails():
 def test_batch_size_repeats_or_cuts_the_samples(size):
     model = Recorder()
     inputs = {"x": torch.zeros(3, 4), "mask": torch.zeros(3), "table": torch.zeros(7)}
-    result = benchmark({"a": model}, inputs, batch_size=size, runs=2, warmup=0)
+    result = benchmark({"a": model}, inputs, batch_size=size, runs=2, warmup=0, **ALONE)
     assert model.log[0]["shape"] == (size, 4)
     assert model.log[0]["more"] == {"mask": (size,), "table": (7,)}
     assert result.batch_size == size
@@ -106,7 +109,7 @@ def test_durations_and_speedup_are_those_of_the_models():
     low, high = result.timing("fast").quartiles
     assert 0.01 <= low <= result.timing("fast").median <= high
     speedup = result.speedup("fast")
-    assert 1.5 < speedup.low <= speedup.ratio <= speedup.high < 2.5
+    assert 1.2 < speedup.low <= speedup.ratio <= speedup.high < 3.5
     assert result.speedup("slow").ratio == 1
 
 
@@ -151,7 +154,11 @@ def test_onnxruntime_without_the_device_is_refused(monkeypatch):
     ("models", "options", "message"),
     [
         ({}, {}, "no model to time"),
-        ({"a": nn.ReLU()}, {"backends": ("eager", "tpu")}, r"out of eager, compile, onnxruntime; got \('eager', 'tpu'"),
+        (
+            {"a": nn.ReLU()},
+            {"backends": ("eager", "tpu")},
+            r"out of eager, channels_last, compile, onnxruntime, tensorrt; got \('eager', 'tpu'",
+        ),
         ({"a": nn.ReLU()}, {"backends": "eager"}, "must be a sequence of names"),
         ({"a": nn.ReLU()}, {"backends": ()}, "must be a sequence of names"),
         ({"a": nn.ReLU()}, {"runs": 1}, "runs must be at least 2; got 1"),
@@ -167,8 +174,8 @@ def test_bad_arguments_are_refused(models, options, message):
 
 def test_a_model_that_is_elsewhere_is_copied():
     model = nn.Linear(2, 2)
-    assert timing._placed(model, torch.device("cpu")) is model
-    copied = timing._placed(model, torch.device("meta"))
+    assert timing.placed(model, torch.device("cpu")) is model
+    copied = timing.placed(model, torch.device("meta"))
     assert copied is not model
     assert copied.weight.is_meta
     assert not model.weight.is_meta

@@ -1,6 +1,7 @@
-"""Timing of models against each other: interleaved runs, medians, and how sure one can be of the speed-up."""
+"""Timing of models against each other: interleaved runs, medians, how sure one can be of the gain, and what limits it."""
 
+from structprune.benchmark.explain import Explanation
 from structprune.benchmark.results import Benchmark, Speedup, Timing
-from structprune.benchmark.timing import benchmark
+from structprune.benchmark.run import benchmark
 
-__all__ = ["Benchmark", "Speedup", "Timing", "benchmark"]
+__all__ = ["Benchmark", "Explanation", "Speedup", "Timing", "benchmark"]

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from rich.table import Table
 from structprune.cli.output import costs
 from structprune.cost import count_cost
 from structprune.graph import ChannelGraph
+from structprune.hardware import processor
 from structprune.onnx_info import OnnxInfo
 from structprune.report.text import places
 
@@ -30,7 +30,7 @@ def describe_machine() -> dict[str, Any]:
         "extras": {name: {"missing": missing} for name, missing in _extras()},
         "hardware": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -56,16 +56,6 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _processor() -> str:
-    """The processor's name; Linux tells it in a file only."""
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def describe_model(graph: ChannelGraph) -> dict[str, Any]:

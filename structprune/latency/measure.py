@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from structprune.benchmark.backends import BACKENDS, Call
-from structprune.benchmark.timing import clock_of, device_of, interleaved, threads_set
+from structprune.benchmark.timing import clock_of, cpu_clock, device_of, interleaved, threads_set
 from structprune.errors import PlanError
 from structprune.inputs import evaluating
 from structprune.latency.cache import cache_folder, conditions, load, save
@@ -27,6 +26,8 @@ from structprune.tracing.trace import ExampleInputs
 
 # What measuring a table may take, in seconds, once every operation has run a few times.
 SECONDS = 60.0
+# Those whose operations can be timed one by one.
+LATENCY_BACKENDS = ("eager", "compile", "onnxruntime")
 
 
 @runtime_checkable
@@ -68,8 +69,8 @@ class Latency:
     timer: Timer | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise PlanError(f"The latency's backend is {self.backend!r}; known are {', '.join(BACKENDS)}.")
+        if self.backend not in LATENCY_BACKENDS:
+            raise PlanError(f"The latency's backend is {self.backend!r}; known are {', '.join(LATENCY_BACKENDS)}.")
         if self.runs < 3 or (self.threads is not None and self.threads < 1):
             raise PlanError(f"runs is {self.runs} and threads {self.threads}; give at least 3 and 1.")
 
@@ -84,13 +85,6 @@ class Latency:
         if table.measure(specs, timer.operations):
             save(folder, table)
         return table
-
-
-def cpu_clock(call: Call, device: torch.device) -> float:
-    """Seconds of the CPU that this process spends on a call: with one thread, the time that it takes undisturbed."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 class DeviceTimer:

@@ -1,0 +1,73 @@
+"""What the machine is, and the widths that it runs fast."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Channels that kernels take at a time. 16 floats fill a vector register of a CPU, the blocked convolutions of ONNX
+# Runtime and oneDNN pad to it, and they compute up to four such blocks at once. Tensor cores of a GPU take tiles of 64
+# in half precision, of 32 otherwise.
+CPU_STEP = 16
+CUDA_STEPS = {torch.float16: 64, torch.bfloat16: 64}
+CUDA_STEP = 32
+
+
+def step_of(device: torch.device | None, dtype: torch.dtype = torch.float32) -> int:
+    """The number of channels of which widths should be a multiple.
+
+    Args:
+        device: where the model runs; a CPU if not given.
+        dtype: type of its weights.
+
+    Example:
+        >>> step_of(torch.device("cpu"))
+        16
+    """
+    if device is not None and device.type == "cuda":
+        return CUDA_STEPS.get(dtype, CUDA_STEP)
+    return CPU_STEP
+
+
+def processor() -> str:
+    """The processor's name; Linux tells it in a file only."""
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Hardware and versions, for what was measured here; nothing that names the machine or its user.
+
+    Args:
+        device: where models run.
+        packages: whose versions are told beside those of Python, torch and this package, if they are installed.
+    """
+    found: dict[str, Any] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    found |= {"python": platform.python_version(), "torch": str(torch.__version__)}
+    known = {name: installed(name) for name in ("structprune", *packages)}
+    return found | {name: number for name, number in known.items() if number is not None}

@@ -1,7 +1,7 @@
 """structprune: trained PyTorch networks made smaller and faster by removing whole channels."""
 
 from structprune.api import plan, prune
-from structprune.benchmark import Benchmark, benchmark
+from structprune.benchmark import Benchmark, benchmark, layer_times
 from structprune.channels.rules.opaque import register_module_rule
 from structprune.channels.rules.table import rule as register_rule
 from structprune.cost import Cost, cost
@@ -18,7 +18,7 @@ from structprune.pruner import Pruner
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
-from structprune.report import plot_costs, plot_widths, report
+from structprune.report import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
 from structprune.sensitivity import Sensitivity, sensitivity
 from structprune.surgery.history import kept
 from structprune.surgery.verify import Report, verify
@@ -46,10 +46,14 @@ __all__ = [
     "cost",
     "export_onnx",
     "kept",
+    "layer_times",
     "load",
     "onnx_info",
     "plan",
     "plot_costs",
+    "plot_curve",
+    "plot_graph",
+    "plot_recovery",
     "plot_widths",
     "prune",
     "recover",

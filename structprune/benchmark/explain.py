@@ -113,7 +113,7 @@ def _untouched(layer: str, dense: Side, slim: Side) -> bool:
 
 
 def _lost(layer: str, dense: Side, slim: Side, step: int) -> float:
-    """Seconds that a layer takes beyond what its MACs cost before, if one of its new widths is no multiple of `step`."""
+    """Seconds that a layer takes beyond what its MACs cost before, if a new width is no multiple of `step`."""
     before, after = dense.counted.get(layer), slim.counted[layer]
     if before is None or not before.macs or not odd_widths(before, after, step):
         return 0.0

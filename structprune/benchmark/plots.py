@@ -89,7 +89,7 @@ class _Bars:
 def _model(found: Benchmark, mine: Sequence[Timing], bars: _Bars, *, first: bool, with_memory: bool) -> None:
     sizes = np.array([timing.batch_size or found.batch_size for timing in mine])
     ends = np.array([timing.interval(found.confidence) for timing in mine])
-    bars.add(0, sizes / [timing.median for timing in mine], sizes / ends[:, 1], sizes / ends[:, 0])
+    bars.add(0, (sizes / [timing.median for timing in mine]).tolist(), sizes / ends[:, 1], sizes / ends[:, 0])
     gains = [found.speedup(t.model, t.backend, int(size)) for t, size in zip(mine, sizes, strict=True)]
     bars.add(1, [g.ratio for g in gains], [g.low for g in gains], [g.high for g in gains])
     ratio = found.macs_ratio(mine[0].model)

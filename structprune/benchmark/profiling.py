@@ -123,7 +123,8 @@ def profile_torch(model: nn.Module, call: Callable[[], Any], device: torch.devic
     cuda = device.type == "cuda"
     with _marked(model), quiet_profiler():
         for _ in range(_RUNS):
-            with profile(use_device="cuda" if cuda else None) as found:
+            found: Any = profile(use_device="cuda" if cuda else None)
+            with found:
                 call()
                 if cuda:
                     torch.cuda.synchronize(device)

@@ -152,6 +152,21 @@ class Benchmark:
         ratio = self.macs_ratio(model)
         return None if ratio is None else self.speedup(model, backend, batch_size).ratio / ratio
 
+    def points(
+        self, metric: Mapping[str, float], backend: str | None = None, batch_size: int | None = None
+    ) -> list[tuple[float, float, str]]:
+        """Milliseconds, metric and name of each model that `metric` names: points for `structprune.report`'s curve.
+
+        Raises:
+            KeyError: No such model, backend or batch size was timed.
+
+        Example:
+            >>> found = Benchmark((Timing("slim", "eager", (0.002, 0.002)),), "cpu", 1, 8)
+            >>> found.points({"slim": 0.91})
+            [(2.0, 0.91, 'slim')]
+        """
+        return [(1e3 * self.timing(name, backend, batch_size).median, value, name) for name, value in metric.items()]
+
     def _size(self, timing: Timing) -> int:
         return timing.batch_size or self.batch_size
 
@@ -177,6 +192,27 @@ class Benchmark:
             },
             indent=2,
         )
+
+    @classmethod
+    def from_json(cls, text: str) -> Benchmark:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: The text is something else.
+        """
+        try:
+            data = json.loads(text)
+            timings = [
+                Timing(row["model"], row["backend"], tuple(row["seconds"]), row["batch_size"], row["memory"])
+                for row in data["timings"]
+            ]
+            notes = [Explanation(**each) for each in data["explanations"]]
+            plain = {
+                name: data[name] for name in ("device", "threads", "batch_size", "confidence", "macs", "environment")
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is not the JSON of a benchmark: {type(error).__name__}: {error}") from error
+        return cls(timings=tuple(timings), explanations=tuple(notes), **plain)
 
     def _row(self, timing: Timing) -> dict[str, Any]:
         return {

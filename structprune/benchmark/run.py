@@ -212,7 +212,7 @@ def _gain(speedup: Speedup, ratio: float) -> str:
 def _check_clock(clock: str, threads: int, device: torch.device) -> None:
     if clock not in ("wall", "process") or (clock == "process" and (threads > 1 or device.type != "cpu")):
         raise ValueError(
-            f"clock is {clock!r} with {threads} threads on {device}; it is 'wall', or 'process' with threads=1 on the CPU"
+            f"clock is {clock!r} with {threads} threads on {device}; give 'wall', or on one thread of the CPU 'process'"
         )
 
 

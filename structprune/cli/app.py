@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from structprune.benchmark import benchmark
+from structprune.benchmark import Benchmark, benchmark, layer_times
 from structprune.benchmark.backends import BACKENDS
 from structprune.cli.info import describe_machine, describe_model, model_tables, onnx_tables
 from structprune.cli.models import named_object, parse_dimensions, parse_points
@@ -25,6 +25,8 @@ from structprune.plan import Plan
 from structprune.report import report
 from structprune.sensitivity import RATIOS, Sensitivity, sensitivity
 from structprune.surgery.verify import Report, verify
+
+_CLOCKS = ("wall", "process")
 
 app = typer.Typer(
     name="structprune",
@@ -130,23 +132,47 @@ def benchmark_command(
         list[str] | None,
         typer.Option("--backend", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=among(BACKENDS)),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples in one run.", min=1)] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", "--batch-sizes", help="Samples in one run, repeated.", min=1)
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Eager with channels-last tensors too.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU.", min=1)] = None,
     runs: Annotated[int, typer.Option(help="Timed runs of each.", min=2)] = 50,
     warmup: Annotated[int, typer.Option(help="Runs before those.", min=0)] = 5,
+    clock: Annotated[
+        str, typer.Option(help="wall, or process: time on the CPU, with --threads 1.", autocompletion=among(_CLOCKS))
+    ] = "wall",
+    explain: Annotated[
+        bool, typer.Option("--explain/--no-explain", help="Count MACs, and say why pruning gains no more.")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw it too; needs the extra plot.", dir_okay=False)] = None,
     out: File = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the model against its smaller self, in turns."""
-    chosen = backend or ["eager"]
+    """Time the model against its smaller self, in turns, and say why pruning gains no more."""
+    chosen = [*(backend or ["eager"]), *(["channels_last"] if channels_last else [])]
+    if clock not in _CLOCKS or (clock == "process" and threads != 1):
+        raise typer.BadParameter(f"--clock is {clock!r}; give wall, or with --threads 1 process.")
     if unknown := [name for name in chosen if name not in BACKENDS]:
         raise typer.BadParameter(f"There is no backend {unknown[0]!r}; known are {', '.join(BACKENDS)}.")
     with reporting(as_json) as output:
         loaded = source.load()
         models = {"dense": loaded.model, "slim": wanted.slim(loaded)}
         found = benchmark(
-            models, loaded.inputs, backends=chosen, batch_size=batch_size, threads=threads, runs=runs, warmup=warmup
+            models,
+            loaded.inputs,
+            backends=list(dict.fromkeys(chosen)),
+            batch_sizes=batch_size or None,
+            threads=threads,
+            runs=runs,
+            warmup=warmup,
+            clock="process" if clock == "process" else "wall",
+            explanations=explain,
         )
+        if plot is not None:
+            found.plot(plot)
         if out is not None:
             out.write_text(found.to_json(), encoding="utf-8")
         output.result(found.to_json(), cast("Any", found))
@@ -196,17 +222,30 @@ def report_command(
     points: Annotated[
         Path | None, typer.Option(help="JSON list of [cost, accuracy] or [cost, accuracy, label].", exists=True)
     ] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--benchmark", help="JSON of `structprune benchmark`.", exists=True)
+    ] = None,
+    times: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure each layer's time on this backend, before and after.", autocompletion=among(BACKENDS)
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with the original.")] = True,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML file that shows the graph, the plan, and what was measured."""
+    if times is not None and times not in BACKENDS:
+        raise typer.BadParameter(f"There is no backend {times!r}; known are {', '.join(BACKENDS)}.")
     with reporting(as_json) as output:
         loaded = source.load()
         decided: Plan | None = wanted.plan(loaded) if wanted.given else None
+        slim = None if decided is None else decided.apply(loaded.model)
         found = None
-        if decided is not None and check:
-            found = verify(loaded.model, decided.apply(loaded.model), decided, loaded.inputs)
+        if decided is not None and slim is not None and check:
+            found = verify(loaded.model, slim, decided, loaded.inputs)
+        timed = [each for each in (loaded.model, slim) if each is not None and times is not None]
         written = report(
             loaded.model,
             loaded.inputs,
@@ -215,6 +254,8 @@ def report_command(
             verification=found,
             sensitivity=None if curves is None else Sensitivity.from_json(curves.read_text(encoding="utf-8")),
             points=() if points is None else parse_points(points),
+            times=[layer_times(each, loaded.inputs, backend=times or "eager") for each in timed],
+            benchmark=None if measured is None else Benchmark.from_json(measured.read_text(encoding="utf-8")),
             title=title or source.model,
         )
         size = written.stat().st_size

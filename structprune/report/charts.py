@@ -80,22 +80,33 @@ def bar(pair: tuple[float, float], most: float, text: str) -> str:
 
 
 def layers_table(rows: Sequence[LayerRow], caption: str) -> str:
-    """Widths, MACs and parameters of layers or blocks."""
+    """Widths, MACs, parameters and, where it was measured, time of layers or blocks."""
     widths = any(row.channels for row in rows)
+    slowest = max((max(row.seconds) for row in rows if row.seconds), default=0.0)
     widest = max([1, *(row.channels[0] for row in rows if row.channels)])
     macs, params = max([1, *(row.macs[0] for row in rows)]), max([1, *(row.params[0] for row in rows)])
     lines: list[list[str]] = []
     for row in rows:
         cells = [element("th", escape(row.path or "(model)"), scope="row"), element("td", escape(row.kind))]
         if widths:
-            cells.append(bar(row.channels, widest, _change(row.channels, exact=True)) if row.channels else _EMPTY)
+            cells.append(bar(row.channels, widest, _change(row.channels, exact=True)) if row.channels else EMPTY)
         cells += [bar(row.macs, macs, _change(row.macs)), bar(row.params, params, _change(row.params))]
+        if slowest:
+            cells.append(bar(row.seconds, slowest, _milliseconds(row.seconds)) if row.seconds else EMPTY)
         lines.append(cells)
     headings = ["layer" if widths else "block", "kind", *(["channels"] if widths else []), "MACs", "parameters"]
+    headings += ["time, ms"] if slowest else []
     return table(headings, lines, caption=caption)
 
 
-_EMPTY = '<td class="bars" data-value="-1"><span class="muted">none</span></td>'
+def _milliseconds(pair: tuple[float, float]) -> str:
+    before, after = (f"{1e3 * value:.3g}" for value in pair)
+    if pair[0] == pair[1]:
+        return before
+    return f"{before} → {after} {element('span', kept(*pair), class_='muted')}"
+
+
+EMPTY = '<td class="bars" data-value="-1"><span class="muted">none</span></td>'
 
 
 def _change(pair: Pair, exact: bool = False) -> str:
@@ -185,7 +196,7 @@ def curve(points: Sequence[Point], axes: tuple[str, str]) -> str:
         role="img", aria_label=f"{axes[1]} over {axes[0]}",
     )  # fmt: skip
     rows = [
-        [element("th", escape(_name(p)), scope="row"), _number(p[0], short(p[0])), _number(p[1], f"{p[1]:g}")]
+        [element("th", escape(_name(p)), scope="row"), number_cell(p[0], short(p[0])), number_cell(p[1], f"{p[1]:g}")]
         for p in ordered
     ]
     return element("div", chart, table(["point", *axes], rows, caption=f"{axes[1]} and {axes[0]}"), class_="pair")
@@ -195,7 +206,8 @@ def _name(point: Point) -> str:
     return str(point[2]) if len(point) > 2 else "point"
 
 
-def _number(value: float, text: str) -> str:
+def number_cell(value: float, text: str) -> str:
+    """A cell that is sorted by its value."""
     return element("td", escape(text), data_value=f"{value:.10g}")
 
 

@@ -118,6 +118,27 @@ class Drawing:
         """Channels of a group before and after."""
         return self._before.living(group.components), self._after.living(group.components)
 
+    # -- Matplotlib ----------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height, in pixels."""
+        return self._layout.width, self._layout.height
+
+    def on_axes(self, axes: Any) -> None:
+        """Draw the network on Matplotlib's axes, which are left without frame and ticks."""
+        from structprune.report.figure_graph import draw_box, draw_edge
+
+        for path, group in zip(self._layout.paths, self._network.edges.values(), strict=True):
+            draw_edge(axes, path, None if group is None else hue(group))
+        for (x, y), node in zip(self._layout.centres, self._network.nodes, strict=True):
+            pair = self._width(node)
+            below = "" if pair is None or node.kind == "join" else _arrow(pair)
+            title = _shortened(self._title(node))
+            draw_box(axes, x, y, title, below, node.kind, None if node.channels is None else hue(node.channels))
+        axes.set(xlim=(0, self._layout.width), ylim=(self._layout.height, 0), aspect="equal")
+        axes.set_axis_off()
+
     # -- SVG -----------------------------------------------------------------------------------------------------
 
     def svg(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,9 @@ from structprune.plan import Plan
 from structprune.surgery.verify import dead_components
 
 Pair = tuple[int, int]
+# Seconds by layer: of the model as it is and, if measured, of the smaller one.
+Times = Sequence[Mapping[str, float]]
+_NOTHING = LayerCost(0, 0)
 # A summary by block has no more rows than this.
 _MOST_BLOCKS = 16
 
@@ -28,6 +32,7 @@ class LayerRow:
         channels: output channels; None where there are none, as for a block.
         macs: multiply-accumulates.
         params: entries of its parameters.
+        seconds: measured time of its own operations; None if it was not measured.
     """
 
     path: str
@@ -35,6 +40,7 @@ class LayerRow:
     channels: Pair | None
     macs: Pair
     params: Pair
+    seconds: tuple[float, float] | None = None
 
 
 def counts(graph: ChannelGraph, plan: Plan | None) -> tuple[Counter, Counter]:
@@ -44,17 +50,33 @@ def counts(graph: ChannelGraph, plan: Plan | None) -> tuple[Counter, Counter]:
     return before, before if plan is None else graph.counter(dead_components(graph, plan))
 
 
-def layer_rows(graph: ChannelGraph, before: Count, after: Count) -> list[LayerRow]:
-    """A row for each module that holds parameters or multiplies, in the order of the model."""
+def layer_rows(graph: ChannelGraph, before: Count, after: Count, times: Times = ()) -> list[LayerRow]:
+    """A row for each module that holds parameters, multiplies or takes time, in the order of the model.
+
+    Args:
+        graph: the coupled channels.
+        before: counts living channels of rows of the model as it is.
+        after: the same after the plan.
+        times: seconds by layer of the model as it is and, if measured, of the smaller one.
+    """
     old = count_layers(graph.model, graph.trace, graph.channels, before)
     new = count_layers(graph.model, graph.trace, graph.channels, after)
-    kinds = {path: type(module).__name__ for path, module in graph.model.named_modules(remove_duplicate=False)}
     found: list[LayerRow] = []
-    for path, cost in old.items():
-        left = new.get(path, LayerCost(0, 0))
-        width = _width(graph, path, before, after)
-        found.append(LayerRow(path, kinds[path], width, (cost.macs, left.macs), (cost.params, left.params)))
+    for path, module in graph.model.named_modules(remove_duplicate=False):
+        seconds = _seconds(path, times)
+        if path not in old and not seconds:
+            continue
+        cost, left = old.get(path, _NOTHING), new.get(path, _NOTHING)
+        width = _width(graph, path, before, after) if path in old else None
+        macs, params = (cost.macs, left.macs), (cost.params, left.params)
+        found.append(LayerRow(path, type(module).__name__, width, macs, params, seconds))
     return found
+
+
+def _seconds(path: str, times: Times) -> tuple[float, float] | None:
+    if not any(path in each for each in times):
+        return None
+    return times[0].get(path, 0.0), times[-1].get(path, 0.0)
 
 
 def _width(graph: ChannelGraph, path: str, before: Count, after: Count) -> Pair | None:
@@ -84,6 +106,7 @@ def blocks(rows: list[LayerRow]) -> list[LayerRow]:
             None,
             _sum(mine, "macs"),
             _sum(mine, "params"),
+            _sum_seconds(mine),
         )
         for path, mine in best.items()
     ]
@@ -92,3 +115,8 @@ def blocks(rows: list[LayerRow]) -> list[LayerRow]:
 def _sum(rows: list[LayerRow], name: str) -> Pair:
     pairs: list[Pair] = [getattr(row, name) for row in rows]
     return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+
+
+def _sum_seconds(rows: list[LayerRow]) -> tuple[float, float] | None:
+    pairs = [row.seconds for row in rows if row.seconds]
+    return (sum(before for before, _ in pairs), sum(after for _, after in pairs)) if pairs else None

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from structprune.benchmark import Benchmark
 from structprune.cost import Cost, count_cost
 from structprune.graph import ChannelGraph
 from structprune.plan import Plan
 from structprune.report.charts import Point, Recovery, curve, heat_map, layers_table, recovery_table
 from structprune.report.drawing import Drawing, hue
-from structprune.report.layers import blocks, counts, layer_rows
+from structprune.report.layers import Times, blocks, counts, layer_rows
+from structprune.report.measured import benchmark_table
 from structprune.report.network import network_of
 from structprune.report.text import element, kept, short
 from structprune.sensitivity import Sensitivity
@@ -47,6 +49,8 @@ def report(
     points: Sequence[Point] = (),
     point_axes: tuple[str, str] = ("MACs", "accuracy"),
     recovery: Recovery | None = None,
+    times: Times = (),
+    benchmark: Benchmark | None = None,
     title: str | None = None,
 ) -> Path:
     """Write one self-contained HTML file: no network, no other file.
@@ -64,6 +68,9 @@ def report(
         points: cost and accuracy of several plans, with a label each if wanted: ``(2.0e9, 0.76, "half")``.
         point_axes: what the two numbers of a point are.
         recovery: what ``structprune.recovery_report`` returned.
+        times: what ``structprune.layer_times`` returned for the model and, if wanted, for the smaller one: a list of
+            one or two; shown beside the costs of blocks and layers.
+        benchmark: what ``structprune.benchmark`` returned.
         title: heading of the page; the model's class if not given.
 
     Returns:
@@ -85,14 +92,16 @@ def report(
     graph = ChannelGraph(model, example_inputs, outputs=None if plan is None else plan.outputs)
     before, after = counts(graph, plan)
     drawing = Drawing(graph, network_of(graph), before, after)
-    rows = layer_rows(graph, before, after)
+    rows = layer_rows(graph, before, after, times)
     total = plan.before if plan else count_cost(model, graph.trace, graph.channels, before)
     name = title or type(model).__name__
+    takes = "MACs, parameters and time" if times else "MACs and parameters"
     sections = [
         ("overview", "", _cards(total, plan.after if plan else total, verification)),
         ("graph-section", "What is coupled", _graph(drawing)),
-        ("blocks", "Where the cost is", layers_table(blocks(rows), "MACs and parameters by block")),
-        ("layers", "Layers", layers_table(rows, "Channels, MACs and parameters of each layer")),
+        ("blocks", "Where the cost is", layers_table(blocks(rows), f"{takes} by block")),
+        ("layers", "Layers", layers_table(rows, f"Channels, {takes} of each layer")),
+        ("measured", "Measured", benchmark_table(benchmark) if benchmark else ""),
         ("sensitivity", "Sensitivity", heat_map(sensitivity) if sensitivity and sensitivity.curves else ""),
         ("curve", "Accuracy and cost", curve(points, point_axes) if points else ""),
         ("recovery", "Recovery", recovery_table(recovery) if recovery else ""),

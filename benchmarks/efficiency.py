@@ -26,7 +26,7 @@ import structprune
 FILE = RESULTS / "efficiency.json"
 ROUNDED = (None, 8, 16)
 # Bisections of the peer's ratio, which it takes in place of a target.
-HALVINGS = 8
+HALVINGS = 7
 
 
 def peer_at(model: nn.Module, images: Tensor, macs: int, round_to: int | None) -> nn.Module:

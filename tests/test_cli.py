@@ -178,6 +178,12 @@ def test_benchmark(folder):
     ]
     assert found["batch_size"] == 4
     assert json.loads(Path("b.json").read_text()) == found
+    more = ["--batch-size", 2, "--channels-last", "--threads", 1, "--clock", "process", "--plot", "b.png"]
+    found = as_json(*args, *more)
+    assert [(t["backend"], t["batch_size"]) for t in found["timings"][::2]] == [
+        (backend, size) for backend in ("eager", "channels_last") for size in (4, 2)
+    ]
+    assert Path("b.png").stat().st_size > 1000
     assert "speed-up" in run(*args).stdout
 
 
@@ -221,6 +227,11 @@ def test_report(folder):
     assert len(text.encode()) == found["bytes"]
     for part in ("own:pair", "16 → 8", 'id="sensitivity"', 'id="curve"', "equal"):
         assert part in text
+    run("benchmark", "own:pair", "-r", 0.5, "--runs", 3, "--no-explain", "--out", "b.json")
+    measured = ["--benchmark", "b.json", "--times", "eager"]
+    run("report", "own:pair", "m.html", "-r", 0.5, *measured)
+    assert 'id="measured"' in Path("m.html").read_text()
+    assert "parameters and time" in Path("m.html").read_text()
     run("report", "own:pair", "as-is.html", "--title", "Mine")
     assert 'id="settings"' not in Path("as-is.html").read_text()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -17,11 +17,11 @@ from support.cases import all_cases
 from torch import nn
 
 import structprune
+from structprune.benchmark import Benchmark, Explanation, Timing
 from structprune.cost import count_layers
-from structprune.errors import MissingExtraError
 from structprune.graph import ChannelGraph
 from structprune.report.charts import _ticks
-from structprune.report.layers import counts, layer_rows
+from structprune.report.layers import blocks, counts, layer_rows
 from structprune.report.layout import HEIGHT, WIDTH, layered
 from structprune.report.network import network_of
 from structprune.sensitivity import GroupCurve, Sensitivity
@@ -31,6 +31,21 @@ MODELS = {
     "resnet50": lambda: timm.create_model("resnet50"),
     "vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64),
 }
+
+TIMES = {
+    "resnet50": [{"conv1": 2.5e-3, "layer1.0.act1": 5e-4}, {"conv1": 1.25e-3, "layer1.0.act1": 3e-4}],
+    "vit": [{"blocks.0.mlp.fc1": 2.5e-3, "blocks.0.mlp.act": 5e-4}],
+}
+BENCHMARK = Benchmark(
+    tuple(
+        Timing(model, backend, tuple(size * seconds * (1 + 0.01 * i) for i in range(5)), size, 10**7)
+        for backend in ("eager", "onnxruntime")
+        for size in (1, 8)
+        for model, seconds in (("dense", 4e-3), ("slim <1>", 2e-3))
+    ),
+    "cpu", 1, 1, macs={"dense": 300, "slim <1>": 100}, environment={"processor": "A processor"},
+    explanations=(Explanation("slim <1>", "eager", 8, {"memory": 0.6}, "conv1", 0.3, "Memory-bound: <60%> of it."),),
+)  # fmt: skip
 
 
 def data_of(text: str) -> dict:
@@ -73,8 +88,13 @@ def case(request, tmp_path_factory):
         sensitivity=Sensitivity(0.75, curves),
         points=[(4e9, 0.76, "dense"), (2e9, 0.75), (1e9, 0.7, "</script><b>quarter")],
         recovery=recovery,
+        times=TIMES[request.param],
+        benchmark=BENCHMARK,
     )
-    return SimpleNamespace(model=model, plan=plan, graph=graph, file=file, text=file.read_text())
+    modules = dict(model.named_modules())
+    return SimpleNamespace(
+        model=model, plan=plan, graph=graph, file=file, text=file.read_text(), has=modules.__contains__
+    )
 
 
 # -- costs by layer ---------------------------------------------------------------------------------------------------
@@ -208,32 +228,36 @@ def test_without_a_plan_the_model_is_shown_as_it_is(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_page_holds_what_was_measured(case):
+    assert "A processor, 1 thread, batch of 1, 8: medians of 5 runs in turns, with 95% intervals" in case.text
+    assert "slim &lt;1&gt;" in case.text
+    assert "Memory-bound: &lt;60%&gt; of it." in case.text
+    assert "2.00x, 2.00 to 2.00" in case.text
+    assert '<td data-value="0.6666666667">0.67</td>' in case.text
+    assert "MACs, parameters and time by block" in case.text
+    after = "2.5 → 1.25" if "layer1" in case.text else "2.5"
+    assert after in case.text
+
+
+def test_times_of_layers_stand_beside_their_costs(case):
+    times = [{"": 1e-3, **each} for each in next(t for t in TIMES.values() if all(case.has(p) for p in t[0]))]
+    rows = layer_rows(case.graph, *counts(case.graph, case.plan), times)
+    assert {row.path: row.seconds for row in rows if row.seconds} == {
+        path: (times[0][path], times[-1][path]) for path in times[0]
+    }
+    assert sum(row.seconds[0] for row in blocks(rows) if row.seconds) == pytest.approx(sum(times[0].values()))
+    assert [row for row in rows if row.macs[0]] == [
+        replace(row, seconds=next(r.seconds for r in rows if r.path == row.path))
+        for row in layer_rows(case.graph, *counts(case.graph, case.plan))
+        if row.macs[0]
+    ]
+
+
 def test_a_plan_in_a_notebook():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     html = structprune.plan(model, torch.zeros(1, 4), ratio=0.5)._repr_html_()
     assert re.search(r"<td>0</td><td>8</td><td>4 \(50.0%\)</td>", html)
     assert "params" in html
-
-
-# -- figures ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("draw", [structprune.plot_widths, structprune.plot_costs])
-def test_figures_for_papers(draw, case, tmp_path):
-    file = draw(case.model, IMAGE, tmp_path / "figure.svg", plan=case.plan)
-    convolutions = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in case.model.modules())
-    assert file.read_text().count("<path") > 2 * convolutions
-
-
-def test_a_figure_of_something_else_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="of is 'time'"):
-        structprune.plot_costs(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "x.svg", of="time")
-
-
-def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"structprune\[plot\]"):
-        structprune.plot_widths(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "x.svg")
 
 
 # -- in a real browser ------------------------------------------------------------------------------------------------
@@ -271,6 +295,9 @@ def test_it_renders_alone_and_whole(browser, case, width, scheme):
         }).map((node) => node.id);
     })()"""
     assert browser.evaluate(outside) == []
+    # No name of a layer is broken into letters.
+    lines = "[...document.querySelectorAll('#layers tbody th')].map((cell) => cell.getClientRects()[0].height)"
+    assert max(browser.evaluate(lines)) < 60
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(17, 19, 24)") == (scheme == "dark")
 

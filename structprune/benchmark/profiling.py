@@ -34,7 +34,7 @@ class Spent:
     Attributes:
         layer: path of the innermost module whose forward runs it; ``""`` for the model itself.
         operation: its name, as the backend tells it.
-        seconds: of one forward: the median of several.
+        seconds: of one forward: the least of several, as other work on the machine only ever adds time.
         calls: how often it runs in one forward.
     """
 
@@ -132,7 +132,7 @@ def profile_torch(model: nn.Module, call: Callable[[], Any], device: torch.devic
     keys = [key for key in runs[0] if all(key in run for run in runs)]
     return Profile(
         tuple(
-            Spent(layer, name, float(np.median([run[layer, name][0] for run in runs])) * 1e-6, runs[0][layer, name][1])
+            Spent(layer, name, min(run[layer, name][0] for run in runs) * 1e-6, runs[0][layer, name][1])
             for layer, name in keys
         )
     )
@@ -258,7 +258,7 @@ def read_session(events: Sequence[Any], graph: Any, paths: Iterable[str]) -> Pro
             taken.add(node.name)
         key = "" if node is None else nodes.layer(node), kinds[name]
         time, calls = found.get(key, (0.0, 0))
-        found[key] = time + float(np.median(each[1:] or each)), calls + 1
+        found[key] = time + min(each[1:] or each), calls + 1
     spent = tuple(Spent(layer, name, time * 1e-6, calls) for (layer, name), (time, calls) in found.items())
     return Profile(spent, _whole([each for each in times.values() if len(each) == len(whole)], whole, spent))
 

@@ -43,6 +43,8 @@ def draw_box(axes: Any, x: float, y: float, title: str, below: str, kind: str, h
 
     width = WIDTH if kind != "join" else _JOIN if len(title) < 4 else _JOIN * 1.6
     height = HEIGHT if kind != "join" else 24.0
+    if kind == "join":  # as high as its neighbours' lines reach
+        axes.plot([x, x], [y - HEIGHT / 2, y + HEIGHT / 2], color=colour(hue), linewidth=1.7, zorder=1)
     pinned = hue is None and kind != "join"
     axes.add_patch(
         FancyBboxPatch(

@@ -1,0 +1,66 @@
+"""The report's plots with Matplotlib."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import structprune
+from structprune.errors import MissingExtraError
+from structprune.report.network import network_of
+
+IMAGE = torch.zeros(1, 3, 64, 64)
+TIMES = [{"conv1": 2.5e-3, "layer1.0.act1": 5e-4}, {"conv1": 1.25e-3, "layer1.0.act1": 3e-4}]
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A model, its graph and a plan."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18").eval()
+    graph = structprune.DependencyGraph(model, IMAGE)
+    return SimpleNamespace(model=model, graph=graph, plan=structprune.plan(model, IMAGE, ratio=0.5))
+
+
+@pytest.mark.parametrize("draw", [structprune.plot_widths, structprune.plot_costs])
+def test_figures_for_papers(draw, case, tmp_path):
+    file = draw(case.model, IMAGE, tmp_path / "figure.svg", plan=case.plan)
+    convolutions = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in case.model.modules())
+    assert file.read_text().count("<path") > 2 * convolutions
+
+
+def test_figures_of_what_was_measured(case, tmp_path):
+    file = structprune.plot_costs(case.model, IMAGE, tmp_path / "t.svg", of="time", times=TIMES)
+    assert file.read_text().count("<path") > 4
+    graph = structprune.plot_graph(case.model, IMAGE, tmp_path / "g.svg", plan=case.plan).read_text()
+    network = network_of(case.graph)
+    assert graph.count('id="patch_') >= len(network.nodes) + len(network.edges)
+    points = [(4.0, 0.76, "dense"), (2.0, 0.75)]
+    assert "<!-- dense -->" in structprune.plot_curve(points, tmp_path / "c.svg", axes=("ms", "accuracy")).read_text()
+    layers = [SimpleNamespace(layer="conv1", before=0.5, after=0.1)]
+    file = structprune.plot_recovery(SimpleNamespace(layers=layers, skipped={}), tmp_path / "r.svg")
+    assert "<!-- relative error -->" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"of": "weight"}, "of is 'weight'"),
+        ({"of": "time"}, "of='time' needs times"),
+        ({"times": [{"": 1.0}]}, "of='time' needs times"),
+    ],
+)
+def test_a_figure_of_something_else_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        structprune.plot_costs(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "x.svg", **options)
+
+
+def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"structprune\[plot\]"):
+        structprune.plot_widths(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "x.svg")

@@ -114,6 +114,11 @@ def _arrays(part: str) -> tuple[np.ndarray, np.ndarray]:
         return held["images"], held["labels"].astype(np.int64)
 
 
+def train_arrays() -> tuple[np.ndarray, np.ndarray]:
+    """The 50,000 training images as bytes, shape ``(n, 32, 32, 3)``, and their labels."""
+    return _arrays("train")
+
+
 def train_images(n: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
     """`n` training images drawn without replacement (all of them if None), and their labels; not augmented."""
     images, labels = _arrays("train")

@@ -1,0 +1,77 @@
+"""`WeightAverage`: the moving average of a model's weights that `finetune` keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from structprune.errors import PlanError
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the state dict by name, each tied one once; the live tensors."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value.detach()
+    return found
+
+
+@torch.no_grad()
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write values into a model's tensors, in place."""
+    for name, tensor in tensors_of(model).items():
+        tensor.copy_(values[name])
+
+
+class WeightAverage:
+    """The exponential moving average of the parameters and buffers of a model.
+
+    After update t, counted from 0, the average is ``d * average + (1 - d) * weights`` with ``d = min(decay, (1 + t) /
+    (10 + t))``, so that it does not hold on to where training began. Integer buffers are copied.
+
+    Args:
+        model: the model; averages start at its weights.
+        decay: from 0 to below 1.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> average = WeightAverage(model, 0.999)
+        >>> with average.lent(model):  # compute with the average
+        ...     y = model(torch.ones(1))
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise PlanError(f"The decay of an average of weights is from 0 to below 1, not {decay}.")
+        self.decay = decay
+        self.updates = 0
+        self.values = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights as they are now."""
+        share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        live = tensors_of(model)
+        # One call for all tensors of a kind: a loop costs more than the arithmetic on small models.
+        moving = [name for name, value in self.values.items() if value.is_floating_point() or value.is_complex()]
+        torch._foreach_lerp_([self.values[name] for name in moving], [live[name] for name in moving], share)
+        for name in self.values.keys() - set(moving):
+            self.values[name].copy_(live[name])
+
+    @contextmanager
+    def lent(self, model: nn.Module) -> Generator[None]:
+        """Inside the block the model has the average's weights."""
+        own = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+        fill(model, self.values)
+        try:
+            yield
+        finally:
+            fill(model, own)

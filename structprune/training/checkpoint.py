@@ -1,0 +1,104 @@
+"""The folder from which a killed run of `finetune` goes on: tensors in safetensors, no pickle that could run code.
+
+``progress.json`` names the two files that belong to it, ``weights-N.safetensors`` and ``optimizer-N.pt``. It takes the
+place of the old one in one step, after they are whole, so that a kill at any moment leaves one state or the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from structprune.errors import LoadError
+
+SCHEMA = 1
+PROGRESS = "progress.json"
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where a run stands after an epoch.
+
+    Attributes:
+        epoch: how many epochs are done.
+        tensors: by part (``"model"``, ``"best"``, ``"average"``), then by name.
+        optimizer: state dicts of the optimizer and of what else has one.
+        record: plain data: history, best score, what the run was asked for.
+    """
+
+    epoch: int
+    tensors: Mapping[str, Tensors]
+    optimizer: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+
+def store(folder: Path, state: State) -> None:
+    """Write a state; the one before is removed once this one is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, optimizer = f"weights-{state.epoch}.safetensors", f"optimizer-{state.epoch}.pt"
+    flat = {
+        f"{part}/{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for part, tensors in state.tensors.items()
+        for name, value in tensors.items()
+    }
+    _written(folder / weights, lambda draft: save_file(flat, draft, metadata={"format": "pt"}))
+    _written(folder / optimizer, lambda draft: torch.save(dict(state.optimizer), draft))
+    record = {"schema": SCHEMA, "epoch": state.epoch, "weights": weights, "optimizer": optimizer, **state.record}
+    _written(folder / PROGRESS, lambda draft: Path(draft).write_text(json.dumps(record, indent=1)))
+    for pattern in ("weights-*.safetensors", "optimizer-*.pt"):
+        for old in folder.glob(pattern):
+            if old.name not in (weights, optimizer):
+                old.unlink()
+
+
+def restore(folder: Path) -> State | None:
+    """The state in a folder, or None if there is none yet.
+
+    Raises:
+        LoadError: it is damaged, or of a later version.
+    """
+    path = folder / PROGRESS
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema"] > SCHEMA:
+            raise LoadError(f"{path} has schema {record['schema']}; this version reads up to {SCHEMA}. Upgrade.")
+        flat = load_file(folder / Path(record["weights"]).name)
+        optimizer = torch.load(folder / Path(record["optimizer"]).name, map_location="cpu", weights_only=True)
+        epoch = int(record["epoch"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        raise LoadError(
+            f"The checkpoint in {folder} is damaged ({type(error).__name__}: {error}). Restore it, or give an empty "
+            "folder to begin anew."
+        ) from error
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        part, _, inner = name.partition("/")
+        tensors.setdefault(part, {})[inner] = value
+    return State(epoch, tensors, optimizer, record)
+
+
+def _written(path: Path, write: Callable[[str], Any]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        write(draft)
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        Path(draft).unlink(missing_ok=True)

@@ -1,0 +1,431 @@
+"""`finetune`: a pruned model trained further, with one call."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from structprune.errors import LoadError, PlanError
+from structprune.importance.data import call_on_batch, size_of
+from structprune.tracing.trace import map_tensors
+from structprune.training.average import WeightAverage, fill, tensors_of
+from structprune.training.checkpoint import State, restore, store
+from structprune.training.distillation import distillation_loss
+from structprune.training.evaluation import default_loss, logits_of, score_of
+from structprune.training.repeatable import begin_epoch, preserved
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Validation = Iterable[Any] | Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One epoch of `finetune`.
+
+    Attributes:
+        number: counted from 1.
+        loss: mean over the training samples, with all that was added to it.
+        score: on the validation data, the higher the better.
+        rate: learning rate of the first parameter group at its end.
+        seconds: that it took, validation included.
+    """
+
+    number: int
+    loss: float
+    score: float
+    rate: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuned:
+    """What came of `finetune`.
+
+    Attributes:
+        score: the best on the validation data; the model has the weights of that epoch.
+        epoch: which one that was, counted from 1.
+        history: all epochs, also those before a resumption.
+    """
+
+    score: float
+    epoch: int
+    history: tuple[Epoch, ...]
+
+
+def finetune(
+    model: nn.Module,
+    train: Iterable[Any],
+    validate: Validation,
+    *,
+    epochs: int,
+    loss: Loss | None = None,
+    teacher: nn.Module | None = None,
+    temperature: float = 4.0,
+    soft: float = 0.7,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    lr: float = 0.01,
+    weight_decay: float = 5e-4,
+    warmup: float = 0.05,
+    clip: float | None = None,
+    amp: bool | torch.dtype = False,
+    ema: float | None = None,
+    on_epoch: Callable[[int], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Finetuned:
+    """Train a model further, in place, and leave it with the weights of its best epoch.
+
+    SGD with Nesterov's momentum, a linear warm-up, then a cosine down to zero. The best epoch is chosen by `validate`:
+    give a part of the training data that is not trained on (see `split`), never the test set. Mode, flags of gradients,
+    and random generators are afterwards as they were; of a teacher everything is.
+
+    Args:
+        model: on the device to train on; its parameters that require gradients are trained.
+        train: batches, run through once an epoch: pairs of inputs and class numbers, or dicts from which the model
+            makes a loss of its own; anything with `loss`. A ``DataLoader``, a list.
+        validate: batches of the same kind, scored by accuracy in percent where they are pairs with class numbers and by
+            minus the mean loss otherwise; or a function of the model that returns a score, the higher the better. The
+            model is in eval mode.
+        epochs: how often to go through `train`, from 1.
+        loss: called with the model and a batch, returns a scalar, the mean over the batch.
+        teacher: a model of the same classes, mostly the dense one: its soft labels are learned along.
+        temperature: see `distillation_loss`.
+        soft: share of the teacher's loss, from 0 to 1; the rest is `loss`.
+        penalty: called with the model, returns a scalar to add to the loss (see `GroupLasso`). What it holds in
+            ``state_dict`` goes into the checkpoint.
+        optimizer: over the model's parameters, in place of SGD; its rates are the peaks of the schedule.
+        lr: peak learning rate of SGD.
+        weight_decay: of SGD, for parameters with two dimensions or more.
+        warmup: share of all steps before the peak.
+        clip: largest norm of the gradient.
+        amp: whether to compute in bfloat16 by autocast, or the type. With float16 the loss is scaled.
+        ema: decay of a moving average of the weights (0.999, say), which is then validated and kept; None for none.
+        on_epoch: called with the number of the epoch at its end, before validation: ``SoftPruner.step``, say.
+        checkpoint: a folder. After each epoch all that is needed to go on is written there; a run that finds such a
+            state goes on from it, and on a CPU ends, bit for bit, as if it had not been interrupted. (Workers that a
+            ``DataLoader`` keeps over epochs have random generators of their own: do not keep them then.)
+        seed: of shuffling, augmentation and dropout in each epoch.
+        progress: whether to draw a progress bar; by default only if standard error is a terminal.
+
+    Returns:
+        The best score, its epoch and the history.
+
+    Raises:
+        PlanError: a setting is out of its range, there is nothing to train or no data, or the loss is not finite.
+        LoadError: the checkpoint is damaged, or of another run.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Linear(4, 2)
+        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
+        >>> result = finetune(model, data[:3], data[3:], epochs=2, progress=False)
+        >>> len(result.history), result.epoch in (1, 2)
+        (2, True)
+    """
+    settings = _Settings(epochs, soft, temperature, warmup, clip, seed)
+    if optimizer is None:
+        optimizer = _sgd(model, lr, weight_decay)
+    step = _Step(model, loss or default_loss, teacher, penalty, optimizer, settings, _precision(model, amp))
+    average = None if ema is None else WeightAverage(model, ema)
+    folder = None if checkpoint is None else Path(checkpoint)
+    run = _Run(model, train, validate, step, average, folder, settings)
+    with ExitStack() as stack:
+        stack.enter_context(preserved(train))
+        stack.enter_context(_modes_kept(model))
+        if teacher is not None:
+            stack.enter_context(_modes_kept(teacher))
+            teacher.eval()
+        shown = stack.enter_context(_bar(progress, epochs, train))
+        run.go(on_epoch, shown)
+    return Finetuned(run.best, run.best_epoch, tuple(run.history))
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    epochs: int
+    soft: float
+    temperature: float
+    warmup: float
+    clip: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise PlanError(f"epochs is {self.epochs}; it takes at least 1.")
+        for name, value in (("soft", self.soft), ("warmup", self.warmup)):
+            if not 0 <= value <= 1:
+                raise PlanError(f"{name} is {value}; it is a share from 0 to 1.")
+
+    def factor(self, done: float) -> float:
+        """The share of the peak learning rate when this share of all steps is done."""
+        if done < self.warmup:
+            return done / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - self.warmup) / max(1e-12, 1 - self.warmup))))
+
+
+def _sgd(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+    """SGD that leaves biases, scales and shifts without decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise PlanError("No parameter of the model requires a gradient, so there is nothing to train.")
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, nesterov=True)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _precision(model: nn.Module, amp: bool | torch.dtype) -> torch.dtype | None:
+    if isinstance(amp, torch.dtype):
+        return amp
+    return torch.bfloat16 if amp else None
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Generator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass
+class _Step:
+    """One step of the optimizer on one batch."""
+
+    model: nn.Module
+    loss: Loss
+    teacher: nn.Module | None
+    penalty: Callable[[nn.Module], Tensor] | None
+    optimizer: Optimizer
+    settings: _Settings
+    precision: torch.dtype | None
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = _device(self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._output: Any = None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+    def moved(self, batch: Any) -> Any:
+        return map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+
+    def __call__(self, batch: Any, done: float) -> Tensor:
+        """The loss of the batch; `done` is the share of all steps that came before."""
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.settings.factor(done)
+        batch = self.moved(batch)
+        value = self._total(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(value).backward()
+        if self.settings.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.settings.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return value.detach()
+
+    def _total(self, batch: Any) -> Tensor:
+        with self.autocast():
+            if self.teacher is None:
+                value = self.loss(self.model, batch)
+            else:
+                value = self._taught(self.teacher, batch)
+            if self.penalty is not None:
+                value = value + self.penalty(self.model)
+        return value
+
+    def _taught(self, teacher: nn.Module, batch: Any) -> Tensor:
+        with torch.no_grad():
+            wanted = logits_of(call_on_batch(teacher, batch))
+        handle = self.model.register_forward_hook(self._look)
+        try:
+            hard = self.loss(self.model, batch)
+        finally:
+            handle.remove()
+        output, self._output = self._output, None
+        if output is None:
+            raise PlanError("loss= did not call the model that it was given, so there are no logits to teach.")
+        taught = distillation_loss(logits_of(output), wanted, temperature=self.settings.temperature)
+        return (1 - self.settings.soft) * hard + self.settings.soft * taught
+
+    def _look(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._output = output
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        held = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state_dict = getattr(self.penalty, "state_dict", None)
+        return held if state_dict is None else {**held, "penalty": state_dict()}
+
+    def load(self, state: Any) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        load = getattr(self.penalty, "load_state_dict", None)
+        if load is not None:
+            load(state["penalty"])
+
+
+@dataclass
+class _Run:
+    """Epochs, validation, the best weights, and the state on disk."""
+
+    model: nn.Module
+    train: Iterable[Any]
+    validate: Validation
+    step: _Step
+    average: WeightAverage | None
+    folder: Path | None
+    settings: _Settings
+
+    def __post_init__(self) -> None:
+        self.history: list[Epoch] = []
+        self.best, self.best_epoch = -math.inf, 0
+        self.best_tensors: dict[str, Tensor] = {}
+
+    def go(self, on_epoch: Callable[[int], None] | None, shown: Callable[..., None]) -> None:
+        self._resume()
+        for epoch in range(len(self.history), self.settings.epochs):
+            begin = time.perf_counter()
+            shown(epoch, None)
+            loss = self._epoch(epoch, shown)
+            if on_epoch is not None:
+                on_epoch(epoch + 1)
+            score = self._score()
+            rate = float(self.step.optimizer.param_groups[0]["lr"])
+            self.history.append(Epoch(epoch + 1, loss, score, rate, time.perf_counter() - begin))
+            shown(epoch + 1, score)
+            self._save()
+        fill(self.model, self.best_tensors)
+        for group, peak in zip(self.step.optimizer.param_groups, self.step.peaks, strict=True):
+            group["lr"] = peak
+
+    def _epoch(self, epoch: int, shown: Callable[..., None]) -> float:
+        begin_epoch(self.train, self.settings.seed, epoch)
+        self.model.train()
+        length = getattr(self.train, "__len__", None)
+        # Without a length the rate changes from epoch to epoch only.
+        steps = length() if length is not None else math.inf
+        total = torch.zeros((), dtype=torch.float64)
+        count = 0
+        for number, batch in enumerate(self.train):
+            done = (epoch + min(1.0, (number + 0.5) / steps)) / self.settings.epochs
+            value, size = self.step(batch, done), size_of(batch)
+            if self.average is not None:
+                self.average.update(self.model)
+            total, count = total + value.double().cpu() * size, count + size
+            shown(epoch, None, (number + 1) / steps)
+        if not count:
+            raise PlanError("train holds no batch. If it is a generator, give something that can be started again.")
+        if not bool(torch.isfinite(total)):
+            raise PlanError(f"The loss of epoch {epoch + 1} is {float(total)}. Lower lr, or give clip=1.0.")
+        return float(total) / count
+
+    def _score(self) -> float:
+        """Validate, and keep the weights if they are the best so far."""
+        self.model.eval()
+        with self.average.lent(self.model) if self.average is not None else nullcontext():
+            score = score_of(self.model, self.validate, self.step.loss, self.step.moved, self.step.autocast)
+            if not math.isfinite(score):
+                raise PlanError(f"The validation score is {score}. Lower lr, or give clip=1.0.")
+            if score > self.best:
+                self.best, self.best_epoch = score, len(self.history) + 1
+                self.best_tensors = {name: value.clone() for name, value in tensors_of(self.model).items()}
+        return score
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _asked(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        shapes = {name: list(value.shape) for name, value in tensors_of(self.model).items()}
+        decay = None if self.average is None else self.average.decay
+        return {**asdict(self.settings), "ema": decay, "peaks": self.step.peaks, "shapes": shapes}
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {"model": tensors_of(self.model), "best": self.best_tensors}
+        record: dict[str, Any] = {
+            "asked": self._asked(),
+            "best": [self.best, self.best_epoch],
+            "history": [asdict(epoch) for epoch in self.history],
+        }
+        if self.average is not None:
+            tensors["average"] = self.average.values
+            record["updates"] = self.average.updates
+        store(self.folder, State(len(self.history), tensors, self.step.state(), record))
+
+    def _resume(self) -> None:
+        state = None if self.folder is None else restore(self.folder)
+        if state is None:
+            return
+        asked, before = self._asked(), state.record["asked"]
+        other = [name for name in asked if asked[name] != before.get(name)]
+        if other:
+            what = ", ".join(name if name == "shapes" else f"{name} {before.get(name)}" for name in other)
+            raise LoadError(
+                f"The checkpoint in {self.folder} is of a run with other settings: {what}. Give the same ones to go "
+                "on, or another folder to begin anew."
+            )
+        fill(self.model, state.tensors["model"])
+        device = self.step.device
+        self.best_tensors = {name: value.to(device) for name, value in state.tensors["best"].items()}
+        self.best, self.best_epoch = state.record["best"]
+        self.history = [Epoch(**epoch) for epoch in state.record["history"]]
+        if self.average is not None:
+            self.average.values = {name: value.to(device) for name, value in state.tensors["average"].items()}
+            self.average.updates = state.record["updates"]
+        self.step.load(state.optimizer)
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _bar(progress: bool | None, epochs: int, train: Iterable[Any]) -> Iterator[Callable[..., None]]:
+    """A function of the epochs done, a score if there is a new one, and the share of the running epoch."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda _done, _score, _share=0.0: None
+        return
+    # Here, since importing rich takes longer than most plans.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
+        task = bar.add_task("fine-tuning", total=epochs)
+
+        def show(done: int, score: float | None, share: float = 0.0) -> None:
+            best = {} if score is None else {"description": f"epoch {done}/{epochs}: {score:.2f}"}
+            bar.update(task, completed=done + share, **best)
+
+        yield partial(show)

@@ -1,0 +1,372 @@
+"""`finetune`: what it computes, what it leaves as it was, and that a killed run ends as an uninterrupted one does."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from structprune.errors import LoadError, PlanError
+from structprune.training import WeightAverage, finetune, split
+
+CLASSES = 3
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(96, CLASSES)
+    )
+
+
+def samples(count: int = 60) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randint(CLASSES, (count,), generator=generator)
+    x = torch.randn(count, 1, 6, 6, generator=generator) + y.view(-1, 1, 1, 1)
+    return TensorDataset(x, y)
+
+
+class Noisy(TensorDataset):
+    """Augments by each of the three generators."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(index)
+        return x + 0.1 * torch.randn(()) + 0.1 * random.random() + 0.1 * float(np.random.rand()), y
+
+
+def loaders(own_generator: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    generator = torch.Generator().manual_seed(5) if own_generator else None
+    held = samples()
+    return (
+        DataLoader(Noisy(*held.tensors), 8, shuffle=True, generator=generator),
+        DataLoader(samples(30), 16),
+    )
+
+
+class KilledError(Exception):
+    pass
+
+
+def run(model: nn.Module, *, own_generator: bool = False, stop: int | None = None, **options: Any):
+    def end_of(epoch: int) -> None:
+        if epoch == stop:
+            raise KilledError
+
+    train, validate = loaders(own_generator)
+    chosen = {"epochs": 4, "lr": 0.05, "progress": False, "on_epoch": end_of, **options}
+    return finetune(model, train, validate, **chosen)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -- what it computes --------------------------------------------------------------------------------------------------
+
+
+def test_it_learns() -> None:
+    model = network()
+    result = run(model, epochs=6)
+    assert result.score > 80
+    assert result.history[-1].loss < result.history[0].loss
+    assert result.score == max(epoch.score for epoch in result.history) == result.history[result.epoch - 1].score
+
+
+def test_steps_are_those_of_a_loop_written_out() -> None:
+    """Plain SGD with momentum, the schedule by its formula, no decay on vectors."""
+    torch.manual_seed(3)
+    batches = [(torch.randn(5, 4), torch.randint(2, (5,))) for _ in range(3)]
+    model, other = nn.Linear(4, 2), nn.Linear(4, 2)
+    other.load_state_dict(model.state_dict())
+    finetune(model, batches, lambda _: 0.0, epochs=1, lr=0.1, weight_decay=0.01, warmup=0.25)
+    optimizer = torch.optim.SGD(
+        [{"params": [other.weight], "weight_decay": 0.01}, {"params": [other.bias]}], 0.1, 0.9, nesterov=True
+    )
+    for number, (x, y) in enumerate(batches):
+        done = (number + 0.5) / 3
+        rate = done / 0.25 if done < 0.25 else (1 + np.cos(np.pi * (done - 0.25) / 0.75)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * rate
+        optimizer.zero_grad()
+        F.cross_entropy(other(x), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(dict(model.named_parameters()), dict(other.named_parameters()))
+
+
+def test_the_best_epoch_is_kept() -> None:
+    model, scores, seen = network(), iter([1.0, 5.0, 2.0]), []
+
+    def validate(candidate: nn.Module) -> float:
+        assert not candidate.training
+        seen.append(state(candidate))
+        return next(scores)
+
+    result = finetune(model, loaders()[0], validate, epochs=3)
+    assert (result.score, result.epoch) == (5.0, 2)
+    assert same(state(model), seen[1])
+    assert not same(seen[1], seen[2])
+
+
+def test_scores_of_batches_are_accuracy_or_minus_the_loss() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+    x = torch.eye(2).repeat(2, 1)
+    right = torch.tensor([0, 1, 0, 0])  # of batches of unlike size: three of four
+    result = finetune(model, [(x, right)], [(x[:3], right[:3]), (x[3:], right[3:])], epochs=1, lr=0.0)
+    assert result.score == 75
+    squares = finetune(
+        model, [(x, x)], [(x, 2 * x)], epochs=1, lr=0.0, loss=lambda m, batch: F.mse_loss(m(batch[0]), batch[1])
+    )
+    assert squares.score == -0.5
+
+
+def test_a_teacher_alone_decides_when_soft_is_one() -> None:
+    torch.manual_seed(0)
+    teacher, one, other = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(32, 4)
+    for model, labels in ((one, torch.zeros(32)), (other, torch.ones(32))):
+        finetune(model, [(x, labels.long())] * 40, lambda _: 0.0, epochs=4, lr=0.5, teacher=teacher, soft=1.0)
+    assert torch.equal(one.weight, other.weight)
+    torch.testing.assert_close(one(x).softmax(1), teacher(x).softmax(1), atol=2e-2, rtol=0)
+
+
+def test_dicts_take_the_models_own_loss() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.linear(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    model = Own()
+    batch = {"x": torch.randn(8, 3), "labels": torch.arange(8) % 2}
+    result = finetune(model, [batch] * 20, [batch], epochs=3, lr=0.1, teacher=Own(), soft=0.1)
+    assert -0.7 < result.score < 0
+    assert result.history[-1].loss < result.history[0].loss
+
+
+def test_penalty_clip_and_own_optimizer() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    batch = (torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
+    finetune(
+        model, [batch] * 100, lambda _: 0.0, epochs=3, optimizer=optimizer, clip=1.0, loss=lambda m, _: m.weight.sum() * 0,
+        penalty=lambda m: m.weight.square().sum(),
+    )  # fmt: skip
+    assert float(model.weight.detach().abs().max()) < 1e-2
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_bfloat16_runs_the_model_in_bfloat16() -> None:
+    kinds = set()
+    model = network()
+    model[5].register_forward_hook(lambda _m, _a, out: kinds.add(out.dtype))
+    run(model, epochs=1, amp=True)
+    assert kinds == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# -- averages ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_the_recursion_of_its_definition() -> None:
+    model = nn.BatchNorm1d(2)
+    average = WeightAverage(model, 0.5)
+    wanted = np.ones(2)
+    for step in range(20):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+            model.num_batches_tracked += 1
+        average.update(model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * step
+    np.testing.assert_allclose(average.values["weight"].numpy(), wanted, rtol=1e-5)
+    assert int(average.values["num_batches_tracked"]) == 20
+    with average.lent(model):
+        np.testing.assert_allclose(model.weight.detach().numpy(), wanted, rtol=1e-5)
+    assert float(model.weight.detach()[0]) == 19
+
+
+def test_an_average_is_what_is_validated_and_kept() -> None:
+    model = network()
+    seen: list[dict[str, Tensor]] = []
+
+    def validate(candidate: nn.Module) -> float:
+        seen.append(state(candidate))
+        return float(len(seen))
+
+    plain = network()
+    finetune(plain, loaders()[0], lambda _: 0.0, epochs=1)
+    finetune(model, loaders()[0], validate, epochs=1, ema=0.9)
+    assert same(state(model), seen[0])
+    assert not same(state(model), state(plain))
+
+
+# -- what stays as it was ----------------------------------------------------------------------------------------------
+
+
+def test_modes_flags_and_generators_stay() -> None:
+    model, teacher = network(), network()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    frozen, taught = model[0].weight.clone(), state(teacher)
+    torch.manual_seed(11), random.seed(11), np.random.seed(11)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    train, validate = loaders(own_generator=True)
+    shuffling = train.generator.get_state()
+    finetune(model, train, validate, epochs=2, teacher=teacher)
+    assert [m.training for m in model] == [True, False, True, True, True, True]
+    assert all(m.training for m in teacher.modules())
+    assert torch.equal(model[0].weight, frozen)
+    assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
+    assert same(state(teacher), taught)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+    assert torch.equal(train.generator.get_state(), shuffling)
+
+
+def test_modes_come_back_after_an_error() -> None:
+    model = network().eval()
+    with pytest.raises(KilledError):
+        run(model, stop=1)
+    assert not any(m.training for m in model.modules())
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "amp": True}, {"teacher": True}], ids=["plain", "ema", "teacher"])
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    tmp_path: Path, own_generator: bool, options: dict[str, Any]
+) -> None:
+    given = {**options, "own_generator": own_generator}
+    if "teacher" in given:
+        given["teacher"] = network()
+    whole = network()
+    wanted = run(whole, **given)
+    with pytest.raises(KilledError):
+        run(network(), stop=3, checkpoint=tmp_path, **given)
+    torch.manual_seed(99)
+    stranger = network()
+    torch.manual_seed(98)
+    for parameter in stranger.parameters():
+        nn.init.normal_(parameter)
+    found = run(stranger, checkpoint=tmp_path, **given)
+    assert same(state(stranger), state(whole))
+    for one, other in zip(found.history, wanted.history, strict=True):
+        assert (one.loss, one.score, one.rate) == (other.loss, other.score, other.rate)
+    assert (found.score, found.epoch) == (wanted.score, wanted.epoch)
+    # A run that is done gives its result again, without training.
+    again = network()
+    assert run(again, checkpoint=tmp_path, stop=1, **given) == found
+    assert same(state(again), state(whole))
+
+
+def test_another_seed_is_another_run() -> None:
+    one, other = network(), network()
+    run(one)
+    run(other, seed=1)
+    assert not same(state(one), state(other))
+
+
+def test_a_process_that_is_killed_goes_on(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import test_finetune as t
+t.finetune(t.network(), t.loaders()[0], t.loaders()[1], epochs=4, lr=0.05, progress=False, checkpoint={str(tmp_path)!r},
+           on_epoch=lambda epoch: os.kill(os.getpid(), 9) if epoch == 3 else None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert json.loads((tmp_path / "progress.json").read_text())["epoch"] == 2
+    whole, resumed = network(), network()
+    run(whole)
+    run(resumed, checkpoint=tmp_path)
+    assert same(state(resumed), state(whole))
+
+
+def test_only_one_state_stays_in_the_folder(tmp_path: Path) -> None:
+    run(network(), checkpoint=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "optimizer-4.pt",
+        "progress.json",
+        "weights-4.safetensors",
+    ]
+
+
+def test_other_settings_and_damage_are_refused(tmp_path: Path) -> None:
+    run(network(), checkpoint=tmp_path)
+    with pytest.raises(LoadError, match="other settings: seed 0"):
+        run(network(), checkpoint=tmp_path, seed=3)
+    with pytest.raises(LoadError, match="other settings: shapes"):
+        finetune(nn.Linear(2, 2), loaders()[0], lambda _: 0.0, epochs=4, lr=0.05, checkpoint=tmp_path)
+    (tmp_path / "weights-4.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(LoadError, match="damaged"):
+        run(network(), checkpoint=tmp_path)
+    (tmp_path / "progress.json").write_text('{"schema": 99}')
+    with pytest.raises(LoadError, match="Upgrade"):
+        run(network(), checkpoint=tmp_path)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"soft": 2.0}, "soft is 2.0"),
+        ({"warmup": -1.0}, "warmup is -1.0"),
+        ({"ema": 1.0}, "decay"),
+        ({"loss": lambda model, _: model[0].weight.sum() * torch.nan}, "The loss of epoch 1 is nan"),
+        ({"teacher": nn.Identity(), "loss": lambda model, _: model[0].weight.sum()}, "did not call the model"),
+    ],
+)
+def test_refusals(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(PlanError, match=text):
+        run(network(), **options)
+
+
+def test_no_data_and_nothing_to_train() -> None:
+    with pytest.raises(PlanError, match="train holds no batch"):
+        finetune(network(), [], lambda _: 0.0, epochs=1)
+    with pytest.raises(PlanError, match="validate holds no batch"):
+        finetune(network(), loaders()[0], [], epochs=1)
+    with pytest.raises(PlanError, match="nothing to train"):
+        finetune(network().requires_grad_(False), loaders()[0], [], epochs=1)
+    with pytest.raises(PlanError, match="no loss to train on"):
+        finetune(nn.Identity(), [torch.randn(2, 2)], [], epochs=1, optimizer=torch.optim.SGD([torch.ones(1)], 0.1))
+
+
+def test_split_parts_everything_and_leaves_the_generator() -> None:
+    before = torch.get_rng_state()
+    train, held = split(100, 0.2, seed=4)
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(100))
+    assert len(held) == 20
+    assert not torch.equal(held, split(100, 0.2, seed=5)[1])
+    assert torch.equal(held, split(100, 0.2, seed=4)[1])
+    assert torch.equal(torch.get_rng_state(), before)
+    for count, share in ((100, 0.0), (100, 1.0), (1, 0.5)):
+        with pytest.raises(PlanError, match="leaves a side empty"):
+            split(count, share)

@@ -168,9 +168,15 @@ def test_penalty_clip_and_own_optimizer() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     batch = (torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
     finetune(
-        model, [batch] * 100, lambda _: 0.0, epochs=3, optimizer=optimizer, clip=1.0, loss=lambda m, _: m.weight.sum() * 0,
+        model,
+        [batch] * 100,
+        lambda _: 0.0,
+        epochs=3,
+        optimizer=optimizer,
+        clip=1.0,
+        loss=lambda m, _: m.weight.sum() * 0,
         penalty=lambda m: m.weight.square().sum(),
-    )  # fmt: skip
+    )
     assert float(model.weight.detach().abs().max()) < 1e-2
     assert optimizer.param_groups[0]["lr"] == 0.05
 

@@ -137,6 +137,46 @@ def _place(term: str, letter: str) -> int:
     return term.rindex(letter) - len(term)
 
 
+def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozenset[str]]:
+    """The dimensions of parameters that an operation sums away, and the parameters that weights are computed from.
+
+    The first are names and dimensions of weights that are used as they are, or transposed. The second (weight norms,
+    masks) are in products with others before they are used, so that their dimensions are not listed.
+    """
+    held = _held(graph)
+    found: set[tuple[str, int]] = set()
+    computed: set[str] = set()
+    for node in graph.trace.nodes:
+        arguments = operands(node)
+        for c in _contractions(node, len(arguments)):
+            if max(c.operand, c.weight) >= len(arguments) or arguments[c.weight] not in held:
+                continue
+            if arguments[c.operand] in held:
+                continue
+            weight = source = arguments[c.weight]
+            while source.meta["name"] != "parameter" and len(source.all_input_nodes) == 1:
+                source = source.all_input_nodes[0]
+            if source.meta["name"] != "parameter":
+                computed |= {str(n.target) for n in _ancestors(source) if n.meta["name"] == "parameter"}
+                continue
+            row = graph.channels.rows[weight.meta["index"]][c.weight_dim]
+            rows = graph.channels.rows[source.meta["index"]]
+            found |= {
+                (str(source.target), dim) for dim, r in enumerate(rows) if r.free and row.free and r.key == row.key
+            }
+    return frozenset(found), frozenset(computed)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is computed from."""
+    found, left = {node}, [node]
+    while left:
+        new = set(left.pop().all_input_nodes) - found
+        found |= new
+        left += new
+    return found
+
+
 class Sites:
     """The taps of a graph, and which of their positions belong to which channel.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -195,20 +195,36 @@ class NormScale(Unfitted):
 
     def __post_init__(self) -> None:
         check_reduction(self.reduce)
-        unknown = [kind for kind in self.kinds if kind not in _NORMS]
-        if unknown:
-            raise PlanError(f"There is no norm {unknown[0]!r}. Those known are {', '.join(_NORMS)}.")
+        _check_kinds(self.kinds)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Find the scales of norms; no data is needed."""
-        names: set[str] = set()
-        for node in graph.trace.nodes:
-            if node.meta["name"] in self.kinds:
-                # Only the scale and the shift are parameters, in this order.
-                held = [str(n.target) for n in operands(node)[1:] if n.meta["name"] == "parameter"]
-                parameters = [name for name in held if isinstance(_parameter(graph, name), nn.Parameter)]
-                names.update(parameters[:1])
-        return _Scales(frozenset(names), self.reduce, ", ".join(self.kinds))
+        return _Scales(norm_scales(graph, self.kinds), self.reduce, ", ".join(self.kinds))
+
+
+def _check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+    kinds = tuple(kinds)
+    unknown = [kind for kind in kinds if kind not in _NORMS]
+    if unknown:
+        raise PlanError(f"There is no norm {unknown[0]!r}. Those known are {', '.join(_NORMS)}.")
+    return kinds
+
+
+def norm_scales(graph: ChannelGraph, kinds: Iterable[str]) -> frozenset[str]:
+    """Names of the parameters that are the scale of a norm of these kinds.
+
+    Raises:
+        PlanError: there is no such kind.
+    """
+    kinds = _check_kinds(kinds)
+    names: set[str] = set()
+    for node in graph.trace.nodes:
+        if node.meta["name"] in kinds:
+            # Only the scale and the shift are parameters, in this order.
+            held = [str(n.target) for n in operands(node)[1:] if n.meta["name"] == "parameter"]
+            parameters = [name for name in held if isinstance(_parameter(graph, name), nn.Parameter)]
+            names.update(parameters[:1])
+    return frozenset(names)
 
 
 def _parameter(graph: ChannelGraph, name: str) -> Tensor:

@@ -4,5 +4,19 @@ from structprune.training.average import WeightAverage
 from structprune.training.distillation import FeatureDistillation, distillation_loss
 from structprune.training.evaluation import split
 from structprune.training.finetune import Epoch, Finetuned, finetune
+from structprune.training.penalties import GroupLasso, GrowingRegularisation, NormScalePenalty
+from structprune.training.soft import SoftPruner
 
-__all__ = ["Epoch", "FeatureDistillation", "Finetuned", "WeightAverage", "distillation_loss", "finetune", "split"]
+__all__ = [
+    "Epoch",
+    "FeatureDistillation",
+    "Finetuned",
+    "GroupLasso",
+    "GrowingRegularisation",
+    "NormScalePenalty",
+    "SoftPruner",
+    "WeightAverage",
+    "distillation_loss",
+    "finetune",
+    "split",
+]

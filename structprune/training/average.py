@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from structprune.errors import PlanError
 
@@ -57,12 +58,14 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights as they are now."""
-        share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         live = tensors_of(model)
         # One call for all tensors of a kind: a loop costs more than the arithmetic on small models.
         moving = [name for name, value in self.values.items() if value.is_floating_point() or value.is_complex()]
-        torch._foreach_lerp_([self.values[name] for name in moving], [live[name] for name in moving], share)
+        if moving:
+            towards = get_ema_multi_avg_fn(decay)
+            towards([self.values[name] for name in moving], [live[name] for name in moving], None)
         for name in self.values.keys() - set(moving):
             self.values[name].copy_(live[name])
 

@@ -106,7 +106,7 @@ class FeatureDistillation:
         ...         _ = dense(x)
         ...     _ = slim(x)
         ...     loss = features.loss()
-        >>> float(loss) < 1e-12  # nothing was pruned in front of this layer
+        >>> float(loss.detach()) < 1e-12  # nothing was pruned in front of this layer
         True
     """
 

@@ -6,10 +6,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from structprune.errors import LoadError, PlanError
-from structprune.importance.data import call_on_batch, size_of
-from structprune.tracing.trace import map_tensors
+from structprune.importance.data import size_of
 from structprune.training.average import WeightAverage, fill, tensors_of
 from structprune.training.checkpoint import State, restore, store
-from structprune.training.distillation import distillation_loss
-from structprune.training.evaluation import default_loss, logits_of, score_of
+from structprune.training.evaluation import default_loss, score_of
 from structprune.training.repeatable import begin_epoch, preserved
+from structprune.training.stepping import Loss, Settings, Step, precision_of, sgd
 
-Loss = Callable[[nn.Module, Any], Tensor]
 Validation = Iterable[Any] | Callable[[nn.Module], float]
 
 
@@ -136,10 +133,10 @@ def finetune(
         >>> len(result.history), result.epoch in (1, 2)
         (2, True)
     """
-    settings = _Settings(epochs, soft, temperature, warmup, clip, seed)
+    settings = Settings(epochs, soft, temperature, warmup, clip, seed)
     if optimizer is None:
-        optimizer = _sgd(model, lr, weight_decay)
-    step = _Step(model, loss or default_loss, teacher, penalty, optimizer, settings, _precision(model, amp))
+        optimizer = sgd(model, lr, weight_decay)
+    step = Step(model, loss or default_loss, teacher, penalty, optimizer, settings, precision_of(amp))
     average = None if ema is None else WeightAverage(model, ema)
     folder = None if checkpoint is None else Path(checkpoint)
     run = _Run(model, train, validate, step, average, folder, settings)
@@ -149,54 +146,9 @@ def finetune(
         if teacher is not None:
             stack.enter_context(_modes_kept(teacher))
             teacher.eval()
-        shown = stack.enter_context(_bar(progress, epochs, train))
+        shown = stack.enter_context(_bar(progress, epochs))
         run.go(on_epoch, shown)
     return Finetuned(run.best, run.best_epoch, tuple(run.history))
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    epochs: int
-    soft: float
-    temperature: float
-    warmup: float
-    clip: float | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise PlanError(f"epochs is {self.epochs}; it takes at least 1.")
-        for name, value in (("soft", self.soft), ("warmup", self.warmup)):
-            if not 0 <= value <= 1:
-                raise PlanError(f"{name} is {value}; it is a share from 0 to 1.")
-
-    def factor(self, done: float) -> float:
-        """The share of the peak learning rate when this share of all steps is done."""
-        if done < self.warmup:
-            return done / self.warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - self.warmup) / max(1e-12, 1 - self.warmup))))
-
-
-def _sgd(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-    """SGD that leaves biases, scales and shifts without decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise PlanError("No parameter of the model requires a gradient, so there is nothing to train.")
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, nesterov=True)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _precision(model: nn.Module, amp: bool | torch.dtype) -> torch.dtype | None:
-    if isinstance(amp, torch.dtype):
-        return amp
-    return torch.bfloat16 if amp else None
 
 
 @contextmanager
@@ -210,101 +162,16 @@ def _modes_kept(model: nn.Module) -> Generator[None]:
 
 
 @dataclass
-class _Step:
-    """One step of the optimizer on one batch."""
-
-    model: nn.Module
-    loss: Loss
-    teacher: nn.Module | None
-    penalty: Callable[[nn.Module], Tensor] | None
-    optimizer: Optimizer
-    settings: _Settings
-    precision: torch.dtype | None
-    scaler: torch.amp.GradScaler = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.device = _device(self.model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
-        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._output: Any = None
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.precision is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.precision)
-
-    def moved(self, batch: Any) -> Any:
-        return map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
-
-    def __call__(self, batch: Any, done: float) -> Tensor:
-        """The loss of the batch; `done` is the share of all steps that came before."""
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.settings.factor(done)
-        batch = self.moved(batch)
-        value = self._total(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(value).backward()
-        if self.settings.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.settings.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return value.detach()
-
-    def _total(self, batch: Any) -> Tensor:
-        with self.autocast():
-            if self.teacher is None:
-                value = self.loss(self.model, batch)
-            else:
-                value = self._taught(self.teacher, batch)
-            if self.penalty is not None:
-                value = value + self.penalty(self.model)
-        return value
-
-    def _taught(self, teacher: nn.Module, batch: Any) -> Tensor:
-        with torch.no_grad():
-            wanted = logits_of(call_on_batch(teacher, batch))
-        handle = self.model.register_forward_hook(self._look)
-        try:
-            hard = self.loss(self.model, batch)
-        finally:
-            handle.remove()
-        output, self._output = self._output, None
-        if output is None:
-            raise PlanError("loss= did not call the model that it was given, so there are no logits to teach.")
-        taught = distillation_loss(logits_of(output), wanted, temperature=self.settings.temperature)
-        return (1 - self.settings.soft) * hard + self.settings.soft * taught
-
-    def _look(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self._output = output
-
-    # -- state ---------------------------------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Any]:
-        held = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        state_dict = getattr(self.penalty, "state_dict", None)
-        return held if state_dict is None else {**held, "penalty": state_dict()}
-
-    def load(self, state: Any) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        load = getattr(self.penalty, "load_state_dict", None)
-        if load is not None:
-            load(state["penalty"])
-
-
-@dataclass
 class _Run:
     """Epochs, validation, the best weights, and the state on disk."""
 
     model: nn.Module
     train: Iterable[Any]
     validate: Validation
-    step: _Step
+    step: Step
     average: WeightAverage | None
     folder: Path | None
-    settings: _Settings
+    settings: Settings
 
     def __post_init__(self) -> None:
         self.history: list[Epoch] = []
@@ -410,7 +277,7 @@ class _Run:
 
 
 @contextmanager
-def _bar(progress: bool | None, epochs: int, train: Iterable[Any]) -> Iterator[Callable[..., None]]:
+def _bar(progress: bool | None, epochs: int) -> Generator[Callable[..., None]]:
     """A function of the epochs done, a score if there is a new one, and the share of the running epoch."""
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda _done, _score, _share=0.0: None
@@ -425,7 +292,7 @@ def _bar(progress: bool | None, epochs: int, train: Iterable[Any]) -> Iterator[C
         task = bar.add_task("fine-tuning", total=epochs)
 
         def show(done: int, score: float | None, share: float = 0.0) -> None:
-            best = {} if score is None else {"description": f"epoch {done}/{epochs}: {score:.2f}"}
-            bar.update(task, completed=done + share, **best)
+            said = None if score is None else f"epoch {done}/{epochs}: {score:.2f}"
+            bar.update(task, completed=done + share, description=said)
 
-        yield partial(show)
+        yield show

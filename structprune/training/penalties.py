@@ -1,0 +1,292 @@
+"""Penalties that drive whole channels to zero while a model trains, to add to its loss.
+
+Each is built once, from the coupled groups of a model or from a plan, and then called with the live model: it finds the
+parameters by name, so that it goes on after the model was moved to another device, wrapped or loaded anew. Once
+channels were removed it raises, and has to be built again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.groups import Group
+from structprune.importance.weight import norm_scales
+from structprune.surgery.edits import Edits
+from structprune.wrapping import unwrapped
+
+Sizes = dict[str, tuple[int, ...]]
+
+
+def _trainable(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by name, tied ones under each of theirs."""
+    return dict(unwrapped(model).named_parameters(remove_duplicate=False))
+
+
+def _checked(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], made_from: str) -> dict[str, Tensor]:
+    """The live parameters of these names, in float32 if they are narrower.
+
+    Raises:
+        PlanError: one is gone, or has another shape: the model was pruned since.
+    """
+    live = _parameters(model)
+    found: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if name not in live:
+            raise PlanError(f"{type(model).__name__} has no parameter {name!r}. Give the model of the {made_from}.")
+        if tuple(live[name].shape) != shape:
+            raise PlanError(
+                f"{name!r} had the shape {list(shape)} when this penalty was built and has {list(live[name].shape)} "
+                f"now: the model was pruned since. Build the penalty again, from a new {made_from}."
+            )
+        narrow = live[name].dtype in (torch.float16, torch.bfloat16)
+        found[name] = live[name].float() if narrow else live[name]
+    return found
+
+
+class _Slices:
+    """The entries that go with each channel, over all groups: sums over them without a loop over channels.
+
+    Args:
+        graph: the coupled channels.
+        groups: those that count.
+        names: the parameters that count; None for all of floating point.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, groups: Iterable[Group] | None, names: frozenset[str] | None = None
+    ) -> None:
+        live = _parameters(graph.model)
+        found: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.channels = 0
+        for group in graph.groups() if groups is None else groups:
+            for member in group.members:
+                counts = names is None or member.tensor in names
+                if counts and member.tensor in live and _trainable(live[member.tensor]):
+                    entry = (member.positions, member.channels + self.channels)
+                    found.setdefault((member.tensor, member.dim), []).append(entry)
+            self.channels += group.channels
+        if not found:
+            raise PlanError("No parameter goes with any of the channels, so there is nothing to penalise.")
+        self._index = {
+            key: tuple(torch.from_numpy(np.concatenate(side)) for side in zip(*parts, strict=True))
+            for key, parts in found.items()
+        }
+        self.shapes: Sizes = {name: tuple(live[name].shape) for name, _ in found}
+        self._sizes = self._summed({name: torch.ones(shape) for name, shape in self.shapes.items()})
+
+    def sums(self, entries: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the entries that go with each channel; shape ``(channels,)``.
+
+        An entry that belongs to several dimensions of a channel counts once for each, as in `structprune.LnNorm`.
+        """
+        return self._summed(entries)
+
+    def sizes(self, device: torch.device) -> Tensor:
+        """How many entries go with each channel."""
+        self._sizes = self._sizes.to(device)
+        return self._sizes
+
+    def _summed(self, entries: Mapping[str, Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for (name, dim), index in self._index.items():
+            values = entries[name]
+            if index[0].device != values.device:
+                index = self._index[name, dim] = tuple(part.to(values.device) for part in index)
+            along = values.movedim(dim, 0).flatten(1).sum(1) if values.dim() > 1 else values
+            if total is None:
+                total = torch.zeros(self.channels, dtype=values.dtype, device=values.device)
+            part = torch.zeros(self.channels, dtype=values.dtype, device=values.device)
+            total = total + part.index_add(0, index[1], along[index[0]]).to(total.device, total.dtype)
+        assert total is not None
+        return total
+
+
+def _strength(strength: float) -> float:
+    if not strength >= 0:
+        raise PlanError(f"strength is {strength}; it must be at least 0.")
+    return strength
+
+
+class GroupLasso:
+    """The sum over all channels of the L2 norm of everything that goes with a channel, times the root of its size.
+
+    Yuan & Lin, Model Selection and Estimation in Regression with Grouped Variables, 2006 (equation 2.1, with the
+    penalty's usual weights). A group of variables is here a channel with all its coupled slices: filter, bias, norm,
+    the columns of its consumers. Where a norm is exactly zero, its gradient is taken as zero.
+
+    Args:
+        graph: the coupled channels of the model.
+        strength: the factor.
+        groups: those of ``graph.groups()`` to penalise; None for all. Where heads and their sizes are groups both, an
+            entry counts for both.
+
+    Raises:
+        PlanError: there is nothing to penalise, or strength is negative.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> penalty = GroupLasso(structprune.DependencyGraph(model, torch.randn(1, 2)), strength=1e-3)
+        >>> loss = model(torch.randn(8, 2)).square().mean() + penalty(model)
+        >>> loss.backward()
+    """
+
+    def __init__(self, graph: ChannelGraph, strength: float = 1e-4, groups: Iterable[Group] | None = None) -> None:
+        self.strength = _strength(strength)
+        self._slices = _Slices(graph, groups)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The penalty, a scalar.
+
+        Raises:
+            PlanError: the model was pruned since, or is another.
+        """
+        live = _checked(model, self._slices.shapes, "DependencyGraph")
+        squares = self._slices.sums({name: value.square() for name, value in live.items()})
+        # The root of zero has no gradient; what stands in its place must not be seen by it either.
+        alive = squares > 0
+        norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)
+        return self.strength * (norms * self._slices.sizes(norms.device).sqrt().to(norms.dtype)).sum()
+
+
+class NormScalePenalty:
+    """The sum of the absolute values of the scales that channels have in their batch norms.
+
+    Liu et al., Learning Efficient Convolutional Networks through Network Slimming, 2017 (equation 1, with g the
+    absolute value). Rank with ``importance="bn_scale"`` afterwards. Only channels that can be removed count.
+
+    Args:
+        graph: the coupled channels of the model.
+        strength: the factor.
+        kinds: of norms, as for `structprune.importance.NormScale`.
+        groups: those of ``graph.groups()`` to penalise; None for all.
+
+    Raises:
+        PlanError: no channel has such a scale, or strength is negative.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 3))
+        >>> penalty = NormScalePenalty(structprune.DependencyGraph(model, torch.randn(1, 1, 8, 8)), strength=0.5)
+        >>> float(penalty(model).detach())  # four scales of one
+        2.0
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        strength: float = 1e-4,
+        kinds: tuple[str, ...] = ("batch_norm",),
+        groups: Iterable[Group] | None = None,
+    ) -> None:
+        self.strength = _strength(strength)
+        self._slices = _Slices(graph, groups, norm_scales(graph, kinds))
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The penalty, a scalar.
+
+        Raises:
+            PlanError: the model was pruned since, or is another.
+        """
+        live = _checked(model, self._slices.shapes, "DependencyGraph")
+        return self.strength * self._slices.sums({name: value.abs() for name, value in live.items()}).sum()
+
+
+class GrowingRegularisation:
+    """Weight decay on the channels that a plan removes, growing until they are next to nothing.
+
+    Half of the coefficient times the sum of squares of all entries that the plan removes; each entry counts once. Wang
+    et al., Neural Pruning via Growing Regularization, 2021 (section 3.2, GReg-1: the coefficient grows by `increment`
+    every few iterations up to `ceiling`); there it weighs on the filters, here on everything that goes with a channel.
+    When `done`, train a little longer, then apply the plan.
+
+    Args:
+        plan: for the model as it is; nothing is removed yet.
+        increment: what each `step` adds to the coefficient.
+        ceiling: where it stops growing.
+
+    Raises:
+        PlanError: the plan removes nothing, or a number is not above 0.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+        >>> plan = structprune.plan(model, torch.randn(1, 2), ratio=0.5)
+        >>> penalty = GrowingRegularisation(plan, increment=0.5, ceiling=1.0)
+        >>> while not penalty.done:
+        ...     penalty.step()  # every five to ten iterations, with penalty(model) in the loss
+        >>> penalty.coefficient
+        1.0
+    """
+
+    def __init__(self, plan: Edits, increment: float = 1e-4, ceiling: float = 1.0) -> None:
+        for name, value in (("increment", increment), ("ceiling", ceiling)):
+            if not value > 0:
+                raise PlanError(f"{name} is {value}; it must be above 0.")
+        self.increment, self.ceiling, self.coefficient = increment, ceiling, 0.0
+        self._stays: dict[str, dict[int, Tensor]] = {}
+        for thinning in plan.thinnings:
+            stays = torch.ones(thinning.size)
+            stays[list(thinning.removed)] = 0
+            self._stays.setdefault(thinning.tensor, {})[thinning.dim] = stays
+        if not self._stays:
+            raise PlanError("The plan removes nothing, so there is nothing to penalise.")
+
+    @property
+    def done(self) -> bool:
+        """Whether the coefficient has reached the ceiling."""
+        return self.coefficient >= self.ceiling
+
+    def step(self, *_: Any) -> None:
+        """Let the coefficient grow; arguments, such as the number of an epoch, are ignored."""
+        self.coefficient = min(self.ceiling, self.coefficient + self.increment)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The penalty, a scalar.
+
+        Raises:
+            PlanError: the model was pruned since, or is another.
+        """
+        parameters = _parameters(model)
+        wanted = {
+            name: tuple(stays[dim].numel() if dim in stays else size for dim, size in enumerate(parameters[name].shape))
+            for name, stays in self._stays.items()
+            if name in parameters and _trainable(parameters[name])  # buffers are thinned too
+        }
+        if not wanted:
+            raise PlanError(f"{type(model).__name__} has none of the plan's parameters. Give the model of the plan.")
+        total: Tensor | None = None
+        for name, value in _checked(model, wanted, "plan").items():
+            part = (value.square() * (1 - self._kept(name, value))).sum()
+            total = part if total is None else total + part.to(total.device, total.dtype)
+        assert total is not None
+        return 0.5 * self.coefficient * total
+
+    def _kept(self, name: str, like: Tensor) -> Tensor:
+        """One where an entry stays, zero where the plan removes it; of a shape that fits by broadcasting."""
+        result = like.new_ones(())
+        for dim, stays in self._stays[name].items():
+            if stays.device != like.device:
+                self._stays[name][dim] = stays.to(like.device)
+            shape = [-1 if d == dim else 1 for d in range(like.dim())]
+            result = result * self._stays[name][dim].to(like.dtype).view(shape)
+        return result
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint needs: the coefficient."""
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.coefficient = float(state["coefficient"])

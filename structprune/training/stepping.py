@@ -1,0 +1,155 @@
+"""One step of `finetune`: the loss of a batch, the gradient, the optimizer, the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from structprune.errors import PlanError
+from structprune.importance.data import call_on_batch
+from structprune.tracing.trace import map_tensors
+from structprune.training.distillation import distillation_loss
+from structprune.training.evaluation import logits_of
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `finetune` was asked for."""
+
+    epochs: int
+    soft: float
+    temperature: float
+    warmup: float
+    clip: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise PlanError(f"epochs is {self.epochs}; it takes at least 1.")
+        for name, value in (("soft", self.soft), ("warmup", self.warmup)):
+            if not 0 <= value <= 1:
+                raise PlanError(f"{name} is {value}; it is a share from 0 to 1.")
+
+    def factor(self, done: float) -> float:
+        """The share of the peak learning rate when this share of all steps is done."""
+        if done < self.warmup:
+            return done / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - self.warmup) / max(1e-12, 1 - self.warmup))))
+
+
+def sgd(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+    """SGD that leaves biases, scales and shifts without decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise PlanError("No parameter of the model requires a gradient, so there is nothing to train.")
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, nesterov=True)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def precision_of(amp: bool | torch.dtype) -> torch.dtype | None:
+    """The type to compute in by autocast, or None."""
+    if isinstance(amp, torch.dtype):
+        return amp
+    return torch.bfloat16 if amp else None
+
+
+@dataclass
+class Step:
+    """One step of the optimizer on one batch."""
+
+    model: nn.Module
+    loss: Loss
+    teacher: nn.Module | None
+    penalty: Callable[[nn.Module], Tensor] | None
+    optimizer: Optimizer
+    settings: Settings
+    precision: torch.dtype | None
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = _device(self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._output: Any = None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision to compute in."""
+        if self.precision is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+    def moved(self, batch: Any) -> Any:
+        """The batch on the model's device."""
+        return map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+
+    def __call__(self, batch: Any, done: float) -> Tensor:
+        """The loss of the batch; `done` is the share of all steps that came before."""
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.settings.factor(done)
+        batch = self.moved(batch)
+        value = self._total(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(value).backward()
+        if self.settings.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.settings.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return value.detach()
+
+    def _total(self, batch: Any) -> Tensor:
+        with self.autocast():
+            value = self.loss(self.model, batch) if self.teacher is None else self._taught(self.teacher, batch)
+            if self.penalty is not None:
+                value = value + self.penalty(self.model)
+        return value
+
+    def _taught(self, teacher: nn.Module, batch: Any) -> Tensor:
+        with torch.no_grad():
+            wanted = logits_of(call_on_batch(teacher, batch))
+        handle = self.model.register_forward_hook(self._look)
+        try:
+            hard = self.loss(self.model, batch)
+        finally:
+            handle.remove()
+        output, self._output = self._output, None
+        if output is None:
+            raise PlanError("loss= did not call the model that it was given, so there are no logits to teach.")
+        taught = distillation_loss(logits_of(output), wanted, temperature=self.settings.temperature)
+        return (1 - self.settings.soft) * hard + self.settings.soft * taught
+
+    def _look(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._output = output
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """State dicts of the optimizer, of the loss scaling, and of a penalty that has one."""
+        held = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state_dict = getattr(self.penalty, "state_dict", None)
+        return held if state_dict is None else {**held, "penalty": state_dict()}
+
+    def load(self, state: Any) -> None:
+        """Go on from what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        load = getattr(self.penalty, "load_state_dict", None)
+        if load is not None:
+            load(state["penalty"])

@@ -146,8 +146,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"ResNet-56 on CIFAR-10, pruned by `structprune.Reconstruction` and recovered on {CALIBRATION:,} training "
         "images without labels, then `structprune.training.finetune`: SGD, bfloat16, crops and flips, soft labels of "
         "the dense network (temperature 4). 45,000 training images to train on, 5,000 to choose the epoch by (the "
-        "dense network, which comes ready, was trained on all of them, so the validation figure flatters); the test set "
-        f"is measured once. To reach: {GOAL} %, which torch-pruning publishes at 2.11x, from a dense network of 93.53 %. "
+        "dense network, which comes ready, was trained on all of them, so the validation figure flatters); the test "
+        f"set is measured once. To reach: {GOAL} %, which torch-pruning publishes at 2.11x, from a dense network of "
+        "93.53 %. "
         "The figures of 10 epochs are from a CPU, since no GPU was at hand.",
         "",
         "| epochs | device | x fewer MACs | x fewer parameters | dense | recovered, not trained | fine-tuned "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from structprune.errors import LoadError, PlanError
 from structprune.training import WeightAverage, finetune, split
 
 CLASSES = 3
+PAGE = Path(__file__).parent.parent / "docs" / "finetuning.md"
 
 
 def network() -> nn.Module:
@@ -376,3 +378,34 @@ def test_split_parts_everything_and_leaves_the_generator() -> None:
     for count, share in ((100, 0.0), (100, 1.0), (1, 0.5)):
         with pytest.raises(PlanError, match="leaves a side empty"):
             split(count, share)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_runs_as_it_stands() -> None:
+    torch.manual_seed(0)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 6
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+
+
+def test_a_progress_bar_is_drawn_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    run(network(), epochs=2, progress=True)
+    drawn = capsys.readouterr().err
+    assert "epoch 2/2" in drawn
+    run(network(), epochs=1, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine")
+@pytest.mark.parametrize("amp", [False, torch.bfloat16, torch.float16])
+def test_on_a_gpu(tmp_path: Path, amp: Any) -> None:
+    model = network().cuda()
+    options = {"amp": amp, "ema": 0.5, "teacher": network().cuda(), "checkpoint": tmp_path, "clip": 1.0}
+    result = run(model, epochs=6, **options)
+    assert result.score > 70
+    assert run(network().cuda(), epochs=6, **options) == result
+    assert {p.device.type for p in model.parameters()} == {"cuda"}

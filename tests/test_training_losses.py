@@ -116,6 +116,34 @@ def test_features_are_compared_on_the_channels_that_are_left() -> None:
     assert dense[0].weight.grad is None
 
 
+def test_channels_of_layers_without_a_bias() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 8)
+            self.up = nn.ConvTranspose1d(8, 6, 3, bias=False)
+            self.mix = nn.Linear(6, 10, bias=False)
+            self.norm = nn.LayerNorm(10, bias=False)
+            self.head = nn.Linear(10, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.norm(self.mix(self.up(self.embed(ids).transpose(1, 2)).transpose(1, 2))))
+
+    torch.manual_seed(0)
+    ids = torch.arange(4)[None]
+    dense = Mixed()
+    for layer in ("embed", "up", "mix"):
+        # Only this layer's channels go, so that in front of it nothing has changed.
+        slim = structprune.prune(dense, ids, ratio={layer: 0.5}, round_to=1)
+        assert slim.get_submodule(layer).weight.numel() * 2 == dense.get_submodule(layer).weight.numel()
+        with FeatureDistillation(slim, dense, [layer]) as features:
+            slim(ids), dense(ids)
+            assert float(features.loss().detach()) < 1e-12
+    with FeatureDistillation(slim, dense, ["norm"]) as features:  # its mean is one over other channels now
+        slim(ids), dense(ids)
+        assert float(features.loss().detach()) > 1e-3
+
+
 def test_feature_hooks_go_and_errors_say_what_is_missing() -> None:
     dense = convolutional()
     slim = structprune.prune(dense, X, ratio=0.5)

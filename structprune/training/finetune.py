@@ -88,7 +88,8 @@ def finetune(
 
     SGD with Nesterov's momentum, a linear warm-up, then a cosine down to zero. The best epoch is chosen by `validate`:
     give a part of the training data that is not trained on (see `split`), never the test set. Mode, flags of gradients,
-    and random generators are afterwards as they were; of a teacher everything is.
+    and random generators are afterwards as they were; of a teacher everything is. It is for a single process: in a
+    distributed run use the losses in a loop of your own.
 
     Args:
         model: on the device to train on; its parameters that require gradients are trained.
@@ -201,20 +202,23 @@ class _Run:
         length = getattr(self.train, "__len__", None)
         # Without a length the rate changes from epoch to epoch only.
         steps = length() if length is not None else math.inf
-        total = torch.zeros((), dtype=torch.float64)
+        losses: list[Tensor] = []
         count = 0
         for number, batch in enumerate(self.train):
             done = (epoch + min(1.0, (number + 0.5) / steps)) / self.settings.epochs
-            value, size = self.step(batch, done), size_of(batch)
+            size = size_of(batch)
+            losses.append(self.step(batch, done) * size)
             if self.average is not None:
                 self.average.update(self.model)
-            total, count = total + value.double().cpu() * size, count + size
+            count += size
             shown(epoch, None, (number + 1) / steps)
         if not count:
             raise PlanError("train holds no batch. If it is a generator, give something that can be started again.")
-        if not bool(torch.isfinite(total)):
-            raise PlanError(f"The loss of epoch {epoch + 1} is {float(total)}. Lower lr, or give clip=1.0.")
-        return float(total) / count
+        # Read once an epoch: each reading would wait for the device.
+        mean = float(torch.stack(losses).cpu().double().sum()) / count
+        if not math.isfinite(mean):
+            raise PlanError(f"The loss of epoch {epoch + 1} is {mean}. Lower lr, or give clip=1.0.")
+        return mean
 
     def _score(self) -> float:
         """Validate, and keep the weights if they are the best so far."""

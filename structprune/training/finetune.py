@@ -106,7 +106,8 @@ def finetune(
         penalty: called with the model, returns a scalar to add to the loss (see `GroupLasso`). What it holds in
             ``state_dict`` goes into the checkpoint.
         optimizer: over the model's parameters, in place of SGD; its rates are the peaks of the schedule.
-        lr: peak learning rate of SGD.
+        lr: peak learning rate of SGD. Soft labels pull on every sample, also on those that are classified rightly
+            already, so with a teacher a lower rate (a half, say) does what this one does without.
         weight_decay: of SGD, for parameters with two dimensions or more.
         warmup: share of all steps before the peak.
         clip: largest norm of the gradient.

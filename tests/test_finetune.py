@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from structprune.errors import LoadError, PlanError
-from structprune.training import WeightAverage, finetune, split
+from structprune.training import finetune
 
 CLASSES = 3
-PAGE = Path(__file__).parent.parent / "docs" / "finetuning.md"
 
 
 def network() -> nn.Module:
@@ -192,27 +190,6 @@ def test_bfloat16_runs_the_model_in_bfloat16() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-# -- averages ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_average_is_the_recursion_of_its_definition() -> None:
-    model = nn.BatchNorm1d(2)
-    average = WeightAverage(model, 0.5)
-    wanted = np.ones(2)
-    for step in range(20):
-        with torch.no_grad():
-            model.weight.fill_(float(step))
-            model.num_batches_tracked += 1
-        average.update(model)
-        decay = min(0.5, (1 + step) / (10 + step))
-        wanted = decay * wanted + (1 - decay) * step
-    np.testing.assert_allclose(average.values["weight"].numpy(), wanted, rtol=1e-5)
-    assert int(average.values["num_batches_tracked"]) == 20
-    with average.lent(model):
-        np.testing.assert_allclose(model.weight.detach().numpy(), wanted, rtol=1e-5)
-    assert float(model.weight.detach()[0]) == 19
-
-
 def test_an_average_is_what_is_validated_and_kept() -> None:
     model = network()
     seen: list[dict[str, Tensor]] = []
@@ -365,31 +342,6 @@ def test_no_data_and_nothing_to_train() -> None:
         finetune(network().requires_grad_(False), loaders()[0], [], epochs=1)
     with pytest.raises(PlanError, match="no loss to train on"):
         finetune(nn.Identity(), [torch.randn(2, 2)], [], epochs=1, optimizer=torch.optim.SGD([torch.ones(1)], 0.1))
-
-
-def test_split_parts_everything_and_leaves_the_generator() -> None:
-    before = torch.get_rng_state()
-    train, held = split(100, 0.2, seed=4)
-    assert sorted([*train.tolist(), *held.tolist()]) == list(range(100))
-    assert len(held) == 20
-    assert not torch.equal(held, split(100, 0.2, seed=5)[1])
-    assert torch.equal(held, split(100, 0.2, seed=4)[1])
-    assert torch.equal(torch.get_rng_state(), before)
-    for count, share in ((100, 0.0), (100, 1.0), (1, 0.5)):
-        with pytest.raises(PlanError, match="leaves a side empty"):
-            split(count, share)
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_runs_as_it_stands() -> None:
-    torch.manual_seed(0)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 6
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
 
 
 def test_a_progress_bar_is_drawn_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

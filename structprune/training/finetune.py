@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,6 +20,7 @@ from structprune.importance.data import size_of
 from structprune.training.average import WeightAverage, fill, tensors_of
 from structprune.training.checkpoint import State, restore, store
 from structprune.training.evaluation import default_loss, score_of
+from structprune.training.progress import bar
 from structprune.training.repeatable import begin_epoch, preserved
 from structprune.training.stepping import Loss, Settings, Step, precision_of, sgd
 
@@ -148,7 +148,7 @@ def finetune(
         if teacher is not None:
             stack.enter_context(_modes_kept(teacher))
             teacher.eval()
-        shown = stack.enter_context(_bar(progress, epochs))
+        shown = stack.enter_context(bar(progress, epochs))
         run.go(on_epoch, shown)
     return Finetuned(run.best, run.best_epoch, tuple(run.history))
 
@@ -276,28 +276,3 @@ class _Run:
             self.average.values = {name: value.to(device) for name, value in state.tensors["average"].items()}
             self.average.updates = state.record["updates"]
         self.step.load(state.optimizer)
-
-
-# -- progress ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _bar(progress: bool | None, epochs: int) -> Generator[Callable[..., None]]:
-    """A function of the epochs done, a score if there is a new one, and the share of the running epoch."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda _done, _score, _share=0.0: None
-        return
-    # Here, since importing rich takes longer than most plans.
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
-        task = bar.add_task("fine-tuning", total=epochs)
-
-        def show(done: int, score: float | None, share: float = 0.0) -> None:
-            said = None if score is None else f"epoch {done}/{epochs}: {score:.2f}"
-            bar.update(task, completed=done + share, description=said)
-
-        yield show

@@ -1,6 +1,6 @@
 """structprune: trained PyTorch networks made smaller and faster by removing whole channels."""
 
-from structprune import training
+from structprune import training as training
 from structprune.api import plan, prune
 from structprune.benchmark import Benchmark, benchmark, layer_times
 from structprune.channels.rules.opaque import register_module_rule
@@ -65,6 +65,5 @@ __all__ = [
     "report",
     "save",
     "sensitivity",
-    "training",
     "verify",
 ]

@@ -38,6 +38,8 @@ class OnnxInfo:
         digests: Of the plans by which the model was pruned (`Plan.digest`), the first one first.
         before: Cost of the model before the first plan, on the example inputs of that plan; None if it was not pruned.
         after: Cost behind the last plan, on the example inputs of that one.
+
+    See `structprune.onnx_info` for an example.
     """
 
     path: Path

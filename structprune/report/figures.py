@@ -133,6 +133,17 @@ def plot_recovery(recovery: Recovery, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         MissingExtraError: Matplotlib is not installed.
+
+    Example:
+        >>> import tempfile, torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> data = [torch.randn(64, 4)]
+        >>> plan = structprune.plan(model, data[0], ratio=0.5)
+        >>> slim = structprune.recover(plan.apply(model), model, data)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     figure = plot_recovery(structprune.recovery_report(slim), f"{folder}/recovery.png")
+        ...     figure.exists()
+        True
     """
     return _drawn([(row.layer, (row.before, row.after)) for row in recovery.layers], "relative error", path)
 
@@ -151,6 +162,13 @@ def plot_graph(
     Raises:
         MissingExtraError: Matplotlib is not installed.
         TraceError: the forward cannot be recorded.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_graph(model, torch.randn(1, 4), f"{folder}/graph.png").exists()
+        True
     """
     graph = ChannelGraph(model, example_inputs, outputs=None if plan is None else plan.outputs)
     drawing = Drawing(graph, network_of(graph), *counts(graph, plan))

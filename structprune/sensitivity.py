@@ -19,7 +19,8 @@ from structprune.dependency_graph import DependencyGraph
 from structprune.errors import MissingExtraError, PlanError
 from structprune.graph import Layer
 from structprune.groups import Group
-from structprune.importance.base import Importance, check_scores, importance_of
+from structprune.importance.base import Importance, check_scores, fitted
+from structprune.importance.data import Batches, Forward, Loss
 from structprune.planning import plan_removal, tensors_of
 from structprune.tracing.trace import ExampleInputs
 
@@ -144,6 +145,9 @@ def sensitivity(
     *,
     ratios: Sequence[float] = RATIOS,
     importance: str | Importance = "l2",
+    data: Iterable[Any] | Batches | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
     ignore: Iterable[Layer] = (),
     checkpoint: str | Path | None = None,
     progress: bool = False,
@@ -158,13 +162,17 @@ def sensitivity(
             the perplexity).
         ratios: shares of the channels to remove.
         importance: which channels go first; see `structprune.plan`.
+        data: an iterable of batches, for criteria that look at data; see `structprune.plan`.
+        loss: called with the model and a batch, returns a scalar; for criteria that need gradients.
+        forward: called with the model and a batch; see `structprune.plan`.
         ignore: layers (modules or dotted names) to leave whole.
         checkpoint: a JSON file to which each group is written once it is measured, and from which a run that was cut
             short goes on.
         progress: whether to draw a progress bar.
 
     Raises:
-        PlanError: a ratio is no share, or the checkpoint belongs to another model or other ratios.
+        PlanError: a ratio is no share, the checkpoint belongs to another model or other ratios, or the criterion needs
+            data or a loss that is not given.
 
     Example:
         >>> import torch, structprune
@@ -178,7 +186,7 @@ def sensitivity(
         raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
     graph = DependencyGraph(model, example_inputs, ignore=ignore)
     done = _resumed(checkpoint)
-    score, tensors = importance_of(importance), tensors_of(graph)
+    score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
     counts = {group: _kept(group, ratios, graph.bounds(group)) for group in graph.groups()}
     groups = [group for group, kept in counts.items() if kept]
     grid = [counts[group] for group in groups]

@@ -16,6 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only what stands above it; those of one line do not import each other.
 ORDER = (
     ("errors", "hardware"),
+    ("errors",),
+    ("ranks",),
     ("wrapping",),
     ("tracing",),
     ("channels",),

@@ -86,6 +86,30 @@ def test_a_plan_takes_what_hurts_least_and_measures_nothing_anew(model: Net) -> 
         structprune.plan(nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 2)), X, scope=found, target={"macs": 0.5})
 
 
+def test_criteria_that_look_at_data_are_fitted_once(model: Net) -> None:
+    before, metric, passes = snapshot(model), Metric(model), []
+
+    class Data:
+        def __iter__(self):
+            passes.append(1)
+            return iter([X])
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    found = structprune.sensitivity(model, X, X, metric, ratios=(0.5,), importance="taylor", data=Data(), loss=loss)
+    assert_untouched(model, before)
+    assert len(passes) == 1
+    for curve, layer in zip(found.curves, ("vital", "idle"), strict=True):
+        slim = structprune.prune(model, X, ratio={layer: 0.5}, importance="taylor", data=[X], loss=loss, round_to=1)
+        assert curve.metric[0] == pytest.approx(metric(slim, X), abs=1e-6)
+    assert found != structprune.sensitivity(model, X, X, metric, ratios=(0.5,))
+    with pytest.raises(PlanError, match="pass loss="):
+        structprune.sensitivity(model, X, X, metric, importance="taylor", data=[X])
+    with pytest.raises(PlanError, match="pass data="):
+        structprune.sensitivity(model, X, X, metric, importance="flap")
+
+
 def test_a_run_that_was_cut_short_goes_on(model: Net, tmp_path: Path) -> None:
     file = tmp_path / "sensitivity.json"
 

@@ -92,6 +92,8 @@ class ActivationCriterion(ABC, Unfitted):
                 weights[seen.number] = columns(seen)
 
         look(graph, batches, sites.taps, visit)
+        for gathered in sums:
+            gathered.reduce()
         scores = [
             self.position_scores({str(name): value for name, value in s.tensors.items()}, weight)
             for s, weight in zip(sums, weights, strict=True)

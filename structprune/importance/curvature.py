@@ -60,6 +60,7 @@ def _weight_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: in
             for name, diagonal in zip(parameters, found, strict=True):
                 sums.add(name, diagonal)
             sums.add("", torch.tensor(float(samples)))
+        sums.reduce()
         return {name: sums[name] / float(sums[""]) for name in parameters}
 
 
@@ -88,6 +89,7 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
 
     with sdpa_kernel(SDPBackend.MATH):
         descend(graph, batches, gates.sites.taps, place, None, after)
+    sums.reduce()
     return gates, sums["sum"] / sums["count"]
 
 

@@ -115,6 +115,7 @@ def gate_sums(graph: ChannelGraph, batches: Batches, function: Callable[[Tensor]
         sums.add("count", torch.tensor(float(samples)))
 
     descend(graph, batches, gates.sites.taps, placed.place, None, after)
+    sums.reduce()
     return gates, sums["sum"] / sums["count"]
 
 
@@ -178,6 +179,7 @@ def weight_gradients(graph: ChannelGraph, batches: Batches, *, squares: bool = F
                 wide = gradient.double() if gradient.device.type != "mps" else gradient
                 sums.add(name, wide.square() if squares else wide)
             sums.add("", torch.tensor(float(samples)))
+        sums.reduce()
         return {name: sums[name] / float(sums[""]) for name in parameters}
 
 

@@ -220,6 +220,7 @@ class OBS(Unfitted):
         sites = Sites(graph, each_edge=True, weighted=True)
         moments = _Moments(sites)
         look(graph, batches, sites.taps, lambda seen, _: moments.add(seen))
+        moments.sums.reduce()
         return _QuadraticScores(sites, moments.layers(), moments.inputs(), None, True, self.damping, 1.0, self.reduce)
 
 
@@ -309,6 +310,7 @@ class KFAC(Unfitted):
             shifts.clear()
 
         descend(graph, batches, sites.taps, moments.add, shifted, after)
+        moments.sums.reduce()
         outputs = [moments.sums["output", n] / float(moments.sums["count", n]) for n in range(len(sites.taps))]
         return _QuadraticScores(
             sites, moments.layers(), moments.inputs("samples"), outputs, self.inverse, self.damping, 0.5, self.reduce

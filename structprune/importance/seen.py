@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from structprune.errors import PlanError
+from structprune.ranks import all_summed
 
 
 class Sums:
-    """Named sums over data. Those of other data, or of another rank, are added by `merge`.
+    """Named sums over data. Those of other data are added by `merge`, those of other ranks by `reduce`.
 
     Example:
         >>> import torch
@@ -40,6 +41,10 @@ class Sums:
         for name, value in other.tensors.items():
             self.add(name, value)
         return self
+
+    def reduce(self) -> None:
+        """Add the sums of all ranks, where ``torch.distributed`` is in use; every rank has to call it."""
+        self.tensors = all_summed(self.tensors)
 
     def __getitem__(self, name: Hashable) -> Tensor:
         return self.tensors[name]

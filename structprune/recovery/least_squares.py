@@ -6,16 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
+
+from structprune.ranks import all_reduced
 
 RIDGES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
-
-
-def all_reduced(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all ranks, where ``torch.distributed`` is in use; else itself."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 @dataclass(slots=True)

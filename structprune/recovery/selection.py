@@ -17,9 +17,9 @@ from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
+from structprune.ranks import all_reduced
 from structprune.recovery.contraction import ARGUMENTS, Contraction, apply_matrix, argument, contraction
 from structprune.recovery.elimination import View, eliminate
-from structprune.recovery.least_squares import all_reduced
 from structprune.recovery.lockstep import Event, Lane, Side, Stop, lanes, operations
 from structprune.recovery.recover import inputs_of
 from structprune.tracing.state import lent, shield

@@ -12,7 +12,8 @@ from structprune.channels.solver import Mask
 from structprune.graph import ChannelGraph
 from structprune.recovery.consumers import Consumer, kept_of
 from structprune.recovery.contraction import Contraction, apply_matrix, argument, contraction
-from structprune.recovery.least_squares import Solution, Sums, all_reduced, fit
+from structprune.ranks import all_reduced
+from structprune.recovery.least_squares import Solution, Sums, fit
 from structprune.recovery.lockstep import Event, Stop
 from structprune.recovery.report import LayerRecovery
 

@@ -8,14 +8,13 @@ the prediction is from what is measured. Run from the root: ``python benchmarks/
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import RESULTS
-from harness.cifar import accuracy, load_resnet, train_images
+from harness.cifar import accuracy, load_resnet, recalibrated, train_images
 from support.torchvision_shim import make_torchvision_importable
 from torch import Tensor, nn
 
@@ -24,20 +23,6 @@ from structprune.latency.cache import processor
 from structprune.latency.measure import DeviceTimer
 
 FILE = RESULTS / "latency.json"
-
-
-@torch.no_grad()
-def recalibrated(model: nn.Module, images: Tensor, size: int = 256) -> nn.Module:
-    """A copy whose batch norms have the statistics of `images`."""
-    model = copy.deepcopy(model).eval()
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    for batch in images.split(size):
-        model(batch)
-    return model.eval()
 
 
 def accuracies(model: nn.Module, images: Tensor) -> dict[str, float]:

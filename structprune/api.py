@@ -87,7 +87,8 @@ def plan(
             a dict of keyword arguments.
         ignore: layers (modules or dotted names) to leave whole.
         scope: ``"local"``: each group loses the ratio; ``"global"``: all compete; ``"isomorphic"``: groups of the same
-            structure compete; or sets of layer names or patterns: the layers of a set compete; or a
+            structure compete; ``"per_cost"`` (with a target): all compete by their scores as they are, over what a
+            channel saves of the target; or sets of layer names or patterns: the layers of a set compete; or a
             `structprune.Sensitivity`. By default ``"local"``, with a target of latency ``"global"``: there, and with a
             sensitivity, what is lost is weighed against the time that is saved.
         axes: which kinds of channels may go: any of ``"hidden"`` (the width of a residual stream), ``"mlp"``,

@@ -12,7 +12,8 @@ from structprune.allocation.factors import check_axes, thinned_groups
 from structprune.allocation.knapsack import Knapsack, Piece
 from structprune.allocation.ratios import Ratio, as_json, ratio_of
 from structprune.allocation.rounding import Rounding
-from structprune.allocation.scopes import Curves, Scope, Steps, Unit, check_scope, lost, steps_of
+from structprune.allocation.savings import savings
+from structprune.allocation.scopes import Curves, Scope, Steps, Unit, Worth, check_scope, lost, steps_of
 from structprune.allocation.scopes import as_json as scope_as_json
 from structprune.allocation.targets import Kept, Target, amounts, kept_for, target_of
 from structprune.channels.relations import Ids
@@ -20,7 +21,7 @@ from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
-from structprune.importance.base import Importance, check_scores
+from structprune.importance.base import Importance, check_scores, comparable
 from structprune.latency.predict import Moved, TimeModel
 from structprune.latency.specs import Use
 from structprune.latency.widths import Widths
@@ -50,6 +51,8 @@ class Request:
             )
         if isinstance(self.scope, Curves) and self.target is None:
             raise PlanError("Curves as a scope say what thinning costs, not how much is to go: give a target as well.")
+        if self.scope == "per_cost" and self.target is None:
+            raise PlanError("scope='per_cost' weighs importance against what is saved: give a target, not a ratio.")
 
 
 class Decision:
@@ -90,10 +93,10 @@ class Decision:
         if request.scope != "local":
             self._rank(groups)
         units = _units(graph, groups, feasible)
-        if time is not None and (request.scope == "global" or isinstance(request.scope, Curves)):
+        if time is not None and (request.scope in ("global", "per_cost") or isinstance(request.scope, Curves)):
             steps = self._by_time(units, request.scope, time)
         else:
-            steps = steps_of(units, self._scores, request.scope, graph.roles, apart=ratio)
+            steps = steps_of(units, self._scores, request.scope, graph.roles, ratio, self._worth(request))
         if target is None:
             kept = steps.kept_at(ratio)
         else:
@@ -110,13 +113,19 @@ class Decision:
         self._before = self._amounts({})
         return target_of(request.target, self._before)
 
+    def _worth(self, request: Request) -> Worth:
+        if request.scope == "per_cost":
+            return Worth(False, savings(self._graph, request.target or (), self._tensors))
+        return Worth(request.scope != "isomorphic" and not comparable(self._score))
+
     def _by_time(self, units: Sequence[Unit], scope: Scope, time: TimeModel) -> Steps:
         """The steps in the order that loses least importance for the time that it saves."""
+        relative = scope != "per_cost" and not comparable(self._score)
 
         def loss(group: Group, counts: np.ndarray) -> np.ndarray:
             if isinstance(scope, Curves):
                 return scope.depth(group, counts[-2::-1])
-            return np.cumsum(lost(self._scores[group], np.diff(counts)[::-1], relative=True))
+            return np.cumsum(lost(self._scores[group], np.diff(counts)[::-1], relative))
 
         losses = [
             np.sum([loss(group, unit.counts[:, i]) for i, group in enumerate(unit.groups)], axis=0) for unit in units

@@ -16,7 +16,7 @@ from structprune.decision import Decision, Request
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
-from structprune.importance.base import Importance
+from structprune.importance.base import Importance, comparable
 from structprune.latency.measure import DeviceTimer, Latency, Timer
 from structprune.latency.predict import TimeModel, calibrated
 from structprune.latency.specs import uses
@@ -35,6 +35,7 @@ class _Remembered:
 
     def __init__(self, score: Importance) -> None:
         self._score = score
+        self.comparable = comparable(score)
         self._known: dict[Group, Tensor] = {}
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:

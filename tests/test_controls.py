@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +11,10 @@ from support import oracle
 from torch import Tensor, nn
 
 import structprune
+from structprune.allocation.savings import savings
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
+from structprune.groups import Group
+from structprune.importance import PerLayer
 
 IMAGE = torch.randn(2, 3, 12, 12)
 
@@ -242,6 +245,63 @@ def test_global_scope_leaves_something_everywhere() -> None:
     assert min(width for name, width in found.items() if name != "head.weight") >= 12
 
 
+def chain(first: int = 8, second: int = 6) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 20))
+
+
+# By hand, for a channel of each hidden layer: multiply-accumulates, weights with their biases, and one.
+SAVED = {"macs": (4 + 6, 8 + 20), "params": (4 + 1 + 6, 8 + 1 + 20), "channels": (1, 1)}
+WHOLE = {"macs": 4 * 8 + 8 * 6 + 6 * 20, "params": 40 + 54 + 140, "channels": 14}
+
+
+class Given:
+    """Scores by the name of the group."""
+
+    scores: ClassVar = {"0": torch.arange(8.0).add(1), "2": torch.arange(6.0).mul(3.3).add(2)}
+
+    def __call__(self, group: Group, tensors: Any) -> Tensor:
+        return self.scores[group.name]
+
+
+def gone(plan: structprune.Plan) -> set[tuple[str, int]]:
+    """The channels of the hidden layers that go."""
+    found = ((tensor.split(".")[0], i) for tensor, dims in plan.removed.items() for i in dims.get(0, ()))
+    return set(found)
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_per_cost_takes_what_loses_least_for_what_it_saves(kind: str) -> None:
+    model, x = chain(), torch.randn(1, 4)
+    shares = savings(structprune.DependencyGraph(model, x), [kind], dict(model.named_parameters()))
+    by_hand = dict(zip(("0", "2"), SAVED[kind], strict=True))
+    assert {group.name: share * WHOLE[kind] for group, share in shares.items()} == pytest.approx(by_hand)
+    order = sorted(
+        (float(s) / by_hand[name], name, i) for name, all_ in Given.scores.items() for i, s in enumerate(all_)
+    )
+    first = {(name, i) for _, name, i in order[:7]}
+    assert {name for name, _ in first} == {"0", "2"}
+    left = {name: len(all_) - sum(name == other for other, _ in first) for name, all_ in Given.scores.items()}
+    cost = structprune.cost(chain(left["0"], left["2"]), x)
+    target = {"macs": cost.macs, "params": cost.params, "channels": 7}[kind]
+    plan = structprune.plan(model, x, importance=Given(), scope="per_cost", target={kind: target}, round_to=1)
+    assert gone(plan) == first
+    with pytest.raises(PlanError, match="give a target, not a ratio"):
+        structprune.plan(model, x, scope="per_cost")
+
+
+def test_the_global_scope_takes_normalised_scores_as_they_are() -> None:
+    """Divided by their mean, which is zero, scores of mean zero would be noise."""
+    model, x = chain(), torch.randn(1, 4)
+    importance = PerLayer(Given(), "standard")
+    order = sorted(
+        (float(score), name, i)
+        for name, scores in Given.scores.items()
+        for i, score in enumerate((scores - scores.mean()) / scores.std(correction=0))
+    )
+    plan = structprune.plan(model, x, importance=importance, scope="global", target={"channels": 9 / 14}, round_to=1)
+    assert gone(plan) == {(name, i) for _, name, i in order[:5]}
+
+
 # -- axes -------------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +363,7 @@ def test_outputs_that_need_not_keep_their_shape_free_their_channels() -> None:
 # -- targets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
+@pytest.mark.parametrize("scope", ["local", "global", "isomorphic", "per_cost"])
 @pytest.mark.parametrize(("name", "share"), [("macs", 0.5), ("params", 0.3), ("channels", 0.6), ("memory", 0.6)])
 def test_a_target_is_met_closely(name: str, share: float, scope: Any) -> None:
     torch.manual_seed(0)

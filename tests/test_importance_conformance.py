@@ -28,7 +28,7 @@ COMPOSED = {
 ALL = {**CRITERIA, **COMPOSED}
 WITHOUT_DATA = {"l1", "l2", "linf", "random", "lamp", "bn_scale", "fpgm", "geometric_median", "cosine", "penalty"}
 WITHOUT_LOSS = WITHOUT_DATA | {
-    "activation_mean", "activation_l2", "apoz", "hrank", "wanda", "flap", "tvs", "obs", "product", "rank",
+    "activation_mean", "activation_l2", "apoz", "hrank", "wanda", "wanda_square", "flap", "tvs", "obs", "product", "rank",
 }  # fmt: skip
 # Random signs meet other weights when channels change places; test_importance_curvature.py shows what they converge to.
 BY_CHANCE = {"random", "obd_hutchinson", "obd_gates"}

@@ -109,6 +109,13 @@ def test_flap(net: Chain) -> None:
     assert first(net, "flap") == pytest.approx(expected)
 
 
+def test_wanda_to_the_second_power(net: Chain) -> None:
+    """The mean square of what each weight adds to the outputs, summed."""
+    maps, weight = features(net), net.second.weight.detach()
+    expected = [sum(float((w * maps[:, c]).square().mean()) for w in weight[:, c].flatten().tolist()) for c in range(4)]
+    assert first(net, "wanda_square") == pytest.approx(expected)
+
+
 def test_wanda_of_a_grouped_convolution() -> None:
     """A channel stands in each convolution group at the same place; each place meets the outputs of its own group."""
     net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 2))

@@ -406,7 +406,7 @@ def test_what_saves_no_time_goes_last():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("scope", [None, "local", "global", "isomorphic"])
+@pytest.mark.parametrize("scope", [None, "local", "global", "isomorphic", "per_cost"])
 @pytest.mark.parametrize("asked", [0.8, 0.6])
 def test_a_target_of_latency_is_met(name, scope, asked):
     build, x = NETWORKS[name]

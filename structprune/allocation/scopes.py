@@ -23,8 +23,8 @@ class Curves(Protocol):
         ...
 
 
-Scope = Literal["local", "global", "isomorphic"] | Sequence[Iterable[str]] | Curves
-SCOPES = ("local", "global", "isomorphic")
+Scope = Literal["local", "global", "isomorphic", "per_cost"] | Sequence[Iterable[str]] | Curves
+SCOPES = ("local", "global", "isomorphic", "per_cost")
 
 
 def check_scope(scope: Scope) -> Scope:
@@ -71,6 +71,26 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class Worth:
+    """How the scores of groups that compete are compared.
+
+    Attributes:
+        relative: divide the scores of a group by their mean.
+        saved: what one channel of each group saves; if given, what is lost counts over what is saved.
+    """
+
+    relative: bool = True
+    saved: Mapping[Group, float] | None = None
+
+    def of(self, unit: Unit, scores: Mapping[Group, np.ndarray]) -> np.ndarray:
+        """What each step of a unit is worth: scores lost by the channels that go, or by what they save."""
+        going = unit.going
+        loss = sum((lost(scores[g], going[:, i], self.relative) for i, g in enumerate(unit.groups)), np.zeros(1))
+        price = [1.0 if self.saved is None else self.saved[group] for group in unit.groups]
+        return loss / np.maximum(going @ price, 1e-30)
+
+
+@dataclass(frozen=True, slots=True)
 class Steps:
     """Every step of a unit from one state to the next smaller one.
 
@@ -106,11 +126,13 @@ def steps_of(
     scope: Scope,
     roles: Roles,
     apart: Callable[[Group], Hashable] = lambda _: None,
+    worth: Worth | None = None,
 ) -> Steps:
     """The order in which channels go.
 
     Local: each group by itself. Global: all groups compete, and the channels with the lowest scores go, wherever they
-    are; a group's scores are divided by their mean first, since their scale differs from group to group. Isomorphic:
+    are; a group's scores are divided by their mean first, since their scale differs from group to group (`Worth` says
+    otherwise). Per cost: all groups compete by their scores as they are, over what a channel saves. Isomorphic:
     groups of the same structure compete, by their scores as they are (Fang et al., Isomorphic Pruning for Vision
     Models, 2024, section 3.2). Sets of layer names (or patterns): the groups that those layers make compete as in the
     global scope, set by set, and all others in one more set; a group belongs to the first set that names one of its
@@ -123,7 +145,9 @@ def steps_of(
         scope: one of `SCOPES`, sets of names, or curves.
         roles: what channels are to the network.
         apart: groups for which this differs never compete.
+        worth: how scores of different groups compare; by default as the scope says.
     """
+    worth = worth or Worth(relative=scope != "isomorphic")
     if isinstance(scope, Curves):
         falls = [
             np.sum([scope.depth(g, unit.counts[-2::-1, i]) for i, g in enumerate(unit.groups)], axis=0)
@@ -137,7 +161,7 @@ def steps_of(
     owner: list[np.ndarray] = []
     depth: list[np.ndarray] = []
     for members in sets.values():
-        mine, deep = _ranked([units[i] for i in members], scores, scope)
+        mine, deep = _ranked([units[i] for i in members], scores, worth)
         owner.append(np.asarray(members)[mine])
         depth.append(deep)
     return _steps(units, owner, depth)
@@ -164,18 +188,11 @@ def _set_of(group: Group, number: int, scope: str | Sequence[Iterable[str]], rol
     return -1
 
 
-def _ranked(units: list[Unit], scores: Mapping[Group, np.ndarray], scope: object) -> tuple[np.ndarray, np.ndarray]:
+def _ranked(units: list[Unit], scores: Mapping[Group, np.ndarray], worth: Worth) -> tuple[np.ndarray, np.ndarray]:
     """The steps of units that compete, in the order in which they go: their units and depths."""
     sizes = [unit.going.sum(axis=1) for unit in units]
-    if len(units) == 1:
-        worth = [np.arange(len(sizes[0]), dtype=float)]
-    else:
-        worth = [
-            sum((lost(scores[g], unit.going[:, i], scope != "isomorphic") for i, g in enumerate(unit.groups)), 0.0)
-            / size
-            for unit, size in zip(units, sizes, strict=True)
-        ]
-    order = np.argsort(np.concatenate(worth), kind="stable")
+    found = [np.arange(len(sizes[0]), dtype=float)] if len(units) == 1 else [worth.of(unit, scores) for unit in units]
+    order = np.argsort(np.concatenate(found), kind="stable")
     taken = np.concatenate(sizes)[order]
     share = (np.cumsum(taken) - taken / 2) / sum(unit.channels for unit in units)
     owner = np.repeat(np.arange(len(units)), [len(size) for size in sizes])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import Importance, Unfitted, criterion
@@ -230,19 +231,28 @@ class HRank(ActivationCriterion):
 
 @dataclass(frozen=True, slots=True)
 class Wanda(ActivationCriterion):
-    """Weights times the norm of what comes in: sum over a channel's weights of ``|w| * rms(x)``.
+    """Weights times the norm of what comes in: sum over a channel's weights of ``(|w| * rms(x)) ** n``.
 
     Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, equation 1, summed over the
     outputs that a channel goes to. The norm is divided by the root of the number of entries, so that it does not grow
-    with the data. Only layers whose weight sums the channel away count.
+    with the data. Only layers whose weight sums the channel away count. With ``n = 2`` it is the mean square of what the
+    channel adds to the layer's outputs, if its positions do not depend on each other: in one unit for all layers that
+    write into the same stream, which suits ``scope="per_cost"``.
 
     Args:
         reduce: how the layers at which a group ends are joined; see `MeanActivation`.
+        n: the power, above 0.
     """
 
     reduce: str = "sum"
+    n: float = 1.0
     weighted = True
     mean = False
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduce)
+        if not self.n > 0:
+            raise PlanError(f"n is {self.n}; the power must be above 0.")
 
     def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
@@ -250,9 +260,9 @@ class Wanda(ActivationCriterion):
         return {"square": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """Sum of the absolute weights times the root mean square."""
+        """Sum of the absolute weights times the root mean square, each to the power."""
         assert weight is not None
-        return weight.abs().sum(1) * (sums["square"] / sums["count"]).sqrt()
+        return weight.abs().pow(self.n).sum(1) * (sums["square"] / sums["count"]).pow(self.n / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,4 +300,5 @@ criterion("activation_l2")(L2Activation)
 criterion("apoz")(APoZ)
 criterion("hrank")(HRank)
 criterion("wanda")(Wanda)
+criterion("wanda_square")(lambda: Wanda(n=2.0))
 criterion("flap")(FLAP)

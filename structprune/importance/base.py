@@ -111,6 +111,11 @@ def fitted(
     return chosen.fit(graph, None if data is None else Batches(data, forward, loss))
 
 
+def comparable(importance: Importance) -> bool:
+    """Whether the criterion says that its scores of all groups are in one unit: by an attribute ``comparable``."""
+    return bool(getattr(importance, "comparable", False))
+
+
 class Unfitted:
     """A criterion that has to see the graph, and perhaps data, before it can score: `Fittable.fit` gives what does."""
 

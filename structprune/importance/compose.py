@@ -134,11 +134,14 @@ NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class PerLayer:
     """Scores divided by what is usual in their group, so that groups can be compared.
 
+    The global scope takes the result as it is, and does not divide it by each group's mean once more.
+
     Args:
         part: a name or a criterion.
         how: ``"l2"``: the L2 norm of the group's scores, as Molchanov et al., 2017, require for a global
             ranking; ``"mean"`` or ``"max"`` of their absolute values; ``"rank"``: the share of channels that score
-            lower; ``"standard"``: mean zero and deviation one, as FLAP does; ``"none"``.
+            lower; ``"standard"``: mean zero and deviation one, as FLAP does; ``"none"``: the scores
+            as they are, for criteria whose scores of all groups are in one unit.
 
     Raises:
         PlanError: there is no such normalisation.
@@ -146,6 +149,7 @@ class PerLayer:
 
     part: Part
     how: str = "l2"
+    comparable = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "part", importance_of(self.part))
@@ -165,7 +169,8 @@ class PerLayer:
 class CostPenalty:
     """A score minus a price on the multiply-accumulates that go with the channel.
 
-    Molchanov et al., 2017 (FLOPs regularised pruning): ``score - price * MACs``. The MACs are those that
+    Molchanov et al., 2017 (FLOPs regularised pruning): ``score - price * MACs``. The global scope takes the scores as
+    they are, so normalise those of `part` by `PerLayer` if they differ in scale. The MACs are those that
     removing this channel alone saves, in units of the whole model's, so that `price` does not depend on its size.
 
     Args:
@@ -192,6 +197,7 @@ class CostPenalty:
 class _Priced:
     part: Importance
     prices: Tensor
+    comparable = True
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""

@@ -1,0 +1,217 @@
+"""Criterion x scope x target on ResNet-56 and CIFAR-10, pruned without any training, torch-pruning in the same run.
+
+Two figures for each plan: accuracy as it is, and with batch norms recalibrated on 2,048 training images. Criteria that
+look at data see the first 512 of them, with labels where they need any. Each row is saved once it is measured, and a
+run that was cut short goes on. The sweep looks at a fixed subset of the test images, `--full` measures the rows that
+are quoted on all 10,000. The plans that are called ours are chosen on training images that nothing else saw.
+
+    python benchmarks/criteria.py [--images 1000] [--full] [--rows N] [--only NAME] [--report]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import criteria_report as report
+import torch
+from harness import RESULTS, cifar, peer_criteria
+from harness.environment import environment
+from torch import Tensor, nn
+
+import structprune
+from structprune.groups import Group
+from structprune.importance import CRITERIA, FLAP, OBD, Sum, Wanda, fitted
+from structprune.importance.base import comparable
+
+FILE = RESULTS / "criteria.json"
+FIT, RECALIBRATE, CHOOSE = 512, 2048, 1000
+# What is added to the criteria that have a name: what a channel adds to the next layer's outputs, with the part that
+# recalibration can make up for (its mean) counted less than the part that it cannot.
+OURS = {"flap + wanda_square": Sum([FLAP(), Wanda(n=2.0)], weights=[3.0, 1.0])}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan of the table; `times` is how many times fewer MACs, `inside` whether residual streams stay whole."""
+
+    tool: str
+    criterion: str
+    scope: str
+    times: float = 2.0
+    inside: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"{self.tool} {self.criterion} {self.scope} {self.times:g} {'inside' if self.inside else 'all'}"
+
+
+def rows() -> Iterator[Row]:
+    """The table, what matters most first."""
+    named = ("l2", "taylor", "fpgm")
+    strong = ("flap + wanda_square", "flap", "wanda_square")
+    for name in strong:
+        yield Row("structprune", name, "per_cost")
+        yield Row("structprune", name, "global")
+    yield from _pairs(named, ("global", "local"))
+    others = tuple(name for name in peer_criteria.CRITERIA if name not in named)
+    yield from _pairs(others, ("global",))
+    for times in (3.0, 1.5):
+        yield Row("structprune", strong[0], "per_cost", times)
+        yield Row("structprune", "wanda_square", "global", times)
+        yield from _pairs(named, ("global",), times)
+    yield from _pairs(others, ("local",))
+    more = ("wanda", "taylor", "kfac", "group_fisher")
+    for name in more:
+        yield Row("structprune", name, "per_cost")
+        yield Row("structprune", name, "global")
+    yield from _pairs(("l2",), ("global", "local"), inside=False)
+    yield from _pairs(named, ("isomorphic",))
+    for name in strong:
+        yield Row("structprune", name, "local")
+        yield Row("structprune", name, "isomorphic")
+    slow = ("obd_hutchinson", "obd_gates", "hrank", "snip", "tvs", "obs", "kfac_obs")
+    for name in CRITERIA:
+        if name not in (*named, *others, *strong, *more, *slow):
+            yield Row("structprune", name, "global")
+
+
+def _pairs(
+    names: tuple[str, ...], scopes: tuple[str, ...], times: float = 2.0, *, inside: bool = True
+) -> Iterator[Row]:
+    """The same criterion and scope in both tools."""
+    for name in names:
+        for scope in scopes:
+            for tool in report.TOOLS:
+                yield Row(tool, name, scope, times, inside)
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+class Scores:
+    """What a criterion gave to each group of the network, so that it is fitted once for all scopes and targets."""
+
+    def __init__(self, importance: Any, graph: structprune.DependencyGraph, data: Any) -> None:
+        self._ready = fitted(importance, graph, data, cifar.cross_entropy)
+        self.comparable = comparable(self._ready)
+        self._groups = {group.name: group for group in graph.groups()}
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, group: Group, tensors: Any) -> Tensor:
+        if group.name not in self._known:
+            self._known[group.name] = self._ready(self._groups[group.name], tensors).detach()
+        return self._known[group.name]
+
+
+@cache
+def training(part: str) -> tuple[Tensor, Tensor]:
+    """Training images by what they are for, and their labels."""
+    images, labels = cifar.train_images(RECALIBRATE + CHOOSE)
+    held = {"fit": slice(FIT), "recalibrate": slice(RECALIBRATE), "choose": slice(RECALIBRATE, None)}[part]
+    return images[held].contiguous(memory_format=torch.channels_last), labels[held]
+
+
+@cache
+def dense() -> nn.Module:
+    return cifar.load_resnet(56)
+
+
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+
+
+@cache
+def scores(criterion: str) -> Scores:
+    data = cifar.batches(*training("fit"), 64)
+    importance: Any = OURS.get(criterion, criterion)
+    if criterion == "obd_fisher":  # samples are run one by one
+        importance, data = OBD(), cifar.batches(*(part[: peer_criteria.SINGLE] for part in training("fit")), 64)
+    return Scores(importance, structprune.DependencyGraph(dense(), EXAMPLE), data)
+
+
+@cache
+def prepared(criterion: str) -> peer_criteria.Prepared:
+    return peer_criteria.prepared(criterion, dense(), EXAMPLE, cifar.batches(*training("fit"), 64))
+
+
+def pruned(row: Row) -> nn.Module:
+    share = 1 / row.times
+    if row.tool == "torch-pruning":
+        return peer_criteria.at_macs(prepared(row.criterion), EXAMPLE, share, row.scope, inside=row.inside)
+    plan = structprune.plan(
+        dense(), EXAMPLE, importance=scores(row.criterion), scope=row.scope, target={"macs": share},
+        axes=["channels"] if row.inside else None, round_to=1,
+    )  # fmt: skip
+    return plan.apply(dense())
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def both(slim: nn.Module, recalibrated: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Percent of images that are right."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    models = {"raw": slim, "recalibrated": recalibrated}
+    return {name: cifar.accuracy(model, images, labels, size=100) for name, model in models.items()}
+
+
+def measured(row: Row, images: int, *, choose: bool) -> dict[str, Any]:
+    """One row: cost and accuracies in percent, on the first `images` test images."""
+    begin = time.process_time()
+    slim = pruned(row).to(memory_format=torch.channels_last)  # convolutions of few channels run faster so
+    spent = time.process_time() - begin
+    cost = structprune.cost(slim, EXAMPLE)
+    again = cifar.recalibrated(slim, training("recalibrate")[0], 128)
+    found: dict[str, Any] = {"key": row.key, **asdict(row), "macs": cost.macs, "params": cost.params}
+    found |= {"cpu_seconds": round(spent, 2), "images": images}
+    if choose:
+        found["choose"] = both(slim, again, *training("choose"))
+    return found | both(slim, again, *(part[:images] for part in cifar.test_set()))
+
+
+def quoted(known: list[dict[str, Any]]) -> list[Row]:
+    """What the text of the report quotes: ours, chosen on training images; same-named criteria at their best scope."""
+    found = [row["key"] for row in report.chosen(known).values()]
+    for name in ("l2", "taylor", "fpgm"):
+        for tool in ("structprune", "torch-pruning"):
+            found += [row["key"] for row in report.best_scopes(known, tool, name)]
+    return [row for row in dict.fromkeys(rows()) if row.key in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000, help="test images that the sweep looks at")
+    parser.add_argument("--full", action="store_true", help="measure the rows that are quoted on all test images")
+    parser.add_argument("--rows", type=int, help="only so many rows of the table, what matters most first")
+    parser.add_argument("--only", default="", help="only rows whose key holds this")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write table and plot anew")
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    state = json.loads(FILE.read_text()) if FILE.exists() else {"dense": {}, "rows": []}
+    done = {row["key"]: row for row in state["rows"]}
+    images = 10000 if given.full else given.images
+    todo = [] if given.report else quoted(state["rows"]) if given.full else list(dict.fromkeys(rows()))[: given.rows]
+    state["dense"]["macs"] = structprune.cost(dense(), EXAMPLE).macs
+    if given.full and "accuracy" not in state["dense"]:
+        state["dense"]["accuracy"] = cifar.accuracy(dense(), size=100)
+    for row in todo:
+        if given.only in row.key and done.get(row.key, {"images": 0})["images"] < images:
+            choose = row.tool == "structprune" and row.times == 2 and row.inside
+            done[row.key] = measured(row, images, choose=choose)
+            print(json.dumps(done[row.key]), flush=True)
+            state |= {"rows": list(done.values()), "environment": environment()}
+            FILE.write_text(json.dumps(state, indent=1) + "\n")
+    FILE.with_suffix(".md").write_text(report.markdown(state))
+    report.plot(state, FILE.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

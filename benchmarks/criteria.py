@@ -29,14 +29,17 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.groups import Group
-from structprune.importance import CRITERIA, FLAP, OBD, Sum, Wanda, fitted
+from structprune.importance import CRITERIA, FLAP, OBD, PerLayer, Sum, ThiNet, Wanda, fitted
 from structprune.importance.base import comparable
 
 FILE = RESULTS / "criteria.json"
 FIT, RECALIBRATE, CHOOSE = 512, 2048, 1000
-# What is added to the criteria that have a name: what a channel adds to the next layer's outputs, with the part that
-# recalibration can make up for (its mean) counted less than the part that it cannot.
-OURS = {"flap + wanda_square": Sum([FLAP(), Wanda(n=2.0)], weights=[3.0, 1.0])}
+# What is added to the criteria that have a name.
+OURS = {
+    "thinet / root of mean": PerLayer(ThiNet(), "mean", 0.5),
+    # Of what a channel adds to the next layer's outputs, its mean counts less: recalibration can make up for it.
+    "flap + wanda_square": Sum([FLAP(), Wanda(n=2.0)], weights=[3.0, 1.0]),
+}
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,17 @@ class Row:
 def rows() -> Iterator[Row]:
     """The table, what matters most first."""
     named = ("l2", "taylor", "fpgm")
-    strong = ("flap + wanda_square", "flap", "wanda_square")
+    strong = ("thinet / root of mean", "thinet", "flap + wanda_square", "flap", "wanda_square")
+    for name in strong[:2]:
+        yield Row("structprune", name, "per_cost")
+    yield from _pairs(named, ("global", "local"))
     for name in strong:
         yield Row("structprune", name, "per_cost")
         yield Row("structprune", name, "global")
-    yield from _pairs(named, ("global", "local"))
     others = tuple(name for name in peer_criteria.CRITERIA if name not in named)
     yield from _pairs(others, ("global",))
     for times in (3.0, 1.5):
         yield Row("structprune", strong[0], "per_cost", times)
-        yield Row("structprune", "wanda_square", "global", times)
         yield from _pairs(named, ("global",), times)
     yield from _pairs(others, ("local",))
     more = ("wanda", "taylor", "kfac", "group_fisher")
@@ -75,7 +79,7 @@ def rows() -> Iterator[Row]:
         yield Row("structprune", name, "global")
     yield from _pairs(("l2",), ("global", "local"), inside=False)
     yield from _pairs(named, ("isomorphic",))
-    for name in strong:
+    for name in ("thinet", "flap"):
         yield Row("structprune", name, "local")
         yield Row("structprune", name, "isomorphic")
     slow = ("obd_hutchinson", "obd_gates", "hrank", "snip", "tvs", "obs", "kfac_obs")

@@ -59,7 +59,7 @@ def _named(known: list[Row]) -> list[str]:
 
 def _table(known: list[Row], before: int) -> list[str]:
     lines = [
-        "| times fewer MACs | tool | criterion | scope | MACs kept | raw | recalibrated | on training images | images |",
+        "| times fewer MACs | tool | criterion | scope | MACs | raw | recalibrated | on training images | images |",
         "|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in sorted(known, key=lambda row: (not row["inside"], row["times"], -row["recalibrated"])):
@@ -93,7 +93,8 @@ def markdown(state: dict[str, Any]) -> str:
     lines = [
         "# Criteria, scopes and targets without training",
         "",
-        f"ResNet-56 on CIFAR-10, {dense.get('accuracy', float('nan')):.2f} % and {dense['macs'] / 1e6:.2f} M multiply-accumulates dense. "
+        f"ResNet-56 on CIFAR-10, {dense.get('accuracy', float('nan')):.2f} % and {dense['macs'] / 1e6:.2f} M "
+        "multiply-accumulates dense. "
         "Pruned once, nothing trained. *Raw*: as it is. *Recalibrated*: batch norms averaged anew over 2,048 training "
         "images. Criteria that look at data see 512 training images (`obd_fisher` 128, one by one). Widths are not "
         "rounded. The residual streams stay whole in both tools, except where it says *all axes*. Column *images*: how "

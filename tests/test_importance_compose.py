@@ -55,6 +55,11 @@ def test_normalisation_in_each_layer(how: str, expected: list[float]) -> None:
     assert all(value == value for value in scored(PerLayer(given(0, 0, 0, 0), how)))
 
 
+def test_a_part_of_the_scale_may_stay() -> None:
+    assert scored(PerLayer(given(3, 0, 4, 9), "mean", 0.5)) == pytest.approx([1.5, 0, 2, 4.5])
+    assert scored(PerLayer(given(3, 0, 4, 9), "max", 0)) == pytest.approx([3, 0, 4, 9])
+
+
 def test_parts_that_see_data_are_fitted() -> None:
     graph = graph_of(build("chain"))
     parts = [scores_of(graph, name)["0 first"] for name in ("taylor", "wanda")]
@@ -104,6 +109,7 @@ def test_cost_penalty() -> None:
         (lambda: Product(["l1"], [1.0, 2.0]), "1 criteria and 2 powers"),
         (lambda: Sum(["l3"]), "no criterion 'l3'"),
         (lambda: PerLayer("l2", "median"), "no normalisation 'median'"),
+        (lambda: PerLayer("l2", "rank", 0.5), "divides by nothing that it could apply to"),
     ],
 )
 def test_bad_compositions(make: object, message: str) -> None:

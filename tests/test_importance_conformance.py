@@ -28,7 +28,8 @@ COMPOSED = {
 ALL = {**CRITERIA, **COMPOSED}
 WITHOUT_DATA = {"l1", "l2", "linf", "random", "lamp", "bn_scale", "fpgm", "geometric_median", "cosine", "penalty"}
 WITHOUT_LOSS = WITHOUT_DATA | {
-    "activation_mean", "activation_l2", "apoz", "hrank", "wanda", "wanda_square", "flap", "tvs", "obs", "product", "rank",
+    "activation_mean", "activation_l2", "apoz", "hrank", "wanda", "wanda_square", "flap", "tvs", "obs", "product",
+    "rank", "thinet",
 }  # fmt: skip
 # Random signs meet other weights when channels change places; test_importance_curvature.py shows what they converge to.
 BY_CHANCE = {"random", "obd_hutchinson", "obd_gates"}
@@ -44,7 +45,7 @@ def test_one_score_a_channel(name: str, net: str) -> None:
     sizes = {f"{number} {group.name}": group.channels for number, group in enumerate(graph.groups())}
     assert scores or (name, net) == ("bn_scale", "attention")
     assert all(tuple(found.shape) == (sizes[key],) for key, found in scores.items())
-    whole = not name.startswith(("bn_scale", "obs", "kfac", "wanda", "flap", "rank"))
+    whole = not name.startswith(("bn_scale", "obs", "kfac", "wanda", "flap", "rank", "thinet"))
     assert not whole or scores.keys() == sizes.keys()
 
 

@@ -30,6 +30,7 @@ from structprune.importance.activation import APoZ, L2Activation
 from structprune.importance.base import fitted
 from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian, geometric_median
 from structprune.importance.separability import TVSeparability, hellinger
+from structprune.importance.thinet import ThiNet, eliminated
 from structprune.importance.weight import LAMP, LnNorm, NormScale, SliceNorm
 from structprune.planning import tensors_of
 
@@ -114,6 +115,51 @@ def test_wanda_to_the_second_power(net: Chain) -> None:
     maps, weight = features(net), net.second.weight.detach()
     expected = [sum(float((w * maps[:, c]).square().mean()) for w in weight[:, c].flatten().tolist()) for c in range(4)]
     assert first(net, "wanda_square") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_thinet(net: Chain, centred: bool) -> None:
+    """Algorithm 1 on the outputs themselves: the set that goes grows by the channel that leaves its sum smallest."""
+    maps = features(net)
+    parts = []
+    for channel in range(4):
+        alone = torch.zeros_like(maps)
+        alone[:, channel] = maps[:, channel]
+        found = F.conv2d(alone, net.second.weight, None, stride=2, padding=1).detach()
+        parts.append(found - found.mean((0, 2, 3), keepdim=True) if centred else found)
+    gone: list[int] = []
+    before = highest = 0.0
+    expected = [0.0] * 4
+    while len(gone) < 4:
+        errors = {
+            c: float(sum(parts[other] for other in (*gone, c)).square().sum(1).mean()) for c in range(4) if c not in gone
+        }
+        best = min(errors, key=lambda c: errors[c])
+        highest = max(highest, errors[best] - before)
+        expected[best], before = highest, errors[best]
+        gone.append(best)
+    scores = first(net, ThiNet(centred, positions=None))
+    assert scores == pytest.approx(expected)
+    assert sorted(range(4), key=lambda c: scores[c]) == gone
+
+
+def test_thinet_looks_at_some_positions(net: Chain) -> None:
+    whole = first(net, ThiNet(positions=None))
+    assert first(net, ThiNet(positions=9)) == whole  # there are no more
+    some = first(net, ThiNet(positions=3))
+    assert some != whole
+    assert some == first(net, ThiNet(positions=3))
+    assert some != first(net, ThiNet(positions=3, seed=1))
+    with pytest.raises(PlanError, match="positions is 0"):
+        ThiNet(positions=0)
+
+
+def test_of_two_channels_that_are_alike_one_is_cheap() -> None:
+    parts = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.2]], dtype=torch.float64)
+    scores = eliminated(parts @ parts.T)
+    assert scores.tolist() == pytest.approx([1.0, 3.0, 1.44])
+    parts[1] *= -1  # now they cancel: once one has gone, the other costs nothing more
+    assert eliminated(parts @ parts.T).tolist() == pytest.approx([1.0, 1.0, 1.44])
 
 
 def test_wanda_of_a_grouped_convolution() -> None:

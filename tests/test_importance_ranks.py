@@ -18,7 +18,7 @@ from structprune.planning import tensors_of
 from structprune.ranks import all_summed
 
 # One of each way of gathering: activations, classes, gates, weights, single samples, second moments.
-NAMES = ("flap", "tvs", "taylor", "weight_taylor", "obd_fisher", "obd_gates", "obs", "kfac")
+NAMES = ("flap", "thinet", "tvs", "taylor", "weight_taylor", "obd_fisher", "obd_gates", "obs", "kfac")
 
 
 def network():

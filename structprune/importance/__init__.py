@@ -9,6 +9,7 @@ from structprune.importance.gradient import SNIP, Taylor, WeightTaylor
 from structprune.importance.layer_curvature import KFAC, OBS
 from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian
 from structprune.importance.separability import TVSeparability
+from structprune.importance.thinet import ThiNet
 from structprune.importance.weight import LAMP, LnNorm, NormScale, Random, SliceNorm
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Sum",
     "TVSeparability",
     "Taylor",
+    "ThiNet",
     "Wanda",
     "WeightTaylor",
     "criterion",

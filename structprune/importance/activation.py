@@ -93,8 +93,8 @@ class ActivationCriterion(ABC, Unfitted):
                 weights[seen.number] = columns(seen)
 
         look(graph, batches, sites.taps, visit)
-        for gathered in sums:
-            gathered.reduce()
+        for one in sums:
+            one.reduce()
         scores = [
             self.position_scores({str(name): value for name, value in s.tensors.items()}, weight)
             for s, weight in zip(sums, weights, strict=True)
@@ -235,9 +235,9 @@ class Wanda(ActivationCriterion):
 
     Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, equation 1, summed over the
     outputs that a channel goes to. The norm is divided by the root of the number of entries, so that it does not grow
-    with the data. Only layers whose weight sums the channel away count. With ``n = 2`` it is the mean square of what the
-    channel adds to the layer's outputs, if its positions do not depend on each other: in one unit for all layers that
-    write into the same stream, which suits ``scope="per_cost"``.
+    with the data. Only layers whose weight sums the channel away count. With ``n = 2`` it is the mean square of what
+    the channel adds to the layer's outputs, if its positions do not depend on each other: in one unit for all layers
+    that write into the same stream, which suits ``scope="per_cost"``.
 
     Args:
         reduce: how the layers at which a group ends are joined; see `MeanActivation`.

@@ -120,11 +120,13 @@ def _over(scores: Tensor, scale: Tensor) -> Tensor:
     return scores / torch.where(scale > 0, scale, 1)
 
 
-NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": lambda s: torch.linalg.vector_norm(s),
+    "mean": lambda s: s.abs().mean(),
+    "max": lambda s: s.abs().max(),
+}
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda s: s,
-    "l2": lambda s: _over(s, torch.linalg.vector_norm(s)),
-    "mean": lambda s: _over(s, s.abs().mean()),
-    "max": lambda s: _over(s, s.abs().max()),
     "rank": _ranks,
     "standard": lambda s: _over(s - s.mean(), s.std(correction=0)),
 }
@@ -142,6 +144,8 @@ class PerLayer:
             ranking; ``"mean"`` or ``"max"`` of their absolute values; ``"rank"``: the share of channels that score
             lower; ``"standard"``: mean zero and deviation one, as FLAP does; ``"none"``: the scores
             as they are, for criteria whose scores of all groups are in one unit.
+        power: of the L2 norm, mean or maximum by which scores are divided: 1 makes all groups alike, 0 changes
+            nothing, and between them groups with large scores keep a part of their lead.
 
     Raises:
         PlanError: there is no such normalisation.
@@ -149,20 +153,28 @@ class PerLayer:
 
     part: Part
     how: str = "l2"
+    power: float = 1.0
     comparable = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "part", importance_of(self.part))
-        if self.how not in NORMALISATIONS:
-            raise PlanError(f"There is no normalisation {self.how!r}. Those known are {', '.join(NORMALISATIONS)}.")
+        if self.how not in (*SCALES, *OTHERS):
+            raise PlanError(
+                f"There is no normalisation {self.how!r}. Those known are {', '.join((*SCALES, *OTHERS))}."
+            )
+        if self.power != 1 and self.how in OTHERS:
+            raise PlanError(f"power is {self.power}, but {self.how!r} divides by nothing that it could apply to.")
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Fit the criterion that is normalised."""
-        return PerLayer(_fit(importance_of(self.part), graph, batches), self.how)
+        return PerLayer(_fit(importance_of(self.part), graph, batches), self.how, self.power)
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
-        return NORMALISATIONS[self.how](_scores(importance_of(self.part), group, tensors))
+        scores = _scores(importance_of(self.part), group, tensors)
+        if self.how in OTHERS:
+            return OTHERS[self.how](scores)
+        return _over(scores, SCALES[self.how](scores) ** self.power)
 
 
 @dataclass(frozen=True)

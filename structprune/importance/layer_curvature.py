@@ -6,7 +6,7 @@ inputs, or for a convolution its patches. Removing a channel removes the columns
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -33,7 +33,7 @@ _CHUNK = 1 << 22  # entries of patches that are held at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Layer:
+class TappedLayer:
     """A tapped layer: its weight by channel, and how its features are made.
 
     Attributes:
@@ -51,7 +51,7 @@ class _Layer:
     output_dim: int
 
     @staticmethod
-    def of(seen: Seen, name: str) -> _Layer:
+    def of(seen: Seen, name: str) -> TappedLayer:
         """The layer at a tap.
 
         Raises:
@@ -68,32 +68,45 @@ class _Layer:
             groups = int(rest.pop("groups", 1))
             kernel = tuple(weight.shape[2:])
             by_channel = columns(seen).reshape(size, -1, prod(kernel))
-            return _Layer(by_channel, groups, rest, kernel, transposed, seen.dim)
+            return TappedLayer(by_channel, groups, rest, kernel, transposed, seen.dim)
         if weight.dim() != 2 or name in ("bilinear", "python.einsum"):
             raise PlanError(
                 f"The second moments of {seen.where} are not known: it is neither a convolution nor a product with one "
                 "matrix. Name the layer in ignore=, or choose another criterion, such as 'wanda'."
             )
         # A weight on the left of its input gives its outputs in the dimension before the last.
-        return _Layer(columns(seen).unsqueeze(2), 1, None, (), False, -1 if seen.dim == -1 else -2)
+        return TappedLayer(columns(seen).unsqueeze(2), 1, None, (), False, -1 if seen.dim == -1 else -2)
 
     def moments(self, seen: Seen) -> tuple[Tensor, int]:
         """Sum of outer products of features, shape ``(groups, n, n)``, and how many."""
+        total: Tensor | None = None
+        count = 0
+        for rows in self.rows(seen):
+            found = rows.transpose(1, 2) @ rows
+            total = found if total is None else total + found
+            count += rows.shape[1]
+        assert total is not None
+        return total, count
+
+    def rows(self, seen: Seen, drawn: tuple[int, int] | None = None) -> Iterator[Tensor]:
+        """Features by group and position, shape ``(groups, rows, n)``, in parts.
+
+        Args:
+            seen: the tapped tensor.
+            drawn: take so many positions of each sample, the same of all, drawn by a generator of this seed.
+        """
         size = seen.x.shape[seen.dim]
         step = size
         if self.call is not None and seen.x.dim() == len(self.kernel) + 2:
             step = max(1, _CHUNK * len(seen.x) // max(1, seen.x.numel() * prod(self.kernel)))
-        total: Tensor | None = None
-        count = 0
         for piece in seen.x.detach().split(step) if self.call is not None else (seen.x.detach(),):
             features = self._features(seen, piece, size)
+            if drawn is not None and len(features) % len(piece) == 0 and len(features) > drawn[0] * len(piece):
+                by_sample = features.reshape(len(piece), -1, features.shape[1])
+                order = torch.randperm(by_sample.shape[1], generator=torch.Generator().manual_seed(drawn[1]))
+                features = by_sample[:, order[: drawn[0]].to(features.device)].flatten(0, 1)
             features = features.double() if features.device.type != "mps" else features
-            rows = features.reshape(len(features), self.groups, -1).transpose(0, 1)
-            found = rows.transpose(1, 2) @ rows
-            total = found if total is None else total + found
-            count += len(features)
-        assert total is not None
-        return total, count
+            yield features.reshape(len(features), self.groups, -1).transpose(0, 1)
 
     def _features(self, seen: Seen, x: Tensor, size: int) -> Tensor:
         """Shape ``(rows, positions * kernel)``."""
@@ -126,7 +139,7 @@ class _QuadraticScores:
     """For each channel ``trace(G W_S M W_S^T)`` over the columns S that it takes along."""
 
     sites: Sites
-    layers: list[_Layer]
+    layers: list[TappedLayer]
     inputs: list[Tensor]
     outputs: list[Tensor] | None
     inverse: bool
@@ -230,14 +243,14 @@ class _Moments:
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
         self.sums = Sums()
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, TappedLayer] = {}
 
-    def layer(self, seen: Seen) -> _Layer:
+    def layer(self, seen: Seen) -> TappedLayer:
         """The layer at a tap."""
         known = self._layers.get(seen.number)
         if known is None:
             name = self.sites.taps[seen.number].key[0]
-            known = self._layers[seen.number] = _Layer.of(seen, name)
+            known = self._layers[seen.number] = TappedLayer.of(seen, name)
         return known
 
     def add(self, seen: Seen) -> None:
@@ -248,7 +261,7 @@ class _Moments:
         self.sums.add(("count", seen.number), torch.tensor(float(count)))
         self.sums.add(("samples", seen.number), torch.tensor(float(seen.samples)))
 
-    def layers(self) -> list[_Layer]:
+    def layers(self) -> list[TappedLayer]:
         """The layers of all taps."""
         return [self._layers[number] for number in range(len(self.sites.taps))]
 

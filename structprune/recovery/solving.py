@@ -10,9 +10,9 @@ from torch import Tensor
 from structprune.channels.relations import Row
 from structprune.channels.solver import Mask
 from structprune.graph import ChannelGraph
+from structprune.ranks import all_reduced
 from structprune.recovery.consumers import Consumer, kept_of
 from structprune.recovery.contraction import Contraction, apply_matrix, argument, contraction
-from structprune.ranks import all_reduced
 from structprune.recovery.least_squares import Solution, Sums, fit
 from structprune.recovery.lockstep import Event, Stop
 from structprune.recovery.report import LayerRecovery

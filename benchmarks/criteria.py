@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -29,16 +29,16 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.groups import Group
-from structprune.importance import CRITERIA, FLAP, OBD, PerLayer, Sum, ThiNet, Wanda, fitted
+from structprune.importance import CRITERIA, OBD, PerLayer, Sum, fitted
 from structprune.importance.base import comparable
 
 FILE = RESULTS / "criteria.json"
 FIT, RECALIBRATE, CHOOSE = 512, 2048, 1000
-# What is added to the criteria that have a name.
-OURS = {
-    "thinet / root of mean": PerLayer(ThiNet(), "mean", 0.5),
+# What is added to the criteria that have a name, made of those that are fitted already.
+OURS: dict[str, Callable[[], Any]] = {
+    "thinet / root of mean": lambda: PerLayer(scores("thinet"), "mean", 0.5),
     # Of what a channel adds to the next layer's outputs, its mean counts less: recalibration can make up for it.
-    "flap + wanda_square": Sum([FLAP(), Wanda(n=2.0)], weights=[3.0, 1.0]),
+    "flap + wanda_square": lambda: Sum([scores("flap"), scores("wanda_square")], weights=[3.0, 1.0]),
 }
 
 
@@ -135,7 +135,7 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 @cache
 def scores(criterion: str) -> Scores:
     data = cifar.batches(*training("fit"), 64)
-    importance: Any = OURS.get(criterion, criterion)
+    importance: Any = OURS[criterion]() if criterion in OURS else criterion
     if criterion == "obd_fisher":  # samples are run one by one
         importance, data = OBD(), cifar.batches(*(part[: peer_criteria.SINGLE] for part in training("fit")), 64)
     return Scores(importance, structprune.DependencyGraph(dense(), EXAMPLE), data)

@@ -2,19 +2,22 @@
 
 ResNet-56 on CIFAR-10 is pruned to half its MACs and timed; then it is pruned to that same time. Nothing is trained;
 accuracies are raw and with batch norms recalibrated on 2,048 training images. And ResNet-50 at half its time: how far
-the prediction is from what is measured. Run from the root: ``python benchmarks/latency.py``.
+the prediction is from what is measured. Criteria that look at data see 512 training images.
+
+    python benchmarks/latency.py [--importance thinet] [--scopes per_cost] [--time-scope per_cost] [--axes channels]
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import RESULTS
-from harness.cifar import accuracy, load_resnet, recalibrated, train_images
+from harness.cifar import accuracy, batches, cross_entropy, load_resnet, recalibrated, test_set, train_images
 from support.torchvision_shim import make_torchvision_importable
 from torch import Tensor, nn
 
@@ -25,9 +28,15 @@ from structprune.latency.measure import DeviceTimer
 FILE = RESULTS / "latency.json"
 
 
-def accuracies(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Percent of the test set that is right, raw and recalibrated on `images`."""
-    return {"raw": accuracy(model), "recalibrated": accuracy(recalibrated(model, images))}
+def accuracies(model: nn.Module, images: Tensor, count: int) -> dict[str, float]:
+    """Percent of the first `count` test images that are right, raw and recalibrated on `images`."""
+    test, labels = (part[:count] for part in test_set())
+    test = test.contiguous(memory_format=torch.channels_last)
+    models = {"raw": model, "recalibrated": recalibrated(model, images, 128)}
+    return {
+        name: accuracy(copy.deepcopy(m).to(memory_format=torch.channels_last), test, labels, 100)
+        for name, m in models.items()
+    }
 
 
 def compare(
@@ -36,7 +45,10 @@ def compare(
     depth: int = 56,
     macs: float = 0.5,
     scope: Any = "local",
+    time_scope: Any = "global",
+    axes: list[str] | None = None,
     batch: int = 64,
+    count: int = 10000,
     latency: structprune.Latency | None = None,
 ) -> dict[str, Any]:
     """A plan for MACs and one for latency at its measured time; times in milliseconds, accuracies in percent.
@@ -46,24 +58,29 @@ def compare(
         depth: of the residual network, 20 or 56.
         macs: the share of the MACs that the first plan keeps.
         scope: of the first plan; the second weighs importance against time.
+        time_scope: of the second: ``"global"`` weighs scores over the mean of their group, ``"per_cost"`` as they are.
+        axes: what may go, in both plans.
         batch: images in one run.
+        count: how many test images accuracies are measured on.
         latency: where time is measured; ONNX Runtime on one thread if not given.
     """
     latency = latency or structprune.Latency(backend="onnxruntime", threads=1)
     model, images = load_resnet(depth), train_images(2048)[0]
     x = images[:batch]
     found: dict[str, Any] = {"importance": str(importance), "scope": str(scope), "batch": batch}
-    by_macs = structprune.plan(model, x, target={"macs": macs}, scope=scope, importance=importance)
+    found |= {"axes": axes, "count": count}
+    asked: Any = {"axes": axes, "importance": importance, "loss": cross_entropy}
+    asked["data"] = batches(*train_images(512), 64)
+    by_macs = structprune.plan(model, x, target={"macs": macs}, scope=scope, **asked)
     first = by_macs.apply(model)
     with DeviceTimer(latency, x) as timer:
         dense, taken = timer.networks([model, first], x)
         by_time = structprune.plan(
-            model, x, target={"latency": min(1.0, taken / dense)}, importance=importance, latency=latency
+            model, x, target={"latency": min(1.0, taken / dense)}, scope=time_scope, latency=latency, **asked
         )
         second = by_time.apply(model)
         times = timer.networks([model, first, second], x)
     found["dense"] = {"ms": 1e3 * times[0], "macs": by_macs.before.macs}
-    found["dense"] |= {"raw": accuracy(model)}
     for name, plan, slim, seconds in (("macs", by_macs, first, times[1]), ("latency", by_time, second, times[2])):
         found[name] = {
             "ms": 1e3 * seconds,
@@ -71,7 +88,7 @@ def compare(
             "macs": plan.after.macs,
             "settings": dict(plan.settings),
             "widths": {layer.layer: layer.after for layer in plan.layers if "conv" in layer.layer},
-            **accuracies(slim, images),
+            **accuracies(slim, images, count),
         }
     return found
 
@@ -91,15 +108,18 @@ def predicted(target: float = 0.5, batch: int = 1, latency: structprune.Latency 
 def report(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = ["# Accuracy at equal measured time", "", f"ONNX Runtime, one thread, {found['cpu']}.", ""]
-    lines += ["| ResNet-56, CIFAR-10 | importance | scope | MACs kept | time kept | raw | recalibrated |"]
-    lines += ["|---|---|---|---:|---:|---:|---:|"]
+    lines += [
+        "| ResNet-56, CIFAR-10 | importance | scope | axes | MACs kept | time kept | raw | recalibrated | images |"
+    ]
+    lines += ["|---|---|---|---|---:|---:|---:|---:|---:|"]
     for case in found.get("resnet56", []):
         for name in ("macs", "latency"):
             row = case[name]
             scope = case["scope"] if name == "macs" else row["settings"]["scope"]
             lines.append(
-                f"| target {name} | {case['importance']} | {scope} | {row['macs'] / case['dense']['macs']:.3f} "
-                f"| {row['of dense']:.3f} | {row['raw']:.2f} | {row['recalibrated']:.2f} |"
+                f"| target {name} | {case['importance']} | {scope} | {', '.join(case.get('axes') or ['all'])} "
+                f"| {row['macs'] / case['dense']['macs']:.3f} | {row['of dense']:.3f} | {row['raw']:.2f} "
+                f"| {row['recalibrated']:.2f} | {case.get('count', 10000)} |"
             )
     lines += ["", "| ResNet-50 | predicted, ms | measured, ms | asked for, ms | off by |", "|---|---:|---:|---:|---:|"]
     for row in found.get("resnet50", []):
@@ -111,18 +131,27 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _same(case: dict[str, Any]) -> tuple[Any, ...]:
+    return case["importance"], case["scope"], case["latency"]["settings"]["scope"], case.get("axes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["resnet56", "resnet50"], help="leave the other part as it was")
-    parser.add_argument("--scopes", nargs="+", default=["local", "global"])
+    parser.add_argument("--scopes", nargs="+", default=["local", "global"], help="of the plan for MACs")
+    parser.add_argument("--time-scope", default="global", help="of the plan for latency")
+    parser.add_argument("--importance", default="l2")
+    parser.add_argument("--axes", nargs="+", help="what may go; all by default")
+    parser.add_argument("--images", type=int, default=10000, help="test images to measure accuracy on")
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     found["cpu"] = processor()
     if args.only != "resnet50":
-        found["resnet56"] = []
         for scope in args.scopes:
-            found["resnet56"].append(compare(scope=scope))
+            case = compare(args.importance, scope=scope, time_scope=args.time_scope, axes=args.axes, count=args.images)
+            others = [c for c in found.get("resnet56", []) if _same(c) != _same(case)]
+            found["resnet56"] = [*others, case]
             args.out.write_text(json.dumps(found, indent=1))
             print(report(found), flush=True)
     if args.only != "resnet56":

@@ -132,7 +132,9 @@ def test_thinet(net: Chain, centred: bool) -> None:
     expected = [0.0] * 4
     while len(gone) < 4:
         errors = {
-            c: float(sum(parts[other] for other in (*gone, c)).square().sum(1).mean()) for c in range(4) if c not in gone
+            c: float(sum(parts[other] for other in (*gone, c)).square().sum(1).mean())
+            for c in range(4)
+            if c not in gone
         }
         best = min(errors, key=lambda c: errors[c])
         highest = max(highest, errors[best] - before)

@@ -159,9 +159,7 @@ class PerLayer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "part", importance_of(self.part))
         if self.how not in (*SCALES, *OTHERS):
-            raise PlanError(
-                f"There is no normalisation {self.how!r}. Those known are {', '.join((*SCALES, *OTHERS))}."
-            )
+            raise PlanError(f"There is no normalisation {self.how!r}. Those known are {', '.join((*SCALES, *OTHERS))}.")
         if self.power != 1 and self.how in OTHERS:
             raise PlanError(f"power is {self.power}, but {self.how!r} divides by nothing that it could apply to.")
 

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import criteria_report as report
 import torch
+import torch.nn.functional as F
 from harness import RESULTS, cifar, peer_criteria
 from harness.environment import environment
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ FIT, RECALIBRATE, CHOOSE = 512, 2048, 1000
 # What is added to the criteria that have a name, made of those that are fitted already.
 OURS: dict[str, Callable[[], Any]] = {
     "thinet / root of mean": lambda: PerLayer(scores("thinet"), "mean", 0.5),
+    "thinet / fourth root of mean": lambda: PerLayer(scores("thinet"), "mean", 0.25),
     # Of what a channel adds to the next layer's outputs, its mean counts less: recalibration can make up for it.
     "flap + wanda_square": lambda: Sum([scores("flap"), scores("wanda_square")], weights=[3.0, 1.0]),
 }
@@ -60,8 +62,8 @@ class Row:
 def rows() -> Iterator[Row]:
     """The table, what matters most first."""
     named = ("l2", "taylor", "fpgm")
-    strong = ("thinet / root of mean", "thinet", "flap + wanda_square", "flap", "wanda_square")
-    for name in strong[:2]:
+    strong = ("thinet", "flap + wanda_square", "flap", "wanda_square")
+    for name in ("thinet", "thinet / fourth root of mean", "thinet / root of mean"):
         yield Row("structprune", name, "per_cost")
     yield from _pairs(named, ("global", "local"))
     for name in strong:
@@ -70,8 +72,9 @@ def rows() -> Iterator[Row]:
     others = tuple(name for name in peer_criteria.CRITERIA if name not in named)
     yield from _pairs(others, ("global",))
     for times in (3.0, 1.5):
-        yield Row("structprune", strong[0], "per_cost", times)
+        yield Row("structprune", "thinet / fourth root of mean", "per_cost", times)
         yield from _pairs(named, ("global",), times)
+    yield Row("structprune", "thinet", "sensitivity")
     yield from _pairs(others, ("local",))
     more = ("wanda", "taylor", "kfac", "group_fisher")
     for name in more:
@@ -142,6 +145,21 @@ def scores(criterion: str) -> Scores:
 
 
 @cache
+def sensitivity(criterion: str) -> structprune.Sensitivity:
+    """By how far the outputs on 128 training images move, each group thinned alone."""
+    images = training("fit")[0][:128]
+    with torch.no_grad():
+        wanted = F.log_softmax(dense()(images), 1)
+
+    def near(model: nn.Module, images: Tensor) -> float:
+        return -float(F.kl_div(F.log_softmax(model(images), 1), wanted, log_target=True, reduction="batchmean"))
+
+    return structprune.sensitivity(
+        dense(), EXAMPLE, images, near, ratios=(0.25, 0.5, 0.75), importance=scores(criterion)
+    )
+
+
+@cache
 def prepared(criterion: str) -> peer_criteria.Prepared:
     return peer_criteria.prepared(criterion, dense(), EXAMPLE, cifar.batches(*training("fit"), 64))
 
@@ -150,8 +168,9 @@ def pruned(row: Row) -> nn.Module:
     share = 1 / row.times
     if row.tool == "torch-pruning":
         return peer_criteria.at_macs(prepared(row.criterion), EXAMPLE, share, row.scope, inside=row.inside)
+    scope: Any = sensitivity(row.criterion) if row.scope == "sensitivity" else row.scope
     plan = structprune.plan(
-        dense(), EXAMPLE, importance=scores(row.criterion), scope=row.scope, target={"macs": share},
+        dense(), EXAMPLE, importance=scores(row.criterion), scope=scope, target={"macs": share},
         axes=["channels"] if row.inside else None, round_to=1,
     )  # fmt: skip
     return plan.apply(dense())

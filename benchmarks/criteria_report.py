@@ -140,7 +140,7 @@ def plot(state: dict[str, Any], file: Path) -> None:
         dict.fromkeys(row["criterion"] for row in known),
         key=lambda name: max(row["recalibrated"] for row in at(known, criterion=name)),
     )
-    marks = {"global": "o", "local": "s", "isomorphic": "^", "per_cost": "D"}
+    marks = {"global": "o", "local": "s", "isomorphic": "^", "per_cost": "D", "sensitivity": "P"}
     colours = dict(zip(TOOLS, ("tab:blue", "tab:orange"), strict=True))
     figure, axes = plt.subplots(1, 3, figsize=(14, 1.5 + 0.28 * len(names)), width_ratios=(1, 1, 0.9))
     for axis, kind, goal in zip(axes[:2], KINDS, (60, 87), strict=True):

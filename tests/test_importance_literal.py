@@ -292,6 +292,8 @@ def everything(net: nn.Module, channel: int) -> list[float]:
 def test_ln_norm(net: Chain, order: float) -> None:
     expected = [np.linalg.norm(np.array(everything(net, c)), ord=order) for c in range(4)]
     assert first(net, LnNorm(order)) == pytest.approx(expected)
+    powers = expected if math.isinf(order) else [norm**order for norm in expected]
+    assert first(net, LnNorm(order, root=False)) == pytest.approx(powers)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean", "max", "prod", "first"])

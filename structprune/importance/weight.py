@@ -44,6 +44,9 @@ class LnNorm:
 
     Args:
         n: the order of the norm, above 0; ``math.inf`` takes the largest entry.
+        root: whether the n-th root is taken. Within a group that changes no rank. Where groups compete, the sums
+            themselves, over their mean in the group, do better (``benchmarks/results/criteria.md``): so ``"l2"``, the
+            sum of squares, as in DepGraph.
 
     Example:
         >>> import torch, structprune
@@ -54,6 +57,7 @@ class LnNorm:
     """
 
     n: float = 2.0
+    root: bool = True
     _sums: dict[tuple[str, int], tuple[_Version, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _spaces: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -79,7 +83,7 @@ class LnNorm:
                 total.index_add_(0, channels, entries)
         if total is None:
             return torch.zeros(group.channels)
-        return total if math.isinf(self.n) else total.pow(1 / self.n)
+        return total.pow(1 / self.n) if self.root and not math.isinf(self.n) else total
 
     def _along(self, name: str, weight: Tensor, dim: int) -> Tensor:
         """Sum (for n = inf: largest) of ``|w| ** n`` for each index of `dim`, shape ``(weight.shape[dim],)``."""
@@ -279,7 +283,7 @@ class Random:
 
 
 criterion("l1")(lambda: LnNorm(1.0))
-criterion("l2")(lambda: LnNorm(2.0))
+criterion("l2")(lambda: LnNorm(2.0, root=False))
 criterion("linf")(lambda: LnNorm(math.inf))
 criterion("random")(Random)
 criterion("lamp")(LAMP)

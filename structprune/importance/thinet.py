@@ -30,8 +30,8 @@ class ThiNet(Unfitted):
     ``z_c`` what channel c adds to a layer's outputs, the set T that goes grows by the channel that leaves
     ``E |sum over c in T of z_c|^2`` (equation 6) smallest. Channels that cancel each other go together, and of two that
     are alike only one is cheap, which scores of single channels cannot say. The score is by how much that mean square
-    grows as the channel goes, never less than for those before it; the scores of all groups are in one unit, which suits
-    ``scope="per_cost"``. Here the mean square is not sampled outputs but follows from the second moments of the layer's
+    grows as the channel goes, never less than for those before it; the scores of all groups are in one unit, which
+    suits ``scope="per_cost"``. Here the mean square is not sampled outputs but follows from the second moments of the layer's
     inputs, as those of `OBS` do. A few channels in a hundred go at once. The paper solves the remaining weights again
     afterwards: `structprune.recover`.
 

@@ -105,7 +105,8 @@ def _shell_lines() -> Iterator[str]:
     for page in (ROOT / "README.md", *PAGES):
         for block in blocks(page.read_text()):
             if block.language in ("", "bash", "sh"):
-                yield from (line for line in block.code.splitlines() if line.startswith(("structprune ", "make ")))
+                lines = block.code.replace("\\\n", " ").splitlines()
+                yield from (line for line in lines if line.startswith(("structprune ", "make ")))
 
 
 @pytest.mark.parametrize("line", sorted(set(_shell_lines())))

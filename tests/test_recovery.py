@@ -205,7 +205,8 @@ def test_a_sum_makes_up_for_what_was_lost_before_it():
     model, data = jittered(Residual()), data_of(TOKENS)
     model.up2.load_state_dict(model.up1.state_dict())  # what the first branch loses, the second one still has
     plan = removal(model, data[0], "up1")
-    recovered = structprune.recover(plan.apply(model), model, data)
+    # With its producer the first branch would get closer by itself, and leave what the second cannot express.
+    recovered = structprune.recover(plan.apply(model), model, data, rounds=0)
     report = structprune.recovery_report(recovered)
     assert [(row.layer, row.target) for row in report.layers] == [("down1", "add"), ("down2", "add")]
     assert report.layers[0].after > 1e-3

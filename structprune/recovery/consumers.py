@@ -15,7 +15,7 @@ from structprune.graph import ChannelGraph
 from structprune.recovery.contraction import ARGUMENTS
 
 _SAME = frozenset({"dropout", "contiguous", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"})
-_NORMS = {
+NORMS = {
     "batch_norm": {"weight": 1, "bias": 2},
     "layer_norm": {"weight": 2, "bias": 3},
     "rms_norm": {"weight": 2},
@@ -52,7 +52,8 @@ class Consumer:
         return self.weight.rpartition(".")[0] or self.weight
 
 
-def _argument(node: fx.Node, place: int, keyword: str) -> Any:
+def norm_argument(node: fx.Node, place: int, keyword: str) -> Any:
+    """The argument of a call given by position or by keyword; None if left out."""
     if keyword in node.kwargs:
         return node.kwargs[keyword]
     return node.args[place] if place < len(node.args) else None
@@ -111,7 +112,7 @@ def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
     for node in graph.trace.nodes:
         if node.meta["name"] not in ARGUMENTS:
             continue
-        consumer = _consumer(graph, node)
+        consumer = as_consumer(graph, node)
         if consumer is not None and graph.trace.nodes[consumer.target] in changed:
             claimed[consumer.target] = consumer.node
             found.append(consumer)
@@ -125,17 +126,18 @@ def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
 def _operand(node: fx.Node, which: str) -> Any:
     names = {"addmm": {"bias": "input", "input": "mat1", "weight": "mat2"}}.get(node.meta["name"], {})
     place = ARGUMENTS[node.meta["name"]].get(which)
-    return None if place is None else _argument(node, place, names.get(which, which))
+    return None if place is None else norm_argument(node, place, names.get(which, which))
 
 
-def _consumer(graph: ChannelGraph, node: fx.Node) -> Consumer | None:
+def as_consumer(graph: ChannelGraph, node: fx.Node, sums: bool = True) -> Consumer | None:
+    """The operation as a layer to solve, answering for a sum behind it if `sums`; None if it holds no weight alone."""
     weight, x = _held(_operand(node, "weight")), _operand(node, "input")
     if weight is None or not isinstance(x, fx.Node):
         return None
     if node.meta["name"] == "addmm" and (node.kwargs.keys() & {"alpha", "beta"}):
         return None
     own = _held(_operand(node, "bias"))
-    return _followed(node, weight, own)
+    return _followed(node, weight, own, sums)
 
 
 def _followed(node: fx.Node, weight: str, own: str | None, sums: bool = True) -> Consumer:
@@ -145,7 +147,7 @@ def _followed(node: fx.Node, weight: str, own: str | None, sums: bool = True) ->
         name = user.meta["name"]
         if name == "batch_norm" and user.args and user.args[0] is at and node.meta["name"].startswith("conv"):
             norms.append(user.meta["index"])
-            shift = _held(_argument(user, _NORMS[name]["bias"], "bias"))
+            shift = _held(norm_argument(user, NORMS[name]["bias"], "bias"))
             if shift is not None:
                 bias, own_bias = shift, False
         elif name == "add" and sums and _is_sum(user, at):
@@ -182,13 +184,13 @@ def _is_sum(node: fx.Node, part: fx.Node) -> bool:
 def _norms(graph: ChannelGraph, changed: set[fx.Node]) -> Iterator[Consumer]:
     """Norms, and products with a held vector, of what has changed."""
     for node in graph.trace.nodes:
-        places = _NORMS.get(node.meta["name"])
+        places = NORMS.get(node.meta["name"])
         if node not in changed:
             continue
         number = node.meta["index"]
         if places is not None:
-            weight = _held(_argument(node, places["weight"], "weight"))
-            bias = _held(_argument(node, places["bias"], "bias")) if "bias" in places else None
+            weight = _held(norm_argument(node, places["weight"], "weight"))
+            bias = _held(norm_argument(node, places["bias"], "bias")) if "bias" in places else None
             if weight is not None and _along_channels(graph, node):
                 yield Consumer(number, weight, bias, (), number, diagonal=True)
         elif node.meta["name"] == "mul" and "writes" not in node.meta:
@@ -200,7 +202,7 @@ def _norms(graph: ChannelGraph, changed: set[fx.Node]) -> Iterator[Consumer]:
 def _along_channels(graph: ChannelGraph, node: fx.Node) -> bool:
     """Whether a norm's weight has one dimension."""
     name = node.meta["name"]
-    shape = _argument(node, 1, "normalized_shape")
+    shape = norm_argument(node, 1, "normalized_shape")
     return name not in ("layer_norm", "rms_norm") or (isinstance(shape, (tuple, list)) and len(shape) == 1)
 
 

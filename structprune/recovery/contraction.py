@@ -87,6 +87,11 @@ class Contraction:
             self.weight_shape[0] // self.groups if self.layout in ("transposed", "in_out") else self.weight_shape[1]
         )
 
+    @property
+    def weight_outputs(self) -> int:
+        """Outputs of each group."""
+        return prod(self.weight_shape) // (self.features * self.groups)
+
     def rows(self, x: Tensor, positions: Tensor) -> Tensor:
         """Features at flat `positions` of the result, shape ``(groups, len(positions), features)``, in float64."""
         if not self.kernel:

@@ -45,7 +45,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def recover(
-    slim: nn.Module, original: nn.Module, data: Iterable[Any], *, rows: int = 65536, seed: int = 0
+    slim: nn.Module, original: nn.Module, data: Iterable[Any], *, rows: int = 65536, rounds: int = 4, seed: int = 0
 ) -> nn.Module:
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 
@@ -92,7 +92,7 @@ def recover(
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
     graph = ChannelGraph(original, batches[0])
     dead = dead_components(graph, removed)
-    layers = [Layer(graph, dead, consumer, rows, seed) for consumer in consumers(graph, dead)]
+    layers = [Layer(graph, dead, consumer, rows, seed, rounds) for consumer in consumers(graph, dead)]
     with preserved_random_state(), torch.no_grad():
         solved = _sequential(recovered, original, batches, graph, layers)
     keep_report(recovered, RecoveryReport(tuple(solved), _skipped(layers)))
@@ -131,7 +131,7 @@ def _sequential(
 ) -> list[Any]:
     """Solve layer after layer while all batches go through both models once."""
     events = sorted(
-        ((event, number) for number, layer in enumerate(layers) for event in _events(layer.consumer)),
+        ((event, number) for number, layer in enumerate(layers) for event in _events(layer)),
         key=lambda item: (item[0], item[1]),
     )
     ours = {event for event, _ in events}
@@ -155,9 +155,8 @@ def _sequential(
     return solved
 
 
-def _events(consumer: Consumer) -> list[Event]:
-    before = [] if consumer.diagonal else [(consumer.node, Side.BEFORE)]
-    return [*before, *((norm, Side.BEFORE) for norm in consumer.norms), (consumer.target, Side.AFTER)]
+def _events(layer: Layer) -> list[Event]:
+    return [*layer.events, (layer.consumer.target, Side.AFTER)]
 
 
 def _grouped(events: list[tuple[Event, int]]) -> list[tuple[Event, list[int]]]:

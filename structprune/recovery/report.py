@@ -28,6 +28,8 @@ class LayerRecovery:
         after: error with the weights as they are now.
         changed: whether it was solved; a layer that would have got worse is left.
         ridge: the ridge that was chosen.
+        producers: paths of the layers in front that were solved together with it.
+        alone: why none could be; empty if there were, or if it did not help.
     """
 
     layer: str
@@ -37,6 +39,8 @@ class LayerRecovery:
     after: float
     changed: bool
     ridge: float
+    producers: tuple[str, ...] = ()
+    alone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class RecoveryReport:
         """The table as text."""
         table = Table("layer", "operation", "meets", "before", "after", "")
         for row in self.layers:
-            left = "" if row.changed else "left"
+            left = "with " + ", ".join(row.producers) if row.producers else "" if row.changed else "left"
             table.add_row(row.layer, row.operation, row.target, f"{row.before:.4f}", f"{row.after:.4f}", left)
         text = io.StringIO()
         console = Console(file=text, width=120)

@@ -14,10 +14,14 @@ from structprune.ranks import all_reduced
 from structprune.recovery.consumers import Consumer, kept_of
 from structprune.recovery.contraction import Contraction, apply_matrix, argument, contraction
 from structprune.recovery.least_squares import Solution, Sums, fit
-from structprune.recovery.lockstep import Event, Stop
+from structprune.recovery.linear_maps import linear_map
+from structprune.recovery.lockstep import Event, Side, Stop
+from structprune.recovery.pieces import piece_of
+from structprune.recovery.refitting import Producers, Seen
 from structprune.recovery.report import LayerRecovery
 
 HELD_OUT = 5  # every so many-th part of the positions of a batch
+PIECE_ROWS = 4  # times the rows that a layer alone is solved on
 CHUNK = 1 << 25  # entries of features that are unfolded at a time
 
 
@@ -30,10 +34,16 @@ class Layer:
         consumer: the layer.
         rows: positions of all batches together to solve on.
         seed: of the draw of positions.
+        rounds: of solving the layer together with its producers; none with 0.
     """
 
-    def __init__(self, graph: ChannelGraph, dead: Mask, consumer: Consumer, rows: int, seed: int) -> None:
+    def __init__(
+        self, graph: ChannelGraph, dead: Mask, consumer: Consumer, rows: int, seed: int, rounds: int = 0
+    ) -> None:
         self.consumer = consumer
+        piece = piece_of(graph, consumer) if rounds else "not asked for"
+        self._alone = piece if isinstance(piece, str) else ""
+        self._producers = None if isinstance(piece, str) else Producers(graph, piece, PIECE_ROWS * rows, rounds)
         self.refused = ""
         self._node = graph.trace.nodes[consumer.node]
         self._target = graph.trace.nodes[consumer.target]
@@ -48,8 +58,17 @@ class Layer:
     def _name(self) -> str:
         return self._node.meta["name"]
 
+    @property
+    def events(self) -> list[Event]:
+        """Where to look before the target is there."""
+        own = [] if self.consumer.diagonal else [(self.consumer.node, Side.BEFORE)]
+        more = self._producers.events if self._producers is not None else []
+        return [*more, *own, *((norm, Side.BEFORE) for norm in self.consumer.norms)]
+
     def look(self, event: Event, stops: list[Stop]) -> None:
-        """Remember what goes into the layer, or the scale of a norm behind it."""
+        """Remember what goes into the layer or its producers, or the scale of a norm behind it."""
+        if self._producers is not None and self._producers.look(event, stops):
+            return
         if event[0] == self.consumer.node:
             self._calls = list(stops)
             self._form = contraction(self._name, stops[0].args, stops[0].kwargs)
@@ -87,17 +106,44 @@ class Layer:
         found = fit(train, held, int(intercept), noise=power * (4 * torch.finfo(ours[0].dtype).eps) ** 2)
         if found.helps:
             self._change(found, intercept, ours, tensors)
+        size = max(power, torch.finfo(torch.float64).tiny)
+        noisy = found.after <= power * (1e3 * torch.finfo(ours[0].dtype).eps) ** 2
+        gain = 1.0 if noisy else self._refit(ours, wanted, tensors)
         self._calls = []
-        scale = max(power, torch.finfo(torch.float64).tiny)
+        if self._producers is not None:
+            self._producers.forget()
         return LayerRecovery(
             self.consumer.layer,
             self._name,
             self._target.meta["name"],
-            (found.before / scale) ** 0.5,
-            (found.after / scale) ** 0.5,
-            found.helps,
+            (found.before / size) ** 0.5,
+            (found.after / size) ** 0.5 * gain,
+            found.helps or gain < 1,
             found.ridge,
+            self._producers.layers if self._producers is not None and gain < 1 else (),
+            self._alone if self._producers is None else self._producers.refused,
         )
+
+    def _refit(self, ours: list[Tensor], wanted: list[Tensor], tensors: dict[str, Tensor]) -> float:
+        """Solve the layer again with its producers; by which factor the held-out error falls."""
+        call = self._calls[0] if self._calls else None
+        found = linear_map(self._name, call.args, call.kwargs) if call is not None else None
+        if self._producers is None or found is None:
+            return 1.0
+        weight = found.form.matrix(tensors[self.consumer.weight])
+        if self._scale is not None:
+            weight = weight * self._scale.to(weight.dtype).reshape(weight.shape[0], 1, -1)
+        hidden = [argument(self._name, "input", stop.args, stop.kwargs) for stop in self._calls]
+        intercept = self.consumer.bias is not None
+        seen = Seen(found, found.form.weight(weight), intercept, hidden, ours, wanted)
+        answer = self._producers.solve(seen, tensors)
+        if answer is None or not answer[0].helps:
+            return 1.0
+        solved, write = answer
+        write()
+        new, shift = solved.weights.weights[-1], solved.weights.shifts[-1]
+        self._absorb((found.form.matrix(new) - weight).double(), None if shift is None else shift.double(), tensors)
+        return (solved.after / solved.before) ** 0.5
 
     def _restricted(self, tensor: Tensor) -> Tensor:
         """The part of the original's result that survives."""
@@ -167,6 +213,18 @@ class Layer:
             self._change_diagonal(matrix.flatten(), shift, ours, tensors)
             return
         assert self._form is not None
+        matrix, shift = self._absorb(matrix, shift, tensors)
+        for call, result in zip(self._calls, ours, strict=True):
+            delta = apply_matrix(self._name, self._form, matrix, call.args, call.kwargs)
+            if shift is not None:
+                delta = delta + shift.to(delta.dtype).reshape(-1, *[1] * (-1 - self._form.channel_dim))
+            result.add_(delta)
+
+    def _absorb(
+        self, matrix: Tensor, shift: Tensor | None, tensors: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Change the weight and the bias so that the result behind the norms changes by this much, where it can be."""
+        assert self._form is not None
         scale = self._scale
         if scale is not None:
             # A channel that its norm switches off cannot be changed through it.
@@ -185,11 +243,7 @@ class Layer:
             _add(tensors[self.consumer.bias], shift)
             if self.consumer.own_bias and scale is not None:
                 shift = shift * scale
-        for call, result in zip(self._calls, ours, strict=True):
-            delta = apply_matrix(self._name, self._form, matrix, call.args, call.kwargs)
-            if shift is not None:
-                delta = delta + shift.to(delta.dtype).reshape(-1, *[1] * (-1 - self._form.channel_dim))
-            result.add_(delta)
+        return matrix, shift
 
     def _change_diagonal(
         self, factor: Tensor, shift: Tensor | None, ours: list[Tensor], tensors: dict[str, Tensor]

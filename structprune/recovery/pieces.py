@@ -1,0 +1,130 @@
+"""The layers that make a consumer's channels, with what stands in between: a piece of the trace, found by its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structprune.channels.rules.elementwise import ELEMENTWISE, UNARY
+from structprune.graph import ChannelGraph
+from structprune.recovery.consumers import Consumer, as_consumer
+from structprune.recovery.contraction import ARGUMENTS
+from structprune.tracing.provenance import plain
+
+POINTWISE = frozenset([*UNARY.split(), *ELEMENTWISE.split(), "batch_norm", "dropout1d", "dropout2d", "dropout3d"])
+# Halves of a channel go into one result, or the result is drawn at random.
+_NOT_BY_CHANNEL = frozenset({"glu_", "bernoulli", "normal", "uniform", "exponential", "random", "rand_like", "randn_like"})
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Producers whose results meet, entry by entry, in the input of a consumer.
+
+    Attributes:
+        producers: the layers, each with the norms behind it.
+        middle: the operations between the producers and the consumer's input, in order.
+    """
+
+    producers: tuple[Consumer, ...]
+    middle: tuple[fx.Node, ...]
+
+    def between(self, graph: ChannelGraph, tensors: dict[str, Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
+        """The function from the producers' results to the consumer's input, with tensors of the pruned model."""
+        nodes = [graph.trace.nodes[producer.node] for producer in self.producers]
+
+        def run(results: Sequence[Tensor]) -> Tensor:
+            known: dict[fx.Node, Any] = dict(zip(nodes, results, strict=True))
+            last = results[0]
+            for node in self.middle:
+                known[node] = last = _run(node, known, tensors)
+            return last
+
+        return run
+
+
+def _run(node: fx.Node, known: dict[fx.Node, Any], tensors: dict[str, Tensor]) -> Any:
+    def value(source: fx.Node) -> Any:
+        if source in known:
+            return known[source]
+        tensor = tensors[str(source.target)].detach()
+        return tensor.clone() if tensor.is_inference() else tensor
+
+    args, kwargs = (plain(fx.map_arg(part, value)) for part in (node.args, node.kwargs))
+    if "writes" in node.meta:  # in place in the forward; here the derivative still needs what it would write over
+        args = (args[0].clone(), *args[1:])
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    function: Any = node.target
+    return function(*args, **kwargs)
+
+
+def piece_of(graph: ChannelGraph, consumer: Consumer) -> Piece | str:
+    """The producers of a consumer's channels, or why they cannot be refitted.
+
+    Each operation in between treats every entry alone and its result goes nowhere else; so what a producer changes at
+    one position and channel changes the consumer's input there and nothing besides.
+    """
+    nodes = graph.trace.nodes
+    if consumer.diagonal:
+        return "a norm has no producers of its own"
+    source = _input(nodes[consumer.node])
+    if source is None:
+        return "its input is none of the trace"
+    middle: dict[int, fx.Node] = {}
+    ends: dict[int, fx.Node] = {}
+    waiting = [source]
+    inside = {consumer.node}
+    while waiting:
+        node = waiting.pop()
+        number = node.meta["index"]
+        if number in inside:
+            continue
+        name = node.meta["name"]
+        if name in ARGUMENTS:
+            ends[number] = node
+        elif name in POINTWISE - _NOT_BY_CHANNEL and node.meta.get("shape") == source.meta.get("shape"):
+            middle[number] = node
+            waiting += [part for part in node.all_input_nodes if part.meta["name"] != "parameter"]
+        else:
+            return f"its channels come through {name}, which does not treat each entry alone"
+        inside.add(number)
+    fault = _fault([*middle.values(), *ends.values()], inside, source)
+    if fault:
+        return fault
+    producers = [as_consumer(graph, node, sums=False) for _, node in sorted(ends.items())]
+    if not producers or any(producer is None for producer in producers):
+        return "what makes its channels has no weight of its own"
+    return Piece(tuple(p for p in producers if p is not None), tuple(node for _, node in sorted(middle.items())))
+
+
+def _fault(nodes: Iterable[fx.Node], inside: set[int], source: fx.Node) -> str:
+    for node in nodes:
+        if any(user.op == "output" or user.meta["index"] not in inside for user in node.users):
+            return f"{node.meta['name']} in front of it is used elsewhere too"
+        if node.meta.get("shape") != source.meta.get("shape"):
+            return f"{node.meta['name']} in front of it has another shape"
+    return ""
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    names = {"addmm": "mat1"}
+    which = names.get(node.meta["name"], "input")
+    place = ARGUMENTS[node.meta["name"]]["input"]
+    found = node.kwargs.get(which) if which in node.kwargs else node.args[place] if len(node.args) > place else None
+    return found if isinstance(found, fx.Node) else None
+
+
+def slopes(between: Callable[[Sequence[Tensor]], Tensor], results: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The consumer's input, and its derivative by each producer's result, entry by entry.
+
+    What is in between treats each entry alone, so its Jacobian is diagonal, and the sum's derivatives are all of it.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [result.clone().requires_grad_() for result in results]
+        hidden = between(leaves)
+        found = torch.autograd.grad(hidden.sum(), leaves)
+    return hidden.detach(), list(found)

@@ -15,6 +15,8 @@ from structprune.recovery.consumers import Consumer, as_consumer
 from structprune.recovery.contraction import ARGUMENTS
 from structprune.tracing.provenance import plain
 
+ACTIVATIONS = frozenset("""relu relu6 hardtanh hardswish leaky_relu elu celu selu silu gelu mish softplus tanh sigmoid hardsigmoid
+clamp clamp_min""".split())
 POINTWISE = frozenset([*UNARY.split(), *ELEMENTWISE.split(), "batch_norm", "dropout1d", "dropout2d", "dropout3d"])
 # Halves of a channel go into one result, or the result is drawn at random.
 _NOT_BY_CHANNEL = frozenset({"glu_", "bernoulli", "normal", "uniform", "exponential", "random", "rand_like", "randn_like"})
@@ -99,6 +101,16 @@ def piece_of(graph: ChannelGraph, consumer: Consumer) -> Piece | str:
     if not producers or any(producer is None for producer in producers):
         return "what makes its channels has no weight of its own"
     return Piece(tuple(p for p in producers if p is not None), tuple(node for _, node in sorted(middle.items())))
+
+
+def behind(graph: ChannelGraph, target: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    """What is done to each entry of a result before anything else sees it: an activation, or nothing."""
+    node = graph.trace.nodes[target]
+    users = list(node.users)
+    user = users[0] if len(users) == 1 else None
+    if user is None or user.op == "output" or user.meta["name"] not in ACTIVATIONS or user.all_input_nodes != [node]:
+        return lambda results: results[0]
+    return lambda results: _run(user, {node: results[0]}, {})
 
 
 def _fault(nodes: Iterable[fx.Node], inside: set[int], source: fx.Node) -> str:

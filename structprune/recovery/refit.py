@@ -33,9 +33,10 @@ MOMENT_ROWS = 8192  # positions that the preconditioner is estimated on
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the piece is solved on: the inputs of the producers, and what the consumer has to give."""
+    """What the piece is solved on: the inputs of the producers, what is added to the result, and what it has to be."""
 
     inputs: tuple[Tensor, ...]
+    rest: Tensor
     goal: Tensor
 
 
@@ -67,26 +68,28 @@ class Chain:
         producers: their linear maps.
         between: from the producers' results to the consumer's input, entry by entry.
         consumer: its linear map.
+        behind: what is done to each entry of the result before anything else sees it.
     """
 
     producers: tuple[LinearMap, ...]
     between: Between
     consumer: LinearMap
+    behind: Between
 
     def results(self, batch: Batch, at: Weights) -> list[Tensor]:
         """What the producers give."""
         parts = zip(self.producers, batch.inputs, at.weights[:-1], at.shifts[:-1], strict=True)
         return [producer(x, weight, shift) for producer, x, weight, shift in parts]
 
-    def residual(self, batch: Batch, at: Weights) -> Tensor:
-        """What is missing."""
-        return batch.goal - self.consumer(self.between(self.results(batch, at)), at.weights[-1], at.shifts[-1])
+    def whole(self, batch: Batch, at: Weights) -> Tensor:
+        """The result with what is added to it."""
+        return batch.rest + self.consumer(self.between(self.results(batch, at)), at.weights[-1], at.shifts[-1])
 
     def error(self, batches: Sequence[Batch], at: Weights) -> float:
         """Sum of squares of what is missing, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=at.weights[-1].device)
         for batch in batches:
-            total += self.residual(batch, at).double().square().sum()
+            total += (self.behind([batch.goal]) - self.behind([self.whole(batch, at)])).double().square().sum()
         return float(all_reduced(total))
 
 
@@ -99,6 +102,7 @@ class _Linear:
     at: Weights
     hidden: Tensor
     slopes: list[Tensor]
+    last: Tensor
 
     def forward(self, step: Weights) -> Tensor:
         """The change of the result."""
@@ -107,13 +111,15 @@ class _Linear:
         )
         moved = torch.stack([producer(x, w, s) * slope for producer, x, w, s, slope in parts]).sum(0)
         consumer = self.chain.consumer
-        return consumer(moved, self.at.weights[-1]) + consumer(self.hidden, step.weights[-1], step.shifts[-1])
+        change = consumer(moved, self.at.weights[-1]) + consumer(self.hidden, step.weights[-1], step.shifts[-1])
+        return change * self.last
 
     def adjoint(self, grad: Tensor) -> Tensor:
         """From something like the result to a vector of all weights."""
         consumer, last = self.chain.consumer, self.at.weights[-1]
         weights: list[Tensor] = []
         shifts: list[Tensor | None] = []
+        grad = grad * self.last
         back = consumer.to_input(grad, self.hidden, last)
         parts = zip(
             self.chain.producers, self.batch.inputs, self.at.weights[:-1], self.at.shifts[:-1], self.slopes, strict=True
@@ -187,9 +193,10 @@ def _step(chain: Chain, train: Sequence[Batch], at: Weights, damping: float, ste
     goal = torch.zeros_like(at.flat())
     for batch in train:
         hidden, found = slopes(chain.between, chain.results(batch, at))
-        line = _Linear(chain, batch, at, hidden, found)
+        result, last = slopes(chain.behind, [batch.rest + chain.consumer(hidden, at.weights[-1], at.shifts[-1])])
+        line = _Linear(chain, batch, at, hidden, found, last[0])
         lines.append(line)
-        goal += line.adjoint(batch.goal - chain.consumer(hidden, at.weights[-1], at.shifts[-1]))
+        goal += line.adjoint(chain.behind([batch.goal]) - result)
     all_reduced(goal)
     curvature = _Curvature.of(lines, damping)
 
@@ -290,6 +297,7 @@ def _moments(layer: LinearMap, lines: list[_Linear], place: int | None) -> tuple
     """Second moments of a layer's features (times all positions), and of the slopes of its results (their mean)."""
     xx: Tensor | None = None
     meets: Tensor | None = None
+    count = torch.zeros((), dtype=torch.float64, device=lines[0].batch.goal.device)
     for line in lines:
         result = line.batch.goal if place is None else line.slopes[place]
         total = layer.form.positions(result)
@@ -299,13 +307,14 @@ def _moments(layer: LinearMap, lines: list[_Linear], place: int | None) -> tuple
         own = x.transpose(1, 2) @ x * (total / len(at))
         xx = own if xx is None else xx + own
         slope = layer.form.outputs(result, at) if place is not None else x[..., :0]
-        own = slope.transpose(1, 2) @ slope / (len(at) * len(lines))
+        own = slope.transpose(1, 2) @ slope
+        count += len(at)
         meets = own if meets is None else meets + own
     assert xx is not None
     assert meets is not None
     all_reduced(xx)
     all_reduced(meets)
-    return xx, meets
+    return xx, meets / all_reduced(count)
 
 
 def _gram(chain: Chain, lines: list[_Linear], place: int, meets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from structprune.recovery.consumers import NORMS, Consumer, norm_argument
 from structprune.recovery.contraction import argument
 from structprune.recovery.linear_maps import LinearMap, linear_map
 from structprune.recovery.lockstep import Event, Side, Stop
-from structprune.recovery.pieces import Piece
+from structprune.recovery.pieces import Piece, behind
 from structprune.recovery.refit import Batch, Chain, Refit, Weights, refit
 
 HELD_OUT = 5  # the last of so many parts of each batch
@@ -39,6 +39,7 @@ class Seen:
     """What the consumer has when it has been solved alone.
 
     Attributes:
+        target: number of the operation whose result is to meet the original's.
         map: its linear map.
         weight: with the scale of the norms behind it, in the shape of the weight.
         shifts: whether something can take a shift of its result up.
@@ -47,6 +48,7 @@ class Seen:
         wanted: the original's.
     """
 
+    target: int
     map: LinearMap
     weight: Tensor
     shifts: bool
@@ -100,15 +102,15 @@ class Producers:
         self.refused = self._fault(seen, maps, scales)
         if self.refused:
             return None
-        chain = Chain(known, self._piece.between(self._graph, tensors), seen.map)
+        chain = Chain(known, self._piece.between(self._graph, tensors), seen.map, behind(self._graph, seen.target))
         start = Weights(
             [*(p.own("weight") for p in self._all), seen.weight],
             [*(self._shift(p) for p in self._all), seen.weight.new_zeros(self._channels(seen)) if seen.shifts else None],
         )
-        train, held = self._batches(chain, start, seen)
+        train, held = self._batches(seen)
         found = refit(chain, train, held, start, self._rounds)
         if found.helps:
-            self._correct(chain, start, found.weights, seen)
+            self._correct(chain, found.weights, seen)
         return found, lambda: self._write(start, found.weights, scales, tensors)
 
     def forget(self) -> None:
@@ -155,11 +157,11 @@ class Producers:
     def _channels(self, seen: Seen) -> int:
         return seen.map.form.weight_outputs * seen.map.form.groups
 
-    def _goal(self, number: int, seen: Seen) -> Tensor:
-        """What the consumer's scaled result has to be for the target to be met."""
-        return seen.wanted[number] - seen.ours[number] + seen.map(seen.hidden[number], seen.weight)
+    def _batch(self, number: int, seen: Seen) -> Batch:
+        own = seen.map(seen.hidden[number], seen.weight)
+        return Batch(tuple(p.tensor(number) for p in self._all), seen.ours[number] - own, seen.wanted[number])
 
-    def _batches(self, chain: Chain, start: Weights, seen: Seen) -> tuple[list[Batch], list[Batch]]:
+    def _batches(self, seen: Seen) -> tuple[list[Batch], list[Batch]]:
         train: list[Batch] = []
         held: list[Batch] = []
         for number, result in enumerate(seen.ours):
@@ -167,19 +169,16 @@ class Producers:
             each = max(1, seen.map.form.positions(result) // count)
             used = min(count, max(2, -(-self._rows // (each * len(seen.ours)))))
             split = max(1, used - max(1, used // HELD_OUT))
-            goal = self._goal(number, seen)
-            inputs = tuple(producer.tensor(number) for producer in self._all)
+            whole = self._batch(number, seen)
             for part, found in ((slice(0, split), train), (slice(split, used), held)):
-                if goal[part].shape[0]:
-                    found.append(Batch(tuple(x[part] for x in inputs), goal[part]))
+                if part.start < part.stop:
+                    found.append(Batch(tuple(x[part] for x in whole.inputs), whole.rest[part], whole.goal[part]))
         return train, held
 
-    def _correct(self, chain: Chain, start: Weights, found: Weights, seen: Seen) -> None:
+    def _correct(self, chain: Chain, found: Weights, seen: Seen) -> None:
         """Bring the results at hand to what the new weights give."""
         for number, result in enumerate(seen.ours):
-            batch = Batch(tuple(producer.tensor(number) for producer in self._all), self._goal(number, seen))
-            # The target less what is missing now is what the network gives now.
-            result.copy_(seen.wanted[number] - chain.residual(batch, found))
+            result.copy_(chain.whole(self._batch(number, seen), found))
 
     def _write(
         self, start: Weights, found: Weights, scales: Sequence[Tensor | None], tensors: dict[str, Tensor]

@@ -135,7 +135,7 @@ class Layer:
             weight = weight * self._scale.to(weight.dtype).reshape(weight.shape[0], 1, -1)
         hidden = [argument(self._name, "input", stop.args, stop.kwargs) for stop in self._calls]
         intercept = self.consumer.bias is not None
-        seen = Seen(found, found.form.weight(weight), intercept, hidden, ours, wanted)
+        seen = Seen(self.consumer.target, found, found.form.weight(weight), intercept, hidden, ours, wanted)
         answer = self._producers.solve(seen, tensors)
         if answer is None or not answer[0].helps:
             return 1.0

@@ -16,6 +16,7 @@ from structprune.onnx_info import OnnxInfo, onnx_info
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.pruner import Pruner
+from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
@@ -57,6 +58,7 @@ __all__ = [
     "plot_recovery",
     "plot_widths",
     "prune",
+    "recalibrate",
     "recover",
     "recovery_report",
     "register_module_rule",

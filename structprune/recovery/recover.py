@@ -40,7 +40,8 @@ def inputs_of(batch: Any, device: torch.device) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
@@ -85,7 +86,7 @@ def recover(
         >>> print([row.layer for row in structprune.recovery_report(recovered).layers])
         ['2']
     """
-    batches = [inputs_of(batch, _device(original)) for batch in data]
+    batches = [inputs_of(batch, device_of(original)) for batch in data]
     if not batches:
         raise RecoveryError("data holds no batch, so there is nothing to solve the layers on.")
     removed = removed_between(slim, original)

@@ -1,0 +1,91 @@
+"""`recalibrate`: the statistics of batch norms taken anew, exactly, over all of the data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from structprune.errors import RecoveryError
+from structprune.recovery.consumers import norm_argument
+from structprune.recovery.least_squares import all_reduced
+from structprune.recovery.lockstep import Event, Side, Stop, lanes
+from structprune.recovery.recover import device_of, inputs_of
+from structprune.surgery.apply import _memo
+from structprune.tracing.state import held_tensors, lent, shield
+from structprune.tracing.trace import Trace, preserved_random_state, trace
+
+
+def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
+    """A copy of `model` whose batch norms hold the mean and the variance of what reaches them over all of `data`.
+
+    All batches go through the model side by side, and each norm is set when all have reached it. So its statistics are
+    those of the data as a whole, with all norms in front set already: no running average, no momentum, and the order and
+    the size of the batches do not matter. The variance is the unbiased one, as PyTorch keeps it. Norms in other modes
+    than eval do not matter either; weights are not touched. A norm that is used at several places, or that holds no
+    statistics, is left.
+
+    Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model.
+
+    Args:
+        model: any model that can be traced, pruned or not; it stays as it was.
+        data: batches as for `structprune.recover`.
+
+    Raises:
+        RecoveryError: there is no data, or a norm sees a single value of each channel.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+        >>> x = torch.randn(64, 4)
+        >>> torch.allclose(structprune.recalibrate(model, [x])[1].running_mean, model[0](x).mean(0), atol=1e-6)
+        True
+    """
+    batches = [inputs_of(batch, device_of(model)) for batch in data]
+    if not batches:
+        raise RecoveryError("data holds no batch, so there are no statistics to take.")
+    result = copy.deepcopy(model, _memo(held_tensors(model), {}))
+    found = trace(result, batches[0])
+    norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(found)}
+    own = {name: held.tensor for name, held in held_tensors(result).items()}
+    with preserved_random_state(), torch.no_grad(), lent(result, shield, track=False):
+        result.eval()
+        tensors = {name: held.tensor for name, held in held_tensors(result).items()}
+        with lanes(result, batches, found, set(norms)) as running:
+            for event, node in norms.items():
+                values = _statistics([lane.until(event) for lane in running])
+                for (place, key), value in zip(_STATISTICS, values, strict=True):
+                    name = str(norm_argument(node, place, key).target)
+                    # The model runs on copies of its buffers.
+                    tensors[name].copy_(value)
+                    own[name].data.copy_(value)
+    return result
+
+
+def _norms(found: Trace) -> list[fx.Node]:
+    """Batch norms whose statistics are held and used there alone."""
+    nodes = [node for node in found.nodes if node.meta["name"] == "batch_norm"]
+    statistics = {node: [norm_argument(node, place, key) for place, key in _STATISTICS] for node in nodes}
+    return [
+        node
+        for node, parts in statistics.items()
+        if all(isinstance(part, fx.Node) and len(part.users) == 1 for part in parts)
+    ]
+
+
+_STATISTICS = ((3, "running_mean"), (4, "running_var"))
+
+
+def _statistics(stops: list[Stop]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of each channel over the batches of all ranks."""
+    values = [stop.args[0].double().movedim(1, 0).flatten(1) for stop in stops]
+    none = values[0].new_zeros(values[0].shape[0])
+    count = all_reduced(none.new_tensor(float(sum(part.shape[1] for part in values))))
+    if float(count) < 2:
+        raise RecoveryError("A batch norm sees one value of each channel in all of data; give more samples.")
+    mean = all_reduced(sum((part.sum(1) for part in values), none)) / count
+    squares = [(part - mean[:, None]).square().sum(1) for part in values]
+    return mean, all_reduced(sum(squares, none)) / (count - 1)

@@ -172,7 +172,8 @@ class Producers:
             whole = self._batch(number, seen)
             for part, found in ((slice(0, split), train), (slice(split, used), held)):
                 if part.start < part.stop:
-                    found.append(Batch(tuple(x[part] for x in whole.inputs), whole.rest[part], whole.goal[part]))
+                    inputs = tuple(_packed(x[part]) for x in whole.inputs)
+                    found.append(Batch(inputs, _packed(whole.rest[part]), _packed(whole.goal[part])))
         return train, held
 
     def _correct(self, chain: Chain, found: Weights, seen: Seen) -> None:
@@ -190,6 +191,12 @@ class Producers:
                 moved = (after - before).double()
                 bias = tensors[producer.consumer.bias]
                 _put(bias, bias.double() + (moved if producer.consumer.own_bias else moved * scale))
+
+
+def _packed(x: Tensor) -> Tensor:
+    """With channels last in memory: convolutions of few channels are two to four times as fast so."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
 
 
 def _put(tensor: Tensor, value: Tensor) -> None:

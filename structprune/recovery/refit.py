@@ -346,6 +346,8 @@ def _factors(layer: LinearMap, moments: Tensor, outputs: Tensor | None, damping:
 
 def _inverse(matrix: Tensor, ridge: float) -> Tensor:
     """The inverse of symmetric matrices with a ridge that keeps it finite."""
-    mean = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(matrix.dtype).tiny)
+    mean = matrix.diagonal(dim1=1, dim2=2).mean(1)
+    # A group whose channels are all off has nothing of its own to go by.
+    mean = mean.clamp_min(1e-3 * mean.mean()).clamp_min(torch.finfo(matrix.dtype).tiny ** 0.5)
     eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.inv(matrix + ridge * mean[:, None, None] * eye)

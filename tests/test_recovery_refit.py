@@ -10,9 +10,10 @@ from test_recovery_selection import CALLS
 from torch import nn
 
 import structprune
+from structprune.recovery.chain import Batch, Chain, Weights
 from structprune.recovery.linear_maps import linear_map
 from structprune.recovery.pieces import slopes
-from structprune.recovery.refit import Batch, Chain, Weights, refit
+from structprune.recovery.refit import refit
 
 # -- operators -------------------------------------------------------------------------------------------------------
 
@@ -95,7 +96,6 @@ class Gated(nn.Module):
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
-
 
 
 def normed(activation, **options):

@@ -15,11 +15,15 @@ from structprune.recovery.consumers import Consumer, as_consumer
 from structprune.recovery.contraction import ARGUMENTS
 from structprune.tracing.provenance import plain
 
-ACTIVATIONS = frozenset("""relu relu6 hardtanh hardswish leaky_relu elu celu selu silu gelu mish softplus tanh sigmoid hardsigmoid
-clamp clamp_min""".split())
+_ACTIVATIONS = """
+relu relu6 hardtanh hardswish leaky_relu elu celu selu silu gelu mish softplus tanh sigmoid hardsigmoid clamp clamp_min
+"""
+ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 POINTWISE = frozenset([*UNARY.split(), *ELEMENTWISE.split(), "batch_norm", "dropout1d", "dropout2d", "dropout3d"])
 # Halves of a channel go into one result, or the result is drawn at random.
-_NOT_BY_CHANNEL = frozenset({"glu_", "bernoulli", "normal", "uniform", "exponential", "random", "rand_like", "randn_like"})
+_NOT_BY_CHANNEL = frozenset(
+    {"glu_", "bernoulli", "normal", "uniform", "exponential", "random", "rand_like", "randn_like"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from structprune.errors import RecoveryError
 from structprune.recovery.consumers import norm_argument
 from structprune.recovery.least_squares import all_reduced
-from structprune.recovery.lockstep import Event, Side, Stop, lanes
+from structprune.recovery.lockstep import Side, Stop, lanes
 from structprune.recovery.recover import device_of, inputs_of
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import held_tensors, lent, shield
@@ -23,10 +23,9 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
     """A copy of `model` whose batch norms hold the mean and the variance of what reaches them over all of `data`.
 
     All batches go through the model side by side, and each norm is set when all have reached it. So its statistics are
-    those of the data as a whole, with all norms in front set already: no running average, no momentum, and the order and
-    the size of the batches do not matter. The variance is the unbiased one, as PyTorch keeps it. Norms in other modes
-    than eval do not matter either; weights are not touched. A norm that is used at several places, or that holds no
-    statistics, is left.
+    those of the data as a whole, with all norms in front set already: no running average, no momentum, and the order
+    and the size of the batches do not matter. The variance is the unbiased one, as PyTorch keeps it. Modes of modules
+    and weights are not touched. A norm that is used at several places, or that holds no statistics, is left.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model.
 
@@ -82,10 +81,9 @@ _STATISTICS = ((3, "running_mean"), (4, "running_var"))
 def _statistics(stops: list[Stop]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each channel over the batches of all ranks."""
     values = [stop.args[0].double().movedim(1, 0).flatten(1) for stop in stops]
-    none = values[0].new_zeros(values[0].shape[0])
-    count = all_reduced(none.new_tensor(float(sum(part.shape[1] for part in values))))
+    count = all_reduced(values[0].new_tensor(float(sum(part.shape[1] for part in values))))
     if float(count) < 2:
         raise RecoveryError("A batch norm sees one value of each channel in all of data; give more samples.")
-    mean = all_reduced(sum((part.sum(1) for part in values), none)) / count
+    mean = all_reduced(torch.stack([part.sum(1) for part in values]).sum(0)) / count
     squares = [(part - mean[:, None]).square().sum(1) for part in values]
-    return mean, all_reduced(sum(squares, none)) / (count - 1)
+    return mean, all_reduced(torch.stack(squares).sum(0)) / (count - 1)

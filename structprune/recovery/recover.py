@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from structprune.errors import RecoveryError
 from structprune.graph import ChannelGraph
-from structprune.recovery.consumers import Consumer, consumers
+from structprune.recovery.consumers import consumers
 from structprune.recovery.lockstep import Event, Side, lanes
 from structprune.recovery.report import RecoveryReport, keep_report
 from structprune.recovery.solving import Layer
@@ -58,6 +58,11 @@ def recover(
     is not solved; a layer that does not get better there is left. `recovery_report` tells the errors of each layer.
     Weights that are used in several places are left.
 
+    Then the layer is solved together with the layers that make its channels, where all that stands between them treats
+    each entry alone: activations, norms with fixed statistics, gates. What the surviving channels compute may change,
+    so that a few do the work of many. This is damped Gauss-Newton (`structprune.recovery.refit`): linear least squares by
+    conjugate gradients, a few times over, on four fifths of the samples, taken only if the others agree.
+
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); the targets are corrected for all that comes before.
 
@@ -69,6 +74,7 @@ def recover(
         data: batches as the model takes them: tensors, dicts of keyword arguments, or pairs of one of these and labels,
             which are ignored. All of them are held by the model at once at one layer: some hundred samples are enough.
         rows: how many positions (pixels, tokens) of all batches together a layer is solved on; drawn at random.
+        rounds: how often a layer and its producers are solved together at most; with 0 the layers alone are solved.
         seed: of the draw. Random generators outside are not touched.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The producers of a layer on their way: their inputs are kept until the layer is solved, then all are solved together."""
+"""The producers of a layer on their way: their inputs are kept until it is solved, then all are solved together."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from structprune.graph import ChannelGraph
+from structprune.recovery.chain import Batch, Chain, Weights
 from structprune.recovery.consumers import NORMS, Consumer, norm_argument
 from structprune.recovery.contraction import argument
 from structprune.recovery.linear_maps import LinearMap, linear_map
 from structprune.recovery.lockstep import Event, Side, Stop
 from structprune.recovery.pieces import Piece, behind
-from structprune.recovery.refit import Batch, Chain, Refit, Weights, refit
+from structprune.recovery.refit import Refit, refit
 
 HELD_OUT = 5  # the last of so many parts of each batch
 
@@ -105,7 +106,10 @@ class Producers:
         chain = Chain(known, self._piece.between(self._graph, tensors), seen.map, behind(self._graph, seen.target))
         start = Weights(
             [*(p.own("weight") for p in self._all), seen.weight],
-            [*(self._shift(p) for p in self._all), seen.weight.new_zeros(self._channels(seen)) if seen.shifts else None],
+            [
+                *(self._shift(p) for p in self._all),
+                seen.weight.new_zeros(self._channels(seen)) if seen.shifts else None,
+            ],
         )
         train, held = self._batches(seen)
         found = refit(chain, train, held, start, self._rounds)

@@ -28,7 +28,8 @@ class LayerRecovery:
         after: error with the weights as they are now.
         changed: whether it was solved; a layer that would have got worse is left.
         ridge: the ridge that was chosen.
-        producers: paths of the layers in front that were solved together with it.
+        producers: paths of the layers in front that were solved together with it. Where an activation follows the
+            target, the share of the error that they took away is measured behind it.
         alone: why none could be; empty if there were, or if it did not help.
     """
 

@@ -220,9 +220,7 @@ class Layer:
                 delta = delta + shift.to(delta.dtype).reshape(-1, *[1] * (-1 - self._form.channel_dim))
             result.add_(delta)
 
-    def _absorb(
-        self, matrix: Tensor, shift: Tensor | None, tensors: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _absorb(self, matrix: Tensor, shift: Tensor | None, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Change the weight and the bias so that the result behind the norms changes by this much, where it can be."""
         assert self._form is not None
         scale = self._scale

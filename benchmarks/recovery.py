@@ -74,7 +74,9 @@ def windows(part: int) -> Tensor:
 
 def calibration(name: str, seed: int) -> list[Any]:
     if name.startswith("resnet"):
-        return list(cifar.train_images(IMAGES, seed)[0].split(128))
+        # Channels last in memory: convolutions of so few channels are about twice as fast.
+        images = cifar.train_images(IMAGES, seed)[0].contiguous(memory_format=torch.channels_last)
+        return list(images.split(128))
     found = windows(0)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     full = order[: len(order) // 32 * 32]  # the forward takes another branch for a batch of one

@@ -49,6 +49,15 @@ def test_slopes_of_a_gate():
     torch.testing.assert_close(by_gate, up * sigmoid * (1 + gate * (1 - sigmoid)))
 
 
+def test_what_has_no_derivative_has_no_slope():
+    x = torch.randn(4, 3, dtype=torch.float64)
+    _, (mask,) = slopes(lambda results: (results[0] > 0).double(), [x])
+    _, (first, second) = slopes(lambda results: results[0] * results[1].detach(), [x, x])
+    assert not mask.any()
+    assert not second.any()
+    torch.testing.assert_close(first, x)
+
+
 # -- the solver ------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +171,14 @@ class Between(nn.Module):
         return self.down(self.through(F.relu(self.up(x))))
 
 
+class Written(Between):
+    def forward(self, x):
+        x = x + 1.0
+        y = self.down(F.relu(self.up(x)))
+        x.mul_(0.0)
+        return y + x.sum(-1, keepdim=True)
+
+
 class Used(Between):
     def forward(self, x):
         y = self.up(x)
@@ -173,6 +190,7 @@ class Used(Between):
     [
         (lambda: Between(lambda x: x.cumsum(1)), "come through cumsum"),
         (lambda: Used(None), "is used elsewhere too"),
+        (lambda: Written(None), "is written over"),
     ],
 )
 def test_what_cannot_be_refitted_is_left_with_a_reason(make, reason):

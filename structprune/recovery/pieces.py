@@ -91,6 +91,8 @@ def piece_of(graph: ChannelGraph, consumer: Consumer) -> Piece | str:
             continue
         name = node.meta["name"]
         if name in ARGUMENTS:
+            if _written(_input(node)):
+                return f"the input of {name} in front of it is written over"
             ends[number] = node
         elif name in POINTWISE - _NOT_BY_CHANNEL and node.meta.get("shape") == source.meta.get("shape"):
             middle[number] = node
@@ -126,6 +128,10 @@ def _fault(nodes: Iterable[fx.Node], inside: set[int], source: fx.Node) -> str:
     return ""
 
 
+def _written(node: fx.Node | None) -> bool:
+    return node is not None and any(user.meta.get("writes") is node for user in node.users if user.op != "output")
+
+
 def _input(node: fx.Node) -> fx.Node | None:
     names = {"addmm": "mat1"}
     which = names.get(node.meta["name"], "input")
@@ -142,5 +148,8 @@ def slopes(between: Callable[[Sequence[Tensor]], Tensor], results: Sequence[Tens
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [result.clone().requires_grad_() for result in results]
         hidden = between(leaves)
-        found = torch.autograd.grad(hidden.sum(), leaves)
-    return hidden.detach(), list(found)
+        # A comparison, or what is detached, has no slope.
+        flat = [None] * len(leaves)
+        found = torch.autograd.grad(hidden.sum(), leaves, allow_unused=True) if hidden.requires_grad else flat
+    parts = zip(found, leaves, strict=True)
+    return hidden.detach(), [torch.zeros_like(leaf) if own is None else own for own, leaf in parts]

@@ -27,6 +27,7 @@ import structprune
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = 1024
 WINDOW = 256
+ROWS = 32768
 SEEDS = (0, 1, 2)
 
 
@@ -118,12 +119,14 @@ def ours(case: Case, model: nn.Module, data: list[Any]) -> tuple[nn.Module, dict
     x = one_sample(data)
     (kind,) = amounts(case, model)
     probes = 256 if isinstance(data[0], Tensor) else 32
-    criterion = structprune.Reconstruction(per=kind, probes=probes, rows=32768, axes=case.axes)
+    criterion = structprune.Reconstruction(per=kind, probes=probes, rows=ROWS, axes=case.axes)
     chosen = criterion.fit(structprune.DependencyGraph(model, x), data)
     plan = structprune.plan(
         model, x, importance=chosen, scope=chosen, target=amounts(case, model), axes=case.axes, round_to=1
     )
-    slim = structprune.recover(plan.apply(model), model, data)
+    images = isinstance(data[0], Tensor)
+    shown = [*data, *(part.flip(3) for part in data)] if images else data
+    slim = structprune.recover(plan.apply(model), model, shown, rows=ROWS if images else 2 * ROWS)
     return slim, {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - used}
 
 
@@ -212,9 +215,9 @@ def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
     lines = [
         "# Recovery without training",
         "",
-        f"No labels, no gradients: {IMAGES:,} training images, or the first half of the tokens. Mean and standard "
-        "deviation over seeds of the calibration data. torch-pruning: its magnitude pruner over all layers at once at "
-        "the same cost, as it is, and with its batch norms recalibrated by hand.",
+        f"No labels, no training: {IMAGES:,} training images, as they are and flipped, or the first half of the tokens. "
+        "Mean and standard deviation over seeds of the calibration data. torch-pruning: its magnitude pruner over all "
+        "layers at once at the same cost, as it is, and with its batch norms recalibrated by hand.",
         "",
         "| case | seeds | dense | structprune | aim | torch-pruning | recalibrated | x fewer MACs | x fewer parameters "
         "| CPU seconds |",

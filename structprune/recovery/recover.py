@@ -46,7 +46,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def recover(
-    slim: nn.Module, original: nn.Module, data: Iterable[Any], *, rows: int = 65536, rounds: int = 4, seed: int = 0
+    slim: nn.Module, original: nn.Module, data: Iterable[Any], *, rows: int = 65536, rounds: int = 3, seed: int = 0
 ) -> nn.Module:
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 

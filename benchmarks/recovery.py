@@ -215,9 +215,9 @@ def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
     lines = [
         "# Recovery without training",
         "",
-        f"No labels, no training: {IMAGES:,} training images, as they are and flipped, or the first half of the tokens. "
-        "Mean and standard deviation over seeds of the calibration data. torch-pruning: its magnitude pruner over all "
-        "layers at once at the same cost, as it is, and with its batch norms recalibrated by hand.",
+        f"No labels, no training: {IMAGES:,} training images, as they are and flipped, or the first half of the "
+        "tokens. Mean and standard deviation over seeds of the calibration data. torch-pruning: its magnitude pruner "
+        "over all layers at once at the same cost, as it is, and with its batch norms recalibrated by hand.",
         "",
         "| case | seeds | dense | structprune | aim | torch-pruning | recalibrated | x fewer MACs | x fewer parameters "
         "| CPU seconds |",

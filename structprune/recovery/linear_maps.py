@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from structprune.recovery.contraction import ARGUMENTS, Contraction, apply_matrix, argument, contraction
+from structprune.recovery.contraction import ARGUMENTS, Contraction, argument, contraction
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,8 @@ class LinearMap:
 
     def __call__(self, x: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
         """The result without a bias, plus `shift` of shape ``(channels,)``."""
-        options: dict[str, Any] = dict(self.options)
-        names = {"input": x, "weight": weight}
-        args = [names[which] for which in sorted(names, key=lambda which: ARGUMENTS[self.name][which])]
-        if self.name == "addmm":
-            result = x @ weight
-        else:
-            result = apply_matrix(self.name, self.form, self.form.matrix(weight), args, options)
+        function: Any = torch.matmul if self.form.layout == "in_out" else getattr(F, self.name)
+        result: Tensor = function(x, weight, **self.options)
         return result if shift is None else result + shift.reshape(-1, *[1] * (-1 - self.form.channel_dim))
 
     def to_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

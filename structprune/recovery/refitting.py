@@ -19,6 +19,7 @@ from structprune.recovery.pieces import Piece, behind
 from structprune.recovery.refit import Refit, refit
 
 HELD_OUT = 5  # the last of so many parts of each batch
+ENTRIES = 1 << 27  # of the consumer's input at most, however many positions are asked for
 
 
 @dataclass(slots=True)
@@ -166,12 +167,14 @@ class Producers:
         return Batch(tuple(p.tensor(number) for p in self._all), seen.ours[number] - own, seen.wanted[number])
 
     def _batches(self, seen: Seen) -> tuple[list[Batch], list[Batch]]:
+        """Samples to solve on and samples held out: the first and the last ones of the same share of each batch."""
         train: list[Batch] = []
         held: list[Batch] = []
+        rows = min(self._rows, ENTRIES // seen.hidden[0].shape[seen.map.form.channel_dim])
         for number, result in enumerate(seen.ours):
             count = result.shape[0]
             each = max(1, seen.map.form.positions(result) // count)
-            used = min(count, max(2, -(-self._rows // (each * len(seen.ours)))))
+            used = min(count, max(2, -(-rows // (each * len(seen.ours)))))
             split = max(1, used - max(1, used // HELD_OUT))
             whole = self._batch(number, seen)
             for part, found in ((slice(0, split), train), (slice(split, used), held)):

@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from structprune.ranks import all_reduced
 from structprune.recovery.chain import Chain, Linearised, Weights
-from structprune.recovery.least_squares import all_reduced
 from structprune.recovery.linear_maps import LinearMap
 
 MOMENT_ROWS = 8192  # positions that the moments are taken of

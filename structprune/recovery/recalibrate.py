@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
+from structprune.ranks import all_reduced
 from structprune.recovery.consumers import norm_argument
-from structprune.recovery.least_squares import all_reduced
 from structprune.recovery.lockstep import Side, Stop, lanes
 from structprune.recovery.recover import device_of, inputs_of
 from structprune.surgery.apply import _memo

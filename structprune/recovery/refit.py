@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structprune.ranks import all_reduced
 from structprune.recovery.chain import Batch, Chain, Linearised, Weights
 from structprune.recovery.curvature import Curvature
-from structprune.recovery.least_squares import all_reduced
 from structprune.recovery.pieces import slopes
 
 DAMPING = 1e-3

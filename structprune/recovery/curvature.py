@@ -1,5 +1,7 @@
 """What conjugate gradients are preconditioned with: one Kronecker product for each layer of a chain.
 
+Where it is small enough, the producers' part is exact within each hidden channel instead (`by_channel`).
+
 Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015 (section 3.1): the
 second moments of a layer's features, times those of what its results do to the end of the chain.
 """
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from structprune.ranks import all_reduced
+from structprune.recovery.by_channel import ChannelBlocks, channel_blocks
 from structprune.recovery.chain import Chain, Linearised, Weights
 from structprune.recovery.linear_maps import LinearMap
 
@@ -36,6 +39,7 @@ class Curvature:
     at: Weights
     layers: list[_Factors]
     damping: Tensor
+    blocks: ChannelBlocks | None
 
     @classmethod
     def of(cls, lines: list[Linearised], damping: float) -> Curvature:
@@ -50,7 +54,10 @@ class Curvature:
         weights, shifts = zip(*(_split(layer, layer.damping) for layer in layers), strict=True)
         kept = [None if have is None else shift for have, shift in zip(at.shifts, shifts, strict=True)]
         dtype = at.weights[-1].dtype
-        return cls(at, layers, Weights(list(weights), kept).flat().to(dtype))
+        passes = [(line.batch.inputs, line.slopes) for line in lines]
+        shifted = [shift is not None for shift in at.shifts[:-1]]
+        blocks = channel_blocks(chain.producers, passes, _power(lines[0]), shifted, damping)
+        return cls(at, layers, Weights(list(weights), kept).flat().to(dtype), blocks)
 
     def inverse(self, vector: Tensor) -> Tensor:
         """What conjugate gradients are preconditioned with."""
@@ -68,7 +75,17 @@ class Curvature:
             own, moved = _split(layer, matrix)
             weights.append(own)
             shifts.append(None if shift is None else moved)
+        if self.blocks is not None:
+            weights[:-1], shifts[:-1] = self.blocks(given.weights[:-1], given.shifts[:-1])
         return Weights(weights, shifts).flat()
+
+
+def _power(line: Linearised) -> Tensor:
+    """Squared size of what the consumer makes of a unit of each hidden channel, shape ``(channels,)``."""
+    form = line.chain.consumer.form
+    matrix = form.matrix(line.at.weights[-1])
+    seen = form.positions(line.batch.goal) / line.chain.producers[0].form.positions(line.slopes[0])
+    return matrix.reshape(matrix.shape[0], matrix.shape[1] // prod(form.kernel), -1).square().sum(2).flatten() * seen
 
 
 def _split(layer: _Factors, matrix: Tensor) -> tuple[Tensor, Tensor]:

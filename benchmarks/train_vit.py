@@ -53,7 +53,9 @@ def train(half: int, full: int, seed: int) -> dict[str, float | int]:
         block.attn.fused_attn = False
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}], fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}], fused=True
+    )
     images, labels = cifar.train_images()
     each = len(labels) // BATCH
     steps, used, loss = each * (half + full), time.process_time(), torch.zeros(())

@@ -1,7 +1,7 @@
-"""Train the small vision transformer that `benchmarks/recovery.py` prunes: some 15 minutes on one thread of a CPU.
+"""Train the small vision transformer that `benchmarks/recovery.py` prunes: some 8 minutes on one thread of a CPU.
 
-Run ``python benchmarks/train_vit.py``. Weights go to ``benchmarks/.cache/vit_cifar10.safetensors``, which is not part of
-the repository, and the figures of the run to ``results/train_vit.json``. The test set is looked at once, at the end.
+Run ``python benchmarks/train_vit.py``. Weights go to ``benchmarks/.cache/vit_cifar10.safetensors``, which is not part
+of the repository, and the figures of the run to ``results/train_vit.json``. The test set is looked at once, at the end.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def train(half: int, full: int, seed: int) -> dict[str, float | int]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--half", type=int, default=8, help="epochs on half of the patches")
-    parser.add_argument("--full", type=int, default=2, help="epochs on all patches")
+    parser.add_argument("--half", type=int, default=4, help="epochs on half of the patches")
+    parser.add_argument("--full", type=int, default=1, help="epochs on all patches")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)

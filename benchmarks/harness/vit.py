@@ -22,7 +22,7 @@ CONFIG = {
 
 
 def build(**changes: Any) -> nn.Module:
-    """timm's VisionTransformer: 64 patches of 4x4, width 96, 6 blocks of 4 heads; not trained."""
+    """Timm's VisionTransformer: 64 patches of 4x4, width 96, 6 blocks of 4 heads; not trained."""
     make_torchvision_importable()
     from timm.models.vision_transformer import VisionTransformer
 
@@ -36,7 +36,7 @@ def load_vit(path: Path = WEIGHTS) -> nn.Module:
         FileNotFoundError: it has not been trained on this machine; the message says how to.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not here. Run python benchmarks/train_vit.py first (15 minutes).")
+        raise FileNotFoundError(f"{path} is not here. Run python benchmarks/train_vit.py first (8 minutes).")
     model = build()
     model.load_state_dict(load_file(path))
     return model.eval()

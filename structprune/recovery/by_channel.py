@@ -1,4 +1,4 @@
-"""A preconditioner that is exact within each hidden channel: all weights that make it, in every producer, in one block."""
+"""A preconditioner that is exact within each hidden channel: all weights that make it in one block."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def channel_blocks(
 ) -> ChannelBlocks | None:
     """The blocks for what `passes` saw; None where they would be too large, or a producer is grouped.
 
-    The result moves by ``power[c]`` for a unit of hidden channel ``c``, which moves by ``slope * (w x)``; weights of one
-    channel therefore meet in ``power[c] * sum (slope x)(slope x)^T``, with the features of all producers side by side.
+    The result moves by ``power[c]`` for a unit of hidden channel ``c``, which moves by ``slope * (w x)``. Weights of
+    one channel meet in ``power[c] * sum (slope x)(slope x)^T``, with the features of all producers side by side.
 
     Args:
         producers: of one and the same hidden channels.

@@ -1,0 +1,89 @@
+"""The blocks of the normal equations that precondition a refit, against the Jacobian written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from structprune.recovery.by_channel import channel_blocks
+from structprune.recovery.linear_maps import linear_map
+
+DAMPING = 1e-3
+
+
+def gate(g, u):
+    return F.silu(g) * u
+
+
+def problem(shifted):
+    """Inputs, weights, shifts and the consumer's weight of a gated layer with four hidden channels."""
+    torch.manual_seed(1)
+    x = torch.randn(50, 3, dtype=torch.float64)
+    weights = [torch.randn(4, 3, dtype=torch.float64) for _ in range(2)]
+    shifts = [torch.randn(4, dtype=torch.float64) if shifted else None for _ in range(2)]
+    return x, weights, shifts, torch.randn(5, 4, dtype=torch.float64)
+
+
+def made(x, weights, shifts):
+    return [F.linear(x, w, b) for w, b in zip(weights, shifts, strict=True)]
+
+
+def blocks_of(x, weights, shifts, last):
+    """What `channel_blocks` makes of the problem, with the slopes by automatic differentiation."""
+    leaves = [result.requires_grad_() for result in made(x, weights, shifts)]
+    slopes = torch.autograd.grad(gate(*leaves).sum(), leaves)
+    maps = tuple(linear_map("linear", (x, w), {}) for w in weights)
+    shifted = [b is not None for b in shifts]
+    return channel_blocks(maps, [((x, x), slopes)], last.square().sum(0), shifted, DAMPING)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_each_block_is_that_of_the_normal_equations(shifted):
+    x, weights, shifts, last = problem(shifted)
+    found = blocks_of(x, weights, shifts, last)
+    for channel in range(4):
+        rows = [
+            torch.cat([w[channel], *([] if b is None else [b[channel, None]])])
+            for w, b in zip(weights, shifts, strict=True)
+        ]
+
+        def result(*own):
+            own_shifts = [part[3] if shifted else None for part in own]
+            hidden = [x @ part[:3] + (0 if b is None else b) for part, b in zip(own, own_shifts, strict=True)]
+            return (gate(*hidden)[:, None] * last[:, channel]).flatten()  # noqa: B023, called at once
+
+        jacobian = torch.cat(torch.autograd.functional.jacobian(result, tuple(rows)), 1)
+        normal = jacobian.T @ jacobian
+        diagonal = normal.diagonal()
+        count = 8 if shifted else 6
+        wanted = normal + torch.diag(DAMPING * diagonal + 1e-4 * diagonal.sum() / 8)
+        inverse = found.inverse[channel]
+        kept = torch.arange(8) if shifted else torch.tensor([0, 1, 2, 4, 5, 6])
+        torch.testing.assert_close(inverse[kept][:, kept] @ wanted, torch.eye(count, dtype=torch.float64))
+
+
+def test_it_is_applied_channel_by_channel():
+    x, weights, shifts, last = problem(True)
+    found = blocks_of(x, weights, shifts, last)
+    given = [torch.randn_like(w) for w in weights], [torch.randn_like(b) for b in shifts]
+    new_weights, new_shifts = found(*given)
+    for channel in range(4):
+        vector = torch.cat([torch.cat([w[channel], b[channel, None]]) for w, b in zip(*given, strict=True)])
+        got = torch.cat(
+            [torch.cat([w[channel], b[channel, None]]) for w, b in zip(new_weights, new_shifts, strict=True)]
+        )
+        torch.testing.assert_close(got, found.inverse[channel] @ vector)
+
+
+def test_a_channel_that_is_off_stays_finite():
+    x, weights, shifts, last = problem(True)
+    last[:, 2] = 0
+    assert torch.isfinite(blocks_of(x, weights, shifts, last).inverse).all()
+
+
+def test_a_grouped_convolution_has_none():
+    x, weight = torch.randn(2, 4, 5, 5), torch.randn(4, 2, 3, 3)
+    found = linear_map("conv2d", (x, weight, None, 1, 1, 1, 2), {})
+    slopes = torch.ones(2, 4, 5, 5)
+    assert channel_blocks((found,), [((x,), (slopes,))], torch.ones(4), [False], DAMPING) is None

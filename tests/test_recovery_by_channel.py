@@ -87,3 +87,10 @@ def test_a_grouped_convolution_has_none():
     found = linear_map("conv2d", (x, weight, None, 1, 1, 1, 2), {})
     slopes = torch.ones(2, 4, 5, 5)
     assert channel_blocks((found,), [((x,), (slopes,))], torch.ones(4), [False], DAMPING) is None
+
+
+def test_blocks_that_cost_more_than_they_save_are_not_gathered():
+    x, weight = torch.randn(20, 64), torch.randn(4, 64)
+    found = linear_map("linear", (x, weight), {})
+    given = [((x,), (torch.ones(20, 4),))], torch.ones(4), [False], DAMPING
+    assert channel_blocks((found,), *given) is None

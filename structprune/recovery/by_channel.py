@@ -11,7 +11,10 @@ from torch import Tensor
 from structprune.recovery.least_squares import all_reduced
 from structprune.recovery.linear_maps import LinearMap
 
-ENTRIES = 1 << 22  # of all blocks together; gathering them costs some thousand operations an entry
+ENTRIES = 1 << 22  # of all blocks together
+# Gathering them costs rows * features operations a weight, and a step of conjugate gradients four a position; for their
+# eight steps to be worth at least twice the gathering, rows * features may be this many times the positions.
+EFFORT = 16
 ROWS = 4096  # positions of all batches together
 
 
@@ -52,7 +55,7 @@ def channel_blocks(
     shifted: Sequence[bool],
     damping: float,
 ) -> ChannelBlocks | None:
-    """The blocks for what `passes` saw; None where they would be too large, or a producer is grouped.
+    """The blocks for what `passes` saw; None where they cost too much, or a producer is grouped.
 
     The result moves by ``power[c]`` for a unit of hidden channel ``c``, which moves by ``slope * (w x)``. Weights of
     one channel meet in ``power[c] * sum (slope x)(slope x)^T``, with the features of all producers side by side.
@@ -69,10 +72,12 @@ def channel_blocks(
     same = all(p.form.groups == 1 and p.form.weight_outputs == channels for p in producers)
     if not same or channels * sum(sizes) ** 2 > ENTRIES:
         return None
+    if not _affordable(producers[0], passes, sum(sizes)):
+        return None
     blocks = torch.zeros(channels, sum(sizes), sum(sizes), dtype=torch.float64, device=power.device)
     for inputs, slopes in passes:
         total = producers[0].form.positions(slopes[0])
-        wanted = max(1, min(total, ROWS // len(passes)))
+        wanted = _wanted(total, len(passes))
         at = torch.arange(wanted, device=power.device) * total // wanted
         features = _features(producers, inputs, slopes, shifted, at)
         blocks += (features.transpose(1, 2) @ features).double() * (total / wanted)
@@ -83,6 +88,22 @@ def channel_blocks(
     mean = mean.clamp_min(1e-3 * mean.mean()).clamp_min(torch.finfo(blocks.dtype).tiny ** 0.5)
     inverse = torch.linalg.inv(blocks + torch.diag_embed(damping * diagonal + 1e-4 * mean))
     return ChannelBlocks(producers, inverse.to(power.dtype))
+
+
+def _wanted(total: int, passes: int) -> int:
+    """How many of the positions of one batch are looked at."""
+    return max(1, min(total, ROWS // passes))
+
+
+def _affordable(
+    producer: LinearMap, passes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]], features: int
+) -> bool:
+    """Whether gathering the blocks is cheap beside solving with them; the same on all ranks."""
+    totals = [producer.form.positions(slopes[0]) for _, slopes in passes]
+    rows = [_wanted(total, len(passes)) for total in totals]
+    counts = torch.tensor([sum(rows), sum(totals)], dtype=torch.float64, device=passes[0][1][0].device)
+    looked, positions = all_reduced(counts).tolist()
+    return looked * features <= EFFORT * positions
 
 
 def _features(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from structprune.recovery.least_squares import all_reduced
+from structprune.ranks import all_reduced
 from structprune.recovery.linear_maps import LinearMap
 
 ENTRIES = 1 << 22  # of all blocks together

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.benchmark import benchmark
-from structprune.export import export_onnx
+from structprune.export.onnx import export_onnx
 
 TRAIN_EPOCHS = 8
 FINE_TUNE_EPOCHS = 4

@@ -7,12 +7,12 @@ from structprune.channels.rules.opaque import register_module_rule
 from structprune.channels.rules.table import rule as register_rule
 from structprune.cost import Cost, cost
 from structprune.dependency_graph import DependencyGraph
-from structprune.export import OnnxExport, export_onnx
+from structprune.export.metadata import OnnxInfo, onnx_info
+from structprune.export.onnx import OnnxExport, export_onnx
 from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.latency.measure import Latency
-from structprune.onnx_info import OnnxInfo, onnx_info
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.pruner import Pruner

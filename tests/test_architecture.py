@@ -30,8 +30,6 @@ ORDER = (
     ("schema",),
     ("plan",),
     ("inputs",),
-    ("onnx_file",),
-    ("free_dims", "onnx_info", "onnx_program"),
     ("export",),
     ("benchmark",),
     ("latency",),

@@ -16,8 +16,8 @@ from torch import nn
 from structprune.benchmark import Benchmark, Timing, backends, benchmark, timing
 from structprune.benchmark.results import bootstrap_speedup
 from structprune.errors import MissingExtraError
-from structprune.export import export_onnx
-from structprune.onnx_file import session
+from structprune.export.files import session
+from structprune.export.onnx import export_onnx
 
 # Runs beside those that are timed are left out where calls are counted.
 ALONE = {"memory": False, "explanations": False}

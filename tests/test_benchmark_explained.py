@@ -12,7 +12,7 @@ from structprune.benchmark.counting import Counted, count_model
 from structprune.benchmark.explain import Side, causes, explain, odd_widths
 from structprune.benchmark.machine import Machine
 from structprune.benchmark.profiling import Profile, Spent, by_layer, read_session
-from structprune.export import export_onnx
+from structprune.export.onnx import export_onnx
 
 
 class Stack(nn.Module):

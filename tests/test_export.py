@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import ExportError, MissingExtraError
-from structprune.export import export_onnx
-from structprune.onnx_file import relative_error
+from structprune.export.files import relative_error
+from structprune.export.onnx import export_onnx
 
 
 def conv_net() -> nn.Module:
@@ -236,7 +236,7 @@ def test_tolerance_is_the_callers(tmp_path, monkeypatch):
 
 
 def test_large_weights_go_into_a_second_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("structprune.export._EXTERNAL_DATA_ABOVE", 0)
+    monkeypatch.setattr("structprune.export.onnx._EXTERNAL_DATA_ABOVE", 0)
     path = tmp_path / "m.onnx"
     model = nn.Linear(64, 64).eval()
     result = export_onnx(model, path, torch.randn(2, 64))

@@ -206,7 +206,7 @@ def test_the_file_shrinks_as_the_parameters_do(tmp_path: Path) -> None:
 
 
 def test_external_weights_are_counted_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("structprune.export._EXTERNAL_DATA_ABOVE", 0)
+    monkeypatch.setattr("structprune.export.onnx._EXTERNAL_DATA_ABOVE", 0)
     path = tmp_path / "m.onnx"
     result = structprune.export_onnx(nn.Linear(64, 64), path, torch.randn(2, 64))
     assert structprune.onnx_info(path).bytes == result.bytes > 4 * 64 * 64

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from structprune.benchmark.memory import held_bytes, peak_of_run, peak_of_session
 from structprune.benchmark.profiling import Profile, profile_session, profile_torch
-from structprune.export import export_onnx
-from structprune.onnx_file import input_names, require, session, tensors, to_numpy
+from structprune.export.files import input_names, require, session, tensors, to_numpy
+from structprune.export.onnx import export_onnx
 from structprune.tracing.trace import ExampleInputs, as_call
 
 Call: TypeAlias = Callable[[], Any]

@@ -16,7 +16,7 @@ from torch.autograd.profiler import profile
 
 from structprune.benchmark import session_memory
 from structprune.benchmark.profiling import quiet_profiler
-from structprune.onnx_file import tensors
+from structprune.export.files import tensors
 from structprune.tracing.trace import ExampleInputs, as_call
 
 

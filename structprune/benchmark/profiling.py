@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.profiler import profile, record_function
 from torch.nn.modules import module as modules
 
-from structprune.onnx_file import require
+from structprune.export.files import require
 
 _MARK = "structprune module "
 _RUNS = 5

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from structprune.benchmark.backends import WAITING, Call
-from structprune.onnx_file import tensors
+from structprune.export.files import tensors
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, as_call
 

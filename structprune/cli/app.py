@@ -18,9 +18,9 @@ from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, Sli
 from structprune.cli.output import Output, costs, reporting
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import MissingExtraError
-from structprune.export import export_onnx
+from structprune.export.metadata import onnx_info
+from structprune.export.onnx import export_onnx
 from structprune.io import save
-from structprune.onnx_info import onnx_info
 from structprune.plan import Plan
 from structprune.report import report
 from structprune.sensitivity import RATIOS, Sensitivity, sensitivity

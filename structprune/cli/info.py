@@ -16,9 +16,9 @@ from rich.table import Table
 
 from structprune.cli.output import costs
 from structprune.cost import count_cost
+from structprune.export.metadata import OnnxInfo
 from structprune.graph import ChannelGraph
 from structprune.hardware import processor
-from structprune.onnx_info import OnnxInfo
 from structprune.report.text import places
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from structprune.errors import PlanError
+from structprune.export.files import require
 from structprune.latency.eager import QUANTILE, Point, shapes
 from structprune.latency.specs import TRANSPOSED, OpSpec
-from structprune.onnx_file import require
 
 OPSET, IR = 18, 9
 # Weights lie in the file, which a protobuf bounds; so many bytes go into one.

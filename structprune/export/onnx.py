@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import ExportError
-from structprune.free_dims import FreeDims
+from structprune.export.files import check, compare, require, tensors
+from structprune.export.free_dims import FreeDims
+from structprune.export.metadata import metadata
+from structprune.export.program import program_of
 from structprune.inputs import evaluating
-from structprune.onnx_file import check, compare, require, tensors
-from structprune.onnx_info import metadata
-from structprune.onnx_program import program_of
 from structprune.tracing.trace import ExampleInputs, as_call
 
 # Beyond 2 GiB a protobuf cannot hold the weights; they then go into a second file beside the first.

@@ -15,7 +15,7 @@ from torch import nn
 
 from structprune.cost import Cost
 from structprune.errors import LoadError
-from structprune.onnx_file import require
+from structprune.export.files import require
 from structprune.plan import plans_of
 from structprune.schema import FormError, record, texts
 

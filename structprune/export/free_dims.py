@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from structprune.errors import ExportError
+from structprune.export.files import input_names, tensors
 from structprune.inputs import batch_size, is_batched, resize_batch, resize_dims
-from structprune.onnx_file import input_names, tensors
 from structprune.tracing.trace import ExampleInputs, as_call
 
 BATCH = "batch"

@@ -110,3 +110,32 @@ def test_computed_weights_with_a_graph_of_their_own(kind: str) -> None:
     assert slim.conv2.weight.shape == (6, 4, 3, 3)
     assert model.conv2.weight.grad_fn is not None
     model(INPUTS.float()).sum().backward()
+
+
+class HooksItself(nn.Module):
+    """Its first forward registers hooks that collect what its layers give, and notes so, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.collected: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "hooked", False):
+            for layer in (self.first, self.second):
+                layer.register_forward_hook(lambda module, args, out: self.collected.append(out))
+            self.hooked = True
+        self.collected = []
+        self.second(torch.relu(self.first(x)))
+        collected, self.collected = self.collected, []
+        assert len(collected) == 2
+        return self.head(torch.relu(collected[1]))
+
+
+def test_hooks_that_a_forward_registers_go_with_the_trace() -> None:
+    model, inputs = oracle.jitter(HooksItself(), seed=0), normal(4, 6).double()
+    structprune.plan(model, inputs, ratio=0.5)
+    assert not model.first._forward_hooks
+    assert not hasattr(model, "hooked")
+    model(inputs)
+    assert len(model.first._forward_hooks) == 1

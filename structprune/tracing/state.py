@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
         state = module.__dict__
         saved.append((state, dict(state)))
         for value in state.values():
-            if type(value) is dict:
+            # Hooks are held in OrderedDicts: one that a forward registers, and notes in a flag, goes with that flag.
+            if type(value) in (dict, OrderedDict):
                 saved.append((value, dict(value)))
 
     def restore() -> None:

@@ -113,7 +113,7 @@ def test_computed_weights_with_a_graph_of_their_own(kind: str) -> None:
 
 
 class HooksItself(nn.Module):
-    """Its first forward registers hooks that collect what its layers give, and notes so, as models of transformers do."""
+    """Its first forward registers hooks that collect, and notes so, as models of transformers do."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -185,12 +185,48 @@ class Used(Between):
         return self.down(F.relu(y)), y.sum(-1)
 
 
+class WrittenThroughView(Between):
+    def forward(self, x):
+        x = x + 1.0
+        view = x[:]
+        y = self.up(x)
+        view.mul_(2.0)
+        return self.down(F.relu(y))
+
+
+class Tied(Between):
+    """The weight of the producer has a second name, in a layer that is used later."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.later, self.last = nn.Linear(6, 8), nn.Linear(4, 6)
+        self.later.weight = self.up.weight
+
+    def forward(self, x):
+        y = self.down(F.relu(self.up(x)))
+        return y, self.later(self.last(y)).sum(-1)
+
+
+class Positions(Between):
+    """Something of its own is added to each sample."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.places = nn.Parameter(torch.ones(8, 5, 8))
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x) + self.places))
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda: Between(lambda x: x.cumsum(1)), "come through cumsum"),
         (lambda: Used(None), "is used elsewhere too"),
         (lambda: Written(None), "is written over"),
+        (lambda: WrittenThroughView(None), "when it is repeated"),
+        (Tied, "no weight of its own"),
+        (Positions, "differs from sample to sample"),
     ],
 )
 def test_what_cannot_be_refitted_is_left_with_a_reason(make, reason):
@@ -199,6 +235,40 @@ def test_what_cannot_be_refitted_is_left_with_a_reason(make, reason):
     rows = {row.layer: row for row in structprune.recovery_report(structprune.recover(slim, model, data)).layers}
     assert rows["down"].producers == ()
     assert reason in rows["down"].alone
+
+
+class BatchStatistics(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), norm
+
+    def forward(self, x):
+        return self.down(self.norm(F.relu(self.up(x))))
+
+
+class AlwaysTraining(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=True)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(8, track_running_stats=False), lambda: AlwaysTraining(8)])
+def test_a_norm_by_the_batch_is_no_function_of_entries(norm):
+    model, data = jittered(BatchStatistics(norm())), data_of(IMAGES)
+    slim = removal(model, data[0], "up").apply(model)
+    (row,) = [
+        r for r in structprune.recovery_report(structprune.recover(slim, model, data)).layers if r.layer == "down"
+    ]
+    assert row.producers == ()
+    assert "statistics from the batch" in row.alone
+
+
+def test_a_layer_behind_which_a_norm_goes_by_the_batch_is_left():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), AlwaysTraining(4))
+    model, data = jittered(model), data_of(IMAGES)
+    slim = removal(model, data[0], "0").apply(model)
+    recovered = structprune.recover(slim, model, data)
+    assert "statistics from the batch" in structprune.recovery_report(recovered).skipped["2"]
+    assert torch.equal(recovered[2].weight, slim[2].weight)
 
 
 def test_no_producer_is_touched_where_nothing_is_missing():

@@ -59,6 +59,11 @@ def norm_argument(node: fx.Node, place: int, keyword: str) -> Any:
     return node.args[place] if place < len(node.args) else None
 
 
+def by_batch(training: Any, variance: Any) -> bool:
+    """Whether a batch norm with these arguments takes its statistics from the batch."""
+    return variance is None or bool(training)
+
+
 def _held(value: Any) -> str | None:
     """The name of a tensor that the model holds and that is used here alone."""
     if isinstance(value, fx.Node) and value.meta["name"] == "parameter" and len(value.users) == 1:

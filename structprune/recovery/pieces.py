@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from structprune.channels.rules.elementwise import ELEMENTWISE, UNARY
 from structprune.graph import ChannelGraph
-from structprune.recovery.consumers import Consumer, as_consumer
+from structprune.recovery.consumers import Consumer, as_consumer, by_batch, norm_argument
 from structprune.recovery.contraction import ARGUMENTS
 from structprune.tracing.provenance import plain
 
@@ -125,7 +125,21 @@ def _fault(nodes: Iterable[fx.Node], inside: set[int], source: fx.Node) -> str:
             return f"{node.meta['name']} in front of it is used elsewhere too"
         if node.meta.get("shape") != source.meta.get("shape"):
             return f"{node.meta['name']} in front of it has another shape"
+        if node.meta["name"] == "batch_norm" and by_batch(
+            norm_argument(node, 5, "training"), norm_argument(node, 4, "running_var")
+        ):
+            return "a batch norm in front of it takes its statistics from the batch"
+        if node.meta["name"] not in ARGUMENTS and any(_by_sample(part, source) for part in node.all_input_nodes):
+            return f"{node.meta['name']} in front of it meets a held tensor that differs from sample to sample"
     return ""
+
+
+def _by_sample(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a held tensor has an entry for each place of the first dimension, along which samples are taken apart."""
+    shape, wide = node.meta.get("shape"), source.meta.get("shape")
+    if node.meta["name"] != "parameter" or shape is None or wide is None:
+        return False
+    return len(shape) == len(wide) and shape[0] != 1
 
 
 def _written(node: fx.Node | None) -> bool:

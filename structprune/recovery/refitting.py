@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structprune.graph import ChannelGraph
+from structprune.ranks import all_reduced
 from structprune.recovery.chain import Batch, Chain, Weights
 from structprune.recovery.consumers import NORMS, Consumer, norm_argument
 from structprune.recovery.contraction import argument
@@ -19,6 +20,8 @@ from structprune.recovery.pieces import Piece, behind
 from structprune.recovery.refit import Refit, refit
 
 HELD_OUT = 5  # the last of so many parts of each batch
+REPEATED = 4  # samples of each batch on which the piece is compared with the forward
+TOLERANCE = 1e-2  # of that comparison: above the rounding of TF32
 ENTRIES = 1 << 27  # of the consumer's input at most, however many positions are asked for
 
 
@@ -112,6 +115,11 @@ class Producers:
                 seen.weight.new_zeros(self._channels(seen)) if seen.shifts else None,
             ],
         )
+        if not self._repeats(chain, start, seen):
+            self.refused = (
+                "what is in front of it differs when it is repeated: something is drawn, or written over"
+            )
+            return None
         train, held = self._batches(seen)
         found = refit(chain, train, held, start, self._rounds)
         if found.helps:
@@ -134,6 +142,20 @@ class Producers:
                 return "the bias of a producer is used elsewhere too"
         sizes = {t.shape[0] for p in self._all for t in (p.tensor(0), seen.hidden[0], seen.ours[0])}
         return "" if len(sizes) == 1 else "the first dimension of its result does not count samples"
+
+    def _repeats(self, chain: Chain, start: Weights, seen: Seen) -> bool:
+        """Whether the chain gives the consumer's input of the forward, on some samples; the same on all ranks.
+
+        A forward may write over a tensor by another view, or draw at random; the trace alone does not tell.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=seen.weight.device)
+        for number, hidden in enumerate(seen.hidden):
+            inputs = tuple(p.tensor(number)[:REPEATED] for p in self._all)
+            wanted = hidden[:REPEATED].double()
+            given = chain.between(chain.results(Batch(inputs, wanted, wanted), start)).double()
+            sums += torch.stack([(given - wanted).square().sum(), wanted.square().sum()])
+        missing, power = all_reduced(sums).tolist()
+        return missing <= power * max(TOLERANCE, 4 * torch.finfo(seen.weight.dtype).eps) ** 2
 
     def _scale(self, producer: _Producer, tensors: dict[str, Tensor]) -> Tensor | None:
         """What the norms behind a producer scale its channels by; None where they have no fixed statistics."""

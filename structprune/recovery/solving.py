@@ -11,7 +11,7 @@ from structprune.channels.relations import Row
 from structprune.channels.solver import Mask
 from structprune.graph import ChannelGraph
 from structprune.ranks import all_reduced
-from structprune.recovery.consumers import Consumer, kept_of
+from structprune.recovery.consumers import Consumer, by_batch, kept_of
 from structprune.recovery.contraction import Contraction, apply_matrix, argument, contraction
 from structprune.recovery.least_squares import Solution, Sums, fit
 from structprune.recovery.linear_maps import linear_map
@@ -75,8 +75,8 @@ class Layer:
             if self._form is None:
                 self.refused = "its input or its weight has a number of dimensions that is not solved for"
             return
-        weight, variance, eps = (_norm_argument(stops[0], at, key) for key, at in _BATCH_NORM.items())
-        if variance is None:
+        weight, variance, training, eps = (_norm_argument(stops[0], at, key) for key, at in _BATCH_NORM.items())
+        if by_batch(training, variance):
             self.refused = "the batch norm behind it takes its statistics from the batch"
             return
         scale = (variance.double() + (1e-5 if eps is None else eps)).rsqrt()
@@ -258,7 +258,7 @@ class Layer:
             result.add_(change.to(result.dtype))
 
 
-_BATCH_NORM = {"weight": 1, "running_var": 4, "eps": 7}
+_BATCH_NORM = {"weight": 1, "running_var": 4, "training": 5, "eps": 7}
 
 
 def _norm_argument(stop: Stop, place: int, keyword: str) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from structprune.errors import LoadError, PlanError, StructpruneError
+from structprune.files import write_whole
 from structprune.plan import Plan, plans_of
 from structprune.schema import FormError, Migration, up_to_date
 from structprune.surgery.history import kept
@@ -72,13 +72,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             "could build it again. Save the model that was pruned, or prune the whole."
         )
     incoming = folder / INCOMING
-    _written(incoming, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
+    write_whole(incoming, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
     record = {
         "schema": SCHEMA,
         "weights": {"sha256": _digest(incoming), "aliases": aliases},
         "plans": [json.loads(plan.to_json()) for plan in plans],
     }
-    _written(folder / PLAN, lambda draft: draft.write_text(json.dumps(record, indent=1)))
+    write_whole(folder / PLAN, lambda draft: draft.write_text(json.dumps(record, indent=1)))
     os.replace(incoming, folder / WEIGHTS)
     return folder
 
@@ -132,21 +132,6 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             # A copy: safetensors refuses tensors that share memory, and views of larger ones.
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors, aliases
-
-
-def _written(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    try:
-        draft.touch()
-        mode = draft.stat().st_mode
-        write(draft)
-        draft.chmod(mode)  # safetensors makes files that nobody else may read
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:

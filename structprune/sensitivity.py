@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import MissingExtraError, PlanError
+from structprune.files import write_whole
 from structprune.graph import Layer
 from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
@@ -260,7 +260,4 @@ def _kept(group: Group, ratios: Sequence[float], bounds: tuple[int, int]) -> tup
 
 
 def _write(path: Path, found: Sensitivity) -> None:
-    """Write the whole file or nothing."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(found.to_json())
-    os.replace(partial, path)
+    write_whole(path, lambda draft: draft.write_text(found.to_json()))

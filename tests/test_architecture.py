@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only what stands above it; those of one line do not import each other.
 ORDER = (
-    ("errors", "hardware"),
+    ("errors", "files", "hardware"),
     ("ranks",),
     ("wrapping",),
     ("tracing",),

@@ -300,12 +300,33 @@ def test_only_one_state_stays_in_the_folder(tmp_path: Path) -> None:
     ]
 
 
+class Remembering:
+    """A penalty that has a state."""
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        return next(model.parameters()).sum() * 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        assert state == {}
+
+
 def test_other_settings_and_damage_are_refused(tmp_path: Path) -> None:
     run(network(), checkpoint=tmp_path)
     with pytest.raises(LoadError, match="other settings: seed 0"):
         run(network(), checkpoint=tmp_path, seed=3)
     with pytest.raises(LoadError, match="other settings: shapes"):
         finetune(nn.Linear(2, 2), loaders()[0], lambda _: 0.0, epochs=4, lr=0.05, checkpoint=tmp_path)
+    model = network()
+    adam = torch.optim.Adam(model.parameters(), lr=0.05)
+    with pytest.raises(LoadError, match="other settings: optimizer SGD"):
+        run(model, checkpoint=tmp_path, optimizer=adam)
+    with pytest.raises(LoadError, match="penalty None"):
+        run(network(), checkpoint=tmp_path, penalty=Remembering())
+    with pytest.raises(LoadError, match="amp None"):
+        run(network(), checkpoint=tmp_path, amp=True)
     (tmp_path / "weights-4.safetensors").write_bytes(b"no tensors")
     with pytest.raises(LoadError, match="damaged"):
         run(network(), checkpoint=tmp_path)

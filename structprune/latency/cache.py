@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from structprune.errors import PlanError
+from structprune.files import write_whole
 from structprune.latency.table import LatencyTable
 
 
@@ -99,7 +99,5 @@ def save(folder: Path, table: LatencyTable) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         table.grids = load(folder, table.conditions).grids | table.grids
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=path.stem, suffix=".partial", delete=False) as draft:
-        draft.write(table.to_json())
-    os.replace(draft.name, path)
+    write_whole(path, lambda draft: draft.write_text(table.to_json()))
     return path

@@ -7,10 +7,8 @@ place of the old one in one step, after they are whole, so that a kill at any mo
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from structprune.errors import LoadError
+from structprune.files import write_whole
 
 SCHEMA = 1
 PROGRESS = "progress.json"
@@ -53,10 +52,10 @@ def store(folder: Path, state: State) -> None:
         for part, tensors in state.tensors.items()
         for name, value in tensors.items()
     }
-    _written(folder / weights, lambda draft: save_file(flat, draft, metadata={"format": "pt"}))
-    _written(folder / optimizer, lambda draft: torch.save(dict(state.optimizer), draft))
+    write_whole(folder / weights, lambda draft: save_file(flat, draft, metadata={"format": "pt"}))
+    write_whole(folder / optimizer, lambda draft: torch.save(dict(state.optimizer), draft))
     record = {"schema": SCHEMA, "epoch": state.epoch, "weights": weights, "optimizer": optimizer, **state.record}
-    _written(folder / PROGRESS, lambda draft: Path(draft).write_text(json.dumps(record, indent=1)))
+    write_whole(folder / PROGRESS, lambda draft: draft.write_text(json.dumps(record, indent=1)))
     for pattern in ("weights-*.safetensors", "optimizer-*.pt"):
         for old in folder.glob(pattern):
             if old.name not in (weights, optimizer):
@@ -89,16 +88,3 @@ def restore(folder: Path) -> State | None:
         part, _, inner = name.partition("/")
         tensors.setdefault(part, {})[inner] = value
     return State(epoch, tensors, optimizer, record)
-
-
-def _written(path: Path, write: Callable[[str], Any]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        write(draft)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)

@@ -239,7 +239,17 @@ class _Run:
         """What must be the same for a run to go on."""
         shapes = {name: list(value.shape) for name, value in tensors_of(self.model).items()}
         decay = None if self.average is None else self.average.decay
-        return {**asdict(self.settings), "ema": decay, "peaks": self.step.peaks, "shapes": shapes}
+        penalty, precision = self.step.penalty, self.step.precision
+        return {
+            **asdict(self.settings),
+            "ema": decay,
+            "amp": None if precision is None else str(precision),
+            "teacher": self.step.teacher is not None,
+            "optimizer": type(self.step.optimizer).__name__,
+            "penalty": type(penalty).__name__ if hasattr(penalty, "state_dict") else None,
+            "peaks": self.step.peaks,
+            "shapes": shapes,
+        }
 
     def _save(self) -> None:
         if self.folder is None:

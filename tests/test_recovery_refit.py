@@ -271,6 +271,24 @@ def test_a_layer_behind_which_a_norm_goes_by_the_batch_is_left():
     assert torch.equal(recovered[2].weight, slim[2].weight)
 
 
+def test_a_layer_solved_with_its_producers_is_a_producer_of_the_next():
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 4)]
+    model, data = jittered(nn.Sequential(*layers)), data_of((120, 6))
+    slim = removal(model, data[0], "0").apply(model)
+    recovered = structprune.recover(slim, model, data)
+    rows = {row.layer: row for row in structprune.recovery_report(recovered).layers}
+    assert rows["2"].producers == ("0",)
+    # Otherwise it would be solved on what went into layer 2 before, which no longer gives what comes out of it.
+    assert "when it is repeated" not in rows["4"].alone
+
+
+def test_a_batch_may_hold_a_single_sample():
+    model, data = jittered(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))), data_of((24, 6), 1)
+    slim = removal(model, data[0], "0").apply(model)
+    recovered = structprune.recover(slim, model, data[0].split([15, 8, 1]))
+    assert error(recovered, model, data) < error(slim, model, data)
+
+
 def test_no_producer_is_touched_where_nothing_is_missing():
     model, data = linear_net(nn.Linear(8, 4)), data_of(TOKENS)
     with torch.no_grad():

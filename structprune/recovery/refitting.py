@@ -116,9 +116,7 @@ class Producers:
             ],
         )
         if not self._repeats(chain, start, seen):
-            self.refused = (
-                "what is in front of it differs when it is repeated: something is drawn, or written over"
-            )
+            self.refused = "what is in front of it differs when it is repeated: something is drawn, or written over"
             return None
         train, held = self._batches(seen)
         found = refit(chain, train, held, start, self._rounds)
@@ -206,9 +204,15 @@ class Producers:
         return train, held
 
     def _correct(self, chain: Chain, found: Weights, seen: Seen) -> None:
-        """Bring the results at hand to what the new weights give."""
+        """Bring the consumer's inputs and results at hand to what the new weights give.
+
+        Its input goes nowhere else, but the consumer may be a producer of the next layer, which is solved on it.
+        """
         for number, result in enumerate(seen.ours):
-            result.copy_(chain.whole(self._batch(number, seen), found))
+            batch = self._batch(number, seen)
+            hidden = chain.between(chain.results(batch, found))
+            result.copy_(batch.rest + chain.consumer(hidden, found.weights[-1], found.shifts[-1]))
+            seen.hidden[number].copy_(hidden)
 
     def _write(
         self, start: Weights, found: Weights, scales: Sequence[Tensor | None], tensors: dict[str, Tensor]

@@ -159,7 +159,8 @@ class Layer:
         quota = max(1, self._rows // len(ours))
         for number, (mine, theirs) in enumerate(zip(ours, wanted, strict=True)):
             for part, positions in enumerate(self._positions(mine, quota)):
-                for some in positions.to(mine.device).split(self._chunk(mine)):
+                # What is empty would still be split into one part.
+                for some in positions.to(mine.device).split(self._chunk(mine)) if len(positions) else ():
                     x, y, size = self._rows_at(number, mine, theirs, some)
                     if intercept:
                         x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)

@@ -56,7 +56,7 @@ class Pruner:
     Example:
         >>> import torch, structprune
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-        >>> pruner = structprune.Pruner(model, torch.randn(1, 4), steps=4, schedule="linear", ratio=0.5)
+        >>> pruner = structprune.Pruner(model, torch.randn(1, 4), steps=4, schedule="linear", ratio=0.5, round_to=1)
         >>> widths = []
         >>> while not pruner.done:
         ...     plan = pruner.step()  # and train for an epoch

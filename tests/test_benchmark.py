@@ -143,7 +143,7 @@ def test_compile_backend(monkeypatch):
 
 def test_missing_onnxruntime_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtraError, match=r"pip install structprune\[onnx\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'structprune\[onnx\]'"):
         benchmark({"a": nn.Linear(2, 2)}, torch.zeros(1, 2), backends=("onnxruntime",))
 
 

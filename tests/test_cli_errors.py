@@ -230,7 +230,7 @@ EXAMPLES = [line for line in DOCUMENT.splitlines() if line.startswith("structpru
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_examples_of_the_documentation_are_understood(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("plan.json", "sensitivity.json", "points.json", "net.safetensors"):
+    for name in ("plan.json", "sensitivity.json", "points.json", "times.json", "net.safetensors"):
         Path(name).touch()
     Path("slim").mkdir()
     name, *args = shlex.split(line)[1:]

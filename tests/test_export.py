@@ -254,7 +254,7 @@ def test_missing_folder(tmp_path):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_extra(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"'{package}'.*pip install structprune\[onnx\]"):
+    with pytest.raises(MissingExtraError, match=rf"'{package}'.*pip install 'structprune\[onnx\]'"):
         export_onnx(nn.Linear(2, 2), tmp_path / "m.onnx", torch.randn(1, 2))
 
 

@@ -119,10 +119,13 @@ def test_steps_beyond_the_last_and_wrong_schedules_are_refused() -> None:
         structprune.Pruner(Residual(), IMAGE, steps=1, schedule=lambda t: 2.0).step()
 
 
+OPTIONS: dict[str, Any] = {"schedule": "linear", "target": {"params": 0.4}, "scope": "global", "round_to": 1}
+
+
 def interrupted(state_after: int) -> tuple[dict[str, Any], nn.Module]:
     torch.manual_seed(0)
     model = Residual()
-    pruner = structprune.Pruner(model, IMAGE, steps=3, schedule="linear", target={"params": 0.4}, scope="global")
+    pruner = structprune.Pruner(model, IMAGE, steps=3, **OPTIONS)
     for _ in range(state_after):
         pruner.step()
     return json.loads(json.dumps(pruner.state_dict())), model
@@ -135,7 +138,7 @@ def test_goes_on_from_its_state(taken: int) -> None:
     whole = interrupted(3)[1]
     torch.manual_seed(7)
     model = Residual()
-    options: dict[str, Any] = {"steps": 3, "schedule": "linear", "target": {"params": 0.4}, "scope": "global"}
+    options = {"steps": 3, **OPTIONS}
     pruner = structprune.Pruner(model, IMAGE, state=state, **options)
     assert (pruner.taken, pruner.done) == (taken, taken == 3)
     assert shapes(model) == shapes(first)

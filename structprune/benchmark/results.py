@@ -55,7 +55,7 @@ class Timing:
 
         Example:
             >>> Timing("slim", "eager", (1.0, 1.0, 2.0, 1.0, 1.0)).interval()
-            (1.0, 1.0)
+            (1.0, 2.0)
         """
         runs: NDArray[np.float64] = np.array(self.seconds)
         drawn = np.random.default_rng(0).integers(len(runs), size=(_RESAMPLES, len(runs)))

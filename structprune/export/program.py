@@ -39,6 +39,8 @@ def program_of(
         with warnings.catch_warnings():
             # torch's exporter copies a class that torch itself has deprecated; nothing that a user could act on.
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+            # Hooks that compute a weight, as spectral_norm's, set it anew in each forward; what is written is compared.
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")
             return torch.onnx.export(
                 wrapper,
                 tuple(inputs),

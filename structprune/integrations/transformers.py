@@ -165,7 +165,8 @@ def save_pruned(model: Any, folder: str | os.PathLike[str]) -> bool:
         >>> import tempfile, torch, transformers, structprune
         >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 1}
         >>> model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **sizes))
-        >>> slim = structprune.prune(model, {"input_ids": torch.ones(1, 4, dtype=torch.long)}, axes=["mlp"])
+        >>> ids = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+        >>> slim = structprune.prune(model, ids, axes=["mlp"], ignore=["bert.pooler"])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_pruned(slim, folder)
         True

@@ -278,7 +278,9 @@ def test_a_process_that_is_killed_goes_on(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import torch
 import test_finetune as t
+torch.set_num_threads({torch.get_num_threads()})  # sums in the same order as here
 t.finetune(t.network(), t.loaders()[0], t.loaders()[1], epochs=4, lr=0.05, progress=False, checkpoint={str(tmp_path)!r},
            on_epoch=lambda epoch: os.kill(os.getpid(), 9) if epoch == 3 else None)
 """

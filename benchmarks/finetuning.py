@@ -76,7 +76,8 @@ def pruned(dense: nn.Module, calibration: list[Tensor]) -> nn.Module:
     plan = structprune.plan(
         dense, x, importance=chosen, scope=chosen, target={"macs": 1 / TIMES_FEWER}, axes=("channels",), round_to=1
     )
-    return structprune.recover(plan.apply(dense), dense, calibration)
+    shown = [*calibration, *(part.flip(3) for part in calibration)]
+    return structprune.recover(plan.apply(dense), dense, shown, rows=32768, rounds=4)
 
 
 def before_training(dense: nn.Module, images: np.ndarray, picked: np.ndarray, seed: int, folder: Path) -> nn.Module:
@@ -85,7 +86,8 @@ def before_training(dense: nn.Module, images: np.ndarray, picked: np.ndarray, se
     if (made / "plan.json").exists():
         return structprune.load(lambda: cifar.load_resnet(56), made)
     drawn = np.random.default_rng(seed).permutation(picked)[:CALIBRATION]
-    slim = pruned(dense, list(cifar.normalised(images[drawn]).split(128)))
+    shown = cifar.normalised(images[drawn]).contiguous(memory_format=torch.channels_last)
+    slim = pruned(dense, list(shown.split(128)))
     structprune.save(slim, made)
     return slim
 

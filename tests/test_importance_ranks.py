@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
-import pytest
 import torch
 import torch.nn.functional as F
 from support.importance_nets import Chain
-from torch import distributed as dist
-from torch import multiprocessing as mp
+from support.ranks import needs_distributed, on_two_ranks
 
 import structprune
 from structprune.importance.base import fitted
@@ -54,21 +49,13 @@ def decided(batches):
     return found
 
 
-def one_rank(rank, port, file):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save(decided(data()[2 * rank : 2 * rank + 2]), f"{file}{rank}")
-    dist.destroy_process_group()
+def decided_by(rank):
+    return decided(data()[2 * rank : 2 * rank + 2])
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
+@needs_distributed
 def test_every_rank_decides_as_one_process_with_all_the_data(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    file = os.fspath(tmp_path / "rank")
-    mp.spawn(one_rank, (port, file), nprocs=2)
-    first, second = (torch.load(f"{file}{rank}") for rank in (0, 1))
+    first, second = on_two_ranks(decided_by, tmp_path)
     together, share = decided(data()), decided(data()[:2])
     for name in NAMES:
         assert first[name][1] == second[name][1] == together[name][1], name

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from support.ranks import needs_distributed, on_two_ranks
 from support.snapshot import assert_untouched, snapshot
 from test_recovery import GONE, IMAGES, KEPT, TOKENS, conv_net, copy_channels, data_of, error, linear_net, removal
-from torch import distributed as dist
 from torch import nn
 
 import structprune
@@ -193,25 +190,16 @@ def recovered_weight(data):
     return structprune.recover(plan.apply(model), model, data)[2].weight.detach()
 
 
-def one_rank(rank, port, file):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    data = data_of(IMAGES, 4)
-    weight = recovered_weight(data[2 * rank : 2 * rank + 2])
-    torch.save(weight, f"{file}{rank}")
-    dist.destroy_process_group()
+def weight_of(rank):
+    return recovered_weight(data_of(IMAGES, 4)[2 * rank : 2 * rank + 2])
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
+@needs_distributed
 def test_every_rank_gives_its_share(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    file = os.fspath(tmp_path / "rank")
-    mp.spawn(one_rank, (port, file), nprocs=2)
+    found = on_two_ranks(weight_of, tmp_path)
     together = recovered_weight(data_of(IMAGES, 4))
-    for rank in (0, 1):
-        torch.testing.assert_close(torch.load(f"{file}{rank}"), together, rtol=1e-9, atol=1e-12)
+    for weight in found:
+        torch.testing.assert_close(weight, together, rtol=1e-9, atol=1e-12)
 
 
 def test_batches_that_take_another_branch_are_refused():

@@ -12,6 +12,7 @@ from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.data import Batches, Forward, Loss
+from structprune.ranks import failing_together
 
 
 @runtime_checkable
@@ -91,7 +92,8 @@ def fitted(
         forward: called with the model and a batch; by default the model is called on the batch.
 
     Raises:
-        PlanError: there is no such criterion; data or a loss is needed and missing, or does not fit the model.
+        PlanError: there is no such criterion; data or a loss is needed and missing, or does not fit the model; or
+            another rank of ``torch.distributed``, where it is in use, has failed.
 
     Example:
         >>> import torch
@@ -107,8 +109,10 @@ def fitted(
     if isinstance(data, Batches):
         if loss is not None or forward is not None:
             raise PlanError("data is Batches, which hold loss and forward; give them there.")
-        return chosen.fit(graph, data)
-    return chosen.fit(graph, None if data is None else Batches(data, forward, loss))
+    if data is None:
+        return chosen.fit(graph, None)
+    with failing_together(PlanError, f"fitting {type(chosen).__name__}"):
+        return chosen.fit(graph, data if isinstance(data, Batches) else Batches(data, forward, loss))
 
 
 def comparable(importance: Importance) -> bool:

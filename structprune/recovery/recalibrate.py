@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
-from structprune.ranks import all_reduced
+from structprune.ranks import all_reduced, failing_together, nobody_failed
 from structprune.recovery.consumers import norm_argument
 from structprune.recovery.lockstep import Side, Stop, lanes
 from structprune.recovery.recover import device_of, inputs_of
@@ -27,14 +27,15 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
     and the size of the batches do not matter. The variance is the unbiased one, as PyTorch keeps it. Modes of modules
     and weights are not touched. A norm that is used at several places, or that holds no statistics, is left.
 
-    Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model.
+    Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
+    fails, all raise.
 
     Args:
         model: any model that can be traced, pruned or not; it stays as it was.
         data: batches as for `structprune.recover`.
 
     Raises:
-        RecoveryError: there is no data, or a norm sees a single value of each channel.
+        RecoveryError: there is no data, or a norm sees a single value of each channel; or another rank has failed.
 
     Example:
         >>> import torch, structprune
@@ -43,9 +44,15 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         >>> torch.allclose(structprune.recalibrate(model, [x])[1].running_mean, model[0](x).mean(0), atol=1e-6)
         True
     """
+    with failing_together(RecoveryError, "recalibrate"):
+        return _recalibrated(model, data)
+
+
+def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
     batches = [inputs_of(batch, device_of(model)) for batch in data]
     if not batches:
         raise RecoveryError("data holds no batch, so there are no statistics to take.")
+    nobody_failed()
     result = copy.deepcopy(model, _memo(held_tensors(model), {}))
     found = trace(result, batches[0])
     norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(found)}

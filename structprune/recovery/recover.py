@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from structprune.errors import RecoveryError
 from structprune.graph import ChannelGraph
+from structprune.ranks import failing_together, nobody_failed
 from structprune.recovery.consumers import consumers
 from structprune.recovery.lockstep import Event, Side, lanes
 from structprune.recovery.report import RecoveryReport, keep_report
@@ -66,7 +67,8 @@ def recover(
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); the targets are corrected for all that comes before.
 
-    Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model.
+    Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
+    fails, all raise.
 
     Args:
         slim: a pruned model: what `structprune.prune` or ``plan.apply`` made of `original`, in one round or several.
@@ -81,7 +83,8 @@ def recover(
         A new model; `slim` and `original` are as they were.
 
     Raises:
-        RecoveryError: there is no data, or it does not fit the models, or the models do not fit each other.
+        RecoveryError: there is no data, or it does not fit the models, or the models do not fit each other; or another
+            rank has failed.
 
     Example:
         >>> import torch, structprune
@@ -92,9 +95,17 @@ def recover(
         >>> print([row.layer for row in structprune.recovery_report(recovered).layers])
         ['2']
     """
+    with failing_together(RecoveryError, "recover"):
+        return _recovered(slim, original, data, rows, rounds, seed)
+
+
+def _recovered(
+    slim: nn.Module, original: nn.Module, data: Iterable[Any], rows: int, rounds: int, seed: int
+) -> nn.Module:
     batches = [inputs_of(batch, device_of(original)) for batch in data]
     if not batches:
         raise RecoveryError("data holds no batch, so there is nothing to solve the layers on.")
+    nobody_failed()
     removed = removed_between(slim, original)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
     graph = ChannelGraph(original, batches[0])

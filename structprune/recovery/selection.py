@@ -17,7 +17,7 @@ from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
-from structprune.ranks import all_reduced
+from structprune.ranks import all_reduced, failing_together, nobody_failed
 from structprune.recovery.contraction import ARGUMENTS, Contraction, apply_matrix, argument, contraction
 from structprune.recovery.elimination import View, eliminate
 from structprune.recovery.lockstep import Event, Lane, Side, Stop, lanes, operations
@@ -153,14 +153,19 @@ class Reconstruction:
             batches: as for `structprune.recover`.
 
         Raises:
-            PlanError: there is no data.
+            PlanError: there is no data; or another rank of ``torch.distributed`` has failed.
         """
+        with failing_together(PlanError, "Reconstruction.fit"):
+            return self._fitted(graph, batches)
+
+    def _fitted(self, graph: ChannelGraph, batches: Iterable[Any] | Batches | None) -> FittedReconstruction:
         model = graph.model
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         found = batches.once("reconstruction") if isinstance(batches, Batches) else batches or ()
         data = [inputs_of(batch, device) for batch in found]
         if not data:
             raise PlanError("Reconstruction looks at data: give an iterable with at least one batch.")
+        nobody_failed()
         # Forwards may branch on the size of the batch, which the example inputs need not share with the data.
         graph = ChannelGraph(model, data[0], ignore=graph.ignored, outputs=graph._wanted)
         wanted = [n for n, group in enumerate(graph.groups()) if self.axes is None or group.axis in self.axes]

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from math import lcm
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 from torch import fx, nn
 
@@ -25,9 +24,12 @@ from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerE
 from structprune.groups import BalancedGroups, Group, Member, Roots, Slot, coupled_groups
 from structprune.tracing.provenance import Attribute, Dim, leaves
 from structprune.tracing.state import collection_paused, held_tensors
-from structprune.tracing.subgraph import module_graph, own_operations
+from structprune.tracing.subgraph import layer_flow, module_graph, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Layer = str | nn.Module
 
@@ -292,20 +294,16 @@ class ChannelGraph:
 
         Node attributes: ``groups``, the numbers (in `groups`) of the groups that thin the layer.
         """
+        import networkx as nx  # it takes longer than most graphs
+
         result: nx.DiGraph[str] = nx.DiGraph()
         numbers: dict[str, set[int]] = {}
         for number, group in enumerate(self.groups()):
             for member in group.members:
                 numbers.setdefault(member.tensor.rpartition(".")[0], set()).add(number)
-        reach: dict[fx.Node, frozenset[str]] = {}
-        for node in self.trace.nodes:
-            sources = [n for n in node.all_input_nodes if n.meta["name"] != "parameter"]
-            held = {str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.meta["name"] == "parameter"}
-            before = frozenset().union(*(reach.get(n, frozenset()) for n in sources)) if sources else frozenset()
-            for path in held:
-                result.add_node(path, groups=sorted(numbers.get(path, ())))
-                result.add_edges_from((other, path) for other in before if other != path)
-            reach[node] = frozenset(held) or before
+        for path, before in layer_flow(self.trace):
+            result.add_node(path, groups=sorted(numbers.get(path, ())))
+            result.add_edges_from((other, path) for other in before if other != path)
         return result
 
     # -- removing ------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from structprune.channels.relations import Ids, Row
 from structprune.channels.solver import Components
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,9 @@ class Roots:
                 right.append(np.broadcast_to(along, cells.shape).ravel())
         self._matrix: csr_array | None = None
         if left:
+            # Here, as in `joined`.
+            from scipy.sparse import csr_array
+
             pairs = np.concatenate(left), np.concatenate(right)
             step = csr_array((np.ones(len(pairs[0]), dtype=np.int32), pairs), shape=(n, n))
             itself = np.flatnonzero(~self.is_cell)

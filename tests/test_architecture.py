@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only what stands above it; those of one line do not import each other.
 ORDER = (
     ("errors", "files", "hardware"),
-    ("ranks",),
+    ("extras", "ranks"),
     ("wrapping",),
     ("tracing",),
     ("channels",),
@@ -51,9 +51,10 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 MAX_LINES = 400
 # Of the package alone: the command line needs it.
 COMMANDS = ("typer",)
+# The last two are always there, but importing them takes longer than all of structprune: they are imported when used.
 HEAVY = (
     "accelerate", "ignite", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna",
-    "pytorch_lightning", "timm", "torchvision", "transformers",
+    "pytorch_lightning", "timm", "torchvision", "transformers", "networkx", "scipy",
 )  # fmt: skip
 # Each is for one library, and importing it is using that.
 FOR_ONE_LIBRARY = ("ignite", "lightning", "transformers")

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from structprune.channels.balance import Balances, Machine, Mask, Region, Step, Table, table
+from structprune.channels.joining import joined
 from structprune.channels.relations import Balance, Expectation, Grid, Ids, Join, Relations, Row
 from structprune.channels.solver import Components
 from structprune.tracing.provenance import Dim, leaves
@@ -197,9 +196,7 @@ def _coupled(components: Components, movements: list[Movement]) -> list[list[Mov
     touched = [components.of(movement.row) for movement in movements]
     ids = np.concatenate(touched)
     number = np.repeat(np.arange(len(movements)), [len(parts) for parts in touched])
-    size = len(movements) + components.count
-    graph = coo_array((np.ones(len(ids), dtype=np.int8), (number, ids + len(movements))), shape=(size, size))
-    labels = connected_components(graph, directed=False)[1][: len(movements)]
+    labels = joined(len(movements) + components.count, number, ids + len(movements))[: len(movements)]
     return [[m for m, own in zip(movements, labels, strict=True) if own == label] for label in np.unique(labels)]
 
 

@@ -1,4 +1,4 @@
-"""From relations to components: one call of `connected_components`, and grids brought to a form that can be trusted.
+"""From relations to components: one search for what hangs together, and grids brought to a form that can be trusted.
 
 The solution numbers the classes of channels that live and die together (components). What remains as a `Lattice` is a
 grid with at least two prunable factors: its cells follow from its factors. Every component that is a cell of no
@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from structprune.channels.balance import Balances, Mask
+from structprune.channels.joining import joined
 from structprune.channels.relations import Ids, Relations, Row
 
 __all__ = ["Components", "Lattice", "Mask"]
@@ -272,8 +271,7 @@ def _aliased(relations: Relations) -> tuple[Ids, Ids, int]:
         a = np.searchsorted(starts, runs[:, 0], side="right") - 1
         b = np.searchsorted(starts, runs[:, 1], side="right") - 1
         whole = _is_whole(runs, a, b, starts, sizes)
-        graph = coo_array((np.ones(int(whole.sum()), dtype=np.int8), (a[whole], b[whole])), shape=(count, count))
-        parent = connected_components(graph, directed=False)[1]
+        parent = joined(count, a[whole], b[whole])
     _, first, inverse = np.unique(parent, return_index=True, return_inverse=True)
     length = sizes[first]
     offsets = np.concatenate([[0], np.cumsum(length)])
@@ -302,7 +300,4 @@ def _arrays(relations: Relations) -> Iterable[tuple[Ids, Ids]]:
 def _components(count: int, pairs: list[tuple[Ids, Ids]]) -> Ids:
     if not pairs:
         return np.arange(count)
-    left = np.concatenate([a for a, _ in pairs])
-    right = np.concatenate([b for _, b in pairs])
-    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    return joined(count, np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]))

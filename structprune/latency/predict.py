@@ -8,7 +8,6 @@ from functools import cached_property
 from math import prod
 
 import numpy as np
-from scipy.optimize import nnls
 from torch import fx
 
 from structprune.channels.propagate import Channels
@@ -88,6 +87,9 @@ def calibrated(features: Sequence[tuple[float, float]], seconds: Sequence[float]
         >>> f"{found.operations:.3f} {found.byte:.3f} {found.constant:.3f}"
         '2.000 1.000 0.000'
     """
+    # Here, since it imports most of scipy.
+    from scipy.optimize import nnls
+
     measured = np.asarray(seconds, dtype=float)
     if not len(measured) or not np.isfinite(measured).all() or (measured <= 0).any():
         raise PlanError(f"The measured times {list(seconds)} are not all positive numbers; measure again.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,18 @@ def own_operations(trace: Trace, path: str) -> tuple[ModuleCall, list[fx.Node]]:
     (number,) = calls
     nodes = [n for n in trace.nodes if n.meta["call"] == number and n.op.startswith("call_")]
     return trace.calls[number], nodes
+
+
+def layer_flow(trace: Trace) -> Iterator[tuple[str, frozenset[str]]]:
+    """Paths of the modules whose tensors operations take, in order, and those whose output reaches the operation."""
+    reach: dict[fx.Node, frozenset[str]] = {}
+    for node in trace.nodes:
+        sources = [n for n in node.all_input_nodes if n.meta["name"] != "parameter"]
+        held = {str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.meta["name"] == "parameter"}
+        before = frozenset().union(*(reach.get(n, frozenset()) for n in sources)) if sources else frozenset()
+        for path in held:
+            yield path, before
+        reach[node] = frozenset(held) or before
 
 
 def module_graph(trace: Trace, path: str, literal: Literal) -> fx.Graph:

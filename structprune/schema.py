@@ -7,7 +7,8 @@ refused here, so that surgery meets nothing that it was not written for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +47,23 @@ def up_to_date(data: Any, current: int, migrations: Mapping[int, Migration], wha
     for version in range(schema, current):
         data = {**migrations[version](data), "schema": version + 1}
     return data
+
+
+@contextmanager
+def json_of(what: str, raises: type[Exception]) -> Generator[None]:
+    """A block that reads `what` from JSON text: whatever is wrong with the text is told by an error of one type.
+
+    Example:
+        >>> with json_of("a number", KeyError):
+        ...     float("[]")
+        Traceback (most recent call last):
+        KeyError: "This is not the JSON of a number: ValueError: could not convert string to float: '[]'."
+    """
+    try:
+        yield
+    except (FormError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        why = str(error) if isinstance(error, FormError) else f"{type(error).__name__}: {error}"
+        raise raises(f"This is not the JSON of {what}: {why}.") from error
 
 
 def record(kind: Callable[..., E], data: Any) -> E:

@@ -15,13 +15,15 @@ from rich.table import Table
 from torch import nn
 
 from structprune.dependency_graph import DependencyGraph
-from structprune.errors import MissingExtraError, PlanError
+from structprune.errors import PlanError
+from structprune.extras import matplotlib_figure
 from structprune.files import write_whole
 from structprune.graph import Layer
 from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.planning import plan_removal, tensors_of
+from structprune.schema import json_of, up_to_date
 from structprune.tracing.trace import ExampleInputs
 
 Metric = Callable[[nn.Module, Any], float]
@@ -101,15 +103,11 @@ class Sensitivity:
         """What `to_json` wrote.
 
         Raises:
-            PlanError: the text is something else.
+            PlanError: the text is something else, or of a later schema.
         """
-        try:
-            data = json.loads(text)
-            if data["schema"] > SCHEMA:
-                raise PlanError(f"This sensitivity has schema {data['schema']}; this version reads up to {SCHEMA}.")
+        with json_of("a sensitivity", PlanError):
+            data = up_to_date(json.loads(text), SCHEMA, {}, "it")
             return cls(data["dense"], tuple(_curve(c) for c in data["curves"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise PlanError(f"This is not the JSON of a sensitivity: {type(error).__name__}: {error}.") from error
 
     def plot(self, path: str | Path) -> None:
         """Draw a heat map: groups down, the share of channels removed across, the fall of the metric as colour.
@@ -117,13 +115,9 @@ class Sensitivity:
         Raises:
             MissingExtraError: Matplotlib is not there.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError("Drawing needs Matplotlib: pip install 'structprune[plot]'.") from error
         shares = np.linspace(0, max(1 - c.kept[-1] / c.channels for c in self.curves), 17)
         drops = np.array([c.drop(self.dense, c.channels * (1 - shares)) for c in self.curves])
-        figure = Figure(figsize=(6, 1 + 0.18 * len(self.curves)), layout="constrained")
+        figure = matplotlib_figure((6, 1 + 0.18 * len(self.curves)))
         axes = figure.subplots()
         image = axes.pcolormesh(shares, np.arange(len(self.curves)), drops, cmap="magma_r", shading="nearest")
         axes.set_yticks(np.arange(len(self.curves)), [c.group for c in self.curves], fontsize=6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from structprune.errors import MissingExtraError
+from structprune.extras import matplotlib_figure
 
 if TYPE_CHECKING:
     from structprune.benchmark.results import Benchmark, Timing
@@ -23,14 +23,10 @@ def draw(found: Benchmark, path: Path) -> Path:
     Raises:
         MissingExtraError: Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("Drawing needs Matplotlib: pip install 'structprune[plot]'.") from error
     backends = list(dict.fromkeys(timing.backend for timing in found.timings))
     with_memory = any(timing.memory is not None for timing in found.timings)
     rows = 3 if with_memory else 2
-    figure: Any = Figure(figsize=(1.4 + 2.9 * len(backends), 0.9 + 2.1 * rows), layout="constrained")
+    figure = matplotlib_figure((1.4 + 2.9 * len(backends), 0.9 + 2.1 * rows))
     grid = figure.subplots(rows, len(backends), squeeze=False, sharey="row")
     names = list(dict.fromkeys(timing.model for timing in found.timings))
     for column, backend in enumerate(backends):

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from structprune.benchmark.explain import Explanation
+from structprune.schema import json_of
 
 _RESAMPLES = 2000
 
@@ -200,7 +201,7 @@ class Benchmark:
         Raises:
             ValueError: The text is something else.
         """
-        try:
+        with json_of("a benchmark", ValueError):
             data = json.loads(text)
             timings = [
                 Timing(row["model"], row["backend"], tuple(row["seconds"]), row["batch_size"], row["memory"])
@@ -210,9 +211,7 @@ class Benchmark:
             plain = {
                 name: data[name] for name in ("device", "threads", "batch_size", "confidence", "macs", "environment")
             }
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"this is not the JSON of a benchmark: {type(error).__name__}: {error}") from error
-        return cls(timings=tuple(timings), explanations=tuple(notes), **plain)
+            return cls(timings=tuple(timings), explanations=tuple(notes), **plain)
 
     def _row(self, timing: Timing) -> dict[str, Any]:
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +16,9 @@ from structprune.cli.models import named_object, parse_dimensions, parse_points
 from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, SlimOptions, among, command
 from structprune.cli.output import Output, costs, reporting
 from structprune.dependency_graph import DependencyGraph
-from structprune.errors import MissingExtraError
 from structprune.export.metadata import onnx_info
 from structprune.export.onnx import export_onnx
+from structprune.extras import require
 from structprune.io import save
 from structprune.plan import Plan
 from structprune.report import report
@@ -118,10 +117,7 @@ def sensitivity_command(
 
 
 def _require_matplotlib() -> None:
-    try:
-        importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("Drawing needs Matplotlib: pip install 'structprune[plot]'.") from error
+    require("matplotlib.figure", "Drawing", "plot")
 
 
 @command(app, "benchmark")

@@ -17,7 +17,7 @@ import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from structprune.errors import MissingExtraError
+from structprune.extras import require
 from structprune.tracing.trace import ExampleInputs, map_tensors
 
 _DTYPES = {
@@ -82,14 +82,7 @@ def _maker(spec: str) -> Callable[[bool], Made]:
 
 
 def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise MissingExtraError(
-            f"This model needs {name}, which is not installed: pip install 'structprune[models]'"
-        ) from error
+    return require(name, "This model", "models")
 
 
 def _torchvision(name: str, pretrained: bool) -> Made:

@@ -12,21 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from structprune.errors import ExportError, MissingExtraError
+from structprune.errors import ExportError
+from structprune.extras import require as required
 from structprune.inputs import batch_size
 from structprune.tracing.trace import ExampleInputs, as_call
 
 
 def require(module: str) -> Any:
     """Import an optional module, or say which extra brings it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise MissingExtraError(
-            f"ONNX needs the package {module!r}, which is not installed: pip install 'structprune[onnx]'"
-        ) from error
+    return required(module, "ONNX", "onnx")
 
 
 def tensors(tree: Any) -> tuple[Tensor, ...]:

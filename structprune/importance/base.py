@@ -106,9 +106,8 @@ def fitted(
     chosen = importance_of(importance)
     if not isinstance(chosen, Fittable):
         return chosen
-    if isinstance(data, Batches):
-        if loss is not None or forward is not None:
-            raise PlanError("data is Batches, which hold loss and forward; give them there.")
+    if isinstance(data, Batches) and (loss is not None or forward is not None):
+        raise PlanError("data is Batches, which hold loss and forward; give them there.")
     if data is None:
         return chosen.fit(graph, None)
     with failing_together(PlanError, f"fitting {type(chosen).__name__}"):

@@ -10,19 +10,12 @@ from torch.optim import Optimizer
 
 from structprune.api import Options
 from structprune.cost import cost
-from structprune.errors import MissingExtraError, PlanError
+from structprune.errors import PlanError
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan, plans_of, replay
 from structprune.pruner import Pruner, Schedule
 from structprune.tracing.trace import ExampleInputs
 from structprune.wrapping import prunable
-
-
-def missing_extra(package: str, extra: str) -> MissingExtraError:
-    """The error that tells which extra brings `package`."""
-    return MissingExtraError(
-        f"This integration needs the package {package!r}, which is not installed: pip install 'structprune[{extra}]'"
-    )
 
 
 class Course:

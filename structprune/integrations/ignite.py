@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from structprune.api import Options
-from structprune.integrations.course import Course, costs, missing_extra
+from structprune.extras import missing_extra
+from structprune.integrations.course import Course, costs
 from structprune.pruner import Schedule
 from structprune.tracing.trace import ExampleInputs
 
@@ -18,7 +19,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "ignite":
         raise
-    raise missing_extra("pytorch-ignite", "ignite") from error
+    raise missing_extra("This integration", "pytorch-ignite", "ignite") from error
 
 
 class PruningHandler:

@@ -12,7 +12,8 @@ from torch import nn
 
 from structprune.api import Options
 from structprune.errors import PlanError, UnsupportedModelError
-from structprune.integrations.course import Course, costs, missing_extra
+from structprune.extras import missing_extra
+from structprune.integrations.course import Course, costs
 from structprune.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
 from structprune.tracing.trace import ExampleInputs
@@ -34,7 +35,7 @@ else:
         except ModuleNotFoundError as other:
             if other.name != "pytorch_lightning":
                 raise
-            raise missing_extra("lightning", "lightning") from error
+            raise missing_extra("This integration", "lightning", "lightning") from error
 
 # Under this name a checkpoint holds what was removed.
 KEY = "structprune"

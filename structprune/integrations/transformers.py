@@ -12,7 +12,8 @@ from torch import nn
 
 from structprune.api import Options
 from structprune.errors import LoadError, PlanError, UnsupportedModelError
-from structprune.integrations.course import Course, costs, missing_extra
+from structprune.extras import missing_extra
+from structprune.integrations.course import Course, costs
 from structprune.io import save
 from structprune.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
@@ -23,7 +24,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    raise missing_extra("transformers", "models") from error
+    raise missing_extra("This integration", "transformers", "models") from error
 
 # In each checkpoint of the Trainer: what was removed and how much is to go.
 RECORD = "structprune.json"

@@ -12,6 +12,7 @@ from typing import Any
 from structprune.errors import PlanError
 from structprune.latency.eager import Point
 from structprune.latency.specs import OpSpec
+from structprune.schema import json_of, up_to_date
 
 SCHEMA = 1
 # At most so many lengths of an axis are measured, and steps are looked for down to this share of it.
@@ -153,15 +154,9 @@ class LatencyTable:
         Raises:
             PlanError: the text is no whole table, or one of a later schema.
         """
-        try:
-            data = json.loads(text)
-            if data["schema"] > SCHEMA:
-                raise PlanError(f"This latency table has schema {data['schema']}; this version reads up to {SCHEMA}.")
+        with json_of("a latency table", PlanError):
+            data = up_to_date(json.loads(text), SCHEMA, {}, "it")
             return cls(data["conditions"], {key: _grid(*parts) for key, parts in data["grids"].items()})
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(f"This is not the JSON of a latency table: {type(error).__name__}: {error}.") from error
 
 
 def _grid(steps: Any, nodes: Any, seconds: Any, scan: Any) -> Grid:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from structprune.errors import MissingExtraError
+from structprune.extras import matplotlib_figure
 from structprune.graph import ChannelGraph
 from structprune.plan import Plan
 from structprune.report.charts import Point, Recovery
@@ -110,7 +110,7 @@ def plot_curve(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     figure = structprune.plot_curve([(4.1, 0.76, "dense"), (2.0, 0.75)], f"{folder}/figure.svg")
     """
-    figure = new_figure((4.6, 3.2))
+    figure = matplotlib_figure((4.6, 3.2))
     panel = figure.subplots()
     ordered = sorted(points, key=lambda point: point[0])
     panel.plot([p[0] for p in ordered], [p[1] for p in ordered], "o-", color=AFTER, markersize=5)
@@ -172,7 +172,7 @@ def plot_graph(
     """
     graph = ChannelGraph(model, example_inputs, outputs=None if plan is None else plan.outputs)
     drawing = Drawing(graph, network_of(graph), *counts(graph, plan))
-    figure = new_figure((drawing.size[0] / 90, drawing.size[1] / 90))
+    figure = matplotlib_figure((drawing.size[0] / 90, drawing.size[1] / 90))
     panel = figure.subplots()
     drawing.on_axes(panel)
     figure.savefig(path, dpi=200)
@@ -184,19 +184,6 @@ def _rows(model: nn.Module, example_inputs: ExampleInputs, plan: Plan | None, ti
     return layer_rows(graph, *counts(graph, plan), times)
 
 
-def new_figure(size: tuple[float, float]) -> Any:
-    """A figure of so many inches.
-
-    Raises:
-        MissingExtraError: Matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("Drawing needs Matplotlib: pip install 'structprune[plot]'.") from error
-    return Figure(figsize=size, layout="constrained")
-
-
 def finish(figure: Any, panels: Sequence[Any], path: str | os.PathLike[str]) -> Path:
     """Write a figure, its panels without a frame."""
     for panel in panels:
@@ -206,7 +193,7 @@ def finish(figure: Any, panels: Sequence[Any], path: str | os.PathLike[str]) -> 
 
 
 def _drawn(rows: Sequence[tuple[str, tuple[float, float]]], label: str, path: str | os.PathLike[str]) -> Path:
-    figure = new_figure((max(4.0, 1 + 0.16 * len(rows)), 3.2))
+    figure = matplotlib_figure((max(4.0, 1 + 0.16 * len(rows)), 3.2))
     axes = figure.subplots()
     at = np.arange(len(rows))
     axes.bar(at, [before for _, (before, _) in rows], color=BEFORE, width=0.85, label="before")

@@ -87,6 +87,28 @@ def resize_dims(example_inputs: ExampleInputs, sizes: Sequence[Mapping[int, int]
     return pytree.tree_map_only(Tensor, resize, example_inputs)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is: the device of its first parameter, or the CPU if it has none.
+
+    Example:
+        >>> device_of(nn.Linear(2, 2))
+        device(type='cpu')
+    """
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Generator[None]:
+    """Each module is afterwards in training or eval mode as it was."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        # Set flag by flag: `train()` may be overridden, and some parts may have been in eval mode all along.
+        for module, mode in modes:
+            module.training = mode
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Generator[None]:
     """Hold models in eval mode without gradients; afterwards their modes and the random state are as they were.
@@ -101,17 +123,12 @@ def evaluating(*models: nn.Module) -> Generator[None]:
         >>> model.training
         True
     """
-    modes = [(module, module.training) for model in models for module in model.modules()]
     tensors = (tensor for model in models for tensor in chain(model.parameters(), model.buffers()))
     devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
         stack.enter_context(torch.no_grad())
-        try:
-            for model in models:
-                model.eval()
-            yield
-        finally:
-            # Set flag by flag: `train()` may be overridden, and some parts may have been in eval mode all along.
-            for module, mode in modes:
-                module.training = mode
+        stack.enter_context(modes_kept(*models))
+        for model in models:
+            model.eval()
+        yield

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from structprune.errors import LoadError, PlanError
 from structprune.training import finetune
@@ -45,11 +45,15 @@ class Noisy(TensorDataset):
 
 
 def loaders(own_generator: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    generator = torch.Generator().manual_seed(5) if own_generator else None
-    held = samples()
+    held, other = Noisy(*samples().tensors), samples(30)
+    if not own_generator:
+        return DataLoader(held, 8, shuffle=True), DataLoader(other, 16)
+    shuffling, drawing = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
+    # Validation on batches of drawn samples, so that its generator decides the score.
+    drawn = RandomSampler(other, replacement=True, num_samples=20, generator=drawing)
     return (
-        DataLoader(Noisy(*held.tensors), 8, shuffle=True, generator=generator),
-        DataLoader(samples(30), 16),
+        DataLoader(held, 8, shuffle=True, generator=shuffling),
+        DataLoader(other, 16, sampler=drawn, generator=drawing),
     )
 
 
@@ -216,7 +220,7 @@ def test_modes_flags_and_generators_stay() -> None:
     torch.manual_seed(11), random.seed(11), np.random.seed(11)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     train, validate = loaders(own_generator=True)
-    shuffling = train.generator.get_state()
+    shuffling, drawing = train.generator.get_state(), validate.generator.get_state()
     finetune(model, train, validate, epochs=2, teacher=teacher)
     assert [m.training for m in model] == [True, False, True, True, True, True]
     assert all(m.training for m in teacher.modules())
@@ -227,6 +231,8 @@ def test_modes_flags_and_generators_stay() -> None:
     assert random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()
     assert torch.equal(train.generator.get_state(), shuffling)
+    assert torch.equal(validate.generator.get_state(), drawing)
+    assert validate.sampler.generator is validate.generator
 
 
 def test_modes_come_back_after_an_error() -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
+from structprune.inputs import device_of
 from structprune.ranks import all_reduced, failing_together, nobody_failed
 from structprune.recovery.consumers import norm_argument
 from structprune.recovery.lockstep import Side, Stop, lanes
-from structprune.recovery.recover import device_of, inputs_of
+from structprune.recovery.recover import inputs_of
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import Trace, preserved_random_state, trace

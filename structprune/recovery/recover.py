@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from structprune.errors import RecoveryError
 from structprune.graph import ChannelGraph
+from structprune.inputs import device_of
 from structprune.ranks import failing_together, nobody_failed
 from structprune.recovery.consumers import consumers
 from structprune.recovery.lockstep import Event, Side, lanes
@@ -39,11 +40,6 @@ def inputs_of(batch: Any, device: torch.device) -> Any:
             "dicts of keyword arguments, or pairs whose first is one of them."
         )
     return map_tensors(lambda tensor: tensor.to(device), batch)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def recover(

@@ -17,6 +17,7 @@ from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
+from structprune.inputs import device_of
 from structprune.ranks import all_reduced, failing_together, nobody_failed
 from structprune.recovery.contraction import ARGUMENTS, Contraction, apply_matrix, argument, contraction
 from structprune.recovery.elimination import View, eliminate
@@ -160,7 +161,7 @@ class Reconstruction:
 
     def _fitted(self, graph: ChannelGraph, batches: Iterable[Any] | Batches | None) -> FittedReconstruction:
         model = graph.model
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         found = batches.once("reconstruction") if isinstance(batches, Batches) else batches or ()
         data = [inputs_of(batch, device) for batch in found]
         if not data:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from structprune.errors import LoadError, PlanError
 from structprune.importance.data import size_of
+from structprune.inputs import modes_kept
 from structprune.training.average import WeightAverage, fill, tensors_of
 from structprune.training.checkpoint import State, restore, store
 from structprune.training.evaluation import default_loss, score_of
@@ -143,24 +144,13 @@ def finetune(
     folder = None if checkpoint is None else Path(checkpoint)
     run = _Run(model, train, validate, step, average, folder, settings)
     with ExitStack() as stack:
-        stack.enter_context(preserved(train))
-        stack.enter_context(_modes_kept(model))
+        stack.enter_context(preserved(train, validate))
+        stack.enter_context(modes_kept(model, *([] if teacher is None else [teacher])))
         if teacher is not None:
-            stack.enter_context(_modes_kept(teacher))
             teacher.eval()
         shown = stack.enter_context(bar(progress, epochs))
         run.go(on_epoch, shown)
     return Finetuned(run.best, run.best_epoch, tuple(run.history))
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Generator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass
@@ -198,7 +188,7 @@ class _Run:
             group["lr"] = peak
 
     def _epoch(self, epoch: int, shown: Callable[..., None]) -> float:
-        begin_epoch(self.train, self.settings.seed, epoch)
+        begin_epoch(self.train, self.validate, self.settings.seed, epoch)
         self.model.train()
         length = getattr(self.train, "__len__", None)
         # Without a length the rate changes from epoch to epoch only.

@@ -25,33 +25,33 @@ def _owners(data: Any) -> Iterator[Any]:
                 yield inner
 
 
-def _generators(data: Iterable[Any]) -> list[torch.Generator]:
-    found = {id(g): g for owner in _owners(data) if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    return list(found.values())
+def _generators(loaders: Iterable[Any]) -> list[torch.Generator]:
+    held = (getattr(owner, "generator", None) for data in loaders for owner in _owners(data))
+    return list({id(found): found for found in held if isinstance(found, torch.Generator)}.values())
 
 
-def begin_epoch(data: Iterable[Any], seed: int, epoch: int) -> None:
-    """Set all random generators by seed and epoch: those of torch, numpy and Python, and those of the loader.
+def begin_epoch(train: Any, validate: Any, seed: int, epoch: int) -> None:
+    """Set all random generators by seed and epoch: those of torch, numpy and Python, and those of the loaders.
 
-    Samplers that have ``set_epoch`` (as ``DistributedSampler`` does) are told the epoch.
+    Samplers of `train` that have ``set_epoch`` (as ``DistributedSampler`` does) are told the epoch.
     """
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(mixed)
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
-    for generator in _generators(data):
+    for generator in _generators((train, validate)):
         generator.manual_seed(mixed)
-    for owner in _owners(data):
+    for owner in _owners(train):
         tell = getattr(owner, "set_epoch", None)
         if callable(tell):
             tell(epoch)
 
 
 @contextmanager
-def preserved(data: Iterable[Any]) -> Generator[None]:
+def preserved(*loaders: Any) -> Generator[None]:
     """All of these generators are afterwards as they were."""
     python, legacy = random.getstate(), np.random.get_state()
-    own = [(generator, generator.get_state()) for generator in _generators(data)]
+    own = [(generator, generator.get_state()) for generator in _generators(loaders)]
     try:
         with preserved_random_state():
             yield

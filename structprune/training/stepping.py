@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from structprune.errors import PlanError
 from structprune.importance.data import call_on_batch
+from structprune.inputs import device_of
 from structprune.tracing.trace import map_tensors
 from structprune.training.distillation import distillation_loss
 from structprune.training.evaluation import logits_of
@@ -58,10 +59,6 @@ def sgd(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
     return torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9, nesterov=True)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def precision_of(amp: bool | torch.dtype) -> torch.dtype | None:
     """The type to compute in by autocast, or None."""
     if isinstance(amp, torch.dtype):
@@ -83,7 +80,7 @@ class Step:
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.device = _device(self.model)
+        self.device = device_of(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._output: Any = None

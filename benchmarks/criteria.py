@@ -192,7 +192,7 @@ def measured(row: Row, images: int, *, choose: bool) -> dict[str, Any]:
     slim = pruned(row).to(memory_format=torch.channels_last)  # convolutions of few channels run faster so
     spent = time.process_time() - begin
     cost = structprune.cost(slim, EXAMPLE)
-    again = cifar.recalibrated(slim, training("recalibrate")[0], 128)
+    again = structprune.recalibrate(slim, training("recalibrate")[0].split(128))
     found: dict[str, Any] = {"key": row.key, **asdict(row), "macs": cost.macs, "params": cost.params}
     found |= {"cpu_seconds": round(spent, 2), "images": images}
     if choose:

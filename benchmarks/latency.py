@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from harness import RESULTS
-from harness.cifar import accuracy, batches, cross_entropy, load_resnet, recalibrated, test_set, train_images
+from harness.cifar import accuracy, batches, cross_entropy, load_resnet, test_set, train_images
 from support.torchvision_shim import make_torchvision_importable
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ def accuracies(model: nn.Module, images: Tensor, count: int) -> dict[str, float]
     """Percent of the first `count` test images that are right, raw and recalibrated on `images`."""
     test, labels = (part[:count] for part in test_set())
     test = test.contiguous(memory_format=torch.channels_last)
-    models = {"raw": model, "recalibrated": recalibrated(model, images, 128)}
+    models = {"raw": model, "recalibrated": structprune.recalibrate(model, images.split(128))}
     return {
         name: accuracy(copy.deepcopy(m).to(memory_format=torch.channels_last), test, labels, 100)
         for name, m in models.items()

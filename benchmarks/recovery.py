@@ -177,20 +177,6 @@ def peer(case: Case, model: nn.Module, data: list[Any]) -> nn.Module:
     return peer_pruned(case, model, x, high)
 
 
-@torch.no_grad()
-def recalibrated(model: nn.Module, data: list[Any]) -> nn.Module:
-    """A copy with the statistics of its batch norms averaged anew over the batches."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    model.train()
-    for x in data:
-        model(x)
-    return model.eval()
-
-
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +198,7 @@ def run(case: Case, seed: int) -> dict[str, Any]:
         "torch_pruning_params_ratio": before.params / theirs.params,
     }
     if case.model.startswith("resnet"):
-        found["torch_pruning_recalibrated"] = score(case.model, recalibrated(other, data))
+        found["torch_pruning_recalibrated"] = score(case.model, structprune.recalibrate(other, data))
     return found
 
 
@@ -233,7 +219,7 @@ def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
         "",
         f"No labels, no training: {IMAGES:,} training images, as they are and flipped, or the first half of the "
         "tokens. Mean and standard deviation over seeds of the calibration data. torch-pruning: its magnitude pruner "
-        "over all layers at once at the same cost, as it is, and with its batch norms recalibrated by hand.",
+        "over all layers at once at the same cost, as it is, and with its batch norms recalibrated by structprune.",
         "",
         "| case | seeds | dense | structprune | aim | torch-pruning | recalibrated | x fewer MACs | x fewer parameters "
         "| CPU seconds |",

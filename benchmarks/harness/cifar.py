@@ -6,7 +6,6 @@ it, ``shared/data`` beside the repository is looked for.
 
 from __future__ import annotations
 
-import copy
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -142,20 +141,6 @@ def batches(images: Tensor, labels: Tensor, size: int = 128) -> list[tuple[Tenso
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean loss of a batch."""
     return F.cross_entropy(model(batch[0]), batch[1])
-
-
-@torch.no_grad()
-def recalibrated(model: nn.Module, images: Tensor, size: int = 256) -> nn.Module:
-    """A copy whose batch norms have the statistics of `images`."""
-    model = copy.deepcopy(model).eval()
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    for batch in images.split(size):
-        model(batch)
-    return model.eval()
 
 
 @torch.no_grad()

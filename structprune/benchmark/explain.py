@@ -162,7 +162,8 @@ def explain(
     if not found:
         said.append("No single cause stands out.")
     if times:
-        said.append(f"Most time goes to {layer or 'the model itself'} ({share:.0%}).")
+        where = layer or "operations outside of all layers"
+        said.append(f"The largest share of the time, {share:.0%}, goes to {where}.")
     if found:
         said.append(_ADVICE[next(iter(found))])
     return Explanation(name, backend, batch_size, found, layer, share, " ".join(said))

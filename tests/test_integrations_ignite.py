@@ -15,9 +15,9 @@ from structprune.errors import PlanError, UnsupportedModelError
 ignite = pytest.importorskip("ignite", reason="needs the extra ignite: pytorch-ignite")
 
 from ignite.engine import Engine, Events  # noqa: E402, what it needs may be missing
-from ignite.handlers import Checkpoint, DiskSaver, EMAHandler  # noqa: E402
+from ignite.handlers import Checkpoint, DiskSaver, EMAHandler  # noqa: E402, what it needs may be missing
 
-from structprune.integrations.ignite import PruningHandler  # noqa: E402
+from structprune.integrations.ignite import PruningHandler  # noqa: E402, what it needs may be missing
 
 X = torch.randn(1, 4)
 

@@ -23,9 +23,9 @@ from lightning.pytorch.callbacks import (  # noqa: E402, what it needs may be mi
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402, what it needs may be missing
 
-from structprune.integrations.lightning import PruningCallback, restore  # noqa: E402
+from structprune.integrations.lightning import PruningCallback, restore  # noqa: E402, what it needs may be missing
 
 pytestmark = [
     # Sixteen rows need no processes to load them.

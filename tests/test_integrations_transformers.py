@@ -18,7 +18,11 @@ from structprune.plan import plans_of
 transformers = pytest.importorskip("transformers", reason="needs the extra models: transformers")
 pytest.importorskip("accelerate", reason="needs the extra models: accelerate, which the Trainer runs on")
 
-from structprune.integrations.transformers import PruningCallback, restore, save_pruned  # noqa: E402, what it needs
+from structprune.integrations.transformers import (  # noqa: E402, what it needs may be missing
+    PruningCallback,
+    restore,
+    save_pruned,
+)
 
 IDS = {"input_ids": torch.arange(8).reshape(1, 8)}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

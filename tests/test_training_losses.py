@@ -208,7 +208,7 @@ def functional(model: nn.Module, penalty: Any, names: list[str]) -> Any:
             module = twin.get_submodule(path)
             del module._parameters[key]
             # A parameter that is computed: what the penalty finds by name has to carry the gradient.
-            module._parameters[key] = value  # type: ignore[assignment]
+            module._parameters[key] = value  # type: ignore[assignment]  # a plain tensor, where a Parameter is expected
         return penalty(twin)
 
     return call

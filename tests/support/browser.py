@@ -26,7 +26,7 @@ class Browser:
         requests: addresses of all that the page asked for.
     """
 
-    def __init__(self, timeout: float = 60.0) -> None:
+    def __init__(self, timeout: float = 300.0) -> None:
         self._timeout = timeout
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()

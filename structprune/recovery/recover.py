@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from structprune.surgery.history import first_shapes, kept
 from structprune.surgery.verify import dead_components
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import map_tensors, preserved_random_state
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def inputs_of(batch: Any, device: torch.device) -> Any:
@@ -62,6 +65,9 @@ def recover(
 
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); the targets are corrected for all that comes before.
+
+    Models in half precision run and are solved in float32, on widened copies of their weights and of the data, and the
+    weights found are rounded at the end; so `recover` takes the memory of float32 models for as long as it runs.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
     fails, all raise.
@@ -104,13 +110,42 @@ def _recovered(
     nobody_failed()
     removed = removed_between(slim, original)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
-    graph = ChannelGraph(original, batches[0])
-    dead = dead_components(graph, removed)
-    layers = [Layer(graph, dead, consumer, rows, seed, rounds) for consumer in consumers(graph, dead)]
-    with preserved_random_state(), torch.no_grad():
-        solved = _sequential(recovered, original, batches, graph, layers)
+    with _widened(original, recovered) as wide:
+        batches = [map_tensors(_wide, batch) for batch in batches] if wide else batches
+        graph = ChannelGraph(original, batches[0])
+        dead = dead_components(graph, removed)
+        layers = [Layer(graph, dead, consumer, rows, seed, rounds) for consumer in consumers(graph, dead)]
+        with preserved_random_state(), torch.no_grad():
+            solved = _sequential(recovered, original, batches, graph, layers)
     keep_report(recovered, RecoveryReport(tuple(solved), _skipped(layers)))
     return recovered
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor itself; in float32 if it is in half precision."""
+    if tensor.dtype not in HALF:
+        return tensor
+    wide = tensor.detach().float()
+    return nn.Parameter(wide, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
+
+
+@contextmanager
+def _widened(original: nn.Module, recovered: nn.Module) -> Generator[bool]:
+    """Both models in float32 if any of their tensors is in half precision; yields whether one is.
+
+    Half precision cannot tell the errors that are left from its own, nor can conjugate gradients go on in it.
+    Afterwards the parameters of `recovered` are those found, rounded.
+    """
+    own = {name: held.tensor for name, held in held_tensors(recovered).items()}
+    others = (held.tensor for held in held_tensors(original).values())
+    if all(tensor.dtype not in HALF for tensor in (*own.values(), *others)):
+        yield False
+        return
+    with lent(original, _wide, track=False), lent(recovered, _wide, track=False):
+        yield True
+        for name, held in held_tensors(recovered).items():
+            if name in own and isinstance(own[name], nn.Parameter):
+                own[name].data.copy_(held.tensor)
 
 
 def removed_between(slim: nn.Module, original: nn.Module) -> Edits:

@@ -8,7 +8,6 @@ a model that torch.onnx does not export in the first place is no failure of prun
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import os
@@ -22,13 +21,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 from export_report import as_markdown, line
-from harness import RESULTS
+from harness import of_zoo
 from harness.children import Report, one_line, run_apart
 from harness.environment import environment
 from support import oracle
-from support.torchvision_shim import make_torchvision_importable
 from test_zoo import MODELS
 from torch import nn
 from zoo_check import built, parameters, saved_exactly
@@ -100,20 +97,14 @@ def write(path: Path, models: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="a pattern of names")
+    parser = of_zoo.parser(__doc__, only="a pattern of names", limit=900.0, name="export")
     parser.add_argument("--missing", action="store_true", help="only models that have no result yet")
     parser.add_argument("--dense", action="store_true", help="export the dense models too, to compare the files")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds for one model")
-    parser.add_argument("--output", default=str(RESULTS / "export"), help="where to write, without a suffix")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    make_torchvision_importable()
-    path = Path(options.output).with_suffix(".json")
-    known: dict[str, Any] = json.loads(path.read_text())["models"] if path.exists() else {}
+    path, known = of_zoo.begun(options)
     by_key = {entry.key: entry for entry in entries()}
     for key in MODELS:
-        if not fnmatch.fnmatch(key, options.only) or (options.missing and key in known):
+        if not fnmatch.fnmatch(key, options.only or "*") or (options.missing and key in known):
             continue
         known[key] = run_apart(tried(by_key[key], options.dense), options.limit)
         print(line(key, known[key]), flush=True)

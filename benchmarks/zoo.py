@@ -20,13 +20,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-from harness import RESULTS
+from harness import of_zoo
 from harness.children import run_apart
 from harness.environment import environment
 from rich.console import Console
 from rich.table import Table
-from support.torchvision_shim import make_torchvision_importable
 from zoo_check import checked
 from zoo_models import FAMILIES, entries
 from zoo_models.entry import Entry
@@ -82,21 +80,15 @@ def _print_summary(console: Console, models: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = of_zoo.parser(__doc__, only="parts of names or patterns, separated by commas", limit=120.0, name="zoo")
     parser.add_argument("--family", default="", help=f"families, separated by commas: {', '.join(FAMILIES)}")
-    parser.add_argument("--only", default="", help="parts of names or patterns, separated by commas")
     parser.add_argument("--failed", action="store_true", help="only models that were not right at both ratios before")
     parser.add_argument("--peer", action="store_true", help="also what torch-pruning makes of each model")
     parser.add_argument("--peer-only", action="store_true", help="that alone, beside results that are there already")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument("--output", default=str(RESULTS / "zoo"), help="where to write, without a suffix")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    make_torchvision_importable()
-    path = Path(options.output).with_suffix(".json")
-    known: dict[str, Any] = json.loads(path.read_text())["models"] if path.exists() else {}
+    path, known = of_zoo.begun(options)
     picked = chosen(options, known)
     if options.list:
         print("\n".join(entry.key for entry in picked))

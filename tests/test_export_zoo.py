@@ -5,17 +5,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import onnx
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import zoo_check
-from zoo_models import FAMILIES
+from support.zoo import each_of, entry_of, zoo_check
 
 import structprune
 
@@ -32,14 +25,9 @@ MODELS = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:::torchvision", "ignore:::timm", "ignore:::transformers")
-@pytest.mark.parametrize("key", MODELS)
+@each_of(MODELS)
 def test_pruned_model_is_exported_with_a_free_batch(key: str, tmp_path: Path) -> None:
-    family, _, name = key.partition("/")
-    if family in ("torchvision", "timm", "transformers") and importlib.util.find_spec(family) is None:
-        pytest.skip(f"{family} is not installed")
-    (entry,) = [entry for entry in FAMILIES[family]() if entry.name == name]
-    model, inputs = zoo_check.built(entry)
+    model, inputs = zoo_check.built(entry_of(key))
     plan = structprune.plan(model, inputs, ratio=0.5)
     slim = plan.apply(model)
     result = structprune.export_onnx(slim, tmp_path / "slim.onnx", inputs)

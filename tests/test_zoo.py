@@ -7,18 +7,11 @@ The code is that of ``benchmarks/zoo.py``, which runs all of them.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import zoo_check
-import zoo_report
-from zoo_models import FAMILIES
+from support.zoo import each_of, entry_of, zoo_check, zoo_report
 
 MODELS = (
     # Convolutions: plain, residual, dense, grouped, shuffled, squeezed, in branches; over time; maps of pixels.
@@ -68,15 +61,10 @@ MODELS = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:::torchvision", "ignore:::timm", "ignore:::transformers")
-@pytest.mark.parametrize("key", MODELS)
+@each_of(MODELS)
 def test_model_is_pruned_exactly(key: str) -> None:
-    family, _, name = key.partition("/")
-    if family in ("torchvision", "timm", "transformers") and importlib.util.find_spec(family) is None:
-        pytest.skip(f"{family} is not installed")
-    (entry,) = [entry for entry in FAMILIES[family]() if entry.name == name]
     facts: dict[str, Any] = {}
-    zoo_check.checked(entry, (0.5,))(facts.update)
+    zoo_check.checked(entry_of(key), (0.5,))(facts.update)
     assert zoo_report.outcome(facts) == "right", facts
     assert "saved and loaded_s" in facts["0.5"], "it was saved and loaded, which raises where a bit differs"
     assert facts["0.5"]["kept"] <= zoo_report.bound(facts)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from structprune.errors import LoadError, PlanError
-from structprune.training import finetune
+from structprune.training import distillation_loss, finetune
 
 CLASSES = 3
 
@@ -148,6 +148,20 @@ def test_a_teacher_alone_decides_when_soft_is_one() -> None:
         finetune(model, [(x, labels.long())] * 40, lambda _: 0.0, epochs=4, lr=0.5, teacher=teacher, soft=1.0)
     assert torch.equal(one.weight, other.weight)
     torch.testing.assert_close(one(x).softmax(1), teacher(x).softmax(1), atol=2e-2, rtol=0)
+
+
+def test_a_teacher_alone_needs_no_labels() -> None:
+    """The same steps as with labels that nobody looks at; validation tells how far the teacher is."""
+    torch.manual_seed(0)
+    teacher, one, other = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(32, 4)
+    taught = {"epochs": 1, "lr": 0.5, "teacher": teacher, "soft": 1.0}
+    finetune(one, [(x, torch.zeros(32).long())] * 10, lambda _: 0.0, **taught)
+    result = finetune(other, [x] * 10, [x[:24], x[24:]], **taught)
+    torch.testing.assert_close(one.weight, other.weight)
+    far = distillation_loss(other(x), teacher(x))
+    assert result.score == pytest.approx(-float(far.detach()), rel=1e-5)
 
 
 def test_dicts_take_the_models_own_loss() -> None:

@@ -23,7 +23,7 @@ from structprune.training.checkpoint import State, restore, store
 from structprune.training.evaluation import default_loss, score_of
 from structprune.training.progress import bar
 from structprune.training.repeatable import begin_epoch, preserved
-from structprune.training.stepping import Loss, Settings, Step, precision_of, sgd
+from structprune.training.stepping import Imitation, Loss, Settings, Step, precision_of, sgd
 
 Validation = Iterable[Any] | Callable[[nn.Module], float]
 
@@ -103,7 +103,8 @@ def finetune(
         loss: called with the model and a batch, returns a scalar, the mean over the batch.
         teacher: a model of the same classes, mostly the dense one: its soft labels are learned along.
         temperature: see `distillation_loss`.
-        soft: share of the teacher's loss, from 0 to 1; the rest is `loss`.
+        soft: share of the teacher's loss, from 0 to 1; the rest is `loss`. With 1 no labels are needed: batches are
+            what the model takes, and validation without labels tells minus the distance to the teacher.
         penalty: called with the model, returns a scalar to add to the loss (see `GroupLasso`). What it holds in
             ``state_dict`` goes into the checkpoint.
         optimizer: over the model's parameters, in place of SGD; its rates are the peaks of the schedule.
@@ -139,7 +140,10 @@ def finetune(
     settings = Settings(epochs, soft, temperature, warmup, clip, seed)
     if optimizer is None:
         optimizer = sgd(model, lr, weight_decay)
-    step = Step(model, loss or default_loss, teacher, penalty, optimizer, settings, precision_of(amp))
+    if loss is None and teacher is not None and soft == 1:
+        step = Step(model, Imitation(teacher, temperature), None, penalty, optimizer, settings, precision_of(amp))
+    else:
+        step = Step(model, loss or default_loss, teacher, penalty, optimizer, settings, precision_of(amp))
     average = None if ema is None else WeightAverage(model, ema)
     folder = None if checkpoint is None else Path(checkpoint)
     run = _Run(model, train, validate, step, average, folder, settings)

@@ -66,6 +66,20 @@ def precision_of(amp: bool | torch.dtype) -> torch.dtype | None:
     return torch.bfloat16 if amp else None
 
 
+@dataclass(frozen=True, slots=True)
+class Imitation:
+    """The loss of a student that learns from its teacher alone: batches need no labels."""
+
+    teacher: nn.Module
+    temperature: float
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """How far the model's logits on the batch are from the teacher's."""
+        with torch.no_grad():
+            wanted = logits_of(call_on_batch(self.teacher, batch))
+        return distillation_loss(logits_of(call_on_batch(model, batch)), wanted, temperature=self.temperature)
+
+
 @dataclass
 class Step:
     """One step of the optimizer on one batch."""

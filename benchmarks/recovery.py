@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 import torch
-from harness import ROOT, cifar, vit
+from harness import ROOT, cifar, stories, vit
 from harness.environment import as_line, environment
 from harness.peer import heads_of, last_layers, prune
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ import structprune
 
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = 1024
-WINDOW = 256
 ROWS = 32768
 SEEDS = (0, 1, 2)
 IMAGE_MODELS = ("resnet20", "resnet56", "vit")
@@ -64,19 +62,7 @@ def load(name: str) -> nn.Module:
         return vit.load_vit()
     if name.startswith("resnet"):
         return cifar.load_resnet(int(name.removeprefix("resnet")))
-    from support.torchvision_shim import make_torchvision_importable
-
-    make_torchvision_importable()
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(cifar.require_data() / name).eval()
-
-
-def windows(part: int) -> Tensor:
-    """The first or second half of the stories' tokens, in windows."""
-    tokens = np.load(cifar.require_data() / "stories260k" / "tokens.npy").astype(np.int64)
-    half = tokens[: len(tokens) // 2] if part == 0 else tokens[len(tokens) // 2 :]
-    return torch.from_numpy(half[: len(half) // WINDOW * WINDOW].reshape(-1, WINDOW))
+    return stories.load_stories()
 
 
 def calibration(name: str, seed: int) -> list[Any]:
@@ -84,24 +70,19 @@ def calibration(name: str, seed: int) -> list[Any]:
         # Channels last in memory: convolutions of so few channels are about twice as fast.
         images = cifar.train_images(IMAGES, seed)[0].contiguous(memory_format=torch.channels_last)
         return list(images.split(128))
-    found = windows(0)
+    return [stories.as_batch(part) for part in calibration_tokens(seed).split(32)]
+
+
+def calibration_tokens(seed: int) -> Tensor:
+    """The windows of the first half, shuffled."""
+    found = stories.windows(0)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    full = order[: len(order) // 32 * 32]  # the forward takes another branch for a batch of one
-    return [{"input_ids": part, "use_cache": False} for part in found[full].split(32)]
+    return found[order[: len(order) // 32 * 32]]  # the forward takes another branch for a batch of one
 
 
-@torch.no_grad()
 def score(name: str, model: nn.Module) -> float:
     """Accuracy in percent, or perplexity."""
-    if name in IMAGE_MODELS:
-        return cifar.accuracy(model)
-    total = count = 0.0
-    for ids in windows(1).split(16):
-        losses = nn.functional.cross_entropy(
-            model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-        )
-        total, count = total + float(losses), count + ids[:, 1:].numel()
-    return float(np.exp(total / count))
+    return cifar.accuracy(model) if name in IMAGE_MODELS else stories.perplexity(model, stories.windows(1))
 
 
 def one_sample(data: list[Any]) -> Any:
@@ -197,6 +178,10 @@ def run(case: Case, seed: int) -> dict[str, Any]:
         "torch_pruning_macs_ratio": before.macs / theirs.macs,
         "torch_pruning_params_ratio": before.params / theirs.params,
     }
+    if case.model == stories.NAME:
+        used = time.process_time()
+        taught = stories.distilled(slim, model, calibration_tokens(seed), seed)
+        found["distilled"], found["distilled_cpu_seconds"] = score(case.model, taught), time.process_time() - used
     if case.model.startswith("resnet"):
         found["torch_pruning_recalibrated"] = score(case.model, structprune.recalibrate(other, data))
     return found
@@ -209,6 +194,12 @@ def spread(rows: list[dict[str, Any]], key: str) -> str:
     return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
+def distilled(rows: list[dict[str, Any]]) -> str:
+    if not any("distilled" in row for row in rows):
+        return "-"
+    return f"{spread(rows, 'distilled')} ({spread(rows, 'distilled_cpu_seconds')} CPU s)"
+
+
 def aim(case: Case, dense: dict[str, float]) -> float:
     return case.goal if case.goal > 0 else dense[case.model] + case.goal
 
@@ -219,11 +210,13 @@ def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
         "",
         f"No labels, no training: {IMAGES:,} training images, as they are and flipped, or the first half of the "
         "tokens. Mean and standard deviation over seeds of the calibration data. torch-pruning: its magnitude pruner "
-        "over all layers at once at the same cost, as it is, and with its batch norms recalibrated by structprune.",
+        "over all layers at once at the same cost, as it is, and with its batch norms recalibrated by structprune. "
+        "The language model is then distilled from the dense one by gradients, still without labels, on the same "
+        "tokens and on text that the dense one wrote by itself.",
         "",
-        "| case | seeds | dense | structprune | aim | torch-pruning | recalibrated | x fewer MACs | x fewer parameters "
-        "| CPU seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| case | seeds | dense | structprune | then distilled | aim | torch-pruning | recalibrated | x fewer MACs "
+        "| x fewer parameters | CPU seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in CASES:
         mine = [row for row in rows if row["case"] == case.name]
@@ -232,7 +225,7 @@ def markdown(rows: list[dict[str, Any]], dense: dict[str, float]) -> str:
             cells = " | ".join(spread(mine, key) for key in keys)
             lines.append(
                 f"| {case.name} | {len(mine)} | {dense[case.model]:.2f} {case.unit} | {spread(mine, 'structprune')} "
-                f"| {aim(case, dense):.2f} | {cells} |"
+                f"| {distilled(mine)} | {aim(case, dense):.2f} | {cells} |"
             )
     return "\n".join([*lines, "", as_line(environment()), ""])
 
@@ -247,7 +240,7 @@ def plot(rows: list[dict[str, Any]], dense: dict[str, float]) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3), squeeze=False)
     kinds: tuple[tuple[str, str], ...] = (
         ("structprune", "structprune"), ("torch_pruning", "torch-pruning"),
-        ("torch_pruning_recalibrated", "recalibrated"),
+        ("torch_pruning_recalibrated", "recalibrated"), ("distilled", "distilled"),
     )  # fmt: skip
     for axis, name in zip(axes[0], names, strict=True):
         case = next(case for case in CASES if case.name == name)

@@ -64,7 +64,7 @@ def written(model: Any, count: int, seed: int) -> Tensor:
     return torch.cat(found)
 
 
-def distilled(slim: nn.Module, dense: nn.Module, tokens: Tensor, seed: int) -> nn.Module:
+def distilled(slim: nn.Module, dense: nn.Module, tokens: Tensor, epochs: int, seed: int) -> nn.Module:
     """The pruned network taught by the dense one on the tokens and on text that the dense one wrote: no labels."""
     own = written(dense, 896, seed)
     text, held = torch.cat([tokens, own[64:]]), own[:64]
@@ -76,7 +76,7 @@ def distilled(slim: nn.Module, dense: nn.Module, tokens: Tensor, seed: int) -> n
         student,
         batches,
         [as_batch(ids) for ids in held.split(16)],
-        epochs=8,
+        epochs=epochs,
         teacher=dense,
         soft=1.0,
         temperature=1.0,

@@ -14,6 +14,7 @@ from torch import nn
 
 import structprune
 from structprune.allocation.knapsack import Knapsack, Piece
+from structprune.allocation.rounding import Rounding
 from structprune.allocation.scopes import Unit
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
@@ -184,20 +185,39 @@ def test_steps_are_read_off_the_times(full, step):
     table = LatencyTable({})
     table.measure([spec], Machine(step).operations)
     finest = max(1, 2 ** int(np.log2(full / 16)) // 2)
-    assert table.grid(spec).steps[0] in {max(step, finest), max(step, 2 * finest)}
-    for width in range(1, full + 1, 3):
+    coarsest = 2 ** int(np.log2(full / 4))
+    assert table.grid(spec).steps[0] in {min(coarsest, max(step, finest)), min(coarsest, max(step, 2 * finest))}
+    for width in range(table.grid(spec).steps[0], full + 1, 3):
         padded = min(full, -(-width // table.grid(spec).steps[0]) * table.grid(spec).steps[0])
         (true,) = Machine(step).operations([(spec, (padded,))])
         if padded >= table.grid(spec).nodes[0][0]:
             assert table.seconds(spec, (width,)) == pytest.approx(true, rel=0.2)
 
 
-def test_a_time_that_does_not_depend_on_a_length_has_no_step():
+def test_a_time_that_does_not_depend_on_a_length_has_the_coarsest_step():
     spec = spec_of(out=64, **{"in": 32})
     table = LatencyTable({})
     table.measure([spec], lambda points: [1e-6 * widths[1] for _, widths in points])
-    assert table.grid(spec).steps == (64, 2)
+    assert table.grid(spec).steps == (16, 2)
     assert table.seconds(spec, (1, 16)) == pytest.approx(16e-6)
+
+
+@pytest.mark.parametrize("full", [16, 64, 256])
+def test_lengths_below_one_step_are_measured(full):
+    """A device that pads one axis to 16 and reads the other channel by channel: only the other saves below 16."""
+
+    def padded(points):
+        return [1e-6 * max(16, -(-out // 16) * 16) * inside for _, (out, inside) in points]
+
+    spec = spec_of(out=full, **{"in": full})
+    table = LatencyTable({})
+    table.measure([spec], padded)
+    step = table.grid(spec).steps[0]
+    assert step == min(16, full // 4)
+    assert table.grid(spec).nodes[0][0] == max(1, step // 4)
+    half = table.seconds(spec, (full, step // 2))
+    assert half == pytest.approx(1e-6 * full * (step // 2), rel=0.01)
+    assert table.seconds(spec, (step // 2, full)) == table.seconds(spec, (step, full))
 
 
 @pytest.mark.parametrize(("full", "step"), list(product([1, 2, 3, 5, 10, 16, 24, 100, 768], [1, 2, 4])))
@@ -206,7 +226,7 @@ def test_every_length_has_a_time(full, step):
     table = LatencyTable({})
     table.measure([spec], Machine(step).operations)
     grid = table.grid(spec)
-    assert len(grid.nodes[0]) <= 6
+    assert len(grid.nodes[0]) <= 8
     assert grid.nodes[0][-1] == full
     assert all(table.seconds(spec, (width,)) > 0 for width in range(1, full + 1))
     assert table.seconds(spec, (0,)) == 0
@@ -437,6 +457,31 @@ def test_widths_follow_the_steps_of_the_device():
         widths = {layer.layer: layer.after for layer in plan.layers}
         assert all(width % step == 0 for width in widths.values())
         assert min(widths.get("1", 128), widths.get("2", 128)) < 128
+
+
+def test_narrow_layers_lose_channels_that_their_reader_saves():
+    """As in ONNX Runtime: outputs are padded to 16, inputs are read one by one. Only inner widths can save time."""
+
+    class Padding(Machine):
+        def operations(self, points):
+            at = [(s, s.at(widths)) for s, widths in points]
+            return [1e-9 * (-(-sizes["out"] // 16) * 16) * sizes.get("in", 1) for _, sizes in at]
+
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 3)))
+    latency = structprune.Latency(timer=Padding(rest=0))
+    plan = structprune.plan(model, IMAGES, target={"latency": 0.25}, latency=latency)
+    assert plan.settings["latency"]["met"]
+    assert sum(layer.after for layer in plan.layers if layer.after < 16) == 5
+
+
+def test_parts_of_a_step_are_feasible_only_where_time_was_measured():
+    graph = structprune.DependencyGraph(seeded(Convolutions), IMAGES)
+    (group,) = [g for g in graph.groups() if g.channels == 64 and "stem" in g.name]
+    rounding = Rounding()
+    assert rounding.feasible(group, graph.roles, measured=16).tolist() == [4, 8, 12, 16, 32, 48, 64]
+    assert rounding.feasible(group, graph.roles, (8, 8), measured=16).tolist() == [8, 16, 32, 48, 64]
+    assert rounding.feasible(group, graph.roles).tolist() == [16, 32, 48, 64]
+    assert Rounding(round_to=16).feasible(group, graph.roles, measured=4).tolist() == [16, 32, 48, 64]
 
 
 def test_a_wrong_prediction_is_corrected():

@@ -13,6 +13,7 @@ from structprune.axes import Roles
 from structprune.errors import PlanError
 from structprune.groups import Group, Member
 from structprune.hardware import step_of
+from structprune.latency.table import BELOW
 
 RoundTo = int | Literal["auto"]
 
@@ -57,12 +58,14 @@ class Rounding:
         """The numbers of channels that `group` may keep, ascending; all of them is always one.
 
         `bounds` are the least number that the forward allows, and what it must be a multiple of. `measured` is the step
-        of the layers' widths in which their time falls, if that was measured; it takes the place of ``"auto"``.
+        of the layers' widths in which their time falls, if that was measured; it takes the place of ``"auto"``, and
+        below one step parts of it are feasible: layers that read so few channels save by each.
         """
         size = group.channels
         step = lcm(self.step(group, roles, measured), bounds[1])
+        part = step if measured is None else lcm(self.step(group, roles, max(1, measured // BELOW)), bounds[1])
         least = max(bounds[0], self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
-        found = np.arange(step, size, step)
+        found = np.append(np.arange(part, min(step, size), part), np.arange(step, size, step))
         return np.append(found[found >= least], size)
 
     def step(self, group: Group, roles: Roles, measured: int | None = None) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from structprune.errors import PlanError
 from structprune.files import write_whole
-from structprune.latency.table import LatencyTable
+from structprune.latency.table import SCHEMA, LatencyTable
 
 
 def cache_folder() -> Path:
@@ -43,6 +43,8 @@ def conditions(backend: str, device: torch.device, threads: int) -> dict[str, An
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     # Compiled models call the same convolutions and products, so they share the times of eager mode.
     measured = "eager" if backend == "compile" else backend
+    # A table measured at other lengths is another table.
+    versions["table"] = str(SCHEMA)
     return {"backend": measured, "device": device.type, "name": name, "threads": threads, "versions": versions}
 
 

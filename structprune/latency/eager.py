@@ -19,6 +19,11 @@ Point = tuple[OpSpec, tuple[int, ...]]
 QUANTILE = 0.1
 
 
+def nearly_least(times: np.ndarray) -> np.ndarray:
+    """What counts of several runs, shape ``(runs, ...)``; one that was measured, since the next may be far off."""
+    return np.quantile(times, QUANTILE, axis=0, method="lower")
+
+
 def shapes(spec: OpSpec, widths: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The shapes of an operation's operands at these widths: input and weight, or both factors, or q, k and v."""
     at = spec.at(widths)
@@ -101,7 +106,7 @@ def time_eager(points: Sequence[Point], device: torch.device, runs: int, seconds
             if number >= 3 and time.perf_counter() - began > seconds:
                 break
             times.append([_once(call, device, clock) for call in calls])
-    return np.quantile(np.array(times), QUANTILE, axis=0).tolist()
+    return nearly_least(np.array(times)).tolist()
 
 
 def _once(call: Callable[[], Tensor], device: torch.device, clock: Callable[[], float]) -> float:

@@ -14,10 +14,14 @@ from structprune.latency.eager import Point
 from structprune.latency.specs import OpSpec
 from structprune.schema import json_of, up_to_date
 
-SCHEMA = 1
-# At most so many lengths of an axis are measured, and steps are looked for down to this share of it.
-NODES = 6
+SCHEMA = 2
+# At most so many lengths of an axis are measured; its step is no coarser than one of these shares of it, and no finer
+# than the other. A coarser one would leave narrow layers as they are, whatever another axis of the operation gains.
+NODES = 8
+COARSEST = 4
 FINEST = 16
+# Below one step, lengths are multiples of this share of it.
+BELOW = 4
 # A step that saves less than this share of what it would save if time followed the width is none.
 STEP_SAVES = 0.5
 FLAT = 0.05
@@ -30,7 +34,7 @@ class Grid:
 
     Attributes:
         steps: for each axis, the step in which its time falls: between multiples of it, lengths cost as much as the
-            next multiple.
+            next multiple. Lengths below one step that were measured cost what they were seen to.
         nodes: for each axis, the lengths that were measured, ascending; the last is the full one.
         seconds: the times, for the last axis fastest.
         scan: for each axis, times at lengths just below the full one, by length.
@@ -46,7 +50,7 @@ class Grid:
         share = 1.0
         corners: list[list[tuple[int, float]]] = []
         for width, step, nodes in zip(widths, self.steps, self.nodes, strict=True):
-            rounded = -(-width // step) * step
+            rounded = width if nodes[0] <= width < step else -(-width // step) * step
             if rounded < nodes[0]:
                 # Down to nothing at all, an operation keeps half of what it cost at the first node.
                 share *= 0.5 + 0.5 * rounded / nodes[0]
@@ -213,7 +217,7 @@ def _scan_points(spec: OpSpec) -> list[Point]:
 
 
 def _step(spec: OpSpec, axis: int, scans: Mapping[Point, float]) -> int:
-    """The smallest step whose saving is worth its width; the full length if even half of it saves next to nothing."""
+    """The smallest step whose saving is worth its width; the coarsest if even half the length saves next to nothing."""
     full = spec.widths[axis]
     top = _top(full)
 
@@ -221,20 +225,22 @@ def _step(spec: OpSpec, axis: int, scans: Mapping[Point, float]) -> int:
         return scans[spec, _with(spec, axis, top)] - scans[spec, _with(spec, axis, top - less)]
 
     candidates = _candidates(full)
+    coarsest = max((step for step in candidates if step <= full // COARSEST), default=1)
     if not candidates:
-        return 1
+        return coarsest
     half = candidates[-1]
     if saved(half) < FLAT * scans[spec, _with(spec, axis, top)]:
-        return full
+        return coarsest
     slope = saved(half) / half
-    return next(step for step in candidates if saved(step) >= STEP_SAVES * slope * step)
+    return min(coarsest, next(step for step in candidates if saved(step) >= STEP_SAVES * slope * step))
 
 
 def _nodes(full: int, step: int) -> tuple[int, ...]:
-    """The lengths of an axis to measure: at most `NODES` multiples of its step, and the full one."""
+    """The lengths of an axis to measure, at most `NODES`: its step and parts of it, multiples of it, the full one."""
     stride = -(-full // (step * 8)) * step
-    found = [*range(stride, full, stride), full]
-    last = len(found) - 1
-    if last >= NODES:
-        found = [found[round(i * last / (NODES - 1))] for i in range(NODES)]
-    return tuple(found)
+    first = sorted({step // BELOW, step // 2, step} - {0, full})
+    rest = [*(length for length in range(stride, full, stride) if length > step), full]
+    room, last = NODES - len(first), len(rest) - 1
+    if last >= room:
+        rest = [rest[round(i * last / (room - 1))] for i in range(room)]
+    return *first, *rest

@@ -1,7 +1,8 @@
 """Criterion x scope x target on ResNet-56 and CIFAR-10, pruned without any training, torch-pruning in the same run.
 
 Two figures for each plan: accuracy as it is, and with batch norms recalibrated on 2,048 training images. Criteria that
-look at data see the first 512 of them, with labels where they need any. Each row is saved once it is measured, and a
+look at data see the first 512 of them, with labels where they need any. A criterion that both tools have keeps as many
+MACs in ours as torch-pruning's plan kept, so those rows come in pairs. Each row is saved once it is measured, and a
 run that was cut short goes on. The sweep looks at a fixed subset of the test images, `--full` measures the rows that
 are quoted on all 10,000. The plans that are called ours are chosen on training images that nothing else saw.
 
@@ -15,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.groups import Group
-from structprune.importance import CRITERIA, OBD, PerLayer, Sum, fitted
+from structprune.importance import CRITERIA, FPGM, OBD, PerLayer, Sum, fitted
 from structprune.importance.base import comparable
 
 FILE = RESULTS / "criteria.json"
@@ -41,6 +42,7 @@ OURS: dict[str, Callable[[], Any]] = {
     "thinet / fourth root of mean": lambda: PerLayer(scores("thinet"), "mean", 0.25),
     # Of what a channel adds to the next layer's outputs, its mean counts less: recalibration can make up for it.
     "flap + wanda_square": lambda: Sum([scores("flap"), scores("wanda_square")], weights=[3.0, 1.0]),
+    "fpgm, filters alone": lambda: FPGM(),
 }
 
 
@@ -58,10 +60,17 @@ class Row:
     def key(self) -> str:
         return f"{self.tool} {self.criterion} {self.scope} {self.times:g} {'inside' if self.inside else 'all'}"
 
+    @property
+    def rival(self) -> Row | None:
+        """The row of torch-pruning that this one is compared with."""
+        name = report.RIVALS.get(self.criterion, self.criterion)
+        matched = self.tool == "structprune" and name in peer_criteria.CRITERIA and self.scope in report.SCOPES
+        return replace(self, tool="torch-pruning", criterion=name) if matched else None
+
 
 def rows() -> Iterator[Row]:
     """The table, what matters most first."""
-    named = ("l2", "taylor", "fpgm")
+    named = report.NAMED
     strong = ("thinet", "flap + wanda_square", "flap", "wanda_square")
     for name in ("thinet", "thinet / fourth root of mean", "thinet / root of mean"):
         yield Row("structprune", name, "per_cost")
@@ -97,8 +106,10 @@ def _pairs(
     """The same criterion and scope in both tools."""
     for name in names:
         for scope in scopes:
-            for tool in report.TOOLS:
-                yield Row(tool, name, scope, times, inside)
+            mine = Row("structprune", name, scope, times, inside)
+            if mine.rival is not None:
+                yield mine.rival
+            yield mine
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
@@ -164,13 +175,14 @@ def prepared(criterion: str) -> peer_criteria.Prepared:
     return peer_criteria.prepared(criterion, dense(), EXAMPLE, cifar.batches(*training("fit"), 64))
 
 
-def pruned(row: Row) -> nn.Module:
+def pruned(row: Row, goal: int | None = None) -> nn.Module:
+    """The network that a row is about, with no more MACs than `goal`, or its share of the MACs if that is not given."""
     share = 1 / row.times
     if row.tool == "torch-pruning":
         return peer_criteria.at_macs(prepared(row.criterion), EXAMPLE, share, row.scope, inside=row.inside)
     scope: Any = sensitivity(row.criterion) if row.scope == "sensitivity" else row.scope
     plan = structprune.plan(
-        dense(), EXAMPLE, importance=scores(row.criterion), scope=scope, target={"macs": share},
+        dense(), EXAMPLE, importance=scores(row.criterion), scope=scope, target={"macs": goal or share},
         axes=["channels"] if row.inside else None, round_to=1,
     )  # fmt: skip
     return plan.apply(dense())
@@ -186,16 +198,16 @@ def both(slim: nn.Module, recalibrated: nn.Module, images: Tensor, labels: Tenso
     return {name: cifar.accuracy(model, images, labels, size=100) for name, model in models.items()}
 
 
-def measured(row: Row, images: int, *, choose: bool) -> dict[str, Any]:
+def measured(row: Row, images: int, goal: int | None) -> dict[str, Any]:
     """One row: cost and accuracies in percent, on the first `images` test images."""
     begin = time.process_time()
-    slim = pruned(row).to(memory_format=torch.channels_last)  # convolutions of few channels run faster so
+    slim = pruned(row, goal).to(memory_format=torch.channels_last)  # convolutions of few channels run faster so
     spent = time.process_time() - begin
     cost = structprune.cost(slim, EXAMPLE)
     again = structprune.recalibrate(slim, training("recalibrate")[0].split(128))
-    found: dict[str, Any] = {"key": row.key, **asdict(row), "macs": cost.macs, "params": cost.params}
+    found: dict[str, Any] = {"key": row.key, **asdict(row), "goal": goal, "macs": cost.macs, "params": cost.params}
     found |= {"cpu_seconds": round(spent, 2), "images": images}
-    if choose:
+    if row.times == 2 and row.tool == "structprune" and goal is None:
         found["choose"] = both(slim, again, *training("choose"))
     return found | both(slim, again, *(part[:images] for part in cifar.test_set()))
 
@@ -203,8 +215,8 @@ def measured(row: Row, images: int, *, choose: bool) -> dict[str, Any]:
 def quoted(known: list[dict[str, Any]]) -> list[Row]:
     """What the text of the report quotes: ours, chosen on training images; same-named criteria at their best scope."""
     found = [row["key"] for row in report.chosen(known).values()]
-    for name in ("l2", "taylor", "fpgm"):
-        for tool in ("structprune", "torch-pruning"):
+    for name in report.NAMED:
+        for tool in report.TOOLS:
             found += [row["key"] for row in report.best_scopes(known, tool, name)]
     return [row for row in dict.fromkeys(rows()) if row.key in found]
 
@@ -226,9 +238,10 @@ def main() -> None:
     if given.full and "accuracy" not in state["dense"]:
         state["dense"]["accuracy"] = cifar.accuracy(dense(), size=100)
     for row in todo:
-        if given.only in row.key and done.get(row.key, {"images": 0})["images"] < images:
-            choose = row.times == 2 and row.criterion not in peer_criteria.CRITERIA
-            done[row.key] = measured(row, images, choose=choose)
+        goal = done[row.rival.key]["macs"] if row.rival is not None and row.rival.key in done else None
+        found = done.get(row.key, {"images": 0, "goal": None})
+        if given.only in row.key and (found["images"] < images or found.get("goal") != goal):
+            done[row.key] = measured(row, max(images, found["images"]), goal)
             print(json.dumps(done[row.key]), flush=True)
             state |= {"rows": list(done.values()), "environment": environment()}
             FILE.write_text(json.dumps(state, indent=1) + "\n")

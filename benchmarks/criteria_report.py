@@ -11,16 +11,20 @@ from harness.environment import as_line
 Row = dict[str, Any]
 TOOLS = ("structprune", "torch-pruning")
 KINDS = ("raw", "recalibrated")
+# The criteria that both tools are quoted with, the scopes that both have, and what ours is called if not as theirs.
+NAMED = ("l2", "taylor", "fpgm", "fpgm, filters alone")
+SCOPES = ("global", "local", "isomorphic")
+RIVALS = {"fpgm, filters alone": "fpgm"}
 
 
 def at(known: Iterable[Row], **asked: Any) -> list[Row]:
     """The rows that have all of these values."""
-    return [row for row in known if all(row[name] == value for name, value in asked.items())]
+    return [row for row in known if all(row.get(name) == value for name, value in asked.items())]
 
 
 def chosen(known: Iterable[Row]) -> dict[str, Row]:
     """Our plans at 2.0x that do best on the training images kept for choosing: raw, recalibrated, and both together."""
-    mine = [row for row in at(known, tool="structprune", times=2.0, inside=True) if "choose" in row]
+    mine = [row for row in at(known, tool="structprune", times=2.0, inside=True, goal=None) if "choose" in row]
     ways: dict[str, Callable[[Row], float]] = {
         "raw": lambda row: row["choose"]["raw"],
         "recalibrated": lambda row: row["choose"]["recalibrated"],
@@ -41,17 +45,17 @@ def _cell(row: Row | None) -> str:
 
 def _named(known: list[Row]) -> list[str]:
     """Same-named criteria of both tools, scope by scope and the best of each."""
-    names = dict.fromkeys(row["criterion"] for row in at(known, tool="torch-pruning", times=2.0))
-    scopes = ("global", "local", "isomorphic")
+    theirs = dict.fromkeys(row["criterion"] for row in at(known, tool="torch-pruning", times=2.0))
+    names = {name: name for name in theirs} | RIVALS
     lines = [
-        "| criterion | " + " | ".join(f"{scope}: ours | theirs" for scope in scopes) + " |",
-        "|---|" + "---:|---:|" * len(scopes),
+        "| criterion | " + " | ".join(f"{scope}: ours | theirs" for scope in SCOPES) + " |",
+        "|---|" + "---:|---:|" * len(SCOPES),
     ]
-    for name in names:
-        cells = []
-        for scope in scopes:
-            for tool in TOOLS:
-                found = at(known, tool=tool, criterion=name, scope=scope, times=2.0, inside=True)
+    for name, rival in names.items():
+        cells: list[str] = []
+        for scope in SCOPES:
+            for tool, criterion in zip(TOOLS, (name, rival), strict=True):
+                found = at(known, tool=tool, criterion=criterion, scope=scope, times=2.0, inside=True)
                 cells.append(_cell(found[0] if found else None))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -75,7 +79,7 @@ def _table(known: list[Row], before: int) -> list[str]:
 def _quoted(known: list[Row]) -> list[str]:
     lines = ["| what | criterion | scope | raw | recalibrated | images |", "|---|---|---|---:|---:|---:|"]
     found = [(f"ours, best {way} on training images", row) for way, row in chosen(known).items()]
-    for name in ("l2", "taylor", "fpgm"):
+    for name in NAMED:
         for tool in TOOLS:
             for kind, row in zip(KINDS, best_scopes(known, tool, name), strict=False):
                 found.append((f"{name} of {tool}, best {kind}", row))
@@ -104,7 +108,8 @@ def markdown(state: dict[str, Any]) -> str:
         "",
         "torch-pruning: `MagnitudePruner` with the criterion named, its defaults (group mean, scores over their mean), "
         "the layers outside of blocks ignored, and the ratio found by bisection so that no more MACs remain than asked "
-        "for (half a percent more is let pass). Its "
+        "for (half a percent more is let pass). A criterion that both have keeps just as many in ours, whatever those "
+        "are. Its "
         "gradients are of the mean loss over the same images. `obd_fisher` is its `HessianImportance` with "
         "squared gradients averaged by hand, `kfac` its `OBDCImportance` with its preparation repaired, "
         "`activation_mean` its `ActivationImportance`.",

@@ -354,6 +354,11 @@ def test_fpgm(net: Chain, which: str) -> None:
     rows = chosen(net, which)
     expected = [sum(np.linalg.norm(rows[i] - rows[j]) for j in range(4)) for i in range(4)]
     assert first(net, FPGM(which)) == pytest.approx(expected)
+    assert first(net, FPGM(which, squared=True)) == pytest.approx(np.square(expected))
+
+
+def test_fpgm_by_name_takes_the_whole_group_and_squares(net: Chain) -> None:
+    assert first(net, "fpgm") == pytest.approx(first(net, FPGM("all", squared=True)))
 
 
 @pytest.mark.parametrize("which", ["output", "all"])

@@ -53,10 +53,16 @@ class FPGM:
 
     Args:
         slices: ``"output"``: the filters that make the channels, as in the paper; ``"all"``: everything that goes with
-            them, norms and consumers included.
+            them, norms and consumers included, as a channel goes with all of it.
+        squared: whether the sum is squared. Within a group that changes no rank. Where groups compete, scores of
+            filters that lie far apart differ too little from their mean without it (see `LnNorm`). ``"fpgm"`` is
+            ``FPGM("all", squared=True)``: ResNet-56 at half its MACs comes to 51.8 % as it is and 91.2 % with batch
+            norms calibrated again on training images, against 46.4 and 90.8 % without squares, and 49.9 and 89.8 %
+            by the filters alone.
     """
 
     slices: str = "output"
+    squared: bool = False
 
     def __post_init__(self) -> None:
         _check(self.slices)
@@ -64,7 +70,8 @@ class FPGM:
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
         rows = _joined(group, tensors, self.slices)
-        return torch.cat([torch.cdist(block, rows, compute_mode=_EXACT).sum(1) for block in rows.split(_BLOCK)])
+        sums = torch.cat([torch.cdist(block, rows, compute_mode=_EXACT).sum(1) for block in rows.split(_BLOCK)])
+        return sums.square() if self.squared else sums
 
 
 _EXACT = "donot_use_mm_for_euclid_dist"
@@ -161,6 +168,6 @@ class Cosine:
         return torch.where(length[:, 0] > 0, (1 - torch.cat(found)).clamp(min=0), 0)
 
 
-criterion("fpgm")(FPGM)
+criterion("fpgm")(lambda: FPGM("all", squared=True))
 criterion("geometric_median")(GeometricMedian)
 criterion("cosine")(Cosine)

@@ -27,7 +27,7 @@ class SoftPruner:
     """Sets the lowest-ranked channels to zero at the end of each epoch, lets them recover, and cuts them out at last.
 
     He et al., Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks, 2018 (algorithm 1); with
-    ``importance="fpgm"``: He et al., Filter Pruning via Geometric Median, 2019 (algorithm 1). Which channels go is
+    ``importance=FPGM()``: He et al., Filter Pruning via Geometric Median, 2019 (algorithm 1). Which channels go is
     decided anew each time, so a wrong choice is not for ever, and the network trains with its full width.
 
     Only a part of what a plan removes is set to zero, since a channel of which everything is zero has no gradient left

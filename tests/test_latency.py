@@ -232,6 +232,25 @@ def test_every_length_has_a_time(full, step):
     assert table.seconds(spec, (0,)) == 0
 
 
+def test_what_other_work_held_up_is_measured_again():
+    """Every seventh time is five times too long, another one each time; the full size is among them."""
+    spec, asked = spec_of(out=64, **{"in": 64}), []
+
+    def disturbed(points):
+        found = Machine(16).operations(points)
+        asked.append(len(points))
+        return [5 * t if (i + 3 * len(asked)) % 7 == 0 or (len(asked) == 2 and i == len(points) - 1) else t
+                for i, t in enumerate(found)]  # fmt: skip
+
+    table, quiet = LatencyTable({}), LatencyTable({})
+    table.measure([spec], disturbed)
+    quiet.measure([spec], Machine(16).operations)
+    assert len(asked) > 2
+    assert asked[2] < asked[1] / 4
+    assert table.grid(spec).nodes == quiet.grid(spec).nodes
+    assert table.grid(spec).seconds == pytest.approx(quiet.grid(spec).seconds)
+
+
 def test_what_is_known_is_not_measured_again():
     table, machine = LatencyTable({}), Machine()
     assert table.measure([spec_of(out=32), spec_of(out=32), spec_of(out=64)], machine.operations) == 2

@@ -26,8 +26,9 @@ from structprune.tracing.state import held_tensors
 # A plan that comes so near to the limit, as measured, is taken.
 NEAR = 0.05
 ATTEMPTS = 3
-# Shares of what is to go that the uniformly thinned copies lose by which predictions are calibrated.
-CALIBRATE = (0.5, 1.0)
+# Predictions are calibrated by a uniformly thinned copy of about the time asked for and by one of this share of its
+# width: copies that differ little leave it to chance how much of the time is a constant, which no plan can save.
+THINNER = 1 / 3
 
 
 class _Remembered:
@@ -120,8 +121,8 @@ class TimedDecision:
         self._limit = target_of({"latency": asked}, {"latency": 1e3 * self._whole}).limits["latency"] / 1e3
         goes = min(0.8, max(0.2, 1 - self._limit / self._whole))
         decisions = [
-            Decision(graph, self._score, replace(self._request, target=None, ratio=goes * part, scope="local"), time)
-            for part in CALIBRATE
+            Decision(graph, self._score, replace(self._request, target=None, ratio=ratio, scope="local"), time)
+            for ratio in (goes, 1 - (1 - goes) * THINNER)
         ]
         gone = [np.zeros(0, dtype=np.int64), *(decision.chosen for decision in decisions)]
         counts = [graph.counter(graph.components.dead(chosen)) for chosen in gone]

@@ -125,7 +125,8 @@ class Decision:
         def loss(group: Group, counts: np.ndarray) -> np.ndarray:
             if isinstance(scope, Curves):
                 return scope.depth(group, counts[-2::-1])
-            return np.cumsum(lost(self._scores[group], np.diff(counts)[::-1], relative))
+            gone = np.cumsum(lost(self._scores[group], np.diff(counts)[::-1], relative))
+            return _of_what_is_left(gone, group.channels) if relative else gone
 
         losses = [
             np.sum([loss(group, unit.counts[:, i]) for i, group in enumerate(unit.groups)], axis=0) for unit in units
@@ -157,6 +158,15 @@ class Decision:
             measured = None if thinned else self._time.whole
             found["latency"] = 1e3 * (measured or self._time.seconds(count))
         return found
+
+
+def _of_what_is_left(gone: np.ndarray, whole: int) -> np.ndarray:
+    """Losses that count the more, the less of a group is left: ``-whole * log(share of the importance kept)``.
+
+    Scores over their mean tell channels of a group apart, but not how bad it is to be left with few of them. Taken as
+    they are, they would leave one channel to a layer of a few costly ones.
+    """
+    return -whole * np.log1p(-np.clip(gone / whole, 0, 1 - 1e-9))
 
 
 def _pieces(time: TimeModel, widths: Widths) -> list[Piece]:

@@ -28,6 +28,9 @@ from structprune.latency.cache import processor
 from structprune.latency.measure import DeviceTimer
 
 FILE = RESULTS / "latency.json"
+# Of the time of the plan for MACs, the plan for latency is asked to take this share: measured again, times differ by
+# about as much, and it is not to be the slower one.
+ASKED = 0.98
 
 
 def accuracies(model: nn.Module, images: Tensor, count: int) -> dict[str, float]:
@@ -86,7 +89,7 @@ def compare(
     with DeviceTimer(latency, x) as timer:
         dense, taken = timer.networks([model, first], x)
         by_time = structprune.plan(
-            model, x, target={"latency": min(1.0, taken / dense)}, scope=time_scope, latency=latency, **asked
+            model, x, target={"latency": min(1.0, ASKED * taken / dense)}, scope=time_scope, latency=latency, **asked
         )
         second = by_time.apply(model)
         times = timer.networks([model, first, second], x)
@@ -121,8 +124,8 @@ def report(found: dict[str, Any]) -> str:
     lines += [
         "Time is that of the process's CPU, since others work on the machine too: the median of 15 runs, in which the "
         "dense network and both pruned ones take turns, as the ratio to the dense one. The plan for latency gets the "
-        "measured time of the plan for MACs as its target. Accuracies are raw and with batch norms recalibrated on "
-        "2,048 training images, on the first test images, as many as column *images* says.",
+        "measured time of the plan for MACs as its target, less 2 %. Accuracies are raw and with batch norms "
+        "recalibrated on 2,048 training images, on the first test images, as many as column *images* says.",
         "",
     ]
     lines += [

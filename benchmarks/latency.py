@@ -124,7 +124,7 @@ def report(found: dict[str, Any]) -> str:
     lines += [
         "Time is that of the process's CPU, since others work on the machine too: the median of 15 runs, in which the "
         "dense network and both pruned ones take turns, as the ratio to the dense one. The plan for latency gets the "
-        "measured time of the plan for MACs as its target, less 2 %. Accuracies are raw and with batch norms "
+        "measured time of the plan for MACs as its target, or 2 % less. Accuracies are raw and with batch norms "
         "recalibrated on 2,048 training images, on the first test images, as many as column *images* says.",
         "",
     ]

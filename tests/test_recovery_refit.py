@@ -10,10 +10,11 @@ from test_recovery_selection import CALLS
 from torch import nn
 
 import structprune
+from structprune.recovery import refit as refit_module
 from structprune.recovery.chain import Batch, Chain, Weights
 from structprune.recovery.linear_maps import linear_map
 from structprune.recovery.pieces import slopes
-from structprune.recovery.refit import refit
+from structprune.recovery.refit import refit, settled
 
 # -- operators -------------------------------------------------------------------------------------------------------
 
@@ -91,6 +92,58 @@ def test_what_is_learned_wrongly_is_not_taken():
     assert found.after <= found.before
     gain = refit(chain, batches[:8], batches[8:], start, rounds=3)
     assert gain.after < 1e-2 * found.after
+
+
+def test_a_ridge_keeps_weights_near_the_start():
+    chain, batches, start = problem(200)
+    moved = []
+    for ridge in (0.0, 1e-2, 1.0, 100.0):
+        found = refit(chain, batches[:8], batches[8:], start, rounds=20, steps=40, ridge=ridge)
+        moved.append(float((found.weights.flat() - start.flat()).norm()))
+    assert moved == sorted(moved, reverse=True)
+    assert moved[-1] < 0.1 * moved[0]
+
+
+def test_the_pull_of_a_ridge_is_towards_the_start_not_the_last_round():
+    """Damping alone slows rounds down but does not keep them from the same end."""
+    chain, batches, start = problem(200)
+    ends = [refit(chain, batches[:8], batches[8:], start, 30, 40, ridge=ridge).weights for ridge in (0.0, 10.0)]
+    free, held = (float((end.flat() - start.flat()).norm()) for end in ends)
+    assert held < 0.5 * free
+
+
+def test_the_first_rounds_see_fewer_batches_where_there_are_plenty(monkeypatch):
+    chain, batches, start = problem(400)
+    seen = []
+    inner = refit_module._step
+
+    def counted(chain, train, *rest):
+        seen.append(len(train))
+        return inner(chain, train, *rest)
+
+    monkeypatch.setattr(refit_module, "_step", counted)
+    refit(chain, batches[:16], batches[16:], start, rounds=4, steps=2)
+    assert seen[-1] == 16
+    equations, unknowns = 16 * 20 * 2, start.flat().numel()
+    every = min(refit_module.THIN, equations // (refit_module.EQUATIONS * unknowns) or 1)
+    assert seen[0] == -(-16 // every)
+    monkeypatch.setattr(refit_module, "EQUATIONS", 2)
+    seen.clear()
+    refit(chain, batches[:16], batches[16:], start, rounds=4, steps=2)
+    assert seen == [4, 4, 4, 16]
+
+
+def test_the_last_step_sees_all_samples():
+    """What is held out has another answer; the step goes towards both, and errors stay those of before."""
+    chain, batches, start = problem(200)
+    other = [Batch(b.inputs, b.rest, b.goal + 0.3) for b in batches[8:]]
+    found = refit(chain, batches[:8], other, start, rounds=4, steps=40)
+    last = settled(chain, [*batches[:8], *other], start, found, steps=40)
+    assert (last.before, last.after, last.rounds) == (found.before, found.after, found.rounds + 1)
+    together = [chain.error([*batches[:8], *other], each.weights) for each in (found, last)]
+    assert together[1] < together[0]
+    again = settled(chain, [*batches[:8], *other], start, last, steps=0)
+    assert again.weights is last.weights
 
 
 # -- in a model ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from structprune.errors import PlanError, RecoveryError
 from structprune.recovery.contraction import apply_matrix, contraction
 from structprune.recovery.elimination import View, eliminate
 from structprune.recovery.least_squares import Sums, fit
+from structprune.recovery.selection import divergence, squared_error
 
 # -- contractions ----------------------------------------------------------------------------------------------------
 
@@ -162,6 +163,15 @@ def test_channels_go_where_the_output_misses_them_least():
     cheap, other = (chosen.depth(group, torch.arange(7, 0, -1).numpy()) for group in graph.groups())
     assert list(cheap) == sorted(cheap)
     assert cheap[4] < 1e-2 * other[1] < other[3] < 1e2 * cheap[5]
+
+
+def test_squared_errors_heed_samples_of_which_the_model_is_sure():
+    """Half of the samples are decided by far: the divergence does not see what is lost there."""
+    dense = torch.tensor([[40.0, 0.0, 0.0], [0.2, 0.0, 0.1]])
+    moved = dense + torch.tensor([[-3.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    assert float(divergence(dense, moved)) < 1e-9
+    assert float(squared_error(dense, moved)) == pytest.approx(18)
+    assert squared_error(dense, moved).dtype == torch.float64
 
 
 def test_a_criterion_that_saw_no_data_refuses():

@@ -27,7 +27,7 @@ class _Factors:
     """Of one layer: the inverses of the second moments of its features, and of the slopes of its results."""
 
     form: LinearMap
-    features: Tensor  # (groups, features + 1, features + 1), the intercept last
+    features: Tensor | None  # (groups, features + 1, features + 1), the intercept last; None where there are blocks
     outputs: Tensor | None  # (groups, outputs, outputs)
     damping: Tensor  # (groups, features + 1, outputs)
 
@@ -42,22 +42,22 @@ class Curvature:
     blocks: ChannelBlocks | None
 
     @classmethod
-    def of(cls, lines: list[Linearised], damping: float) -> Curvature:
-        """The curvature at the weights at which a chain is linearised on all batches."""
+    def of(cls, lines: list[Linearised], damping: float, blocks: ChannelBlocks | None = None) -> Curvature:
+        """The curvature at the weights at which a chain is linearised on all batches; older `blocks` do."""
         at, chain = lines[0].at, lines[0].chain
+        if blocks is None:
+            passes = [(line.batch.inputs, line.slopes) for line in lines]
+            shifted = [shift is not None for shift in at.shifts[:-1]]
+            blocks = channel_blocks(chain.producers, passes, _power(lines[0]), shifted, damping)
         layers: list[_Factors] = []
         for place, producer in enumerate(chain.producers):
             moments, meets = _moments(producer, lines, place)
-            layers.append(_factors(producer, moments, _gram(chain, lines, place, meets), damping))
+            layers.append(_factors(producer, moments, _gram(chain, lines, place, meets), damping, blocks is None))
         moments, _ = _moments(chain.consumer, lines, None)
         layers.append(_factors(chain.consumer, moments, None, damping))
         weights, shifts = zip(*(_split(layer, layer.damping) for layer in layers), strict=True)
         kept = [None if have is None else shift for have, shift in zip(at.shifts, shifts, strict=True)]
-        dtype = at.weights[-1].dtype
-        passes = [(line.batch.inputs, line.slopes) for line in lines]
-        shifted = [shift is not None for shift in at.shifts[:-1]]
-        blocks = channel_blocks(chain.producers, passes, _power(lines[0]), shifted, damping)
-        return cls(at, layers, Weights(list(weights), kept).flat().to(dtype), blocks)
+        return cls(at, layers, Weights(list(weights), kept).flat().to(at.weights[-1].dtype), blocks)
 
     def inverse(self, vector: Tensor) -> Tensor:
         """What conjugate gradients are preconditioned with."""
@@ -65,6 +65,10 @@ class Curvature:
         weights: list[Tensor] = []
         shifts: list[Tensor | None] = []
         for layer, weight, shift in zip(self.layers, given.weights, given.shifts, strict=True):
+            if layer.features is None:
+                weights.append(weight)
+                shifts.append(shift)
+                continue
             matrix = layer.form.form.matrix(weight)
             last = matrix.new_zeros(matrix.shape[0], 1, matrix.shape[2])
             if shift is not None:
@@ -137,7 +141,9 @@ def _gram(chain: Chain, lines: list[Linearised], place: int, meets: Tensor) -> T
     return blocks * meets * seen
 
 
-def _factors(layer: LinearMap, moments: Tensor, outputs: Tensor | None, damping: float) -> _Factors:
+def _factors(
+    layer: LinearMap, moments: Tensor, outputs: Tensor | None, damping: float, inverted: bool = True
+) -> _Factors:
     diagonal = moments.diagonal(dim1=1, dim2=2)
     if outputs is None:
         scale = torch.ones(moments.shape[0], layer.form.weight_outputs, dtype=moments.dtype, device=moments.device)
@@ -145,6 +151,8 @@ def _factors(layer: LinearMap, moments: Tensor, outputs: Tensor | None, damping:
         scale = outputs.diagonal(dim1=1, dim2=2)
     penalty = damping * (diagonal[..., None] * scale[:, None, :])
     penalty[:, -1] *= 1e-2
+    if not inverted:
+        return _Factors(layer, None, None, penalty)
     right = None if outputs is None else _inverse(outputs, 1e-3)
     return _Factors(layer, _inverse(moments, damping + 1e-6), right, penalty)
 

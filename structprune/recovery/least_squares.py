@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structprune.ranks import all_reduced
 
-RIDGES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(slots=True)

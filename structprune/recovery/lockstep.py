@@ -9,7 +9,7 @@ over the data is enough, and no knowledge of the model's blocks is needed. Only 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -54,7 +54,7 @@ def operations(trace: Trace) -> list[fx.Node]:
     return [node for node in trace.nodes if node.meta["name"] not in ("input", "parameter", "constant", "part")]
 
 
-class _Walker(Recorder):
+class Walker(Recorder):
     """Counts operations as the tracer does, and hands over to its lane where it has to stop; nothing is recorded."""
 
     def __init__(self, trace: Trace, nodes: Sequence[fx.Node], lane: Lane) -> None:
@@ -101,23 +101,30 @@ class Lane:
     """One batch on its way through a model, in a thread of its own."""
 
     def __init__(
-        self, model: nn.Module, inputs: Any, trace: Trace, nodes: Sequence[fx.Node], stops: set[Event]
+        self,
+        model: nn.Module,
+        inputs: Any,
+        trace: Trace,
+        nodes: Sequence[fx.Node],
+        stops: set[Event],
+        walker: Callable[[Trace, Sequence[fx.Node], Lane], Walker] = Walker,
     ) -> None:
+        self.walker = walker(trace, nodes, self)
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._stops = stops
         self._stop: Stop | None = None
         self._cancelled = False
         self._error: BaseException | None = None
         self._output: Any = None
-        self._thread = threading.Thread(target=self._run, args=(model, inputs, trace, nodes), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(model, inputs), daemon=True)
         self._thread.start()
 
-    def _run(self, model: nn.Module, inputs: Any, trace: Trace, nodes: Sequence[fx.Node]) -> None:
+    def _run(self, model: nn.Module, inputs: Any) -> None:
         self._go.acquire()
         try:
             if not self._cancelled:
                 args, kwargs = as_call(inputs)
-                with torch.no_grad(), _Walker(trace, nodes, self):
+                with torch.no_grad(), self.walker:
                     self._output = model(*args, **kwargs)
         except _Cancelled:
             pass
@@ -173,7 +180,13 @@ class Lane:
 
 
 @contextmanager
-def lanes(model: nn.Module, batches: Sequence[Any], trace: Trace, stops: set[Event]) -> Generator[list[Lane]]:
+def lanes(
+    model: nn.Module,
+    batches: Sequence[Any],
+    trace: Trace,
+    stops: set[Event],
+    walker: Callable[[Trace, Sequence[fx.Node], Lane], Walker] = Walker,
+) -> Generator[list[Lane]]:
     """One lane for each batch; all are ended when the block is left.
 
     Args:
@@ -181,12 +194,13 @@ def lanes(model: nn.Module, batches: Sequence[Any], trace: Trace, stops: set[Eve
         batches: example inputs each.
         trace: of the original.
         stops: where the lanes can be asked to stop.
+        walker: what watches each forward.
     """
     nodes = operations(trace)
     started: list[Lane] = []
     try:
         for inputs in batches:
-            started.append(Lane(model, inputs, trace, nodes, stops))
+            started.append(Lane(model, inputs, trace, nodes, stops, walker))
         yield started
     finally:
         for lane in started:

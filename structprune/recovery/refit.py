@@ -14,28 +14,37 @@ Conjugate Gradients for Solving Linear Systems, 1952.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from structprune.ranks import all_reduced
+from structprune.recovery.by_channel import ChannelBlocks
 from structprune.recovery.chain import Batch, Chain, Linearised, Weights
 from structprune.recovery.curvature import Curvature
 from structprune.recovery.pieces import slopes
 
 DAMPING = 1e-3
-GAIN = 2e-3  # a round that lowers the squared error by a smaller share is the last
+GAIN = 5e-3  # a round that lowers the squared error by a smaller share is the last
+EQUATIONS = 128  # for each unknown: with so many the direction is good enough for all rounds but the last ones
+LAST = 1  # rounds that see all there is
+THIN = 4  # the first rounds see at least one batch in so many
 
 
 @dataclass(frozen=True, slots=True)
 class Refit:
-    """The weights found, with the squared error on the held-out batches before and after."""
+    """The weights found, with the squared error on the held-out batches before and after.
+
+    `damping` is that of the last step, `gain` the share of the held-out error that it took away.
+    """
 
     weights: Weights
     before: float
     after: float
     rounds: int
+    damping: float = DAMPING
+    gain: float = 0.0
 
     @property
     def helps(self) -> bool:
@@ -44,7 +53,13 @@ class Refit:
 
 
 def refit(
-    chain: Chain, train: Sequence[Batch], held_out: Sequence[Batch], start: Weights, rounds: int = 4, steps: int = 8
+    chain: Chain,
+    train: Sequence[Batch],
+    held_out: Sequence[Batch],
+    start: Weights,
+    rounds: int = 4,
+    steps: int = 8,
+    ridge: float = 0.0,
 ) -> Refit:
     """Weights of producers and consumer that give the goal best: damped Gauss-Newton by conjugate gradients.
 
@@ -55,35 +70,81 @@ def refit(
         start: the weights at hand; not changed.
         rounds: how often to linearise.
         steps: of conjugate gradients in each round.
+        ridge: how much it costs to move away from `start`, as in `least_squares`.
     """
     before = after = chain.error(held_out, start)
-    at, damping, taken = start, DAMPING, 0
-    for _ in range(rounds):
-        step = _step(chain, train, at, damping, steps)
-        best, best_error, best_size = at, after, 0.0
-        for size in (1.0, 0.5, 0.25):
-            tried = at.like(at.flat() + size * step)
-            error = chain.error(held_out, tried)
-            if not error < best_error:
-                if best_size:
-                    break
-                continue
-            best, best_error, best_size = tried, error, size
+    at, damping, used, taken, gain = start, DAMPING, DAMPING, 0, 0.0
+    every = _thinning(train, start)
+    blocks: ChannelBlocks | None = None
+    for number in range(rounds):
+        every = every if number < rounds - LAST else 1
+        step, blocks = _step(chain, train[::every], at, start, (damping, ridge), steps, blocks)
+        best, best_error, best_size = _best(chain, held_out, at, after, step)
         if best_size == 0:
             damping *= 30
             if damping > 1:
                 break
             continue
-        damping *= 0.3 if best_size == 1 else 3
+        used, damping = damping, damping * (0.3 if best_size == 1 else 3)
         gain = 1 - best_error / after
         at, after, taken = best, best_error, taken + 1
         if gain < GAIN:
-            break
-    return Refit(at, before, after, taken)
+            if every == 1:
+                break
+            every = 1  # the others may have more to say
+    return Refit(at, before, after, taken, used, gain)
 
 
-def _step(chain: Chain, train: Sequence[Batch], at: Weights, damping: float, steps: int) -> Tensor:
-    """The damped Gauss-Newton step, by preconditioned conjugate gradients on the normal equations."""
+def settled(
+    chain: Chain, batches: Sequence[Batch], start: Weights, found: Refit, steps: int = 8, ridge: float = 0.0
+) -> Refit:
+    """One more step from what `refit` found, on all batches, held out or not: the more samples, the better.
+
+    The errors stay those of the held-out batches before the step. Nothing changes if the error on all does not fall.
+    """
+    step, _ = _step(chain, batches, found.weights, start, (found.damping, ridge), steps, None)
+    tried = found.weights.like(found.weights.flat() + step)
+    if not chain.error(batches, tried) < chain.error(batches, found.weights):
+        return found
+    return replace(found, weights=tried, rounds=found.rounds + 1)
+
+
+def _thinning(train: Sequence[Batch], start: Weights) -> int:
+    """Every so many-th batch is enough for the first rounds; the same on all ranks."""
+    count = torch.tensor(float(sum(batch.goal.numel() for batch in train)), dtype=torch.float64)
+    equations = float(all_reduced(count.to(start.weights[-1].device)))
+    return int(min(THIN, max(1, equations // (EQUATIONS * start.flat().numel()))))
+
+
+def _best(
+    chain: Chain, held_out: Sequence[Batch], at: Weights, error: float, step: Tensor
+) -> tuple[Weights, float, float]:
+    """The weights, the held-out error and the size of the best part of a step; size 0 where none lowers the error."""
+    best, best_size = at, 0.0
+    for size in (1.0, 0.5, 0.25):
+        tried = at.like(at.flat() + size * step)
+        found = chain.error(held_out, tried)
+        if not found < error:
+            if best_size:
+                break
+            continue
+        best, error, best_size = tried, found, size
+    return best, error, best_size
+
+
+def _step(
+    chain: Chain,
+    train: Sequence[Batch],
+    at: Weights,
+    start: Weights,
+    damping: tuple[float, float],
+    steps: int,
+    blocks: ChannelBlocks | None,
+) -> tuple[Tensor, ChannelBlocks | None]:
+    """The damped Gauss-Newton step, by preconditioned conjugate gradients on the normal equations.
+
+    The blocks of the preconditioner, where it has any, come back for the next step: they change little.
+    """
     lines: list[Linearised] = []
     goal = torch.zeros_like(at.flat())
     for batch in train:
@@ -93,7 +154,8 @@ def _step(chain: Chain, train: Sequence[Batch], at: Weights, damping: float, ste
         lines.append(line)
         goal += line.adjoint(chain.behind([batch.goal]) - result)
     all_reduced(goal)
-    curvature = Curvature.of(lines, damping)
+    curvature = Curvature.of(lines, sum(damping), blocks)
+    goal -= damping[1] / sum(damping) * curvature.damping * (at.flat() - start.flat())
 
     def normal(vector: Tensor) -> Tensor:
         step = at.like(vector)
@@ -102,7 +164,7 @@ def _step(chain: Chain, train: Sequence[Batch], at: Weights, damping: float, ste
             result += line.adjoint(line.forward(step))
         return all_reduced(result) + curvature.damping * vector
 
-    return _conjugate_gradients(normal, curvature.inverse, goal, steps)
+    return _conjugate_gradients(normal, curvature.inverse, goal, steps), curvature.blocks
 
 
 def _conjugate_gradients(

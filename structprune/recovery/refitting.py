@@ -17,7 +17,7 @@ from structprune.recovery.contraction import argument
 from structprune.recovery.linear_maps import LinearMap, linear_map
 from structprune.recovery.lockstep import Event, Side, Stop
 from structprune.recovery.pieces import Piece, behind
-from structprune.recovery.refit import Refit, refit
+from structprune.recovery.refit import GAIN, Refit, refit, settled
 
 HELD_OUT = 5  # the last of so many parts of each batch
 REPEATED = 4  # samples of each batch on which the piece is compared with the forward
@@ -51,6 +51,7 @@ class Seen:
         hidden: its input, one a batch.
         ours: results of its target on the pruned network; corrected in place.
         wanted: the original's.
+        ridge: that was best for it alone.
     """
 
     target: int
@@ -60,6 +61,7 @@ class Seen:
     hidden: list[Tensor]
     ours: list[Tensor]
     wanted: list[Tensor]
+    ridge: float
 
 
 class Producers:
@@ -119,7 +121,10 @@ class Producers:
             self.refused = "what is in front of it differs when it is repeated: something is drawn, or written over"
             return None
         train, held = self._batches(seen)
-        found = refit(chain, train, held, start, self._rounds)
+        # The last round sees what was held out, too; where the others found next to nothing it is not worth its time.
+        found = refit(chain, train, held, start, max(1, self._rounds - 1), ridge=seen.ridge)
+        if found.gain >= GAIN and self._rounds > 1:
+            found = settled(chain, [*train, *held], start, found, ridge=seen.ridge)
         if found.helps:
             self._correct(chain, found.weights, seen)
         return found, lambda: self._write(start, found.weights, scales, tensors)
@@ -187,7 +192,10 @@ class Producers:
         return Batch(tuple(p.tensor(number) for p in self._all), seen.ours[number] - own, seen.wanted[number])
 
     def _batches(self, seen: Seen) -> tuple[list[Batch], list[Batch]]:
-        """Samples to solve on and samples held out: the first and the last ones of the same share of each batch."""
+        """Samples to solve on and samples held out: some of the first and of the last ones of each batch.
+
+        They are others from batch to batch, as batches may hold the same samples in the same places, changed a little.
+        """
         train: list[Batch] = []
         held: list[Batch] = []
         rows = min(self._rows, ENTRIES // seen.hidden[0].shape[seen.map.form.channel_dim])
@@ -195,9 +203,10 @@ class Producers:
             count = result.shape[0]
             each = max(1, seen.map.form.positions(result) // count)
             used = min(count, max(2, -(-rows // (each * len(seen.ours)))))
-            split = max(1, used - max(1, used // HELD_OUT))
+            split = max(1, count - max(1, count // HELD_OUT)) if count > 1 else 1
             whole = self._batch(number, seen)
-            for part, found in ((slice(0, split), train), (slice(split, used), held)):
+            own = max(1, used - max(1, used // HELD_OUT))
+            for part, found in ((_some(number, own, 0, split), train), (_some(number, used - own, split, count), held)):
                 if part.start < part.stop:
                     inputs = tuple(_packed(x[part]) for x in whole.inputs)
                     found.append(Batch(inputs, _packed(whole.rest[part]), _packed(whole.goal[part])))
@@ -224,6 +233,13 @@ class Producers:
                 moved = (after - before).double()
                 bias = tensors[producer.consumer.bias]
                 _put(bias, bias.double() + (moved if producer.consumer.own_bias else moved * scale))
+
+
+def _some(number: int, wanted: int, start: int, stop: int) -> slice:
+    """So many in a row from `start` up to `stop`, at another place for each number of a batch."""
+    wanted = min(wanted, stop - start)
+    first = start + number * wanted % (stop - start - wanted + 1)
+    return slice(first, first + wanted)
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from structprune.cost import count_cost
-from structprune.errors import PlanError, RecoveryError
+from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
 from structprune.inputs import device_of
 from structprune.ranks import all_reduced, failing_together, nobody_failed
-from structprune.recovery.contraction import ARGUMENTS, Contraction, apply_matrix, argument, contraction
+from structprune.recovery.contraction import ARGUMENTS, argument
 from structprune.recovery.elimination import View, eliminate
-from structprune.recovery.lockstep import Event, Lane, Side, Stop, lanes, operations
+from structprune.recovery.lockstep import Lane, Side, Stop, lanes, operations
+from structprune.recovery.measuring import changed_output, finished, form_of
 from structprune.recovery.recover import inputs_of
+from structprune.recovery.restart import Keeper
 from structprune.tracing.state import lent, shield
 from structprune.tracing.trace import preserved_random_state, tensors_in
 
@@ -33,6 +35,14 @@ def divergence(dense: Tensor, changed: Tensor) -> Tensor:
     """Sum over all positions of the Kullback-Leibler divergence between softmaxes over the last dimension."""
     log_p, log_q = F.log_softmax(dense.double(), -1), F.log_softmax(changed.double(), -1)
     return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def squared_error(dense: Tensor, changed: Tensor) -> Tensor:
+    """Sum of the squared differences of all outputs: a `Reconstruction` by it heeds every sample.
+
+    A classifier is sure of most images that it was trained on, and there the divergence sees next to nothing.
+    """
+    return (dense.double() - changed.double()).square().sum()
 
 
 Key = tuple[tuple[str, int, bytes, bytes], ...]
@@ -112,7 +122,8 @@ class Reconstruction:
         probes: number of samples to measure on, at least one batch.
         rows: positions of all batches together to take second moments of.
         axes: kinds of channels to look at, as for `structprune.plan`; by default all.
-        distance: from the dense and the changed output, summed over samples; by default `divergence`.
+        distance: from the dense and the changed output, summed over samples; by default `divergence`;
+            `squared_error` where the samples are some that a classifier was trained on.
         seed: of the draw of positions.
 
     Example:
@@ -175,17 +186,11 @@ class Reconstruction:
             model.eval()
             orders = self._orders(graph, seats, data)
             probes = _first(data, self.probes)
-            dense = [next(tensors_in(_run(model, batch, graph, (), {}))) for batch in probes]
+            measured = self._measured(graph, seats, {n: changes for n, (_, _, changes) in orders.items()}, probes)
             curves: dict[Key, _Curve] = {}
-            for number, (order, error, changes) in orders.items():
+            for number, (order, error, _) in orders.items():
                 group = graph.groups()[number]
-                measured: list[float] = []
-                for change in changes:
-                    total = torch.zeros((), dtype=torch.float64, device=device)
-                    for batch, out in zip(probes, dense, strict=True):
-                        total += self._distance_at(graph, seats[number], change, batch, out)
-                    measured.append(float(all_reduced(total)))
-                prices = _prices(error, self._counts(group), measured) / self._saved(graph, group)
+                prices = _prices(error, self._counts(group), measured[number]) / self._saved(graph, group)
                 curves[_key(group)] = _Curve(order, error, prices)
         return FittedReconstruction(curves)
 
@@ -228,7 +233,7 @@ class Reconstruction:
     def _moments(self, node: fx.Node, stops: list[Stop]) -> tuple[Tensor, Tensor]:
         """Second moments of a consumer's features with the intercept last, and its matrix with a row of zeros."""
         name = node.meta["name"]
-        form = _form(name, stops[0])
+        form = form_of(name, stops[0])
         generator = torch.Generator().manual_seed(self.seed + node.meta["index"])
         matrix = form.matrix(argument(name, "weight", stops[0].args, stops[0].kwargs)).double()[0]
         xx = torch.zeros(form.features + 1, form.features + 1, dtype=torch.float64, device=matrix.device)
@@ -247,39 +252,34 @@ class Reconstruction:
                 xx.addmm_(rows.T, rows)
         return all_reduced(xx), torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
 
-    def _distance_at(
-        self, graph: ChannelGraph, seats: list[_Seat], changes: list[Tensor], batch: Any, dense: Tensor
-    ) -> Tensor:
-        """How far the output moves when the consumers' matrices change."""
-        edits = {seat.node.meta["index"]: (seat.node, change) for seat, change in zip(seats, changes, strict=True)}
-        events = [(number, Side.AFTER) for number in sorted(edits)]
-        output = next(tensors_in(_run(graph.model, batch, graph, events, edits)))
-        return self.distance(dense, output).double()
-
-
-def _run(
-    model: nn.Module, batch: Any, graph: ChannelGraph, events: Sequence[Event], edits: dict[int, tuple[fx.Node, Tensor]]
-) -> Any:
-    """The model's output with the matrices of some consumers changed."""
-    lane = Lane(model, batch, graph.trace, operations(graph.trace), set(events))
-    try:
-        for event in events:
-            stop = lane.until(event)
-            node, change = edits[event[0]]
-            form = _form(node.meta["name"], stop)
-            delta = apply_matrix(node.meta["name"], form, change[None, :-1], stop.args, stop.kwargs)
-            shift = change[-1].to(delta.dtype).reshape(-1, *[1] * (-1 - form.channel_dim))
-            stop.result.add_(delta).add_(shift)
-        return lane.finish()
-    finally:
-        lane.cancel()
-
-
-def _form(name: str, stop: Stop) -> Contraction:
-    form = contraction(name, stop.args, stop.kwargs)
-    if form is None:
-        raise RecoveryError(f"A batch reaches {name} with another number of dimensions than the example inputs.")
-    return form
+    def _measured(
+        self,
+        graph: ChannelGraph,
+        seats: dict[int, list[_Seat]],
+        changes: dict[int, list[list[Tensor]]],
+        probes: Sequence[Any],
+    ) -> dict[int, list[float]]:
+        """For each group, how far the output moves at each level: the forward before its consumers is shared."""
+        outputs = [finished(Lane(graph.model, batch, graph.trace, operations(graph.trace), set())) for batch in probes]
+        starts = {number: min(seat.node.meta["index"] for seat in seats[number]) for number in changes}
+        found: dict[int, list[float]] = {}
+        events = {(start, Side.BEFORE) for start in starts.values()}
+        with lanes(graph.model, probes, graph.trace, events, Keeper) as kept:
+            for event in sorted(events):
+                for lane in kept:
+                    lane.until(event)
+                for number in [n for n, start in starts.items() if start == event[0]]:
+                    nodes = [seat.node for seat in seats[number]]
+                    totals: list[Tensor] = []
+                    for change in changes[number]:
+                        edits = {n.meta["index"]: (n, own) for n, own in zip(nodes, change, strict=True)}
+                        moved = [
+                            self.distance(dense, changed_output(graph, edits, batch, lane)).double()
+                            for batch, lane, dense in zip(probes, kept, outputs, strict=True)
+                        ]
+                        totals.append(torch.stack(moved).sum())
+                    found[number] = all_reduced(torch.stack(totals)).tolist()
+        return found
 
 
 def _first(data: Sequence[Any], samples: int) -> list[Any]:

@@ -108,7 +108,7 @@ class Layer:
             self._change(found, intercept, ours, tensors)
         size = max(power, torch.finfo(torch.float64).tiny)
         noisy = found.after <= power * (1e3 * torch.finfo(ours[0].dtype).eps) ** 2
-        gain = 1.0 if noisy else self._refit(ours, wanted, tensors)
+        gain = 1.0 if noisy else self._refit(ours, wanted, tensors, found.ridge)
         self._calls = []
         if self._producers is not None:
             self._producers.forget()
@@ -124,7 +124,7 @@ class Layer:
             self._alone if self._producers is None else self._producers.refused,
         )
 
-    def _refit(self, ours: list[Tensor], wanted: list[Tensor], tensors: dict[str, Tensor]) -> float:
+    def _refit(self, ours: list[Tensor], wanted: list[Tensor], tensors: dict[str, Tensor], ridge: float) -> float:
         """Solve the layer again with its producers; by which factor the held-out error falls."""
         call = self._calls[0] if self._calls else None
         found = linear_map(self._name, call.args, call.kwargs) if call is not None else None
@@ -135,7 +135,7 @@ class Layer:
             weight = weight * self._scale.to(weight.dtype).reshape(weight.shape[0], 1, -1)
         hidden = [argument(self._name, "input", stop.args, stop.kwargs) for stop in self._calls]
         intercept = self.consumer.bias is not None
-        seen = Seen(self.consumer.target, found, found.form.weight(weight), intercept, hidden, ours, wanted)
+        seen = Seen(self.consumer.target, found, found.form.weight(weight), intercept, hidden, ours, wanted, ridge)
         answer = self._producers.solve(seen, tensors)
         if answer is None or not answer[0].helps:
             return 1.0

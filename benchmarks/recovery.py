@@ -252,21 +252,23 @@ def plot(rows: list[dict[str, Any]], dense: dict[str, float]) -> None:
     from matplotlib import pyplot as plt
 
     names = [case.name for case in CASES if any(row["case"] == case.name for row in rows)]
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3), squeeze=False)
+    height = -(-len(names) // 3)
+    figure, axes = plt.subplots(height, 3, figsize=(10, 3 * height), squeeze=False)
     kinds: tuple[tuple[str, str], ...] = (
-        ("structprune", "structprune"), ("torch_pruning", "torch-pruning"),
-        ("torch_pruning_recalibrated", "recalibrated"), ("distilled", "distilled"),
+        ("structprune", "structprune"), ("distilled", "then distilled"), ("torch_pruning", "torch-pruning"),
+        ("torch_pruning_recalibrated", "recalibrated"),
     )  # fmt: skip
-    for axis, name in zip(axes[0], names, strict=True):
+    colors = {key: f"C{number}" for number, (key, _) in enumerate(kinds)}
+    for axis, name in zip(axes.flat, names, strict=False):  # the last row may have room left
         case = next(case for case in CASES if case.name == name)
-        for at, (key, label) in enumerate(kinds):
+        shown = [(key, label) for key, label in kinds if any(row["case"] == name and key in row for row in rows)]
+        for at, (key, _) in enumerate(shown):
             values = [row[key] for row in rows if row["case"] == name and key in row]
-            if values:
-                axis.bar(at, mean(values), yerr=stdev(values) if len(values) > 1 else None, label=label)
+            axis.bar(at, mean(values), yerr=stdev(values) if len(values) > 1 else None, color=colors[key])
         axis.axhline(aim(case, dense), color="black", linewidth=0.8)
-        axis.set_title(name, fontsize=7)
+        axis.set_title(name, fontsize=8)
         axis.set_ylabel(case.unit)
-        axis.set_xticks(range(len(kinds)), [label for _, label in kinds], rotation=30, fontsize=6)
+        axis.set_xticks(range(len(shown)), [label for _, label in shown], rotation=20, fontsize=7)
     figure.tight_layout()
     figure.savefig(RESULTS / "recovery.png", dpi=120)
 

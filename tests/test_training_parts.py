@@ -51,7 +51,7 @@ def test_split_parts_everything_and_leaves_the_generator() -> None:
 def test_the_page_runs_as_it_stands() -> None:
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)

@@ -134,7 +134,7 @@ def failing_together(raises: type[StructpruneError], doing: str) -> Generator[No
         # Without sums so far, what happens here may be the affair of this rank alone.
         if block.summed:
             block.tell(None)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other ranks must hear of it; raised again here
         if not block.over:
             block.tell(error)
         raise

@@ -74,6 +74,7 @@ class Scaled(nn.Module):
         return weight * self.gain[:, None, None, None]
 
 
+# The deprecated hook is what many models still have.
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 @pytest.mark.parametrize("kind", COMPUTED)
@@ -100,6 +101,7 @@ def test_weights_that_are_computed(kind: str, inplace: bool) -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in slim.parameters())
 
 
+# The deprecated hook is what many models still have.
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["masks", "weight norm hook", "spectral norm hook"])
 def test_computed_weights_with_a_graph_of_their_own(kind: str) -> None:

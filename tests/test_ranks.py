@@ -81,7 +81,7 @@ def outcomes(rank):
     for doing, bad in CASES:
         try:
             DOING[doing][0](batches(8, 8) if rank == 0 else BAD[bad][0]())
-        except Exception as error:
+        except Exception as error:  # what it raises is the outcome that is compared
             found[doing, bad] = type(error).__name__, str(error)
         found[doing, bad, "sum"] = int(all_reduced(torch.tensor(rank + 1)))
     return found

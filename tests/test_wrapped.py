@@ -190,7 +190,7 @@ def test_compiled_parts_of_a_model() -> None:
 
 
 def distributed(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # the option is tested for as long as torch has it
         warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated")
         return DistributedDataParallel(model, **options)
 
@@ -258,6 +258,7 @@ def test_a_fully_sharded_wrapper_is_refused() -> None:
 # -- what cannot be pruned ---------------------------------------------------------------------------------------------
 
 
+# TorchScript is deprecated, and people still have models in it.
 @pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.* is not supported:DeprecationWarning")
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, INPUTS)], ids=["script", "trace"])
@@ -271,6 +272,7 @@ def test_torchscript_is_refused(make: Any) -> None:
         structprune.prune(nn.Sequential(scripted), INPUTS)
 
 
+# torch says so of every lazy module that is made.
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 def test_lazy_modules_are_refused_until_they_have_run() -> None:
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(4))

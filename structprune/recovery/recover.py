@@ -62,6 +62,8 @@ def recover(
     each entry alone: activations, norms with fixed statistics, gates. What the surviving channels compute may change,
     so that a few do the work of many. This is damped Gauss-Newton (`structprune.recovery.refit`): linear least squares
     by conjugate gradients, a few times over, on four fifths of the samples, taken only if the others agree.
+    Where that helped, a last step sees all samples, and is taken if the error on all of them falls; the errors that the
+    report gives are those before it.
 
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); the targets are corrected for all that comes before.

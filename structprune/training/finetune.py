@@ -238,7 +238,7 @@ class _Run:
             **asdict(self.settings),
             "ema": decay,
             "amp": None if precision is None else str(precision),
-            "teacher": self.step.teacher is not None,
+            "teacher": self.step.teacher is not None or isinstance(self.step.loss, Imitation),
             "optimizer": type(self.step.optimizer).__name__,
             "penalty": type(penalty).__name__ if hasattr(penalty, "state_dict") else None,
             "peaks": self.step.peaks,

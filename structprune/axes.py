@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import fx
 
 from structprune.channels.propagate import Channels
-from structprune.channels.relations import Row
 from structprune.channels.solver import Components
 from structprune.groups import Group, Roots
+from structprune.ops.relations import Row
 from structprune.tracing.trace import Trace
 
 AXES = ("hidden", "mlp", "channels", "heads", "head_size", "experts")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structprune.channels.propagate import Channels, has_rule, propagate
-from structprune.channels.relations import Row
+from structprune.ops.relations import Row
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable

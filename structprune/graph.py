@@ -14,7 +14,6 @@ from torch import fx, nn
 from structprune.axes import Roles, roles
 from structprune.channels.fold import Fold, folds
 from structprune.channels.propagate import Channels, Invariant, has_rule, propagate
-from structprune.channels.relations import Ids, Row
 from structprune.channels.sizes import Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
 from structprune.channels.trials import Counter
@@ -22,6 +21,7 @@ from structprune.channels.unreached import pin_unreached
 from structprune.channels.zeros import ZeroPass
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
 from structprune.groups import BalancedGroups, Group, Member, Roots, Slot, coupled_groups
+from structprune.ops.relations import Ids, Row
 from structprune.tracing.provenance import Attribute, Dim, leaves
 from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.subgraph import layer_flow, module_graph, own_operations

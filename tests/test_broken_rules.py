@@ -13,7 +13,7 @@ from support.random_network import SIZE, RandomNetwork
 from torch import nn
 
 import structprune
-from structprune.channels.rules import RULES
+from structprune.ops import RULES
 
 all_cases()
 

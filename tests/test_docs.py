@@ -17,8 +17,8 @@ from torch import nn
 from typer.main import get_command
 
 import structprune.errors
-from structprune.channels.rules import RULES
 from structprune.cli.app import app
+from structprune.ops import RULES
 from structprune.tracing.opaque import OPAQUE
 
 ROOT = Path(__file__).parent.parent

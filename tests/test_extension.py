@@ -16,8 +16,8 @@ from support.snapshot import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import structprune
-from structprune.channels.rules import RULES
 from structprune.errors import RuleError, TraceError, VerificationError
+from structprune.ops import RULES
 from structprune.tracing.opaque import OPAQUE
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"

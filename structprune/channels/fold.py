@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.channels.relations import Scale
+from structprune.ops.relations import Scale
 from structprune.tracing.provenance import plain
 from structprune.tracing.trace import Trace
 

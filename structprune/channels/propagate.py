@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import Relations, Row
-from structprune.channels.rules import RULES, Context, Operand
-from structprune.channels.rules.table import operands_in
-from structprune.channels.rules.watch import call_watched
 from structprune.errors import RuleError, StructpruneError
+from structprune.ops import RULES, Context, Operand
+from structprune.ops.context import operands_in
+from structprune.ops.relations import Relations, Row
+from structprune.ops.watch import call_watched
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Expression, Literal, SizeInt
 from structprune.tracing.trace import OutputName, Trace, chosen_names, describe, part_of

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from structprune.channels.propagate import Channels
-from structprune.channels.relations import Row
+from structprune.ops.relations import Row
 from structprune.tracing.trace import Trace, describe, part_of
 
 Zeros = tuple[bool, ...]

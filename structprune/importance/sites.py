@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from structprune.channels.relations import Ids, Row
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
+from structprune.ops.relations import Ids, Row
 from structprune.tracing.trace import describe, part_of
 
 Key = tuple[str, tuple[str, ...]]

@@ -11,12 +11,12 @@ import numpy as np
 from torch import fx
 
 from structprune.channels.propagate import Channels
-from structprune.channels.relations import Row
 from structprune.cost import VIEWS
 from structprune.errors import PlanError
 from structprune.latency.specs import Count, Grouped, Use
 from structprune.latency.table import LatencyTable
 from structprune.latency.widths import Widths
+from structprune.ops.relations import Row
 from structprune.tracing.trace import Trace
 
 COARSER = 0.25

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from structprune.channels.propagate import Channels
-from structprune.channels.relations import Row
+from structprune.ops.relations import Row
 from structprune.tracing.provenance import plain
 from structprune.tracing.trace import Trace
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from structprune.channels.relations import Ids, Row
 from structprune.channels.solver import Mask
 from structprune.graph import ChannelGraph
+from structprune.ops.relations import Ids, Row
 from structprune.recovery.contraction import ARGUMENTS
 
 _SAME = frozenset({"dropout", "contiguous", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"})

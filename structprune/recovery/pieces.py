@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.channels.rules.elementwise import ELEMENTWISE, UNARY
 from structprune.graph import ChannelGraph
+from structprune.ops.elementwise import ELEMENTWISE, UNARY
 from structprune.recovery.consumers import Consumer, as_consumer, by_batch, norm_argument
 from structprune.recovery.contraction import ARGUMENTS
 from structprune.tracing.provenance import plain

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structprune.channels.relations import Row
 from structprune.channels.solver import Mask
 from structprune.graph import ChannelGraph
+from structprune.ops.relations import Row
 from structprune.ranks import all_reduced
 from structprune.recovery.consumers import Consumer, by_batch, kept_of
 from structprune.recovery.contraction import Contraction, apply_matrix, argument, contraction

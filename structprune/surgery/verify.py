@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.channels.propagate import has_rule
-from structprune.channels.relations import Survivors
 from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
+from structprune.ops.relations import Survivors
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
 from structprune.tracing.recorder import Recorder

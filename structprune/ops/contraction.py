@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from structprune.channels.relations import UNIT, Row, Rows
-from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
+from structprune.ops.context import Context, Operand, Result, operands_in, rule
+from structprune.ops.relations import UNIT, Row, Rows
 
 
 def _bias(c: Context, bias: Operand | None, row: Row) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from structprune.channels.relations import Row, Rows
-from structprune.channels.rules.table import Context, Operand, rule
+from structprune.ops.context import Context, Operand, rule
+from structprune.ops.relations import Row, Rows
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 

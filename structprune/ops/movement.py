@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from structprune.channels.relations import UNIT, Row, Rows
-from structprune.channels.rules.table import Context, Operand, Result, rule
+from structprune.ops.context import Context, Operand, Result, rule
+from structprune.ops.relations import UNIT, Row, Rows
 
 
 def regroup(c: Context, rows: Rows, sizes: Sequence[int]) -> Rows:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from structprune.channels.relations import Row, Rows
-from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
+from structprune.ops.context import Context, Operand, Result, operands_in, rule
+from structprune.ops.relations import Row, Rows
 
 POOLS = """
 avg_pool max_pool max_pool{}_with_indices adaptive_avg_pool adaptive_max_pool lp_pool fractional_max_pool max_unpool

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from structprune.channels.relations import Rows
-from structprune.channels.rules.table import Context, Operand, rule
+from structprune.ops.context import Context, Operand, rule
+from structprune.ops.relations import Rows
 from structprune.tracing.provenance import Arithmetic, Constant, Dim, SizeFloat
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import UNIT, Bound, Expectation, Relations, Row, Rows, Scale, Survivors
 from structprune.errors import RuleError
+from structprune.ops.relations import UNIT, Bound, Expectation, Relations, Row, Rows, Scale, Survivors
 from structprune.tracing.provenance import Dim, Literal, SizeInt, expression_of, leaves
 
 

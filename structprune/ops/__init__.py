@@ -1,19 +1,19 @@
-"""Rules: what each operation does to channels, one function a kind of operation, one table for all."""
+"""What is known of each operation: one record each, one file a family."""
 
-from structprune.channels.rules import (
+from structprune.ops import (
     attention,
     contraction,
     creation,
     elementwise,
-    experts,
     indexing,
-    normalization,
+    movement,
+    normalisation,
     quantization,
     recurrent,
-    shapes,
+    routing,
     spatial,
 )
-from structprune.channels.rules.table import RULES, Context, Operand, Rule, rule
+from structprune.ops.context import RULES, Context, Operand, Rule, rule
 
 __all__ = [
     "RULES",
@@ -24,12 +24,12 @@ __all__ = [
     "contraction",
     "creation",
     "elementwise",
-    "experts",
     "indexing",
-    "normalization",
+    "movement",
+    "normalisation",
     "quantization",
     "recurrent",
+    "routing",
     "rule",
-    "shapes",
     "spatial",
 ]

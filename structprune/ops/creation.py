@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from structprune.channels.relations import Rows
-from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
+from structprune.ops.context import Context, Operand, Result, operands_in, rule
+from structprune.ops.relations import Rows
 
 
 @rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")

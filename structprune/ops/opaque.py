@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from structprune.channels.rules.table import RULES, Context, Operand, Result, Rule, rule
-from structprune.channels.rules.watch import call_watched
 from structprune.errors import RuleError
+from structprune.ops.context import RULES, Context, Operand, Result, Rule, rule
+from structprune.ops.watch import call_watched
 from structprune.tracing.opaque import OPAQUE, Opaque
 
 

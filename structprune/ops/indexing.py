@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from structprune.channels.relations import UNIT, Row, Rows
-from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
+from structprune.ops.context import Context, Operand, Result, operands_in, rule
+from structprune.ops.relations import UNIT, Row, Rows
 from structprune.tracing.provenance import plain
 
 

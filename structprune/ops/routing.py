@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import Rows
-from structprune.channels.rules.normalization import competing, dimension
-from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
+from structprune.ops.context import Context, Operand, Result, operands_in, rule
+from structprune.ops.normalisation import competing, dimension
+from structprune.ops.relations import Rows
 
 # What a softmax passes through on its way to the top-k.
 _CASTS = frozenset({"float", "to", "type_as", "half", "bfloat16", "double", "detach", "contiguous"})

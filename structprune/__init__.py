@@ -11,7 +11,8 @@ from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.latency.measure import Latency
-from structprune.ops.context import rule as register_rule
+from structprune.ops.op import register_op
+from structprune.ops.op import register_op as register_rule
 from structprune.ops.opaque import register_module_rule
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
@@ -62,6 +63,7 @@ __all__ = [
     "recover",
     "recovery_report",
     "register_module_rule",
+    "register_op",
     "register_rule",
     "remap_optimizer",
     "report",

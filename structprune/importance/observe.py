@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from structprune.channels.propagate import has_rule
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.importance.data import Batches, samples_of
 from structprune.importance.seen import Seen
 from structprune.importance.sites import Key, Tap
+from structprune.ops import op_of
 from structprune.tracing.state import lent
 from structprune.tracing.trace import map_tensors, preserved_random_state, tensors_in
 from structprune.tracing.vocabulary import Kind, call_of
@@ -76,7 +76,7 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Run one call of the torch API."""
         kwargs = kwargs or {}
-        call = call_of(func, has_rule)
+        call = call_of(func, op_of)
         if call.kind is Kind.QUERY or call.kind is Kind.SIZE:
             return func(*args, **kwargs)
         if call.inside is not None and call not in self._opening:

@@ -4,6 +4,7 @@ from structprune.ops import (
     attention,
     contraction,
     creation,
+    einsum,
     elementwise,
     indexing,
     movement,
@@ -13,23 +14,28 @@ from structprune.ops import (
     routing,
     spatial,
 )
-from structprune.ops.context import RULES, Context, Operand, Rule, rule
+from structprune.ops.context import Context, Operand
+from structprune.ops.op import OPS, Op, has_rule, layer_of, op_of, register_op
 
 __all__ = [
-    "RULES",
+    "OPS",
     "Context",
+    "Op",
     "Operand",
-    "Rule",
     "attention",
     "contraction",
     "creation",
+    "einsum",
     "elementwise",
+    "has_rule",
     "indexing",
+    "layer_of",
     "movement",
     "normalisation",
+    "op_of",
     "quantization",
     "recurrent",
+    "register_op",
     "routing",
-    "rule",
     "spatial",
 ]

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from structprune.ops.context import Context, Operand, Result, operands_in, rule
+from structprune.ops import zeros
+from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.op import Result, register_op
 from structprune.ops.relations import Rows
 
 
-@rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+def _zeros_of(z: zeros.ZeroContext) -> zeros.Zeros:
+    return (z.node.meta["name"] in ("zeros", "new_zeros"),) * len(z.rows)
+
+
+@register_op("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", zeros=_zeros_of, creates=True)
+@register_op("empty", "new_empty", creates=True, random=True)
 def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
     """A constant: as many channels as are asked for, and any of them may go."""
     given = kwargs.get("size") or [item for item in args if not isinstance(item, Operand)]
@@ -19,15 +26,32 @@ def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
     return rows
 
 
-@rule("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "tensor", "as_tensor",
-      "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "hamming_window", "new_tensor", "range",
-      "from_numpy", "nonzero", "empty_strided")  # fmt: skip
+@register_op(
+    *[
+        "arange",
+        "linspace",
+        "logspace",
+        "eye",
+        "tensor",
+        "as_tensor",
+        "scalar_tensor",
+        "tril_indices",
+        "triu_indices",
+        "new_tensor",
+        "range",
+    ],
+    *["hann_window", "hamming_window", "blackman_window", "kaiser_window", "bartlett_window"],
+    creates=True,
+)
+@register_op("rand", "randn", "randint", "randperm", "normal_factory", "empty_strided", creates=True, random=True)
+@register_op("multinomial", random=True)
+@register_op("from_numpy", "nonzero")
 def positions(c: Context, *args: Any, **kwargs: Any) -> Result:
     """Values that depend on their position."""
     return c.pin_all(list(operands_in(args, kwargs)), f"its values count positions, made by {c.where()}")
 
 
-@rule("_assert", "_set_grad_enabled", "set_requires_grad", "set_data", "_assert_async", "manual_seed")
+@register_op("_assert", "_set_grad_enabled", "set_requires_grad", "set_data", "_assert_async", "manual_seed")
 def nothing(c: Context, *_: Any, **__: Any) -> Rows:
     """No tensor comes out."""
     return ()

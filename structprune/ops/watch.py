@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from structprune.ops.context import Context, Operand, Result
+from structprune.ops.context import Context, Operand
+from structprune.ops.op import Result
 from structprune.ops.relations import Row, Rows
 
 

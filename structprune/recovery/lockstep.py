@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.channels.propagate import has_rule
 from structprune.errors import RecoveryError
+from structprune.ops import op_of
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.trace import Trace, as_call, describe
 from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call
@@ -58,7 +58,7 @@ class Walker(Recorder):
     """Counts operations as the tracer does, and hands over to its lane where it has to stop; nothing is recorded."""
 
     def __init__(self, trace: Trace, nodes: Sequence[fx.Node], lane: Lane) -> None:
-        super().__init__({}, has_rule, meta=False)
+        super().__init__({}, op_of, meta=False)
         self._trace = trace
         self._nodes = nodes
         self._at = 0

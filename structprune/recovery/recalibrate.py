@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
 from structprune.inputs import device_of
+from structprune.ops.arguments import arguments
 from structprune.ranks import all_reduced, failing_together, nobody_failed
-from structprune.recovery.consumers import norm_argument
 from structprune.recovery.lockstep import Side, Stop, lanes
 from structprune.recovery.recover import inputs_of
 from structprune.surgery.apply import _memo
@@ -64,8 +64,8 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         with lanes(result, batches, found, set(norms)) as running:
             for event, node in norms.items():
                 values = _statistics([lane.until(event) for lane in running])
-                for (place, key), value in zip(_STATISTICS, values, strict=True):
-                    name = str(norm_argument(node, place, key).target)
+                for key, value in zip(_STATISTICS, values, strict=True):
+                    name = str(arguments(node)[key].target)
                     # The model runs on copies of its buffers.
                     tensors[name].copy_(value)
                     own[name].data.copy_(value)
@@ -75,7 +75,7 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
 def _norms(found: Trace) -> list[fx.Node]:
     """Batch norms whose statistics are held and used there alone."""
     nodes = [node for node in found.nodes if node.meta["name"] == "batch_norm"]
-    statistics = {node: [norm_argument(node, place, key) for place, key in _STATISTICS] for node in nodes}
+    statistics = {node: [arguments(node).get(key) for key in _STATISTICS] for node in nodes}
     return [
         node
         for node, parts in statistics.items()
@@ -83,7 +83,7 @@ def _norms(found: Trace) -> list[fx.Node]:
     ]
 
 
-_STATISTICS = ((3, "running_mean"), (4, "running_var"))
+_STATISTICS = ("running_mean", "running_var")
 
 
 def _statistics(stops: list[Stop]) -> tuple[Tensor, Tensor]:

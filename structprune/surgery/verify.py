@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.channels.propagate import has_rule
 from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
+from structprune.ops import op_of
 from structprune.ops.relations import Survivors
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
@@ -123,7 +123,7 @@ class _Reference(Recorder):
     """Runs the original, with norms and sums over thinned axes taken over the survivors."""
 
     def __init__(self, names: dict[int, str], survivors: dict[Site, tuple[tuple[int, ...], list[Mask]]]) -> None:
-        super().__init__(names, has_rule, meta=False)
+        super().__init__(names, op_of, meta=False)
         self._survivors = survivors
         self._sites = _Sites()
 

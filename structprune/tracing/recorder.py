@@ -15,9 +15,8 @@ from structprune.errors import TraceError
 from structprune.tracing.opaque import Opaque, holdings, opaque_call, opaque_of, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.recording import ModuleCall, Recording
-from structprune.tracing.shapes import shape_of_result
 from structprune.tracing.values import Values
-from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, call_of
+from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, Lookup, call_of
 
 
 class Recorder(TorchFunctionMode):
@@ -25,7 +24,7 @@ class Recorder(TorchFunctionMode):
 
     Args:
         names: the names of the model's tensors, by ``id``.
-        leaves: whether a rule exists for the Python function of this name, so that it need not be opened.
+        operations: what is known of the operation of a name; a Python function of which anything is known is not opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
         buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
     """
@@ -33,16 +32,16 @@ class Recorder(TorchFunctionMode):
     def __init__(
         self,
         names: dict[int, str],
-        leaves: Callable[[str], bool],
+        operations: Lookup,
         meta: bool,
         buffer: Callable[[str], Tensor | None] = lambda _: None,
     ) -> None:
         super().__init__()
         self.recording = Recording()
         self._names = names
-        self._leaves = leaves
+        self._operations = operations
         self._meta = meta
-        self.values = Values(self.recording.nodes, buffer)
+        self.values = Values(self.recording.nodes, buffer, operations)
         self._known: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._constants: dict[int, Tensor] = {}
@@ -145,7 +144,7 @@ class Recorder(TorchFunctionMode):
         return self._seen(func, args, kwargs or {})
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = call_of(func, self._leaves)
+        call = call_of(func, self._operations)
         if call.kind is Kind.QUERY:
             return func(*args, **kwargs)
         if call.inside is not None and call not in self._opening:
@@ -168,7 +167,8 @@ class Recorder(TorchFunctionMode):
         if self._meta and call.name in VALUES:
             result = self._value(call, func, before, keywords)
         else:
-            if self._meta and call.name in _FACTORIES:
+            known = self._operations(call.name) if self._meta else None
+            if known is not None and known.creates:
                 kwargs["device"] = torch.device("meta")
             elif self._meta and call.name == "to":
                 args = tuple("meta" if isinstance(a, str) else a for a in args)
@@ -190,7 +190,7 @@ class Recorder(TorchFunctionMode):
         """Run the operation that becomes the next node."""
         if not self._meta:
             return func(*args, **kwargs)
-        result = shape_of_result(call.name, call.inplace, args, kwargs)
+        result = self._shape(call, args, kwargs)
         if result is not None:
             return result
         try:
@@ -201,6 +201,17 @@ class Recorder(TorchFunctionMode):
                 raise
             del error
             return shaped
+
+    def _shape(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result on the ``meta`` device where the operation's record tells it, without running the operation.
+
+        There many operations find the shape of their result in Python, which takes most of the time of a trace.
+        """
+        known = self._operations(call.name)
+        if known is None or known.shape is None or not args:
+            return None
+        found = known.shape(*args, **kwargs)
+        return args[0] if call.inplace and found is not None else found
 
     def _value(self, call: Call, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """What Python asks of a stand-in, if that is decided by the inputs alone."""
@@ -381,12 +392,3 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, (tuple, list)):
             return tuple(self._known_only(item) for item in value)
         return value
-
-
-_FACTORIES = frozenset({
-    "zeros", "ones", "empty", "full", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
-    "tensor", "as_tensor", "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "hamming_window",
-    "blackman_window", "kaiser_window", "bartlett_window", "range", "zeros_like", "ones_like", "empty_like",
-    "full_like", "rand_like", "randn_like", "randint_like", "empty_strided", "new_zeros", "new_ones", "new_empty",
-    "new_full", "new_tensor", "normal_factory",
-})  # fmt: skip

@@ -92,8 +92,7 @@ def _product_zeros(z: ZeroContext) -> Zeros:
         for back in range(3, len(z.rows) + 1):
             result[-back] = any(len(zero) >= back and zero[-back] for zero in (left, right))
     elif z.rows:
-        factor = left[:-1] if len(left) > 1 else right
-        result[-1] = factor[-1]
+        result[-1] = (left[:-1] if len(left) > 1 else right)[-1:] == (True,)
     return tuple(result)
 
 
@@ -125,7 +124,7 @@ def _linear_shape(x: Any, weight: Any, bias: Any = None, **named: Any) -> Tensor
 
 
 def _convolution(dims: int, transposed: bool = False) -> dict[str, Any]:
-    """What is known of a convolution over `dims` dimensions; its weight is ``(out, in, ...)``, or ``(in, out, ...)``."""
+    """What is known of a convolution over `dims` dimensions; weight ``(out, in, ...)``, or ``(in, out, ...)``."""
     at, across = -1 - dims, 0 if transposed else 1
     kind = "transposed" if transposed else "convolution"
     return {

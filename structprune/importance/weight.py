@@ -16,7 +16,7 @@ from structprune.groups import Group
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches
 from structprune.importance.reduce import check_reduction, floating, member_sums, reduced
-from structprune.importance.sites import operands
+from structprune.tracing.recording import operands
 
 
 class _Version:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -29,3 +30,49 @@ class Recording:
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: list[fx.Node] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
+
+
+class CallKey(NamedTuple):
+    """What an operation is found again by, in any run of the model, of a copy or of a pruned copy.
+
+    The numbers count equal things only. So other sizes, labels, a loss, or what other modules do do not shift them.
+
+    Attributes:
+        module: path of the module that runs the operation itself.
+        call: which call of that module, in the order of the forward.
+        name: canonical name of the operation.
+        held: names of the model's tensors among its arguments, in order.
+        occurrence: how many of the same four come before it.
+    """
+
+    module: str
+    call: int
+    name: str
+    held: tuple[str, ...]
+    occurrence: int
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor arguments of an operation in order, with repeats."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def call_keys(nodes: Sequence[fx.Node], calls: Sequence[ModuleCall]) -> dict[int, CallKey]:
+    """The key of each operation among `nodes`, by its number."""
+    counts: dict[str, int] = {}
+    numbers: list[int] = []
+    for call in calls:
+        numbers.append(counts.get(call.path, 0))
+        counts[call.path] = numbers[-1] + 1
+    found: dict[int, CallKey] = {}
+    before: dict[tuple[Any, ...], int] = {}
+    for node in nodes:
+        if node.op.startswith("call_") and node.meta["name"] != "part":
+            call = node.meta["call"]
+            held = tuple(str(n.target) for n in operands(node) if n.meta["name"] == "parameter")
+            key = (calls[call].path, numbers[call], node.meta["name"], held)
+            found[node.meta["index"]] = CallKey(*key, before.get(key, 0))
+            before[key] = found[node.meta["index"]].occurrence + 1
+    return found

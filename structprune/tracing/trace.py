@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor, fx, nn
 from structprune.errors import PlanError, StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import Recorder
-from structprune.tracing.recording import ModuleCall
+from structprune.tracing.recording import CallKey, ModuleCall, call_keys
 from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputName = str | int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trace:
     """A model as a graph of tensor operations.
 
@@ -41,6 +42,7 @@ class Trace:
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
+        leaves: whether a Python function of this name was taken as a whole.
     """
 
     graph: fx.Graph
@@ -57,6 +59,12 @@ class Trace:
     every_call: tuple[ModuleCall, ...]
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
+    leaves: Callable[[str], bool] = lambda _: False
+
+    @cached_property
+    def keys(self) -> dict[int, CallKey]:
+        """What each operation of `nodes` is found again by, by its number, in the order in which they run."""
+        return call_keys(self.nodes, self.calls)
 
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
@@ -196,6 +204,7 @@ def _run(
         tuple(recording.nodes),
         tuple(recording.calls),
         trained,
+        leaves=leaves,
     )
 
 

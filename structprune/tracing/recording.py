@@ -69,8 +69,8 @@ def call_keys(nodes: Sequence[fx.Node], calls: Sequence[ModuleCall]) -> dict[int
     found: dict[int, CallKey] = {}
     before: dict[tuple[Any, ...], int] = {}
     for node in nodes:
-        if node.op.startswith("call_") and node.meta["name"] != "part":
-            call = node.meta["call"]
+        call = node.meta.get("call", -1)
+        if node.op.startswith("call_") and node.meta["name"] != "part" and call >= 0:
             held = tuple(str(n.target) for n in operands(node) if n.meta["name"] == "parameter")
             key = (calls[call].path, numbers[call], node.meta["name"], held)
             found[node.meta["index"]] = CallKey(*key, before.get(key, 0))

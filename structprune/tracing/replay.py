@@ -42,6 +42,7 @@ class Operation:
 
 
 Hook = Callable[[Operation], Any]
+Group = tuple[str, int, str, tuple[str, ...]]  # operations that only their order tells apart
 
 
 class Replay(CallMode):
@@ -93,13 +94,18 @@ class Replay(CallMode):
         self._trace, self._hooks, self._whole, self._required = trace, hooks, whole, required
         self._error, self._begin = error, begin
         keys = trace.keys
-        self._wanted = [number for number in keys if whole or number in self._hooks]
-        self._numbers = {tuple(keys[number]): number for number in self._wanted}
-        self._names = {keys[number].name for number in self._wanted}
+        for number in hooks:
+            if isinstance(number, int) and number not in keys:
+                where = describe(trace.nodes[number], trace)
+                raise error(f"{where} is no operation inside the forward of a module, and can't be found in other runs.")
+        self._wanted = list(keys) if whole else [number for number in keys if number in hooks]
+        asked = () if whole else self._wanted
+        self._numbers: dict[tuple[Any, ...], int] = {keys[number]: number for number in asked}
+        self._names = {keys[number].name for number in asked}
         equals = Counter(key[:-1] for key in keys.values() if key.name in self._names)
-        self._expected = {group: equals[group] for group in {keys[number][:-1] for number in self._wanted}}
+        self._expected: dict[Group, int] = {group: equals[group] for group in {keys[n][:-1] for n in asked}}
         calls = Counter(call.path for call in trace.calls)
-        self._known_calls = {path: calls[path] for path in {keys[number].module for number in self._wanted}}
+        self._known_calls = {path: calls[path] for path in {keys[number].module for number in asked}}
         self._model_names: dict[int, str] = {}
         self._alive: list[Tensor] = []
         self.forwards = 0
@@ -109,7 +115,7 @@ class Replay(CallMode):
         """A forward begins: nothing has run."""
         self._stack: list[tuple[str, int]] = []
         self._calls: dict[str, int] = {}
-        self._counts: dict[tuple[Any, ...], int] = {}
+        self._counts: dict[Group, int] = {}
         self._held = dict(self._model_names)
         self._renamed: list[Tensor] = []
         self._at = 0
@@ -164,9 +170,10 @@ class Replay(CallMode):
 
     def _complete(self) -> None:
         """A forward ended: it must have come by all that was asked for."""
-        for number in self._wanted:
-            *group, occurrence = self._trace.keys[number]
-            if self._counts.get(tuple(group), 0) <= occurrence:
+        for place, number in enumerate(self._wanted):
+            key = self._trace.keys[number]
+            done = self._at > place if self._whole else self._counts.get(key[:-1], 0) > key.occurrence
+            if not done:
                 where = describe(self._trace.nodes[number], self._trace)
                 raise self._error(
                     f"On the data the forward did not come to {where}, as it did on the example inputs. Give example "
@@ -202,32 +209,35 @@ class Replay(CallMode):
 
     def _operation(self, operation: Operation, taken: Any) -> Any:
         """Run an operation, or its hook; `taken` is what the trace has as its arguments."""
-        held = tuple(self._held[id(t)] for t in tensors_taken(list(taken)) if id(t) in self._held)
-        group = (*self._stack[-1], operation.call.name, held)
+        group = (*self._stack[-1], operation.call.name, self._held_among(taken))
         occurrence = self._counts.get(group, 0)
-        number = self._numbers.get((*group, occurrence), -1)
+        number = self._next(group) if self._whole else self._numbers.get((*group, occurrence), -1)
+        if number >= 0:
+            operation.node = self._trace.nodes[number]
+        hook = self._hooks.get(number) or self._hooks.get(operation.call.name, Operation.__call__)
         self._away = True
         try:
-            result = self._hooked(operation, number)()
+            result = hook(operation)
         finally:
             self._away = False
         if operation.call.name in ASKED and not holds_tensor(result):
             self.asked = True
             return result
-        self._counts[group] = occurrence + 1
-        if self._whole and (self._at >= len(self._wanted) or self._wanted[self._at] != number):
+        if self._whole and number < 0:
             raise self._error(self._other_branch(operation.call.name))
         self._at += 1
+        self._counts[group] = occurrence + 1
         if occurrence >= self._expected.get(group, occurrence + 1):
             raise self._error(self._other_counts(_runs(group), occurrence + 1, occurrence))
         return self._made(result)
 
-    def _hooked(self, operation: Operation, number: int) -> Callable[[], Any]:
-        """What runs the operation: itself or its hook."""
-        if number >= 0:
-            operation.node = self._trace.nodes[number]
-        hook = self._hooks.get(number) or self._hooks.get(operation.call.name)
-        return operation if hook is None else lambda: hook(operation)
+    def _held_among(self, taken: Any) -> tuple[str, ...]:
+        return tuple(self._held[id(t)] for t in tensors_taken(list(taken)) if id(t) in self._held)
+
+    def _next(self, group: Group) -> int:
+        """The number of the next operation of the trace, if that is of this kind; else -1."""
+        number = self._wanted[self._at] if self._at < len(self._wanted) else -1
+        return number if number >= 0 and self._trace.keys[number][:3] == group[:3] else -1
 
     def _other_branch(self, name: str) -> str:
         node = self._trace.nodes[self._wanted[self._at]] if self._at < len(self._wanted) else None
@@ -253,6 +263,6 @@ class Replay(CallMode):
         return result
 
 
-def _runs(group: tuple[Any, ...]) -> str:
+def _runs(group: Group) -> str:
     path, call, name, _ = group
     return f"runs {name} in {path or 'the model'}{f' (call {call + 1})' if call else ''}"

@@ -97,7 +97,7 @@ class Replay(CallMode):
         for number in hooks:
             if isinstance(number, int) and number not in keys:
                 where = describe(trace.nodes[number], trace)
-                raise error(f"{where} is no operation inside the forward of a module, and can't be found in other runs.")
+                raise error(f"{where} runs outside of the model's forward, so that it cannot be found in another run.")
         self._wanted = list(keys) if whole else [number for number in keys if number in hooks]
         asked = () if whole else self._wanted
         self._numbers: dict[tuple[Any, ...], int] = {keys[number]: number for number in asked}
@@ -179,6 +179,9 @@ class Replay(CallMode):
                     f"On the data the forward did not come to {where}, as it did on the example inputs. Give example "
                     "inputs of the same form as the data."
                 )
+        for path, known in self._known_calls.items():
+            if self._calls[path] + 1 != known:
+                raise self._error(self._other_counts(f"calls {path}", self._calls[path] + 1, known))
         for group, expected in self._expected.items():
             if self._counts[group] != expected:
                 raise self._error(self._other_counts(_runs(group), self._counts[group], expected))
@@ -186,8 +189,9 @@ class Replay(CallMode):
     @staticmethod
     def _other_counts(what: str, here: int, there: int) -> str:
         return (
-            f"On the data the forward {what} {here} times (at least), where it did so {there} times on the example "
-            "inputs: which of them is which cannot be told. Give example inputs of the same form as the data."
+            f"On the data the forward {what} {here} times{' or more' if here > there else ''}, where it did so {there} "
+            "times on the example inputs: which of them is which cannot be told. Give example inputs of the same form "
+            "as the data."
         )
 
     # -- operations ----------------------------------------------------------------------------------------------

@@ -66,6 +66,15 @@ class Trace:
         """What each operation of `nodes` is found again by, by its number, in the order in which they run."""
         return call_keys(self.nodes, self.calls)
 
+    @cached_property
+    def own(self) -> dict[str, list[fx.Node]]:
+        """The operations that each module runs itself and the parts of their results, by its path, in order."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op.startswith("call_") and node.meta["call"] >= 0:
+                found.setdefault(self.calls[node.meta["call"]].path, []).append(node)
+        return found
+
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
         reached = {str(node.target) for node in self.everything if node.meta["name"] == "parameter"}

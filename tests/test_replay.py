@@ -94,7 +94,7 @@ def test_a_loss_inside_and_around_shifts_nothing():
     around = seen(found, [relu, mul], model, x, run=lambda x: F.relu(model(x) * 2).mul(3).sum())
     assert torch.equal(plain[0][1], labelled[0][1])
     assert torch.equal(around[1][1], model(x))
-    with pytest.raises(TraceError, match=r"runs mul in the model 2 times .* 1 times on the example inputs"):
+    with pytest.raises(TraceError, match=r"runs mul in the model another number of times than the 1 of"):
         seen(found, [mul], model, x, torch.tensor([0, 1, 2, 0]))  # which of the two it is cannot be told
 
 
@@ -164,9 +164,9 @@ def test_a_loop_of_another_length_is_told_where_it_matters(length, where):
     if where == "head":  # what is not asked for may differ
         assert len(seen(found, wanted, model, torch.randn(2, length, 4))) == 1
         return
-    with pytest.raises(PlanError, match=r"did not come to linear in|where it did so 3 times"):
+    with pytest.raises(PlanError, match=r"did not come to linear in|than the 3 of the example"):
         seen(found, wanted, model, torch.randn(2, length, 4), error=PlanError)
-    with pytest.raises(TraceError, match=r"did not come to|where it did so 3 times"):  # the last could be the second
+    with pytest.raises(TraceError, match=r"did not come to|than the 3 of the example"):  # the last could be the second
         seen(found, wanted[1:2], model, torch.randn(2, length, 4))
 
 

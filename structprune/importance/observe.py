@@ -146,12 +146,11 @@ def look(graph: ChannelGraph, batches: Batches, taps: Iterable[Tap], visit: Call
         PlanError: the data, or what the forward does on it, is not as it should be.
     """
     batch: Any = None
-    with borrowed(graph.model), torch.no_grad():
-        watch = Watch(graph.trace, taps, lambda seen: visit(seen, batch))
+    watch = Watch(graph.trace, taps, lambda seen: visit(seen, batch))
+    with borrowed(graph.model), torch.no_grad(), watch.over(graph.model):
         for batch in batches.once("looking at activations"):
             forwards = watch.forwards
-            with watch.over(graph.model):
-                batches.forward(graph.model, batch)
+            batches.forward(graph.model, batch)
             _require_forward(watch.forwards - forwards, "forward")
 
 
@@ -168,7 +167,7 @@ def losses(
     Args:
         model: the model, borrowed.
         batches: data and loss.
-        watch: sees each forward.
+        watch: follows the model.
         what: stands before the progress bar.
         by_sample: whether samples are run one by one.
 
@@ -178,8 +177,7 @@ def losses(
     for batch in batches.once(what):
         for piece in samples_of(batch) if by_sample else (batch,):
             forwards = watch.forwards
-            with watch.over(model):
-                value = batches.loss(model, piece)
+            value = batches.loss(model, piece)
             _require_forward(watch.forwards - forwards, "loss")
             yield (value * watch.samples if batches.reduction == "mean" else value), watch.samples
 
@@ -205,8 +203,8 @@ def descend(
     Raises:
         PlanError: the data, the loss, or what the forward does on the data is not as it should be.
     """
-    with borrowed(graph.model), torch.enable_grad():
-        watch = Watch(graph.trace, taps, visit, visit_result)
+    watch = Watch(graph.trace, taps, visit, visit_result)
+    with borrowed(graph.model), torch.enable_grad(), watch.over(graph.model):
         for value, samples in losses(graph.model, batches, watch, "looking at gradients"):
             after(value, samples)
 
@@ -214,8 +212,6 @@ def descend(
 @contextmanager
 def trained(graph: ChannelGraph) -> Generator[tuple[dict[str, Tensor], Watch]]:
     """The model's parameters by name, so that losses can be derived by them, and a watch that only counts forwards."""
-    with borrowed(graph.model, gradients=True), torch.enable_grad():
-        yield (
-            {name: p for name, p in graph.model.named_parameters() if p.requires_grad},
-            Watch(graph.trace, (), lambda _: None),
-        )
+    watch = Watch(graph.trace, (), lambda _: None)
+    with borrowed(graph.model, gradients=True), torch.enable_grad(), watch.over(graph.model):
+        yield {name: p for name, p in graph.model.named_parameters() if p.requires_grad}, watch

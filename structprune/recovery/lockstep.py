@@ -67,7 +67,7 @@ class Lane:
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._stops = stops
         self._stop: Stop | None = None
-        self._cancelled = False
+        self._cancelled = self._ended = False
         self._error: BaseException | None = None
         self._output: Any = None
         self._thread = threading.Thread(target=self._run, args=(model, inputs), daemon=True)
@@ -85,7 +85,7 @@ class Lane:
         except BaseException as error:  # raised again by the thread that waits for this one
             self._error = error
         finally:
-            self._stop = None
+            self._stop, self._ended = None, True
             self._there.release()
 
     def _stopping(self, operation: Operation) -> Any:
@@ -112,25 +112,25 @@ class Lane:
         Raises:
             RecoveryError: it never gets there.
         """
-        while True:
-            self._go.release()
-            self._there.acquire()
-            if self._error is not None:
-                raise self._error
-            if self._stop is None:
-                raise RecoveryError(f"A batch ended before operation {event[0]}. Do all batches run the same forward?")
-            if self._stop.event == event:
+        while self._go_on():
+            if self._stop is not None and self._stop.event == event:
                 return self._stop
+        raise RecoveryError(f"A batch ended before operation {event[0]}. Do all batches run the same forward?")
+
+    def _go_on(self) -> bool:
+        """Let the batch run to the next stop; whether there is one."""
+        if self._ended:
+            return False
+        self._go.release()
+        self._there.acquire()
+        if self._error is not None:
+            raise self._error
+        return not self._ended
 
     def finish(self) -> Any:
         """Let the batch run to the end; what the model returned."""
-        while self._stop is not None or self._thread.is_alive():
-            self._go.release()
-            self._there.acquire()
-            if self._error is not None:
-                raise self._error
-            if self._stop is None:
-                break
+        while self._go_on():
+            pass
         return self._output
 
     def cancel(self) -> None:

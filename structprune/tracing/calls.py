@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from structprune.tracing.opaque import Opaque, opaque_of
+from structprune.tracing.opaque import OPAQUE, Opaque, opaque_of
 from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, call_of
 
 MOVES = frozenset({"cpu", "cuda", "pin_memory"})  # a tensor on another device is the same tensor to a graph
@@ -72,7 +73,7 @@ class CallMode(TorchFunctionMode, ABC):
     def watching(self, model: nn.Module) -> Generator[None]:
         """While the block runs, calls of the modules of `model` in this thread are seen too."""
         self._paths = {id(module): path for path, module in model.named_modules()}
-        with _PATCHES.forwards(model), _PATCHES.calls():
+        with _patched(model):
             _watchers().append(self)
             try:
                 yield
@@ -117,6 +118,9 @@ def holds_tensor(result: Any) -> bool:
 
 
 _local = threading.local()
+_lock = threading.Lock()
+_users: Counter[int] = Counter()  # of each patch: of opaque modules by their ids, of all calls by 0
+_original: list[Callable[..., Any]] = [nn.Module.__call__]
 
 
 def _watchers() -> list[CallMode]:
@@ -129,7 +133,7 @@ def _watchers() -> list[CallMode]:
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a module as if nobody watched."""
-    return _PATCHES.original(module, *args, **kwargs)
+    return _original[0](module, *args, **kwargs)
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -138,58 +142,12 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return watchers[-1].module_called(module, args, kwargs) if watchers else call_module(module, *args, **kwargs)
 
 
-class _Patches:
-    """What is exchanged in modules while any thread watches: put in by the first, taken back by the last of them."""
-
-    def __init__(self) -> None:
-        self.original: Callable[..., Any] = nn.Module.__call__
-        self._lock = threading.Lock()
-        self._watching = 0
-        self._whole: dict[int, int] = {}
-
-    @contextmanager
-    def calls(self) -> Generator[None]:
-        """While the block runs, ``nn.Module.__call__`` asks the watchers of its thread."""
-        with self._lock:
-            if not self._watching:
-                self.original, nn.Module.__call__ = nn.Module.__call__, _call
-            self._watching += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._watching -= 1
-                if not self._watching:
-                    nn.Module.__call__ = self.original
-
-    @contextmanager
-    def forwards(self, model: nn.Module) -> Generator[None]:
-        """While the block runs, the forwards of modules declared opaque do so too; their hooks are seen as always."""
-        found = [(module, opaque) for module in model.modules() if (opaque := opaque_of(module)) is not None]
-        with self._lock:
-            for module, opaque in found:
-                count = self._whole[id(module)] = self._whole.get(id(module), 0) + 1
-                if count == 1:
-                    module.__dict__["forward"] = _Whole(opaque, module, module.__dict__.get("forward"))
-        try:
-            yield
-        finally:
-            with self._lock:
-                for module, _ in found:
-                    self._whole[id(module)] -= 1
-                    if not self._whole[id(module)]:
-                        del self._whole[id(module)]
-                        own = module.__dict__.pop("forward").own
-                        if own is not None:
-                            module.__dict__["forward"] = own
-
-
 class _Whole:
-    """The forward of an opaque module while it is watched; `own` is what the instance had in its place, if anything."""
+    """The forward of an opaque module while any thread watches it; `own` is what the instance had there."""
 
-    def __init__(self, opaque: Opaque, module: nn.Module, own: Callable[..., Any] | None) -> None:
-        self._opaque, self._module, self.own = opaque, module, own
-        self._forward = module.forward
+    def __init__(self, opaque: Opaque, module: nn.Module) -> None:
+        self._opaque, self._module, self._forward = opaque, module, module.forward
+        self.own = {key: module.__dict__[key] for key in ("forward",) if key in module.__dict__}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watchers = _watchers()
@@ -198,4 +156,28 @@ class _Whole:
         return watchers[-1].forward_called(self._opaque, self._module, self._forward, args, kwargs)
 
 
-_PATCHES = _Patches()
+@contextmanager
+def _patched(model: nn.Module) -> Generator[None]:
+    """While the block runs, calls of modules and forwards of opaque ones ask the watchers of their thread.
+
+    Several threads may watch: the first puts the patches in, and the last takes them back.
+    """
+    opaque = [(module, o) for module in model.modules() if (o := opaque_of(module)) is not None] if OPAQUE else []
+    with _lock:
+        if not _users[0]:
+            _original[0], nn.Module.__call__ = nn.Module.__call__, _call
+        for module, declared in opaque:
+            if not _users[id(module)]:
+                module.__dict__["forward"] = _Whole(declared, module)
+        _users.update([0, *(id(module) for module, _ in opaque)])
+    try:
+        yield
+    finally:
+        with _lock:
+            _users.subtract([0, *(id(module) for module, _ in opaque)])
+            if not _users[0]:
+                nn.Module.__call__ = _original[0]
+            for module, _ in opaque:
+                if _users[id(module)] == 0:
+                    del _users[id(module)]
+                    module.__dict__.update(module.__dict__.pop("forward").own)

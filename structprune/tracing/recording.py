@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ class Recording:
     calls: list[ModuleCall] = field(default_factory=list)
 
 
+Group = tuple[str, int, str, tuple[str, ...]]  # of a `CallKey`: what only the order in which they run tells apart
+
+
 class CallKey(NamedTuple):
     """What an operation is found again by, in any run of the model, of a copy or of a pruned copy.
 
@@ -51,6 +55,11 @@ class CallKey(NamedTuple):
     held: tuple[str, ...]
     occurrence: int
 
+    @property
+    def group(self) -> Group:
+        """All but the occurrence."""
+        return self[:4]
+
 
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor arguments of an operation in order, with repeats."""
@@ -59,20 +68,17 @@ def operands(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def call_keys(nodes: Sequence[fx.Node], calls: Sequence[ModuleCall]) -> dict[int, CallKey]:
-    """The key of each operation among `nodes`, by its number."""
-    counts: dict[str, int] = {}
-    numbers: list[int] = []
+def equal_calls(nodes: Sequence[fx.Node], calls: Sequence[ModuleCall]) -> dict[Group, list[int]]:
+    """The numbers of the operations among `nodes` that run inside modules, by what they have in common."""
+    counts: Counter[str] = Counter()
+    places: list[tuple[str, int]] = []
     for call in calls:
-        numbers.append(counts.get(call.path, 0))
-        counts[call.path] = numbers[-1] + 1
-    found: dict[int, CallKey] = {}
-    before: dict[tuple[Any, ...], int] = {}
+        places.append((call.path, counts[call.path]))
+        counts[call.path] += 1
+    found: dict[Group, list[int]] = {}
     for node in nodes:
-        call = node.meta.get("call", -1)
-        if node.op.startswith("call_") and node.meta["name"] != "part" and call >= 0:
+        if node.op.startswith("call_") and node.meta["name"] != "part" and node.meta["call"] >= 0:
             held = tuple(str(n.target) for n in operands(node) if n.meta["name"] == "parameter")
-            key = (calls[call].path, numbers[call], node.meta["name"], held)
-            found[node.meta["index"]] = CallKey(*key, before.get(key, 0))
-            before[key] = found[node.meta["index"]].occurrence + 1
+            group = (*places[node.meta["call"]], node.meta["name"], held)
+            found.setdefault(group, []).append(node.meta["index"])
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from structprune.errors import StructpruneError, TraceError
 from structprune.tracing.calls import ASKED, MOVES, CallMode, call_module, holds_tensor, tensors_taken
 from structprune.tracing.opaque import Opaque, holdings, opaque_call
+from structprune.tracing.recording import CallKey, Group
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import Trace, describe
 from structprune.tracing.vocabulary import Call, Kind
@@ -42,7 +43,6 @@ class Operation:
 
 
 Hook = Callable[[Operation], Any]
-Group = tuple[str, int, str, tuple[str, ...]]  # operations that only their order tells apart
 
 
 class Replay(CallMode):
@@ -57,14 +57,14 @@ class Replay(CallMode):
         hooks: by the number of an operation in the trace; or by a canonical name, for all other operations of that name
             in the model.
         whole: whether the run has to do just what the trace did, operation for operation. Else it may do more, and do
-            less elsewhere, as long as each operation that was asked for can be told from its equals.
+            less elsewhere, as long as there are as many equals of each operation that was asked for.
         required: whether each forward has to come by all operations that were asked for.
         error: what is raised where the run is not the one that was traced.
         begin: called with the arguments of the model as each forward begins.
 
     Attributes:
         forwards: how many forwards of the model began.
-        asked: whether Python asked for the value of a tensor in the last of them.
+        asked: whether Python asked for the value of a tensor in the last of them; noted in whole runs.
 
     Example:
         >>> import torch
@@ -93,31 +93,30 @@ class Replay(CallMode):
         super().__init__(trace.leaves)
         self._trace, self._hooks, self._whole, self._required = trace, hooks, whole, required
         self._error, self._begin = error, begin
-        keys = trace.keys
-        for number in hooks:
-            if isinstance(number, int) and number not in keys:
-                where = describe(trace.nodes[number], trace)
-                raise error(f"{where} runs outside of the model's forward, so that it cannot be found in another run.")
-        self._wanted = list(keys) if whole else [number for number in keys if number in hooks]
-        asked = () if whole else self._wanted
-        self._numbers: dict[tuple[Any, ...], int] = {keys[number]: number for number in asked}
-        self._names = {keys[number].name for number in asked}
-        equals = Counter(key[:-1] for key in keys.values() if key.name in self._names)
-        self._expected: dict[Group, int] = {group: equals[group] for group in {keys[n][:-1] for n in asked}}
-        calls = Counter(call.path for call in trace.calls)
-        self._known_calls = {path: calls[path] for path in {keys[number].module for number in asked}}
+        self._order = list(trace.keys) if whole else []
+        keys = [] if whole else [self._key(number) for number in hooks if isinstance(number, int)]
+        self._equals = {key.group: trace.equals[key.group] for key in keys}
+        self._names = {key.name for key in keys}
+        self._known_calls = {key.module: trace.counts[key.module] for key in keys}
         self._model_names: dict[int, str] = {}
-        self._alive: list[Tensor] = []
         self.forwards = 0
         self._reset()
+
+    def _key(self, number: int) -> CallKey:
+        key = self._trace.keys.get(number)
+        if key is None:
+            raise self._error(
+                f"{describe(self._trace.nodes[number], self._trace)} runs outside of the model's forward, so that it "
+                "cannot be found in another run."
+            )
+        return key
 
     def _reset(self) -> None:
         """A forward begins: nothing has run."""
         self._stack: list[tuple[str, int]] = []
-        self._calls: dict[str, int] = {}
-        self._counts: dict[Group, int] = {}
-        self._held = dict(self._model_names)
-        self._renamed: list[Tensor] = []
+        self._calls: Counter[str] = Counter()
+        self._done: Counter[Group] = Counter()
+        self._held, self._alive = dict(self._model_names), list[Tensor]()
         self._at = 0
         self.asked = False
 
@@ -128,24 +127,20 @@ class Replay(CallMode):
         Raises:
             StructpruneError: of the class asked for, as soon as a forward is not the one that was traced.
         """
-        self._model_names = {}
-        for name, held in held_tensors(model).items():
-            self._model_names.setdefault(id(held.tensor), name)
-            self._alive.append(held.tensor)
-        try:
-            with self.watching(model):
-                yield self
-        finally:
-            self._alive.clear()
+        held = {} if self._whole else held_tensors(model)
+        self._model_names = {id(h.tensor): name for name, h in reversed(held.items())}  # the first of several names
+        with self.watching(model):
+            yield self
 
     # -- modules -------------------------------------------------------------------------------------------------
 
     def _called(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._stack:
             return call_module(module, *args, **kwargs) if path else self._forward(module, args, kwargs)
-        number = self._calls[path] = self._calls.get(path, -1) + 1
+        number = self._calls[path]
+        self._calls[path] += 1
         if number >= self._known_calls.get(path, number + 1):
-            raise self._error(self._other_counts(f"calls {path}", number + 1, number))
+            raise self._error(self._other_counts(f"calls {path}", number))
         self._stack.append((path, number))
         try:
             return call_module(module, *args, **kwargs)
@@ -157,7 +152,7 @@ class Replay(CallMode):
         self.forwards += 1
         if self._begin is not None:
             self._begin(args, kwargs)
-        self._calls[""] = 0
+        self._calls[""] = 1
         self._stack.append(("", 0))
         try:
             with self:
@@ -169,29 +164,24 @@ class Replay(CallMode):
         return output
 
     def _complete(self) -> None:
-        """A forward ended: it must have come by all that was asked for."""
-        for place, number in enumerate(self._wanted):
-            key = self._trace.keys[number]
-            done = self._at > place if self._whole else self._counts.get(key[:-1], 0) > key.occurrence
-            if not done:
-                where = describe(self._trace.nodes[number], self._trace)
-                raise self._error(
-                    f"On the data the forward did not come to {where}, as it did on the example inputs. Give example "
-                    "inputs of the same form as the data."
-                )
+        """A forward ended: it must have come by all that was asked for, and by all that could be mistaken for it."""
+        missing = self._order[self._at :]
+        for group, numbers in self._equals.items():
+            missing += numbers[self._done[group] :]
+        if missing:
+            raise self._error(
+                f"On the data the forward did not come to {describe(self._trace.nodes[missing[0]], self._trace)}, as "
+                "it did on the example inputs. Give example inputs of the same form as the data."
+            )
         for path, known in self._known_calls.items():
-            if self._calls[path] + 1 != known:
-                raise self._error(self._other_counts(f"calls {path}", self._calls[path] + 1, known))
-        for group, expected in self._expected.items():
-            if self._counts[group] != expected:
-                raise self._error(self._other_counts(_runs(group), self._counts[group], expected))
+            if self._calls[path] != known:
+                raise self._error(self._other_counts(f"calls {path}", known))
 
     @staticmethod
-    def _other_counts(what: str, here: int, there: int) -> str:
+    def _other_counts(what: str, known: int) -> str:
         return (
-            f"On the data the forward {what} {here} times{' or more' if here > there else ''}, where it did so {there} "
-            "times on the example inputs: which of them is which cannot be told. Give example inputs of the same form "
-            "as the data."
+            f"On the data the forward {what} another number of times than the {known} of the example inputs, so that "
+            "it cannot be told which of them is which. Give example inputs of the same form as the data."
         )
 
     # -- operations ----------------------------------------------------------------------------------------------
@@ -200,64 +190,66 @@ class Replay(CallMode):
         if call.kind is Kind.SIZE or not self._stack:
             return func(*args, **kwargs)
         if call.name in MOVES:
-            return self._moved(func, args, kwargs)
-        if call.name in self._names or call.name in self._hooks or self._whole:
-            return self._operation(Operation(None, call, func, args, kwargs), (args, kwargs))
+            return self._moved(func(*args, **kwargs), args[0])
+        if self._whole:
+            return self._next(Operation(None, call, func, args, kwargs))
+        if call.name in self._names or call.name in self._hooks:
+            return self._among_equals(Operation(None, call, func, args, kwargs), [args, kwargs])
         return self._made(func(*args, **kwargs))
 
     def _leaf(
         self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        call = Call(opaque.name, Kind.OPERATION, opaque_call, False)
-        return self._operation(Operation(None, call, forward, args, kwargs), ((*holdings(module), *args), kwargs))
+        operation = Operation(None, Call(opaque.name, Kind.OPERATION, opaque_call, False), forward, args, kwargs)
+        return (
+            self._next(operation) if self._whole else self._among_equals(operation, [*holdings(module), args, kwargs])
+        )
 
-    def _operation(self, operation: Operation, taken: Any) -> Any:
-        """Run an operation, or its hook; `taken` is what the trace has as its arguments."""
-        group = (*self._stack[-1], operation.call.name, self._held_among(taken))
-        occurrence = self._counts.get(group, 0)
-        number = self._next(group) if self._whole else self._numbers.get((*group, occurrence), -1)
-        if number >= 0:
+    def _among_equals(self, operation: Operation, taken: list[Any]) -> Any:
+        """Run an operation that may be asked for; `taken` is what the trace has as its arguments."""
+        held = tuple(self._held[id(t)] for t in tensors_taken(taken) if id(t) in self._held)
+        group: Group = (*self._stack[-1], operation.call.name, held)
+        numbers, done = self._equals.get(group), self._done[group]
+        if numbers is not None and done == len(numbers):
+            path = group[0] or "the model"
+            raise self._error(self._other_counts(f"runs {operation.call.name} in {path}", done))
+        result = self._run(operation, None if numbers is None else numbers[done])
+        self._done[group] += 1
+        return self._made(result)
+
+    def _next(self, operation: Operation) -> Any:
+        """Run the operation that has to be the next of the trace."""
+        number = self._order[self._at] if self._at < len(self._order) else None
+        name = operation.call.name
+        same = number is not None and self._trace.keys[number][:3] == (*self._stack[-1], name)
+        result = self._run(operation, number if same else None)
+        if name in ASKED and not holds_tensor(result):
+            self.asked = True
+            return result
+        if not same:
+            there = "its end" if number is None else describe(self._trace.nodes[number], self._trace)
+            raise self._error(
+                f"A batch runs {name} where the trace of the original has {there}. The two models, or the batches, "
+                "take different branches of the forward; give batches that all take the same one."
+            )
+        self._at += 1
+        return result
+
+    def _run(self, operation: Operation, number: int | None) -> Any:
+        if number is not None:
             operation.node = self._trace.nodes[number]
         hook = self._hooks.get(number) or self._hooks.get(operation.call.name, Operation.__call__)
         self._away = True
         try:
-            result = hook(operation)
+            return hook(operation)
         finally:
             self._away = False
-        if operation.call.name in ASKED and not holds_tensor(result):
-            self.asked = True
-            return result
-        if self._whole and number < 0:
-            raise self._error(self._other_branch(operation.call.name))
-        self._at += 1
-        self._counts[group] = occurrence + 1
-        if occurrence >= self._expected.get(group, occurrence + 1):
-            raise self._error(self._other_counts(_runs(group), occurrence + 1, occurrence))
-        return self._made(result)
 
-    def _held_among(self, taken: Any) -> tuple[str, ...]:
-        return tuple(self._held[id(t)] for t in tensors_taken(list(taken)) if id(t) in self._held)
-
-    def _next(self, group: Group) -> int:
-        """The number of the next operation of the trace, if that is of this kind; else -1."""
-        number = self._wanted[self._at] if self._at < len(self._wanted) else -1
-        return number if number >= 0 and self._trace.keys[number][:3] == group[:3] else -1
-
-    def _other_branch(self, name: str) -> str:
-        node = self._trace.nodes[self._wanted[self._at]] if self._at < len(self._wanted) else None
-        return (
-            f"A batch runs {name} where the trace of the original has "
-            f"{'its end' if node is None else describe(node, self._trace)}. The two models, or the batches, take "
-            "different branches of the forward; give batches that all take the same one."
-        )
-
-    def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _moved(self, result: Any, source: Tensor) -> Any:
         """A tensor of the model on another device is still that tensor."""
-        result = func(*args, **kwargs)
-        name = self._held.get(id(args[0]))
-        if name is not None and result is not args[0]:
-            self._held[id(result)] = name
-            self._renamed.append(result)
+        if id(source) in self._held and result is not source:
+            self._held[id(result)] = self._held[id(source)]
+            self._alive.append(result)
         return result
 
     def _made(self, result: Any) -> Any:
@@ -265,8 +257,3 @@ class Replay(CallMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             self._held.pop(id(tensor), None)
         return result
-
-
-def _runs(group: Group) -> str:
-    path, call, name, _ = group
-    return f"runs {name} in {path or 'the model'}{f' (call {call + 1})' if call else ''}"

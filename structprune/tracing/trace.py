@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from structprune.errors import PlanError, StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import Recorder
-from structprune.tracing.recording import CallKey, ModuleCall, call_keys
+from structprune.tracing.recording import CallKey, Group, ModuleCall, equal_calls
 from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -64,7 +65,18 @@ class Trace:
     @cached_property
     def keys(self) -> dict[int, CallKey]:
         """What each operation of `nodes` is found again by, by its number, in the order in which they run."""
-        return call_keys(self.nodes, self.calls)
+        found = ((n, CallKey(*group, i)) for group, numbers in self.equals.items() for i, n in enumerate(numbers))
+        return dict(sorted(found))
+
+    @cached_property
+    def equals(self) -> dict[Group, list[int]]:
+        """The numbers of the operations that only their order tells apart, in that order."""
+        return equal_calls(self.nodes, self.calls)
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """How often each module is called, by its path."""
+        return Counter(call.path for call in self.calls)
 
     @cached_property
     def own(self) -> dict[str, list[fx.Node]]:

@@ -15,6 +15,7 @@ from structprune.graph import ChannelGraph
 from structprune.importance.data import Batches, samples_of
 from structprune.importance.seen import Seen
 from structprune.importance.sites import Tap
+from structprune.tracing.calls import tensors_taken
 from structprune.tracing.replay import Operation, Replay
 from structprune.tracing.state import lent
 from structprune.tracing.trace import Trace, map_tensors, preserved_random_state, tensors_in
@@ -57,7 +58,7 @@ class Watch:
         self.samples = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()), 1)
 
     def _operation(self, wanted: list[tuple[int, Tap]], operation: Operation) -> Any:
-        tensors = list(tensors_in((operation.args, operation.kwargs)))
+        tensors = list(tensors_taken([operation.args, operation.kwargs]))
         seen: list[Seen] = []
         for number, tap in wanted:
             if tap.operand >= 0:

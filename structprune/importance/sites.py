@@ -26,19 +26,13 @@ from structprune.ops.op import Pair
 from structprune.ops.relations import Ids, Row
 from structprune.tracing.trace import describe, part_of
 
-Key = tuple[str, tuple[str, ...]]
-
 
 @dataclass(frozen=True, slots=True)
 class Tap:
     """A dimension of a tensor in the forward.
 
-    It is found again in a real run by the operation's name, the model's tensors among its arguments, and how many such
-    operations came before: so the run may take other inputs than the trace, and do more around it.
-
     Attributes:
-        key: canonical name of the operation, and the names of the model's tensors among its arguments, in order.
-        occurrence: how many operations of the same key come before it in a forward.
+        operation: number of the operation in the trace that takes or makes the tensor.
         operand: which of the operation's tensor arguments; -1 for its result.
         part: which of several results.
         dim: the dimension, counted from the end.
@@ -49,8 +43,7 @@ class Tap:
         where: operation, module and source line, for messages.
     """
 
-    key: Key
-    occurrence: int
+    operation: int
     operand: int
     part: int
     dim: int
@@ -68,11 +61,6 @@ class Reach:
     tap: int
     positions: Ids
     channels: Ids
-
-
-def key_of(node: fx.Node) -> Key:
-    """Name of an operation, with the names of the model's tensors that it takes."""
-    return node.meta["name"], tuple(str(n.target) for n in tensors(node) if n.meta["name"] == "parameter")
 
 
 def _pairs(node: fx.Node) -> Iterable[Pair]:
@@ -143,7 +131,6 @@ class Sites:
         self._each_edge = each_edge
         self._entries: list[tuple[Ids, Ids]] = []
         self.taps: list[Tap] = []
-        self._occurrences = _occurrences(graph)
         held = _held(graph)
         found = [(node, c) for node in graph.trace.nodes for c in _pairs(node)]
         for node, c in found:
@@ -221,9 +208,8 @@ class Sites:
         weight: int = -1, weight_dim: int = 0,
     ) -> None:  # fmt: skip
         where = describe(node, self._graph.trace)
-        occurrence = self._occurrences[node]
-        at = side.meta["index"]
-        self.taps.append(Tap(key_of(node), occurrence, operand, part, dim, size, weight, weight_dim, at, where))
+        number, at = node.meta["index"], side.meta["index"]
+        self.taps.append(Tap(number, operand, part, dim, size, weight, weight_dim, at, where))
         self._entries.append((positions, roots))
 
     def _cover(self) -> None:
@@ -304,18 +290,6 @@ class Sites:
             Reach(int(number), self._position[entries[piece]], channels[piece])
             for number, piece in zip(numbers, pieces, strict=True)
         ]
-
-
-def _occurrences(graph: ChannelGraph) -> dict[fx.Node, int]:
-    """For each operation, how many of the same key come before it."""
-    counts: dict[Key, int] = {}
-    found: dict[fx.Node, int] = {}
-    for node in graph.trace.nodes:
-        if node.op.startswith("call_") and node.meta["name"] != "part":
-            key = key_of(node)
-            found[node] = counts.get(key, 0)
-            counts[key] = found[node] + 1
-    return found
 
 
 def _held(graph: ChannelGraph) -> set[fx.Node]:

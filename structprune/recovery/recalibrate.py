@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
 from structprune.inputs import device_of
+from structprune.ops import op_of
 from structprune.ops.arguments import arguments
 from structprune.ranks import all_reduced, failing_together, nobody_failed
-from structprune.recovery.lockstep import Side, Stop, lanes
+from structprune.recovery.lockstep import Lane, Side, Stop, lanes
 from structprune.recovery.recover import inputs_of
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import held_tensors, lent, shield
@@ -55,13 +56,13 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         raise RecoveryError("data holds no batch, so there are no statistics to take.")
     nobody_failed()
     result = copy.deepcopy(model, _memo(held_tensors(model), {}))
-    found = trace(result, batches[0])
+    found = trace(result, batches[0], operations=op_of)
     norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(found)}
     own = {name: held.tensor for name, held in held_tensors(result).items()}
     with preserved_random_state(), torch.no_grad(), lent(result, shield, track=False):
         result.eval()
         tensors = {name: held.tensor for name, held in held_tensors(result).items()}
-        with lanes(result, batches, found, set(norms)) as running:
+        with lanes(Lane, result, batches, found, set(norms)) as running:
             for event, node in norms.items():
                 values = _statistics([lane.until(event) for lane in running])
                 for key, value in zip(_STATISTICS, values, strict=True):

@@ -5,24 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
-from structprune.ops import op_of
 from structprune.ops.relations import Survivors
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
-from structprune.tracing.recorder import Recorder
+from structprune.tracing.replay import Hook, Operation, Replay
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import (
     ExampleInputs,
-    Trace,
     as_call,
     chosen_names,
     map_tensors,
@@ -31,7 +30,6 @@ from structprune.tracing.trace import (
     run_once,
     tensors_in,
 )
-from structprune.tracing.vocabulary import Call
 from structprune.wrapping import prunable
 
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
@@ -82,94 +80,41 @@ class Report:
             )
 
 
-Site = tuple[str, int, int, str]
+def _over_survivors(dims: tuple[int, ...], masks: list[Mask], operation: Operation) -> Any:
+    """Run a norm, a mean or a sum over the survivors of thinned axes."""
+    args, kwargs, name = operation.args, operation.kwargs, operation.call.name
+    x: Tensor = args[0] if args else kwargs["input"]
+    keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
+    rest: list[Any] = list(args[1:])
+    if name == "group_norm":
+        return _group_norm(operation.func, x, rest, kwargs, keep[0])
+    small = _selected(x, dims, keep)
+    if name in _WITH_SHAPE:
+        first = x.dim() - len(rest[0])
+        rest[0] = tuple(small.shape[first:])
+        inner = [dim - first for dim in dims]
+        rest[1:3] = [_selected(t, inner, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
+    if name == "_weight_norm":
+        length: Tensor = args[1]
+        rest[0] = _selected(length, *_present(length, dims, keep))
+    result = operation.func(small, *rest, **{key: value for key, value in kwargs.items() if key != "input"})
+    if name == "topk":  # the choices are numbered as the original numbers them
+        return torch.return_types.topk((result[0], keep[0][result[1]]))
+    same = isinstance(result, Tensor) and result.dim() == x.dim() and name in _SAME_SHAPE
+    return _scattered(result, x, dims, keep) if same else result
 
 
-class _Sites:
-    """Where an operation stands, in a way that loops of a length that data decide do not shift.
-
-    That is: the module, which of its calls, which operation of that call, and the operation's name.
-    """
-
-    def __init__(self) -> None:
-        self._calls: dict[str, int] = {}
-        self._number: dict[int, int] = {}
-        self._done: dict[int, int] = {}
-
-    def of(self, call: int, path: str, name: str) -> Site:
-        """The site of the next operation, called `name`, of call number `call`, of the module at `path`."""
-        if call not in self._number:
-            self._number[call] = self._calls[path] = self._calls.get(path, -1) + 1
-        return path, self._number[call], self._done.get(call, 0), name
-
-    def passed(self, call: int) -> None:
-        """That operation was recorded."""
-        self._done[call] = self._done.get(call, 0) + 1
+def _group_norm(func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], keep: Tensor) -> Tensor:
+    size = x.shape[1] // int(rest[0])
+    rest[0] = len(torch.unique(keep // size))
+    rest[1:3] = [t.index_select(0, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
+    return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
 
 
-def _sites(trace: Trace) -> dict[int, Site]:
-    """The site of each operation of a trace, by its number."""
-    sites = _Sites()
-    found: dict[int, Site] = {}
-    for node in trace.nodes:
-        if node.op.startswith("call_") and node.meta["name"] != "part":
-            call = node.meta["call"]
-            found[node.meta["index"]] = sites.of(call, trace.calls[call].path if call >= 0 else "", node.meta["name"])
-            sites.passed(call)
-    return found
-
-
-class _Reference(Recorder):
-    """Runs the original, with norms and sums over thinned axes taken over the survivors."""
-
-    def __init__(self, names: dict[int, str], survivors: dict[Site, tuple[tuple[int, ...], list[Mask]]]) -> None:
-        super().__init__(names, op_of, meta=False)
-        self._survivors = survivors
-        self._sites = _Sites()
-
-    def _node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
-        if op.startswith("call_") and name != "part":
-            self._sites.passed(self._stack[-1] if self._stack else -1)
-        return super()._node(op, target, args, kwargs, name)
-
-    def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        number = self._stack[-1] if self._stack else -1
-        path = self.recording.calls[number].path if number >= 0 else ""
-        found = self._survivors.get(self._sites.of(number, path, call.name))
-        if found is None:
-            result = super()._execute(call, func, args, kwargs)
-            return _off_over_off(result, *args) if call.name == "div" and not call.inplace else result
-        dims, masks = found
-        x: Tensor = args[0] if args else kwargs["input"]
-        keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
-        rest: list[Any] = list(args[1:])
-        if call.name == "group_norm":
-            return self._group_norm(func, x, rest, kwargs, keep[0])
-        small = _selected(x, dims, keep)
-        if call.name in _WITH_SHAPE:
-            first = x.dim() - len(rest[0])
-            rest[0] = tuple(small.shape[first:])
-            inner = [dim - first for dim in dims]
-            rest[1:3] = [_selected(t, inner, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
-        if call.name == "_weight_norm":
-            length: Tensor = args[1]
-            rest[0] = _selected(length, *_present(length, dims, keep))
-        result = func(small, *rest, **{key: value for key, value in kwargs.items() if key != "input"})
-        if call.name == "topk":  # the choices are numbered as the original numbers them
-            return torch.return_types.topk((result[0], keep[0][result[1]]))
-        same = isinstance(result, Tensor) and result.dim() == x.dim() and call.name in _SAME_SHAPE
-        return _scattered(result, x, dims, keep) if same else result
-
-    def _group_norm(self, func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], keep: Tensor) -> Tensor:
-        size = x.shape[1] // int(rest[0])
-        rest[0] = len(torch.unique(keep // size))
-        rest[1:3] = [t.index_select(0, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
-        return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
-
-
-def _off_over_off(result: Any, *operands: Any) -> Any:
+def _off_over_off(operation: Operation) -> Any:
     """A quotient in which nothing over nothing is nothing: both belong to a channel that is off."""
-    if len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
+    result, operands = operation(), operation.args
+    if operation.call.inplace or len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
         return result
     return torch.where((operands[0] == 0) & (operands[1] == 0), 0, result)
 
@@ -223,21 +168,20 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
     survivors.
     """
     graph = ChannelGraph(original, example_inputs, outputs=edits.outputs)
-    sites = _sites(graph.trace)
-    thinned = _thinned(graph, dead_components(graph, edits))
-    survivors = {sites[s.node]: (s.dims, masks) for s, masks in thinned if s.node in sites}  # not those of training
+    hooks: dict[int | str, Hook] = {"div": _off_over_off}
+    for s, masks in _thinned(graph, dead_components(graph, edits)):
+        if s.node in graph.trace.keys:  # not those of training
+            hooks[s.node] = partial(_over_survivors, s.dims, masks)
     zeroed: dict[int, Any] = {}
     for name, held in held_tensors(original).items():
         zeroed.setdefault(id(held.tensor), _zeroed(name, held.tensor, edits))  # a plan names a tied tensor once
     off = copy.deepcopy(original, zeroed)
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
-    with preserved_random_state(), torch.no_grad(), lent(off, shield) as names:
+    # Which experts run, or how often a loop does, may depend on what is switched off.
+    replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
+    with preserved_random_state(), torch.no_grad(), lent(off, shield, track=False), replay.over(off):
         off.eval()
-        recorder = _Reference(names, survivors)
-        for tensor in tensors_in((args, kwargs)):
-            recorder.remember(tensor, recorder.input_node())
-        with recorder.watching(off), recorder:
-            return off(*args, **kwargs)
+        return off(*args, **kwargs)
 
 
 def _zeroed(name: str, tensor: Tensor, edits: Edits) -> Tensor:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from structprune.errors import TraceError
-from structprune.tracing.opaque import Opaque, holdings, opaque_call, opaque_of, untracked
+from structprune.tracing.calls import ASKED, MOVES, CallMode, call_module, holds_tensor
+from structprune.tracing.opaque import Opaque, holdings, opaque_call, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.recording import ModuleCall, Recording
 from structprune.tracing.values import Values
-from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, Lookup, call_of
+from structprune.tracing.vocabulary import VALUES, Call, Kind, Lookup
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(CallMode):
     """Records calls of the torch API into an ``fx.Graph`` while it is active.
 
     Args:
@@ -36,10 +35,9 @@ class Recorder(TorchFunctionMode):
         meta: bool,
         buffer: Callable[[str], Tensor | None] = lambda _: None,
     ) -> None:
-        super().__init__()
+        super().__init__(operations)
         self.recording = Recording()
         self._names = names
-        self._operations = operations
         self._meta = meta
         self.values = Values(self.recording.nodes, buffer, operations)
         self._known: dict[int, fx.Node] = {}
@@ -47,8 +45,6 @@ class Recorder(TorchFunctionMode):
         self._constants: dict[int, Tensor] = {}
         self._originals: dict[int, Tensor] = {}
         self._stack: list[int] = []
-        self._opening: list[Call] = []
-        self._in_leaf = False
         self._tracked: list[SizeInt | SizeFloat] = []
 
     # -- nodes ---------------------------------------------------------------------------------------------------
@@ -137,29 +133,13 @@ class Recorder(TorchFunctionMode):
 
     # -- the mode ------------------------------------------------------------------------------------------------
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _seen(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the torch API and write it down."""
-        return self._seen(func, args, kwargs or {})
-
-    def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = call_of(func, self._operations)
-        if call.kind is Kind.QUERY:
-            return func(*args, **kwargs)
-        if call.inside is not None and call not in self._opening:
-            # One that hands itself over again although it was opened is recorded as a single operation.
-            self._opening.append(call)
-            try:
-                with self:
-                    return call.inside(*args, **kwargs)
-            finally:
-                self._opening.pop()
         if call.kind is Kind.SIZE:
             return self._size(call, func, args, kwargs)
         if self._meta:
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
-        if call.name in ("cpu", "cuda", "pin_memory"):
+        if call.name in MOVES:
             return self._moved(func, args, kwargs)
         self._tracked = []
         before = [self._argument(value) for value in args]
@@ -276,10 +256,8 @@ class Recorder(TorchFunctionMode):
         target = call.target
         if target is getattr and not call.method:
             args = [*args, call.name]
-        tensors = isinstance(result, Tensor) or (
-            isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result)
-        )
-        if not tensors and call.name in VALUES - HANDED_OUT:
+        tensors = holds_tensor(result)
+        if not tensors and call.name in ASKED:
             return  # its value went to Python: only possible on real tensors, where Python follows the real branch
         node = self._node(op, target, tuple(args), kwargs, call.name)
         node.meta["where"] = source_line()
@@ -302,59 +280,22 @@ class Recorder(TorchFunctionMode):
 
     # -- modules -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Generator[None]:
-        """Note which module each call happens in, while the block runs."""
-        paths = {id(module): path for path, module in model.named_modules()}
-        original = nn.Module.__call__
-        recorder = self
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            path = paths.get(id(module))
-            if path is None or recorder._in_leaf:
-                return original(module, *args, **kwargs)
-            calls = recorder.recording.calls
-            number = len(calls)
-            entry = ModuleCall(path, module, len(recorder.recording.nodes))
-            entry.parent = recorder._stack[-1] if recorder._stack else -1
-            entry.args, entry.kwargs = recorder._known_only(args), recorder._known_only(kwargs)
-            calls.append(entry)
-            recorder._stack.append(number)
-            try:
-                with recorder._taken_whole(module):
-                    output = original(module, *args, **kwargs)
-            finally:
-                recorder._stack.pop()
-            entry.last = len(recorder.recording.nodes)
-            entry.output = recorder._known_only(output)
-            return output
-
-        nn.Module.__call__ = call
+    def _called(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note which module is called, and what goes in and comes out."""
+        calls = self.recording.calls
+        number = len(calls)
+        entry = ModuleCall(path, module, len(self.recording.nodes))
+        entry.parent = self._stack[-1] if self._stack else -1
+        entry.args, entry.kwargs = self._known_only(args), self._known_only(kwargs)
+        calls.append(entry)
+        self._stack.append(number)
         try:
-            yield
+            output = call_module(module, *args, **kwargs)
         finally:
-            nn.Module.__call__ = original
-
-    @contextmanager
-    def _taken_whole(self, module: nn.Module) -> Generator[None]:
-        """While the block runs, the forward of a module declared opaque is one operation, its hooks are others."""
-        opaque = opaque_of(module)
-        if opaque is None:
-            yield
-            return
-        forward, own = module.forward, module.__dict__.get("forward")
-
-        def whole(*args: Any, **kwargs: Any) -> Any:
-            with torch._C.DisableTorchFunction():  # unlike calls of the torch API, this one arrives with the mode on
-                return self._leaf(opaque, module, forward, args, kwargs)
-
-        module.__dict__["forward"] = whole
-        try:
-            yield
-        finally:
-            del module.__dict__["forward"]
-            if own is not None:
-                module.__dict__["forward"] = own
+            self._stack.pop()
+        entry.last = len(self.recording.nodes)
+        entry.output = self._known_only(output)
+        return output
 
     def _leaf(
         self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
@@ -365,13 +306,13 @@ class Recorder(TorchFunctionMode):
         self._tracked = []
         before = [self._argument(value) for value in (*holdings(module), *args)]
         keywords = {key: self._argument(value) for key, value in kwargs.items()}
-        tracked, self._in_leaf = self._tracked, True
+        tracked, self._away = self._tracked, True
         try:
             with untracked(module):
                 shape = opaque.shape if self._meta else None
                 result = forward(*args, **kwargs) if shape is None else shape(module, *args, **kwargs)
         finally:
-            self._in_leaf = False
+            self._away = False
         if not (isinstance(result, Tensor) or (isinstance(result, (tuple, list)) and result)):
             raise TraceError(
                 f"{opaque.kind.__name__} is declared with register_module_rule, but gives a {type(result).__name__}. "

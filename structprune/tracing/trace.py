@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, fx, nn
 from structprune.errors import PlanError, StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import Recorder
-from structprune.tracing.recording import ModuleCall
+from structprune.tracing.recording import CallKey, Group, ModuleCall, equal_calls
 from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
 from structprune.tracing.vocabulary import Lookup, nothing_known
 
@@ -22,7 +24,7 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputName = str | int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trace:
     """A model as a graph of tensor operations.
 
@@ -42,6 +44,7 @@ class Trace:
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
+        operations: what is known of the operation of a name.
     """
 
     graph: fx.Graph
@@ -58,6 +61,32 @@ class Trace:
     every_call: tuple[ModuleCall, ...]
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
+    operations: Lookup = nothing_known
+
+    @cached_property
+    def keys(self) -> dict[int, CallKey]:
+        """What each operation of `nodes` is found again by, by its number, in the order in which they run."""
+        found = ((n, CallKey(*group, i)) for group, numbers in self.equals.items() for i, n in enumerate(numbers))
+        return dict(sorted(found))
+
+    @cached_property
+    def equals(self) -> dict[Group, list[int]]:
+        """The numbers of the operations that only their order tells apart, in that order."""
+        return equal_calls(self.nodes, self.calls)
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """How often each module is called, by its path."""
+        return Counter(call.path for call in self.calls)
+
+    @cached_property
+    def own(self) -> dict[str, list[fx.Node]]:
+        """The operations that each module runs itself and the parts of their results, by its path, in order."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op.startswith("call_") and node.meta["call"] >= 0:
+                found.setdefault(self.calls[node.meta["call"]].path, []).append(node)
+        return found
 
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
@@ -195,6 +224,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         tuple(recording.nodes),
         tuple(recording.calls),
         trained,
+        operations=operations,
     )
 
 

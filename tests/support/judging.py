@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
     Attributes:
         kind: one of the classes above.
         note: the reason, or the error.
-        went: entries of the tensors' dimensions that were removed.
+        went: how many channels of the first layer went.
     """
 
     kind: str
@@ -105,8 +105,9 @@ def _judge(model: nn.Module, inputs: Any) -> Verdict:
         return Verdict(REFUSED, _said(error))
     except Exception as error:  # what must never reach a user
         return Verdict(RAW, _said(error))
-    went = sum(len(thinning.removed) for thinning in plan.thinnings)
-    if not went:
+    removed = plan.removed
+    went = len(removed.get("before.weight", {}).get(0, ()))
+    if not removed:
         return Verdict(WHOLE, why_whole(model, inputs))
     try:
         ours = _run(slim, inputs)
@@ -114,7 +115,10 @@ def _judge(model: nn.Module, inputs: Any) -> Verdict:
         return Verdict(BROKEN, _said(error), went)
     if not _equal(whole, again):
         return Verdict(RANDOM, "", went)
-    return _compared(model, inputs, plan.removed, whole, ours)._replace(went=went)
+    verdict = _compared(model, inputs, removed, whole, ours)
+    if verdict.kind in (RIGHT, SURVIVORS) and not went:  # channels of other tensors went
+        return Verdict(WHOLE, why_whole(model, inputs))
+    return verdict._replace(went=went)
 
 
 def why_whole(model: nn.Module, inputs: Any) -> str:

@@ -33,7 +33,7 @@ class Sample(NamedTuple):
     """A call of an operation.
 
     Attributes:
-        operation: called with the leaves put back in place.
+        operation: a function or a module, called with the leaves put back in place.
         leaves: all arguments, flat.
         tree: where each of them stands; unflattened it is ``(args, kwargs)``.
         main: the position of the leaf that the network makes.
@@ -58,7 +58,8 @@ class Sample(NamedTuple):
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else copy.copy(leaf) for leaf in self.leaves]
         leaves[self.main] = value.clone()
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
-        return self.operation(*args, **kwargs)
+        operation = copy.deepcopy(self.operation) if isinstance(self.operation, nn.Module) else self.operation
+        return operation(*args, **kwargs)
 
 
 def sample_of(operation: Operation, args: Any, kwargs: Any) -> Sample | None:
@@ -123,16 +124,18 @@ class OperationNetwork(nn.Module):
         dim: the dimension of the sample that becomes channels.
         held: whether its other tensors are parameters and buffers, or inputs of the network.
         seed: of the weights.
-        body: a module that is the operation.
     """
 
-    def __init__(self, sample: Sample, dim: int, held: bool, seed: int = 0, body: nn.Module | None = None) -> None:
+    def __init__(self, sample: Sample, dim: int, held: bool, seed: int = 0) -> None:
         super().__init__()
         value = sample.value
         self.before = Before(value.movedim(dim, -1), seed)
         self.dim, self.rank, self.held = dim, value.ndim, held
-        self.body = body
-        self.sample = sample._replace(leaves=[None if isinstance(x, Tensor) else x for x in sample.leaves])
+        self.operation = (
+            copy.deepcopy(sample.operation) if isinstance(sample.operation, nn.Module) else sample.operation
+        )
+        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in sample.leaves]
+        self.main, self.tree = sample.main, sample.tree
         self.places = sample.others()
         if held:
             for place in self.places:
@@ -153,24 +156,14 @@ class OperationNetwork(nn.Module):
         y = self.before(x)
         if self.dim != self.rank - 1:
             y = y.movedim(-1, self.dim)
-        leaves = list(self.sample.leaves)
-        leaves[self.sample.main] = y
+        leaves = list(self.leaves)
+        leaves[self.main] = y
         held = [getattr(self, f"other{place}") for place in self.places] if self.held else others
         for place, tensor in zip(self.places, held, strict=True):
             leaves[place] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.sample.tree)
-        operation = self.sample.operation if self.body is None else self.body
-        results = floating_results(operation(*args, **kwargs))
+        args, kwargs = pytree.tree_unflatten(leaves, self.tree)
+        results = floating_results(self.operation(*args, **kwargs))
         return [reader(result) for reader, result in zip(self.readers, results, strict=True)]
-
-
-def network(
-    sample: Sample, dim: int, held: bool, seed: int = 0, body: nn.Module | None = None
-) -> tuple[OperationNetwork, tuple[Tensor, ...]]:
-    """The network around one call, and its inputs."""
-    model = OperationNetwork(sample, dim, held, seed, body).eval()
-    others = [] if held else [sample.leaves[place].clone() for place in sample.others()]
-    return model, (model.before.__dict__.pop("inputs"), *others)
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
@@ -249,31 +242,74 @@ def samples(info: Any, limit: int) -> list[tuple[int, Sample]]:
         for number, each in enumerate(every)
         if (sample := sample_of(info.op, (each.input, *each.args), each.kwargs)) is not None
     ]
-    step = max(len(fitting) / limit, 1)
-    return [fitting[int(i * step)] for i in range(min(limit, len(fitting)))]
+    return spread(fitting, limit)
 
 
 class Case(NamedTuple):
-    """One network to be judged."""
+    """One network to be judged.
+
+    Attributes:
+        name: of the entry, with the spelling if it is not the function itself.
+        number: of the sample.
+        sample: the call.
+        dim: the dimension that becomes channels.
+        held: whether the sample's other tensors are parameters and buffers, or inputs.
+        training: the mode in which the network is judged.
+    """
 
     name: str
     number: int
     sample: Sample
     dim: int
-    held: bool
+    held: bool = True
+    training: bool = False
 
     def __str__(self) -> str:
-        where = "held" if self.held else "inputs"
-        return f"{self.name}[{self.number}] dim {self.dim} of {list(self.sample.value.shape)}, others {where}"
+        where = "" if not self.sample.others() else ", others held" if self.held else ", others as inputs"
+        mode = ", training" if self.training else ""
+        return f"{self.name}[{self.number}] over dim {self.dim} of {list(self.sample.value.shape)}{where}{mode}"
+
+    def network(self, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """The network, and its inputs; the operation's own error where it does not take the sample."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = OperationNetwork(self.sample, self.dim, self.held, seed)
+        others = [] if self.held else [self.sample.leaves[place].clone() for place in self.sample.others()]
+        return model.train(self.training), (model.before.__dict__.pop("inputs"), *others)
 
 
-def cases(info: Any, limit: int) -> Iterator[Case]:
-    """Every network of an entry: each sample, each dimension with three entries or more, other tensors held and given.
+def along_each(name: str, number: int, sample: Sample, training: bool = False) -> list[Case]:
+    """A network for each dimension with three entries or more, with other tensors held and given.
 
     A sample without other tensors gives one network a dimension.
     """
-    for number, sample in samples(info, limit):
-        for dim, size in enumerate(sample.value.shape):
-            if size >= 3:
-                for held in (True, False) if sample.others() else (True,):
-                    yield Case(name_of(info), number, sample, dim, held)
+    ways = (True, False) if sample.others() else (True,)
+    sizes = sample.value.shape
+    return [Case(name, number, sample, d, held, training) for d in range(len(sizes)) if sizes[d] >= 3 for held in ways]
+
+
+def spread(every: Sequence[Any], limit: int) -> list[Any]:
+    """At most `limit` of them, evenly spread."""
+    step = max(len(every) / limit, 1)
+    return [every[int(i * step)] for i in range(min(limit, len(every)))]
+
+
+def spellings(info: Any) -> dict[str, Operation]:
+    """The other ways to write an operation: method, in place, aliases and theirs."""
+    found = {}
+    for label, entry in (("", info), *((f"{alias.name} ", alias) for alias in info.aliases)):
+        forms = {"method": entry.method_variant, "in place": entry.inplace_variant}
+        if label:
+            forms = {"alias": entry.op, **forms}
+        found |= {label + form: function for form, function in forms.items() if function is not None}
+    return found
+
+
+def cases(info: Any, limit: int) -> Iterator[Case]:
+    """The networks of an entry: of up to `limit` samples, and of the first sample in every other spelling."""
+    chosen = samples(info, limit)
+    for number, sample in chosen:
+        yield from along_each(name_of(info), number, sample)
+    for number, sample in chosen[:1]:
+        for label, function in spellings(info).items():
+            yield from along_each(f"{name_of(info)} ({label})", number, sample._replace(operation=function))

@@ -12,13 +12,13 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from support.operations import Reader
-from support.oracle import Oracle, Removed, leaves, switch_off
-from support.runs import call
 from torch import Tensor, nn
 
 import structprune
 from structprune.errors import StructpruneError
+from support.operations import Reader
+from support.oracle import Oracle, Removed, leaves, switch_off
+from support.runs import call
 
 RIGHT, SURVIVORS, WHOLE = "right", "right over the survivors of a norm", "kept whole"
 WRONG, BROKEN, RAW, REFUSED, HANG = "wrong numbers", "broken forward", "raw exception", "refused", "hang"

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from support.operations import Case, along_each, sample_of, spread
 from torch.testing._internal.common_modules import module_db
+
+from support.operations import Case, along_each, sample_of, spread
 
 
 def module_database() -> dict[str, Any]:

@@ -19,6 +19,7 @@ ORDER = (
     ("extras", "ranks"),
     ("wrapping",),
     ("tracing",),
+    ("ops",),
     ("channels",),
     ("groups",),
     ("axes",),

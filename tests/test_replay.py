@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import structprune
-from structprune.channels.propagate import has_rule
 from structprune.errors import PlanError, TraceError
+from structprune.ops import op_of
 from structprune.tracing.opaque import OPAQUE
 from structprune.tracing.replay import Replay
 from structprune.tracing.trace import trace
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def traced(model, *inputs):
-    return trace(model, inputs, leaves=has_rule)
+    return trace(model, inputs, op_of)
 
 
 def numbers(found, name, module=None):

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import Relations, Row
-from structprune.channels.rules import RULES, Context, Operand
-from structprune.channels.rules.table import operands_in
-from structprune.channels.rules.watch import call_watched
 from structprune.errors import RuleError, StructpruneError
+from structprune.ops import Context, Operand, op_of
+from structprune.ops.arguments import positional
+from structprune.ops.context import operands_in
+from structprune.ops.relations import Relations, Row
+from structprune.ops.watch import call_watched
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Expression, Literal, SizeInt
 from structprune.tracing.trace import OutputName, Trace, chosen_names, describe, part_of
@@ -40,11 +41,6 @@ class Channels:
         for rows in self.rows:
             for part in rows if isinstance(rows, list) else [rows]:
                 yield from part or ()
-
-
-def has_rule(name: str) -> bool:
-    """Whether an operation of this name has a rule."""
-    return name in RULES
 
 
 def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Channels:
@@ -117,8 +113,8 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
     kwargs = {key: operand(value, (key,)) for key, value in node.kwargs.items()}
     if node.target is getattr:
         args = args[:1]
-    if "input" in kwargs and node.target is not opaque_call:
-        args.insert(0, kwargs.pop("input"))
+    if node.target is not opaque_call and "::" not in node.meta["name"]:
+        args, kwargs = positional(node.meta["name"], node.target, args, kwargs)
     result = _ask(context, args, kwargs, node, trace)
     context.settle_numbers(list(operands_in(args, kwargs)))
     return result
@@ -127,10 +123,11 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
 def _ask(context: Context, args: list[Any], kwargs: dict[str, Any], node: fx.Node, trace: Trace) -> Any:
     """What the rule of `node` says; errors tell where."""
     name = node.meta["name"]
-    rule = RULES.get(name)
-    if rule is None:
+    known = op_of(name)
+    if known is None:
         operands = list(operands_in(args, kwargs))
         return context.pin_all(operands, f"there is no rule for the operation {describe(node, trace)}")
+    rule = known.coupling
     try:
         if "::" in name:  # a custom operation
             result = call_watched(context, rule, tuple(args), kwargs, name)

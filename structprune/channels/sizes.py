@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from structprune.channels.propagate import Channels, Invariant
-from structprune.channels.relations import Expectation, Row
 from structprune.channels.sections import Sections
 from structprune.channels.solver import Components
 from structprune.channels.trials import Counter, trials
 from structprune.errors import PlanError
+from structprune.ops.relations import Expectation, Row
 from structprune.tracing.provenance import (
     Arithmetic,
     Attribute,

@@ -18,8 +18,9 @@ from structprune.groups import Group
 from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
 from structprune.inputs import device_of
+from structprune.ops import layer_of
 from structprune.ranks import all_reduced, failing_together, nobody_failed
-from structprune.recovery.contraction import ARGUMENTS, argument
+from structprune.recovery.contraction import argument
 from structprune.recovery.elimination import View, eliminate
 from structprune.recovery.lockstep import Lane, Side, Stop, lanes
 from structprune.recovery.measuring import changed_output, finished, form_of
@@ -302,7 +303,7 @@ def _seats(graph: ChannelGraph, group: Group) -> list[_Seat]:
     for member in group.members:
         for node in graph.trace.nodes:
             name = node.meta["name"]
-            if name not in ARGUMENTS or not any(str(n.target) == member.tensor for n in node.all_input_nodes):
+            if layer_of(name) is None or not any(str(n.target) == member.tensor for n in node.all_input_nodes):
                 continue
             weight = argument(name, "weight", node.args, dict(node.kwargs))
             groups = 1 if not name.startswith("conv") else argument(name, "groups", node.args, dict(node.kwargs)) or 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from structprune.tracing.opaque import OPAQUE, Opaque, opaque_of
-from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, call_of
+from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, Lookup, call_of
 
 MOVES = frozenset({"cpu", "cuda", "pin_memory"})  # a tensor on another device is the same tensor to a graph
 ASKED = VALUES - HANDED_OUT  # what Python asks for: no operation of a graph, unless it is answered with a tensor
@@ -27,12 +27,12 @@ class CallMode(TorchFunctionMode, ABC):
     that need no operation (``x.dim()``) are answered and not seen.
 
     Args:
-        leaves: whether the Python function of this name is taken as a whole.
+        operations: what is known of the operation of a name; a Python function that is known is not opened.
     """
 
-    def __init__(self, leaves: Callable[[str], bool]) -> None:
+    def __init__(self, operations: Lookup) -> None:
         super().__init__()
-        self._leaves = leaves
+        self._operations = operations
         self._opening: list[Call] = []
         self._away = False  # inside something that is taken as a whole: what it calls is its own affair
         self._paths: dict[int, str] = {}
@@ -42,7 +42,7 @@ class CallMode(TorchFunctionMode, ABC):
     ) -> Any:
         """Run one call of the torch API."""
         kwargs = kwargs or {}
-        call = call_of(func, self._leaves)
+        call = call_of(func, self._operations)
         if call.kind is Kind.QUERY:
             return func(*args, **kwargs)
         if call.inside is not None and call not in self._opening:

@@ -14,9 +14,8 @@ from structprune.tracing.calls import ASKED, MOVES, CallMode, call_module, holds
 from structprune.tracing.opaque import Opaque, holdings, opaque_call, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.recording import ModuleCall, Recording
-from structprune.tracing.shapes import shape_of_result
 from structprune.tracing.values import Values
-from structprune.tracing.vocabulary import VALUES, Call, Kind
+from structprune.tracing.vocabulary import VALUES, Call, Kind, Lookup
 
 
 class Recorder(CallMode):
@@ -24,7 +23,7 @@ class Recorder(CallMode):
 
     Args:
         names: the names of the model's tensors, by ``id``.
-        leaves: whether a rule exists for the Python function of this name, so that it need not be opened.
+        operations: what is known of the operation of a name; a Python function of which anything is known is not opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
         buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
     """
@@ -32,15 +31,15 @@ class Recorder(CallMode):
     def __init__(
         self,
         names: dict[int, str],
-        leaves: Callable[[str], bool],
+        operations: Lookup,
         meta: bool,
         buffer: Callable[[str], Tensor | None] = lambda _: None,
     ) -> None:
-        super().__init__(leaves)
+        super().__init__(operations)
         self.recording = Recording()
         self._names = names
         self._meta = meta
-        self.values = Values(self.recording.nodes, buffer)
+        self.values = Values(self.recording.nodes, buffer, operations)
         self._known: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._constants: dict[int, Tensor] = {}
@@ -148,7 +147,8 @@ class Recorder(CallMode):
         if self._meta and call.name in VALUES:
             result = self._value(call, func, before, keywords)
         else:
-            if self._meta and call.name in _FACTORIES:
+            known = self._operations(call.name) if self._meta else None
+            if known is not None and known.creates:
                 kwargs["device"] = torch.device("meta")
             elif self._meta and call.name == "to":
                 args = tuple("meta" if isinstance(a, str) else a for a in args)
@@ -170,7 +170,7 @@ class Recorder(CallMode):
         """Run the operation that becomes the next node."""
         if not self._meta:
             return func(*args, **kwargs)
-        result = shape_of_result(call.name, call.inplace, args, kwargs)
+        result = self._shape(call, args, kwargs)
         if result is not None:
             return result
         try:
@@ -181,6 +181,17 @@ class Recorder(CallMode):
                 raise
             del error
             return shaped
+
+    def _shape(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result on the ``meta`` device where the operation's record tells it, without running the operation.
+
+        There many operations find the shape of their result in Python, which takes most of the time of a trace.
+        """
+        known = self._operations(call.name)
+        if known is None or known.shape is None or not args:
+            return None
+        found = known.shape(*args, **kwargs)
+        return args[0] if call.inplace and found is not None else found
 
     def _value(self, call: Call, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """What Python asks of a stand-in, if that is decided by the inputs alone."""
@@ -322,12 +333,3 @@ class Recorder(CallMode):
         if isinstance(value, (tuple, list)):
             return tuple(self._known_only(item) for item in value)
         return value
-
-
-_FACTORIES = frozenset({
-    "zeros", "ones", "empty", "full", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
-    "tensor", "as_tensor", "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "hamming_window",
-    "blackman_window", "kaiser_window", "bartlett_window", "range", "zeros_like", "ones_like", "empty_like",
-    "full_like", "rand_like", "randn_like", "randint_like", "empty_strided", "new_zeros", "new_ones", "new_empty",
-    "new_full", "new_tensor", "normal_factory",
-})  # fmt: skip

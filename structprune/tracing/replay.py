@@ -20,7 +20,7 @@ from structprune.tracing.vocabulary import Call, Kind
 
 
 @dataclass(slots=True)
-class Operation:
+class FoundCall:
     """An operation that is about to run. Calling it runs it on `args` and `kwargs`, which a hook may exchange first.
 
     Attributes:
@@ -42,7 +42,7 @@ class Operation:
         return self.func(*self.args, **self.kwargs)
 
 
-Hook = Callable[[Operation], Any]
+Hook = Callable[[FoundCall], Any]
 
 
 class Replay(CallMode):
@@ -90,7 +90,7 @@ class Replay(CallMode):
         error: type[StructpruneError] = TraceError,
         begin: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
-        super().__init__(trace.leaves)
+        super().__init__(trace.operations)
         self._trace, self._hooks, self._whole, self._required = trace, hooks, whole, required
         self._error, self._begin = error, begin
         self._order = list(trace.keys) if whole else []
@@ -192,20 +192,20 @@ class Replay(CallMode):
         if call.name in MOVES:
             return self._moved(func(*args, **kwargs), args[0])
         if self._whole:
-            return self._next(Operation(None, call, func, args, kwargs))
+            return self._next(FoundCall(None, call, func, args, kwargs))
         if call.name in self._names or call.name in self._hooks:
-            return self._among_equals(Operation(None, call, func, args, kwargs), [args, kwargs])
+            return self._among_equals(FoundCall(None, call, func, args, kwargs), [args, kwargs])
         return self._made(func(*args, **kwargs))
 
     def _leaf(
         self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        operation = Operation(None, Call(opaque.name, Kind.OPERATION, opaque_call, False), forward, args, kwargs)
+        operation = FoundCall(None, Call(opaque.name, Kind.OPERATION, opaque_call, False), forward, args, kwargs)
         return (
             self._next(operation) if self._whole else self._among_equals(operation, [*holdings(module), args, kwargs])
         )
 
-    def _among_equals(self, operation: Operation, taken: list[Any]) -> Any:
+    def _among_equals(self, operation: FoundCall, taken: list[Any]) -> Any:
         """Run an operation that may be asked for; `taken` is what the trace has as its arguments."""
         held = tuple(self._held[id(t)] for t in tensors_taken(taken) if id(t) in self._held)
         group: Group = (*self._stack[-1], operation.call.name, held)
@@ -217,7 +217,7 @@ class Replay(CallMode):
         self._done[group] += 1
         return self._made(result)
 
-    def _next(self, operation: Operation) -> Any:
+    def _next(self, operation: FoundCall) -> Any:
         """Run the operation that has to be the next of the trace."""
         number = self._order[self._at] if self._at < len(self._order) else None
         name = operation.call.name
@@ -235,10 +235,10 @@ class Replay(CallMode):
         self._at += 1
         return result
 
-    def _run(self, operation: Operation, number: int | None) -> Any:
+    def _run(self, operation: FoundCall, number: int | None) -> Any:
         if number is not None:
             operation.node = self._trace.nodes[number]
-        hook = self._hooks.get(number) or self._hooks.get(operation.call.name, Operation.__call__)
+        hook = self._hooks.get(number) or self._hooks.get(operation.call.name, FoundCall.__call__)
         self._away = True
         try:
             return hook(operation)

@@ -18,6 +18,7 @@ from structprune.tracing.provenance import Comparison, Escape, plain, tracked_nu
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.recording import CallKey, Group, ModuleCall, equal_calls
 from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
+from structprune.tracing.vocabulary import Lookup, nothing_known
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputName = str | int
@@ -43,7 +44,7 @@ class Trace:
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
-        leaves: whether a Python function of this name was taken as a whole.
+        operations: what was known of the operation of a name.
     """
 
     graph: fx.Graph
@@ -60,7 +61,7 @@ class Trace:
     every_call: tuple[ModuleCall, ...]
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
-    leaves: Callable[[str], bool] = lambda _: False
+    operations: Lookup = nothing_known
 
     @cached_property
     def keys(self) -> dict[int, CallKey]:
@@ -170,9 +171,7 @@ def preserved_random_state() -> Generator[None]:
         yield
 
 
-def _run(
-    model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool], meta: bool, training: bool = False
-) -> Trace:
+def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool, training: bool = False) -> Trace:
     names = held_tensors(model)
     aliases: dict[int, list[str]] = {}
     for name, held in names.items():
@@ -185,7 +184,7 @@ def _run(
     lend = stand_in if meta else shield
     with preserved_random_state(), torch.no_grad(), lent(model, lend) as ids, tracked_numbers() as ledger:
         model.eval()
-        recorder = Recorder(ids, leaves, meta, lambda name: _indices(names[name].tensor))
+        recorder = Recorder(ids, operations, meta, lambda name: _indices(names[name].tensor))
         placeholders: list[fx.Node] = []
         for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
             node = recorder.input_node()
@@ -225,7 +224,7 @@ def _run(
         tuple(recording.nodes),
         tuple(recording.calls),
         trained,
-        leaves=leaves,
+        operations=operations,
     )
 
 
@@ -248,7 +247,7 @@ def run_once(model: nn.Module, example_inputs: ExampleInputs) -> Any:
         return model(*args, **kwargs)
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str], bool] = lambda _: False) -> Trace:
+def trace(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup = nothing_known) -> Trace:
     """Record the forward of `model` on `example_inputs`, in eval mode, with nothing computed where possible.
 
     The model runs on stand-ins on the ``meta`` device. Where Python needs a real number (``.item()``, a branch on a
@@ -259,14 +258,14 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
     Args:
         model: any ``nn.Module``.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        leaves: whether a rule exists for the Python function of this name, so that it is not opened.
+        operations: what is known of the operation of a name; a Python function of which anything is known is not opened.
 
     Raises:
         TraceError: the model runs but cannot be recorded.
         Exception: whatever the model itself raises on these inputs.
     """
     try:
-        return _with_training(_run(model, example_inputs, leaves, meta=True), model, example_inputs, leaves)
+        return _with_training(_run(model, example_inputs, operations, meta=True), model, example_inputs, operations)
     except Exception as error:  # the user's forward may raise anything on stand-ins; real numbers are tried next
         first = error
     if any(held.tensor.is_meta for held in held_tensors(model).values()):
@@ -277,7 +276,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
             "Give the model real weights, or take what needs a tensor's value out of its forward."
         ) from first
     try:
-        return _run(model, example_inputs, leaves, meta=False)
+        return _run(model, example_inputs, operations, meta=False)
     except Exception as error:  # raised again below, after the user's own error had its chance to show
         second = error
     run_once(model, example_inputs)  # the user's own error, if there is one
@@ -288,15 +287,13 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
     ) from second
 
 
-def _with_training(
-    found: Trace, model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str], bool]
-) -> Trace:
+def _with_training(found: Trace, model: nn.Module, example_inputs: ExampleInputs, operations: Lookup) -> Trace:
     """`found`, or a trace of both modes if the forward in training mode reaches parameters that it does not."""
     missing = found.unreached(model)
     if not missing:
         return found
     try:
-        both = _run(model, example_inputs, leaves, meta=True, training=True)
+        both = _run(model, example_inputs, operations, meta=True, training=True)
     except Exception as error:  # in training mode the user's forward may ask for more: labels, a larger batch
         return dataclasses.replace(found, training_error=f"{type(error).__name__}: {error}")
     return both if both.unreached(model) < missing else found

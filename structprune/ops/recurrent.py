@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
-from structprune.channels.relations import Row, Rows
-from structprune.channels.rules.table import Context, Operand, rule
+from torch import fx
+
+from structprune.ops.context import Context, Operand
+from structprune.ops.op import Count, RowsOf, register_op
+from structprune.ops.relations import Row, Rows
+from structprune.ops.zeros import ZeroContext, Zeros
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -20,7 +25,20 @@ def _cell(c: Context, gates: int, inputs: Row, hidden: Row, state: Row, paramete
         c.same(c.sections(parameter.rows[0], gates)[0], hidden)
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _hidden(z: ZeroContext) -> Zeros:
+    """Zero in the last dimension, whose gates are removed."""
+    return (False,) * (len(z.rows) - 1) + (True,)
+
+
+def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+    """Each step multiplies with all matrices of all layers."""
+    x, *others = node.all_input_nodes
+    weights = [rows(n) for n in others if n.meta["name"] == "parameter"]
+    steps = prod(count(row) for row in rows(x)[:-1])
+    return steps * sum(prod(count(row) for row in matrix) for matrix in weights if len(matrix) == 2)
+
+
+@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs)
 def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
     name = c.node.meta["name"]
@@ -57,7 +75,7 @@ def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     return results
 
 
-@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+@register_op("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zeros=_hidden, macs=_macs)
 def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Rows | list[Rows | None]:
     """One step of a recurrent layer."""
     name = c.node.meta["name"].removesuffix("_cell")

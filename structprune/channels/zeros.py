@@ -28,22 +28,23 @@ def pin_what_is_not_zero(trace: Trace, channels: Channels) -> None:
 
     context = ZeroContext(channels.rows, zeros, pin)
     for node in trace.everything:
-        zeros.append(_zeros(context, node, channels.rows[node.meta["index"]], zeros))
+        zeros.append(_zeros(context, node, channels, zeros))
 
 
-def _zeros(context: ZeroContext, node: fx.Node, rows: Any, zeros: list[Any]) -> Any:
+def _zeros(context: ZeroContext, node: fx.Node, channels: Channels, zeros: list[Any]) -> Any:
     """Zeros of a node's result, or a list of them for several results."""
+    rows = channels.rows[node.meta["index"]]
     if node.meta["name"] == "part":
         parent, position = part_of(node)
         return zeros[parent.meta["index"]][position]
     if not isinstance(rows, list):
-        return _single(context, node, rows)
+        return _single(context, node, rows, channels.unforeseen)
     parts: list[Rows | None] = rows
-    single = _single(context, node, next((part for part in parts if part is not None), ()))
+    single = _single(context, node, next((part for part in parts if part is not None), ()), channels.unforeseen)
     return [single if part is not None and len(part) == len(single) else (False,) * len(part or ()) for part in parts]
 
 
-def _single(context: ZeroContext, node: fx.Node, rows: Rows) -> Zeros:
+def _single(context: ZeroContext, node: fx.Node, rows: Rows, unforeseen: frozenset[int]) -> Zeros:
     context.node, context.rows = node, rows
     name = node.meta["name"]
     if name == "parameter":
@@ -52,4 +53,4 @@ def _single(context: ZeroContext, node: fx.Node, rows: Rows) -> Zeros:
     if source is not None:
         return context.of(source)
     known = op_of(name)
-    return unknown(context) if known is None else known.zeros(context)
+    return unknown(context) if known is None or node.meta["index"] in unforeseen else known.zeros(context)

@@ -35,7 +35,7 @@ class Parameter:
 
 
 Signature = tuple[Parameter, ...]
-# Where the value of a parameter stands in a call: ("at", 1), ("from", 1) for all from there on, ("key", "dim"), or a default.
+# Where the value of a parameter stands in a call: ("at", 1), ("from", 1) for all from there on, or ("key", "dim").
 Place = tuple[str, Any]
 
 
@@ -220,7 +220,7 @@ def _signature_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a recorded operation by name, as `bind` gives them; by position ("0", "1") where torch is silent."""
+    """The arguments of a recorded operation by name, as `bind` gives them; where torch is silent, by position ("0")."""
     known = node.meta.get("arguments")
     if known is None:
         args = node.args[:1] if node.target is getattr else node.args

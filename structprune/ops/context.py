@@ -47,6 +47,7 @@ class Context:
         self.shape: Any = ()
         self.claimed: set[int] = set()
         self.rows: list[Any] = []
+        self.unforeseen: set[int] = set()
         self._numbers: dict[tuple[int, int | None], Row] = {}
         self._counted: set[int] = set()
 

@@ -15,7 +15,7 @@ from structprune.ops.op import Contraction, Count, Pair, Result, RowsOf, Scaling
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
 
-# -- what else is known of a layer: where it is zero, what it costs, what it sums away ---------------------------------------
+# -- what else is known of a layer: where it is zero, what it costs, what it sums away -------------------------------
 
 
 def _volume(rows: Sequence[Row], count: Count) -> int:
@@ -80,7 +80,8 @@ def _product_zeros(z: ZeroContext) -> Zeros:
     """A matrix product; what it sums over must be zero in one of its factors."""
     first = _factors(z.node)
     a, b = z.tensors[first : first + 2]
-    left, right = z.of(a), z.of(b)
+    left: tuple[bool, ...] = z.of(a)
+    right: tuple[bool, ...] = z.of(b)
     if not (left[-1] or right[max(0, len(right) - 2)]):
         z.summed(a, len(left) - 1)
     if first:
@@ -91,7 +92,7 @@ def _product_zeros(z: ZeroContext) -> Zeros:
         for back in range(3, len(z.rows) + 1):
             result[-back] = any(len(zero) >= back and zero[-back] for zero in (left, right))
     elif z.rows:
-        result[-1] = left[-2] if len(left) > 1 else right[-1]
+        result[-1] = (left[:-1] if len(left) > 1 else right)[-1:] == (True,)
     return tuple(result)
 
 
@@ -123,7 +124,7 @@ def _linear_shape(x: Any, weight: Any, bias: Any = None, **named: Any) -> Tensor
 
 
 def _convolution(dims: int, transposed: bool = False) -> dict[str, Any]:
-    """What is known of a convolution over `dims` dimensions; its weight is ``(out, in, *kernel)``, or ``(in, out, ...)``."""
+    """What is known of a convolution over `dims` dimensions; weight ``(out, in, ...)``, or ``(in, out, ...)``."""
     at, across = -1 - dims, 0 if transposed else 1
     kind = "transposed" if transposed else "convolution"
     return {
@@ -134,7 +135,7 @@ def _convolution(dims: int, transposed: bool = False) -> dict[str, Any]:
     }
 
 
-# -- how layers and products couple channels ---------------------------------------------------------------------------------
+# -- how layers and products couple channels -------------------------------------------------------------------------
 
 
 def _bias(c: Context, bias: Operand | None, row: Row) -> None:

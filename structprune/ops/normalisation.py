@@ -32,7 +32,7 @@ def _layer_norm_shape(x: Any, shape: Any, weight: Any = None, bias: Any = None, 
 
 
 def _normalised(at: int, keeps: bool = False) -> zeros.ZeroRule:
-    """Channels of dimension `at` whose scale and shift are removed are zero; without those, they are as they came in."""
+    """Channels of dimension `at` whose scale and shift are removed are zero; without those, as they came in."""
 
     def rule(z: zeros.ZeroContext) -> zeros.Zeros:
         x, parameters = z.of(z.tensors[0]), z.tensors[1:]

@@ -115,9 +115,11 @@ class Op:
     """All that is known of one operation.
 
     Attributes:
-        name: canonical name: ``"add"`` for ``x + y``, ``x.add_(y)``, ``torch.add`` and ``aten.add``; ``"python.einsum"``
-            for a function written in Python that is taken as a whole; ``"mylib::gate"`` for a custom operation.
-        coupling: ``coupling(context, *arguments)`` relates the channels of the arguments and gives the axes of the result.
+        name: canonical name: ``"add"`` for ``x + y``, ``x.add_(y)``, ``torch.add`` and ``aten.add``;
+            ``"python.einsum"`` for a function written in Python that is taken as a whole; ``"mylib::gate"`` for one of
+            the user's own.
+        coupling: ``coupling(context, *arguments)`` relates the channels of the arguments, and gives the axes of the
+            result.
         zeros: where the result is zero once channels are removed.
         macs: multiply-accumulates of a call; None for none.
         contraction: what it sums over, if it sums products.
@@ -176,8 +178,8 @@ def register_op(*names: str, **facts: Any) -> Callable[[Coupling], Coupling]:
         and it returns the axes of the result, or a list of them for a tuple of results.
 
     Raises:
-        RuleError: an operation has a record already, a name can never match, a field is unknown, or the decorated object
-            cannot be called.
+        RuleError: an operation has a record already, a name can never match, a field is unknown, or the decorated
+            object cannot be called.
 
     Example::
 
@@ -187,9 +189,8 @@ def register_op(*names: str, **facts: Any) -> Callable[[Coupling], Coupling]:
     """
     unknown_facts = facts.keys() - {field for field in Op.__dataclass_fields__ if field not in ("name", "coupling")}
     if unknown_facts:
-        raise RuleError(
-            f"An operation has no field {sorted(unknown_facts)[0]!r}. The fields are {', '.join(Op.__dataclass_fields__)}."
-        )
+        fields = ", ".join(Op.__dataclass_fields__)
+        raise RuleError(f"An operation has no field {sorted(unknown_facts)[0]!r}. The fields are {fields}.")
 
     def register(function: Coupling) -> Coupling:
         if not callable(function):

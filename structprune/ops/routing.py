@@ -30,7 +30,7 @@ def _chosen_from(node: fx.Node) -> bool:
 
 
 def _is_cast(node: fx.Node) -> bool:
-    """Whether the operation changes no more than the type: entry by entry, and numbers of channels stay what they are."""
+    """Whether the operation changes no more than the type: numbers of channels stay what they are."""
     known = op_of(node.meta["name"])
     return known is not None and known.elementwise and known.indices is Indices.PASSED
 

@@ -155,7 +155,7 @@ _zero_results: dict[object, bool] = {}
 
 
 def gives_zero(node: fx.Node, off: frozenset[int]) -> bool:
-    """Whether an entry by entry operation gives zero where the tensor arguments `off` are zero, whatever the others are.
+    """Whether an elementwise operation gives zero where the tensor arguments `off` are zero, whatever the others are.
 
     It is run: with zeros for those, and with every combination of a few values for the others. With three tensors, of
     which the second is zero, ``addcmul(x, y, z)`` sees (x, 0, z) for 49 pairs (x, z), and gives x: not zero.
@@ -165,7 +165,8 @@ def gives_zero(node: fx.Node, off: frozenset[int]) -> bool:
     if others > 2:
         return False
     types = tuple(str(tensor.meta.get("dtype")) for tensor in tensors)
-    rest = fx.map_arg((node.args, node.kwargs), lambda n: _Tensor())
+    as_text: Any = _Tensor()
+    rest = fx.map_arg((node.args, node.kwargs), lambda _: as_text)
     key = (node.meta["name"], str(node.target), off, types, str(plain(rest)))
     if key not in _zero_results:
         _zero_results[key] = _run(node, tensors, off, others)
@@ -201,7 +202,7 @@ def _run(node: fx.Node, tensors: list[fx.Node], off: frozenset[int], others: int
         result = result() if callable(result) else result  # a property whose getter is a method: ``x.data``
     except (RuntimeError, TypeError, NotImplementedError, ValueError):
         return False  # it does not run on such tensors: nothing is known
-    results = result if isinstance(result, (tuple, list)) else (result,)
+    results: tuple[Any, ...] = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     if any(not isinstance(r, Tensor) or r.is_meta or r.shape != met_zero.shape for r in results):
         return False
     # Nothing over nothing is nothing: both belong to channels that are removed.

@@ -74,8 +74,9 @@ class Layer:
             if self._form is None:
                 self.refused = "its input or its weight has a number of dimensions that is not solved for"
             return
-        given = bind("batch_norm", None, stops[0].args, stops[0].kwargs) or {}
-        weight, variance, training, eps = (given.get(key) for key in ("weight", "running_var", "training", "eps"))
+        given = bind("batch_norm", None, stops[0].args, stops[0].kwargs)
+        assert given is not None
+        weight, variance, training, eps = (given[key] for key in ("weight", "running_var", "training", "eps"))
         if by_batch(training, variance):
             self.refused = "the batch norm behind it takes its statistics from the batch"
             return

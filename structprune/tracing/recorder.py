@@ -23,7 +23,7 @@ class Recorder(CallMode):
 
     Args:
         names: the names of the model's tensors, by ``id``.
-        operations: what is known of the operation of a name; a Python function of which anything is known is not opened.
+        operations: what is known of the operation of a name; a Python function that is known is not opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
         buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
     """

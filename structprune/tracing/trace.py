@@ -258,7 +258,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup = 
     Args:
         model: any ``nn.Module``.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        operations: what is known of the operation of a name; a Python function of which anything is known is not opened.
+        operations: what is known of the operation of a name; a Python function that is known is not opened.
 
     Raises:
         TraceError: the model runs but cannot be recorded.

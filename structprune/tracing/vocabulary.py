@@ -66,13 +66,19 @@ class Operation(Protocol):
     """
 
     @property
-    def shape(self) -> Callable[..., Tensor | None] | None: ...
+    def shape(self) -> Callable[..., Tensor | None] | None:
+        """See the class."""
+        ...
 
     @property
-    def random(self) -> bool: ...
+    def random(self) -> bool:
+        """See the class."""
+        ...
 
     @property
-    def creates(self) -> bool: ...
+    def creates(self) -> bool:
+        """See the class."""
+        ...
 
 
 # What is known of the operation of a canonical name, or None.

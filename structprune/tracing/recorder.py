@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from torch.overrides import TorchFunctionMode
 from structprune.errors import TraceError
 from structprune.tracing.opaque import Opaque, holdings, opaque_call, opaque_of, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
-from structprune.tracing.recording import ModuleCall, Recording
+from structprune.tracing.recording import ModuleWatcher
 from structprune.tracing.shapes import shape_of_result
 from structprune.tracing.values import Values
-from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, call_of
+from structprune.tracing.vocabulary import FACTORIES, HANDED_OUT, VALUES, Call, Kind, call_of
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(ModuleWatcher, TorchFunctionMode):
     """Records calls of the torch API into an ``fx.Graph`` while it is active.
 
     Args:
@@ -28,6 +29,8 @@ class Recorder(TorchFunctionMode):
         leaves: whether a rule exists for the Python function of this name, so that it need not be opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
         buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
+        stands_for: what the model's own tensors, by ``id``, are replaced by where the forward reaches them all the same
+            (through a global, say).
     """
 
     def __init__(
@@ -36,20 +39,18 @@ class Recorder(TorchFunctionMode):
         leaves: Callable[[str], bool],
         meta: bool,
         buffer: Callable[[str], Tensor | None] = lambda _: None,
+        stands_for: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.recording = Recording()
         self._names = names
+        self._stands_for = stands_for
         self._leaves = leaves
         self._meta = meta
         self.values = Values(self.recording.nodes, buffer)
-        self._known: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._constants: dict[int, Tensor] = {}
         self._originals: dict[int, Tensor] = {}
-        self._stack: list[int] = []
         self._opening: list[Call] = []
-        self._in_leaf = False
         self._tracked: list[SizeInt | SizeFloat] = []
 
     # -- nodes ---------------------------------------------------------------------------------------------------
@@ -119,8 +120,9 @@ class Recorder(TorchFunctionMode):
     def _on_meta(self, value: Any) -> Any:
         """Arguments with tensors from outside the model moved to the ``meta`` device."""
         if isinstance(value, Tensor):
-            if value.is_meta:
-                return value
+            found = self._stands_for.get(id(value))
+            if found is not None or value.is_meta:
+                return value if found is None else found
             moved = self._constants.get(id(value))
             if moved is None:
                 moved = self._constants[id(value)] = value.detach().to("meta")
@@ -168,7 +170,7 @@ class Recorder(TorchFunctionMode):
         if self._meta and call.name in VALUES:
             result = self._value(call, func, before, keywords)
         else:
-            if self._meta and call.name in _FACTORIES:
+            if self._meta and call.name in FACTORIES:
                 kwargs["device"] = torch.device("meta")
             elif self._meta and call.name == "to":
                 args = tuple("meta" if isinstance(a, str) else a for a in args)
@@ -292,40 +294,7 @@ class Recorder(TorchFunctionMode):
     # -- modules -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Generator[None]:
-        """Note which module each call happens in, while the block runs."""
-        paths = {id(module): path for path, module in model.named_modules()}
-        original = nn.Module.__call__
-        recorder = self
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            path = paths.get(id(module))
-            if path is None or recorder._in_leaf:
-                return original(module, *args, **kwargs)
-            calls = recorder.recording.calls
-            number = len(calls)
-            entry = ModuleCall(path, module, len(recorder.recording.nodes))
-            entry.parent = recorder._stack[-1] if recorder._stack else -1
-            entry.args, entry.kwargs = recorder._known_only(args), recorder._known_only(kwargs)
-            calls.append(entry)
-            recorder._stack.append(number)
-            try:
-                with recorder._taken_whole(module):
-                    output = original(module, *args, **kwargs)
-            finally:
-                recorder._stack.pop()
-            entry.last = len(recorder.recording.nodes)
-            entry.output = recorder._known_only(output)
-            return output
-
-        nn.Module.__call__ = call
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = original
-
-    @contextmanager
-    def _taken_whole(self, module: nn.Module) -> Generator[None]:
+    def _taken_whole(self, module: nn.Module, live: nn.Module) -> Generator[None]:
         """While the block runs, the forward of a module declared opaque is one operation, its hooks are others."""
         opaque = opaque_of(module)
         if opaque is None:
@@ -335,7 +304,7 @@ class Recorder(TorchFunctionMode):
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():  # unlike calls of the torch API, this one arrives with the mode on
-                return self._leaf(opaque, module, forward, args, kwargs)
+                return self._leaf(opaque, module, live, forward, args, kwargs)
 
         module.__dict__["forward"] = whole
         try:
@@ -346,7 +315,13 @@ class Recorder(TorchFunctionMode):
                 module.__dict__["forward"] = own
 
     def _leaf(
-        self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        opaque: Opaque,
+        module: nn.Module,
+        live: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
     ) -> Any:
         """Run an opaque module, or what tells its results' shape, and write it down as one operation."""
         if self._meta:
@@ -369,24 +344,5 @@ class Recorder(TorchFunctionMode):
         self._tracked = tracked
         self._record(Call(opaque.name, Kind.OPERATION, opaque_call, False), before, keywords, result)
         node = next(node for node in reversed(self.recording.nodes) if node.target is opaque_call)
-        node.meta["module"] = module
+        node.meta["module"] = live
         return result
-
-    def _known_only(self, value: Any) -> Any:
-        """`value` with tensors replaced by their nodes; a tensor not seen yet stays as it is."""
-        if isinstance(value, Tensor):
-            return self._known.get(id(value), value)
-        if isinstance(value, dict):
-            return {key: self._known_only(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return tuple(self._known_only(item) for item in value)
-        return value
-
-
-_FACTORIES = frozenset({
-    "zeros", "ones", "empty", "full", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
-    "tensor", "as_tensor", "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "hamming_window",
-    "blackman_window", "kaiser_window", "bartlett_window", "range", "zeros_like", "ones_like", "empty_like",
-    "full_like", "rand_like", "randn_like", "randint_like", "empty_strided", "new_zeros", "new_ones", "new_empty",
-    "new_full", "new_tensor", "normal_factory",
-})  # fmt: skip

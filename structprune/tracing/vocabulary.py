@@ -48,6 +48,14 @@ VALUES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__
                     "allclose", "__contains__", "nonzero", "unique", "is_nonzero", "__complex__"})  # fmt: skip
 # These hand all entries to something that is not torch. What becomes of them is not seen, so no rule can know it.
 HANDED_OUT = frozenset({"numpy", "tolist", "__array__"})
+# These make a tensor from numbers.
+FACTORIES = frozenset({
+    "zeros", "ones", "empty", "full", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
+    "tensor", "as_tensor", "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "hamming_window",
+    "blackman_window", "kaiser_window", "bartlett_window", "range", "zeros_like", "ones_like", "empty_like",
+    "full_like", "rand_like", "randn_like", "randint_like", "empty_strided", "new_zeros", "new_ones", "new_empty",
+    "new_full", "new_tensor", "normal_factory",
+})  # fmt: skip
 SIZES = frozenset({"shape", "size", "numel", "nelement"})
 
 

@@ -101,7 +101,8 @@ def test_a_shadow_shares_no_module_with_the_model() -> None:
     model.c.forward = MethodType(nn.Linear.forward, model.c)  # type: ignore[method-assign]
     model.a.forward = functools.partial(nn.Linear.forward, model.a)  # type: ignore[method-assign]
     shadow = shadow_of(model, lambda _, tensor: stand_in(tensor)).model
-    assert shadow.later[0] is shadow.b and shadow.b is not model.b
+    assert shadow.later[0] is shadow.b
+    assert shadow.b is not model.b
     assert shadow.c.forward.__self__ is shadow.c
     assert shadow(torch.empty(1, 4, device="meta")).is_meta  # every weight that is reached is a stand-in
     assert (model.shown, model.settings.width) == ([], 8)

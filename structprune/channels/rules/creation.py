@@ -8,15 +8,23 @@ from structprune.channels.relations import Rows
 from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
 
 
-@rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+@rule("zeros", "ones", "empty", "full")
 def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
-    """A constant: as many channels as are asked for, and any of them may go."""
-    given = kwargs.get("size") or [item for item in args if not isinstance(item, Operand)]
+    """A constant: as many channels as are asked for, and any of them may go; what a tensor asks for stays."""
+    given = kwargs.get("size") or args
     sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
     rows = tuple(c.axis(size) for size in c.shape)
     for size, row in zip(sizes, rows, strict=False):
+        if isinstance(size, Operand):
+            c.pin(row, f"its size is the value of a tensor in {c.where()}")
         c.expect(size, row)
     return rows
+
+
+@rule("new_zeros", "new_ones", "new_empty", "new_full")
+def constant_like(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Rows:
+    """A constant of the type of `x`."""
+    return constant(c, *args, **kwargs)
 
 
 @rule("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "tensor", "as_tensor",

@@ -20,6 +20,7 @@ from torch import nn
 
 from structprune.errors import RecoveryError
 from structprune.tracing.replay import FoundCall, Hook, Replay
+from structprune.tracing.shadow import shadow_of
 from structprune.tracing.trace import Trace, as_call
 
 
@@ -70,7 +71,8 @@ class Lane:
         self._cancelled = self._ended = False
         self._error: BaseException | None = None
         self._output: Any = None
-        self._thread = threading.Thread(target=self._run, args=(model, inputs), daemon=True)
+        own = shadow_of(model, lambda _, tensor: tensor, tracked=False).model  # of the same tensors
+        self._thread = threading.Thread(target=self._run, args=(own, inputs), daemon=True)
         self._thread.start()
 
     def _run(self, model: nn.Module, inputs: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structprune.errors import StructpruneError, TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, call_module, holds_tensor, tensors_taken
+from structprune.tracing.calls import ASKED, MOVES, CallMode, holds_tensor, tensors_taken
 from structprune.tracing.opaque import Opaque, holdings, opaque_call
 from structprune.tracing.recording import CallKey, Group
 from structprune.tracing.state import held_tensors
@@ -122,7 +122,7 @@ class Replay(CallMode):
 
     @contextmanager
     def over(self, model: nn.Module) -> Generator[Replay]:
-        """While the block runs, forwards of `model` in this thread are followed.
+        """While the block runs, forwards of `model` are followed; several threads need a shadow of it each.
 
         Raises:
             StructpruneError: of the class asked for, as soon as a forward is not the one that was traced.
@@ -134,16 +134,18 @@ class Replay(CallMode):
 
     # -- modules -------------------------------------------------------------------------------------------------
 
-    def _called(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _called(
+        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if not self._stack:
-            return call_module(module, *args, **kwargs) if path else self._forward(module, args, kwargs)
+            return module._call_impl(*args, **kwargs) if path else self._forward(module, args, kwargs)
         number = self._calls[path]
         self._calls[path] += 1
         if number >= self._known_calls.get(path, number + 1):
             raise self._error(self._other_counts(f"calls {path}", number))
         self._stack.append((path, number))
         try:
-            return call_module(module, *args, **kwargs)
+            return module._call_impl(*args, **kwargs)
         finally:
             self._stack.pop()
 
@@ -156,7 +158,7 @@ class Replay(CallMode):
         self._stack.append(("", 0))
         try:
             with self:
-                output = call_module(model, *args, **kwargs)
+                output = model._call_impl(*args, **kwargs)
         finally:
             self._stack.clear()
         if self._required:
@@ -198,7 +200,13 @@ class Replay(CallMode):
         return self._made(func(*args, **kwargs))
 
     def _leaf(
-        self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        opaque: Opaque,
+        module: nn.Module,
+        live: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
     ) -> Any:
         operation = FoundCall(None, Call(opaque.name, Kind.OPERATION, opaque_call, False), forward, args, kwargs)
         return (

@@ -14,16 +14,25 @@ def _zeros_of(z: zeros.ZeroContext) -> zeros.Zeros:
     return (z.node.meta["name"] in ("zeros", "new_zeros"),) * len(z.rows)
 
 
-@register_op("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", zeros=_zeros_of, creates=True)
-@register_op("empty", "new_empty", creates=True, random=True)
+@register_op("zeros", "ones", "full", zeros=_zeros_of, creates=True)
+@register_op("empty", creates=True, random=True)
 def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
-    """A constant: as many channels as are asked for, and any of them may go."""
-    given = kwargs.get("size") or [item for item in args if not isinstance(item, Operand)]
+    """A constant: as many channels as are asked for, and any of them may go; what a tensor asks for stays."""
+    given = kwargs.get("size") or args
     sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
     rows = tuple(c.axis(size) for size in c.shape)
     for size, row in zip(sizes, rows, strict=False):
+        if isinstance(size, Operand):
+            c.pin(row, f"its size is the value of a tensor in {c.where()}")
         c.expect(size, row)
     return rows
+
+
+@register_op("new_zeros", "new_ones", "new_full", zeros=_zeros_of, creates=True)
+@register_op("new_empty", creates=True, random=True)
+def constant_like(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
+    """A constant of the type of `x`."""
+    return constant(c, *args, **kwargs)
 
 
 _POSITIONS = """

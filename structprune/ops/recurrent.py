@@ -86,3 +86,23 @@ def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Rows | list[Rows 
     _cell(c, GATES[name], x.rows[-1], hidden, hidden, [p for p in parameters if isinstance(p, Operand)])
     rows = (*x.rows[:-1], hidden)
     return [rows, rows] if name == "lstm" else rows
+
+
+@register_op("_pack_padded_sequence")
+def pack(c: Context, x: Operand, lengths: Operand, *_: Any) -> list[Rows | None]:
+    """``(batch, time, *channels)`` or ``(time, batch, *channels)`` to ``(steps of all samples, *channels)``."""
+    for row in x.rows[:2]:
+        c.pin(row, f"it is packed by the lengths of the sequences in {c.where()}")
+    for row in lengths.rows:
+        c.pin(row, f"it counts the sequences in {c.where()}")
+    steps, sizes = (c.fresh(shape[:1], f"it is packed in {c.where()}") for shape in c.shape)
+    return [(*steps, *x.rows[2:]), sizes]
+
+
+@register_op("_pad_packed_sequence")
+def pad_packed(c: Context, data: Operand, batch_sizes: Operand, *_: Any) -> list[Rows | None]:
+    """What `pack` does, undone."""
+    for row in (data.rows[0], *batch_sizes.rows):
+        c.pin(row, f"it is packed, and padded in {c.where()}")
+    padded, lengths = (c.fresh(shape, f"it is padded in {c.where()}") for shape in c.shape)
+    return [(*padded[:2], *data.rows[1:]), lengths]

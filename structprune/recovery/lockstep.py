@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from structprune.errors import RecoveryError
-from structprune.tracing.replay import Hook, Operation, Replay
+from structprune.tracing.replay import FoundCall, Hook, Replay
+from structprune.tracing.shadow import shadow_of
 from structprune.tracing.trace import Trace, as_call
 
 
@@ -70,7 +71,8 @@ class Lane:
         self._cancelled = self._ended = False
         self._error: BaseException | None = None
         self._output: Any = None
-        self._thread = threading.Thread(target=self._run, args=(model, inputs), daemon=True)
+        own = shadow_of(model, lambda _, tensor: tensor, tracked=False).model  # of the same tensors
+        self._thread = threading.Thread(target=self._run, args=(own, inputs), daemon=True)
         self._thread.start()
 
     def _run(self, model: nn.Module, inputs: Any) -> None:
@@ -88,12 +90,12 @@ class Lane:
             self._stop, self._ended = None, True
             self._there.release()
 
-    def _stopping(self, operation: Operation) -> Any:
+    def _stopping(self, operation: FoundCall) -> Any:
         """Run an operation, and wait before it and behind it if somebody is to look."""
         assert operation.node is not None
         number = operation.node.meta["index"]
         self._visit(Stop((number, Side.BEFORE), operation.args, operation.kwargs))
-        result = self._hooks.get(number, Operation.__call__)(operation)
+        result = self._hooks.get(number, FoundCall.__call__)(operation)
         self._visit(Stop((number, Side.AFTER), operation.args, operation.kwargs, result))
         return result
 

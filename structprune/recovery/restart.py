@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.recovery.lockstep import Event, Lane
-from structprune.tracing.replay import Hook, Operation
+from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.trace import Trace, map_tensors
 
 _HELD = ("input", "parameter", "constant")
@@ -32,7 +32,7 @@ class KeepingLane(Lane):
         self._ends = _ends([trace.nodes[number] for number in trace.keys])
         super().__init__(model, inputs, trace, stops, dict.fromkeys(trace.keys, self._keep))
 
-    def _keep(self, operation: Operation) -> Any:
+    def _keep(self, operation: FoundCall) -> Any:
         assert operation.node is not None
         number = operation.node.meta["index"]
         result = self.results[number] = operation()
@@ -45,7 +45,7 @@ class KeepingLane(Lane):
 def restarted(trace: Trace, start: int, results: dict[int, Any]) -> dict[int, Hook]:
     """Hooks for a forward that computes from operation `start` on: those before it give what they gave."""
 
-    def given(operation: Operation) -> Any:
+    def given(operation: FoundCall) -> Any:
         assert operation.node is not None
         result = results[operation.node.meta["index"]]
         # What is written over has what was last written already.

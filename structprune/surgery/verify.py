@@ -18,7 +18,7 @@ from structprune.graph import ChannelGraph
 from structprune.ops.relations import Survivors
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
-from structprune.tracing.replay import Hook, Operation, Replay
+from structprune.tracing.replay import FoundCall, Hook, Replay
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import (
     ExampleInputs,
@@ -80,7 +80,7 @@ class Report:
             )
 
 
-def _over_survivors(dims: tuple[int, ...], masks: list[Mask], operation: Operation) -> Any:
+def _over_survivors(dims: tuple[int, ...], masks: list[Mask], operation: FoundCall) -> Any:
     """Run a norm, a mean or a sum over the survivors of thinned axes."""
     args, kwargs, name = operation.args, operation.kwargs, operation.call.name
     x: Tensor = args[0] if args else kwargs["input"]
@@ -111,7 +111,7 @@ def _group_norm(func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], k
     return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
 
 
-def _off_over_off(operation: Operation) -> Any:
+def _off_over_off(operation: FoundCall) -> Any:
     """A quotient in which nothing over nothing is nothing: both belong to a channel that is off."""
     result, operands = operation(), operation.args
     if operation.call.inplace or len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, call_module, holds_tensor
+from structprune.tracing.calls import ASKED, MOVES, CallMode, holds_tensor
 from structprune.tracing.opaque import Opaque, holdings, opaque_call, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.recording import ModuleCall, Recording
@@ -26,6 +27,8 @@ class Recorder(CallMode):
         operations: what is known of the operation of a name; a Python function that is known is not opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
         buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
+        stands_for: what the model's own tensors, by ``id``, are replaced by where the forward reaches them all the same
+            (through a global, say).
     """
 
     def __init__(
@@ -34,10 +37,12 @@ class Recorder(CallMode):
         operations: Lookup,
         meta: bool,
         buffer: Callable[[str], Tensor | None] = lambda _: None,
+        stands_for: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__(operations)
         self.recording = Recording()
         self._names = names
+        self._stands_for = stands_for
         self._meta = meta
         self.values = Values(self.recording.nodes, buffer, operations)
         self._known: dict[int, fx.Node] = {}
@@ -114,8 +119,9 @@ class Recorder(CallMode):
     def _on_meta(self, value: Any) -> Any:
         """Arguments with tensors from outside the model moved to the ``meta`` device."""
         if isinstance(value, Tensor):
-            if value.is_meta:
-                return value
+            found = self._stands_for.get(id(value))
+            if found is not None or value.is_meta:
+                return value if found is None else found
             moved = self._constants.get(id(value))
             if moved is None:
                 moved = self._constants[id(value)] = value.detach().to("meta")
@@ -280,17 +286,19 @@ class Recorder(CallMode):
 
     # -- modules -------------------------------------------------------------------------------------------------
 
-    def _called(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _called(
+        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Note which module is called, and what goes in and comes out."""
         calls = self.recording.calls
         number = len(calls)
-        entry = ModuleCall(path, module, len(self.recording.nodes))
+        entry = ModuleCall(path, live, len(self.recording.nodes))
         entry.parent = self._stack[-1] if self._stack else -1
         entry.args, entry.kwargs = self._known_only(args), self._known_only(kwargs)
         calls.append(entry)
         self._stack.append(number)
         try:
-            output = call_module(module, *args, **kwargs)
+            output = module._call_impl(*args, **kwargs)
         finally:
             self._stack.pop()
         entry.last = len(self.recording.nodes)
@@ -298,7 +306,13 @@ class Recorder(CallMode):
         return output
 
     def _leaf(
-        self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        opaque: Opaque,
+        module: nn.Module,
+        live: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
     ) -> Any:
         """Run an opaque module, or what tells its results' shape, and write it down as one operation."""
         if self._meta:
@@ -321,7 +335,7 @@ class Recorder(CallMode):
         self._tracked = tracked
         self._record(Call(opaque.name, Kind.OPERATION, opaque_call, False), before, keywords, result)
         node = next(node for node in reversed(self.recording.nodes) if node.target is opaque_call)
-        node.meta["module"] = module
+        node.meta["module"] = live
         return result
 
     def _known_only(self, value: Any) -> Any:

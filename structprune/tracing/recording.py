@@ -1,4 +1,4 @@
-"""What a recorder writes down."""
+"""What a recorder writes down, and by what its operations are found again."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from structprune.errors import PlanError, StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.recording import CallKey, Group, ModuleCall, equal_calls
-from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
+from structprune.tracing.shadow import shadow_of
+from structprune.tracing.state import caches, dictionaries, eager, held_tensors, shield, stand_in
 from structprune.tracing.vocabulary import Lookup, nothing_known
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -44,7 +45,7 @@ class Trace:
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
-        operations: what is known of the operation of a name.
+        operations: what was known of the operation of a name.
     """
 
     graph: fx.Graph
@@ -178,13 +179,17 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         aliases.setdefault(id(held.tensor), []).append(name)
     tensors = {group[0]: tuple(group) for group in aliases.values()}
     replace: Callable[[Tensor], Tensor] = stand_in if meta else (lambda tensor: tensor.detach().clone())
+    lend = stand_in if meta else shield
+    shadow = shadow_of(model, lambda _, tensor: lend(tensor))
     args, kwargs = as_call(inputs)
     given = list(tensors_in((args, kwargs)))
     args, kwargs = map_tensors(replace, args), map_tensors(replace, kwargs)
-    lend = stand_in if meta else shield
-    with preserved_random_state(), torch.no_grad(), lent(model, lend) as ids, tracked_numbers() as ledger:
+    model = shadow.model
+    with preserved_random_state(), torch.no_grad(), eager(), tracked_numbers() as ledger:
         model.eval()
-        recorder = Recorder(ids, operations, meta, lambda name: _indices(names[name].tensor))
+        recorder = Recorder(
+            shadow.names, operations, meta, lambda name: _indices(names[name].tensor), shadow.stands_for
+        )
         placeholders: list[fx.Node] = []
         for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
             node = recorder.input_node()
@@ -193,7 +198,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
                 recorder.values.give(node, original)
             placeholders.append(node)
         before = dictionaries(model)
-        with recorder.watching(model), recorder:
+        with recorder.watching(model, shadow.live), recorder:
             result = model(*args, **kwargs)
         kept = caches(model, before)
         outputs = {name: recorder.node_of(tensor) for name, tensor in named_tensors(result)}
@@ -206,7 +211,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
                 node = recorder.input_node()
                 recorder.remember(tensor, node)
                 recorder.values.give(node, _two_samples(original))
-            with recorder.watching(model), recorder:
+            with recorder.watching(model, shadow.live), recorder:
                 result = model(*args, **kwargs)
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
     recording.graph.output(tuple(outputs.values()))
@@ -242,9 +247,10 @@ def _indices(tensor: Tensor) -> Tensor | None:
 def run_once(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """The outputs of `model` in eval mode, without gradients; model, inputs and random state stay as they were."""
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
-    with preserved_random_state(), torch.no_grad(), lent(model, shield, track=False):
-        model.eval()
-        return model(*args, **kwargs)
+    shadow = shadow_of(model, lambda _, tensor: shield(tensor), tracked=False)
+    with preserved_random_state(), torch.no_grad():
+        shadow.model.eval()
+        return shadow.model(*args, **kwargs)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup = nothing_known) -> Trace:

@@ -16,14 +16,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only what stands above it; those of one line do not import each other.
 ORDER = (
     ("errors", "files", "hardware"),
-    ("extras", "ranks"),
+    ("extras", "polynomials", "ranks"),
     ("wrapping",),
     ("tracing",),
     ("channels",),
     ("groups",),
     ("axes",),
-    ("graph",),
     ("cost",),
+    ("graph",),
     ("importance",),
     ("surgery",),
     ("pretrained",),

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from structprune.channels.propagate import has_rule
 from structprune.channels.relations import Survivors
 from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
-from structprune.tracing.recorder import Recorder
-from structprune.tracing.state import held_tensors, lent, shield
+from structprune.surgery.reference import Reference, sites_of
+from structprune.surgery.streamed import streamed
+from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import (
     ExampleInputs,
-    Trace,
     as_call,
     chosen_names,
     map_tensors,
@@ -31,11 +29,8 @@ from structprune.tracing.trace import (
     run_once,
     tensors_in,
 )
-from structprune.tracing.vocabulary import Call
 from structprune.wrapping import prunable
 
-_WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
-_SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm", "softmax", "_softmax", "python.softmax"}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -50,6 +45,9 @@ class Report:
         shapes: shapes of the outputs.
         tolerance: what counts as equal in the precision that was used.
         numbers: whether numbers were compared, or shapes only.
+        drawn: operations by which the forward draws random numbers in eval mode. Networks of different width cannot
+            draw the same ones, so each gave one number for all channels, dropout passed on what it got, and a coin gave
+            its probability.
     """
 
     max_relative_error: float
@@ -57,6 +55,7 @@ class Report:
     shapes: tuple[tuple[int, ...], ...]
     tolerance: float
     numbers: bool = True
+    drawn: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -65,9 +64,9 @@ class Report:
 
     def __str__(self) -> str:
         what = f"max relative error {self.max_relative_error:.2e}" if self.numbers else "shapes equal"
-        return (
-            f"{'equal' if self.ok else 'DIFFERENT'}: {what}, {len(self.errors)} outputs, tolerance {self.tolerance:g}"
-        )
+        random = f", with {', '.join(self.drawn)} held still" if self.drawn else ""
+        equal = "equal" if self.ok else "DIFFERENT"
+        return f"{equal}: {what}, {len(self.errors)} outputs, tolerance {self.tolerance:g}{random}"
 
     def raise_for_error(self) -> None:
         """Raise unless the outputs are equal.
@@ -80,118 +79,6 @@ class Report:
                 f"The pruned network differs from the original with the removed channels switched off: {self}. "
                 "Please report the model; name layers in ignore= to find the one that is wrong."
             )
-
-
-Site = tuple[str, int, int, str]
-
-
-class _Sites:
-    """Where an operation stands, in a way that loops of a length that data decide do not shift.
-
-    That is: the module, which of its calls, which operation of that call, and the operation's name.
-    """
-
-    def __init__(self) -> None:
-        self._calls: dict[str, int] = {}
-        self._number: dict[int, int] = {}
-        self._done: dict[int, int] = {}
-
-    def of(self, call: int, path: str, name: str) -> Site:
-        """The site of the next operation, called `name`, of call number `call`, of the module at `path`."""
-        if call not in self._number:
-            self._number[call] = self._calls[path] = self._calls.get(path, -1) + 1
-        return path, self._number[call], self._done.get(call, 0), name
-
-    def passed(self, call: int) -> None:
-        """That operation was recorded."""
-        self._done[call] = self._done.get(call, 0) + 1
-
-
-def _sites(trace: Trace) -> dict[int, Site]:
-    """The site of each operation of a trace, by its number."""
-    sites = _Sites()
-    found: dict[int, Site] = {}
-    for node in trace.nodes:
-        if node.op.startswith("call_") and node.meta["name"] != "part":
-            call = node.meta["call"]
-            found[node.meta["index"]] = sites.of(call, trace.calls[call].path if call >= 0 else "", node.meta["name"])
-            sites.passed(call)
-    return found
-
-
-class _Reference(Recorder):
-    """Runs the original, with norms and sums over thinned axes taken over the survivors."""
-
-    def __init__(self, names: dict[int, str], survivors: dict[Site, tuple[tuple[int, ...], list[Mask]]]) -> None:
-        super().__init__(names, has_rule, meta=False)
-        self._survivors = survivors
-        self._sites = _Sites()
-
-    def _node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
-        if op.startswith("call_") and name != "part":
-            self._sites.passed(self._stack[-1] if self._stack else -1)
-        return super()._node(op, target, args, kwargs, name)
-
-    def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        number = self._stack[-1] if self._stack else -1
-        path = self.recording.calls[number].path if number >= 0 else ""
-        found = self._survivors.get(self._sites.of(number, path, call.name))
-        if found is None:
-            result = super()._execute(call, func, args, kwargs)
-            return _off_over_off(result, *args) if call.name == "div" and not call.inplace else result
-        dims, masks = found
-        x: Tensor = args[0] if args else kwargs["input"]
-        keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
-        rest: list[Any] = list(args[1:])
-        if call.name == "group_norm":
-            return self._group_norm(func, x, rest, kwargs, keep[0])
-        small = _selected(x, dims, keep)
-        if call.name in _WITH_SHAPE:
-            first = x.dim() - len(rest[0])
-            rest[0] = tuple(small.shape[first:])
-            inner = [dim - first for dim in dims]
-            rest[1:3] = [_selected(t, inner, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
-        if call.name == "_weight_norm":
-            length: Tensor = args[1]
-            rest[0] = _selected(length, *_present(length, dims, keep))
-        result = func(small, *rest, **{key: value for key, value in kwargs.items() if key != "input"})
-        if call.name == "topk":  # the choices are numbered as the original numbers them
-            return torch.return_types.topk((result[0], keep[0][result[1]]))
-        same = isinstance(result, Tensor) and result.dim() == x.dim() and call.name in _SAME_SHAPE
-        return _scattered(result, x, dims, keep) if same else result
-
-    def _group_norm(self, func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], keep: Tensor) -> Tensor:
-        size = x.shape[1] // int(rest[0])
-        rest[0] = len(torch.unique(keep // size))
-        rest[1:3] = [t.index_select(0, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
-        return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
-
-
-def _off_over_off(result: Any, *operands: Any) -> Any:
-    """A quotient in which nothing over nothing is nothing: both belong to a channel that is off."""
-    if len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
-        return result
-    return torch.where((operands[0] == 0) & (operands[1] == 0), 0, result)
-
-
-def _present(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """Those of `dims` in which `x` is not broadcast."""
-    pairs = [(dim, index) for dim, index in zip(dims, keep, strict=True) if x.shape[dim] != 1]
-    return [dim for dim, _ in pairs], [index for _, index in pairs]
-
-
-def _selected(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
-    for dim, index in zip(dims, keep, strict=True):
-        x = x.index_select(dim, index)
-    return x
-
-
-def _scattered(small: Tensor, like: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
-    for dim, index in zip(dims, keep, strict=True):
-        shape = list(small.shape)
-        shape[dim] = like.shape[dim]
-        small = small.new_zeros(shape).index_copy(dim, index, small)
-    return small
 
 
 def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
@@ -216,37 +103,42 @@ def _thinned(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[
             yield survivors, masks
 
 
-def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInputs) -> Any:
-    """Outputs of `original` with the channels that `edits` removes switched off; the model is left as it was.
+def _switched_off(
+    graph: ChannelGraph, edits: Edits, dead: Mask | None, kind: torch.dtype | None
+) -> tuple[Any, set[str]]:
+    """Outputs of the graph's model with the channels that `edits` removes switched off, and what drew random numbers.
 
-    Every removed slice of a parameter or buffer is zero; norms, means and sums over thinned axes run over the
-    survivors.
+    Every removed slice of a parameter or buffer is zero; norms over thinned axes run over the survivors.
     """
-    graph = ChannelGraph(original, example_inputs, outputs=edits.outputs)
-    sites = _sites(graph.trace)
-    thinned = _thinned(graph, dead_components(graph, edits))
-    survivors = {sites[s.node]: (s.dims, masks) for s, masks in thinned if s.node in sites}  # not those of training
-    zeroed: dict[int, Any] = {}
-    for name, held in held_tensors(original).items():
-        zeroed.setdefault(id(held.tensor), _zeroed(name, held.tensor, edits))  # a plan names a tied tensor once
-    off = copy.deepcopy(original, zeroed)
-    args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
-    with preserved_random_state(), torch.no_grad(), lent(off, shield) as names:
-        off.eval()
-        recorder = _Reference(names, survivors)
-        for tensor in tensors_in((args, kwargs)):
-            recorder.remember(tensor, recorder.input_node())
-        with recorder.watching(off), recorder:
-            return off(*args, **kwargs)
+    model, inputs = graph.model, _inputs(graph.example_inputs, kind)
+    with preserved_random_state(), torch.no_grad(), streamed(model, edits.thinnings, kind) as mode:
+        model.eval()
+        with mode:
+            if kind is not None:
+                # What a forward does may depend on the precision: the operations are counted in that of this run.
+                graph, dead = ChannelGraph(model, inputs, outputs=edits.outputs), None
+            sites = sites_of(graph.trace)
+            thinned = _thinned(graph, dead_components(graph, edits) if dead is None else dead)
+            # Operations of the forward in training mode have no site.
+            recorder = Reference({sites[s.node]: (s.dims, masks) for s, masks in thinned if s.node in sites})
+            args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(inputs))
+            with recorder.watching(model), recorder:
+                return model(*args, **kwargs), mode.drawn
 
 
-def _zeroed(name: str, tensor: Tensor, edits: Edits) -> Tensor:
-    result = tensor.detach().clone()
-    for thinning in edits.thinnings:
-        if thinning.tensor == name and result.is_floating_point():
-            index = torch.tensor(thinning.removed, device=result.device)
-            result.index_fill_(thinning.dim, index, 0)
-    return nn.Parameter(result, requires_grad=False) if isinstance(tensor, nn.Parameter) else result
+def _outputs(model: nn.Module, example_inputs: ExampleInputs, kind: torch.dtype | None) -> Any:
+    """Outputs of a model as it is, in the type `kind`, with random draws held still."""
+    args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(_inputs(example_inputs, kind)))
+    with preserved_random_state(), torch.no_grad(), streamed(model, (), kind) as mode:
+        model.eval()
+        with mode:
+            return model(*args, **kwargs)
+
+
+def _inputs(example_inputs: ExampleInputs, kind: torch.dtype | None) -> ExampleInputs:
+    if kind is None:
+        return example_inputs
+    return map_tensors(lambda tensor: tensor.to(kind) if tensor.is_floating_point() else tensor, example_inputs)
 
 
 def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
@@ -277,8 +169,9 @@ def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
 def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: ExampleInputs) -> Report:
     """Compare `slim` with `original` whose removed channels are switched off.
 
-    Half-precision models are compared in float32 copies, models on the ``meta`` device by shape alone. Fake
-    quantization is off meanwhile.
+    Neither model is copied: weights are switched off one at a time, as the forward comes to them. A model in half
+    precision is compared in float32, one on the ``meta`` device by shape alone. Fake quantization is off meanwhile.
+    Random numbers that the forward draws are held still (see `Report.drawn`).
 
     Args:
         original: the model that `plan` was made for, unchanged.
@@ -297,27 +190,36 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: Ex
         >>> structprune.verify(model, plan.apply(model), plan, x).ok
         True
     """
-    original, slim = prunable(original), prunable(slim)
+    return verify_removal(ChannelGraph(prunable(original), example_inputs, outputs=plan.outputs), slim, plan)
+
+
+def verify_removal(graph: ChannelGraph, slim: nn.Module, plan: Edits, dead: Mask | None = None) -> Report:
+    """`verify` for a model whose channels are known.
+
+    Args:
+        graph: the coupled channels of the original.
+        slim: what ``plan.apply`` returned.
+        plan: the plan.
+        dead: the components of the graph that the plan removes; by default they are read off the plan.
+
+    Raises:
+        VerificationError: the outputs differ in number, shape or type.
+    """
+    original, slim = graph.model, prunable(slim)
     held = [h.tensor for h in held_tensors(original).values()]
     types = {t.dtype for t in held if t.is_floating_point()} or {torch.float32}
     if any(t.is_meta for t in held):
-        example_inputs = _mapped(example_inputs, lambda t: t.to("meta"))
-        ours = _kept_outputs(run_once(slim, example_inputs), plan)
-        errors = relative_errors(ours, _kept_outputs(run_once(original, example_inputs), plan))
+        inputs = map_tensors(lambda tensor: tensor.to("meta"), graph.example_inputs)
+        ours = _kept_outputs(run_once(slim, inputs), plan)
+        errors = relative_errors(ours, _kept_outputs(run_once(original, inputs), plan))
         return Report(0.0, errors, _shapes(ours), 0.0, numbers=False)
-    if types & {torch.float16, torch.bfloat16}:
-        original, slim = copy.deepcopy(original).float(), copy.deepcopy(slim).float()
-        example_inputs = _mapped(example_inputs, lambda t: t.float() if t.is_floating_point() else t)
-        types = {torch.float32}
+    kind = torch.float32 if types & {torch.float16, torch.bfloat16} else None
     with fake_quantization_off(original, slim):
-        ours = _kept_outputs(run_once(slim, example_inputs), plan)
-        errors = relative_errors(ours, _kept_outputs(switched_off(original, plan, example_inputs), plan))
-    tolerance = max(TOLERANCE.get(kind, 1e-3) for kind in types)
-    return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance)
-
-
-def _mapped(example_inputs: ExampleInputs, function: Any) -> ExampleInputs:
-    return map_tensors(function, example_inputs)
+        ours = _kept_outputs(_outputs(slim, graph.example_inputs, kind), plan)
+        reference, drawn = _switched_off(graph, plan, dead, kind)
+    errors = relative_errors(ours, _kept_outputs(reference, plan))
+    tolerance = max(TOLERANCE.get(kind or held_kind, 1e-3) for held_kind in types)
+    return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance, drawn=tuple(sorted(drawn)))
 
 
 def _kept_outputs(outputs: Any, plan: Edits) -> list[Tensor]:

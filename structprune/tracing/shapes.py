@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Shortcut = Callable[..., Tensor | None]
+Shortcut = Callable[..., Any]
 
 
 def _same(x: Any, *_: Any, **named: Any) -> Tensor | None:
@@ -85,6 +85,23 @@ def _grouped(x: Any, weight: Any, offs: Any = None, **named: Any) -> Tensor | No
     return torch.empty((x.shape[0], weight.shape[2]), dtype=x.dtype, device=x.device) if same else None
 
 
+def _recurrent(x: Any, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, ...] | None:
+    """A stack of recurrent layers over padded sequences; its steps are a loop in Python on ``meta``."""
+    states: list[Any] = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    if x.dim() != 3 or len(rest) != 6 or not isinstance(weights, (tuple, list)):
+        return None  # packed sequences hand over their lengths in place of `hx`
+    layers, both, batch_first = int(rest[1]), bool(rest[4]), bool(rest[5])
+    batch = x.shape[0] if batch_first else x.shape[1]
+    first = weights[0]
+    plain = all(state.dim() == 3 and tuple(state.shape[:2]) == (layers * (1 + both), batch) for state in states)
+    if not plain or first.shape[1] != x.shape[2] or any(t.dtype != x.dtype for t in (*states, *weights)):
+        return None
+    # As the operation gives it: steps are outer to samples in memory.
+    steps = x.shape[1] if batch_first else x.shape[0]
+    out = torch.empty((steps, batch, states[0].shape[2] * (1 + both)), dtype=x.dtype, device=x.device)
+    return (out.transpose(0, 1) if batch_first else out, *(torch.empty_like(state) for state in states))
+
+
 _UNARY = (
     "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "hardtanh", "relu", "relu6", "elu", "dropout",
     "leaky_relu", "mish", "roll",
@@ -97,13 +114,14 @@ SHORTCUTS: dict[str, Shortcut] = {
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("add", "sub", "mul"), _pointwise),
     "cat": _cat,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     "_grouped_mm": _grouped,
     **dict.fromkeys(_UNARY, _same),
 }
 
 
-def shape_of_result(name: str, inplace: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The result of an operation on ``meta`` tensors, or None if the operation itself has to say."""
+def shape_of_result(name: str, inplace: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation on ``meta`` tensors: a tensor, several in a tuple, or None if it has to run itself."""
     if inplace:
         return args[0] if name in _UNARY and args else None
     shortcut = SHORTCUTS.get(name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,9 @@ INTERNAL = frozenset({
     "_load_state_dict_post_hooks", "_is_full_backward_hook", "training", "_is_hf_initialized", "_compiled_call_impl",
     "_structprune_kept", "_structprune_plans",
 })  # fmt: skip
+
+
+_NO_TENSORS = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, tuple, list})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ def held_tensors(model: nn.Module) -> dict[str, Held]:
         state = module.__dict__
         for store in (state["_parameters"], state["_buffers"], state):
             for key, value in store.items():
-                if isinstance(value, Tensor):
+                # Of the some thirty attributes of a module most are of these types: a look at the type is cheaper.
+                if type(value) not in _NO_TENSORS and isinstance(value, Tensor):
                     found[join(path, key)] = Held(module, key, store, value)
     return found
 
@@ -196,22 +200,28 @@ def shield(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True) -> Generator[dict[int, str]]:
+def lent(
+    model: nn.Module,
+    replace: Callable[[Tensor], Tensor],
+    track: bool = True,
+    held: Mapping[str, Held] | None = None,
+) -> Generator[dict[int, str]]:
     """Lend `model` to a trace: its tensors replaced through `replace`, its int attributes tracked if `track`.
 
-    Yields the names of the replaced tensors by ``id``. Everything is put back at the end, whatever happens.
+    `held` is what `held_tensors` gives for the model, where that is known already. Yields the names of the replaced
+    tensors by ``id``. Everything is put back at the end, whatever happens.
     """
     swapped: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     with ExitStack() as stack:
         stack.enter_context(_eager())
         stack.callback(_snapshot(model))
-        for name, held in held_tensors(model).items():
-            new = swapped.get(id(held.tensor))
+        for name, one in (held_tensors(model) if held is None else held).items():
+            new = swapped.get(id(one.tensor))
             if new is None:
-                new = swapped[id(held.tensor)] = replace(held.tensor)
+                new = swapped[id(one.tensor)] = replace(one.tensor)
                 names[id(new)] = name
-            held.store[held.key] = new
+            one.store[one.key] = new
         for module in model.modules():
             for key, value in list(module.__dict__.items()):
                 # nn.RNNBase keeps its parameters in a list as well.

@@ -62,8 +62,9 @@ class Trace:
         """Parameters of `model`, by the first of their names, that take no part."""
         reached = {str(node.target) for node in self.everything if node.meta["name"] == "parameter"}
         first = {names[0] for names in self.tensors.values()}
-        held = held_tensors(model)
-        return {name for name in first - reached if isinstance(held[name].tensor, nn.Parameter)}
+        missing = first - reached
+        held = held_tensors(model) if missing else {}
+        return {name for name in missing if isinstance(held[name].tensor, nn.Parameter)}
 
 
 def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -154,7 +155,7 @@ def _run(
     given = list(tensors_in((args, kwargs)))
     args, kwargs = map_tensors(replace, args), map_tensors(replace, kwargs)
     lend = stand_in if meta else shield
-    with preserved_random_state(), torch.no_grad(), lent(model, lend) as ids, tracked_numbers() as ledger:
+    with preserved_random_state(), torch.no_grad(), lent(model, lend, held=names) as ids, tracked_numbers() as ledger:
         model.eval()
         recorder = Recorder(ids, leaves, meta, lambda name: _indices(names[name].tensor))
         placeholders: list[fx.Node] = []

@@ -199,7 +199,9 @@ def prune(
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         inplace: change `model` itself and return it.
-        verify: compare the result with the original whose removed channels are switched off; costs two forwards.
+        verify: compare the result with the original whose removed channels are switched off. It costs a forward of
+            each, on the example inputs, and beside the two models the memory of their activations and of one large
+            weight at a time. In half precision the forwards run in float32, and the model is traced once more.
         options: those of `plan`: ``ratio``, ``target``, ``importance``, ``data``, ``loss``, ``forward``, ``ignore``,
             ``scope``, ``axes``, ``round_to``, ``min_channels``, ``max_ratio``, ``outputs``,
             ``latency``.

@@ -70,6 +70,7 @@ class ChannelGraph:
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
+        self._modules: dict[str, nn.Module] = {}
         self._pin_ignored()
         self._pin_caches()
         pin_unreached(self.model, self.trace, self.channels)
@@ -152,7 +153,9 @@ class ChannelGraph:
 
     def read(self, attribute: Attribute) -> int:
         """Value of an int attribute of the model."""
-        value: Any = self.model.get_submodule(attribute.module)
+        value: Any = self._modules.get(attribute.module)
+        if value is None:
+            value = self._modules[attribute.module] = self.model.get_submodule(attribute.module)
         for step in attribute.chain:
             value = value[step] if isinstance(step, int) else getattr(value, step)
         return value

@@ -45,7 +45,8 @@ def _normal(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if isinstance(mean, Tensor) or isinstance(std, Tensor):
         like: Tensor = mean if isinstance(mean, Tensor) else std
         return mean + std * torch.randn(1, dtype=like.dtype, device=like.device)
-    return mean + std * _fresh(torch.randn, (given["size"],), {k: v for k, v in kwargs.items() if k not in given})
+    size: Any = given["size"]
+    return mean + std * _fresh(torch.randn, (size,), {k: v for k, v in kwargs.items() if k not in given})
 
 
 def _coin(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -85,7 +86,7 @@ def _leaky(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 def _gumbel(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """``gumbel_softmax(logits, tau, hard, eps, dim)``: the same noise in all of them leaves the softmax."""
-    given = {"tau": 1.0, "hard": False, "dim": -1}
+    given: dict[str, Any] = {"tau": 1.0, "hard": False, "dim": -1}
     given |= dict(zip(("logits", "tau", "hard", "eps", "dim"), args, strict=False)) | kwargs
     logits: Tensor = given["logits"]
     soft = (logits / given["tau"]).softmax(given["dim"])

@@ -90,7 +90,9 @@ class Streamed(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one call of the torch API on the weights themselves."""
-        kwargs = kwargs or {}
+        return self._seen(func, args, kwargs or {})
+
+    def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = call_of(func, has_rule)
         if call.kind in (Kind.QUERY, Kind.SIZE):
             return func(*args, **kwargs)

@@ -32,7 +32,7 @@ from support.torchvision_shim import make_torchvision_importable
 from torch import nn
 
 import structprune
-from structprune.channels.propagate import has_rule
+from structprune.ops import op_of
 from structprune.tracing.trace import trace
 
 RATIO = 0.5
@@ -66,7 +66,7 @@ def parts(model: nn.Module, inputs: Any, repeats: int) -> dict[str, float]:
     found: dict[str, list[float]] = {"trace": [], "graph": [], "plan": [], "surgery": [], "copy": []}
     for _ in range(repeats):
         slim = copy.deepcopy(model)
-        found["trace"].append(seconds(lambda slim=slim: trace(slim, inputs, leaves=has_rule)))
+        found["trace"].append(seconds(lambda slim=slim: trace(slim, inputs, operations=op_of)))
         whole = seconds(lambda slim=slim: structprune.DependencyGraph(slim, inputs))
         found["graph"].append(max(0.0, whole - found["trace"][-1]))
         start = time.perf_counter()
@@ -143,7 +143,7 @@ def plan_only(quick: bool) -> Callable[[Report], None]:
             above, whole = peak_above(run)
             if not quick:
                 run()
-            steps = {"trace": seconds(lambda: trace(model, inputs, leaves=has_rule)), "plan": min(taken)}
+            steps = {"trace": seconds(lambda: trace(model, inputs, operations=op_of)), "plan": min(taken)}
         except Exception as error:  # recorded as what came of the model
             report({"ours_failed": one_line(error)})
             return

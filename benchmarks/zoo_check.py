@@ -17,7 +17,7 @@ from torch import nn
 from zoo_models.entry import Entry
 
 import structprune
-from structprune.channels.propagate import has_rule
+from structprune.ops import op_of
 from structprune.tracing.trace import trace
 
 # Switching the removed channels off must change the output by more than this, relative to its largest entry.
@@ -226,7 +226,7 @@ def checked(entry: Entry, ratios: tuple[float, ...]) -> Callable[[Report], None]
             return
         first.note(parameters=parameters(model))
         before = first.run("runs", lambda: shapes(oracle.call(model, inputs)))
-        first.run("traced", lambda: trace(model, inputs, leaves=has_rule))
+        first.run("traced", lambda: trace(model, inputs, operations=op_of))
         graph = first.run("solved", lambda: structprune.DependencyGraph(model, inputs))
         if first.failed:
             return

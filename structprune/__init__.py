@@ -3,8 +3,6 @@
 from structprune import training as training
 from structprune.api import plan, prune
 from structprune.benchmark import Benchmark, benchmark, layer_times
-from structprune.channels.rules.opaque import register_module_rule
-from structprune.channels.rules.table import rule as register_rule
 from structprune.cost import Cost, cost
 from structprune.dependency_graph import DependencyGraph
 from structprune.export.metadata import OnnxInfo, onnx_info
@@ -13,6 +11,9 @@ from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.latency.measure import Latency
+from structprune.ops.op import register_op
+from structprune.ops.op import register_op as register_rule
+from structprune.ops.opaque import register_module_rule
 from structprune.optimizers import remap_optimizer
 from structprune.plan import Plan
 from structprune.pruner import Pruner
@@ -62,6 +63,7 @@ __all__ = [
     "recover",
     "recovery_report",
     "register_module_rule",
+    "register_op",
     "register_rule",
     "remap_optimizer",
     "report",

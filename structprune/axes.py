@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
 from structprune.channels.propagate import Channels
-from structprune.channels.relations import Row
 from structprune.channels.solver import Components
 from structprune.groups import Group, Roots
+from structprune.ops import op_of
+from structprune.ops.arguments import tensors
+from structprune.ops.op import Scaling
+from structprune.ops.relations import Row
 from structprune.tracing.trace import Trace
 
 AXES = ("hidden", "mlp", "channels", "heads", "head_size", "experts")
-_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
-_CONTRACTIONS = _PRODUCTS | _CONVOLUTIONS | {"linear", "addmm", "mm", "bilinear", "python.einsum", "_grouped_mm"}
-_SUMS = frozenset({"add", "sub", "rsub"})
+# Dense stacks of weight matrices, one an expert, are no kernels of convolutions.
+_CONVOLUTIONS = frozenset({"convolution", "transposed"})
 _LEVEL = {"hidden": 1, "experts": 2, "heads": 3, "head_size": 4}
 
 
@@ -94,21 +94,26 @@ class _Reader:
             self._made_of[node] = (str(node.target),)
             self._held[str(node.target)] = self._rows(node)
             return
-        inputs = _tensors(node)
+        inputs = tensors(node)
         if name == "input" or any(n in self._computed for n in inputs):
             self._computed.add(node)
         else:
             self._made_of[node] = tuple(dict.fromkeys(x for n in inputs for x in self._made_of.get(n, ())))
-        if name in _CONTRACTIONS or name in _SUMS:
-            _READERS.get(name, _Reader.contraction)(self, node, inputs)
-        elif name == "scaled_dot_product_attention":
-            self.attention(inputs)
-        elif name == "embedding":
-            self.producers |= {(tensor, 1) for n in inputs for tensor in self._made_of.get(n, ())}
+        known = op_of(name)
+        if known is None:
+            return
+        if known.contraction is not None:
+            _READERS.get(known.contraction.kind, _Reader.contraction)(self, node, inputs)
+        elif known.elementwise and known.scaling is Scaling.SUM:
+            self.sum(node, inputs)
 
     # -- one function for each kind of operation -----------------------------------------------------------------
 
-    def attention(self, inputs: list[fx.Node]) -> None:
+    def embedding(self, node: fx.Node, inputs: list[fx.Node]) -> None:
+        """The width of a table."""
+        self.producers |= {(tensor, 1) for n in inputs for tensor in self._made_of.get(n, ())}
+
+    def attention(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Query, key and value: ``(..., heads, length, size)``."""
         for node in inputs[:3]:
             rows = self._rows(node)
@@ -141,7 +146,7 @@ class _Reader:
                 self.weights |= {(tensor, dim) for dim in range(rank)}
                 if not _is_depthwise(node, held):
                     self.producers |= {(tensor, dim) for dim in self._made(node, tensor)}
-                if rank == 3 and node.meta["name"] not in _CONVOLUTIONS and len(held.meta["shape"]) == 3:
+                if rank == 3 and _kind(node) not in _CONVOLUTIONS and len(held.meta["shape"]) == 3:
                     self._mark("experts", self._held[tensor][:1])
 
     def _made(self, node: fx.Node, tensor: str) -> Iterable[int]:
@@ -151,21 +156,22 @@ class _Reader:
 
 
 _READERS: dict[str, Callable[[_Reader, fx.Node, list[fx.Node]], None]] = {
-    **dict.fromkeys(_SUMS, _Reader.sum),
-    **dict.fromkeys(_PRODUCTS | {"python.einsum"}, _Reader.product),
+    "product": _Reader.product,
+    "einsum": _Reader.product,
+    "attention": _Reader.attention,
+    "embedding": _Reader.embedding,
 }
 
 
-def _tensors(node: fx.Node) -> list[fx.Node]:
-    found: list[Any] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
+def _kind(node: fx.Node) -> str:
+    known = op_of(node.meta["name"])
+    return known.contraction.kind if known is not None and known.contraction is not None else ""
 
 
 def _is_depthwise(node: fx.Node, weight: fx.Node) -> bool:
     """A depthwise convolution passes channels on; it makes none."""
     shape = weight.meta["shape"]
-    return node.meta["name"] in _CONVOLUTIONS and shape[1] == 1 and _tensors(node)[0].meta["shape"][1] == shape[0] > 1
+    return _kind(node) in _CONVOLUTIONS and shape[1] == 1 and tensors(node)[0].meta["shape"][1] == shape[0] > 1
 
 
 def roles(recorded: Trace, channels: Channels, components: Components, roots: Roots) -> Roles:

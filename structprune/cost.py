@@ -15,21 +15,15 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, fx, nn
 
-from structprune.channels.propagate import Channels, has_rule, propagate
-from structprune.channels.relations import Row
+from structprune.channels.propagate import Channels, propagate
+from structprune.ops import op_of
+from structprune.ops.relations import Row
 from structprune.polynomials import Evaluator, Polynomial, total
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable
 
 Count = Callable[[Row], int]
-
-# Results that share the memory of their first argument.
-VIEWS = frozenset({
-    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "unsqueeze", "squeeze", "getitem",
-    "select", "narrow", "chunk", "split", "unbind", "expand", "T", "mT", "t", "detach", "part", "contiguous",
-    "view_as", "expand_as", "python.split", "split_with_sizes", "dropout",
-})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,64 +75,18 @@ def _volume(rows: tuple[Row, ...], count: Count) -> int:
     return prod(count(row) for row in rows)
 
 
-def _tensors(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-    fx.map_arg((node.args, node.kwargs), found.append)  # keeps the order, and repeats
-    return found
-
-
 def node_macs(node: fx.Node, channels: Channels, count: Count) -> int:
     """Multiply-accumulates of one operation when `count` gives the number of living channels of each row."""
-    name = node.meta["name"]
-    if name in ("conv1d", "conv2d", "conv3d"):
-        weight = _rows(channels, _tensors(node)[1])
-        return _volume(_rows(channels, node), count) * _volume(weight[1:], count)
-    if name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
-        x, weight = (_rows(channels, n) for n in _tensors(node)[:2])
-        return _volume(x, count) * _volume(weight[1:], count)
-    if name in ("linear", "matmul", "mm", "bmm", "mv", "dot", "cdist"):
-        x = _rows(channels, _tensors(node)[0])
-        return _volume(_rows(channels, node), count) * count(x[-1])
-    if name in ("addmm", "baddbmm", "addmv"):
-        x = _rows(channels, _tensors(node)[1])
-        return _volume(_rows(channels, node), count) * count(x[-1])
-    if name == "scaled_dot_product_attention":
-        query, key, value = (_rows(channels, n) for n in _tensors(node)[:3])
-        scores = _volume(query[:-1], count) * count(key[-2])
-        return scores * (count(query[-1]) + count(value[-1]))
-    if name == "bilinear":
-        weight = _rows(channels, _tensors(node)[2])
-        return _volume(_rows(channels, node), count) * _volume(weight[1:], count)
-    if name == "python.einsum":
-        return _einsum_macs(node, channels, count)
-    if name in _RECURRENT:
-        steps = _volume(_rows(channels, _tensors(node)[0])[:-1], count)
-        weights = [_rows(channels, n) for n in _tensors(node)[1:] if n.meta["name"] == "parameter"]
-        return steps * sum(_volume(rows, count) for rows in weights if len(rows) == 2)
-    return 0
-
-
-_RECURRENT = frozenset(
-    kind + suffix for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for suffix in ("", "_cell")
-)  # fmt: skip
-
-
-def _einsum_macs(node: fx.Node, channels: Channels, count: Count) -> int:
-    equation = node.args[0]
-    tensors = _tensors(node)
-    if not isinstance(equation, str) or len(tensors) < 2:
+    known = op_of(node.meta["name"])
+    if known is None or known.macs is None:
         return 0
-    sizes: dict[str, int] = {}
-    hidden = 1
-    for term, tensor in zip(equation.replace(" ", "").split("->")[0].split(","), tensors, strict=True):
-        rows = list(_rows(channels, tensor))
-        letters, dots = term.replace("...", ""), len(rows) - len(term.replace("...", ""))
-        if "..." in term:
-            at = term.index("...")
-            hidden = max(hidden, _volume(tuple(rows[at : at + dots]), count))
-            rows[at : at + dots] = []
-        sizes |= {letter: max(sizes.get(letter, 1), count(row)) for letter, row in zip(letters, rows, strict=True)}
-    return hidden * prod(sizes.values())
+    return known.macs(node, lambda source: _rows(channels, source), count)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a result lies in the memory of the operation's first argument, which it leaves as it was."""
+    known = op_of(node.meta["name"])
+    return node.meta["name"] == "part" or (known is not None and known.views)
 
 
 def _lifetimes(recorded: Trace, channels: Channels, count: Count) -> Iterator[tuple[int, int, int]]:
@@ -153,7 +101,7 @@ def _lifetimes(recorded: Trace, channels: Channels, count: Count) -> Iterator[tu
         if node.meta["name"] in ("parameter", "constant"):
             continue
         inputs = [owner[n] for n in node.all_input_nodes if n in owner]
-        shares = (node.meta["name"] in VIEWS or "writes" in node.meta) and inputs
+        shares = inputs and (is_view(node) or "writes" in node.meta)
         owner[node] = inputs[0] if shares else node
         for root in (*inputs, owner[node]):
             last[root] = index
@@ -279,5 +227,5 @@ def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
         32
     """
     model = prunable(model)
-    recorded = trace(model, example_inputs, leaves=has_rule)
+    recorded = trace(model, example_inputs, operations=op_of)
     return count_cost(model, recorded, propagate(recorded), lambda row: row.size)

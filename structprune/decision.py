@@ -16,7 +16,6 @@ from structprune.allocation.savings import savings
 from structprune.allocation.scopes import Curves, Scope, Steps, Unit, Worth, check_scope, lost, steps_of
 from structprune.allocation.scopes import as_json as scope_as_json
 from structprune.allocation.targets import Kept, Target, amounts, kept_for, target_of
-from structprune.channels.relations import Ids
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -24,6 +23,7 @@ from structprune.importance.base import Importance, check_scores, comparable
 from structprune.latency.predict import Moved, TimeModel
 from structprune.latency.specs import Use
 from structprune.latency.widths import Widths
+from structprune.ops.relations import Ids
 from structprune.planning import tensors_of
 
 

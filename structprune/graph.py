@@ -13,16 +13,17 @@ from torch import fx, nn
 
 from structprune.axes import Roles, roles
 from structprune.channels.fold import Fold, folds
-from structprune.channels.propagate import Channels, Invariant, has_rule, propagate
-from structprune.channels.relations import Ids, Row
+from structprune.channels.propagate import Channels, Invariant, propagate
 from structprune.channels.sizes import Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
 from structprune.channels.trials import Counter
 from structprune.channels.unreached import pin_unreached
-from structprune.channels.zeros import ZeroPass
+from structprune.channels.zeros import pin_what_is_not_zero
 from structprune.cost import CostModel
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
 from structprune.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
+from structprune.ops import op_of
+from structprune.ops.relations import Ids, Row
 from structprune.tracing.provenance import Attribute, Dim, leaves
 from structprune.tracing.state import Held, collection_paused, held_tensors
 from structprune.tracing.subgraph import layer_flow, module_graph, own_operations
@@ -66,7 +67,7 @@ class ChannelGraph:
     def _solve(self) -> None:
         for name in ("_groups", "costs", "roles", "roots", "slots"):
             self.__dict__.pop(name, None)
-        self.trace: Trace = trace(self.model, self.example_inputs, leaves=has_rule)
+        self.trace: Trace = trace(self.model, self.example_inputs, operations=op_of)
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
@@ -74,7 +75,7 @@ class ChannelGraph:
         self._pin_ignored()
         self._pin_caches()
         pin_unreached(self.model, self.trace, self.channels)
-        ZeroPass(self.trace, self.channels).run()
+        pin_what_is_not_zero(self.trace, self.channels)
         self.folds: list[Fold] = []
         scales = self.channels.relations.scales
         for scale, found in zip(scales, folds(self.trace, scales), strict=True):

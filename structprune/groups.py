@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from structprune.channels.relations import Ids, Row
 from structprune.channels.solver import Components
+from structprune.ops.relations import Ids, Row
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

@@ -9,12 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from structprune.axes import AXES
-from structprune.channels.relations import Ids
 from structprune.channels.sizes import literal_for
 from structprune.channels.solver import Mask
 from structprune.channels.trials import Counter
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
+from structprune.ops.relations import Ids
 from structprune.plan import AxisWidth, LayerWidth, Plan
 from structprune.pretrained import config_repairs
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning

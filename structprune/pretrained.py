@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from structprune.channels.relations import Row
 from structprune.channels.trials import Counter
 from structprune.errors import StructpruneError
 from structprune.graph import ChannelGraph
+from structprune.ops.relations import Row
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import Edits, Repair
 from structprune.tracing.provenance import (

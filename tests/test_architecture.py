@@ -19,6 +19,7 @@ ORDER = (
     ("extras", "polynomials", "ranks"),
     ("wrapping",),
     ("tracing",),
+    ("ops",),
     ("channels",),
     ("groups",),
     ("axes",),

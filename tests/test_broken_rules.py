@@ -13,7 +13,7 @@ from support.random_network import SIZE, RandomNetwork
 from torch import nn
 
 import structprune
-from structprune.channels.rules import RULES
+from structprune.ops import OPS
 
 all_cases()
 
@@ -25,7 +25,7 @@ def untied(c: Any, x: Any, *_: Any, **__: Any) -> Any:
 
 def swapped(c: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     """What is concatenated is taken to lie the other way round."""
-    return RULES_AS_THEY_ARE["cat"](c, list(reversed(tensors)), *args, **kwargs)
+    return RULES_AS_THEY_ARE["cat"].coupling(c, list(reversed(tensors)), *args, **kwargs)
 
 
 def unmoved(c: Any, x: Any, *_: Any, **__: Any) -> Any:
@@ -33,7 +33,7 @@ def unmoved(c: Any, x: Any, *_: Any, **__: Any) -> Any:
     return x.rows
 
 
-RULES_AS_THEY_ARE = dict(RULES)
+RULES_AS_THEY_ARE = dict(OPS)
 BROKEN = [
     ("add", untied, ((("Residual", (("Conv", 8, 3, True),), False),), "conv")),
     ("mul", untied, ((("Residual", (("Conv", 8, 3, True),), True),), "conv")),
@@ -53,7 +53,7 @@ def test_sees_a_broken_rule(operation: str, rule: Any, network: Any, monkeypatch
         return plan.apply(model), plan
 
     oracle.check(model, *pruned(), inputs)
-    monkeypatch.setitem(RULES, operation, rule)
+    monkeypatch.setitem(OPS, operation, dataclasses.replace(OPS[operation], coupling=rule))
     slim, plan = pruned()
     slim(inputs)  # it runs: only its numbers can tell
     with pytest.raises(AssertionError, match="relative error"):

@@ -17,8 +17,8 @@ from torch import nn
 from typer.main import get_command
 
 import structprune.errors
-from structprune.channels.rules import RULES
 from structprune.cli.app import app
+from structprune.ops import OPS
 from structprune.tracing.opaque import OPAQUE
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Tables of latency need not be good ones.
     monkeypatch.setattr("structprune.latency.measure.SECONDS", 1.0)
-    tables = [(table, dict(table)) for table in (RULES, OPAQUE)]
+    tables = [(table, dict(table)) for table in (OPS, OPAQUE)]
     yield
     for table, before in tables:
         table.clear()

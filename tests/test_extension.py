@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from support.snapshot import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import structprune
-from structprune.channels.rules import RULES
 from structprune.errors import RuleError, TraceError, VerificationError
+from structprune.ops import OPS
 from structprune.tracing.opaque import OPAQUE
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -26,9 +27,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 @pytest.fixture(autouse=True)
 def tables() -> Iterator[None]:
     """What a test registers is gone afterwards."""
-    rules, opaque = dict(RULES), dict(OPAQUE)
+    rules, opaque = dict(OPS), dict(OPAQUE)
     yield
-    for table, before in ((RULES, rules), (OPAQUE, opaque)):
+    for table, before in ((OPS, rules), (OPAQUE, opaque)):
         table.clear()
         table.update(before)
 
@@ -163,10 +164,10 @@ def test_rules_of_the_wrong_size_and_rules_that_fail_are_named() -> None:
     def swap(c: Any, x: Any, y: Any) -> Any:
         return [x.rows, y.rows]
 
-    with pytest.raises(RuleError, match=r"rule of structprune_test::swap in the model .* gives rows of sizes \[3, 8\]"):
+    with pytest.raises(RuleError, match=r"gives rows of sizes \[3, 8\].*, in structprune_test::swap in the model"):
         structprune.plan(Swapped(False), normal(3, 6))
 
-    RULES["structprune_test::swap"] = lambda c, x: x.rows
+    OPS["structprune_test::swap"] = dataclasses.replace(OPS["structprune_test::swap"], coupling=lambda c, x: x.rows)
     with pytest.raises(RuleError, match="failed on structprune_test::swap in the model"):
         structprune.plan(Swapped(False), normal(3, 6))
 

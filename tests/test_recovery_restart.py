@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +10,8 @@ from torch import nn
 import structprune
 from structprune.graph import ChannelGraph
 from structprune.recovery import measuring
-from structprune.recovery.lockstep import Lane, Side, Walker, lanes, operations
-from structprune.recovery.restart import Keeper, Restarted, handed_over, restartable
+from structprune.recovery.lockstep import Lane, Side, lanes
+from structprune.recovery.restart import KeepingLane, handed_over, restartable, restarted
 
 
 class Plain(nn.Module):
@@ -52,25 +50,12 @@ class WritesItsInput(Plain):
         return super().forward(x)
 
 
-def output_of(model, x, graph, walker):
-    lane = Lane(model, x.clone(), graph.trace, operations(graph.trace), set(), walker)
+def output_of(model, x, graph, hooks=None):
+    lane = Lane(model, x.clone(), graph.trace, set(), hooks)
     try:
-        return lane.finish(), lane.walker
+        return lane.finish()
     finally:
         lane.cancel()
-
-
-class Counted(Restarted):
-    """Counts what is run."""
-
-    run = 0
-
-    def _execute(self, call, func, args, kwargs):
-        def counted(*args, **kwargs):
-            type(self).run += 1
-            return func(*args, **kwargs)
-
-        return super()._execute(call, counted, args, kwargs)
 
 
 @pytest.mark.parametrize("make", [Plain, InPlace])
@@ -79,26 +64,32 @@ def test_a_forward_begun_anywhere_ends_the_same(make):
     model, x = make().eval(), torch.randn(2, 3, 5, 5)
     graph = ChannelGraph(model, x[:1])
     assert restartable(graph.trace)
-    nodes = operations(graph.trace)
-    wanted, _ = output_of(model, x, graph, Walker)
-    numbers = [node.meta["index"] for node in nodes]
-    with lanes(model, [x.clone()], graph.trace, {(number, Side.BEFORE) for number in numbers}, Keeper) as (kept,):
+    numbers = list(graph.trace.keys)
+    wanted = output_of(model, x, graph)
+    run = []
+
+    def counted(operation):
+        run.append(operation)
+        return operation()
+
+    with lanes(KeepingLane, model, [x.clone()], graph.trace, {(number, Side.BEFORE) for number in numbers}) as (kept,):
         for place, number in enumerate(numbers):
             kept.until((number, Side.BEFORE))
             for _ in range(2):  # what one writes over must be whole for the next
-                results = handed_over(graph.trace, number, kept.walker.results)
-                Counted.run = 0
-                found, _ = output_of(model, x, graph, partial(Counted, start=number, results=results))
+                run.clear()
+                given = restarted(graph.trace, number, handed_over(graph.trace, number, kept.results))
+                found = output_of(model, x, graph, {**dict.fromkeys(numbers, counted), **given})
                 assert torch.equal(found, wanted)
-                assert Counted.run <= len(nodes) - place
+                assert len(run) == len(numbers) - place
         assert torch.equal(kept.finish(), wanted)
-        assert not kept.walker.asked
+        assert not kept.replay.asked
 
 
 def test_what_is_not_needed_any_more_has_no_memory():
     model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))), torch.randn(3, 4)
     graph = ChannelGraph(model, x)
-    _, kept = output_of(model, x, graph, Keeper)
+    with lanes(KeepingLane, model, [x], graph.trace, set()) as (kept,):
+        kept.finish()
     sizes = [result.untyped_storage().nbytes() for result in kept.results.values()]
     assert sizes[:-1] == [4] * 4
     assert sizes[-1] == 48

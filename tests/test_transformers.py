@@ -12,7 +12,7 @@ from support.snapshot import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import structprune
-from structprune.channels.propagate import has_rule
+from structprune.ops import op_of
 from structprune.tracing.trace import trace
 
 VOCABULARY = 99
@@ -214,7 +214,7 @@ def test_masks_and_positions_need_no_weights(name: str) -> None:
     """Branches on masks are followed on stand-ins, so that models on the meta device can be planned."""
     network, inputs = made(MODELS[name])
     for given in (inputs, {**inputs, "use_cache": False} if name in CAUSAL else inputs):
-        assert not trace(network, given, leaves=has_rule).real
+        assert not trace(network, given, operations=op_of).real
     wanted = [(t.tensor, t.dim, len(t.removed)) for t in structprune.plan(network, inputs).thinnings]
     with torch.device("meta"):
         empty = type(network)(network.config)
@@ -225,7 +225,7 @@ def test_masks_and_positions_need_no_weights(name: str) -> None:
 def test_a_mask_with_padding_takes_the_other_branch() -> None:
     network, inputs = made(MODELS["llama"])
     inputs["attention_mask"][0, :3] = 0
-    assert not trace(network, inputs, leaves=has_rule).real
+    assert not trace(network, inputs, operations=op_of).real
     plan = structprune.plan(network, inputs, ratio=0.5)
     assert structprune.verify(network, plan.apply(network), plan, inputs).ok
 

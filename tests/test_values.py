@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import structprune
-from structprune.channels.propagate import has_rule
 from structprune.errors import PinnedError, TraceError
+from structprune.ops import op_of
 from structprune.tracing.trace import Trace, trace
 
 
 def traced(model: nn.Module, inputs: object) -> Trace:
-    return trace(model, inputs, leaves=has_rule)
+    return trace(model, inputs, operations=op_of)
 
 
 class Base(nn.Module):

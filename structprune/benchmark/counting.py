@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from structprune.channels.propagate import Channels, has_rule, propagate
-from structprune.cost import VIEWS, node_macs
+from structprune.channels.propagate import Channels, propagate
+from structprune.cost import is_view, node_macs
+from structprune.ops import op_of
 from structprune.tracing.trace import ExampleInputs, trace
 from structprune.wrapping import prunable
 
@@ -51,7 +52,7 @@ def count_model(model: nn.Module, inputs: ExampleInputs) -> dict[str, Counted]:
         (64, 256, {'product': 1}, 128)
     """
     model = prunable(model)
-    recorded = trace(model, inputs, leaves=has_rule)
+    recorded = trace(model, inputs, operations=op_of)
     channels = propagate(recorded)
     modules = dict(model.named_modules())
     macs: dict[str, int] = {}
@@ -59,7 +60,7 @@ def count_model(model: nn.Module, inputs: ExampleInputs) -> dict[str, Counted]:
     kinds: dict[str, dict[str, int]] = {}
     for node in recorded.nodes:
         name = node.meta["name"]
-        if name in VIEWS or name in _NO_OPERATION:
+        if is_view(node) or name in _NO_OPERATION:
             continue
         call = node.meta["call"]
         path = recorded.calls[call].path if call >= 0 else ""

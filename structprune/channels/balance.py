@@ -20,8 +20,8 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from structprune.channels.relations import Ids
 from structprune.errors import PlanError
+from structprune.ops.relations import Ids
 
 Mask = NDArray[np.bool_]
 

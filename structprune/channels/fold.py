@@ -16,27 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.channels.relations import Scale
+from structprune.ops import op_of
+from structprune.ops.arguments import arguments
+from structprune.ops.op import Scaling
+from structprune.ops.relations import Scale
 from structprune.tracing.provenance import plain
 from structprune.tracing.trace import Trace
-
-MOVEMENT = frozenset({
-    "view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "unsqueeze", "squeeze", "getitem",
-    "select", "narrow", "chunk", "split", "split_with_sizes", "unbind", "contiguous", "clone", "expand", "flip", "roll",
-    "T", "mT", "t", "python.split",
-})  # fmt: skip
-HOMOGENEOUS = frozenset({"neg", "to", "float", "half", "bfloat16", "double", "type_as", "dropout", "detach", "relu"})
-SUMS = frozenset({"add", "sub", "cat", "stack"})
-CONTRACTIONS = frozenset({"matmul", "bmm", "mm", "python.einsum"})
-AFFINE = {
-    "linear": -1,
-    "conv1d": 1,
-    "conv2d": 1,
-    "conv3d": 1,
-    "layer_norm": -1,
-    "rms_norm": -1,
-    "batch_norm": 1,
-}  # the dimension of a layer's channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +39,11 @@ class Fold:
 
     scale: Scale
     carriers: tuple[Carrier, ...]
+
+
+def _scaling(node: fx.Node) -> Scaling:
+    known = op_of(node.meta["name"])
+    return Scaling.NONE if known is None else known.scaling
 
 
 class _NoCarrierError(Exception):
@@ -180,17 +170,19 @@ class _Search:
         name = node.meta["name"]
         if name == "parameter":
             return [Carrier(str(node.target), *_line(mask))]
-        if name == "part" and isinstance(parent := node.args[0], fx.Node) and parent.meta["name"] in MOVEMENT:
+        if name == "part" and isinstance(parent := node.args[0], fx.Node) and _scaling(parent) is Scaling.MOVES:
             self._back(parent, node.args[1], mask)
-        elif name in MOVEMENT:
+            return []
+        scaling = _scaling(node)
+        if scaling is Scaling.MOVES:
             self._back(node, None, mask)
-        elif name in HOMOGENEOUS:
+        elif scaling is Scaling.HOMOGENEOUS:
             self._ask(_tensors(node)[0], mask)
-        elif name in SUMS or name in CONTRACTIONS:
+        elif scaling is Scaling.SUM or scaling is Scaling.CONTRACTION:
             self._whole(node, mask)
-        elif name in ("mul", "div"):
+        elif scaling is Scaling.PRODUCT:
             self._product(node, mask)
-        elif name in AFFINE:
+        elif scaling is Scaling.LAYER:
             self._affine(node, mask)
         else:
             raise _NoCarrierError
@@ -204,7 +196,7 @@ class _Search:
         tensors = _tensors(node)
         if not self._cache.is_full(mask) or (node.meta["name"] in ("add", "sub") and len(tensors) < 2):
             raise _NoCarrierError  # adding a number is not homogeneous
-        for tensor in tensors if node.meta["name"] in SUMS else tensors[:1]:
+        for tensor in tensors if _scaling(node) is Scaling.SUM else tensors[:1]:
             self._ask(tensor, self._cache.full(tensor.meta["shape"]))
 
     def _product(self, node: fx.Node, mask: Tensor) -> None:
@@ -225,16 +217,19 @@ class _Search:
 
     def _affine(self, node: fx.Node, mask: Tensor) -> None:
         """Scale the weight and bias of a layer: the entries that make the masked channels."""
-        name = node.meta["name"]
-        parameters = list(_tensors(node)[1:])
-        if name in ("batch_norm", "instance_norm"):
-            parameters = [t for t in (node.args[1], node.args[2]) if isinstance(t, fx.Node)]
-        along = self._cache.along(mask, AFFINE[name])
+        known = op_of(node.meta["name"])
+        assert known is not None
+        learnt = known.norm or known.contraction
+        assert learnt is not None
+        given = arguments(node)
+        named = (given.get(learnt.weight), given.get(learnt.bias))
+        parameters = [parameter for parameter in named if isinstance(parameter, fx.Node)]
+        along = self._cache.along(mask, known.channel_dim)
         if along is None or not parameters:
             raise _NoCarrierError
         for parameter in parameters:
             shape = parameter.meta["shape"]
-            if len(shape) > 1 and name in ("layer_norm", "rms_norm"):
+            if len(shape) > 1 and known.norm is not None:
                 raise _NoCarrierError
             self._ask(parameter, along.view(-1, *[1] * (len(shape) - 1)).expand(shape))
 
@@ -251,7 +246,7 @@ class _Search:
         for user in node.users:
             if user in self._masks or user.op == "output" or self._once(user, node):
                 continue
-            if user.meta["name"] not in MOVEMENT or _tensors(user)[0] is not node:
+            if _scaling(user) is not Scaling.MOVES or _tensors(user)[0] is not node:
                 raise _NoCarrierError
             for place, reached in enumerate(self._cache.forward(user, mask)):
                 parts = [p for p in user.users if p.meta["name"] == "part" and p.args[1] == place]

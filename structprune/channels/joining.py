@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from structprune.channels.relations import Ids
+from structprune.ops.relations import Ids
 
 
 def joined(count: int, left: Ids, right: Ids) -> Ids:

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import Relations, Row
-from structprune.channels.rules import RULES, Context, Operand
-from structprune.channels.rules.table import operands_in
-from structprune.channels.rules.watch import call_watched
 from structprune.errors import RuleError, StructpruneError
+from structprune.ops import Context, Op, Operand, op_of
+from structprune.ops.arguments import positional
+from structprune.ops.context import operands_in
+from structprune.ops.relations import Relations, Row
+from structprune.ops.watch import call_watched
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Expression, Literal, SizeInt
 from structprune.tracing.trace import OutputName, Trace, chosen_names, describe, part_of
@@ -28,23 +29,22 @@ class Invariant:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """Rows of every node of a trace, and all that relates them; `held` are the numbers of the model's own tensors."""
+    """Rows of every node of a trace, and all that relates them; `held` are the numbers of the model's own tensors.
+
+    `unforeseen` are the operations whose record does not foresee the form of their call; their channels are pinned.
+    """
 
     rows: list[Any]
     relations: Relations
     invariants: list[Invariant]
     held: tuple[int, ...]
+    unforeseen: frozenset[int] = frozenset()
 
     def every_row(self) -> Iterator[Row]:
         """The rows of all tensors."""
         for rows in self.rows:
             for part in rows if isinstance(rows, list) else [rows]:
                 yield from part or ()
-
-
-def has_rule(name: str) -> bool:
-    """Whether an operation of this name has a rule."""
-    return name in RULES
 
 
 def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Channels:
@@ -75,7 +75,7 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
                     invariants.append(Invariant(number.expression, node.meta["where"]))
     _pin_outputs(context, trace, outputs)
     held = tuple(node.meta["index"] for node in trace.everything if node.meta["name"] == "parameter")
-    return Channels(rows, context.relations, invariants, held)
+    return Channels(rows, context.relations, invariants, held, frozenset(context.unforeseen))
 
 
 def _pin_outputs(context: Context, trace: Trace, outputs: Iterable[OutputName] | None) -> None:
@@ -117,8 +117,8 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
     kwargs = {key: operand(value, (key,)) for key, value in node.kwargs.items()}
     if node.target is getattr:
         args = args[:1]
-    if "input" in kwargs and node.target is not opaque_call:
-        args.insert(0, kwargs.pop("input"))
+    if node.target is not opaque_call and "::" not in node.meta["name"]:
+        args, kwargs = positional(node.meta["name"], node.target, args, kwargs)
     result = _ask(context, args, kwargs, node, trace)
     context.settle_numbers(list(operands_in(args, kwargs)))
     return result
@@ -127,31 +127,40 @@ def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
 def _ask(context: Context, args: list[Any], kwargs: dict[str, Any], node: fx.Node, trace: Trace) -> Any:
     """What the rule of `node` says; errors tell where."""
     name = node.meta["name"]
-    rule = RULES.get(name)
-    if rule is None:
+    known = op_of(name)
+    if known is None:
         operands = list(operands_in(args, kwargs))
         return context.pin_all(operands, f"there is no rule for the operation {describe(node, trace)}")
     try:
         if "::" in name:  # a custom operation
-            result = call_watched(context, rule, tuple(args), kwargs, name)
+            result = call_watched(context, known.coupling, tuple(args), kwargs, name)
         else:
-            result = rule(context, *args, **kwargs)
-    except StructpruneError as error:
-        raise RuleError(f"{error}, in {describe(node, trace)}, whose inputs are {_shapes(args)}") from error
-    except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        raise RuleError(
-            f"The rule {rule.__module__}.{rule.__qualname__} failed on {describe(node, trace)}, whose inputs are "
-            f"{_shapes(args)}: {type(error).__name__}: {error}"
-        ) from error
-    _check(result, context.shape, node, trace)
+            result = known.coupling(context, *args, **kwargs)
+        _check(result, context.shape, node)
+    except (StructpruneError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        if not known.own:
+            raise _blamed(error, known, args, describe(node, trace)) from error
+        # The library's own record does not foresee a call of this form: nothing may be removed there.
+        context.unforeseen.add(node.meta["index"])
+        operands = list(operands_in(args, kwargs))
+        return context.pin_all(operands, f"no rule foresees this form of {describe(node, trace)} ({error})")
     return result
+
+
+def _blamed(error: Exception, known: Op, args: list[Any], where: str) -> RuleError:
+    """The error of a user's rule, with where it happened and on what."""
+    inputs = f"whose inputs are {_shapes(args)}"
+    if isinstance(error, StructpruneError):
+        return RuleError(f"{error}, in {where}, {inputs}")
+    rule = f"{known.coupling.__module__}.{known.coupling.__qualname__}"
+    return RuleError(f"The rule {rule} failed on {where}, {inputs}: {type(error).__name__}: {error}")
 
 
 def _shapes(args: list[Any]) -> str:
     return ", ".join(str(list(value.shape)) for value in operands_in(args)) or "no tensors"
 
 
-def _check(result: Any, shape: Any, node: fx.Node, trace: Trace) -> None:
+def _check(result: Any, shape: Any, node: fx.Node) -> None:
     """A rule must give one row of the right size for each dimension."""
     if "shape" not in node.meta:
         return  # a write: no tensor of its own comes out
@@ -159,6 +168,5 @@ def _check(result: Any, shape: Any, node: fx.Node, trace: Trace) -> None:
     for rows, sizes in pairs:
         if sizes is not None and tuple(row.size for row in rows) != tuple(sizes):
             raise RuleError(
-                f"The rule of {describe(node, trace)} gives rows of sizes {[row.size for row in rows]} for a tensor of "
-                f"shape {list(sizes)}."
+                f"The rule gives rows of sizes {[row.size for row in rows]} for a tensor of shape {list(sizes)}"
             )

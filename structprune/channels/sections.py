@@ -11,8 +11,8 @@ import numpy as np
 
 from structprune.channels.balance import Balances, Machine, Mask, Region, Step, Table, table
 from structprune.channels.joining import joined
-from structprune.channels.relations import Balance, Expectation, Grid, Ids, Join, Relations, Row
 from structprune.channels.solver import Components
+from structprune.ops.relations import Balance, Expectation, Grid, Ids, Join, Relations, Row
 from structprune.tracing.provenance import Dim, leaves
 
 Movement = Balance | Join

@@ -11,13 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan, nan
 
 from structprune.channels.propagate import Channels, Invariant
-from structprune.channels.relations import Expectation, Row
 from structprune.channels.sections import Sections
 from structprune.channels.solver import Components
 from structprune.channels.trials import Counter, trials
 from structprune.errors import PlanError
+from structprune.ops.relations import Expectation, Row
 from structprune.tracing.provenance import (
     Arithmetic,
     Attribute,
@@ -32,6 +33,8 @@ from structprune.tracing.provenance import (
 )
 
 Number = float
+# Rounds of mending after which what fails is pinned; the most that a network needed so far is 6.
+_ROUNDS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class SizeSolver:
 
     def solve(self) -> tuple[Components, Sizes]:
         """Components of channels whose removal leaves every int right, and what to change."""
+        before, rounds = None, 0
         while True:
             components = Components(self._relations)
             balances = self._sections.settle(components)
@@ -107,9 +111,23 @@ class SizeSolver:
             if not failures:
                 break
             self._mend(failures)
+            # Each round must join or pin something, or try a tie that was not tried yet.
+            now = (components.count, int(components.pinned.sum()), len(self._attempted))
+            rounds += 1
+            if now == before or rounds > _ROUNDS:
+                if not components.roots.any():
+                    break  # nothing may go, so no int changes
+                self._pin_unsettled(failures)
+            before = now
         moving = {a: row for a, row in self._attributes.items() if self._moves(components, row)}
         literal = [e for e in self._expectations if _is_literal(e) and self._moves(components, e.row)]
         return components, Sizes(moving, literal, self._derived)
+
+    def _pin_unsettled(self, failures: list[Expectation | Invariant | Comparison]) -> None:
+        """The ints that fail neither follow nor stand still with their rows: then nothing that is counted may go."""
+        where = failures[0].where
+        for row in self._channels.every_row():
+            self._relations.pin(row, f"sizes that contradict each other are used at {where}")
 
     def _moves(self, components: Components, row: Row) -> bool:
         return row.free and not bool(components.pinned[components.of(row)].all())
@@ -162,7 +180,7 @@ class SizeSolver:
 
         for e in expectations:
             unknown = [leaf for leaf in leaves(e.expression) if isinstance(leaf, Attribute) and leaf not in known]
-            if not unknown or evaluate(e.expression, value) == count(e.row):
+            if not unknown or _evaluated(e.expression, value) == count(e.row):
                 continue
             for attribute in unknown:
                 solved = inverse(e.expression, attribute, count(e.row), value)
@@ -182,8 +200,8 @@ class SizeSolver:
         for e in self._expectations:
             if not _is_literal(e) and not self._holds(e, count, value):
                 raise PlanError(
-                    f"{e.expression} would be {evaluate(e.expression, value)} where {count(e.row)} channels are left, "
-                    f"at {e.where}. Remove other channels, or name the layer in ignore=."
+                    f"{e.expression} would be {_evaluated(e.expression, value)} where {count(e.row)} channels are "
+                    f"left, at {e.where}. Remove other channels, or name the layer in ignore=."
                 )
         for c in self._comparisons:
             if not self._holds(c, count, value):
@@ -204,11 +222,11 @@ class SizeSolver:
         value: Callable[[Dim | Attribute], Number],
     ) -> bool:
         if isinstance(check, Expectation):
-            return evaluate(check.expression, value) == count(check.row)
+            return _evaluated(check.expression, value) == count(check.row)
         if isinstance(check, Invariant):
-            return evaluate(check.expression, value) == evaluate(check.expression, self._before)
-        left, right = evaluate(check.left, value), evaluate(check.right, value)
-        return bool(check.function(left, right)) == check.outcome
+            return _evaluated(check.expression, value) == _evaluated(check.expression, self._before)
+        left, right = _evaluated(check.left, value), _evaluated(check.right, value)
+        return not (isnan(left) or isnan(right)) and bool(check.function(left, right)) == check.outcome
 
     def _before(self, leaf: Dim | Attribute) -> Number:
         return self._row(leaf).size if isinstance(leaf, Dim) else self._read(leaf)
@@ -291,7 +309,7 @@ class SizeSolver:
         return True
 
     def _size(self, expression: Expression) -> Number:
-        return evaluate(expression, self._before)
+        return _evaluated(expression, self._before)
 
     def _factor(self, expression: Expression) -> Row | None:
         if isinstance(expression, Dim):
@@ -310,6 +328,15 @@ class SizeSolver:
         if row.free and factor.free and row.key in keys and factor.key in keys:
             return [factor, row] if keys.index(factor.key) < keys.index(row.key) else [row, factor]
         return [factor, row]
+
+
+def _evaluated(expression: Expression, value: Callable[[Dim | Attribute], Number]) -> Number:
+    """Value of `expression`, or NaN, which equals nothing, where it has none: a quotient by 0, say."""
+    try:
+        found = evaluate(expression, value)
+    except (ZeroDivisionError, OverflowError, ValueError):
+        return nan
+    return found if isinstance(found, (int, float)) else nan  # a root of a negative number is complex
 
 
 def _is_literal(e: Expectation) -> bool:
@@ -343,7 +370,9 @@ def inverse(
     in_left = unknown in set(leaves(expression.left))
     if in_left and unknown in set(leaves(expression.right)):
         return None
-    known = evaluate(expression.right if in_left else expression.left, value)
+    known = _evaluated(expression.right if in_left else expression.left, value)
+    if isnan(known):
+        return None
     undo: dict[str, Callable[[Number, Number], Number]] = {"+": operator.sub, "*": operator.floordiv}
     if in_left:
         undo |= {"-": operator.add, "//": operator.mul}

@@ -14,7 +14,7 @@ import numpy as np
 
 from structprune.channels.balance import Balances, Mask
 from structprune.channels.joining import joined
-from structprune.channels.relations import Ids, Relations, Row
+from structprune.ops.relations import Ids, Relations, Row
 
 __all__ = ["Components", "Lattice", "Mask"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from structprune.channels.relations import Ids, Relations, Row
 from structprune.channels.solver import Components, Mask
+from structprune.ops.relations import Ids, Relations, Row
 
 # Shares of the channels that the trials remove; the last leaves one of each row, where branches and floors show.
 SHARES = (0.3, 0.5, 0.8, 1.0)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from structprune.channels.propagate import Channels
-from structprune.channels.relations import Row
+from structprune.ops.relations import Row
 from structprune.tracing.state import join
 from structprune.tracing.trace import Trace
 

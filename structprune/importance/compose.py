@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structprune.channels.relations import Ids, Row
 from structprune.channels.solver import Components
 from structprune.cost import node_macs
 from structprune.errors import PlanError
@@ -21,6 +20,7 @@ from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import Fittable, Importance, check_scores, importance_of
 from structprune.importance.data import Batches
+from structprune.ops.relations import Ids, Row
 
 Part = str | Importance
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structprune.channels.relations import Ids
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -26,6 +25,7 @@ from structprune.importance.observe import descend, losses, trained
 from structprune.importance.reduce import check_reduction, member_sums, reduced
 from structprune.importance.seen import Seen, Sums
 from structprune.importance.sites import Sites
+from structprune.ops.relations import Ids
 
 
 class Gates:

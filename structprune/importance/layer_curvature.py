@@ -51,7 +51,7 @@ class TappedLayer:
     output_dim: int
 
     @staticmethod
-    def of(seen: Seen, name: str) -> TappedLayer:
+    def of(seen: Seen) -> TappedLayer:
         """The layer at a tap.
 
         Raises:
@@ -59,10 +59,10 @@ class TappedLayer:
         """
         weight = seen.weight
         assert weight is not None
-        size = seen.x.shape[seen.dim]
+        size, name = seen.x.shape[seen.dim], seen.operation.call.name
         if name.startswith("conv"):
             transposed = name.startswith("conv_transpose")
-            _, args, kwargs = seen.call
+            args, kwargs = seen.operation.args, seen.operation.kwargs
             given = {**dict(zip(_NAMES[transposed], args, strict=False)), **kwargs}
             rest = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
             groups = int(rest.pop("groups", 1))
@@ -120,7 +120,7 @@ class TappedLayer:
             if self.transposed
             else one.repeat(size, *[1] * (one.dim() - 1))
         )
-        patches: Tensor = seen.call[0](x, eye, None, groups=size, **self.call)
+        patches: Tensor = seen.operation.func(x, eye, None, groups=size, **self.call)
         return patches.movedim(seen.dim, -1).reshape(-1, size * taps)
 
     def full(self) -> Tensor:
@@ -249,8 +249,7 @@ class _Moments:
         """The layer at a tap."""
         known = self._layers.get(seen.number)
         if known is None:
-            name = self.sites.taps[seen.number].key[0]
-            known = self._layers[seen.number] = TappedLayer.of(seen, name)
+            known = self._layers[seen.number] = TappedLayer.of(seen)
         return known
 
     def add(self, seen: Seen) -> None:

@@ -3,124 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from structprune.channels.propagate import has_rule
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.importance.data import Batches, samples_of
 from structprune.importance.seen import Seen
-from structprune.importance.sites import Key, Tap
+from structprune.importance.sites import Tap
+from structprune.tracing.calls import tensors_taken
+from structprune.tracing.replay import FoundCall, Replay
 from structprune.tracing.state import lent
-from structprune.tracing.trace import map_tensors, preserved_random_state, tensors_in
-from structprune.tracing.vocabulary import Kind, call_of
+from structprune.tracing.trace import Trace, map_tensors, preserved_random_state, tensors_in
 
 Visit = Callable[[Seen], Tensor | None]
 VisitResult = Callable[[Seen, Tensor], Tensor]
 
 
-class Watch(TorchFunctionMode):
+class Watch:
     """Hands the tensors of taps to `visit`, and puts what that returns, if anything, in their place.
 
     Args:
-        names: the names of the model's tensors by ``id``.
+        trace: of the model.
         taps: where to look.
         visit: called with each tapped tensor.
         visit_result: called with the result of each operation that has a tap on an argument.
     """
 
     def __init__(
-        self, names: dict[int, str], taps: Iterable[Tap], visit: Visit, visit_result: VisitResult | None = None
+        self, trace: Trace, taps: Iterable[Tap], visit: Visit, visit_result: VisitResult | None = None
     ) -> None:
-        super().__init__()
-        self._names = names
         self._visit, self._visit_result = visit, visit_result
-        self._wanted: dict[tuple[Key, int], list[tuple[int, Tap]]] = {}
+        wanted: dict[int, list[tuple[int, Tap]]] = {}
         for number, tap in enumerate(taps):
-            self._wanted.setdefault((tap.key, tap.occurrence), []).append((number, tap))
-        self._operations = {key[0] for key, _ in self._wanted}
-        self._counts: dict[Key, int] = {}
-        self._opening: list[Any] = []
-        self._left: set[tuple[Key, int]] = set()
+            wanted.setdefault(tap.operation, []).append((number, tap))
+        hooks = {operation: partial(self._operation, found) for operation, found in wanted.items()}
+        self._replay = Replay(trace, hooks, error=PlanError, begin=self._begin)
         self.samples = 1
-        self.forwards = 0
 
-    def start(self, inputs: Any) -> None:
-        """A forward of the model begins."""
-        self._counts.clear()
-        self._left = set(self._wanted)
+    @property
+    def forwards(self) -> int:
+        """How many forwards of the model were seen."""
+        return self._replay.forwards
+
+    def over(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """While the block runs, each forward of the model is seen."""
+        return self._replay.over(model)
+
+    def _begin(self, *inputs: Any) -> None:
         self.samples = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()), 1)
-        self.forwards += 1
 
-    def finish(self) -> None:
-        """A forward of the model ended.
-
-        Raises:
-            PlanError: it did not come by all taps.
-        """
-        if self._left:
-            _, tap = self._wanted[next(iter(self._left))][0]
-            raise PlanError(
-                f"On the data the forward did not come to {tap.where}, as it did on the example inputs. Give example "
-                "inputs of the same form as the data."
-            )
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run one call of the torch API."""
-        kwargs = kwargs or {}
-        call = call_of(func, has_rule)
-        if call.kind is Kind.QUERY or call.kind is Kind.SIZE:
-            return func(*args, **kwargs)
-        if call.inside is not None and call not in self._opening:
-            # As the recorder does: functions written in Python are looked into.
-            self._opening.append(call)
-            try:
-                with self:
-                    return call.inside(*args, **kwargs)
-            finally:
-                self._opening.pop()
-        if call.name not in self._operations:
-            return func(*args, **kwargs)
-        return self._operation(call.name, func, args, kwargs)
-
-    def _operation(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = list(tensors_in((args, kwargs)))
-        key = (name, tuple(self._names[id(t)] for t in tensors if id(t) in self._names))
-        occurrence = self._counts.get(key, 0)
-        self._counts[key] = occurrence + 1
-        wanted = self._wanted.get((key, occurrence))
-        if wanted is None:
-            return func(*args, **kwargs)
-        self._left.discard((key, occurrence))
-        call = (func, args, kwargs)
+    def _operation(self, wanted: list[tuple[int, Tap]], operation: FoundCall) -> Any:
+        tensors = list(tensors_taken([operation.args, operation.kwargs]))
         seen: list[Seen] = []
         for number, tap in wanted:
             if tap.operand >= 0:
-                seen.append(self._seen(number, tap, tensors[tap.operand], tensors, call))
+                seen.append(self._seen(number, tap, tensors[tap.operand], tensors, operation))
                 changed = self._visit(seen[-1])
                 if changed is not None:
-                    args, kwargs = _replaced((args, kwargs), tap.operand, changed)
-        result = func(*args, **kwargs)
+                    operation.args, operation.kwargs = _replaced(
+                        (operation.args, operation.kwargs), tap.operand, changed
+                    )
+        result = operation()
         for number, tap in wanted:
             if tap.operand < 0:
-                result = self._on_result(number, tap, result, tensors, call)
+                result = self._on_result(number, tap, result, tensors, operation)
         if self._visit_result is not None:
             for one in seen:
                 result = self._visit_result(one, result)
         return result
 
-    def _on_result(self, number: int, tap: Tap, result: Any, tensors: list[Tensor], call: Any) -> Any:
+    def _on_result(self, number: int, tap: Tap, result: Any, tensors: list[Tensor], operation: FoundCall) -> Any:
         several = isinstance(result, (tuple, list))
         x = result[tap.part] if several else result
-        changed = self._visit(self._seen(number, tap, x, tensors, call))
+        changed = self._visit(self._seen(number, tap, x, tensors, operation))
         if changed is None:
             return result
         if not several:
@@ -129,14 +89,14 @@ class Watch(TorchFunctionMode):
         items[tap.part] = changed
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
-    def _seen(self, number: int, tap: Tap, x: Tensor, tensors: list[Tensor], call: Any) -> Seen:
+    def _seen(self, number: int, tap: Tap, x: Tensor, tensors: list[Tensor], operation: FoundCall) -> Seen:
         if x.dim() < -tap.dim or x.shape[tap.dim] != tap.size:
             raise PlanError(
                 f"On the data a tensor of {tap.where} has the shape {list(x.shape)}, where dimension {tap.dim} should "
                 f"have {tap.size} channels as on the example inputs."
             )
         weight = tensors[tap.weight].detach() if tap.weight >= 0 else None
-        return Seen(number, x, tap.dim, weight, tap.weight_dim, self.samples, call, tap.where)
+        return Seen(number, x, tap.dim, weight, tap.weight_dim, self.samples, operation, tap.where)
 
 
 def _replaced(value: Any, operand: int, new: Tensor) -> Any:
@@ -157,8 +117,8 @@ def _stand_in(tensor: Tensor, gradients: bool) -> Tensor:
 
 
 @contextmanager
-def borrowed(model: nn.Module, *, gradients: bool = False) -> Generator[dict[int, str]]:
-    """The model in eval mode on stand-ins of its tensors; yields their names by ``id``.
+def borrowed(model: nn.Module, *, gradients: bool = False) -> Generator[None]:
+    """While the block runs, the model is in eval mode on stand-ins of its tensors.
 
     Afterwards the model, its mode, buffers, gradients and flags, and the random state are as they were.
 
@@ -175,35 +135,9 @@ def borrowed(model: nn.Module, *, gradients: bool = False) -> Generator[dict[int
             "importance='random'."
         )
     replace = partial(_stand_in, gradients=gradients)
-    with torch.inference_mode(False), preserved_random_state(), lent(model, replace, track=False) as names:
+    with torch.inference_mode(False), preserved_random_state(), lent(model, replace, track=False):
         model.eval()
-        yield names
-
-
-@contextmanager
-def watching(model: nn.Module, watch: Watch) -> Generator[None]:
-    """While the block runs, `watch` sees each forward of the model."""
-
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        watch.start((args, kwargs))
-        open_forwards.enter_context(watch)
-
-    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        open_forwards.close()
-        watch.finish()
-
-    open_forwards = ExitStack()
-
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True, prepend=True),
-    ]
-    try:
-        with open_forwards:  # a forward that raises does not come to its hook
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        yield
 
 
 def look(graph: ChannelGraph, batches: Batches, taps: Iterable[Tap], visit: Callable[[Seen, Any], None]) -> None:
@@ -213,12 +147,11 @@ def look(graph: ChannelGraph, batches: Batches, taps: Iterable[Tap], visit: Call
         PlanError: the data, or what the forward does on it, is not as it should be.
     """
     batch: Any = None
-    with borrowed(graph.model) as names, torch.no_grad():
-        watch = Watch(names, taps, lambda seen: visit(seen, batch))
+    watch = Watch(graph.trace, taps, lambda seen: visit(seen, batch))
+    with borrowed(graph.model), torch.no_grad(), watch.over(graph.model):
         for batch in batches.once("looking at activations"):
             forwards = watch.forwards
-            with watching(graph.model, watch):
-                batches.forward(graph.model, batch)
+            batches.forward(graph.model, batch)
             _require_forward(watch.forwards - forwards, "forward")
 
 
@@ -235,7 +168,7 @@ def losses(
     Args:
         model: the model, borrowed.
         batches: data and loss.
-        watch: sees each forward.
+        watch: follows the model.
         what: stands before the progress bar.
         by_sample: whether samples are run one by one.
 
@@ -245,8 +178,7 @@ def losses(
     for batch in batches.once(what):
         for piece in samples_of(batch) if by_sample else (batch,):
             forwards = watch.forwards
-            with watching(model, watch):
-                value = batches.loss(model, piece)
+            value = batches.loss(model, piece)
             _require_forward(watch.forwards - forwards, "loss")
             yield (value * watch.samples if batches.reduction == "mean" else value), watch.samples
 
@@ -272,8 +204,8 @@ def descend(
     Raises:
         PlanError: the data, the loss, or what the forward does on the data is not as it should be.
     """
-    with borrowed(graph.model) as names, torch.enable_grad():
-        watch = Watch(names, taps, visit, visit_result)
+    watch = Watch(graph.trace, taps, visit, visit_result)
+    with borrowed(graph.model), torch.enable_grad(), watch.over(graph.model):
         for value, samples in losses(graph.model, batches, watch, "looking at gradients"):
             after(value, samples)
 
@@ -281,8 +213,6 @@ def descend(
 @contextmanager
 def trained(graph: ChannelGraph) -> Generator[tuple[dict[str, Tensor], Watch]]:
     """The model's parameters by name, so that losses can be derived by them, and a watch that only counts forwards."""
-    with borrowed(graph.model, gradients=True) as names, torch.enable_grad():
-        yield (
-            {name: p for name, p in graph.model.named_parameters() if p.requires_grad},
-            Watch(names, (), lambda _: None),
-        )
+    watch = Watch(graph.trace, (), lambda _: None)
+    with borrowed(graph.model, gradients=True), torch.enable_grad(), watch.over(graph.model):
+        yield {name: p for name, p in graph.model.named_parameters() if p.requires_grad}, watch

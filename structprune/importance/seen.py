@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from structprune.errors import PlanError
 from structprune.ranks import all_summed
+from structprune.tracing.replay import FoundCall
 
 
 class Sums:
@@ -64,7 +64,7 @@ class Seen:
         weight: the tensor that sums the channels away, if there is one.
         weight_dim: the dimension of it that does.
         samples: size of the batch that the model was called on.
-        call: the operation and its arguments.
+        operation: what takes it or made it.
         where: operation, module and source line, for messages.
     """
 
@@ -74,7 +74,7 @@ class Seen:
     weight: Tensor | None
     weight_dim: int
     samples: int
-    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+    operation: FoundCall
     where: str
 
     def rows(self) -> Tensor:

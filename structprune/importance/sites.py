@@ -11,36 +11,28 @@ shows) at the last tensor that carries it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from torch import fx
 
-from structprune.channels.relations import Ids, Row
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
+from structprune.ops import op_of
+from structprune.ops.arguments import tensors
+from structprune.ops.op import Pair
+from structprune.ops.relations import Ids, Row
 from structprune.tracing.trace import describe, part_of
-
-Key = tuple[str, tuple[str, ...]]
-
-_CONVOLUTIONS = {f"conv{n}d": -(n + 1) for n in (1, 2, 3)}
-_TRANSPOSED = {f"conv_transpose{n}d": -(n + 1) for n in (1, 2, 3)}
-_PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv"})
-_SUMS_OF_PRODUCTS = frozenset({"addmm", "addmv", "baddbmm"})
 
 
 @dataclass(frozen=True, slots=True)
 class Tap:
     """A dimension of a tensor in the forward.
 
-    It is found again in a real run by the operation's name, the model's tensors among its arguments, and how many such
-    operations came before: so the run may take other inputs than the trace, and do more around it.
-
     Attributes:
-        key: canonical name of the operation, and the names of the model's tensors among its arguments, in order.
-        occurrence: how many operations of the same key come before it in a forward.
+        operation: number of the operation in the trace that takes or makes the tensor.
         operand: which of the operation's tensor arguments; -1 for its result.
         part: which of several results.
         dim: the dimension, counted from the end.
@@ -51,8 +43,7 @@ class Tap:
         where: operation, module and source line, for messages.
     """
 
-    key: Key
-    occurrence: int
+    operation: int
     operand: int
     part: int
     dim: int
@@ -72,69 +63,15 @@ class Reach:
     channels: Ids
 
 
-def operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor arguments of an operation in order, with repeats."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
-
-
-def key_of(node: fx.Node) -> Key:
-    """Name of an operation, with the names of the model's tensors that it takes."""
-    return node.meta["name"], tuple(str(n.target) for n in operands(node) if n.meta["name"] == "parameter")
-
-
-@dataclass(frozen=True, slots=True)
-class _Contraction:
-    """Argument `operand` of a node is summed over `dim` against `weight_dim` of argument `weight`."""
-
-    operand: int
-    dim: int
-    weight: int
-    weight_dim: int
-
-
-def _contractions(node: fx.Node, count: int) -> Iterator[_Contraction]:
+def _pairs(node: fx.Node) -> Iterable[Pair]:
     """The pairs of dimensions that an operation sums away, both ways round where neither side is the weight as such."""
-    name = node.meta["name"]
-    if name in _CONVOLUTIONS:
-        yield _Contraction(0, _CONVOLUTIONS[name], 1, 1)
-    elif name in _TRANSPOSED:
-        yield _Contraction(0, _TRANSPOSED[name], 1, 0)
-    elif name == "linear":
-        yield _Contraction(0, -1, 1, -1)
-    elif name in _PRODUCTS or name in _SUMS_OF_PRODUCTS:
-        left = count - 2
-        yield _Contraction(left, -1, left + 1, -2)
-        yield _Contraction(left + 1, -2, left, -1)
-    elif name == "scaled_dot_product_attention":
-        yield _Contraction(0, -1, 1, -1)
-    elif name == "bilinear":
-        yield _Contraction(0, -1, 2, 1)
-        yield _Contraction(1, -1, 2, 2)
-    elif name == "python.einsum" and isinstance(node.args[0], str):
-        yield from _einsum(node.args[0])
+    known = op_of(node.meta["name"])
+    return () if known is None or known.contraction is None else known.contraction.pairs(node)
 
 
-def _einsum(equation: str) -> Iterator[_Contraction]:
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if not arrow or len(terms) != 2:
-        return
-    left, right = terms
-    for letter in left.replace(".", ""):
-        if letter in right and letter not in output:
-            at, there = _place(left, letter), _place(right, letter)
-            yield _Contraction(0, at, 1, there)
-            yield _Contraction(1, there, 0, at)
-
-
-def _place(term: str, letter: str) -> int:
-    """The dimension of a letter: from the end, or from the front if an ellipsis stands behind it."""
-    before, dots, _ = term.partition("...")
-    if dots and letter in before:
-        return before.index(letter)
-    return term.rindex(letter) - len(term)
+def _is_transposed(node: fx.Node) -> bool:
+    known = op_of(node.meta["name"])
+    return known is not None and known.contraction is not None and known.contraction.kind == "transposed"
 
 
 def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozenset[str]]:
@@ -147,8 +84,8 @@ def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozen
     found: set[tuple[str, int]] = set()
     computed: set[str] = set()
     for node in graph.trace.nodes:
-        arguments = operands(node)
-        for c in _contractions(node, len(arguments)):
+        arguments = tensors(node)
+        for c in _pairs(node):
             if max(c.operand, c.weight) >= len(arguments) or arguments[c.weight] not in held:
                 continue
             if arguments[c.operand] in held:
@@ -194,9 +131,8 @@ class Sites:
         self._each_edge = each_edge
         self._entries: list[tuple[Ids, Ids]] = []
         self.taps: list[Tap] = []
-        self._occurrences = _occurrences(graph)
         held = _held(graph)
-        found = [(node, c) for node in graph.trace.nodes for c in _contractions(node, len(operands(node)))]
+        found = [(node, c) for node in graph.trace.nodes for c in _pairs(node)]
         for node, c in found:
             if self._side(node, c.weight) in held and self._side(node, c.operand) not in held:
                 self._end(node, c)
@@ -207,7 +143,7 @@ class Sites:
 
     @staticmethod
     def _side(node: fx.Node, operand: int) -> fx.Node | None:
-        arguments = operands(node)
+        arguments = tensors(node)
         return arguments[operand] if 0 <= operand < len(arguments) else None
 
     # -- finding -------------------------------------------------------------------------------------------------
@@ -238,14 +174,14 @@ class Sites:
             known = self._rows[key] = positions[keep], roots[keep]
         return known
 
-    def _end(self, node: fx.Node, c: _Contraction, uncovered: bool = False) -> None:
+    def _end(self, node: fx.Node, c: Pair, uncovered: bool = False) -> None:
         found = self._row(node, c.operand, c.dim)
         other = self._row(node, c.weight, c.weight_dim)
         if found is None or other is None:
             return
         side, row, dim = found
         positions, roots = self._members(row, other[1])
-        if node.meta["name"] in _TRANSPOSED:
+        if _is_transposed(node):
             positions, roots = self._not_handed_on(node, c, positions, roots)
         if uncovered:
             positions, roots = self._only_uncovered(positions, roots)
@@ -257,7 +193,7 @@ class Sites:
         self._seen.add(place)
         self._add(node, c.operand, 0, dim, row.size, side, positions, roots, c.weight, other[2])
 
-    def _not_handed_on(self, node: fx.Node, c: _Contraction, positions: Ids, roots: Ids) -> tuple[Ids, Ids]:
+    def _not_handed_on(self, node: fx.Node, c: Pair, positions: Ids, roots: Ids) -> tuple[Ids, Ids]:
         """Without the groups of a transposed convolution: its weight has them on the side that is summed away."""
         out = self._graph.channels.rows[node.meta["index"]][c.dim]
         weight = self._side(node, c.weight)
@@ -272,9 +208,8 @@ class Sites:
         weight: int = -1, weight_dim: int = 0,
     ) -> None:  # fmt: skip
         where = describe(node, self._graph.trace)
-        occurrence = self._occurrences[node]
-        at = side.meta["index"]
-        self.taps.append(Tap(key_of(node), occurrence, operand, part, dim, size, weight, weight_dim, at, where))
+        number, at = node.meta["index"], side.meta["index"]
+        self.taps.append(Tap(number, operand, part, dim, size, weight, weight_dim, at, where))
         self._entries.append((positions, roots))
 
     def _cover(self) -> None:
@@ -285,7 +220,7 @@ class Sites:
         keep = ~self._covered[roots]
         return positions[keep], roots[keep]
 
-    def _without_weight(self, found: list[tuple[fx.Node, _Contraction]]) -> None:
+    def _without_weight(self, found: list[tuple[fx.Node, Pair]]) -> None:
         """Channels that end at no weight: the first operand of a contraction of two activations."""
         self._cover()
         for node, c in found:
@@ -355,18 +290,6 @@ class Sites:
             Reach(int(number), self._position[entries[piece]], channels[piece])
             for number, piece in zip(numbers, pieces, strict=True)
         ]
-
-
-def _occurrences(graph: ChannelGraph) -> dict[fx.Node, int]:
-    """For each operation, how many of the same key come before it."""
-    counts: dict[Key, int] = {}
-    found: dict[fx.Node, int] = {}
-    for node in graph.trace.nodes:
-        if node.op.startswith("call_") and node.meta["name"] != "part":
-            key = key_of(node)
-            found[node] = counts.get(key, 0)
-            counts[key] = found[node] + 1
-    return found
 
 
 def _held(graph: ChannelGraph) -> set[fx.Node]:

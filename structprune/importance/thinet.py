@@ -71,7 +71,7 @@ class ThiNet(Unfitted):
 
         def visit(seen: Seen, _: object) -> None:
             if seen.number not in layers:
-                layers[seen.number] = TappedLayer.of(seen, sites.taps[seen.number].key[0])
+                layers[seen.number] = TappedLayer.of(seen)
             for rows in layers[seen.number].rows(seen, self._drawn(seen)):
                 # With a one behind the features, the same product holds their sums and their number.
                 wide = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)

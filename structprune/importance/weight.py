@@ -16,7 +16,7 @@ from structprune.groups import Group
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches
 from structprune.importance.reduce import check_reduction, floating, member_sums, reduced
-from structprune.importance.sites import operands
+from structprune.ops.arguments import tensors
 
 
 class _Version:
@@ -226,7 +226,7 @@ def norm_scales(graph: ChannelGraph, kinds: Iterable[str]) -> frozenset[str]:
     for node in graph.trace.nodes:
         if node.meta["name"] in kinds:
             # Only the scale and the shift are parameters, in this order.
-            held = [str(n.target) for n in operands(node)[1:] if n.meta["name"] == "parameter"]
+            held = [str(n.target) for n in tensors(node)[1:] if n.meta["name"] == "parameter"]
             parameters = [name for name in held if isinstance(_parameter(graph, name), nn.Parameter)]
             names.update(parameters[:1])
     return frozenset(names)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structprune.latency.specs import TRANSPOSED, OpSpec
+from structprune.latency.specs import OpSpec
 
 Point = tuple[OpSpec, tuple[int, ...]]
 # Of the runs of an operation nearly the fastest counts: other work on the machine only ever adds time.
@@ -38,7 +38,7 @@ def shapes(spec: OpSpec, widths: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [(*lead, at["query"], size), (*lead, at["key"], size), (*lead, at["key"], value)]
     image = tuple(length for name, length in at.items() if name[0] == "x")
     kernel = tuple(length for name, length in at.items() if name[0] == "k")
-    first, second = (at["in"], at["out"]) if spec.kind in TRANSPOSED else (at["out"], at["in"])
+    first, second = (at["in"], at["out"]) if spec.transposed else (at["out"], at["in"])
     return [(at["n"], at["groups"] * at["in"], *image), (at["groups"] * first, second, *kernel)]
 
 
@@ -51,7 +51,7 @@ def call_of(spec: OpSpec, widths: tuple[int, ...], operands: Sequence[Tensor]) -
     if spec.kind == "attention":
         causal = spec.option("causal", False)
         return lambda: F.scaled_dot_product_attention(operands[0], operands[1], operands[2], is_causal=causal)
-    names = ["stride", "padding", "dilation", *(["output_padding"] if spec.kind in TRANSPOSED else [])]
+    names = ["stride", "padding", "dilation", *(["output_padding"] if spec.transposed else [])]
     options = {name: spec.option(name) for name in names}
     groups = spec.at(widths)["groups"]
     function = getattr(F, spec.kind)

@@ -20,7 +20,7 @@ import numpy as np
 from structprune.errors import PlanError
 from structprune.export.files import require
 from structprune.latency.eager import Point, nearly_least, shapes
-from structprune.latency.specs import TRANSPOSED, OpSpec
+from structprune.latency.specs import OpSpec
 
 OPSET, IR = 18, 9
 # Weights lie in the file, which a protobuf bounds; so many bytes go into one.
@@ -134,7 +134,7 @@ def _add(file: _File, number: int, point: Point) -> None:
         y = file.node("MatMul", [shares, value], f"{name}y")
     else:
         w = file.weight(f"w{number}", dims[1], dtype)
-        op = "ConvTranspose" if spec.kind in TRANSPOSED else "Conv"
+        op = "ConvTranspose" if spec.transposed else "Conv"
         y = file.node(op, [x, w], f"{name}y", **_attributes(spec, widths))
         y = file.node("GlobalAveragePool", [y], f"g{number}")  # in the blocked layout, so that nothing is turned back
     file.result(y, dtype)
@@ -155,7 +155,7 @@ def _attributes(spec: OpSpec, widths: tuple[int, ...]) -> dict[str, Any]:
         found["auto_pad"] = "SAME_LOWER"
     elif padding != "valid":
         found["pads"] = [*padding, *padding]
-    if spec.kind in TRANSPOSED:
+    if spec.transposed:
         found["output_padding"] = list(spec.option("output_padding"))
     return found
 

@@ -11,12 +11,12 @@ import numpy as np
 from torch import fx
 
 from structprune.channels.propagate import Channels
-from structprune.channels.relations import Row
-from structprune.cost import VIEWS
+from structprune.cost import is_view
 from structprune.errors import PlanError
 from structprune.latency.specs import Count, Grouped, Use
 from structprune.latency.table import LatencyTable
 from structprune.latency.widths import Widths
+from structprune.ops.relations import Row
 from structprune.tracing.trace import Trace
 
 COARSER = 0.25
@@ -41,7 +41,7 @@ def moved(recorded: Trace, channels: Channels, others: Iterable[fx.Node] = ()) -
     found: dict[tuple[object, ...], Moved] = {}
     for node in recorded.nodes:
         name = node.meta["name"]
-        if node in left_out or name in VIEWS or name in _NO_OPERATION:
+        if node in left_out or name in _NO_OPERATION or is_view(node):
             continue
         for tensor in (node, *(n for n in node.all_input_nodes if n.meta["name"] not in ("parameter", "constant"))):
             shape = tensor.meta.get("shape")

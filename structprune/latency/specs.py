@@ -17,21 +17,15 @@ import torch
 from torch import fx
 
 from structprune.channels.propagate import Channels
-from structprune.channels.relations import Row
+from structprune.ops import op_of
+from structprune.ops.arguments import arguments, tensors
+from structprune.ops.op import Contraction
+from structprune.ops.relations import Row
 from structprune.tracing.provenance import plain
 from structprune.tracing.trace import Trace
 
 Count = Callable[[Row], int]
 Rows = tuple[Row, ...]
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")
-_NAMES = {
-    **dict.fromkeys(CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
-    **dict.fromkeys(
-        TRANSPOSED, ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-    ),
-}
 # A table has two axes at most; what else changes counts in proportion.
 MOST_AXES = 2
 
@@ -60,6 +54,11 @@ class OpSpec:
     def full(self) -> dict[str, int]:
         """The sizes as a mapping."""
         return dict(self.sizes)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return self.kind.startswith("conv_transpose")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -127,14 +126,20 @@ class Grouped(Use):
         return found | {"groups": groups, "in": found["in"] // groups, "out": found["out"] // groups}
 
 
+def _contraction(node: fx.Node) -> Contraction:
+    known = op_of(node.meta["name"])
+    assert known is not None
+    assert known.contraction is not None
+    return known.contraction
+
+
+def _kind(node: fx.Node) -> str:
+    known = op_of(node.meta["name"])
+    return "" if known is None or known.contraction is None else known.contraction.kind
+
+
 def _rows(channels: Channels, node: fx.Node) -> Rows:
     return channels.rows[node.meta["index"]]
-
-
-def _tensors(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
 
 
 def _lengths(rows: Rows) -> int:
@@ -159,20 +164,19 @@ def _use(kind: str, rows: Mapping[str, Rows], wanted: tuple[str, ...], node: fx.
 
 
 def _convolution(node: fx.Node, channels: Channels) -> Use:
-    kind = node.meta["name"]
-    given: dict[str, Any] = {**dict(zip(_NAMES[kind], node.args, strict=False)), **node.kwargs}
+    kind, given = node.meta["name"], arguments(node)
     x, weight, out = (_rows(channels, n) for n in (given["input"], given["weight"], node))
     dims = len(weight) - 2
-    transposed = kind in TRANSPOSED
+    transposed = _kind(node) == "transposed"
     options = {
-        "stride": _tuple(given.get("stride", 1), dims),
-        "padding": _tuple(given.get("padding", 0), dims),
-        "dilation": _tuple(given.get("dilation", 1), dims),
+        "stride": _tuple(given["stride"], dims),
+        "padding": _tuple(given["padding"], dims),
+        "dilation": _tuple(given["dilation"], dims),
     }
     if transposed:
-        options["output_padding"] = _tuple(given.get("output_padding", 0), dims)
+        options["output_padding"] = _tuple(given["output_padding"], dims)
     inputs, outputs = x[-dims - 1], out[-dims - 1]
-    groups = int(plain(given.get("groups", 1)))
+    groups = int(plain(given["groups"]))
     rows: dict[str, Rows] = {"n": x[:1] if len(x) == dims + 2 else (), "in": (inputs,), "out": (outputs,)}
     sizes = {"groups": groups, "in": inputs.size // groups, "out": outputs.size // groups}
     sizes |= {f"x{i}": row.size for i, row in enumerate(x[-dims:])}
@@ -186,8 +190,9 @@ def _convolution(node: fx.Node, channels: Channels) -> Use:
 
 
 def _product(node: fx.Node, channels: Channels) -> Use | None:
-    inputs = _tensors(node)
-    left, right = inputs[-2:] if node.meta["name"] in ("addmm", "baddbmm") else inputs[:2]
+    inputs = tensors(node)
+    pair = next(iter(_contraction(node).pairs(node)))
+    left, right = inputs[pair.operand], inputs[pair.weight]
     x, out = _rows(channels, left), _rows(channels, node)
     if len(x) < 2 or len(_rows(channels, right)) < 2:
         return None
@@ -200,7 +205,7 @@ def _product(node: fx.Node, channels: Channels) -> Use | None:
 
 
 def _attention(node: fx.Node, channels: Channels) -> Use:
-    query, key, value = (_rows(channels, n) for n in _tensors(node)[:3])
+    query, key, value = (_rows(channels, n) for n in tensors(node)[:3])
     rows: dict[str, Rows] = {
         "batch": query[:1] if len(query) > 3 else (),
         "heads": query[1:-2] if len(query) > 3 else query[:-2],
@@ -209,7 +214,7 @@ def _attention(node: fx.Node, channels: Channels) -> Use:
         "size": query[-1:],
         "value": value[-1:],
     }
-    causal = bool(node.kwargs.get("is_causal", node.args[5] if len(node.args) > 5 else False))
+    causal = bool(arguments(node)["is_causal"])
     return _use("attention", rows, ("heads", "size"), node, causal=causal)
 
 
@@ -217,14 +222,17 @@ def uses(recorded: Trace, channels: Channels) -> list[Use]:
     """The operations of a trace that the table holds, in order."""
     found: list[Use] = []
     for node in recorded.nodes:
-        name = node.meta["name"]
-        use: Use | None = None
-        if name in CONVOLUTIONS or name in TRANSPOSED:
-            use = _convolution(node, channels)
-        elif name in PRODUCTS:
-            use = _product(node, channels)
-        elif name == "scaled_dot_product_attention":
-            use = _attention(node, channels)
-        if use is not None:
-            found.append(use)
+        use = _USES.get(_kind(node))
+        made = None if use is None else use(node, channels)
+        if made is not None:
+            found.append(made)
     return found
+
+
+_USES: dict[str, Callable[[fx.Node, Channels], Use | None]] = {
+    "convolution": _convolution,
+    "transposed": _convolution,
+    "linear": _product,
+    "product": _product,
+    "attention": _attention,
+}

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from structprune.channels.relations import Row
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
+from structprune.ops.relations import Row
 
 # So many channels of a row live while channels of these groups (by number) live.
 Term = tuple[int, tuple[int, ...]]

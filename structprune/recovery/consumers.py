@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from structprune.channels.relations import Ids, Row
 from structprune.channels.solver import Mask
 from structprune.graph import ChannelGraph
-from structprune.recovery.contraction import ARGUMENTS
-
-_SAME = frozenset({"dropout", "contiguous", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"})
-NORMS = {
-    "batch_norm": {"weight": 1, "bias": 2},
-    "layer_norm": {"weight": 2, "bias": 3},
-    "rms_norm": {"weight": 2},
-    "group_norm": {"weight": 2, "bias": 3},
-    "instance_norm": {"weight": 1, "bias": 2},
-}
+from structprune.ops import layer_of, op_of
+from structprune.ops.arguments import arguments
+from structprune.ops.op import Norm
+from structprune.ops.relations import Ids, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +43,6 @@ class Consumer:
     def layer(self) -> str:
         """Path of the module that holds the weight."""
         return self.weight.rpartition(".")[0] or self.weight
-
-
-def norm_argument(node: fx.Node, place: int, keyword: str) -> Any:
-    """The argument of a call given by position or by keyword; None if left out."""
-    if keyword in node.kwargs:
-        return node.kwargs[keyword]
-    return node.args[place] if place < len(node.args) else None
 
 
 def by_batch(training: Any, variance: Any) -> bool:
@@ -115,7 +101,7 @@ def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
     found: list[Consumer] = []
     claimed: dict[int, int] = {}  # sums, and the last layer that ends in each
     for node in graph.trace.nodes:
-        if node.meta["name"] not in ARGUMENTS:
+        if layer_of(node.meta["name"]) is None:
             continue
         consumer = as_consumer(graph, node)
         if consumer is not None and graph.trace.nodes[consumer.target] in changed:
@@ -128,20 +114,16 @@ def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
     return sorted(found, key=lambda c: c.node)
 
 
-def _operand(node: fx.Node, which: str) -> Any:
-    names = {"addmm": {"bias": "input", "input": "mat1", "weight": "mat2"}}.get(node.meta["name"], {})
-    place = ARGUMENTS[node.meta["name"]].get(which)
-    return None if place is None else norm_argument(node, place, names.get(which, which))
-
-
 def as_consumer(graph: ChannelGraph, node: fx.Node, sums: bool = True) -> Consumer | None:
     """The operation as a layer to solve, answering for a sum behind it if `sums`; None if it holds no weight alone."""
-    weight, x = _held(_operand(node, "weight")), _operand(node, "input")
+    layer, given = layer_of(node.meta["name"]), arguments(node)
+    assert layer is not None
+    weight, x = _held(given.get(layer.weight)), given.get(layer.input)
     if weight is None or not isinstance(x, fx.Node):
         return None
     if node.meta["name"] == "addmm" and (node.kwargs.keys() & {"alpha", "beta"}):
         return None
-    own = _held(_operand(node, "bias"))
+    own = _held(given.get(layer.bias))
     return _followed(node, weight, own, sums)
 
 
@@ -152,13 +134,13 @@ def _followed(node: fx.Node, weight: str, own: str | None, sums: bool = True) ->
         name = user.meta["name"]
         if name == "batch_norm" and user.args and user.args[0] is at and node.meta["name"].startswith("conv"):
             norms.append(user.meta["index"])
-            shift = _held(norm_argument(user, NORMS[name]["bias"], "bias"))
+            shift = _held(arguments(user).get("bias"))
             if shift is not None:
                 bias, own_bias = shift, False
         elif name == "add" and sums and _is_sum(user, at):
             at = user
             break
-        elif name not in _SAME or user.meta.get("shape") != at.meta.get("shape"):
+        elif not _passes(user) or user.meta.get("shape") != at.meta.get("shape"):
             break
         at = user
     return Consumer(node.meta["index"], weight, bias, tuple(norms), at.meta["index"], own_bias=own_bias)
@@ -166,7 +148,19 @@ def _followed(node: fx.Node, weight: str, own: str | None, sums: bool = True) ->
 
 def _shortened(graph: ChannelGraph, consumer: Consumer) -> Consumer:
     node = graph.trace.nodes[consumer.node]
-    return _followed(node, consumer.weight, _held(_operand(node, "bias")), sums=False)
+    return _followed(node, consumer.weight, _own_bias(node), sums=False)
+
+
+def _own_bias(node: fx.Node) -> str | None:
+    layer = layer_of(node.meta["name"])
+    return None if layer is None else _held(arguments(node).get(layer.bias))
+
+
+def _passes(node: fx.Node) -> bool:
+    """Whether a forward in eval mode passes this operation unchanged: dropout, or a copy in another layout."""
+    return node.meta["name"] == "contiguous" or node.meta["name"].removesuffix("1d").removesuffix("2d").removesuffix(
+        "3d"
+    ).endswith("dropout")
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -189,14 +183,13 @@ def _is_sum(node: fx.Node, part: fx.Node) -> bool:
 def _norms(graph: ChannelGraph, changed: set[fx.Node]) -> Iterator[Consumer]:
     """Norms, and products with a held vector, of what has changed."""
     for node in graph.trace.nodes:
-        places = NORMS.get(node.meta["name"])
         if node not in changed:
             continue
-        number = node.meta["index"]
-        if places is not None:
-            weight = _held(norm_argument(node, places["weight"], "weight"))
-            bias = _held(norm_argument(node, places["bias"], "bias")) if "bias" in places else None
-            if weight is not None and _along_channels(graph, node):
+        known, number = op_of(node.meta["name"]), node.meta["index"]
+        if known is not None and known.norm is not None:
+            given = arguments(node)
+            weight, bias = _held(given.get(known.norm.weight)), _held(given.get(known.norm.bias))
+            if weight is not None and _along_channels(known.norm, given):
                 yield Consumer(number, weight, bias, (), number, diagonal=True)
         elif node.meta["name"] == "mul" and "writes" not in node.meta:
             weight = _factor(node)
@@ -204,11 +197,10 @@ def _norms(graph: ChannelGraph, changed: set[fx.Node]) -> Iterator[Consumer]:
                 yield Consumer(number, weight, None, (), number, diagonal=True)
 
 
-def _along_channels(graph: ChannelGraph, node: fx.Node) -> bool:
+def _along_channels(norm: Norm, given: dict[str, Any]) -> bool:
     """Whether a norm's weight has one dimension."""
-    name = node.meta["name"]
-    shape = norm_argument(node, 1, "normalized_shape")
-    return name not in ("layer_norm", "rms_norm") or (isinstance(shape, (tuple, list)) and len(shape) == 1)
+    shape = given.get(norm.shape)
+    return not norm.shape or (isinstance(shape, (tuple, list)) and len(shape) == 1)
 
 
 def _factor(node: fx.Node) -> str | None:

@@ -6,7 +6,7 @@ transposed one is a convolution over its input with zeros put in between. Only s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,30 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CONV = {"input": 0, "weight": 1, "bias": 2, "stride": 3, "padding": 4, "dilation": 5, "groups": 6}
-_TRANSPOSED = {
-    "input": 0, "weight": 1, "bias": 2, "stride": 3, "padding": 4, "output_padding": 5, "groups": 6, "dilation": 7,
-}  # fmt: skip
-# Names by which each operation knows its arguments; "input" is what is contracted with the weight.
-ARGUMENTS: dict[str, dict[str, int]] = {
-    **{f"conv{n}d": _CONV for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": _TRANSPOSED for n in (1, 2, 3)},
-    "linear": {"input": 0, "weight": 1, "bias": 2},
-    "matmul": {"input": 0, "weight": 1},
-    "mm": {"input": 0, "weight": 1},
-    "addmm": {"bias": 0, "input": 1, "weight": 2},
-}
-_KEYWORDS = {"addmm": {"bias": "input", "input": "mat1", "weight": "mat2"}, "mm": {"weight": "mat2"},
-             "matmul": {"weight": "other"}}  # fmt: skip
+from structprune.ops import layer_of
+from structprune.ops.arguments import bind
 
 
-def argument(name: str, which: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The argument `which` of a call of the operation `name`, given by position or by keyword; None if left out."""
-    keyword = _KEYWORDS.get(name, {}).get(which, which)
-    if keyword in kwargs:
-        return kwargs[keyword]
-    place = ARGUMENTS[name].get(which, len(args))
-    return args[place] if place < len(args) else None
+def argument(name: str, which: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """An argument of a call of a layer's operation: ``"input"``, ``"weight"``, ``"bias"``, or a name of torch's own."""
+    layer = layer_of(name)
+    assert layer is not None, f"{name} is no layer"
+    key = {"input": layer.input, "weight": layer.weight, "bias": layer.bias}.get(which, which)
+    bound = bind(name, None, args, kwargs)
+    return None if bound is None else bound.get(key)
+
+
+def options_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a layer's operation that are no tensors, by torch's names."""
+    layer = layer_of(name)
+    assert layer is not None, f"{name} is no layer"
+    bound = bind(name, None, args, kwargs) or {}
+    return {key: value for key, value in bound.items() if key not in (layer.input, layer.weight, layer.bias)}
 
 
 def _tuple(value: Any, n: int, default: int) -> tuple[int, ...]:
@@ -194,9 +189,4 @@ def apply_matrix(name: str, found: Contraction, matrix: Tensor, args: Sequence[A
     if not name.startswith("conv"):
         return x @ weight
     function: Any = getattr(F, name)
-    options = {
-        which: argument(name, which, args, kwargs)
-        for which in ARGUMENTS[name]
-        if which not in ("input", "weight", "bias")
-    }
-    return function(x, weight, None, **{key: value for key, value in options.items() if value is not None})
+    return function(x, weight, None, **options_of(name, args, kwargs))

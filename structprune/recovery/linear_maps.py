@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structprune.recovery.contraction import ARGUMENTS, Contraction, argument, contraction
+from structprune.recovery.contraction import Contraction, contraction, options_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,4 @@ def linear_map(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Linear
     form = contraction(name, args, kwargs)
     if form is None or (form.layout == "conv" and form.before != form.after):
         return None
-    left_out = ("input", "weight", "bias")
-    options = {which: argument(name, which, args, kwargs) for which in ARGUMENTS[name] if which not in left_out}
-    return LinearMap(name, form, {key: value for key, value in options.items() if value is not None})
+    return LinearMap(name, form, options_of(name, args, kwargs))

@@ -9,20 +9,19 @@ over the data is enough, and no knowledge of the model's blocks is needed. Only 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from structprune.channels.propagate import has_rule
 from structprune.errors import RecoveryError
-from structprune.tracing.recorder import Recorder
-from structprune.tracing.trace import Trace, as_call, describe
-from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call
+from structprune.tracing.replay import FoundCall, Hook, Replay
+from structprune.tracing.shadow import shadow_of
+from structprune.tracing.trace import Trace, as_call
 
 
 class Side(IntEnum):
@@ -49,74 +48,31 @@ class _Cancelled(BaseException):
     """Unwinds the forward of a batch that is not needed any more."""
 
 
-def operations(trace: Trace) -> list[fx.Node]:
-    """The nodes of a trace that are operations, in the order in which they run."""
-    return [node for node in trace.nodes if node.meta["name"] not in ("input", "parameter", "constant", "part")]
-
-
-class Walker(Recorder):
-    """Counts operations as the tracer does, and hands over to its lane where it has to stop; nothing is recorded."""
-
-    def __init__(self, trace: Trace, nodes: Sequence[fx.Node], lane: Lane) -> None:
-        super().__init__({}, has_rule, meta=False)
-        self._trace = trace
-        self._nodes = nodes
-        self._at = 0
-        self._lane = lane
-
-    def _argument(self, value: Any) -> Any:
-        return value
-
-    def _size(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
-
-    def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
-
-    def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._at >= len(self._nodes):
-            return func(*args, **kwargs)
-        number = self._nodes[self._at].meta["index"]
-        self._lane.visit(Stop((number, Side.BEFORE), args, kwargs))
-        result = func(*args, **kwargs)
-        self._lane.visit(Stop((number, Side.AFTER), args, kwargs, result))
-        return result
-
-    def _record(self, call: Call, args: list[Any], kwargs: dict[str, Any], result: Any) -> None:
-        tensors = isinstance(result, Tensor) or (
-            isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result)
-        )
-        if not tensors and call.name in VALUES - HANDED_OUT:
-            return
-        if self._at >= len(self._nodes) or self._nodes[self._at].meta["name"] != call.name:
-            there = describe(self._nodes[self._at], self._trace) if self._at < len(self._nodes) else "its end"
-            raise RecoveryError(
-                f"A batch runs {call.name} where the trace of the original has {there}. The two models, or the "
-                "batches, take different branches of the forward; give batches that all take the same one."
-            )
-        self._at += 1
-
-
 class Lane:
-    """One batch on its way through a model, in a thread of its own."""
+    """One batch on its way through a model, in a thread of its own.
+
+    Args:
+        model: in eval mode, and of the same forward as the traced one.
+        inputs: what goes in.
+        trace: of the original.
+        stops: where the lane can be asked to stop.
+        hooks: what stands in for operations, by their numbers.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        trace: Trace,
-        nodes: Sequence[fx.Node],
-        stops: set[Event],
-        walker: Callable[[Trace, Sequence[fx.Node], Lane], Walker] = Walker,
+        self, model: nn.Module, inputs: Any, trace: Trace, stops: set[Event], hooks: Mapping[int, Hook] | None = None
     ) -> None:
-        self.walker = walker(trace, nodes, self)
+        self._hooks = hooks or {}
+        found = {**self._hooks, **dict.fromkeys((number for number, _ in stops), self._stopping)}
+        self.replay = Replay(trace, found, whole=True, error=RecoveryError)
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._stops = stops
         self._stop: Stop | None = None
-        self._cancelled = False
+        self._cancelled = self._ended = False
         self._error: BaseException | None = None
         self._output: Any = None
-        self._thread = threading.Thread(target=self._run, args=(model, inputs), daemon=True)
+        own = shadow_of(model, lambda _, tensor: tensor, tracked=False).model  # of the same tensors
+        self._thread = threading.Thread(target=self._run, args=(own, inputs), daemon=True)
         self._thread.start()
 
     def _run(self, model: nn.Module, inputs: Any) -> None:
@@ -124,18 +80,26 @@ class Lane:
         try:
             if not self._cancelled:
                 args, kwargs = as_call(inputs)
-                with torch.no_grad(), self.walker:
+                with torch.no_grad(), self.replay.over(model):
                     self._output = model(*args, **kwargs)
         except _Cancelled:
             pass
         except BaseException as error:  # raised again by the thread that waits for this one
             self._error = error
         finally:
-            self._stop = None
+            self._stop, self._ended = None, True
             self._there.release()
 
-    def visit(self, stop: Stop) -> None:
-        """Wait here if somebody is to look."""
+    def _stopping(self, operation: FoundCall) -> Any:
+        """Run an operation, and wait before it and behind it if somebody is to look."""
+        assert operation.node is not None
+        number = operation.node.meta["index"]
+        self._visit(Stop((number, Side.BEFORE), operation.args, operation.kwargs))
+        result = self._hooks.get(number, FoundCall.__call__)(operation)
+        self._visit(Stop((number, Side.AFTER), operation.args, operation.kwargs, result))
+        return result
+
+    def _visit(self, stop: Stop) -> None:
         if stop.event not in self._stops:
             return
         self._stop = stop
@@ -150,25 +114,25 @@ class Lane:
         Raises:
             RecoveryError: it never gets there.
         """
-        while True:
-            self._go.release()
-            self._there.acquire()
-            if self._error is not None:
-                raise self._error
-            if self._stop is None:
-                raise RecoveryError(f"A batch ended before operation {event[0]}. Do all batches run the same forward?")
-            if self._stop.event == event:
+        while self._go_on():
+            if self._stop is not None and self._stop.event == event:
                 return self._stop
+        raise RecoveryError(f"A batch ended before operation {event[0]}. Do all batches run the same forward?")
+
+    def _go_on(self) -> bool:
+        """Let the batch run to the next stop; whether there is one."""
+        if self._ended:
+            return False
+        self._go.release()
+        self._there.acquire()
+        if self._error is not None:
+            raise self._error
+        return not self._ended
 
     def finish(self) -> Any:
         """Let the batch run to the end; what the model returned."""
-        while self._stop is not None or self._thread.is_alive():
-            self._go.release()
-            self._there.acquire()
-            if self._error is not None:
-                raise self._error
-            if self._stop is None:
-                break
+        while self._go_on():
+            pass
         return self._output
 
     def cancel(self) -> None:
@@ -179,28 +143,26 @@ class Lane:
         self._thread.join()
 
 
+L = TypeVar("L", bound=Lane)
+
+
 @contextmanager
 def lanes(
-    model: nn.Module,
-    batches: Sequence[Any],
-    trace: Trace,
-    stops: set[Event],
-    walker: Callable[[Trace, Sequence[fx.Node], Lane], Walker] = Walker,
-) -> Generator[list[Lane]]:
+    kind: type[L], model: nn.Module, batches: Sequence[Any], trace: Trace, stops: set[Event]
+) -> Generator[list[L]]:
     """One lane for each batch; all are ended when the block is left.
 
     Args:
+        kind: the class of the lanes.
         model: in eval mode, and of the same forward as the traced one.
         batches: example inputs each.
         trace: of the original.
         stops: where the lanes can be asked to stop.
-        walker: what watches each forward.
     """
-    nodes = operations(trace)
-    started: list[Lane] = []
+    started: list[L] = []
     try:
         for inputs in batches:
-            started.append(Lane(model, inputs, trace, nodes, stops, walker))
+            started.append(kind(model, inputs, trace, stops))
         yield started
     finally:
         for lane in started:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -11,14 +10,15 @@ from torch import Tensor, fx
 from structprune.errors import RecoveryError
 from structprune.graph import ChannelGraph
 from structprune.recovery.contraction import Contraction, apply_matrix, contraction
-from structprune.recovery.lockstep import Event, Lane, Side, Stop, Walker, operations
-from structprune.recovery.restart import Keeper, Restarted, handed_over, restartable
+from structprune.recovery.lockstep import Event, Lane, Side, Stop
+from structprune.recovery.restart import KeepingLane, handed_over, restartable, restarted
+from structprune.tracing.replay import Hook
 from structprune.tracing.trace import tensors_in
 
 Edits = Mapping[int, tuple[fx.Node, Tensor]]
 
 
-def changed_output(graph: ChannelGraph, edits: Edits, batch: Any, kept: Lane) -> Tensor:
+def changed_output(graph: ChannelGraph, edits: Edits, batch: Any, kept: KeepingLane) -> Tensor:
     """The model's output when the matrices of some operations change.
 
     Args:
@@ -28,12 +28,11 @@ def changed_output(graph: ChannelGraph, edits: Edits, batch: Any, kept: Lane) ->
         kept: a forward of the same batch that stands before the first of these operations.
     """
     start = min(edits)
-    walker: Any = Walker
-    if isinstance(kept.walker, Keeper) and not kept.walker.asked and restartable(graph.trace):
-        results = handed_over(graph.trace, start, kept.walker.results)
-        walker = partial(Restarted, start=start, results=results)
+    hooks: dict[int, Hook] = {}
+    if not kept.replay.asked and restartable(graph.trace):
+        hooks = restarted(graph.trace, start, handed_over(graph.trace, start, kept.results))
     events = [(number, Side.AFTER) for number in sorted(edits)]
-    lane = Lane(graph.model, batch, graph.trace, operations(graph.trace), set(events), walker)
+    lane = Lane(graph.model, batch, graph.trace, set(events), hooks)
     return finished(lane, events, edits)
 
 

@@ -9,21 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.channels.rules.elementwise import ELEMENTWISE, UNARY
 from structprune.graph import ChannelGraph
-from structprune.recovery.consumers import Consumer, as_consumer, by_batch, norm_argument
-from structprune.recovery.contraction import ARGUMENTS
+from structprune.ops import layer_of, op_of
+from structprune.ops.arguments import arguments
+from structprune.recovery.consumers import Consumer, as_consumer, by_batch
 from structprune.tracing.provenance import plain
 
 _ACTIVATIONS = """
 relu relu6 hardtanh hardswish leaky_relu elu celu selu silu gelu mish softplus tanh sigmoid hardsigmoid clamp clamp_min
 """
 ACTIVATIONS = frozenset(_ACTIVATIONS.split())
-POINTWISE = frozenset([*UNARY.split(), *ELEMENTWISE.split(), "batch_norm", "dropout1d", "dropout2d", "dropout3d"])
-# Halves of a channel go into one result, or the result is drawn at random.
-_NOT_BY_CHANNEL = frozenset(
-    {"glu_", "bernoulli", "normal", "uniform", "exponential", "random", "rand_like", "randn_like"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +85,11 @@ def piece_of(graph: ChannelGraph, consumer: Consumer) -> Piece | str:
         if number in inside:
             continue
         name = node.meta["name"]
-        if name in ARGUMENTS:
+        if layer_of(name) is not None:
             if _written(_input(node)):
                 return f"the input of {name} in front of it is written over"
             ends[number] = node
-        elif name in POINTWISE - _NOT_BY_CHANNEL and node.meta.get("shape") == source.meta.get("shape"):
+        elif _by_entry(name) and node.meta.get("shape") == source.meta.get("shape"):
             middle[number] = node
             waiting += [part for part in node.all_input_nodes if part.meta["name"] != "parameter"]
         else:
@@ -126,10 +121,10 @@ def _fault(nodes: Iterable[fx.Node], inside: set[int], source: fx.Node) -> str:
         if node.meta.get("shape") != source.meta.get("shape"):
             return f"{node.meta['name']} in front of it has another shape"
         if node.meta["name"] == "batch_norm" and by_batch(
-            norm_argument(node, 5, "training"), norm_argument(node, 4, "running_var")
+            arguments(node).get("training"), arguments(node).get("running_var")
         ):
             return "a batch norm in front of it takes its statistics from the batch"
-        if node.meta["name"] not in ARGUMENTS and any(_by_sample(part, source) for part in node.all_input_nodes):
+        if layer_of(node.meta["name"]) is None and any(_by_sample(part, source) for part in node.all_input_nodes):
             return f"{node.meta['name']} in front of it meets a held tensor that differs from sample to sample"
     return ""
 
@@ -146,11 +141,15 @@ def _written(node: fx.Node | None) -> bool:
     return node is not None and any(user.meta.get("writes") is node for user in node.users if user.op != "output")
 
 
+def _by_entry(name: str) -> bool:
+    """Whether an operation treats each entry alone; a dropout does, since it does nothing in eval mode."""
+    known = op_of(name)
+    return known is not None and known.elementwise
+
+
 def _input(node: fx.Node) -> fx.Node | None:
-    names = {"addmm": "mat1"}
-    which = names.get(node.meta["name"], "input")
-    place = ARGUMENTS[node.meta["name"]]["input"]
-    found = node.kwargs.get(which) if which in node.kwargs else node.args[place] if len(node.args) > place else None
+    layer = layer_of(node.meta["name"])
+    found = None if layer is None else arguments(node).get(layer.input)
     return found if isinstance(found, fx.Node) else None
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
 from structprune.inputs import device_of
+from structprune.ops import op_of
+from structprune.ops.arguments import arguments
 from structprune.ranks import all_reduced, failing_together, nobody_failed
-from structprune.recovery.consumers import norm_argument
-from structprune.recovery.lockstep import Side, Stop, lanes
+from structprune.recovery.lockstep import Lane, Side, Stop, lanes
 from structprune.recovery.recover import inputs_of
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import held_tensors, lent, shield
@@ -55,17 +56,17 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         raise RecoveryError("data holds no batch, so there are no statistics to take.")
     nobody_failed()
     result = copy.deepcopy(model, _memo(held_tensors(model), {}))
-    found = trace(result, batches[0])
+    found = trace(result, batches[0], op_of)
     norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(found)}
     own = {name: held.tensor for name, held in held_tensors(result).items()}
     with preserved_random_state(), torch.no_grad(), lent(result, shield, track=False):
         result.eval()
         tensors = {name: held.tensor for name, held in held_tensors(result).items()}
-        with lanes(result, batches, found, set(norms)) as running:
+        with lanes(Lane, result, batches, found, set(norms)) as running:
             for event, node in norms.items():
                 values = _statistics([lane.until(event) for lane in running])
-                for (place, key), value in zip(_STATISTICS, values, strict=True):
-                    name = str(norm_argument(node, place, key).target)
+                for key, value in zip(_STATISTICS, values, strict=True):
+                    name = str(arguments(node)[key].target)
                     # The model runs on copies of its buffers.
                     tensors[name].copy_(value)
                     own[name].data.copy_(value)
@@ -75,7 +76,7 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
 def _norms(found: Trace) -> list[fx.Node]:
     """Batch norms whose statistics are held and used there alone."""
     nodes = [node for node in found.nodes if node.meta["name"] == "batch_norm"]
-    statistics = {node: [norm_argument(node, place, key) for place, key in _STATISTICS] for node in nodes}
+    statistics = {node: [arguments(node).get(key) for key in _STATISTICS] for node in nodes}
     return [
         node
         for node, parts in statistics.items()
@@ -83,7 +84,7 @@ def _norms(found: Trace) -> list[fx.Node]:
     ]
 
 
-_STATISTICS = ((3, "running_mean"), (4, "running_var"))
+_STATISTICS = ("running_mean", "running_var")
 
 
 def _statistics(stops: list[Stop]) -> tuple[Tensor, Tensor]:

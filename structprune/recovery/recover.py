@@ -16,7 +16,7 @@ from structprune.graph import ChannelGraph
 from structprune.inputs import device_of
 from structprune.ranks import failing_together, nobody_failed
 from structprune.recovery.consumers import consumers
-from structprune.recovery.lockstep import Event, Side, lanes
+from structprune.recovery.lockstep import Event, Lane, Side, lanes
 from structprune.recovery.report import RecoveryReport, keep_report
 from structprune.recovery.solving import Layer
 from structprune.surgery.apply import _memo
@@ -192,7 +192,8 @@ def _sequential(
         original.eval()
         slim.eval()
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}
-        with lanes(slim, batches, graph.trace, ours) as mine, lanes(original, batches, graph.trace, theirs) as dense:
+        trace = graph.trace
+        with lanes(Lane, slim, batches, trace, ours) as mine, lanes(Lane, original, batches, trace, theirs) as dense:
             for event, numbers in _grouped(events):
                 stops = [lane.until(event) for lane in mine]
                 for number in numbers:

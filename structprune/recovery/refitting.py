@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from structprune.graph import ChannelGraph
+from structprune.ops.arguments import arguments
 from structprune.ranks import all_reduced
 from structprune.recovery.chain import Batch, Chain, Weights
-from structprune.recovery.consumers import NORMS, Consumer, norm_argument
+from structprune.recovery.consumers import Consumer
 from structprune.recovery.contraction import argument
 from structprune.recovery.linear_maps import LinearMap, linear_map
 from structprune.recovery.lockstep import Event, Side, Stop
@@ -166,12 +167,12 @@ class Producers:
         scale = torch.ones((), dtype=torch.float64, device=weight.device)
         for number in producer.consumer.norms:
             node = self._graph.trace.nodes[number]
-            variance = norm_argument(node, 4, "running_var")
+            variance = arguments(node)["running_var"]
             if variance is None:
                 return None
-            eps = norm_argument(node, 7, "eps")
+            eps = arguments(node)["eps"]
             scale = scale * (tensors[str(variance.target)].double() + (1e-5 if eps is None else float(eps))).rsqrt()
-            factor = norm_argument(node, NORMS["batch_norm"]["weight"], "weight")
+            factor = arguments(node)["weight"]
             scale = scale if factor is None else scale * tensors[str(factor.target)].double()
         return scale
 

@@ -1,8 +1,8 @@
 """Forwards that begin in the middle: what the operations before gave is at hand from another forward.
 
 Measuring what a change of one layer does to the output takes a forward for each change, and all of them are alike up to
-that layer. A `Keeper` goes through the model once and holds on to what is still needed; a `Restarted` forward of the
-same batch gets that, and stand-ins without memory for all the rest, and computes from the layer on.
+that layer. A `KeepingLane` goes through the model once and holds on to what is still needed; a `restarted` forward of
+the same batch gets that, and stand-ins without memory for all the rest, and computes from the layer on.
 """
 
 from __future__ import annotations
@@ -11,62 +11,47 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from structprune.recovery.lockstep import Lane, Walker
+from structprune.recovery.lockstep import Event, Lane
+from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.trace import Trace, map_tensors
-from structprune.tracing.vocabulary import Call
 
 _HELD = ("input", "parameter", "constant")
 
 
-class Keeper(Walker):
-    """A forward that holds on to the results that later operations need.
+class KeepingLane(Lane):
+    """A lane that holds on to the results that later operations need.
 
     Attributes:
         results: what each operation so far gave, by its number; stand-ins where nobody needs it any more.
-        asked: whether Python asked for the value of a tensor, which a stand-in could not tell.
     """
 
-    def __init__(self, trace: Trace, nodes: Sequence[fx.Node], lane: Lane) -> None:
-        super().__init__(trace, nodes, lane)
+    def __init__(self, model: nn.Module, inputs: Any, trace: Trace, stops: set[Event]) -> None:
         self.results: dict[int, Any] = {}
-        self.asked = False
-        self._ends = _ends(nodes)
+        self._ends = _ends([trace.nodes[number] for number in trace.keys])
+        super().__init__(model, inputs, trace, stops, dict.fromkeys(trace.keys, self._keep))
 
-    def _record(self, call: Call, args: list[Any], kwargs: dict[str, Any], result: Any) -> None:
-        at = self._at
-        super()._record(call, args, kwargs, result)
-        if self._at == at:
-            self.asked = True
-            return
-        number = self._nodes[at].meta["index"]
-        self.results[number] = result
+    def _keep(self, operation: FoundCall) -> Any:
+        assert operation.node is not None
+        number = operation.node.meta["index"]
+        result = self.results[number] = operation()
         for over in self._ends.get(number, ()):
             if over in self.results:  # else it was not made by an operation
                 self.results[over] = map_tensors(_blank, self.results[over])
+        return result
 
 
-class Restarted(Walker):
-    """A forward that computes from an operation on.
+def restarted(trace: Trace, start: int, results: dict[int, Any]) -> dict[int, Hook]:
+    """Hooks for a forward that computes from operation `start` on: those before it give what they gave."""
 
-    Args:
-        trace, nodes, lane: as for any walker.
-        start: number of the first operation that is run.
-        results: of those before it.
-    """
-
-    def __init__(self, trace: Trace, nodes: Sequence[fx.Node], lane: Lane, start: int, results: dict[int, Any]) -> None:
-        super().__init__(trace, nodes, lane)
-        self._start, self._results = start, results
-
-    def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        node = self._nodes[self._at] if self._at < len(self._nodes) else None
-        if node is None or node.meta["index"] >= self._start:
-            return super()._execute(call, func, args, kwargs)
-        result = self._results[node.meta["index"]]
+    def given(operation: FoundCall) -> Any:
+        assert operation.node is not None
+        result = results[operation.node.meta["index"]]
         # What is written over has what was last written already.
-        return args[0] if "writes" in node.meta and isinstance(result, Tensor) else result
+        return operation.args[0] if "writes" in operation.node.meta and isinstance(result, Tensor) else result
+
+    return dict.fromkeys((number for number in trace.keys if number < start), given)
 
 
 def restartable(trace: Trace) -> bool:

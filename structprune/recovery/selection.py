@@ -17,13 +17,14 @@ from structprune.groups import Group
 from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
 from structprune.inputs import device_of
+from structprune.ops import layer_of
 from structprune.ranks import all_reduced, failing_together, nobody_failed
-from structprune.recovery.contraction import ARGUMENTS, argument
+from structprune.recovery.contraction import argument
 from structprune.recovery.elimination import View, eliminate
-from structprune.recovery.lockstep import Lane, Side, Stop, lanes, operations
+from structprune.recovery.lockstep import Lane, Side, Stop, lanes
 from structprune.recovery.measuring import changed_output, finished, form_of
 from structprune.recovery.recover import inputs_of
-from structprune.recovery.restart import Keeper
+from structprune.recovery.restart import KeepingLane
 from structprune.tracing.state import lent, shield
 from structprune.tracing.trace import preserved_random_state, tensors_in
 
@@ -213,7 +214,7 @@ class Reconstruction:
         last = {number: max(seat.node.meta["index"] for seat in found) for number, found in seats.items()}
         views: dict[tuple[int, int], View] = {}
         result: dict[int, tuple[np.ndarray, np.ndarray, list[list[Tensor]]]] = {}
-        with lanes(graph.model, data, graph.trace, set(events)) as running:
+        with lanes(Lane, graph.model, data, graph.trace, set(events)) as running:
             for event in events:
                 stops = [lane.until(event) for lane in running]
                 here = [(n, s) for n, found in seats.items() for s in found if s.node.meta["index"] == event[0]]
@@ -259,11 +260,11 @@ class Reconstruction:
         probes: Sequence[Any],
     ) -> dict[int, list[float]]:
         """For each group, how far the output moves at each level: the forward before its consumers is shared."""
-        outputs = [finished(Lane(graph.model, batch, graph.trace, operations(graph.trace), set())) for batch in probes]
+        outputs = [finished(Lane(graph.model, batch, graph.trace, set())) for batch in probes]
         starts = {number: min(seat.node.meta["index"] for seat in seats[number]) for number in changes}
         found: dict[int, list[float]] = {}
         events = {(start, Side.BEFORE) for start in starts.values()}
-        with lanes(graph.model, probes, graph.trace, events, Keeper) as kept:
+        with lanes(KeepingLane, graph.model, probes, graph.trace, events) as kept:
             for event in sorted(events):
                 for lane in kept:
                     lane.until(event)
@@ -301,7 +302,7 @@ def _seats(graph: ChannelGraph, group: Group) -> list[_Seat]:
     for member in group.members:
         for node in graph.trace.nodes:
             name = node.meta["name"]
-            if name not in ARGUMENTS or not any(str(n.target) == member.tensor for n in node.all_input_nodes):
+            if layer_of(name) is None or not any(str(n.target) == member.tensor for n in node.all_input_nodes):
                 continue
             weight = argument(name, "weight", node.args, dict(node.kwargs))
             groups = 1 if not name.startswith("conv") else argument(name, "groups", node.args, dict(node.kwargs)) or 1

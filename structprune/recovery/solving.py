@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from structprune.channels.relations import Row
 from structprune.channels.solver import Mask
 from structprune.graph import ChannelGraph
+from structprune.ops.arguments import bind
+from structprune.ops.relations import Row
 from structprune.ranks import all_reduced
 from structprune.recovery.consumers import Consumer, by_batch, kept_of
 from structprune.recovery.contraction import Contraction, apply_matrix, argument, contraction
@@ -75,7 +74,9 @@ class Layer:
             if self._form is None:
                 self.refused = "its input or its weight has a number of dimensions that is not solved for"
             return
-        weight, variance, training, eps = (_norm_argument(stops[0], at, key) for key, at in _BATCH_NORM.items())
+        given = bind("batch_norm", None, stops[0].args, stops[0].kwargs)
+        assert given is not None
+        weight, variance, training, eps = (given[key] for key in ("weight", "running_var", "training", "eps"))
         if by_batch(training, variance):
             self.refused = "the batch norm behind it takes its statistics from the batch"
             return
@@ -257,15 +258,6 @@ class Layer:
             wide[self._channel_dim()] = -1
             change = result.double() * factor.view(wide) + (0 if shift is None else shift.view(wide))
             result.add_(change.to(result.dtype))
-
-
-_BATCH_NORM = {"weight": 1, "running_var": 4, "training": 5, "eps": 7}
-
-
-def _norm_argument(stop: Stop, place: int, keyword: str) -> Any:
-    if keyword in stop.kwargs:
-        return stop.kwargs[keyword]
-    return stop.args[place] if place < len(stop.args) else None
 
 
 def _add(tensor: Tensor, change: Tensor) -> None:

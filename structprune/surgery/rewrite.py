@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import fx, nn
 
-from structprune.channels.propagate import has_rule
 from structprune.errors import StructpruneError, SurgeryError, TraceError
+from structprune.ops import op_of
 from structprune.surgery.edits import Edits, Rewrite
 from structprune.tracing.specification import unspecify
 from structprune.tracing.subgraph import module_graph, rewritten_class
@@ -44,7 +44,7 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:
     if not by_module:
         return {}
     try:
-        recorded = trace(model, unspecify(edits.inputs), leaves=has_rule)
+        recorded = trace(model, unspecify(edits.inputs), operations=op_of)
     except StructpruneError:
         raise
     except Exception as error:  # a forward may raise anything on inputs that were not made for it

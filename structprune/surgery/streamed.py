@@ -7,19 +7,19 @@ slices zero, in the precision of the comparison. So no more than one large weigh
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from structprune.channels.propagate import has_rule
+from structprune.ops import op_of
 from structprune.surgery.draws import held_still
 from structprune.surgery.edits import Thinning
 from structprune.tracing.opaque import opaque_of
-from structprune.tracing.state import held_tensors, lent
+from structprune.tracing.shadow import shadow_of
+from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import map_tensors
 from structprune.tracing.vocabulary import Call, Kind, call_of
 
@@ -93,7 +93,7 @@ class Streamed(TorchFunctionMode):
         return self._seen(func, args, kwargs or {})
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = call_of(func, has_rule)
+        call = call_of(func, op_of)
         if call.kind in (Kind.QUERY, Kind.SIZE):
             return func(*args, **kwargs)
         if call.inside is not None and call not in self._opening:
@@ -175,13 +175,10 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-@contextmanager
 def streamed(
     model: nn.Module, thinnings: Iterable[Thinning] = (), kind: torch.dtype | None = None
-) -> Generator[Streamed]:
-    """While the block runs, `model` computes as if the slices in `thinnings` were zero, in the type `kind`.
-
-    Yields the mode, which has to be active while the model runs.
+) -> tuple[nn.Module, Streamed]:
+    """A shadow of `model` that computes as if `thinnings` were zero, and the mode that has to be active while it runs.
 
     Args:
         model: the model; it is left as it was.
@@ -201,8 +198,7 @@ def streamed(
         for inside in held_tensors(module).values()
     }
 
-    def replace(tensor: Tensor) -> Tensor:
+    def replace(_: str, tensor: Tensor) -> Tensor:
         return mode.stand_in(tensor, removed.get(id(tensor), []), id(tensor) in unseen)
 
-    with lent(model, replace, track=False, held=held):
-        yield mode
+    return shadow_of(model, replace, tracked=False).model, mode

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from structprune.channels.relations import Survivors
 from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
+from structprune.ops.relations import Survivors
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
-from structprune.surgery.reference import Reference, sites_of
+from structprune.surgery.reference import PLAIN, off_over_off, over_survivors
 from structprune.surgery.streamed import streamed
+from structprune.tracing.replay import Hook, Replay
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import (
     ExampleInputs,
@@ -110,29 +112,33 @@ def _switched_off(
 
     Every removed slice of a parameter or buffer is zero; norms over thinned axes run over the survivors.
     """
-    model, inputs = graph.model, _inputs(graph.example_inputs, kind)
-    with preserved_random_state(), torch.no_grad(), streamed(model, edits.thinnings, kind) as mode:
-        model.eval()
-        with mode:
-            if kind is not None:
-                # What a forward does may depend on the precision: the operations are counted in that of this run.
-                graph, dead = ChannelGraph(model, inputs, outputs=edits.outputs), None
-            sites = sites_of(graph.trace)
-            thinned = _thinned(graph, dead_components(graph, edits) if dead is None else dead)
-            # Operations of the forward in training mode have no site.
-            recorder = Reference({sites[s.node]: (s.dims, masks) for s, masks in thinned if s.node in sites})
-            args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(inputs))
-            with recorder.watching(model), recorder:
-                return model(*args, **kwargs), mode.drawn
+    inputs = _inputs(graph.example_inputs, kind)
+    off, mode = streamed(graph.model, edits.thinnings, kind)
+    with preserved_random_state(), torch.no_grad(), mode:
+        if kind is not None:
+            # What a forward does may depend on the precision: operations are found in a trace of this one.
+            graph, dead = ChannelGraph(off, inputs, outputs=edits.outputs), None
+        hooks: dict[int | str, Hook] = {"div": off_over_off}
+        for s, masks in _thinned(graph, dead_components(graph, edits) if dead is None else dead):
+            node = graph.trace.everything[s.node]
+            if s.node in graph.trace.keys and node.meta["name"] not in PLAIN:  # the forward in training mode has none
+                hooks[s.node] = partial(over_survivors, s.dims, masks)
+        # Which experts run, or how often a loop does, may depend on what is switched off.
+        replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
+        with replay.over(off):
+            return _run(off, inputs), mode.drawn
 
 
 def _outputs(model: nn.Module, example_inputs: ExampleInputs, kind: torch.dtype | None) -> Any:
     """Outputs of a model as it is, in the type `kind`, with random draws held still."""
-    args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(_inputs(example_inputs, kind)))
-    with preserved_random_state(), torch.no_grad(), streamed(model, (), kind) as mode:
-        model.eval()
-        with mode:
-            return model(*args, **kwargs)
+    same, mode = streamed(model, (), kind)
+    with preserved_random_state(), torch.no_grad(), mode:
+        return _run(same, _inputs(example_inputs, kind))
+
+
+def _run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
+    return model.eval()(*args, **kwargs)
 
 
 def _inputs(example_inputs: ExampleInputs, kind: torch.dtype | None) -> ExampleInputs:

@@ -1,7 +1,7 @@
 """Modules that the tracer does not look into: what users declare about their kernels.
 
 Such a module becomes a single operation, named after its class, whose arguments are the tensors and ints that it holds,
-followed by what it was called with. `structprune.channels.rules.opaque` registers the rule that goes with it.
+followed by what it was called with. `structprune.ops.opaque` registers the rule that goes with it.
 """
 
 from __future__ import annotations

@@ -3,53 +3,53 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from structprune.errors import TraceError
-from structprune.tracing.opaque import Opaque, holdings, opaque_call, opaque_of, untracked
+from structprune.tracing.calls import ASKED, MOVES, CallMode, holds_tensor
+from structprune.tracing.opaque import Opaque, holdings, opaque_call, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.recording import ModuleCall, Recording
-from structprune.tracing.shapes import shape_of_result
 from structprune.tracing.values import Values
-from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, call_of
+from structprune.tracing.vocabulary import VALUES, Call, Kind, Lookup
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(CallMode):
     """Records calls of the torch API into an ``fx.Graph`` while it is active.
 
     Args:
         names: the names of the model's tensors, by ``id``.
-        leaves: whether a rule exists for the Python function of this name, so that it need not be opened.
+        operations: what is known of the operation of a name; a Python function that is known is not opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
         buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
+        stands_for: what the model's own tensors, by ``id``, are replaced by where the forward reaches them all the same
+            (through a global, say).
     """
 
     def __init__(
         self,
         names: dict[int, str],
-        leaves: Callable[[str], bool],
+        operations: Lookup,
         meta: bool,
         buffer: Callable[[str], Tensor | None] = lambda _: None,
+        stands_for: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
-        super().__init__()
+        super().__init__(operations)
         self.recording = Recording()
         self._names = names
-        self._leaves = leaves
+        self._stands_for = stands_for
         self._meta = meta
-        self.values = Values(self.recording.nodes, buffer)
+        self.values = Values(self.recording.nodes, buffer, operations)
         self._known: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._constants: dict[int, Tensor] = {}
         self._originals: dict[int, Tensor] = {}
         self._stack: list[int] = []
-        self._opening: list[Call] = []
-        self._in_leaf = False
         self._tracked: list[SizeInt | SizeFloat] = []
 
     # -- nodes ---------------------------------------------------------------------------------------------------
@@ -119,8 +119,9 @@ class Recorder(TorchFunctionMode):
     def _on_meta(self, value: Any) -> Any:
         """Arguments with tensors from outside the model moved to the ``meta`` device."""
         if isinstance(value, Tensor):
-            if value.is_meta:
-                return value
+            found = self._stands_for.get(id(value))
+            if found is not None or value.is_meta:
+                return value if found is None else found
             moved = self._constants.get(id(value))
             if moved is None:
                 moved = self._constants[id(value)] = value.detach().to("meta")
@@ -138,29 +139,13 @@ class Recorder(TorchFunctionMode):
 
     # -- the mode ------------------------------------------------------------------------------------------------
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _seen(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the torch API and write it down."""
-        return self._seen(func, args, kwargs or {})
-
-    def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = call_of(func, self._leaves)
-        if call.kind is Kind.QUERY:
-            return func(*args, **kwargs)
-        if call.inside is not None and call not in self._opening:
-            # One that hands itself over again although it was opened is recorded as a single operation.
-            self._opening.append(call)
-            try:
-                with self:
-                    return call.inside(*args, **kwargs)
-            finally:
-                self._opening.pop()
         if call.kind is Kind.SIZE:
             return self._size(call, func, args, kwargs)
         if self._meta:
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
-        if call.name in ("cpu", "cuda", "pin_memory"):
+        if call.name in MOVES:
             return self._moved(func, args, kwargs)
         self._tracked = []
         before = [self._argument(value) for value in args]
@@ -168,7 +153,8 @@ class Recorder(TorchFunctionMode):
         if self._meta and call.name in VALUES:
             result = self._value(call, func, before, keywords)
         else:
-            if self._meta and call.name in _FACTORIES:
+            known = self._operations(call.name) if self._meta else None
+            if known is not None and known.creates:
                 kwargs["device"] = torch.device("meta")
             elif self._meta and call.name == "to":
                 args = tuple("meta" if isinstance(a, str) else a for a in args)
@@ -190,7 +176,7 @@ class Recorder(TorchFunctionMode):
         """Run the operation that becomes the next node."""
         if not self._meta:
             return func(*args, **kwargs)
-        result = shape_of_result(call.name, call.inplace, args, kwargs)
+        result = self._shape(call, args, kwargs)
         if result is not None:
             return result
         try:
@@ -201,6 +187,17 @@ class Recorder(TorchFunctionMode):
                 raise
             del error
             return shaped
+
+    def _shape(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result on the ``meta`` device where the operation's record tells it, without running the operation.
+
+        There many operations find the shape of their result in Python, which takes most of the time of a trace.
+        """
+        known = self._operations(call.name)
+        if known is None or known.shape is None or not args:
+            return None
+        found = known.shape(*args, **kwargs)
+        return args[0] if call.inplace and found is not None else found
 
     def _value(self, call: Call, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """What Python asks of a stand-in, if that is decided by the inputs alone."""
@@ -265,10 +262,8 @@ class Recorder(TorchFunctionMode):
         target = call.target
         if target is getattr and not call.method:
             args = [*args, call.name]
-        tensors = isinstance(result, Tensor) or (
-            isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result)
-        )
-        if not tensors and call.name in VALUES - HANDED_OUT:
+        tensors = holds_tensor(result)
+        if not tensors and call.name in ASKED:
             return  # its value went to Python: only possible on real tensors, where Python follows the real branch
         node = self._node(op, target, tuple(args), kwargs, call.name)
         node.meta["where"] = source_line()
@@ -291,62 +286,33 @@ class Recorder(TorchFunctionMode):
 
     # -- modules -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Generator[None]:
-        """Note which module each call happens in, while the block runs."""
-        paths = {id(module): path for path, module in model.named_modules()}
-        original = nn.Module.__call__
-        recorder = self
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            path = paths.get(id(module))
-            if path is None or recorder._in_leaf:
-                return original(module, *args, **kwargs)
-            calls = recorder.recording.calls
-            number = len(calls)
-            entry = ModuleCall(path, module, len(recorder.recording.nodes))
-            entry.parent = recorder._stack[-1] if recorder._stack else -1
-            entry.args, entry.kwargs = recorder._known_only(args), recorder._known_only(kwargs)
-            calls.append(entry)
-            recorder._stack.append(number)
-            try:
-                with recorder._taken_whole(module):
-                    output = original(module, *args, **kwargs)
-            finally:
-                recorder._stack.pop()
-            entry.last = len(recorder.recording.nodes)
-            entry.output = recorder._known_only(output)
-            return output
-
-        nn.Module.__call__ = call
+    def _called(
+        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Note which module is called, and what goes in and comes out."""
+        calls = self.recording.calls
+        number = len(calls)
+        entry = ModuleCall(path, live, len(self.recording.nodes))
+        entry.parent = self._stack[-1] if self._stack else -1
+        entry.args, entry.kwargs = self._known_only(args), self._known_only(kwargs)
+        calls.append(entry)
+        self._stack.append(number)
         try:
-            yield
+            output = module._call_impl(*args, **kwargs)
         finally:
-            nn.Module.__call__ = original
-
-    @contextmanager
-    def _taken_whole(self, module: nn.Module) -> Generator[None]:
-        """While the block runs, the forward of a module declared opaque is one operation, its hooks are others."""
-        opaque = opaque_of(module)
-        if opaque is None:
-            yield
-            return
-        forward, own = module.forward, module.__dict__.get("forward")
-
-        def whole(*args: Any, **kwargs: Any) -> Any:
-            with torch._C.DisableTorchFunction():  # unlike calls of the torch API, this one arrives with the mode on
-                return self._leaf(opaque, module, forward, args, kwargs)
-
-        module.__dict__["forward"] = whole
-        try:
-            yield
-        finally:
-            del module.__dict__["forward"]
-            if own is not None:
-                module.__dict__["forward"] = own
+            self._stack.pop()
+        entry.last = len(self.recording.nodes)
+        entry.output = self._known_only(output)
+        return output
 
     def _leaf(
-        self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        opaque: Opaque,
+        module: nn.Module,
+        live: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
     ) -> Any:
         """Run an opaque module, or what tells its results' shape, and write it down as one operation."""
         if self._meta:
@@ -354,13 +320,13 @@ class Recorder(TorchFunctionMode):
         self._tracked = []
         before = [self._argument(value) for value in (*holdings(module), *args)]
         keywords = {key: self._argument(value) for key, value in kwargs.items()}
-        tracked, self._in_leaf = self._tracked, True
+        tracked, self._away = self._tracked, True
         try:
             with untracked(module):
                 shape = opaque.shape if self._meta else None
                 result = forward(*args, **kwargs) if shape is None else shape(module, *args, **kwargs)
         finally:
-            self._in_leaf = False
+            self._away = False
         if not (isinstance(result, Tensor) or (isinstance(result, (tuple, list)) and result)):
             raise TraceError(
                 f"{opaque.kind.__name__} is declared with register_module_rule, but gives a {type(result).__name__}. "
@@ -369,7 +335,7 @@ class Recorder(TorchFunctionMode):
         self._tracked = tracked
         self._record(Call(opaque.name, Kind.OPERATION, opaque_call, False), before, keywords, result)
         node = next(node for node in reversed(self.recording.nodes) if node.target is opaque_call)
-        node.meta["module"] = module
+        node.meta["module"] = live
         return result
 
     def _known_only(self, value: Any) -> Any:
@@ -381,12 +347,3 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, (tuple, list)):
             return tuple(self._known_only(item) for item in value)
         return value
-
-
-_FACTORIES = frozenset({
-    "zeros", "ones", "empty", "full", "arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm",
-    "tensor", "as_tensor", "scalar_tensor", "tril_indices", "triu_indices", "hann_window", "hamming_window",
-    "blackman_window", "kaiser_window", "bartlett_window", "range", "zeros_like", "ones_like", "empty_like",
-    "full_like", "rand_like", "randn_like", "randint_like", "empty_strided", "new_zeros", "new_ones", "new_empty",
-    "new_full", "new_tensor", "normal_factory",
-})  # fmt: skip

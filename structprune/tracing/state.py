@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +85,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
+def track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
     """`value` with its ints tracked; itself if it holds none."""
     if type(value) is int:
         return SizeInt(value, Attribute(module, chain))
@@ -95,7 +95,7 @@ def _track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
         and len(value) <= 64
         and all(type(item) in (int, tuple) for item in value)
     ):
-        return type(value)(_track(module, (*chain, i), item) for i, item in enumerate(value))
+        return type(value)(track(module, (*chain, i), item) for i, item in enumerate(value))
     return value
 
 
@@ -148,7 +148,7 @@ def _track_object(module: str, chain: tuple[str, ...], held: Any, seen: set[int]
         if is_config(value):
             _track_object(module, (*chain, key), value, seen, stack)
         else:
-            state[key] = _track(module, (*chain, key), value)
+            state[key] = track(module, (*chain, key), value)
 
 
 def tracked_object(module: str, chain: tuple[str, ...], held: Any, stack: ExitStack) -> None:
@@ -165,7 +165,7 @@ def _track_attributes(model: nn.Module, stack: ExitStack) -> None:
                 continue
             kind = type(value)
             if kind is int or kind is tuple or kind is list:
-                state[key] = _track(path, (key,), value)
+                state[key] = track(path, (key,), value)
             elif kind not in (bool, str, float, dict, type(None)) and is_config(value):
                 _track_object(path, (key,), value, seen, stack)
 
@@ -182,7 +182,7 @@ def collection_paused() -> Generator[None]:
             gc.enable()
 
 
-def _eager() -> AbstractContextManager[Any]:
+def eager() -> AbstractContextManager[Any]:
     """What is compiled runs as it is written, so that its operations are seen."""
     # Nothing can be compiled before torch._dynamo is loaded, and loading it takes a second.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo.eval_frame" in sys.modules else nullcontext()
@@ -200,28 +200,22 @@ def shield(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def lent(
-    model: nn.Module,
-    replace: Callable[[Tensor], Tensor],
-    track: bool = True,
-    held: Mapping[str, Held] | None = None,
-) -> Generator[dict[int, str]]:
+def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True) -> Generator[dict[int, str]]:
     """Lend `model` to a trace: its tensors replaced through `replace`, its int attributes tracked if `track`.
 
-    `held` is what `held_tensors` gives for the model, where that is known already. Yields the names of the replaced
-    tensors by ``id``. Everything is put back at the end, whatever happens.
+    Yields the names of the replaced tensors by ``id``. Everything is put back at the end, whatever happens.
     """
     swapped: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     with ExitStack() as stack:
-        stack.enter_context(_eager())
+        stack.enter_context(eager())
         stack.callback(_snapshot(model))
-        for name, one in (held_tensors(model) if held is None else held).items():
-            new = swapped.get(id(one.tensor))
+        for name, held in held_tensors(model).items():
+            new = swapped.get(id(held.tensor))
             if new is None:
-                new = swapped[id(one.tensor)] = replace(one.tensor)
+                new = swapped[id(held.tensor)] = replace(held.tensor)
                 names[id(new)] = name
-            one.store[one.key] = new
+            held.store[held.key] = new
         for module in model.modules():
             for key, value in list(module.__dict__.items()):
                 # nn.RNNBase keeps its parameters in a list as well.

@@ -32,12 +32,10 @@ def own_operations(trace: Trace, path: str) -> tuple[ModuleCall, list[fx.Node]]:
     Raises:
         TraceError: the module is called more than once, or not at all.
     """
-    calls = [number for number, call in enumerate(trace.calls) if call.path == path]
+    calls = [call for call in trace.calls if call.path == path]
     if len(calls) != 1:
         raise TraceError(f"{path or 'the model'} is called {len(calls)} times; a literal in it can't be rewritten")
-    (number,) = calls
-    nodes = [n for n in trace.nodes if n.meta["call"] == number and n.op.startswith("call_")]
-    return trace.calls[number], nodes
+    return calls[0], trace.own.get(path, [])
 
 
 def layer_flow(trace: Trace) -> Iterator[tuple[str, frozenset[str]]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,14 +16,16 @@ from torch import Tensor, fx, nn
 from structprune.errors import PlanError, StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import Recorder
-from structprune.tracing.recording import ModuleCall
-from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
+from structprune.tracing.recording import CallKey, Group, ModuleCall, equal_calls
+from structprune.tracing.shadow import shadow_of
+from structprune.tracing.state import caches, dictionaries, eager, held_tensors, shield, stand_in
+from structprune.tracing.vocabulary import Lookup, nothing_known
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputName = str | int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trace:
     """A model as a graph of tensor operations.
 
@@ -41,6 +45,7 @@ class Trace:
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
+        operations: what was known of the operation of a name.
     """
 
     graph: fx.Graph
@@ -57,6 +62,32 @@ class Trace:
     every_call: tuple[ModuleCall, ...]
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
+    operations: Lookup = nothing_known
+
+    @cached_property
+    def keys(self) -> dict[int, CallKey]:
+        """What each operation of `nodes` is found again by, by its number, in the order in which they run."""
+        found = ((n, CallKey(*group, i)) for group, numbers in self.equals.items() for i, n in enumerate(numbers))
+        return dict(sorted(found))
+
+    @cached_property
+    def equals(self) -> dict[Group, list[int]]:
+        """The numbers of the operations that only their order tells apart, in that order."""
+        return equal_calls(self.nodes, self.calls)
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """How often each module is called, by its path."""
+        return Counter(call.path for call in self.calls)
+
+    @cached_property
+    def own(self) -> dict[str, list[fx.Node]]:
+        """The operations that each module runs itself and the parts of their results, by its path, in order."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op.startswith("call_") and node.meta["call"] >= 0:
+                found.setdefault(self.calls[node.meta["call"]].path, []).append(node)
+        return found
 
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
@@ -142,22 +173,24 @@ def preserved_random_state() -> Generator[None]:
         yield
 
 
-def _run(
-    model: nn.Module, inputs: ExampleInputs, leaves: Callable[[str], bool], meta: bool, training: bool = False
-) -> Trace:
+def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool, training: bool = False) -> Trace:
     names = held_tensors(model)
     aliases: dict[int, list[str]] = {}
     for name, held in names.items():
         aliases.setdefault(id(held.tensor), []).append(name)
     tensors = {group[0]: tuple(group) for group in aliases.values()}
     replace: Callable[[Tensor], Tensor] = stand_in if meta else (lambda tensor: tensor.detach().clone())
+    lend = stand_in if meta else shield
+    shadow = shadow_of(model, lambda _, tensor: lend(tensor))
     args, kwargs = as_call(inputs)
     given = list(tensors_in((args, kwargs)))
     args, kwargs = map_tensors(replace, args), map_tensors(replace, kwargs)
-    lend = stand_in if meta else shield
-    with preserved_random_state(), torch.no_grad(), lent(model, lend, held=names) as ids, tracked_numbers() as ledger:
+    model = shadow.model
+    with preserved_random_state(), torch.no_grad(), eager(), tracked_numbers() as ledger:
         model.eval()
-        recorder = Recorder(ids, leaves, meta, lambda name: _indices(names[name].tensor))
+        recorder = Recorder(
+            shadow.names, operations, meta, lambda name: _indices(names[name].tensor), shadow.stands_for
+        )
         placeholders: list[fx.Node] = []
         for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
             node = recorder.input_node()
@@ -166,7 +199,7 @@ def _run(
                 recorder.values.give(node, original)
             placeholders.append(node)
         before = dictionaries(model)
-        with recorder.watching(model), recorder:
+        with recorder.watching(model, shadow.live), recorder:
             result = model(*args, **kwargs)
         kept = caches(model, before)
         outputs = {name: recorder.node_of(tensor) for name, tensor in named_tensors(result)}
@@ -179,7 +212,7 @@ def _run(
                 node = recorder.input_node()
                 recorder.remember(tensor, node)
                 recorder.values.give(node, _two_samples(original))
-            with recorder.watching(model), recorder:
+            with recorder.watching(model, shadow.live), recorder:
                 result = model(*args, **kwargs)
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
     recording.graph.output(tuple(outputs.values()))
@@ -197,6 +230,7 @@ def _run(
         tuple(recording.nodes),
         tuple(recording.calls),
         trained,
+        operations=operations,
     )
 
 
@@ -214,12 +248,13 @@ def _indices(tensor: Tensor) -> Tensor | None:
 def run_once(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """The outputs of `model` in eval mode, without gradients; model, inputs and random state stay as they were."""
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
-    with preserved_random_state(), torch.no_grad(), lent(model, shield, track=False):
-        model.eval()
-        return model(*args, **kwargs)
+    shadow = shadow_of(model, lambda _, tensor: shield(tensor), tracked=False)
+    with preserved_random_state(), torch.no_grad():
+        shadow.model.eval()
+        return shadow.model(*args, **kwargs)
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str], bool] = lambda _: False) -> Trace:
+def trace(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup = nothing_known) -> Trace:
     """Record the forward of `model` on `example_inputs`, in eval mode, with nothing computed where possible.
 
     The model runs on stand-ins on the ``meta`` device. Where Python needs a real number (``.item()``, a branch on a
@@ -230,14 +265,14 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
     Args:
         model: any ``nn.Module``.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        leaves: whether a rule exists for the Python function of this name, so that it is not opened.
+        operations: what is known of the operation of a name; a Python function that is known is not opened.
 
     Raises:
         TraceError: the model runs but cannot be recorded.
         Exception: whatever the model itself raises on these inputs.
     """
     try:
-        return _with_training(_run(model, example_inputs, leaves, meta=True), model, example_inputs, leaves)
+        return _with_training(_run(model, example_inputs, operations, meta=True), model, example_inputs, operations)
     except Exception as error:  # the user's forward may raise anything on stand-ins; real numbers are tried next
         first = error
     if any(held.tensor.is_meta for held in held_tensors(model).values()):
@@ -248,7 +283,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
             "Give the model real weights, or take what needs a tensor's value out of its forward."
         ) from first
     try:
-        return _run(model, example_inputs, leaves, meta=False)
+        return _run(model, example_inputs, operations, meta=False)
     except Exception as error:  # raised again below, after the user's own error had its chance to show
         second = error
     run_once(model, example_inputs)  # the user's own error, if there is one
@@ -259,15 +294,13 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str
     ) from second
 
 
-def _with_training(
-    found: Trace, model: nn.Module, example_inputs: ExampleInputs, leaves: Callable[[str], bool]
-) -> Trace:
+def _with_training(found: Trace, model: nn.Module, example_inputs: ExampleInputs, operations: Lookup) -> Trace:
     """`found`, or a trace of both modes if the forward in training mode reaches parameters that it does not."""
     missing = found.unreached(model)
     if not missing:
         return found
     try:
-        both = _run(model, example_inputs, leaves, meta=True, training=True)
+        both = _run(model, example_inputs, operations, meta=True, training=True)
     except Exception as error:  # in training mode the user's forward may ask for more: labels, a larger batch
         return dataclasses.replace(found, training_error=f"{type(error).__name__}: {error}")
     return both if both.unreached(model) < missing else found

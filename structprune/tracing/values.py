@@ -15,14 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from structprune.tracing.provenance import plain
+from structprune.tracing.vocabulary import Lookup
 
 # Larger results are not worth it: a number that decides a branch comes from masks, positions and counts.
 LARGEST = 2**24
-_RANDOM = frozenset({
-    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "uniform", "bernoulli",
-    "multinomial", "exponential", "random", "dropout", "alpha_dropout", "feature_dropout", "normal_factory", "empty",
-    "empty_like", "new_empty", "empty_strided", "poisson", "cauchy", "geometric", "log_normal", "rrelu",
-})  # fmt: skip
 
 
 class Values:
@@ -31,11 +27,13 @@ class Values:
     Args:
         nodes: the nodes recorded so far; it grows.
         buffer: the real tensor of a ``get_attr`` node whose values may be used, or None.
+        operations: what is known of the operation of a name.
     """
 
-    def __init__(self, nodes: list[fx.Node], buffer: Callable[[str], Tensor | None]) -> None:
+    def __init__(self, nodes: list[fx.Node], buffer: Callable[[str], Tensor | None], operations: Lookup) -> None:
         self._nodes = nodes
         self._buffer = buffer
+        self._operations = operations
         self._known: dict[fx.Node, Any] = {}
         self._done = 0
         self._device = torch.device("cpu")
@@ -65,7 +63,7 @@ class Values:
             if held is not None:
                 self._known[node] = held.detach().clone()
             return
-        if any(source not in self._known for source in node.all_input_nodes) or not _repeatable(node):
+        if any(source not in self._known for source in node.all_input_nodes) or not self._repeatable(node):
             self._forget(node)
             return
         written = node.meta.get("writes")
@@ -104,9 +102,10 @@ class Values:
             return slice(self._filled(value.start), self._filled(value.stop), self._filled(value.step))
         return self._device if isinstance(value, torch.device) else plain(value)
 
-
-def _repeatable(node: fx.Node) -> bool:
-    """Whether the operation gives the same again, and not too much of it."""
-    shape = node.meta.get("shape", ())
-    shapes = [part for part in shape if part is not None] if isinstance(shape, list) else [shape]
-    return node.meta["name"] not in _RANDOM and all(prod(part) <= LARGEST for part in shapes)
+    def _repeatable(self, node: fx.Node) -> bool:
+        """Whether the operation gives the same again, and not too much of it."""
+        shape = node.meta.get("shape", ())
+        shapes = [part for part in shape if part is not None] if isinstance(shape, list) else [shape]
+        known = self._operations(node.meta["name"])
+        drawn = known is not None and known.random
+        return not drawn and all(prod(part) <= LARGEST for part in shapes)

@@ -13,9 +13,10 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from structprune.tracing.provenance import SizeFloat, SizeInt, plain
 
@@ -27,8 +28,12 @@ _SPELLINGS = {
     "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
     "negative": "neg", "absolute": "abs", "concat": "cat", "concatenate": "cat", "swapaxes": "transpose",
     "swapdims": "transpose", "greater": "gt", "less": "lt", "less_equal": "le", "greater_equal": "ge",
-    "not_equal": "ne", "clip": "clamp", "moveaxis": "movedim", "special_expit": "sigmoid", "arctan": "atan",
+    "not_equal": "ne", "clip": "clamp", "moveaxis": "movedim", "arctan": "atan",
     "arctan2": "atan2", "fix": "trunc", "view_as_real_copy": "view_as_real", "inner_product": "inner",
+}  # fmt: skip
+_SPECIAL = {
+    "expit": "sigmoid", "psi": "digamma", "gammaln": "lgamma", "multigammaln": "mvlgamma", "gammainc": "igamma",
+    "gammaincc": "igammac",
 }  # fmt: skip
 
 # Questions about a tensor that are answered without an operation.
@@ -49,6 +54,39 @@ VALUES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__
 # These hand all entries to something that is not torch. What becomes of them is not seen, so no rule can know it.
 HANDED_OUT = frozenset({"numpy", "tolist", "__array__"})
 SIZES = frozenset({"shape", "size", "numel", "nelement"})
+
+
+class Operation(Protocol):
+    """What a recorder asks of an operation's record.
+
+    Attributes:
+        shape: the result on the ``meta`` device without running the operation; None where the operation has to say.
+        random: whether its result is drawn at random.
+        creates: whether it makes a tensor from sizes, so that it takes a device.
+    """
+
+    @property
+    def shape(self) -> Callable[..., Tensor | None] | None:
+        """See the class."""
+        ...
+
+    @property
+    def random(self) -> bool:
+        """See the class."""
+        ...
+
+    @property
+    def creates(self) -> bool:
+        """See the class."""
+        ...
+
+
+# What is known of the operation of a canonical name, or None.
+Lookup = Callable[[str], Operation | None]
+
+
+def nothing_known(_: str) -> None:
+    """A lookup by which every Python function is opened."""
 
 
 class Kind(Enum):
@@ -104,7 +142,7 @@ def _opened(function: types.FunctionType, outer: types.FunctionType | None = Non
     return copy
 
 
-def _canonical(name: str) -> tuple[str, bool]:
+def canonical(name: str) -> tuple[str, bool]:
     """Canonical name, and whether the call writes into its first argument."""
     inplace = False
     if name.startswith("__") and name.endswith("__"):
@@ -119,19 +157,25 @@ def _canonical(name: str) -> tuple[str, bool]:
                                                         "pos") else name  # fmt: skip
     elif name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
         name, inplace = name[:-1], True
-    return _SPELLINGS.get(name, name), inplace
+    name = _SPELLINGS.get(name, name)
+    if name.startswith("special_"):  # torch.special has many functions under a second name
+        plain = _SPECIAL.get(name[8:], name[8:])
+        name = plain if hasattr(torch.ops.aten, plain) else name
+    return name, inplace
 
 
 _cache: dict[Any, Call] = {}
 
 
-def call_of(function: Any, leaves: Callable[[str], bool]) -> Call:
-    """The `Call` for a function that the mode saw; `leaves` says which Python functions have a rule as a whole."""
+def call_of(function: Any, operations: Lookup) -> Call:
+    """The `Call` for a function that the mode saw; `operations` says which Python functions are known as a whole."""
     prop = isinstance(function, types.MethodWrapperType) and function.__name__ in ("__get__", "__set__", "__delete__")
     key: Any = (getattr(function.__self__, "__name__", ""), function.__name__) if prop else function
+    if isinstance(function, types.FunctionType):
+        key = function, operations(f"python.{function.__name__}") is None
     found = _cache.get(key)
     if found is None:
-        found = _cache[key] = _property(*key) if prop else _call(function, leaves)
+        found = _cache[key] = _property(*key) if prop else _call(function, operations)
     return found
 
 
@@ -145,24 +189,24 @@ def _property(name: str, accessor: str) -> Call:
     return Call({"data": "detach"}.get(name, name), Kind.OPERATION, getattr, False)
 
 
-def _call(function: Any, leaves: Callable[[str], bool]) -> Call:
+def _call(function: Any, operations: Lookup) -> Call:
     if isinstance(function, torch._ops.OpOverload):
         space, _, name = function._schema.name.partition("::")
         if space == "aten":
-            plain, inplace = _canonical(name)
+            plain, inplace = canonical(name)
             return Call(plain, Kind.OPERATION, function, False, inplace=inplace)
         return Call(f"{space}::{name}", Kind.OPERATION, function, False)
     if isinstance(function, torch._ops.OpOverloadPacket):
         space, _, name = function._qualified_op_name.partition("::")
-        return Call(_canonical(name)[0] if space == "aten" else f"{space}::{name}", Kind.OPERATION, function, False)
+        return Call(canonical(name)[0] if space == "aten" else f"{space}::{name}", Kind.OPERATION, function, False)
     raw = getattr(function, "__name__", str(function))
     if raw in SIZES:
         return Call(raw, Kind.SIZE, raw, True)
     if raw in QUERIES:
         return Call(raw, Kind.QUERY, raw, True)
-    name, inplace = _canonical(raw)
+    name, inplace = canonical(raw)
     method = isinstance(function, (types.MethodDescriptorType, types.WrapperDescriptorType))
-    if isinstance(function, types.FunctionType) and not leaves(f"python.{raw}"):
+    if isinstance(function, types.FunctionType) and operations(f"python.{raw}") is None:
         return Call(name, Kind.COMPOSITE, function, False, _opened(function))
     if isinstance(function, types.FunctionType):
         return Call(f"python.{raw}", Kind.OPERATION, function, False)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from structprune.api import Options, decide
-from structprune.channels.relations import Ids
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.importance.sites import summed_dims
+from structprune.ops.relations import Ids
 from structprune.plan import Plan
 from structprune.planning import plan_removal
 from structprune.surgery.edits import Thinning

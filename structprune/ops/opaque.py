@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from structprune.channels.rules.table import RULES, Context, Operand, Result, Rule, rule
-from structprune.channels.rules.watch import call_watched
 from structprune.errors import RuleError
+from structprune.ops.context import Context, Operand
+from structprune.ops.op import OPS, Coupling, Result, register_op
+from structprune.ops.watch import call_watched
 from structprune.tracing.opaque import OPAQUE, Opaque
 
 
@@ -36,7 +37,9 @@ class Leaf:
         return Leaf(value, self._tensors, self._numbers, f"{full}.") if isinstance(value, nn.Module) else value
 
 
-def register_module_rule(kind: type[nn.Module], shape: Callable[..., Any] | None = None) -> Callable[[Rule], Rule]:
+def register_module_rule(
+    kind: type[nn.Module], shape: Callable[..., Any] | None = None
+) -> Callable[[Coupling], Coupling]:
     """Declare that modules of class `kind` are taken as a whole, by the decorated rule.
 
     Use it for a module whose forward the tracer cannot see: a Triton or CUDA kernel, NumPy, another library.
@@ -79,9 +82,9 @@ def register_module_rule(kind: type[nn.Module], shape: Callable[..., Any] | None
         raise RuleError(f"{kind.__name__} has a rule already. A class has one rule: change that one.")
     name = f"module.{kind.__module__}.{kind.__qualname__}"
     # Local classes, and those of a notebook's cell that runs twice, share their name.
-    opaque = Opaque(name if name not in RULES else f"{name} {len(OPAQUE)}", kind, shape)
+    opaque = Opaque(name if name not in OPS else f"{name} {len(OPAQUE)}", kind, shape)
 
-    def register(function: Rule) -> Rule:
+    def register(function: Coupling) -> Coupling:
         def whole(c: Context, tensors: Any, numbers: Any, *args: Any, **kwargs: Any) -> Result:
             def seen(c: Context, tensors: Any, *args: Any, **kwargs: Any) -> Result:
                 return function(c, Leaf(c.node.meta["module"], tensors, numbers), *args, **kwargs)
@@ -89,7 +92,7 @@ def register_module_rule(kind: type[nn.Module], shape: Callable[..., Any] | None
             return call_watched(c, seen, (tensors, *args), kwargs, kind.__name__)
 
         whole.__module__, whole.__qualname__ = function.__module__, function.__qualname__
-        rule(opaque.name)(whole)
+        register_op(opaque.name)(whole)
         OPAQUE[kind] = opaque
         return function
 

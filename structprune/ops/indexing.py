@@ -7,10 +7,34 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from structprune.channels.relations import UNIT, Row, Rows
-from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
+from structprune.ops import zeros
+from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.movement import VIEWS
+from structprune.ops.op import Contraction, Indices, Result, Scaling, register_op
+from structprune.ops.relations import UNIT, Row, Rows
 from structprune.tracing.provenance import plain
+
+# Movements of one tensor into several.
+PIECES: dict[str, Any] = VIEWS | {"indices": Indices.USED}
+
+
+def _last(z: zeros.ZeroContext) -> zeros.Zeros:
+    """Zero in the last dimension, whose parameters are removed."""
+    return (False,) * (len(z.rows) - 1) + (True,)
+
+
+def _cat_shape(tensors: Any, dim: Any = 0, **named: Any) -> Tensor | None:
+    first = tensors[0]
+    at = int(dim) % first.dim()
+    rest = (*first.shape[:at], *first.shape[at + 1 :])
+    for t in tensors:
+        if t.dtype != first.dtype or (*t.shape[:at], *t.shape[at + 1 :]) != rest:
+            return None
+    shape = (*first.shape[:at], sum(t.shape[at] for t in tensors), *first.shape[at + 1 :])
+    return None if named else torch.empty(shape, dtype=first.dtype, device=first.device)
 
 
 def select_row(c: Context, row: Row, index: int) -> None:
@@ -100,14 +124,14 @@ def indexed(c: Context, x: Operand, index: Any, shape: Sequence[int]) -> Rows | 
     return tuple(result)
 
 
-@rule("getitem")
+@register_op("getitem", **VIEWS)
 def getitem(c: Context, x: Operand, index: Any) -> Result:
     """Slices, single positions, and tensors of positions."""
     rows = indexed(c, x, index, c.shape)
     return c.pin_all([x], f"it is indexed by a mask in {c.where()}") if rows is None else rows
 
 
-@rule("setitem")
+@register_op("setitem", zeros=zeros.moved)
 def setitem(c: Context, x: Operand, index: Any, value: Any) -> Rows:
     """A write into a slice: what is written has the channels of the place."""
     if not isinstance(value, Operand):
@@ -122,7 +146,7 @@ def setitem(c: Context, x: Operand, index: Any, value: Any) -> Rows:
     return x.rows
 
 
-@rule("select")
+@register_op("select", **VIEWS)
 def select(c: Context, x: Operand, dim: int, index: int) -> Rows:
     """One position of a dimension."""
     at = x.dim(dim)
@@ -130,7 +154,7 @@ def select(c: Context, x: Operand, dim: int, index: int) -> Rows:
     return (*x.rows[:at], *x.rows[at + 1 :])
 
 
-@rule("narrow")
+@register_op("narrow", **VIEWS)
 def narrow(c: Context, x: Operand, dim: int, start: int, length: int) -> Result:
     """A slice by start and length."""
     if not isinstance(start, int):
@@ -144,7 +168,7 @@ def narrow(c: Context, x: Operand, dim: int, start: int, length: int) -> Result:
     return (*x.rows[:at], part, *x.rows[at + 1 :])
 
 
-@rule("unbind")
+@register_op("unbind", **PIECES)
 def unbind(c: Context, x: Operand, dim: int = 0) -> list[Rows | None]:
     """Every position of a dimension as a tensor of its own."""
     at = x.dim(dim)
@@ -156,7 +180,7 @@ def _pieces(x: Operand, at: int, parts: Sequence[Row]) -> list[Rows | None]:
     return [(*x.rows[:at], part, *x.rows[at + 1 :]) for part in parts]
 
 
-@rule("chunk", "tensor_split", "unsafe_chunk")
+@register_op("chunk", "tensor_split", "unsafe_chunk", **PIECES)
 def chunk(c: Context, x: Operand, chunks: Any = None, dim: int = 0, **_: Any) -> Result:
     """Equal sections keep equally many channels."""
     at = x.dim(dim)
@@ -172,7 +196,7 @@ def _unequal(c: Context, x: Operand, at: int) -> list[Rows | None]:
     return _pieces(x, at, [x.rows[at][int(a) : int(b)] for a, b in pairwise(bounds)])
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "python.split")
+@register_op("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "python.split", **PIECES)
 def split(c: Context, x: Operand, sizes: Any, dim: int = 0) -> Result:
     """Sections of one size, or of sizes of their own."""
     at = x.dim(dim)
@@ -190,7 +214,7 @@ def split(c: Context, x: Operand, sizes: Any, dim: int = 0) -> Result:
     return _pieces(x, at, parts)
 
 
-@rule("cat")
+@register_op("cat", zeros=zeros.moved, scaling=Scaling.SUM, shape=_cat_shape)
 def cat(c: Context, tensors: Sequence[Operand], dim: int = 0, **_: Any) -> Rows:
     """One after the other along `dim`; the same in every other dimension."""
     tensors = [tensor for tensor in tensors if tensor.shape != (0,)]
@@ -204,7 +228,7 @@ def cat(c: Context, tensors: Sequence[Operand], dim: int = 0, **_: Any) -> Rows:
     return tuple(rows)
 
 
-@rule("stack")
+@register_op("stack", zeros=zeros.moved, scaling=Scaling.SUM)
 def stack(c: Context, tensors: Sequence[Operand], dim: int = 0, **_: Any) -> Rows:
     """A new dimension that numbers the tensors."""
     rows = list(c.broadcast(list(tensors)))
@@ -213,7 +237,7 @@ def stack(c: Context, tensors: Sequence[Operand], dim: int = 0, **_: Any) -> Row
     return tuple(rows)
 
 
-@rule("index_select")
+@register_op("index_select", zeros=zeros.moved, indices=Indices.PASSED)
 def index_select(c: Context, x: Operand, dim: int, index: Operand) -> Rows:
     """Positions from a tensor."""
     at = x.dim(dim)
@@ -222,7 +246,7 @@ def index_select(c: Context, x: Operand, dim: int, index: Operand) -> Rows:
     return (*x.rows[:at], *(index.rows or (UNIT,)), *x.rows[at + 1 :])
 
 
-@rule("gather", "take_along_dim")
+@register_op("gather", "take_along_dim", zeros=zeros.moved, indices=Indices.PASSED)
 def gather(c: Context, x: Operand, dim: int, index: Operand, **_: Any) -> Rows:
     """One position for each entry of `index`."""
     at = x.dim(dim)
@@ -240,7 +264,15 @@ def gather(c: Context, x: Operand, dim: int, index: Operand, **_: Any) -> Rows:
     return tuple(rows)
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill")
+def _added(z: zeros.ZeroContext) -> zeros.Zeros:
+    """Rows of one tensor added to, or put in the place of, rows of another."""
+    if z.node.meta["name"] not in ("index_add", "index_copy"):
+        return zeros.unknown(z)
+    x, source = z.of(z.tensors[0]), z.of(z.tensors[-1])
+    return tuple(a and b for a, b in zip(x, source, strict=True)) if len(x) == len(source) else zeros.unknown(z)
+
+
+@register_op("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", zeros=_added)
 def scatter(c: Context, x: Operand, dim: int, index: Operand, *rest: Any, **kwargs: Any) -> Rows:
     """Writes at positions from a tensor."""
     at = x.dim(dim)
@@ -257,7 +289,7 @@ def scatter(c: Context, x: Operand, dim: int, index: Operand, *rest: Any, **kwar
     return x.rows
 
 
-@rule("python.embedding_bag")
+@register_op("python.embedding_bag", zeros=_last)
 def embedding_bag(
     c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *_: Any, **named: Any
 ) -> Rows:
@@ -271,7 +303,7 @@ def embedding_bag(
     return (*c.fresh(c.shape[:-1], f"it numbers the bags of {c.where()}"), weight.rows[1])
 
 
-@rule("embedding")
+@register_op("embedding", zeros=_last, contraction=Contraction("embedding", lambda _: ()))
 def embedding(c: Context, weight: Operand, indices: Operand, *_: Any, **__: Any) -> Rows:
     """A row of the table for each index."""
     c.pin(weight.rows[0], "rows of an embedding table are looked up by data")

@@ -9,28 +9,66 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from structprune.channels.relations import Rows
-from structprune.channels.rules.normalization import competing, dimension
-from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
-
-# What a softmax passes through on its way to the top-k.
-_CASTS = frozenset({"float", "to", "type_as", "half", "bfloat16", "double", "detach", "contiguous"})
+from structprune.ops.arguments import arguments
+from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.normalisation import competing, dimension
+from structprune.ops.op import Contraction, Indices, Result, op_of, register_op
+from structprune.ops.relations import Rows
+from structprune.ops.zeros import ZeroContext, Zeros, unknown
 
 
 def _chosen_from(node: fx.Node) -> bool:
     """Whether a top-k chooses from the result of `node`."""
     return any(
-        user.meta["name"] == "topk" or (user.meta["name"] in _CASTS and _chosen_from(user))
+        user.meta["name"] == "topk" or (_is_cast(user) and _chosen_from(user))
         for user in node.users
         if user.op != "output"
     )
 
 
-@rule("softmax", "_softmax", "python.softmax")
+def _is_cast(node: fx.Node) -> bool:
+    """Whether the operation changes no more than the type: numbers of channels stay what they are."""
+    known = op_of(node.meta["name"])
+    return known is not None and known.elementwise and known.indices is Indices.PASSED
+
+
+def _softened(z: ZeroContext) -> Zeros:
+    """A channel that a softmax leaves out takes no share; in other dimensions zero becomes a share like any other."""
+    dim = arguments(z.node).get("dim", -1)
+    return tuple(isinstance(dim, int) and place == dim % len(z.rows) for place in range(len(z.rows)))
+
+
+def _routed(z: ZeroContext) -> Zeros:
+    """An expert that is removed takes no share, and no token."""
+    return tuple(row.free for row in z.rows)
+
+
+def _grouped_zeros(z: ZeroContext) -> Zeros:
+    """Tokens times the weights of their experts."""
+    x, weight = z.tensors[:2]
+    left, right = z.of(x), z.of(weight)
+    if len(left) != 2 or len(right) != 3:
+        return unknown(z)
+    if not (left[1] or right[1]):
+        z.summed(x, 1)
+    return (False, right[2])
+
+
+def _grouped_shape(x: Any, weight: Any, offs: Any = None, **named: Any) -> Tensor | None:
+    """On ``meta`` the operation insists on half precision."""
+    rest = any(value is not None for value in named.values())
+    if rest or offs is None or x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
+        return None
+    same = x.dtype == weight.dtype and offs.shape == weight.shape[:1]
+    return torch.empty((x.shape[0], weight.shape[2]), dtype=x.dtype, device=x.device) if same else None
+
+
+@register_op("softmax", "_softmax", "python.softmax", zeros=_softened, over_kept=True)
 def softmax(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
-    """Channels compete; where experts do, to be chosen from, those that are off take no share."""
+    """Channels compete; where experts do, to be chosen from, those that are removed take no share."""
     dim = dimension(x, kwargs.get("dim", args[0] if args else -1))
     if dim is None or not x.rows[dim].free or not _chosen_from(c.node):
         return competing(c, x, dim)
@@ -38,7 +76,7 @@ def softmax(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     return x.rows
 
 
-@rule("topk")
+@register_op("topk", over_kept=True)
 def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Result:
     """The largest along `dim`: their values, and their numbers, which count the channels of `dim`."""
     at = dimension(x, dim)
@@ -54,7 +92,7 @@ def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> R
     return [rows, rows]
 
 
-@rule("histc")
+@register_op("histc", zeros=_routed)
 def histc(c: Context, x: Operand, bins: Any = 100, min: Any = 0, max: Any = 0, **_: Any) -> Result:
     """How often each number occurs, where there is one bin for each channel that they number."""
     row = c.numbered(x)
@@ -68,7 +106,7 @@ def histc(c: Context, x: Operand, bins: Any = 100, min: Any = 0, max: Any = 0, *
     return (row,)
 
 
-@rule("bincount")
+@register_op("bincount", zeros=_routed)
 def bincount(c: Context, x: Operand, weights: Any = None, minlength: Any = 0) -> Result:
     """How often each number occurs, where there is one bin for each channel that they number."""
     row = c.numbered(x)
@@ -79,7 +117,7 @@ def bincount(c: Context, x: Operand, weights: Any = None, minlength: Any = 0) ->
     return (row,)
 
 
-@rule("one_hot")
+@register_op("one_hot", zeros=_routed)
 def one_hot(c: Context, x: Operand, num_classes: Any = -1) -> Result:
     """A new dimension with one entry for each channel that the numbers count."""
     row = c.numbered(x)
@@ -90,7 +128,10 @@ def one_hot(c: Context, x: Operand, num_classes: Any = -1) -> Result:
     return (*x.rows, row)
 
 
-@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+@register_op(
+    "_grouped_mm", "transformers::grouped_mm_fallback", zeros=_grouped_zeros, shape=_grouped_shape,
+    contraction=Contraction("grouped", lambda _: ()),
+)  # fmt: skip
 def grouped_mm(c: Context, x: Operand, weight: Operand, offs: Any = None, *rest: Any, **named: Any) -> Rows | Result:
     """Tokens ``(n, in)`` sorted by expert times ``(experts, in, out)``; `offs` says where each expert's tokens end."""
     others = list(operands_in(rest, named))

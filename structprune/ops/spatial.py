@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from structprune.channels.relations import Row, Rows
-from structprune.channels.rules.table import Context, Operand, Result, operands_in, rule
+from structprune.ops.arguments import arguments
+from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.op import Result, register_op
+from structprune.ops.relations import Row, Rows
+from structprune.ops.zeros import ZeroContext, Zeros, moved, moved_first, unknown
 
 POOLS = """
 avg_pool max_pool max_pool{}_with_indices adaptive_avg_pool adaptive_max_pool lp_pool fractional_max_pool max_unpool
@@ -28,32 +31,34 @@ def _names(dims: int) -> list[str]:
     return [name.format(f"{dims}d") if "{}" in name else f"{name}{dims}d" for name in POOLS.split()]
 
 
-@rule(*_names(1), "upsample_linear1d_", "_upsample_nearest_exact1d")
+@register_op(*_names(1), "_upsample_nearest_exact1d", zeros=moved_first)
 def over_lines(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last dimension is resized; channels stay."""
     return _keep_channels(c, x, 1)
 
 
-@rule(*_names(2), "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-      "_upsample_nearest_exact2d")  # fmt: skip
+@register_op(
+    *_names(2), "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "_upsample_nearest_exact2d", zeros=moved_first,
+)  # fmt: skip
 def over_images(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last two dimensions are resized; channels stay."""
     return _keep_channels(c, x, 2)
 
 
-@rule(*_names(3), "upsample_trilinear3d", "_upsample_nearest_exact3d")
+@register_op(*_names(3), "upsample_trilinear3d", "_upsample_nearest_exact3d", zeros=moved_first)
 def over_volumes(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last three dimensions are resized; channels stay."""
     return _keep_channels(c, x, 3)
 
 
-@rule("python.interpolate")
+@register_op("python.interpolate", zeros=moved_first)
 def interpolate(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """Everything but batch and channels is resized."""
     return _keep_channels(c, x, len(x.rows) - 2)
 
 
-@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+@register_op("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def grid_sample(c: Context, x: Operand, grid: Operand, *_: Any, **__: Any) -> Result:
     """Positions are sampled where data says."""
     for row in grid.rows[1:]:
@@ -62,7 +67,14 @@ def grid_sample(c: Context, x: Operand, grid: Operand, *_: Any, **__: Any) -> Re
     return _keep_channels(c, x, len(x.rows) - 2)
 
 
-@rule("pad", "constant_pad_nd")
+def _padded(z: ZeroContext) -> Zeros:
+    """Padding with zeros keeps them."""
+    x = z.of(z.tensors[0])
+    value = arguments(z.node).get("value")
+    return x if not value and len(x) == len(z.rows) else unknown(z)
+
+
+@register_op("pad", "constant_pad_nd", zeros=_padded)
 def pad(c: Context, x: Operand, widths: Sequence[Any], mode: Any = "constant", *_: Any, **kwargs: Any) -> Rows:
     """Constant channels before and after; in other modes the padded dimensions are positions."""
     constant = kwargs.get("mode", mode) == "constant" or not isinstance(mode, str)
@@ -91,7 +103,7 @@ def pad(c: Context, x: Operand, widths: Sequence[Any], mode: Any = "constant", *
     return tuple(rows)
 
 
-@rule("im2col")
+@register_op("im2col", zeros=moved)
 def unfold(c: Context, x: Operand, kernel: Any, *_: Any, **__: Any) -> Rows:
     """Channels x kernel positions, in one dimension."""
     reason = f"it is a position that {c.where()} slides over"
@@ -102,7 +114,7 @@ def unfold(c: Context, x: Operand, kernel: Any, *_: Any, **__: Any) -> Rows:
     return (*x.rows[:at], c.merged([x.rows[at], block]), *c.fresh(c.shape[at + 1 :], reason))
 
 
-@rule("col2im")
+@register_op("col2im", zeros=moved)
 def fold(c: Context, x: Operand, output_size: Any, kernel: Any, *_: Any, **__: Any) -> Rows:
     """The reverse of `unfold`."""
     reason = f"it is a position that {c.where()} slides over"
@@ -113,7 +125,7 @@ def fold(c: Context, x: Operand, output_size: Any, kernel: Any, *_: Any, **__: A
     return (*x.rows[:at], channels, *c.fresh(c.shape[at + 1 :], reason))
 
 
-@rule("unfold")
+@register_op("unfold", zeros=moved)
 def windows(c: Context, x: Operand, dim: int, *_: Any) -> Rows:
     """``Tensor.unfold``: one dimension becomes windows and positions in a window."""
     reason = f"it is a position that {c.where()} slides over"
@@ -123,7 +135,7 @@ def windows(c: Context, x: Operand, dim: int, *_: Any) -> Rows:
     return (*x.rows[:at], windows, *x.rows[at + 1 :], size)
 
 
-@rule("meshgrid", "python.meshgrid")
+@register_op("meshgrid", "python.meshgrid")
 def meshgrid(c: Context, *tensors: Any, **_: Any) -> Result:
     """Coordinates of a grid."""
     return c.pin_all(list(operands_in(tensors)), f"it holds coordinates in {c.where()}")

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
-from structprune.channels.relations import UNIT, Row, Rows
-from structprune.channels.rules.table import Context, Operand, Result, rule
+from structprune.ops import zeros
+from structprune.ops.context import Context, Operand
+from structprune.ops.elementwise import same_shape
+from structprune.ops.op import Indices, Result, Scaling, register_op
+from structprune.ops.relations import UNIT, Row, Rows
 
 
 def regroup(c: Context, rows: Rows, sizes: Sequence[int]) -> Rows:
@@ -36,15 +39,15 @@ def regroup(c: Context, rows: Rows, sizes: Sequence[int]) -> Rows:
     return tuple(UNIT if size == 1 else next(rest) for size in sizes)
 
 
-def _sizes(args: tuple[Any, ...]) -> Sequence[Any]:
-    return args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+# A movement of one tensor: run on other entries, it tells where each of them goes.
+MOVES: dict[str, Any] = {"zeros": zeros.moved, "moves": True, "scaling": Scaling.MOVES, "indices": Indices.PASSED}
+VIEWS: dict[str, Any] = MOVES | {"views": True}
 
 
-@rule("view", "reshape")
-def view(c: Context, x: Operand, *shape: Any, **kwargs: Any) -> Result:
+@register_op("view", "reshape", **VIEWS)
+def view(c: Context, x: Operand, sizes: Any) -> Result:
     """A new shape for the same entries, in the same order."""
-    sizes = kwargs.get("shape", kwargs.get("size")) or _sizes(shape)
-    if any(isinstance(size, torch.dtype) for size in sizes) or "dtype" in kwargs:
+    if isinstance(sizes, torch.dtype):
         return c.pin_all([x], f"its entries are reinterpreted by {c.where()}")
     rows = regroup(c, x.rows, c.shape)
     for size, row in zip(sizes, rows, strict=True):
@@ -52,20 +55,20 @@ def view(c: Context, x: Operand, *shape: Any, **kwargs: Any) -> Result:
     return rows
 
 
-@rule("view_as", "reshape_as")
+@register_op("view_as", "reshape_as", zeros=zeros.moved_first, indices=Indices.PASSED, views=True)
 def view_as(c: Context, x: Operand, other: Operand) -> Rows:
     """The shape of another tensor: the sizes follow it."""
     rows = regroup(c, x.rows, c.shape)
     return tuple(c.same(row, like) if row.free else row for row, like in zip(rows, other.rows, strict=True))
 
 
-@rule("flatten", "ravel")
+@register_op("flatten", "ravel", **VIEWS)
 def flatten(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
     """Neighbouring dimensions become one."""
     return regroup(c, x.rows, c.shape)
 
 
-@rule("unflatten")
+@register_op("unflatten", **VIEWS)
 def unflatten(c: Context, x: Operand, dim: int, sizes: Sequence[Any], *_: Any) -> Rows:
     """One dimension becomes several."""
     at = x.dim(dim)
@@ -75,23 +78,22 @@ def unflatten(c: Context, x: Operand, dim: int, sizes: Sequence[Any], *_: Any) -
     return (*x.rows[:at], *parts, *x.rows[at + 1 :])
 
 
-@rule("unsqueeze")
+@register_op("unsqueeze", **VIEWS)
 def unsqueeze(c: Context, x: Operand, dim: int) -> Rows:
     """A new dimension of size 1."""
     at = int(dim) % (len(x.rows) + 1)
     return (*x.rows[:at], UNIT, *x.rows[at:])
 
 
-@rule("squeeze")
-def squeeze(c: Context, x: Operand, *dims: Any, **kwargs: Any) -> Rows:
+@register_op("squeeze", **VIEWS)
+def squeeze(c: Context, x: Operand, chosen: Any = None) -> Rows:
     """Dimensions of size 1 disappear."""
-    chosen = kwargs.get("dim", dims[0] if dims else None)
     which = range(len(x.rows)) if chosen is None else chosen if isinstance(chosen, (tuple, list)) else (chosen,)
     gone = {x.dim(dim) for dim in which}
     return tuple(row for at, row in enumerate(x.rows) if row.size != 1 or at not in gone)
 
 
-@rule("transpose")
+@register_op("transpose", **VIEWS)
 def transpose(c: Context, x: Operand, dim0: int, dim1: int) -> Rows:
     """Two dimensions change places."""
     rows = list(x.rows)
@@ -100,13 +102,13 @@ def transpose(c: Context, x: Operand, dim0: int, dim1: int) -> Rows:
     return tuple(rows)
 
 
-@rule("permute")
-def permute(c: Context, x: Operand, *dims: Any, **kwargs: Any) -> Rows:
+@register_op("permute", **VIEWS)
+def permute(c: Context, x: Operand, dims: Sequence[int]) -> Rows:
     """Dimensions in another order."""
-    return tuple(x.rows[x.dim(dim)] for dim in kwargs.get("dims") or _sizes(dims))
+    return tuple(x.rows[x.dim(dim)] for dim in dims)
 
 
-@rule("movedim")
+@register_op("movedim", **VIEWS)
 def movedim(c: Context, x: Operand, source: Any, destination: Any) -> Rows:
     """Some dimensions move, the others keep their order."""
     sources = [x.dim(dim) for dim in (source if isinstance(source, (tuple, list)) else (source,))]
@@ -116,7 +118,7 @@ def movedim(c: Context, x: Operand, source: Any, destination: Any) -> Rows:
     return tuple(x.rows[placed[at] if at in placed else next(rest)] for at in range(len(x.rows)))
 
 
-@rule("T", "t", "mT", "H", "mH", "adjoint", "numpy_T")
+@register_op("T", "t", "mT", "H", "mH", "adjoint", "numpy_T", **VIEWS)
 def transposed(c: Context, x: Operand, *_: Any) -> Rows:
     """The last two dimensions, or all of them for ``T``, in reverse."""
     if c.node.meta["name"] in ("T", "numpy_T"):
@@ -124,10 +126,9 @@ def transposed(c: Context, x: Operand, *_: Any) -> Rows:
     return (*x.rows[:-2], *x.rows[-2:][::-1])
 
 
-@rule("expand", "broadcast_to")
-def expand(c: Context, x: Operand, *shape: Any, **kwargs: Any) -> Rows:
+@register_op("expand", "broadcast_to", **VIEWS)
+def expand(c: Context, x: Operand, sizes: Sequence[Any], *_: Any, **__: Any) -> Rows:
     """Dimensions of size 1 are repeated; the repeats are channels that may go."""
-    sizes = kwargs.get("size") or _sizes(shape)
     rows = (*([UNIT] * (len(sizes) - len(x.rows))), *x.rows)
     result: list[Row] = []
     for size, target, row in zip(sizes, c.shape, rows, strict=True):
@@ -137,10 +138,15 @@ def expand(c: Context, x: Operand, *shape: Any, **kwargs: Any) -> Rows:
     return tuple(result)
 
 
-@rule("repeat", "tile")
-def repeat(c: Context, x: Operand, *counts: Any, **kwargs: Any) -> Rows:
+@register_op("expand_as", zeros=zeros.kept, indices=Indices.PASSED, views=True)
+def expand_as(c: Context, x: Operand, other: Operand) -> Rows:
+    """`x` repeated to the shape of `other`."""
+    return c.broadcast([x, other])
+
+
+@register_op("repeat", "tile", zeros=zeros.moved, indices=Indices.PASSED)
+def repeat(c: Context, x: Operand, times: Sequence[Any]) -> Rows:
     """Copies one after the other."""
-    times = kwargs.get("repeats", kwargs.get("dims")) or _sizes(counts)
     rows = (*([UNIT] * (len(c.shape) - len(x.rows))), *x.rows)
     times = (*([1] * (len(rows) - len(times))), *times)
     result: list[Row] = []
@@ -151,7 +157,7 @@ def repeat(c: Context, x: Operand, *counts: Any, **kwargs: Any) -> Rows:
     return tuple(result)
 
 
-@rule("repeat_interleave")
+@register_op("repeat_interleave", zeros=zeros.moved)
 def repeat_interleave(c: Context, x: Operand, repeats: Any, dim: int | None = None, **_: Any) -> Result:
     """Each channel several times in a row."""
     if dim is None or not isinstance(repeats, int):
@@ -163,27 +169,27 @@ def repeat_interleave(c: Context, x: Operand, repeats: Any, dim: int | None = No
     return (*x.rows[:at], c.merged([row, copies]), *x.rows[at + 1 :])
 
 
-@rule("flip")
-def flip(c: Context, x: Operand, *dims: Any, **kwargs: Any) -> Rows:
+@register_op("flip", **MOVES)
+def flip(c: Context, x: Operand, dims: Sequence[int]) -> Rows:
     """Channels in reverse order."""
-    chosen = {x.dim(dim) for dim in kwargs.get("dims") or _sizes(dims)}
+    chosen = {x.dim(dim) for dim in dims}
     return tuple(
         Row(row.size, array=row.ids()[::-1].copy()) if at in chosen and row.free else row
         for at, row in enumerate(x.rows)
     )
 
 
-@rule("roll")
-def roll(c: Context, x: Operand, shifts: Any, dims: Any = None) -> Result:
+@register_op("roll", zeros=zeros.moved, moves=True, scaling=Scaling.MOVES, shape=same_shape)
+def roll(c: Context, x: Operand, shifts: Any, dims: Any = ()) -> Result:
     """A rotation counts positions, so what it rotates must stay."""
-    if dims is None:
+    if dims is None or dims in ((), []):
         return c.pin_all([x], f"it is rotated by {c.where()}")
     for dim in dims if isinstance(dims, (tuple, list)) else (dims,):
         c.pin(x.rows[x.dim(dim)], f"it is rotated by {c.where()}")
     return x.rows
 
 
-@rule("pixel_shuffle", "pixel_unshuffle")
+@register_op("pixel_shuffle", "pixel_unshuffle", zeros=zeros.moved)
 def pixel_shuffle(c: Context, x: Operand, factor: int) -> Rows:
     """Channels become pixels, or pixels channels: blocks of factor x factor stay whole."""
     *batch, channels, height, width = x.rows
@@ -199,7 +205,7 @@ def pixel_shuffle(c: Context, x: Operand, factor: int) -> Rows:
     return (*batch, kept, *pixels)
 
 
-@rule("channel_shuffle", "native_channel_shuffle")
+@register_op("channel_shuffle", "native_channel_shuffle", zeros=zeros.moved)
 def channel_shuffle(c: Context, x: Operand, groups: int) -> Rows:
     """A grid of groups x channels, transposed."""
     row = x.rows[1]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from structprune.channels.relations import Row, Rows
-from structprune.channels.rules.table import Context, Operand, Result
+from structprune.ops.context import Context, Operand
+from structprune.ops.op import Result
+from structprune.ops.relations import Row, Rows
 
 
 class Watched(tuple[Row, ...]):

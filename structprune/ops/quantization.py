@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from structprune.channels.relations import Rows
-from structprune.channels.rules.opaque import Leaf, register_module_rule
-from structprune.channels.rules.table import Context, Operand
+from structprune.ops.context import Context, Operand
+from structprune.ops.opaque import Leaf, register_module_rule
+from structprune.ops.relations import Rows
 
 _KINDS = (
     "MinMaxObserver", "MovingAverageMinMaxObserver", "PerChannelMinMaxObserver",

@@ -1,15 +1,15 @@
-"""The table that maps an operation to its rule, and what a rule works with."""
+"""What a coupling works with: the axes of tensors, and the relations that it states between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from structprune.channels.relations import UNIT, Bound, Expectation, Relations, Row, Rows, Scale, Survivors
-from structprune.errors import RuleError
+from structprune.ops.op import Indices, Result, op_of
+from structprune.ops.relations import UNIT, Bound, Expectation, Relations, Row, Rows, Scale, Survivors
 from structprune.tracing.provenance import Dim, Literal, SizeInt, expression_of, leaves
 
 
@@ -30,52 +30,6 @@ class Operand:
         return int(dim) % len(self.rows) if self.rows else 0
 
 
-# Operations that pass numbers on, that give them sorted together with an order, that need only their order.
-_PASSING = frozenset({
-    "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "expand", "contiguous",
-    "clone", "to", "long", "int", "float", "double", "type_as", "detach", "getitem", "select", "narrow", "gather",
-    "flip", "repeat", "index_select", "view_as", "reshape_as", "expand_as", "t", "T", "mT", "msort",
-})  # fmt: skip
-_PASSING_PARTS = frozenset({"sort"})
-_BY_ORDER = frozenset({"argsort", "ones_like", "zeros_like", "empty_like", "full_like"})
-
-Result = Rows | list[Rows | None] | None
-Rule = Callable[..., Result]
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the decorated function as the rule of these operations.
-
-    Args:
-        names: canonical names of torch operations (``"conv2d"``), ``"namespace::name"`` of custom ones, or
-            ``"python.name"`` of a function written in Python that is to be taken as a whole.
-
-    Raises:
-        RuleError: an operation has a rule already, or the decorated object cannot be called.
-
-    Example::
-
-        @structprune.register_rule("mylib::scale_shift")
-        def scale_shift(c, x, scale, shift):
-            return c.broadcast([x, scale, shift])  # channels of the same place live and die together
-    """
-
-    def register(function: Rule) -> Rule:
-        if not callable(function):
-            raise RuleError(f"A rule must be a function, not {type(function).__name__}.")
-        for name in names:
-            if name in RULES:
-                raise RuleError(
-                    f"The operation {name!r} has a rule already ({RULES[name].__module__}.{RULES[name].__qualname__}). "
-                    "An operation has one rule: change that one, or unregister it first."
-                )
-            RULES[name] = function
-        return function
-
-    return register
-
-
 class Context:
     """What a rule uses to say how an operation relates channels."""
 
@@ -93,6 +47,7 @@ class Context:
         self.shape: Any = ()
         self.claimed: set[int] = set()
         self.rows: list[Any] = []
+        self.unforeseen: set[int] = set()
         self._numbers: dict[tuple[int, int | None], Row] = {}
         self._counted: set[int] = set()
 
@@ -164,14 +119,15 @@ class Context:
 
     def settle_numbers(self, operands: Sequence[Operand]) -> None:
         """After a rule: numbers that were passed on are numbers still; those used in another way may not change."""
-        name = self.node.meta["name"]
+        known = op_of(self.node.meta["name"])
+        what = Indices.USED if known is None else known.indices
         for operand in operands:
             row = self.numbered(operand)
-            if row is None or operand.node.meta["index"] in self._counted or name in _BY_ORDER:
+            if row is None or operand.node.meta["index"] in self._counted or what is Indices.ORDERED:
                 continue
-            if name in _PASSING and operand is operands[0]:
+            if what is Indices.PASSED and operand is operands[0]:
                 self.number(row)
-            elif name in _PASSING_PARTS and operand is operands[0]:
+            elif what is Indices.PASSED_FIRST and operand is operands[0]:
                 self.number(row, part=0)
             else:
                 self.pin(row, f"the numbers of its channels are used as values by {self.where()}")

@@ -1,0 +1,80 @@
+"""Scaled dot-product attention."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structprune.ops.arguments import tensors
+from structprune.ops.context import Context, Operand
+from structprune.ops.op import Contraction, Count, Pair, RowsOf, register_op
+from structprune.ops.relations import Rows
+from structprune.ops.zeros import ZeroContext, Zeros
+from structprune.tracing.provenance import Arithmetic, Constant, Dim, SizeFloat
+
+
+def _zeros(z: ZeroContext) -> Zeros:
+    """Scores are summed over the head's size, in which query or key must be zero."""
+    query, key, value = z.tensors[:3]
+    if not (z.of(query)[-1] or z.of(key)[-1]):
+        z.summed(query, len(z.of(query)) - 1)
+    zero = z.of(value)
+    same = len(zero) == len(z.rows)
+    return (*zero[:-2], False, zero[-1]) if same else (False,) * len(z.rows)
+
+
+def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+    """Scores of every query with every key, and sums of values by them."""
+    query, key, value = (rows(n) for n in tensors(node)[:3])
+    scores = prod(count(row) for row in query[:-1]) * count(key[-2])
+    return scores * (count(query[-1]) + count(value[-1]))
+
+
+def _shape(q: Any, k: Any, v: Any, mask: Any = None, *rest: Any, **named: Any) -> Tensor | None:
+    plain = mask is None and named.get("attn_mask") is None and not named.get("enable_gqa") and len(rest) < 4
+    if not plain or q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or not q.dtype == k.dtype == v.dtype:
+        return None
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        return None
+    # As the fused kernels give it: heads are inner to tokens in memory.
+    out = torch.empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype, device=q.device)
+    return out.transpose(1, 2)
+
+
+@register_op(
+    "scaled_dot_product_attention", zeros=_zeros, macs=_macs, shape=_shape,
+    contraction=Contraction("attention", lambda _: (Pair(0, -1, 1, -1),)),
+)  # fmt: skip
+def attention(
+    c: Context, query: Operand, key: Operand, value: Operand, attn_mask: Operand | None = None, dropout_p: Any = 0.0,
+    is_causal: Any = False, scale: Any = None, enable_gqa: Any = False,
+) -> Rows:  # fmt: skip
+    """Query ``(..., heads, length, size)``; the size is summed over, and scales the softmax by ``size ** -0.5``."""
+    heads = query.rows[:-2]
+    others = [Operand(x.node, x.rows[:-2]) for x in (key, value)]
+    if enable_gqa:
+        mine, theirs = query.rows[-3], key.rows[-3]
+        if mine.size != theirs.size:
+            group, _ = c.split(mine, (theirs.size, mine.size // theirs.size))
+            c.same(group, theirs)
+        c.same(theirs, value.rows[-3])
+        others = []
+        for x in (key, value):
+            c.broadcast([Operand(x.node, x.rows[:-3]), Operand(query.node, query.rows[:-3])])
+    heads = c.broadcast([Operand(query.node, heads), *others])
+    c.same(query.rows[-1], key.rows[-1])
+    c.same(key.rows[-2], value.rows[-2])
+    reason = f"it is a position that {c.where()} attends to"
+    for row in (query.rows[-2], key.rows[-2]):
+        c.pin(row, reason)
+    if attn_mask is not None:
+        c.broadcast([Operand(c.node, (*heads, query.rows[-2], key.rows[-2])), attn_mask])
+    if scale is None:
+        size = Dim(query.node.meta["index"], len(query.rows) - 1)
+        c.relations.scale_of(c.node.meta["index"], 0, Arithmetic("**", pow, size, Constant(-0.5)), query.rows[-1])
+    elif isinstance(scale, SizeFloat):
+        c.scale(0, scale, query.rows[-1])
+    return (*heads, query.rows[-2], value.rows[-1])

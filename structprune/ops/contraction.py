@@ -1,0 +1,323 @@
+"""Operations that sum over channels: convolutions, linear layers, matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structprune.ops.arguments import tensors
+from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.op import Contraction, Count, Pair, Result, RowsOf, Scaling, register_op
+from structprune.ops.relations import Row, Rows
+from structprune.ops.zeros import ZeroContext, Zeros, unknown
+
+# -- what else is known of a layer: where it is zero, what it costs, what it sums away -------------------------------
+
+
+def _volume(rows: Sequence[Row], count: Count) -> int:
+    return prod(count(row) for row in rows)
+
+
+def _layer_zeros(at: int, across: int, out: int) -> Any:
+    """Zeros of a layer with weights and biases, whose channels are dimension `at` of its input and of its result.
+
+    `out` and `across` are the dimensions of the weight along which it makes channels and sums them up.
+    """
+
+    def rule(z: ZeroContext) -> Zeros:
+        x, weight, *bias = z.tensors
+        rows, zero, incoming = z.rows_of(x), z.of(weight), z.of(x)
+        # It sums over its input channels: removed ones must be zero in the input or in the weight.
+        if not (zero[min(across, len(zero) - 1)] or incoming[at % len(rows)]):
+            z.summed(x, at % len(rows))
+        place = at % len(z.rows) if len(zero) > 1 else -1
+        made = zero[out] and all(z.of(b)[0] for b in bias)
+        return tuple(made if d == place else not bias and d < len(incoming) and incoming[d] for d in range(len(z.rows)))
+
+    return rule
+
+
+def _convolution_macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+    """Each entry of the result sums over the channels of a group and the kernel."""
+    return _volume(rows(node), count) * _volume(rows(tensors(node)[1])[1:], count)
+
+
+def _transposed_macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+    """Each entry of the input goes to the channels of a group and the kernel."""
+    x, weight = tensors(node)[:2]
+    return _volume(rows(x), count) * _volume(rows(weight)[1:], count)
+
+
+def _product_macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+    """Each entry of the result sums over the last dimension of the first factor."""
+    first = tensors(node)[_factors(node)]
+    return _volume(rows(node), count) * count(rows(first)[-1])
+
+
+def _factors(node: fx.Node) -> int:
+    """Where the first of two factors stands among the tensors: ``addmm`` takes what is added first."""
+    return 1 if node.meta["name"] in _ADDED else 0
+
+
+_ADDED = frozenset({"addmm", "addmv", "baddbmm"})
+
+
+def _layer_pairs(dim: int, weight_dim: int) -> Any:
+    return lambda node: (Pair(0, dim, 1, weight_dim),)
+
+
+def _product_pairs(node: fx.Node) -> Iterator[Pair]:
+    left = _factors(node)
+    yield Pair(left, -1, left + 1, -2)
+    yield Pair(left + 1, -2, left, -1)
+
+
+def _product_zeros(z: ZeroContext) -> Zeros:
+    """A matrix product; what it sums over must be zero in one of its factors."""
+    first = _factors(z.node)
+    a, b = z.tensors[first : first + 2]
+    left: tuple[bool, ...] = z.of(a)
+    right: tuple[bool, ...] = z.of(b)
+    if not (left[-1] or right[max(0, len(right) - 2)]):
+        z.summed(a, len(left) - 1)
+    if first:
+        return unknown(z)
+    result = [False] * len(z.rows)
+    if len(left) > 1 and len(right) > 1:
+        result[-1], result[-2] = right[-1], left[-2]
+        for back in range(3, len(z.rows) + 1):
+            result[-back] = any(len(zero) >= back and zero[-back] for zero in (left, right))
+    elif z.rows:
+        result[-1] = (left[:-1] if len(left) > 1 else right)[-1:] == (True,)
+    return tuple(result)
+
+
+def _distance_zeros(z: ZeroContext) -> Zeros:
+    """A sum over differences: both must be zero."""
+    a, b = z.tensors
+    if not (z.of(a)[-1] and z.of(b)[-1]):
+        z.summed(a, len(z.of(a)) - 1)
+    return unknown(z)
+
+
+def _bilinear_zeros(z: ZeroContext) -> Zeros:
+    """Weights and bias of an output that is removed are zero; either input is summed away."""
+    *inputs, weight = z.tensors[:3]
+    zero = z.of(weight)
+    for x, across in zip(inputs, (1, 2), strict=True):
+        if not (zero[across] or z.of(x)[-1]):
+            z.summed(x, len(z.of(x)) - 1)
+    made = zero[0] and all(z.of(b)[0] for b in z.tensors[3:])
+    return (False,) * (len(z.rows) - 1) + (made,)
+
+
+def _conv_shape(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
+) -> Tensor | None:
+    """A convolution over a batch: of 8 positions, a kernel of 3 with a stride of 2 and no padding makes 3."""
+    dims = weight.dim() - 2
+    if x.dim() != weight.dim() or isinstance(padding, str) or not x.is_contiguous() or x.dtype != weight.dtype:
+        return None
+    wrong = x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups
+    if wrong or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype)):
+        return None
+    each = [(value,) * dims if isinstance(value, int) else value for value in (stride, padding, dilation)]
+    if any(len(values) != dims for values in each):
+        return None
+    sizes = [
+        (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, spread in zip(x.shape[2:], weight.shape[2:], *each, strict=True)
+    ]
+    shape = (x.shape[0], weight.shape[0], *sizes)
+    return torch.empty(shape, dtype=x.dtype, device=x.device) if min(sizes) > 0 else None
+
+
+def _linear_shape(x: Any, weight: Any, bias: Any = None, **named: Any) -> Tensor | None:
+    if named or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        return None
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        return None
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+def _convolution(dims: int, transposed: bool = False) -> dict[str, Any]:
+    """What is known of a convolution over `dims` dimensions; weight ``(out, in, ...)``, or ``(in, out, ...)``."""
+    at, across = -1 - dims, 0 if transposed else 1
+    kind = "transposed" if transposed else "convolution"
+    return {
+        "zeros": _layer_zeros(at, across, 1 - across),
+        "macs": _transposed_macs if transposed else _convolution_macs,
+        "contraction": Contraction(kind, _layer_pairs(at, across), "input", "weight", "bias"),
+        "scaling": Scaling.NONE if transposed else Scaling.LAYER,
+    }
+
+
+# -- how layers and products couple channels -------------------------------------------------------------------------
+
+
+def _bias(c: Context, bias: Operand | None, row: Row) -> None:
+    if bias is not None:
+        c.same(row, bias.rows[0])
+
+
+def _pointwise(weight: Operand, stride: Any, padding: Any) -> bool:
+    """Whether each position is computed from itself alone."""
+
+    def every(value: Any, wanted: int) -> bool:
+        return all(item == wanted for item in (value if isinstance(value, (tuple, list)) else (value,)))
+
+    return all(row.size == 1 for row in weight.rows[2:]) and every(stride, 1) and every(padding, 0)
+
+
+def _spatial(c: Context, weight: Operand, x_rows: Sequence[Row], shape: Sequence[int]) -> Rows:
+    reason = f"it is a position that {c.where()} slides over"
+    for row in (*weight.rows[2:], *x_rows):
+        c.pin(row, reason)
+    return c.fresh(shape, reason)
+
+
+@register_op("conv1d", shape=_conv_shape, **_convolution(1))
+@register_op("conv2d", shape=_conv_shape, **_convolution(2))
+@register_op("conv3d", shape=_conv_shape, **_convolution(3))
+def convolution(
+    c: Context, x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Rows:  # fmt: skip
+    """Weight ``(out, in / groups, *kernel)``: grouped, it is a grid of groups x channels in a group on both sides."""
+    at = len(x.rows) - (len(weight.rows) - 2) - 1
+    channels, out = x.rows[at], weight.rows[0]
+    if groups == 1:
+        c.same(channels, weight.rows[1])
+    else:
+        count = int(groups)
+        group_in, inside = c.split(channels, (count, channels.size // count))
+        group_out, _ = c.split(out, (count, out.size // count))
+        c.same(group_in, group_out)
+        c.same(inside, weight.rows[1])
+        c.expect(groups, group_in)
+    _bias(c, bias, out)
+    if _pointwise(weight, stride, padding):
+        return (*x.rows[:at], out, *x.rows[at + 1 :])
+    return (*x.rows[:at], out, *_spatial(c, weight, x.rows[at + 1 :], c.shape[at + 1 :]))
+
+
+@register_op("conv_transpose1d", **_convolution(1, transposed=True))
+@register_op("conv_transpose2d", **_convolution(2, transposed=True))
+@register_op("conv_transpose3d", **_convolution(3, transposed=True))
+def transposed_convolution(
+    c: Context, x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Rows:  # fmt: skip
+    """Weight ``(in, out / groups, *kernel)``."""
+    at = len(x.rows) - (len(weight.rows) - 2) - 1
+    c.same(x.rows[at], weight.rows[0])
+    out = weight.rows[1]
+    if groups != 1:
+        count = int(groups)
+        group, _ = c.split(weight.rows[0], (count, weight.rows[0].size // count))
+        c.expect(groups, group)
+        out = c.merged([group, out])
+    _bias(c, bias, out)
+    return (*x.rows[:at], out, *_spatial(c, weight, x.rows[at + 1 :], c.shape[at + 1 :]))
+
+
+@register_op(
+    "linear", zeros=_layer_zeros(-1, 1, 0), macs=_product_macs, scaling=Scaling.LAYER, channel_dim=-1,
+    contraction=Contraction("linear", _layer_pairs(-1, -1), "input", "weight", "bias"), shape=_linear_shape,
+)  # fmt: skip
+def linear(c: Context, x: Operand, weight: Operand, bias: Operand | None = None) -> Rows:
+    """Weight ``(out, in)``."""
+    c.same(x.rows[-1], weight.rows[-1])
+    if len(weight.rows) == 1:
+        return x.rows[:-1]
+    _bias(c, bias, weight.rows[0])
+    return (*x.rows[:-1], weight.rows[0])
+
+
+def _bilinear_macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+    """Each entry of the result sums over both inputs."""
+    return _volume(rows(node), count) * _volume(rows(tensors(node)[2])[1:], count)
+
+
+@register_op(
+    "bilinear", zeros=_bilinear_zeros, macs=_bilinear_macs,
+    contraction=Contraction("bilinear", lambda _: (Pair(0, -1, 2, 1), Pair(1, -1, 2, 2))),
+)  # fmt: skip
+def bilinear(c: Context, left: Operand, right: Operand, weight: Operand, bias: Operand | None = None) -> Rows:
+    """Weight ``(out, in1, in2)``."""
+    c.same(left.rows[-1], weight.rows[1])
+    c.same(right.rows[-1], weight.rows[2])
+    _bias(c, bias, weight.rows[0])
+    batch = c.broadcast([Operand(left.node, left.rows[:-1]), Operand(right.node, right.rows[:-1])])
+    return (*batch, weight.rows[0])
+
+
+_PRODUCT: dict[str, Any] = {"zeros": _product_zeros, "macs": _product_macs}
+
+
+@register_op(
+    "matmul", **_PRODUCT, scaling=Scaling.CONTRACTION,
+    contraction=Contraction("product", _product_pairs, "self", "other"),
+)  # fmt: skip
+@register_op(
+    "mm", **_PRODUCT, scaling=Scaling.CONTRACTION, contraction=Contraction("product", _product_pairs, "self", "mat2")
+)
+@register_op("bmm", **_PRODUCT, scaling=Scaling.CONTRACTION, contraction=Contraction("product", _product_pairs))
+@register_op("mv", "dot", "vdot", **_PRODUCT, contraction=Contraction("product", _product_pairs))
+def matmul(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
+    """Rows of `a` times columns of `b`; leading dimensions broadcast."""
+    return _product(c, a, b)
+
+
+def _product(c: Context, a: Operand, b: Operand) -> Rows:
+    c.same(a.rows[-1], b.rows[max(0, len(b.rows) - 2)])
+    batch = c.broadcast([Operand(a.node, a.rows[:-2]), Operand(b.node, b.rows[:-2])])
+    return (*batch, *a.rows[-2:-1], *(b.rows[-1:] if len(b.rows) > 1 else ()))
+
+
+@register_op("addmm", **_PRODUCT, contraction=Contraction("product", _product_pairs, "mat1", "mat2", "self"))
+@register_op("addmv", "baddbmm", **_PRODUCT, contraction=Contraction("product", _product_pairs))
+def addmm(c: Context, bias: Operand, *factors: Any, **named: Any) -> Rows:
+    """A product plus a tensor that broadcasts to it."""
+    a, b = operands_in(factors, named)
+    return c.broadcast([Operand(c.node, _product(c, a, b)), bias])
+
+
+def _outer_zeros(z: ZeroContext) -> Zeros:
+    """A product is zero where one factor is."""
+    a, b = z.tensors
+    return z.of(a)[0], z.of(b)[0]
+
+
+@register_op("outer", "ger", zeros=_outer_zeros)
+def outer(c: Context, a: Operand, b: Operand) -> Rows:
+    """Every entry of `a` times every entry of `b`."""
+    return (a.rows[0], b.rows[0])
+
+
+@register_op("python.tensordot")
+def tensordot(c: Context, a: Operand, b: Operand, dims: Any = 2, *_: Any) -> Result:
+    """Sums over the last dimensions of `a` and the first of `b`, or over two lists of dimensions."""
+    if isinstance(dims, int):
+        mine, theirs = list(range(len(a.rows) - dims, len(a.rows))), list(range(dims))
+    elif isinstance(dims, (tuple, list)):
+        mine, theirs = ([dim] if isinstance(dim, int) else list(dim) for dim in dims)
+    else:
+        return c.pin_all([a, b], f"the dimensions of {c.where()} are decided by data")
+    mine, theirs = [a.dim(dim) for dim in mine], [b.dim(dim) for dim in theirs]
+    for left, right in zip(mine, theirs, strict=True):
+        c.same(a.rows[left], b.rows[right])
+    kept = [row for at, row in enumerate(a.rows) if at not in mine]
+    return (*kept, *(row for at, row in enumerate(b.rows) if at not in theirs))
+
+
+@register_op("cdist", zeros=_distance_zeros, macs=_product_macs)
+def cdist(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
+    """Distances between the rows of two matrices: a sum over the last dimension."""
+    c.same(a.rows[-1], b.rows[-1])
+    batch = c.broadcast([Operand(a.node, a.rows[:-2]), Operand(b.node, b.rows[:-2])])
+    return (*batch, a.rows[-2], b.rows[-2])

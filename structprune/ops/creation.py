@@ -1,0 +1,66 @@
+"""Operations that make tensors from sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from structprune.ops import zeros
+from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.op import Result, register_op
+from structprune.ops.relations import Rows
+
+
+def _zeros_of(z: zeros.ZeroContext) -> zeros.Zeros:
+    return (z.node.meta["name"] in ("zeros", "new_zeros"),) * len(z.rows)
+
+
+@register_op("zeros", "ones", "full", zeros=_zeros_of, creates=True)
+@register_op("empty", creates=True, random=True)
+def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
+    """A constant: as many channels as are asked for, and any of them may go; what a tensor asks for stays."""
+    given = kwargs.get("size") or args
+    sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
+    rows = tuple(c.axis(size) for size in c.shape)
+    for size, row in zip(sizes, rows, strict=False):
+        if isinstance(size, Operand):
+            c.pin(row, f"its size is the value of a tensor in {c.where()}")
+        c.expect(size, row)
+    return rows
+
+
+@register_op("new_zeros", "new_ones", "new_full", zeros=_zeros_of, creates=True)
+@register_op("new_empty", creates=True, random=True)
+def constant_like(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
+    """A constant of the type of `x`."""
+    return constant(c, *args, **kwargs)
+
+
+@register_op(
+    *[
+        "arange",
+        "linspace",
+        "logspace",
+        "eye",
+        "tensor",
+        "as_tensor",
+        "scalar_tensor",
+        "tril_indices",
+        "triu_indices",
+        "new_tensor",
+        "range",
+    ],
+    *["hann_window", "hamming_window", "blackman_window", "kaiser_window", "bartlett_window"],
+    creates=True,
+)
+@register_op("rand", "randn", "randint", "randperm", "normal_factory", "empty_strided", creates=True, random=True)
+@register_op("multinomial", random=True)
+@register_op("from_numpy", "nonzero")
+def positions(c: Context, *args: Any, **kwargs: Any) -> Result:
+    """Values that depend on their position."""
+    return c.pin_all(list(operands_in(args, kwargs)), f"its values count positions, made by {c.where()}")
+
+
+@register_op("_assert", "_set_grad_enabled", "set_requires_grad", "set_data", "_assert_async", "manual_seed")
+def nothing(c: Context, *_: Any, **__: Any) -> Rows:
+    """No tensor comes out."""
+    return ()

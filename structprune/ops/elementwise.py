@@ -1,0 +1,202 @@
+"""Operations that treat every entry alone: channels of the same place are kept or removed together.
+
+Whatever torch tags as pointwise belongs to this family by itself; only what differs from it is listed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from structprune.ops import zeros
+from structprune.ops.arguments import arguments
+from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.op import OPS, Indices, Op, Result, Scaling, _pointwise, like, register_op
+from structprune.ops.relations import Rows
+from structprune.tracing.provenance import SizeFloat
+
+
+def same_shape(x: Any, *_: Any, **named: Any) -> Tensor | None:
+    """One floating tensor in, one of the same shape and type out."""
+    plain = isinstance(x, Tensor) and x.is_floating_point() and not named.keys() & {"out", "dtype"}
+    return like(x) if plain else None
+
+
+def _joined_shape(x: Any, y: Any = None, **named: Any) -> Tensor | None:
+    if not isinstance(x, Tensor) or named or not x.is_floating_point():
+        return None
+    if isinstance(y, Tensor):
+        return like(x) if y.shape == x.shape and y.dtype == x.dtype else None
+    return like(x) if isinstance(y, (int, float)) else None
+
+
+def elementwise(c: Context, *args: Any, **kwargs: Any) -> Result:
+    """Tensors of broadcastable shape in, tied channels out."""
+    operands = list(operands_in(args, kwargs))
+    rows = c.broadcast(operands)
+    return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
+
+
+def _of_torch(name: str) -> Op:
+    """The record of an operation that torch tags as pointwise."""
+    return OPS.setdefault(name, Op(name=name, coupling=elementwise, zeros=zeros.by_value, elementwise=True))
+
+
+_pointwise.append(_of_torch)
+
+# Pointwise, though torch does not tag them so.
+register_op(
+    *[
+        "fill",
+        "float_power",
+        "floor_divide",
+        "invert",
+        "isclose",
+        "log_sigmoid",
+        "lshift",
+        "pos",
+        "rshift",
+        "softsign",
+        "special_ndtr",
+    ],
+    *["tanhshrink", "logsigmoid", "imag", "real", "isreal", "conj"],
+    zeros=zeros.by_value,
+    elementwise=True,
+)(elementwise)
+_ACTIVATIONS = "elu gelu hardsigmoid hardtanh leaky_relu mish relu6 sigmoid silu tanh"
+register_op(*_ACTIVATIONS.split(), zeros=zeros.by_value, elementwise=True, shape=same_shape)(elementwise)
+register_op("hardswish", zeros=zeros.by_value, elementwise=True, shape=same_shape)(elementwise)
+register_op("relu", zeros=zeros.by_value, elementwise=True, scaling=Scaling.HOMOGENEOUS, shape=same_shape)(elementwise)
+register_op("neg", zeros=zeros.by_value, elementwise=True, scaling=Scaling.HOMOGENEOUS)(elementwise)
+register_op("add", "sub", zeros=zeros.by_value, elementwise=True, scaling=Scaling.SUM, shape=_joined_shape)(elementwise)
+
+
+def unary(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
+    """One tensor in, the same channels out; another tensor may say which type, with no tie to its channels."""
+    return x.rows
+
+
+register_op(
+    *["to", "type_as", "type", "float", "double", "half", "bfloat16", "clone"],
+    zeros=zeros.kept, elementwise=True, scaling=Scaling.HOMOGENEOUS, indices=Indices.PASSED,
+)(unary)  # fmt: skip
+register_op(
+    *["contiguous", "detach"],
+    zeros=zeros.kept, elementwise=True, scaling=Scaling.HOMOGENEOUS, indices=Indices.PASSED, moves=True, views=True,
+)(unary)  # fmt: skip
+register_op(*["int", "long"], zeros=zeros.kept, elementwise=True, indices=Indices.PASSED)(unary)
+register_op(
+    *[
+        "alias",
+        "bool",
+        "byte",
+        "char",
+        "cpu",
+        "cuda",
+        "lift_fresh",
+        "pin_memory",
+        "requires_grad",
+        "resolve_conj",
+        "resolve_neg",
+        "share_memory",
+    ],
+    "short",
+    zeros=zeros.kept,
+    elementwise=True,
+)(unary)
+
+
+def _kept_unless_training(z: zeros.ZeroContext) -> zeros.Zeros:
+    """The alpha forms put a constant in the place of what they drop."""
+    return zeros.unknown(z) if arguments(z.node).get("train") else zeros.kept(z)
+
+
+# A trace is of a forward in eval mode, where dropout does nothing; a forward may leave it on.
+register_op(
+    "dropout", zeros=zeros.kept, elementwise=True, scaling=Scaling.HOMOGENEOUS, views=True, random=True,
+    shape=same_shape,
+)(unary)  # fmt: skip
+register_op("feature_dropout", "native_dropout", "stochastic_depth", zeros=zeros.kept, elementwise=True, random=True)(
+    elementwise
+)
+register_op("alpha_dropout", "feature_alpha_dropout", zeros=_kept_unless_training, elementwise=True, random=True)(unary)
+register_op(
+    *[
+        "bernoulli",
+        "cauchy",
+        "exponential",
+        "geometric",
+        "log_normal",
+        "normal",
+        "poisson",
+        "random",
+        "rrelu",
+        "uniform",
+    ],
+    random=True,
+)(unary)
+register_op("rand_like", "randn_like", "randint_like", random=True, creates=True)(unary)
+register_op("empty_like", random=True, creates=True, indices=Indices.ORDERED)(unary)
+register_op("zeros_like", "zero", zeros=zeros.everywhere, creates=True, indices=Indices.ORDERED)(unary)
+register_op("ones_like", "full_like", creates=True, indices=Indices.ORDERED)(unary)
+
+
+@register_op("mul", "div", zeros=zeros.by_value, elementwise=True, scaling=Scaling.PRODUCT, shape=_joined_shape)
+def product(c: Context, *args: Any, **kwargs: Any) -> Result:
+    """A product; a number among the factors may follow a size that changes (``head_dim ** -0.5``)."""
+    operands = list(operands_in(args, kwargs))
+    for position, other in ((0, 1), (1, 0)):
+        if len(args) > 1 and isinstance(args[other], SizeFloat) and isinstance(args[position], Operand):
+            value = args[other]
+            if c.node.meta["name"] == "div":
+                value = 1.0 / value
+            c.scale(position, value, operands[0].rows[-1])
+    return c.broadcast(operands)
+
+
+@register_op("where", zeros=zeros.by_value, elementwise=True)
+def where(c: Context, *args: Any, **kwargs: Any) -> Result:
+    """One of two tensors at each place; of a condition alone, the places at which it holds."""
+    operands = list(operands_in(args, kwargs))
+    if isinstance(c.shape, list):
+        return c.pin_all(operands, f"its places are looked up by data in {c.where()}")
+    return c.broadcast(operands)
+
+
+@register_op("copy", zeros=zeros.by_value, elementwise=True)
+def copy(c: Context, target: Operand, source: Operand, *_: Any, **__: Any) -> Rows:
+    """`source` is written into `target`."""
+    return c.broadcast([target, source])
+
+
+@register_op("prelu", zeros=zeros.kept, elementwise=True)
+def prelu(c: Context, x: Operand, weight: Operand) -> Rows:
+    """One slope a channel, or one for all."""
+    if weight.rows and weight.rows[0].size > 1:
+        c.same(x.rows[1], weight.rows[0])
+    return x.rows
+
+
+@register_op("broadcast_tensors", zeros=zeros.unknown, views=True)
+def broadcast_tensors(c: Context, *tensors: Any) -> list[Rows | None]:
+    """Each tensor expanded to the common shape."""
+    operands = list(operands_in(tensors))
+    rows = c.broadcast(operands)
+    return [rows for _ in operands]
+
+
+@register_op("glu", zeros=zeros.moved)
+def glu(c: Context, x: Operand, dim: int = -1) -> Rows:
+    """First half times the sigmoid of the second."""
+    at = x.dim(dim)
+    first, _ = c.sections(x.rows[at], 2)
+    return (*x.rows[:at], first, *x.rows[at + 1 :])
+
+
+@register_op("tril", "triu", zeros=zeros.kept)
+def triangle(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
+    """What is zeroed depends on the position in the last two dimensions."""
+    for row in x.rows[-2:]:
+        c.pin(row, f"its position decides what {c.where()} zeroes")
+    return x.rows

@@ -1,0 +1,126 @@
+"""Recurrent layers: gates are sections of the weights that keep the same hidden channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structprune.ops.context import Context, Operand
+from structprune.ops.op import Count, RowsOf, like, register_op
+from structprune.ops.relations import Row, Rows
+from structprune.ops.zeros import ZeroContext, Zeros
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def _cell(c: Context, gates: int, inputs: Row, hidden: Row, state: Row, parameters: Sequence[Operand]) -> None:
+    """Tie one direction of one layer: weights ``(gates * hidden, in)`` and ``(gates * hidden, state)``, two biases."""
+    into, again, *biases = parameters
+    c.same(inputs, into.rows[1])
+    c.same(state, again.rows[1])
+    for parameter in (into, again, *biases):
+        c.same(c.sections(parameter.rows[0], gates)[0], hidden)
+
+
+def _hidden(z: ZeroContext) -> Zeros:
+    """Zero in the last dimension, whose gates are removed."""
+    return (False,) * (len(z.rows) - 1) + (True,)
+
+
+def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+    """Each step multiplies with all matrices of all layers."""
+    x, *others = node.all_input_nodes
+    weights = [rows(n) for n in others if n.meta["name"] == "parameter"]
+    steps = prod(count(row) for row in rows(x)[:-1])
+    return steps * sum(prod(count(row) for row in matrix) for matrix in weights if len(matrix) == 2)
+
+
+def _stack_shape(x: Any, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, ...] | None:
+    """A stack of recurrent layers over padded sequences; its steps are a loop in Python on ``meta``."""
+    states: list[Any] = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    if x.dim() != 3 or len(rest) != 6 or not isinstance(weights, (tuple, list)):
+        return None  # packed sequences hand over their lengths in place of `hx`
+    layers, both, batch_first = int(rest[1]), bool(rest[4]), bool(rest[5])
+    batch = x.shape[0] if batch_first else x.shape[1]
+    first = weights[0]
+    plain = all(state.dim() == 3 and tuple(state.shape[:2]) == (layers * (1 + both), batch) for state in states)
+    if not plain or first.shape[1] != x.shape[2] or any(t.dtype != x.dtype for t in (*states, *weights)):
+        return None
+    # As the operation gives it: steps are outer to samples in memory.
+    steps = x.shape[1] if batch_first else x.shape[0]
+    out = torch.empty((steps, batch, states[0].shape[2] * (1 + both)), dtype=x.dtype, device=x.device)
+    return (out.transpose(0, 1) if batch_first else out, *(like(state) for state in states))
+
+
+@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs, shape=_stack_shape)
+def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
+    """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
+    name = c.node.meta["name"]
+    packed = isinstance(args[0], Operand) and len(args) > 1 and isinstance(args[1], (Operand, tuple, list)) and (
+        isinstance(args[2], (tuple, list)) and not isinstance(args[2], bool)
+    )  # fmt: skip
+    given: list[Any] = list(args[1:] if packed else args)
+    hx, parameters, has_biases, layers, bidirectional = (given[i] for i in (0, 1, 2, 3, 6))
+    states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    hidden = states[-1].rows[-1]
+    state = states[0].rows[-1]
+    directions = 2 if bidirectional else 1
+    projected = name == "lstm" and state.size != hidden.size
+    each = 2 + (2 if has_biases else 0) + (1 if projected else 0)
+    inputs = x.rows[-1]
+    stack = list(parameters)
+    for layer in range(int(layers)):
+        for direction in range(directions):
+            first = (layer * directions + direction) * each
+            mine = stack[first : first + each]
+            if projected:
+                c.same(mine[-1].rows[0], state)
+                c.same(mine[-1].rows[1], hidden)
+                mine = mine[:-1]
+            _cell(c, GATES[name], inputs, hidden, state, mine)
+        inputs = c.concatenated([state] * directions)
+    numbers, batch = states[0].rows[0], states[0].rows[1:-1]
+    c.pin(numbers, f"it numbers the layers of {c.where()}")
+    for other in states[1:]:
+        for a, b in zip(states[0].rows[:-1], other.rows[:-1], strict=True):
+            c.same(a, b)
+    results: list[Rows | None] = [(*x.rows[:-1], inputs)]
+    results += [(numbers, *batch, row) for row in ((state, hidden) if name == "lstm" else (state,))]
+    return results
+
+
+@register_op("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zeros=_hidden, macs=_macs)
+def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Rows | list[Rows | None]:
+    """One step of a recurrent layer."""
+    name = c.node.meta["name"].removesuffix("_cell")
+    states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    hidden = states[0].rows[-1]
+    for other in states[1:]:
+        c.broadcast([states[0], other])
+    _cell(c, GATES[name], x.rows[-1], hidden, hidden, [p for p in parameters if isinstance(p, Operand)])
+    rows = (*x.rows[:-1], hidden)
+    return [rows, rows] if name == "lstm" else rows
+
+
+@register_op("_pack_padded_sequence")
+def pack(c: Context, x: Operand, lengths: Operand, *_: Any) -> list[Rows | None]:
+    """``(batch, time, *channels)`` or ``(time, batch, *channels)`` to ``(steps of all samples, *channels)``."""
+    for row in x.rows[:2]:
+        c.pin(row, f"it is packed by the lengths of the sequences in {c.where()}")
+    for row in lengths.rows:
+        c.pin(row, f"it counts the sequences in {c.where()}")
+    steps, sizes = (c.fresh(shape[:1], f"it is packed in {c.where()}") for shape in c.shape)
+    return [(*steps, *x.rows[2:]), sizes]
+
+
+@register_op("_pad_packed_sequence")
+def pad_packed(c: Context, data: Operand, batch_sizes: Operand, *_: Any) -> list[Rows | None]:
+    """What `pack` does, undone."""
+    for row in (data.rows[0], *batch_sizes.rows):
+        c.pin(row, f"it is packed, and padded in {c.where()}")
+    padded, lengths = (c.fresh(shape, f"it is padded in {c.where()}") for shape in c.shape)
+    return [(*padded[:2], *data.rows[1:]), lengths]

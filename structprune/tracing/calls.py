@@ -1,0 +1,149 @@
+"""How a run of a model is seen: the calls of the torch API under canonical names, and those of the model's modules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from structprune.tracing.opaque import Opaque, opaque_of
+from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, Lookup, call_of
+
+MOVES = frozenset({"cpu", "cuda", "pin_memory"})  # a tensor on another device is the same tensor to a graph
+ASKED = VALUES - HANDED_OUT  # what Python asks for: no operation of a graph, unless it is answered with a tensor
+
+_CALL, _ABSENT = "_compiled_call_impl", object()
+
+
+class CallMode(TorchFunctionMode, ABC):
+    """Sees each call of the torch API while it is active, and each call of a model's modules while it is `watching`.
+
+    Functions written in Python are opened: their bodies run under the mode, so that only builtins are seen. Questions
+    that need no operation (``x.dim()``) are answered and not seen.
+
+    Args:
+        operations: what is known of the operation of a name; a Python function that is known is not opened.
+    """
+
+    def __init__(self, operations: Lookup) -> None:
+        super().__init__()
+        self._operations = operations
+        self._opening: list[Call] = []
+        self._away = False  # inside something that is taken as a whole: what it calls is its own affair
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one call of the torch API."""
+        kwargs = kwargs or {}
+        call = call_of(func, self._operations)
+        if call.kind is Kind.QUERY:
+            return func(*args, **kwargs)
+        if call.inside is not None and call not in self._opening:
+            # One that hands itself over again although it was opened is seen as a single operation.
+            self._opening.append(call)
+            try:
+                with self:
+                    return call.inside(*args, **kwargs)
+            finally:
+                self._opening.pop()
+        return self._seen(call, func, args, kwargs)
+
+    @abstractmethod
+    def _seen(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, or answer for the size of a tensor."""
+
+    @abstractmethod
+    def _called(
+        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run ``module._call_impl``: the module of the model that was called, which stands for `live`."""
+
+    @abstractmethod
+    def _leaf(
+        self,
+        opaque: Opaque,
+        module: nn.Module,
+        live: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
+    ) -> Any:
+        """Run the forward of a module that is declared opaque: one operation."""
+
+    @contextmanager
+    def watching(self, model: nn.Module, live: Mapping[int, nn.Module] = MappingProxyType({})) -> Generator[None]:
+        """While the block runs, calls of the modules of `model` are seen; other models and threads are left alone.
+
+        Args:
+            model: what runs, in this thread only.
+            live: the modules that those of `model` stand for, by ``id`` of the latter.
+        """
+        before: list[tuple[dict[str, Any], Any]] = []
+        for path, module in model.named_modules():
+            state = module.__dict__
+            before.append((state, state.get(_CALL, _ABSENT)))
+            # What ``nn.Module.__call__`` runs in place of ``_call_impl``: this module's own, so no other is touched.
+            state[_CALL] = partial(self._module, path, module, live.get(id(module), module))
+        try:
+            yield
+        finally:
+            for state, own in before:
+                if own is _ABSENT:
+                    del state[_CALL]
+                else:
+                    state[_CALL] = own
+
+    def _module(self, path: str, module: nn.Module, live: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._away:
+            return module._call_impl(*args, **kwargs)
+        with self._taken_whole(module, live):
+            return self._called(path, module, live, args, kwargs)
+
+    @contextmanager
+    def _taken_whole(self, module: nn.Module, live: nn.Module) -> Generator[None]:
+        """While the block runs, the forward of a module declared opaque is one operation, its hooks are others."""
+        opaque = opaque_of(module)
+        if opaque is None:
+            yield
+            return
+        forward, own = module.forward, module.__dict__.get("forward")
+
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():  # unlike calls of the torch API, this one arrives with the mode on
+                return self._leaf(opaque, module, live, forward, args, kwargs)
+
+        module.__dict__["forward"] = whole
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
+
+
+def tensors_taken(value: Any) -> Iterator[Tensor]:
+    """The tensors in the arguments of an operation in order, with repeats."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_taken(item)
+    elif isinstance(value, dict):
+        yield from tensors_taken(list(value.values()))
+    elif isinstance(value, slice):
+        yield from tensors_taken((value.start, value.stop, value.step))
+
+
+def holds_tensor(result: Any) -> bool:
+    """Whether what an operation returned is a tensor, or several of them."""
+    return isinstance(result, Tensor) or (
+        isinstance(result, (tuple, list)) and any(isinstance(item, Tensor) for item in result)
+    )

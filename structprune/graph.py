@@ -19,12 +19,13 @@ from structprune.channels.solver import Components, Mask
 from structprune.channels.trials import Counter
 from structprune.channels.unreached import pin_unreached
 from structprune.channels.zeros import pin_what_is_not_zero
+from structprune.cost import CostModel
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
-from structprune.groups import BalancedGroups, Group, Member, Roots, Slot, coupled_groups
+from structprune.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
 from structprune.ops import op_of
 from structprune.ops.relations import Ids, Row
 from structprune.tracing.provenance import Attribute, Dim, leaves
-from structprune.tracing.state import collection_paused, held_tensors
+from structprune.tracing.state import Held, collection_paused, held_tensors
 from structprune.tracing.subgraph import layer_flow, module_graph, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
@@ -64,12 +65,13 @@ class ChannelGraph:
             self._solve()
 
     def _solve(self) -> None:
-        for name in ("_groups", "roles", "roots", "slots"):
+        for name in ("_groups", "costs", "roles", "roots", "slots"):
             self.__dict__.pop(name, None)
         self.trace: Trace = trace(self.model, self.example_inputs, operations=op_of)
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
+        self._modules: dict[str, nn.Module] = {}
         self._pin_ignored()
         self._pin_caches()
         pin_unreached(self.model, self.trace, self.channels)
@@ -97,11 +99,14 @@ class ChannelGraph:
 
     def _pin_caches(self) -> None:
         """A tensor whose size the forward checks is built anew where it does not fit: it must stay as it would be."""
-        held = held_tensors(self.model)
+        held: dict[str, Held] | None = None  # most forwards check none
         for comparison in self.trace.comparisons:
             for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
                 node = self.trace.everything[leaf.node] if isinstance(leaf, Dim) else None
-                if node is not None and node.meta["name"] == "parameter" and held[str(node.target)].temporary:
+                if node is None or node.meta["name"] != "parameter":
+                    continue
+                held = held or held_tensors(self.model)
+                if held[str(node.target)].temporary:
                     for row in self.channels.rows[node.meta["index"]]:
                         reason = f"the forward checks its size at {comparison.where}, and may build it anew"
                         self.channels.relations.pin(row, reason)
@@ -149,7 +154,9 @@ class ChannelGraph:
 
     def read(self, attribute: Attribute) -> int:
         """Value of an int attribute of the model."""
-        value: Any = self.model.get_submodule(attribute.module)
+        value: Any = self._modules.get(attribute.module)
+        if value is None:
+            value = self._modules[attribute.module] = self.model.get_submodule(attribute.module)
         for step in attribute.chain:
             value = value[step] if isinstance(step, int) else getattr(value, step)
         return value
@@ -179,6 +186,11 @@ class ChannelGraph:
     def roots(self) -> Roots:
         """The roots that each component lives by."""
         return Roots(self.components)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """What the model costs at any widths."""
+        return CostModel(self.model, self.trace, self.channels, lambda row: self.components.of(row).tobytes())
 
     def groups(self) -> tuple[Group, ...]:
         """All prunable groups, in the order of the model.
@@ -249,7 +261,7 @@ class ChannelGraph:
         chosen, first = np.unique(found, return_index=True)
         chosen = chosen[np.argsort(first)]
         chosen = chosen[self.components.roots[chosen]]
-        members = [member for group in self.groups() for member in _restricted(group, chosen)]
+        members = [member for group in self.groups() for member in restricted(group, chosen)]
         (axis,) = {group.axis for group in self.groups() if np.isin(chosen, group.components).any()} or {"channels"}
         return Group(path, chosen, tuple(members), axis)
 
@@ -272,9 +284,7 @@ class ChannelGraph:
             1: 2 channels, pinned: it is a dimension of the model's output
         """
         path, row = self.output_row(layer)
-        if not row.free:
-            return f"{path}: {row.size} channels, pinned: {self._reason(row)}"
-        pinned = self.components.pinned[self.components.of(row)]
+        pinned = self.components.pinned[self.components.of(row)] if row.free else np.ones(row.size, dtype=bool)
         if pinned.all():
             return f"{path}: {row.size} channels, pinned: {self._reason(row)}"
         text = str(self.group(layer))
@@ -383,15 +393,3 @@ def _nodes_in(value: Any) -> Iterable[fx.Node]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _nodes_in(item)
-
-
-def _restricted(group: Group, chosen: Ids) -> Iterable[Member]:
-    """Members of `group` for the chosen components only, numbered as chosen."""
-    place = {int(component): number for number, component in enumerate(chosen)}
-    wanted = np.array([place.get(int(component), -1) for component in group.components])
-    if (wanted < 0).all():
-        return
-    for member in group.members:
-        channels = wanted[member.channels]
-        hit = channels >= 0
-        yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])

@@ -12,7 +12,6 @@ from structprune.axes import AXES
 from structprune.channels.sizes import literal_for
 from structprune.channels.solver import Mask
 from structprune.channels.trials import Counter
-from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.ops.relations import Ids
@@ -48,7 +47,6 @@ def plan_removal(
         Repair(attribute.module, attribute.chain, graph.read(attribute), new)
         for attribute, new in sorted(values.items(), key=lambda item: str(item[0]))
     )
-    nothing = graph.counter(np.zeros_like(dead))
     edits = Edits(
         thinnings,
         repairs,
@@ -69,8 +67,8 @@ def plan_removal(
         edits.outputs,
         _layers(thinnings),
         _axes(graph, dead),
-        count_cost(graph.model, graph.trace, graph.channels, nothing),
-        count_cost(graph.model, graph.trace, graph.channels, count),
+        graph.costs.at(lambda row: row.size),
+        graph.costs.at(count),
         {**(settings or {}), **_left(graph, stays)},
     )
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structprune.ops import zeros
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.op import Indices, Op, Result, Scaling, default_for_pointwise, register_op
+from structprune.ops.op import Indices, Op, Result, Scaling, default_for_pointwise, like, register_op
 from structprune.ops.relations import Rows
 from structprune.tracing.provenance import SizeFloat
 
@@ -21,15 +20,15 @@ from structprune.tracing.provenance import SizeFloat
 def same_shape(x: Any, *_: Any, **named: Any) -> Tensor | None:
     """One floating tensor in, one of the same shape and type out."""
     plain = isinstance(x, Tensor) and x.is_floating_point() and not named.keys() & {"out", "dtype"}
-    return torch.empty_like(x) if plain else None
+    return like(x) if plain else None
 
 
 def _joined_shape(x: Any, y: Any = None, **named: Any) -> Tensor | None:
     if not isinstance(x, Tensor) or named or not x.is_floating_point():
         return None
     if isinstance(y, Tensor):
-        return torch.empty_like(x) if y.shape == x.shape and y.dtype == x.dtype else None
-    return torch.empty_like(x) if isinstance(y, (int, float)) else None
+        return like(x) if y.shape == x.shape and y.dtype == x.dtype else None
+    return like(x) if isinstance(y, (int, float)) else None
 
 
 def elementwise(c: Context, *args: Any, **kwargs: Any) -> Result:

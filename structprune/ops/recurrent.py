@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from structprune.ops.context import Context, Operand
-from structprune.ops.op import Count, RowsOf, register_op
+from structprune.ops.op import Count, RowsOf, like, register_op
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros
 
@@ -38,7 +39,24 @@ def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
     return steps * sum(prod(count(row) for row in matrix) for matrix in weights if len(matrix) == 2)
 
 
-@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs)
+def _stack_shape(x: Any, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, ...] | None:
+    """A stack of recurrent layers over padded sequences; its steps are a loop in Python on ``meta``."""
+    states: list[Any] = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    if x.dim() != 3 or len(rest) != 6 or not isinstance(weights, (tuple, list)):
+        return None  # packed sequences hand over their lengths in place of `hx`
+    layers, both, batch_first = int(rest[1]), bool(rest[4]), bool(rest[5])
+    batch = x.shape[0] if batch_first else x.shape[1]
+    first = weights[0]
+    plain = all(state.dim() == 3 and tuple(state.shape[:2]) == (layers * (1 + both), batch) for state in states)
+    if not plain or first.shape[1] != x.shape[2] or any(t.dtype != x.dtype for t in (*states, *weights)):
+        return None
+    # As the operation gives it: steps are outer to samples in memory.
+    steps = x.shape[1] if batch_first else x.shape[0]
+    out = torch.empty((steps, batch, states[0].shape[2] * (1 + both)), dtype=x.dtype, device=x.device)
+    return (out.transpose(0, 1) if batch_first else out, *(like(state) for state in states))
+
+
+@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs, shape=_stack_shape)
 def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
     name = c.node.meta["name"]

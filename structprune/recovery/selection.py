@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -202,9 +201,9 @@ class Reconstruction:
     def _saved(self, graph: ChannelGraph, group: Group) -> float:
         """What one channel of the group saves."""
         dead = np.zeros(graph.components.count, dtype=bool)
-        full = count_cost(graph.model, graph.trace, graph.channels, graph.counter(dead))
+        full = graph.costs.at(graph.counter(dead))
         dead[group.components[:1]] = True
-        less = count_cost(graph.model, graph.trace, graph.channels, graph.counter(graph.components.closure(dead)))
+        less = graph.costs.at(graph.counter(graph.components.closure(dead)))
         return max(1.0, float(getattr(full, self.per) - getattr(less, self.per)))
 
     def _orders(

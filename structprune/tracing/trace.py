@@ -93,8 +93,9 @@ class Trace:
         """Parameters of `model`, by the first of their names, that take no part."""
         reached = {str(node.target) for node in self.everything if node.meta["name"] == "parameter"}
         first = {names[0] for names in self.tensors.values()}
-        held = held_tensors(model)
-        return {name for name in first - reached if isinstance(held[name].tensor, nn.Parameter)}
+        missing = first - reached
+        held = held_tensors(model) if missing else {}
+        return {name for name in missing if isinstance(held[name].tensor, nn.Parameter)}
 
 
 def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

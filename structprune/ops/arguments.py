@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from structprune.tracing.recording import operands as tensors
+
+__all__ = ["Parameter", "arguments", "bind", "positional", "signatures", "tensors"]
+
 # How functions and methods spell what the operator's schema calls otherwise.
 _KEYWORDS = {
     "input": "self", "axis": "dim", "keepdims": "keepdim", "shape": "size", "x": "self", "dims": "dim",
@@ -229,10 +233,3 @@ def arguments(node: fx.Node) -> dict[str, Any]:
             known = {str(place): value for place, value in enumerate(args)} | dict(node.kwargs)
         node.meta["arguments"] = known
     return known
-
-
-def tensors(node: fx.Node) -> list[fx.Node]:
-    """The tensor arguments of an operation in order, those in lists and those given twice included."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found

@@ -35,24 +35,14 @@ def constant_like(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     return constant(c, *args, **kwargs)
 
 
-@register_op(
-    *[
-        "arange",
-        "linspace",
-        "logspace",
-        "eye",
-        "tensor",
-        "as_tensor",
-        "scalar_tensor",
-        "tril_indices",
-        "triu_indices",
-        "new_tensor",
-        "range",
-    ],
-    *["hann_window", "hamming_window", "blackman_window", "kaiser_window", "bartlett_window"],
-    creates=True,
-)
-@register_op("rand", "randn", "randint", "randperm", "normal_factory", "empty_strided", creates=True, random=True)
+_POSITIONS = """
+arange as_tensor bartlett_window blackman_window eye hamming_window hann_window kaiser_window linspace logspace
+new_tensor range scalar_tensor tensor tril_indices triu_indices
+"""
+
+
+@register_op(*_POSITIONS.split(), creates=True)
+@register_op("rand", "randn", "randint", "randperm", "empty_strided", creates=True, random=True)
 @register_op("multinomial", random=True)
 @register_op("from_numpy", "nonzero")
 def positions(c: Context, *args: Any, **kwargs: Any) -> Result:

@@ -106,23 +106,18 @@ def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Rows:
     return v.rows
 
 
+_COMPETING = """
+_log_softmax cummax cummin cumprod diff log_softmax logcumsumexp python.gumbel_softmax python.log_softmax python.softmin
+renorm
+"""
+_SUMS = "mean sum var std var_mean std_mean norm linalg_vector_norm nansum nanmean frobenius_norm"
+_CHOICES = "amax amin logsumexp prod any all argmax argmin median aminmax mode count_nonzero nuclear_norm"
+
+
 @register_op("sort", indices=Indices.PASSED_FIRST)
 @register_op("msort", indices=Indices.PASSED)
 @register_op("argsort", indices=Indices.ORDERED)
-@register_op(
-    *[
-        "log_softmax",
-        "_log_softmax",
-        "python.log_softmax",
-        "python.softmin",
-        "cumprod",
-        "logcumsumexp",
-        "cummax",
-        "cummin",
-        "renorm",
-    ],
-    *["gumbel_softmax", "python.gumbel_softmax", "diff"],
-)
+@register_op(*_COMPETING.split())
 def along(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     """Every channel along `dim` takes part in every other one."""
     return competing(c, x, dimension(x, kwargs.get("dim", args[0] if args else -1)))
@@ -175,41 +170,9 @@ def _largest_or_reduced(z: zeros.ZeroContext) -> zeros.Zeros:
     return zeros.by_value(z) if len(z.tensors) > 1 else zeros.unknown(z)
 
 
-@register_op(
-    *[
-        "mean",
-        "sum",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-        "norm",
-        "linalg_vector_norm",
-        "nansum",
-        "nanmean",
-        "frobenius_norm",
-    ],
-    zeros=zeros.reduced,
-    over_kept=True,
-)
+@register_op(*_SUMS.split(), zeros=zeros.reduced, over_kept=True)
 @register_op("max", "min", zeros=_largest_or_reduced)
-@register_op(
-    *[
-        "amax",
-        "amin",
-        "logsumexp",
-        "prod",
-        "any",
-        "all",
-        "argmax",
-        "argmin",
-        "median",
-        "aminmax",
-        "mode",
-        "count_nonzero",
-        "nuclear_norm",
-    ],
-)
+@register_op(*_CHOICES.split())
 def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     """Dimensions disappear, or keep size 1; sums, means, and norms run over the survivors."""
     name = c.node.meta["name"]

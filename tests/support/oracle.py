@@ -100,7 +100,7 @@ class Oracle:
         self._whole = in_step((original, inputs), (self._other(), self._moved), self._note_natural, self.dtype)
 
     def _other(self) -> nn.Module:
-        return exchanged(copy.deepcopy(self.original), 90_001, self.dtype)
+        return exchanged(copy.deepcopy(self.original), 90_001, self.dtype).train(self.original.training)
 
     def _note_natural(self, position: int, x: Tensor, y: Tensor) -> None:
         del position

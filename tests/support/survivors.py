@@ -64,12 +64,15 @@ def std(dead: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def var_mean(dead: Tensor, x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **kw: Any) -> Any:
     """``torch.var_mean``."""
+    if isinstance(dim, bool):  # torch.var_mean(x, unbiased)
+        dim, unbiased = None, dim
     return var(dead, x, dim, unbiased, keepdim, **kw), mean(dead, x, dim, keepdim)
 
 
-def std_mean(dead: Tensor, x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **kw: Any) -> Any:
+def std_mean(dead: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``torch.std_mean``."""
-    return std(dead, x, dim, unbiased, keepdim, **kw), mean(dead, x, dim, keepdim)
+    variance, mean_of = var_mean(dead, x, *args, **kwargs)
+    return variance.sqrt(), mean_of
 
 
 def softmax(dead: Tensor, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,6 +138,26 @@ def batch_norm(
     return y if bias is None else (y + bias.reshape(per_channel)).masked_fill(dead, 0)
 
 
+def instance_norm(
+    dead: Tensor,
+    x: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.instance_norm``: the surviving positions of each channel among themselves."""
+    if not use_input_stats:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    y = _normalised(x, dead, tuple(range(2, x.ndim)), eps)
+    per_channel = (1, -1) + (1,) * (x.ndim - 2)
+    y = y if weight is None else y * weight.reshape(per_channel)
+    return y if bias is None else (y + bias.reshape(per_channel)).masked_fill(dead, 0)
+
+
 def _names(*names: str) -> list[Callable[..., Any]]:
     """The spellings of one function: in ``torch``, as a method, in ``torch.nn.functional``."""
     homes = (torch, Tensor, F)
@@ -152,6 +175,7 @@ OVER_SURVIVORS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(_names("rms_norm"), rms_norm),
     **dict.fromkeys(_names("group_norm"), group_norm),
     **dict.fromkeys(_names("batch_norm"), batch_norm),
+    F.instance_norm: instance_norm,
     **{f: _filled(f, 0.0) for f in [*_names("norm", "frobenius_norm"), torch.linalg.vector_norm, torch.linalg.norm]},
     **{f: _filled(f, float("-inf")) for f in _names("amax", "logsumexp", "topk")},
     **{f: _filled(f, float("inf")) for f in _names("amin")},

@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 def traced(model, *inputs):
-    return trace(model, inputs, operations=op_of)
+    return trace(model, inputs, op_of)
 
 
 def numbers(found, name, module=None):

@@ -29,7 +29,7 @@ class CallMode(TorchFunctionMode, ABC):
     that need no operation (``x.dim()``) are answered and not seen.
 
     Args:
-        operations: what is known of the operation of a name; a Python function that is known is taken as a whole.
+        operations: what is known of the operation of a name; a Python function that is known is not opened.
     """
 
     def __init__(self, operations: Lookup) -> None:

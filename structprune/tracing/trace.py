@@ -45,7 +45,7 @@ class Trace:
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
-        operations: what is known of the operation of a name.
+        operations: what was known of the operation of a name.
     """
 
     graph: fx.Graph

@@ -30,9 +30,12 @@ class KeepingLane(Lane):
     def __init__(self, model: nn.Module, inputs: Any, trace: Trace, stops: set[Event]) -> None:
         self.results: dict[int, Any] = {}
         self._ends = _ends([trace.nodes[number] for number in trace.keys])
-        super().__init__(model, inputs, trace, stops, dict.fromkeys(trace.keys, self._keep))
+        super().__init__(model, inputs, trace, stops)
 
-    def _keep(self, operation: FoundCall) -> Any:
+    def _hooks(self, trace: Trace, stops: set[int]) -> dict[int, Hook]:
+        return dict.fromkeys(trace.keys, self._stopping)
+
+    def _result(self, operation: FoundCall) -> Any:
         assert operation.node is not None
         number = operation.node.meta["index"]
         result = self.results[number] = operation()

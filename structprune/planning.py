@@ -18,6 +18,7 @@ from structprune.ops.relations import Ids
 from structprune.plan import AxisWidth, LayerWidth, Plan
 from structprune.pretrained import config_repairs
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+from structprune.surgery.reference import thinned_norms
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literals
 from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
@@ -69,7 +70,7 @@ def plan_removal(
         _axes(graph, dead),
         graph.costs.at(lambda row: row.size),
         graph.costs.at(count),
-        {**(settings or {}), **_left(graph, stays)},
+        {**(settings or {}), **_left(graph, stays), **_norms(graph, dead)},
     )
 
 
@@ -80,6 +81,17 @@ def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
         unseen = ", ".join(sorted({name.rpartition(".")[0] for name in graph.trace.unreached(graph.model)})[:5])
         found["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"
     return found
+
+
+def _norms(graph: ChannelGraph, dead: Mask) -> dict[str, list[str]]:
+    """Where the smaller model does not compute what the original does with the channels switched off, by name."""
+    found: dict[str, None] = {}
+    for survivors, _ in thinned_norms(graph, dead):
+        node = graph.trace.everything[survivors.node]
+        call = node.meta["call"]
+        path = graph.trace.every_call[call].path if call >= 0 else ""
+        found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
+    return {"over_survivors": list(found)} if found else {}
 
 
 def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:

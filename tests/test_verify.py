@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import structprune
-from structprune.surgery import streamed
+from structprune.ops import OPS
+from structprune.surgery import draws, streamed
 
 
 class Drawing(nn.Module):
@@ -239,3 +240,44 @@ def test_verifying_takes_little_memory_beyond_the_two_models() -> None:
     before = _peak_bytes()
     assert structprune.verify(model, slim, plan, x).ok
     assert _peak_bytes() - before < 0.5 * weights
+
+
+# -- what is not plain zeroing is named ------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A norm of a module's, one of the forward's own, and a sum, all over a thinned axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+        return self.last(h) + h.sum(-1, keepdim=True)
+
+
+def test_a_plan_names_the_norms_that_run_over_the_channels_that_stay() -> None:
+    model, x = Normed().eval(), torch.randn(2, 8)
+    plan = structprune.plan(model, x, ratio=0.5)
+    assert plan.layers
+    assert plan.settings["over_survivors"] == ["norm (layer_norm)", "the model (mean)"]
+    assert "over the channels that stay: norm (layer_norm), the model (mean)" in str(plan)
+    assert structprune.Plan.from_json(plan.to_json()).settings == plan.settings
+    assert structprune.verify(model, plan.apply(model), plan, x).ok
+
+
+def test_nothing_is_named_where_the_plan_is_exact() -> None:
+    model, x = _convolutions()[:3], torch.randn(2, 3, 8, 8)
+    plan = structprune.plan(nn.Sequential(model, nn.Conv2d(16, 4, 1)).eval(), x, ratio=0.5)
+    assert plan.layers
+    assert "over_survivors" not in plan.settings
+
+
+def test_every_random_operation_is_held_still() -> None:
+    memory = {"empty", "empty_like", "empty_strided", "new_empty"}  # nothing is drawn
+    counted = {"multinomial", "randperm"}  # of a fixed number of things: those that would change with it are pinned
+    inner = {"normal_factory", "stochastic_depth"}  # they draw by operations that are held still, or per sample
+    drawn = {name for name, op in OPS.items() if op.random}
+    assert drawn - set(draws._DRAWS) == memory | counted | inner

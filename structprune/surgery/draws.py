@@ -51,9 +51,9 @@ def _normal(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 def _coin(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The probability: ``bernoulli(p)`` has it in each entry, ``bernoulli(x, 0.3)`` and ``x.bernoulli_(0.3)`` apart."""
+    x: Tensor = args[0] if args else kwargs["input"]
     inplace = getattr(func, "__name__", "") == "bernoulli_"
-    chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5 if inplace else None)
-    x: Tensor = (args or (kwargs["input"],))[0]
+    chance: Any = (*args, kwargs.get("p", 0.5 if inplace else None))[1]
     if inplace:
         return x.copy_(torch.as_tensor(chance))
     return x.clone() if chance is None else torch.full_like(x, chance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,23 @@ import torch
 from torch import Tensor
 
 from structprune.channels.solver import Mask
+from structprune.graph import ChannelGraph
+from structprune.ops.relations import Survivors
 from structprune.tracing.replay import FoundCall
 
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
 _SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm", "softmax", "_softmax", "python.softmax"}
 # What these give does not change with channels that are zero.
-PLAIN = frozenset({"sum", "nansum", "norm", "linalg_vector_norm", "frobenius_norm"})
+_PLAIN = frozenset({"sum", "nansum", "norm", "linalg_vector_norm", "frobenius_norm"})
+
+
+def thinned_norms(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
+    """The norms and means that run over the channels that stay once `dead` is gone, with what lives of their rows."""
+    for survivors in graph.channels.relations.survivors:
+        if graph.trace.everything[survivors.node].meta["name"] not in _PLAIN:
+            masks = [~dead[graph.components.of(row)] for row in survivors.rows]
+            if not all(mask.all() for mask in masks):
+                yield survivors, masks
 
 
 def over_survivors(dims: tuple[int, ...], masks: list[Mask], operation: FoundCall) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
-from structprune.ops.relations import Survivors
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
-from structprune.surgery.reference import PLAIN, off_over_off, over_survivors
+from structprune.surgery.reference import off_over_off, over_survivors, thinned_norms
 from structprune.surgery.streamed import streamed
 from structprune.tracing.replay import Hook, Replay
 from structprune.tracing.state import held_tensors
@@ -98,13 +96,6 @@ def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
     return graph.components.closure(dead)
 
 
-def _thinned(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
-    for survivors in graph.channels.relations.survivors:
-        masks = [~dead[graph.components.of(row)] for row in survivors.rows]
-        if not all(mask.all() for mask in masks):
-            yield survivors, masks
-
-
 def _switched_off(
     graph: ChannelGraph, edits: Edits, dead: Mask | None, kind: torch.dtype | None
 ) -> tuple[Any, set[str]]:
@@ -119,10 +110,9 @@ def _switched_off(
             # What a forward does may depend on the precision: operations are found in a trace of this one.
             graph, dead = ChannelGraph(off, inputs, outputs=edits.outputs), None
         hooks: dict[int | str, Hook] = {"div": off_over_off}
-        for s, masks in _thinned(graph, dead_components(graph, edits) if dead is None else dead):
-            node = graph.trace.everything[s.node]
-            if s.node in graph.trace.keys and node.meta["name"] not in PLAIN:  # the forward in training mode has none
-                hooks[s.node] = partial(over_survivors, s.dims, masks)
+        for found, masks in thinned_norms(graph, dead_components(graph, edits) if dead is None else dead):
+            if found.node in graph.trace.keys:  # those of the forward in training mode have none
+                hooks[found.node] = partial(over_survivors, found.dims, masks)
         # Which experts run, or how often a loop does, may depend on what is switched off.
         replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
         with replay.over(off):

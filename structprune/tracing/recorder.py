@@ -188,7 +188,7 @@ class Recorder(CallMode):
             del error
             return shaped
 
-    def _shape(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | tuple[Tensor, ...] | None:
+    def _shape(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result on the ``meta`` device where the operation's record tells it, without running the operation.
 
         There many operations find the shape of their result in Python, which takes most of the time of a trace.

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-
 from structprune.channels.rules import RULES
+
 from support.judging import FAULTS, judge_case
 from support.nn_modules import module_cases, module_database
 from support.operations import Case, cases, database

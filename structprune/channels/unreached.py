@@ -1,4 +1,4 @@
-"""Modules that the example inputs did not choose.
+"""What stays whole for what the trace does not show: tensors left alone by the user, caches, modules not chosen.
 
 Where data decide which of several alike modules run (a list of experts, each for the tokens that are routed to it), the
 trace shows those that ran. The others will be given the same tensors another time, so what they share with their
@@ -7,14 +7,36 @@ siblings must stay as wide as it is; their own inner widths stay whole since not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import fx, nn
 
 from structprune.channels.propagate import Channels
 from structprune.channels.relations import Row
-from structprune.tracing.state import join
+from structprune.tracing.provenance import Dim, leaves
+from structprune.tracing.state import held_tensors, join
 from structprune.tracing.trace import Trace
+
+
+def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
+    """Pin all tensors of the modules at `paths`, or of these names."""
+    for path in paths:
+        for node in trace.everything:
+            if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
+                for row in channels.rows[node.meta["index"]]:
+                    channels.relations.pin(row, f"{path} is ignored")
+
+
+def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:
+    """A tensor whose size the forward checks is built anew where it does not fit: it must stay as it would be."""
+    held = held_tensors(model)
+    for comparison in trace.comparisons:
+        for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
+            node = trace.everything[leaf.node] if isinstance(leaf, Dim) else None
+            if node is not None and node.meta["name"] == "parameter" and held[str(node.target)].temporary:
+                for row in channels.rows[node.meta["index"]]:
+                    reason = f"the forward checks its size at {comparison.where}, and may build it anew"
+                    channels.relations.pin(row, reason)
 
 
 def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:

@@ -30,11 +30,15 @@ class ModuleCall:
 
 @dataclass(slots=True)
 class Recording:
-    """Everything that was seen: the graph, its nodes in order, and the calls of modules around them."""
+    """Everything that was seen: the graph, its nodes in order, the calls of modules around them.
+
+    `answers` are the values of tensors that Python was told, in order.
+    """
 
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: list[fx.Node] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
+    answers: list[Any] = field(default_factory=list)
 
 
 class ModuleWatcher:

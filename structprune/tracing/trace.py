@@ -42,6 +42,7 @@ class Trace:
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
+        answers: the values of tensors that Python asked for, in order.
     """
 
     graph: fx.Graph
@@ -58,6 +59,7 @@ class Trace:
     every_call: tuple[ModuleCall, ...]
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
+    answers: tuple[Any, ...] = ()
 
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
@@ -159,7 +161,9 @@ def _run(
     model = shadow.model
     with preserved_random_state(), torch.no_grad(), eager(), tracked_numbers() as ledger:
         model.eval()
-        recorder = Recorder(shadow.names, leaves, meta, lambda name: _indices(names[name].tensor), shadow.stands_for)
+        recorder = Recorder(
+            shadow.names, leaves, meta, lambda name: buffer_of_indices(names[name].tensor), shadow.stands_for
+        )
         placeholders: list[fx.Node] = []
         for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
             node = recorder.input_node()
@@ -176,11 +180,11 @@ def _run(
         nodes, calls, trained = tuple(recording.nodes), tuple(recording.calls), ()
         if training:
             model.train()
-            args, kwargs = map_tensors(_two_samples, args), map_tensors(_two_samples, kwargs)
+            args, kwargs = map_tensors(two_samples, args), map_tensors(two_samples, kwargs)
             for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
                 node = recorder.input_node()
                 recorder.remember(tensor, node)
-                recorder.values.give(node, _two_samples(original))
+                recorder.values.give(node, two_samples(original))
             with recorder.watching(model, shadow.live), recorder:
                 result = model(*args, **kwargs)
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
@@ -199,15 +203,16 @@ def _run(
         tuple(recording.nodes),
         tuple(recording.calls),
         trained,
+        answers=tuple(recording.answers),
     )
 
 
-def _two_samples(tensor: Tensor) -> Tensor:
+def two_samples(tensor: Tensor) -> Tensor:
     """A batch of one as a batch of two: batch norms refuse to train on a single value."""
     return torch.cat([tensor, tensor]) if tensor.shape[:1] == (1,) else tensor.clone()
 
 
-def _indices(tensor: Tensor) -> Tensor | None:
+def buffer_of_indices(tensor: Tensor) -> Tensor | None:
     """A buffer of positions, counts or flags: its values are no weights, and may decide a branch."""
     weight = isinstance(tensor, nn.Parameter) or tensor.is_floating_point() or tensor.is_complex()
     return None if weight or tensor.is_meta else tensor

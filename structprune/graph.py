@@ -19,7 +19,7 @@ from structprune.channels.relations import Ids, Row
 from structprune.channels.sizes import Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
 from structprune.channels.trials import Counter
-from structprune.channels.unreached import pin_caches, pin_ignored, pin_unreached
+from structprune.channels.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
 from structprune.channels.zeros import ZeroPass
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
 from structprune.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
@@ -74,6 +74,7 @@ class ChannelGraph:
         self._rebuilt: dict[str, bool] = {}
         pin_ignored(self.ignored, self.trace, self.channels)
         pin_caches(self.model, self.trace, self.channels)
+        pin_unseen(self.trace, self.channels)
         pin_unreached(self.model, self.trace, self.channels)
         ZeroPass(self.trace, self.channels).run()
         self.folds: list[Fold] = []
@@ -95,8 +96,7 @@ class ChannelGraph:
     def settle(self, dead: Mask) -> bool:
         """Whether the forward runs as foreseen at the widths that `dead` leaves.
 
-        Where it does not, the channels that a number of unknown origin depends on are pinned from now on: groups must
-        be asked for, and chosen from, once more.
+        Where it does not, what a number of unknown origin depends on is pinned: groups must be asked for once more.
         """
         with collection_paused():
             found = self._rehearsals.deviations(self.components, dead)
@@ -122,6 +122,8 @@ class ChannelGraph:
         if self.trace.real or self.trace.answers:
             return False  # surgery traces on stand-ins without values
         path = self.trace.calls[call].path
+        if (module := self.trace.calls[call].module)._forward_hooks or module._forward_pre_hooks:
+            return False  # what hooks do is in the trace of the module, but not in its forward
         if path not in self._rebuilt:
             try:
                 module_graph(self.trace, path, lambda _number, _place, old: old)

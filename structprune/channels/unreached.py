@@ -15,7 +15,7 @@ from structprune.channels.propagate import Channels
 from structprune.channels.relations import Row
 from structprune.tracing.provenance import Dim, leaves
 from structprune.tracing.state import held_tensors, join
-from structprune.tracing.trace import Trace
+from structprune.tracing.trace import Trace, describe
 
 
 def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
@@ -37,6 +37,35 @@ def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:
                 for row in channels.rows[node.meta["index"]]:
                     reason = f"the forward checks its size at {comparison.where}, and may build it anew"
                     channels.relations.pin(row, reason)
+
+
+def pin_unseen(trace: Trace, channels: Channels) -> None:
+    """Pin what Python uses as a number, and what may be used where it is not seen (``vmap``, a tensor subclass, C++).
+
+    On real numbers the result of such an operation looks like a constant. On stand-ins it would have been noticed.
+    """
+    if not trace.real:
+        return
+    for node in trace.asked:
+        _pin_sources(node, f"Python uses the value of {describe(node, trace)}, which is computed from it", channels)
+    unseen = [n for n in trace.everything if n.meta["name"] == "constant" and n.meta["dtype"].is_floating_point]
+    for node in trace.everything[: unseen[-1].meta["index"]] if unseen else ():
+        if node.op.startswith("call_"):
+            reason = f"what becomes of it before {unseen[-1].meta['where']} is not seen"
+            for row in _rows(channels, node):
+                channels.relations.pin(row, reason)
+
+
+def _pin_sources(node: fx.Node, reason: str, channels: Channels) -> None:
+    """Pin the channels of `node`; where it has none left, those of what it was computed from."""
+    pending = [node]
+    while pending:
+        found = pending.pop()
+        free = [row for row in _rows(channels, found) if row.free]
+        for row in free:
+            channels.relations.pin(row, reason)
+        if not free:
+            pending += found.all_input_nodes
 
 
 def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:

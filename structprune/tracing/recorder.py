@@ -185,6 +185,7 @@ class Recorder(ModuleWatcher, TorchFunctionMode):
         self._record(call, before, keywords, result)
         if call.name in VALUES and not isinstance(result, Tensor):
             self.recording.answers.append(result)
+            self.recording.asked += [value for value in before if isinstance(value, fx.Node)]
         return result
 
     def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

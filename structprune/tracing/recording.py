@@ -32,13 +32,14 @@ class ModuleCall:
 class Recording:
     """Everything that was seen: the graph, its nodes in order, the calls of modules around them.
 
-    `answers` are the values of tensors that Python was told, in order.
+    `answers` are the values of tensors that Python was told, in order, and `asked` are those tensors.
     """
 
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: list[fx.Node] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     answers: list[Any] = field(default_factory=list)
+    asked: list[fx.Node] = field(default_factory=list)
 
 
 class ModuleWatcher:

@@ -43,6 +43,7 @@ class Trace:
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
         answers: the values of tensors that Python asked for, in order.
+        asked: the tensors whose values they are.
     """
 
     graph: fx.Graph
@@ -60,6 +61,7 @@ class Trace:
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
     answers: tuple[Any, ...] = ()
+    asked: tuple[fx.Node, ...] = ()
 
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
@@ -204,6 +206,7 @@ def _run(
         tuple(recording.calls),
         trained,
         answers=tuple(recording.answers),
+        asked=tuple(recording.asked),
     )
 
 

@@ -84,9 +84,7 @@ class _Copier:
         return Shadow(self.memo[id(model)], names, live, stands_for)
 
     def _attribute(self, path: str, chain: tuple[str, ...], value: Any) -> Any:
-        if not self.tracked:
-            return self.copied(value)
-        if type(value) in (int, tuple, list):
+        if self.tracked and type(value) in (int, tuple, list):
             found = track(path, chain, value)
             return self.copied(value) if found is value else found
         if is_config(value) and id(value) not in self.memo and _is_plain(value):

@@ -123,7 +123,7 @@ class ChannelGraph:
             return False  # surgery traces on stand-ins without values
         path = self.trace.calls[call].path
         if (module := self.trace.calls[call].module)._forward_hooks or module._forward_pre_hooks:
-            return False  # what hooks do is in the trace of the module, but not in its forward
+            return False  # what hooks do is in the trace of the module, not in its forward
         if path not in self._rebuilt:
             try:
                 module_graph(self.trace, path, lambda _number, _place, old: old)
@@ -384,10 +384,8 @@ class ChannelGraph:
                     f"of {bound.step} are needed, by {bound.where}. Remove fewer, or give round_to={bound.step}."
                 )
         values = self._sizes.values(count)
-        for deviation in self._rehearsals.deviations(self.components, dead):
-            raise PlanError(
-                f"With fewer channels, {deviation}, and nothing tells how it follows. Name the layer in ignore=."
-            )
+        for found in self._rehearsals.deviations(self.components, dead):
+            raise PlanError(f"With fewer channels, {found}, and nothing tells how it follows. Name it in ignore=.")
         return values
 
 

@@ -195,3 +195,31 @@ def test_ordinary_networks_rehearse_as_they_were_recorded(monkeypatch: pytest.Mo
     conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3))
     _check(conv.double().eval(), torch.randn(1, 3, 8, 8).double(), ratio=0.5)
     assert seen == [[], []]
+
+
+def _under_vmap(m: Any, x: Tensor) -> Tensor:
+    return torch.vmap(lambda entry: entry * 2 + entry.sum())(x)
+
+
+def _element(m: Any, x: Tensor) -> Tensor:
+    return x * x[0, 0, 0].item()
+
+
+class _Other(Tensor):
+    pass
+
+
+def _subclass(m: Any, x: Tensor) -> Tensor:
+    return (x.as_subclass(_Other) * 2).as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("between", [_under_vmap, _element, _subclass])
+def test_what_the_tracer_does_not_see_is_exact(between: Callable[[Any, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    _check(_Net(between).double().eval(), torch.randn(2, 5, 6).double(), ratio=0.5)
+
+
+def test_a_literal_in_a_hook_is_exact() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    model[0].register_forward_hook(lambda module, args, out: out.view(-1, 2, 4).flip(1).reshape(-1, 8))
+    _check(model, torch.randn(2, 6).double(), ratio=0.5)

@@ -28,7 +28,7 @@ from structprune.ops.relations import Ids, Row
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.rehearsal import Deviation
 from structprune.tracing.state import collection_paused
-from structprune.tracing.subgraph import layer_flow, own_operations
+from structprune.tracing.subgraph import can_be_rebuilt, layer_flow, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
 

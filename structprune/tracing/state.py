@@ -29,6 +29,9 @@ INTERNAL = frozenset({
 })  # fmt: skip
 
 
+_NO_TENSOR = frozenset({int, float, bool, str, type(None), dict, OrderedDict, set, tuple, list})
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A tensor that a module holds under `name`: a parameter, a buffer or a plain attribute."""
@@ -57,7 +60,7 @@ def held_tensors(model: nn.Module) -> dict[str, Held]:
         state = module.__dict__
         for store in (state["_parameters"], state["_buffers"], state):
             for key, value in store.items():
-                if isinstance(value, Tensor):
+                if type(value) not in _NO_TENSOR and isinstance(value, Tensor):
                     found[join(path, key)] = Held(module, key, store, value)
     return found
 

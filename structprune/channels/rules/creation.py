@@ -10,7 +10,17 @@ from structprune.channels.rules.table import Context, Operand, Result, operands_
 
 @rule("zeros", "ones", "empty", "full")
 def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
-    """A constant: as many channels as are asked for, and any of them may go; what a tensor asks for stays."""
+    """A constant: as many channels as are asked for, and any of them may go."""
+    return _constant(c, args, kwargs)
+
+
+@rule("new_zeros", "new_ones", "new_empty", "new_full")
+def constant_like(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Rows:
+    """A constant of the type of `x`."""
+    return _constant(c, args, kwargs)
+
+
+def _constant(c: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
     given = kwargs.get("size") or args
     sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
     rows = tuple(c.axis(size) for size in c.shape)
@@ -19,12 +29,6 @@ def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
             c.pin(row, f"its size is the value of a tensor in {c.where()}")
         c.expect(size, row)
     return rows
-
-
-@rule("new_zeros", "new_ones", "new_empty", "new_full")
-def constant_like(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Rows:
-    """A constant of the type of `x`."""
-    return constant(c, *args, **kwargs)
 
 
 @rule("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "tensor", "as_tensor",

@@ -15,7 +15,7 @@ from structprune.channels.propagate import Channels
 from structprune.channels.relations import Row
 from structprune.tracing.provenance import Dim, leaves
 from structprune.tracing.state import held_tensors, join
-from structprune.tracing.trace import Trace, describe
+from structprune.tracing.trace import Trace, describe, part_of
 
 
 def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
@@ -65,7 +65,16 @@ def _pin_sources(node: fx.Node, reason: str, channels: Channels) -> None:
         for row in free:
             channels.relations.pin(row, reason)
         if not free:
-            pending += found.all_input_nodes
+            pending += _sources(found)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What the values of `node` were computed from; a rule may say that one of several results leaves operands out."""
+    if node.meta["name"] == "part":
+        parent, position = part_of(node)
+        only = parent.meta.get("part_of_operand", {}).get(position)
+        return [parent] if only is None else [only]
+    return node.all_input_nodes
 
 
 def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:

@@ -15,7 +15,8 @@ from structprune.channels.propagate import Channels
 from structprune.ops.relations import Row
 from structprune.tracing.provenance import Dim, leaves
 from structprune.tracing.state import held_tensors, join
-from structprune.tracing.trace import Trace, describe
+from structprune.tracing.trace import Trace, describe, part_of
+from structprune.tracing.vocabulary import HANDED_OUT
 
 
 def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
@@ -48,12 +49,17 @@ def pin_unseen(trace: Trace, channels: Channels) -> None:
         return
     for node in trace.asked:
         _pin_sources(node, f"Python uses the value of {describe(node, trace)}, which is computed from it", channels)
-    unseen = [n for n in trace.everything if n.meta["name"] == "constant" and n.meta["dtype"].is_floating_point]
-    for node in trace.everything[: unseen[-1].meta["index"]] if unseen else ():
-        if node.op.startswith("call_"):
-            reason = f"what becomes of it before {unseen[-1].meta['where']} is not seen"
-            for row in _rows(channels, node):
-                channels.relations.pin(row, reason)
+    exits = [n.meta["index"] for n in trace.everything if n.meta["name"] in HANDED_OUT]
+    for node in trace.everything:
+        if node.meta["name"] == "constant" and node.meta["dtype"].is_floating_point:
+            last = node.meta["index"]
+            # What NumPy was given is pinned already, and comes back as a constant.
+            first = max((number for number in exits if number < last), default=0)
+            for before in trace.everything[first:last]:
+                if before.op.startswith("call_"):
+                    for row in _rows(channels, before):
+                        reason = f"what becomes of it before {node.meta['where']} is not seen"
+                        channels.relations.pin(row, reason)
 
 
 def _pin_sources(node: fx.Node, reason: str, channels: Channels) -> None:
@@ -65,7 +71,16 @@ def _pin_sources(node: fx.Node, reason: str, channels: Channels) -> None:
         for row in free:
             channels.relations.pin(row, reason)
         if not free:
-            pending += found.all_input_nodes
+            pending += _sources(found)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What the values of `node` were computed from; a rule may say that one of several results leaves operands out."""
+    if node.meta["name"] == "part":
+        parent, position = part_of(node)
+        only = parent.meta.get("part_of_operand", {}).get(position)
+        return [parent] if only is None else [only]
+    return node.all_input_nodes
 
 
 def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:

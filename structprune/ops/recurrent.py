@@ -114,6 +114,7 @@ def pack(c: Context, x: Operand, lengths: Operand, *_: Any) -> list[Rows | None]
         c.pin(row, f"it is packed by the lengths of the sequences in {c.where()}")
     for row in lengths.rows:
         c.pin(row, f"it counts the sequences in {c.where()}")
+    c.node.meta["part_of_operand"] = {1: lengths.node}  # the sizes of the batches come from the lengths alone
     steps, sizes = (c.fresh(shape[:1], f"it is packed in {c.where()}") for shape in c.shape)
     return [(*steps, *x.rows[2:]), sizes]
 

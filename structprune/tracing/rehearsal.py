@@ -156,10 +156,8 @@ def _raised(error: BaseException) -> str:
 
 class _Rehearsal(Recorder):
     def __init__(self, model: nn.Module, trace: Trace, shadow: Shadow, operations: Lookup, widths: Widths) -> None:
-        held = held_tensors(model)
-        super().__init__(
-            shadow.names, operations, True, lambda name: buffer_of_indices(held[name].tensor), shadow.stands_for
-        )
+        super().__init__(shadow.names, operations, True, self._buffer, shadow.stands_for)
+        self._model = model
         self.deviations: list[Deviation] = []
         self._trace, self._widths, self._shadow = trace, widths, shadow
         self._steps = [n for n in trace.everything if n.op.startswith("call_") and n.meta["name"] != "part"]
@@ -168,6 +166,9 @@ class _Rehearsal(Recorder):
         self._first: dict[fx.Node, fx.Node] = {}
         self._parameters = {str(n.target): n for n in trace.everything if n.meta["name"] == "parameter"}
         self._answered = 0
+
+    def _buffer(self, name: str) -> Tensor | None:
+        return buffer_of_indices(held_tensors(self._model)[name].tensor)
 
     def run(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         """Both forwards, if both were recorded."""

@@ -12,6 +12,8 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from structprune.channels.propagate import Channels, Invariant
 from structprune.channels.sections import Sections
 from structprune.channels.solver import Components
@@ -104,12 +106,36 @@ class SizeSolver:
             self._attributes = self._attribute_rows(components)
             self._derived: dict[Attribute, Expectation] = {}
             failures = self._failures(components)
-            if not failures:
+            if failures:
+                self._mend(failures)
+            elif not self._hold_pieces(components):
                 break
-            self._mend(failures)
         moving = {a: row for a, row in self._attributes.items() if self._moves(components, row)}
         literal = [e for e in self._expectations if _is_literal(e) and self._moves(components, e.row)]
         return components, Sizes(moving, literal, self._derived)
+
+    def _hold_pieces(self, components: Components) -> bool:
+        """Pin a channel of each piece that could be emptied; whether there was one.
+
+        A piece that holds all channels of a dimension of a weight needs none, since that dimension keeps one.
+        """
+        pieces = {row.key: (row, where) for row, where in self._relations.pieces}
+        if not pieces:
+            return False
+        held = [row for number in self._channels.held for row in self._channels.rows[number] if row.free and row.size]
+        firsts = np.array([components.of(row[:1])[0] for row in held], dtype=np.int64)
+        found = False
+        for row, where in pieces.values():
+            parts = components.of(row)
+            inside = np.zeros(components.count, dtype=bool)
+            inside[parts] = True
+            if components.pinned[parts].any() or any(
+                inside[components.of(held[at])].all() for at in np.flatnonzero(inside[firsts])
+            ):
+                continue
+            self._relations.pin(row[:1], f"its piece may not be left without channels, in {where}")
+            found = True
+        return found
 
     def _moves(self, components: Components, row: Row) -> bool:
         return row.free and not bool(components.pinned[components.of(row)].all())

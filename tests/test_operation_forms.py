@@ -89,8 +89,18 @@ SLICES: list[tuple[str, Use, int, bool]] = [
     # A removed channel would be summed, though not zero.
     ("written over and summed", put((..., slice(2, 4)), 2.0), 8, False),
     ("positions written over and summed", put((slice(None), 1), 2.0), 8, False),
-    ("written over in a view and summed", lambda m, y: summed(lambda y: y)(m, written(lambda y: y[..., 2:4])(m, y)), 8, False),
-    ("zeroed in a view and summed", lambda m, y: summed(lambda y: y)(m, written(lambda y: y[..., 2:4], 0.0)(m, y)), 8, True),
+    (
+        "written over in a view and summed",
+        lambda m, y: summed(lambda y: y)(m, written(lambda y: y[..., 2:4])(m, y)),
+        8,
+        False,
+    ),
+    (
+        "zeroed in a view and summed",
+        lambda m, y: summed(lambda y: y)(m, written(lambda y: y[..., 2:4], 0.0)(m, y)),
+        8,
+        True,
+    ),
     ("written over by its own", put((..., slice(-2, None)), lambda m, y: y[..., :2] * 1.0), 8, True),
 ]
 

@@ -61,7 +61,10 @@ class Memory:
         for other in views[:-1]:
             if isinstance(self._zeros[other], tuple):
                 self._zeros[other] = tuple(
-                    zero and any(kept and _overlap(row, mine) for mine, kept in zip(self._rows[number], written, strict=True))
+                    zero
+                    and any(
+                        kept and _overlap(row, mine) for mine, kept in zip(self._rows[number], written, strict=True)
+                    )
                     for row, zero in zip(self._rows[other], self._zeros[other], strict=True)
                 )
 

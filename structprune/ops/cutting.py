@@ -182,7 +182,7 @@ def cat(c: Context, tensors: Sequence[Operand], dim: int = 0, **_: Any) -> Rows:
 
 
 @register_op("hstack", "vstack", "dstack", "column_stack", zeros=zeros.moved, scaling=Scaling.SUM)
-def cat_at_least(c: Context, tensors: Sequence[Operand], *_: Any) -> Rows:
+def cat_at_least(c: Context, tensors: Sequence[Operand], *_: Any) -> Result:
     """``cat``, of tensors with too few dimensions made up to as many as it takes."""
     name = c.node.meta["name"]
     flat = max(len(tensor.rows) for tensor in tensors) <= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -36,7 +36,7 @@ def select_row(c: Context, row: Row, index: int) -> None:
 def _items(x: Operand, index: Any) -> list[Any] | None:
     """The index as a list with an entry for each dimension, plus those that are None; None where it is too involved.
 
-    A mask stands for all the dimensions that it covers, and alone among numbers and slices.
+    A mask stands for all the dimensions that it covers, and alone among slices.
     """
     whole = isinstance(index, list) and not any(
         isinstance(item, (Operand, slice, list, tuple, type(None), type(Ellipsis))) for item in index
@@ -45,7 +45,10 @@ def _items(x: Operand, index: Any) -> list[Any] | None:
     items = [list(item) if isinstance(item, (tuple, range)) else item for item in items]
     masks = [item for item in items if is_mask(item)]
     tensors = [item for item in items if isinstance(item, (Operand, list))]
-    if any(_holds_bool(item) for item in items) or (masks and len(tensors) > 1):
+    bounds = any(_has_tensor_bound(item) for item in items)
+    numbers = any(isinstance(item, int) for item in items)  # beside a mask they are expanded to its positions
+    alone = not masks or (len(tensors) == 1 and not numbers)
+    if any(_holds_bool(item) for item in items) or not alone or (tensors and bounds):
         return None
     used = sum(item is not None and item is not Ellipsis for item in items)
     used += sum(len(mask.rows) - 1 for mask in masks)
@@ -54,7 +57,7 @@ def _items(x: Operand, index: Any) -> list[Any] | None:
     return [*items[:dots], *full, *items[dots + 1 :]]
 
 
-def is_mask(item: Any) -> bool:
+def is_mask(item: Any) -> TypeGuard[Operand]:
     """Whether an index says of each position whether it is taken."""
     return isinstance(item, Operand) and str(item.node.meta["dtype"]) in MASKS
 
@@ -73,46 +76,45 @@ def indexed(c: Context, x: Operand, index: Any, shape: Sequence[int]) -> Rows | 
     if items is None:
         return None
     tensors = [item for item in items if isinstance(item, (Operand, list)) and not is_mask(item)]
-    if (tensors or any(is_mask(item) for item in items)) and any(_has_tensor_bound(item) for item in items):
-        return None
-    if any(is_mask(item) for item in items) and any(isinstance(item, int) for item in items):
-        return None  # a number beside a mask is expanded to its positions
     result: list[Row] = []
     places: list[int] = []
     at = 0
     for item in items:
+        covered = x.rows[at : at + _dims(item)]
+        at += len(covered)
         if item is None:
             result.append(UNIT)
-            continue
-        covered = x.rows[at : at + (len(item.rows) if is_mask(item) else 1)]
-        at += len(covered)
-        if is_mask(item) or _has_tensor_bound(item):
+        elif is_mask(item) or _has_tensor_bound(item):
             reason = f"a tensor says how much of it is used, in {c.where()}"
             for row in (*covered, *(item.rows if is_mask(item) else ())):
                 c.pin(row, reason)
-            result.append(c.fresh([shape[len(result)]], reason)[0])
-            continue
-        (row,) = covered
-        if isinstance(item, slice):
-            result.append(cut(c, row, item))
+            result += c.fresh(shape[len(result) : len(result) + 1], reason)
+        elif isinstance(item, slice):
+            result.append(cut(c, covered[0], item))
         elif isinstance(item, (Operand, list)):
-            if not (isinstance(item, Operand) and c.counts(item, row)):
-                c.pin(row, f"it is indexed by a tensor in {c.where()}")
+            if not (isinstance(item, Operand) and c.counts(item, covered[0])):
+                c.pin(covered[0], f"it is indexed by a tensor in {c.where()}")
             places.append(len(result))
         else:
-            select_row(c, row, item)
-            if tensors:
-                places.append(len(result))
+            select_row(c, covered[0], item)
+            places += [len(result)] if tensors else []
     if tensors:
-        width = len(shape) - len(result)
-        adjacent = all(place == places[0] for place in places)
-        first = places[0] if adjacent else 0
-        reason = f"it is looked up by data in {c.where()}"
-        operands = [item for item in tensors if isinstance(item, Operand)]
-        found = c.broadcast([*operands, Operand(c.node, c.fresh(shape[first : first + width], reason))]
-                            if len(operands) < len(tensors) else operands)  # fmt: skip
-        result[first:first] = found
+        first = places[0] if all(place == places[0] for place in places) else 0
+        result[first:first] = _found(c, tensors, shape[first : first + len(shape) - len(result)])
     return tuple(result)
+
+
+def _dims(item: Any) -> int:
+    """How many dimensions one entry of an index covers."""
+    return 0 if item is None else len(item.rows) if is_mask(item) else 1
+
+
+def _found(c: Context, tensors: Sequence[Any], shape: Sequence[int]) -> Rows:
+    """The dimensions, of sizes `shape`, that tensors and lists of positions make together."""
+    operands = [item for item in tensors if isinstance(item, Operand)]
+    if len(operands) < len(tensors):
+        operands.append(Operand(c.node, c.fresh(shape, f"it is looked up by data in {c.where()}")))
+    return c.broadcast(operands)
 
 
 def tensors_of_index(index: Any) -> Iterator[Operand]:
@@ -157,8 +159,9 @@ def _place(x: Operand, index: Any, value: Any) -> Sequence[int] | None:
 
 
 def _written(z: zeros.ZeroContext) -> zeros.Zeros:
-    """Zero where the tensor is and what is written there: the number 0, or a tensor that is zero along the dimension."""
-    target, index, value = z.node.args
+    """Zero where the tensor is and what is written there is: the number 0, or a tensor that is zero along it."""
+    arguments: tuple[Any, ...] = z.node.args
+    target, index, value = arguments
     assert isinstance(target, fx.Node)
     before = z.of(target)
     if not isinstance(value, fx.Node):
@@ -166,7 +169,7 @@ def _written(z: zeros.ZeroContext) -> zeros.Zeros:
     found = list(_untouched(before, index))
     rows, given = z.rows_of(value), z.of(value)
     dim, back = len(before), 0
-    items = list(index) if isinstance(index, tuple) else [index]
+    items: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis not in [item for item in items if not isinstance(item, fx.Node)]:
         items.append(Ellipsis)
     dots = next(at for at, item in enumerate(items) if item is Ellipsis)
@@ -212,7 +215,7 @@ def setitem(c: Context, x: Operand, index: Any, value: Any) -> Rows:
 
 
 @register_op("index_put", "_unsafe_index_put", "_index_put_impl", zeros=zeros.unknown)
-def index_put(c: Context, x: Operand, indices: Sequence[Any], values: Operand, *_: Any, **__: Any) -> Rows:
+def index_put(c: Context, x: Operand, indices: Sequence[Any], values: Operand, *_: Any, **__: Any) -> Result:
     """``x[indices] = values``, or added to what is there."""
     return setitem(c, x, tuple(slice(None) if item is None else item for item in indices), values)
 

@@ -59,7 +59,7 @@ def rearranged(c: Context, *args: Any, **named: Any) -> Result:
                     c.pin(row, reason)
                     for at in _varies_along(coordinates):
                         drivers[part][at].append(row)
-    result = [_rows(c, shape, found, reason) for shape, found in zip(parts, drivers, strict=True)]
+    result: list[Rows | None] = [_rows(c, shape, found, reason) for shape, found in zip(parts, drivers, strict=True)]
     return result if isinstance(c.shape, list) else result[0]
 
 
@@ -89,7 +89,7 @@ def _reversed(row: Row) -> Row:
 
 
 def _runs_along(coordinates: Tensor, size: int) -> tuple[int, bool] | None:
-    """The dimension along which coordinates run through 0, 1, ..., `size` - 1 and whether backwards; None if none is."""
+    """The dimension along which coordinates run from 0 to `size` - 1, and whether backwards; None if there is none."""
     for at in range(coordinates.dim()):
         if coordinates.shape[at] == size:
             line = torch.arange(size).reshape([-1 if dim == at else 1 for dim in range(coordinates.dim())])

@@ -90,9 +90,7 @@ def select_scatter(c: Context, x: Operand, source: Operand, dim: int, index: int
 
 
 @register_op("diagonal_scatter")
-def diagonal_scatter(
-    c: Context, x: Operand, source: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1
-) -> Rows:
+def diagonal_scatter(c: Context, x: Operand, source: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Rows:
     """A copy with a diagonal written over: channel i of both dimensions, if they have equally many."""
     first, second = x.rows[x.dim(dim1)], x.rows[x.dim(dim2)]
     line = _diagonal(c, first, second, int(offset))

@@ -29,8 +29,8 @@ _SPELLINGS = {
     "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
     "negative": "neg", "absolute": "abs", "concat": "cat", "concatenate": "cat", "swapaxes": "transpose",
     "swapdims": "transpose", "greater": "gt", "less": "lt", "less_equal": "le", "greater_equal": "ge",
-    "not_equal": "ne", "clip": "clamp", "moveaxis": "movedim", "arctan": "atan",
-    "arctan2": "atan2", "row_stack": "vstack", "fix": "trunc", "view_as_real_copy": "view_as_real", "inner_product": "inner",
+    "not_equal": "ne", "clip": "clamp", "moveaxis": "movedim", "arctan": "atan", "row_stack": "vstack",
+    "arctan2": "atan2", "fix": "trunc", "inner_product": "inner",
 }  # fmt: skip
 _SPECIAL = {
     "expit": "sigmoid", "psi": "digamma", "gammaln": "lgamma", "multigammaln": "mvlgamma", "gammainc": "igamma",

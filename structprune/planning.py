@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor
 
 from structprune.axes import AXES
-from structprune.channels.sizes import literal_for
 from structprune.channels.solver import Mask
 from structprune.channels.trials import Counter
 from structprune.errors import PlanError
@@ -19,7 +18,7 @@ from structprune.plan import AxisWidth, LayerWidth, Plan
 from structprune.pretrained import config_repairs
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
 from structprune.surgery.reference import thinned_norms
-from structprune.tracing.provenance import Attribute, Dim, evaluate, literals
+from structprune.tracing.provenance import Attribute, Dim, evaluate, literal_for, literals
 from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
 

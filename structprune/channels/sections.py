@@ -11,6 +11,7 @@ import numpy as np
 
 from structprune.channels.balance import Balances, Machine, Mask, Region, Step, Table, table
 from structprune.channels.joining import joined
+from structprune.channels.propagate import Channels
 from structprune.channels.solver import Components
 from structprune.ops.relations import Balance, Expectation, Grid, Ids, Join, Relations, Row
 from structprune.tracing.provenance import Dim, leaves
@@ -247,3 +248,27 @@ def _follows(relations: Relations, row: Row) -> bool | None:
     if not counted:
         return None
     return all(any(isinstance(leaf, Dim) for leaf in leaves(e.expression)) for e in counted)
+
+
+def hold_pieces(channels: Channels, components: Components) -> bool:
+    """Pin a channel of each piece that could be emptied; whether there was one.
+
+    A piece that holds all channels of a dimension of a weight needs none, since that dimension keeps one.
+    """
+    pieces = {row.key: (row, where) for row, where in channels.relations.pieces}
+    if not pieces:
+        return False
+    held = [row for number in channels.held for row in channels.rows[number] if row.free and row.size]
+    firsts = np.array([components.of(row[:1])[0] for row in held], dtype=np.int64)
+    found = False
+    for row, where in pieces.values():
+        parts = components.of(row)
+        inside = np.zeros(components.count, dtype=bool)
+        inside[parts] = True
+        if components.pinned[parts].any() or any(
+            inside[components.of(held[at])].all() for at in np.flatnonzero(inside[firsts])
+        ):
+            continue
+        channels.relations.pin(row[:1], f"its piece may not be left without channels, in {where}")
+        found = True
+    return found

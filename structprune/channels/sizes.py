@@ -8,13 +8,12 @@ random channels are removed and both sides are counted, until all hold. So plann
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isnan, nan
+from math import isnan
 
 from structprune.channels.propagate import Channels, Invariant
-from structprune.channels.sections import Sections
+from structprune.channels.sections import Sections, hold_pieces
 from structprune.channels.solver import Components
 from structprune.channels.trials import Counter, trials
 from structprune.errors import PlanError
@@ -26,8 +25,8 @@ from structprune.tracing.provenance import (
     Constant,
     Dim,
     Expression,
-    Literal,
-    evaluate,
+    evaluated,
+    inverse,
     leaves,
     literals,
 )
@@ -111,6 +110,8 @@ class SizeSolver:
             self._derived: dict[Attribute, Expectation] = {}
             failures = self._failures(components)
             if not failures:
+                if hold_pieces(self._channels, components):
+                    continue
                 break
             self._mend(failures)
             # Each round must join or pin something, or try a tie that was not tried yet.
@@ -192,7 +193,7 @@ class SizeSolver:
 
         for e in expectations:
             unknown = [leaf for leaf in leaves(e.expression) if isinstance(leaf, Attribute) and leaf not in known]
-            if not unknown or _evaluated(e.expression, value) == count(e.row):
+            if not unknown or evaluated(e.expression, value) == count(e.row):
                 continue
             for attribute in unknown:
                 solved = inverse(e.expression, attribute, count(e.row), value)
@@ -205,7 +206,7 @@ class SizeSolver:
     def valuation(self, count: Counter) -> Callable[[Expression], Number]:
         """What an expression is when `count` counts the living channels."""
         value = self._valuation(count, self._expectations)
-        return lambda expression: _evaluated(expression, value)
+        return lambda expression: evaluated(expression, value)
 
     def values(self, count: Counter) -> dict[Attribute, int]:
         """What the repaired attributes must be when `count` counts the living channels.
@@ -217,7 +218,7 @@ class SizeSolver:
         for e in self._expectations:
             if not _is_literal(e) and not self._holds(e, count, value):
                 raise PlanError(
-                    f"{e.expression} would be {_evaluated(e.expression, value)} where {count(e.row)} channels are "
+                    f"{e.expression} would be {evaluated(e.expression, value)} where {count(e.row)} channels are "
                     f"left, at {e.where}. Remove other channels, or name the layer in ignore=."
                 )
         for c in self._comparisons:
@@ -239,10 +240,10 @@ class SizeSolver:
         value: Callable[[Dim | Attribute], Number],
     ) -> bool:
         if isinstance(check, Expectation):
-            return _evaluated(check.expression, value) == count(check.row)
+            return evaluated(check.expression, value) == count(check.row)
         if isinstance(check, Invariant):
-            return _evaluated(check.expression, value) == _evaluated(check.expression, self._before)
-        left, right = _evaluated(check.left, value), _evaluated(check.right, value)
+            return evaluated(check.expression, value) == evaluated(check.expression, self._before)
+        left, right = evaluated(check.left, value), evaluated(check.right, value)
         return not (isnan(left) or isnan(right)) and bool(check.function(left, right)) == check.outcome
 
     def _before(self, leaf: Dim | Attribute) -> Number:
@@ -326,7 +327,7 @@ class SizeSolver:
         return True
 
     def _size(self, expression: Expression) -> Number:
-        return _evaluated(expression, self._before)
+        return evaluated(expression, self._before)
 
     def _factor(self, expression: Expression) -> Row | None:
         if isinstance(expression, Dim):
@@ -347,26 +348,9 @@ class SizeSolver:
         return [factor, row]
 
 
-def _evaluated(expression: Expression, value: Callable[[Dim | Attribute], Number]) -> Number:
-    """Value of `expression`, or NaN, which equals nothing, where it has none: a quotient by 0, say."""
-    try:
-        found = evaluate(expression, value)
-    except (ZeroDivisionError, OverflowError, ValueError):
-        return nan
-    return found if isinstance(found, (int, float)) else nan  # a root of a negative number is complex
-
-
 def _is_literal(e: Expectation) -> bool:
     """Whether the size is a literal in the call, and nothing else."""
     return not any(True for _ in leaves(e.expression)) and sum(1 for _ in literals(e.expression)) == 1
-
-
-def literal_for(expression: Expression, target: Number) -> Number:
-    """The value of the literal in `expression`, which holds nothing else, for which it equals `target`."""
-    if isinstance(expression, Arithmetic) and expression.symbol == "-" and expression.right is None:
-        return literal_for(expression.left, -target)
-    assert isinstance(expression, Literal), f"{expression} is not a literal"
-    return target
 
 
 def _involved(expression: Expression) -> int:
@@ -374,27 +358,3 @@ def _involved(expression: Expression) -> int:
     if not isinstance(expression, Arithmetic):
         return 0
     return 1 if expression.symbol == "//" else 2
-
-
-def inverse(
-    expression: Expression, unknown: Attribute, target: Number, value: Callable[[Dim | Attribute], Number]
-) -> Number | None:
-    """The value of the attribute `unknown` for which `expression` equals `target`; None where there is no formula."""
-    if expression == unknown:
-        return target
-    if not isinstance(expression, Arithmetic) or expression.right is None:
-        return None
-    in_left = unknown in set(leaves(expression.left))
-    if in_left and unknown in set(leaves(expression.right)):
-        return None
-    known = _evaluated(expression.right if in_left else expression.left, value)
-    if isnan(known):
-        return None
-    undo: dict[str, Callable[[Number, Number], Number]] = {"+": operator.sub, "*": operator.floordiv}
-    if in_left:
-        undo |= {"-": operator.add, "//": operator.mul}
-    if expression.symbol not in undo or (expression.symbol == "*" and (not known or target % known)):
-        return None
-    return inverse(
-        expression.left if in_left else expression.right, unknown, undo[expression.symbol](target, known), value
-    )

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import fx
 
 from structprune.channels.propagate import Channels
 from structprune.ops import op_of
+from structprune.ops.arguments import tensors
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
 from structprune.tracing.trace import Trace, describe, part_of
@@ -27,8 +29,64 @@ def pin_what_is_not_zero(trace: Trace, channels: Channels) -> None:
         channels.relations.pin(row, f"a channel that is off is not zero there, and is summed over by {where}")
 
     context = ZeroContext(channels.rows, zeros, pin)
+    memory = Memory(channels.rows, zeros)
     for node in trace.everything:
         zeros.append(_zeros(context, node, channels, zeros))
+        memory.note(node)
+
+
+class Memory:
+    """Which tensors share memory: a write into one of them changes what is known of all.
+
+    Args:
+        rows: the axes of every node, by number.
+        zeros: what is known of every node so far, by number; changed in place.
+    """
+
+    def __init__(self, rows: list[Any], zeros: list[Any]) -> None:
+        self._rows, self._zeros = rows, zeros
+        self._owner: dict[int, int] = {}
+        self._views: dict[int, list[int]] = {}
+
+    def note(self, node: fx.Node) -> None:
+        """The zeros of `node` are known now; if it writes, those of the tensors that share its memory are fewer."""
+        number, source = node.meta["index"], _shares_with(node)
+        owner = number if source is None else self._owner[source.meta["index"]]
+        self._owner[number] = owner
+        views = self._views.setdefault(owner, [])
+        views.append(number)
+        written = self._zeros[number]
+        if "writes" not in node.meta or not isinstance(written, tuple) or all(written):
+            return
+        for other in views[:-1]:
+            if isinstance(self._zeros[other], tuple):
+                self._zeros[other] = tuple(
+                    zero
+                    and any(
+                        kept and _overlap(row, mine) for mine, kept in zip(self._rows[number], written, strict=True)
+                    )
+                    for row, zero in zip(self._rows[other], self._zeros[other], strict=True)
+                )
+
+
+def _shares_with(node: fx.Node) -> fx.Node | None:
+    """The tensor whose memory `node` has; None if it has its own."""
+    if "writes" in node.meta:
+        return node.meta["writes"]
+    if node.meta["name"] == "part":
+        return part_of(node)[0]
+    known = op_of(node.meta["name"])
+    sources = tensors(node) if known is not None and known.views else []
+    return sources[0] if sources else None
+
+
+def _overlap(a: Row, b: Row) -> bool:
+    """Whether two axes have channels in common."""
+    if not a.free or not b.free:
+        return False
+    if a.array is None and b.array is None:
+        return a.start < b.start + b.size and b.start < a.start + a.size
+    return bool(np.isin(a.ids(), b.ids()).any())
 
 
 def _zeros(context: ZeroContext, node: fx.Node, channels: Channels, zeros: list[Any]) -> Any:

@@ -88,6 +88,10 @@ class Context:
         if row.free:
             self.relations.bounds.append(Bound(row, self.where(), least, step))
 
+    def never_empty(self, row: Row) -> None:
+        """`row`, a piece of another, must keep a channel."""
+        self.relations.pieces.append((row, self.where()))
+
     # -- tensors whose values are the numbers of channels ---------------------------------------------------------
 
     def tracked(self, value: Any) -> bool:

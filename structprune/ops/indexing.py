@@ -1,24 +1,22 @@
-"""Operations that pick, cut and join channels."""
+"""Operations that pick channels: by number, by slices, by tensors of positions, by masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeGuard
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import fx
 
 from structprune.ops import zeros
 from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.cutting import cut
 from structprune.ops.movement import VIEWS
-from structprune.ops.op import Contraction, Indices, Result, Scaling, register_op
+from structprune.ops.op import Contraction, Indices, Result, register_op
 from structprune.ops.relations import UNIT, Row, Rows
 from structprune.tracing.provenance import plain
 
-# Movements of one tensor into several.
-PIECES: dict[str, Any] = VIEWS | {"indices": Indices.USED}
+MASKS = ("torch.bool", "torch.uint8")
 
 
 def _last(z: zeros.ZeroContext) -> zeros.Zeros:
@@ -26,124 +24,200 @@ def _last(z: zeros.ZeroContext) -> zeros.Zeros:
     return (False,) * (len(z.rows) - 1) + (True,)
 
 
-def _cat_shape(tensors: Any, dim: Any = 0, **named: Any) -> Tensor | None:
-    first = tensors[0]
-    at = int(dim) % first.dim()
-    rest = (*first.shape[:at], *first.shape[at + 1 :])
-    for t in tensors:
-        if t.dtype != first.dtype or (*t.shape[:at], *t.shape[at + 1 :]) != rest:
-            return None
-    shape = (*first.shape[:at], sum(t.shape[at] for t in tensors), *first.shape[at + 1 :])
-    return None if named else torch.empty(shape, dtype=first.dtype, device=first.device)
-
-
 def select_row(c: Context, row: Row, index: int) -> None:
     """Index `index` of `row` is picked by number: it and all that count before it must stay."""
     index = int(index)
-    if index in (0, -1) and not c.node.users:
+    if index in (0, -1) and not c.node.users and c.node.meta["name"] != "setitem":
         return  # only its other dimensions are asked for, and any row has a first and a last channel
     counted = row[: index + 1] if index >= 0 else row[row.size + index :]
     c.pin(counted, f"it is picked by number in {c.where()}")
 
 
-def cut(c: Context, row: Row, piece: slice) -> Row:
-    """A slice of `row`; its bounds count living channels."""
-    start, stop, step = plain(piece).indices(row.size)
-    if not row.free or (start == 0 and stop == row.size and step == 1):
-        if row.free and isinstance(piece.stop, int):
-            c.expect(piece.stop, row)
-        return row[start:stop:step]
-    if step > 1 and row.size % step == 0 and start < step and stop == row.size:
-        outer, inner = c.split(row, (row.size // step, step))
-        c.pin(inner, f"every {step}th channel is taken in {c.where()}")
-        return outer
-    if step != 1:
-        c.pin(row, f"every {step}th channel is taken in {c.where()}")
-        return row[plain(piece)]
-    for bound in (piece.start, piece.stop):
-        if isinstance(bound, int):
-            if c.follows_input(bound):
-                c.pin(row, f"how much of it is used depends on the inputs, in {c.where()}")
-            counted = row[: int(bound)] if bound >= 0 else row[int(bound) :]
-            c.expect(bound if bound >= 0 else -bound, counted)
-    if stop - start == 1:
-        c.pin(row[start:stop], f"it is taken alone in {c.where()}")  # a piece of no channels would not broadcast
-    return row[start:stop]
+def _items(x: Operand, index: Any) -> list[Any] | None:
+    """The index as a list with an entry for each dimension, plus those that are None; None where it is too involved.
 
-
-def _expanded(x: Operand, index: Any) -> list[Any]:
-    """The index as a list with one entry for each dimension, plus those that are None."""
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
-    if isinstance(index, list) and not any(isinstance(item, (Operand, slice, type(None))) for item in index):
-        items = [index]
-    used = sum(item is not None and item is not Ellipsis and not isinstance(item, bool) for item in items)
+    A mask stands for all the dimensions that it covers, and alone among slices.
+    """
+    whole = isinstance(index, list) and not any(
+        isinstance(item, (Operand, slice, list, tuple, type(None), type(Ellipsis))) for item in index
+    )
+    items = [index] if whole or not isinstance(index, (tuple, list)) else list(index)
+    items = [list(item) if isinstance(item, (tuple, range)) else item for item in items]
+    masks = [item for item in items if is_mask(item)]
+    tensors = [item for item in items if isinstance(item, (Operand, list))]
+    bounds = any(_has_tensor_bound(item) for item in items)
+    numbers = any(isinstance(item, int) for item in items)  # beside a mask they are expanded to its positions
+    alone = not masks or (len(tensors) == 1 and not numbers)
+    if any(_holds_bool(item) for item in items) or not alone or (tensors and bounds):
+        return None
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    used += sum(len(mask.rows) - 1 for mask in masks)
     full = [slice(None)] * (len(x.rows) - used)
-    if Ellipsis in [item for item in items if not isinstance(item, Operand)]:
-        at = next(i for i, item in enumerate(items) if item is Ellipsis)
-        return [*items[:at], *full, *items[at + 1 :]]
-    return items + full
+    dots = next((at for at, item in enumerate(items) if item is Ellipsis), len(items))
+    return [*items[:dots], *full, *items[dots + 1 :]]
+
+
+def is_mask(item: Any) -> TypeGuard[Operand]:
+    """Whether an index says of each position whether it is taken."""
+    return isinstance(item, Operand) and str(item.node.meta["dtype"]) in MASKS
+
+
+def _holds_bool(item: Any) -> bool:
+    return any(_holds_bool(inner) for inner in item) if isinstance(item, list) else isinstance(item, bool)
+
+
+def _has_tensor_bound(item: Any) -> bool:
+    return isinstance(item, slice) and any(isinstance(b, Operand) for b in (item.start, item.stop, item.step))
 
 
 def indexed(c: Context, x: Operand, index: Any, shape: Sequence[int]) -> Rows | None:
-    """Rows of ``x[index]``, a tensor of `shape`; None where an index of tensors is too involved."""
-    picked = index if isinstance(index, (tuple, list)) else (index,)
-    if any(isinstance(item, bool) for item in picked):
+    """Rows of ``x[index]``, a tensor of `shape`; None where the index is too involved."""
+    items = _items(x, index)
+    if items is None:
         return None
-    tensors = [item for item in picked if isinstance(item, (Operand, list))]
-    if any(isinstance(item, Operand) and item.node.meta["dtype"].__str__() in ("torch.bool", "torch.uint8")
-           for item in tensors):  # fmt: skip
-        return None
+    tensors = [item for item in items if isinstance(item, (Operand, list)) and not is_mask(item)]
     result: list[Row] = []
     places: list[int] = []
     at = 0
-    for item in _expanded(x, index):
+    for item in items:
+        covered = x.rows[at : at + _dims(item)]
+        at += len(covered)
         if item is None:
             result.append(UNIT)
-            continue
-        row = x.rows[at]
-        at += 1
-        if isinstance(item, slice):
-            result.append(cut(c, row, item))
+        elif is_mask(item) or _has_tensor_bound(item):
+            reason = f"a tensor says how much of it is used, in {c.where()}"
+            for row in (*covered, *(item.rows if is_mask(item) else ())):
+                c.pin(row, reason)
+            result += c.fresh(shape[len(result) : len(result) + 1], reason)
+        elif isinstance(item, slice):
+            result.append(cut(c, covered[0], item))
         elif isinstance(item, (Operand, list)):
-            if not (isinstance(item, Operand) and c.counts(item, row)):
-                c.pin(row, f"it is indexed by a tensor in {c.where()}")
+            if not (isinstance(item, Operand) and c.counts(item, covered[0])):
+                c.pin(covered[0], f"it is indexed by a tensor in {c.where()}")
             places.append(len(result))
         else:
-            select_row(c, row, item)
-            if tensors:
-                places.append(len(result))
+            select_row(c, covered[0], item)
+            places += [len(result)] if tensors else []
     if tensors:
-        width = len(shape) - len(result)
-        adjacent = all(place == places[0] for place in places)
-        first = places[0] if adjacent else 0
-        reason = f"it is looked up by data in {c.where()}"
-        operands = [item for item in tensors if isinstance(item, Operand)]
-        found = c.broadcast([*operands, Operand(c.node, c.fresh(shape[first : first + width], reason))]
-                            if len(operands) < len(tensors) else operands)  # fmt: skip
-        result[first:first] = found
+        first = places[0] if all(place == places[0] for place in places) else 0
+        result[first:first] = _found(c, tensors, shape[first : first + len(shape) - len(result)])
     return tuple(result)
+
+
+def _dims(item: Any) -> int:
+    """How many dimensions one entry of an index covers."""
+    return 0 if item is None else len(item.rows) if is_mask(item) else 1
+
+
+def _found(c: Context, tensors: Sequence[Any], shape: Sequence[int]) -> Rows:
+    """The dimensions, of sizes `shape`, that tensors and lists of positions make together."""
+    operands = [item for item in tensors if isinstance(item, Operand)]
+    if len(operands) < len(tensors):
+        operands.append(Operand(c.node, c.fresh(shape, f"it is looked up by data in {c.where()}")))
+    return c.broadcast(operands)
+
+
+def tensors_of_index(index: Any) -> Iterator[Operand]:
+    """The tensors in an index, in bounds of slices too."""
+    for item in index if isinstance(index, (tuple, list)) else [index]:
+        if isinstance(item, slice):
+            yield from operands_in(item.start, item.stop, item.step)
+        else:
+            yield from operands_in(item)
 
 
 @register_op("getitem", **VIEWS)
 def getitem(c: Context, x: Operand, index: Any) -> Result:
     """Slices, single positions, and tensors of positions."""
     rows = indexed(c, x, index, c.shape)
-    return c.pin_all([x], f"it is indexed by a mask in {c.where()}") if rows is None else rows
+    if rows is None:
+        return c.pin_all([x, *tensors_of_index(index)], f"it is indexed by a mask in {c.where()}")
+    return rows
 
 
-@register_op("setitem", zeros=zeros.moved)
+@register_op("index", "_unsafe_index", zeros=zeros.moved)
+def index_of(c: Context, x: Operand, indices: Sequence[Any]) -> Result:
+    """``aten.index``: tensors of positions, None for a whole dimension."""
+    return getitem(c, x, tuple(slice(None) if item is None else item for item in indices))
+
+
+def _place(x: Operand, index: Any, value: Any) -> Sequence[int] | None:
+    """The shape of the place that `value` is written to; None where no shape says it."""
+    items = _items(x, index)
+    if items is None or any(_has_tensor_bound(item) for item in items):
+        return None
+
+    def alike(item: Any) -> Any:
+        return torch.empty(item.shape, dtype=torch.int64, device="meta") if isinstance(item, Operand) else plain(item)
+
+    if masks := [item for item in items if is_mask(item)]:
+        if isinstance(value, Operand):
+            return None  # what is written is counted off along the mask
+        at = items.index(masks[0])
+        items[at : at + 1] = [slice(0, 1)] + [0] * (len(masks[0].rows) - 1)  # as many dimensions, of any size
+    return torch.empty(x.shape, device="meta")[tuple(alike(item) for item in items)].shape
+
+
+def _written(z: zeros.ZeroContext) -> zeros.Zeros:
+    """Zero where the tensor is and what is written there is: the number 0, or a tensor that is zero along it."""
+    arguments: tuple[Any, ...] = z.node.args
+    target, index, value = arguments
+    assert isinstance(target, fx.Node)
+    before = z.of(target)
+    if not isinstance(value, fx.Node):
+        return before if isinstance(value, (int, float)) and value == 0 else _untouched(before, index)
+    found = list(_untouched(before, index))
+    rows, given = z.rows_of(value), z.of(value)
+    dim, back = len(before), 0
+    items: list[Any] = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis not in [item for item in items if not isinstance(item, fx.Node)]:
+        items.append(Ellipsis)
+    dots = next(at for at, item in enumerate(items) if item is Ellipsis)
+    items[dots : dots + 1] = [slice(None)] * (len(before) - sum(item is not None for item in items) + 1)
+    for item in reversed(items):  # as far as the dimensions of the value are those of the place
+        if item is None or not isinstance(item, (int, slice)):
+            break
+        dim -= 1
+        if isinstance(item, slice):
+            back += 1
+            whole = back <= len(rows) and rows[-back].size > 1
+            found[dim] = before[dim] and whole and given[-back]
+    return tuple(found)
+
+
+def _untouched(before: zeros.Zeros, index: Any) -> zeros.Zeros:
+    """What stays zero whatever is written: a dimension of which channels are picked by number, so that they stay."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(not isinstance(item, (int, slice, type(Ellipsis))) for item in items):
+        return (False,) * len(before)
+    dots = next((at for at, item in enumerate(items) if item is Ellipsis), len(items))
+    rest = items[dots + 1 :]
+    by_number = [isinstance(item, int) for item in items[:dots]]
+    by_number += [False] * (len(before) - dots - len(rest)) + [isinstance(item, int) for item in rest]
+    return tuple(a and b for a, b in zip(before, by_number, strict=True))
+
+
+@register_op("setitem", zeros=_written)
 def setitem(c: Context, x: Operand, index: Any, value: Any) -> Rows:
     """A write into a slice: what is written has the channels of the place."""
-    if not isinstance(value, Operand):
-        shape: list[int] = []
-    else:
-        shape = list(value.shape)
-    rows = indexed(c, x, index, shape)
+    picking = list(tensors_of_index(index))
+    shape = _place(x, index, value)
+    rows = None if shape is None else indexed(c, x, index, shape)
     if rows is None:
-        c.pin_all([x, *operands_in(value)], f"it is written through a mask in {c.where()}")
-    elif isinstance(value, Operand):
+        c.pin_all([x, *picking, *operands_in(value)], f"it is written through a mask in {c.where()}")
+        return x.rows
+    for operand in picking:
+        for row in operand.rows:
+            c.pin(row, f"it says where {c.where()} writes")
+    if isinstance(value, Operand):
         c.broadcast([Operand(x.node, rows), value])
     return x.rows
+
+
+@register_op("index_put", "_unsafe_index_put", "_index_put_impl", zeros=zeros.unknown)
+def index_put(c: Context, x: Operand, indices: Sequence[Any], values: Operand, *_: Any, **__: Any) -> Result:
+    """``x[indices] = values``, or added to what is there."""
+    return setitem(c, x, tuple(slice(None) if item is None else item for item in indices), values)
 
 
 @register_op("select", **VIEWS)
@@ -152,89 +226,6 @@ def select(c: Context, x: Operand, dim: int, index: int) -> Rows:
     at = x.dim(dim)
     select_row(c, x.rows[at], index)
     return (*x.rows[:at], *x.rows[at + 1 :])
-
-
-@register_op("narrow", **VIEWS)
-def narrow(c: Context, x: Operand, dim: int, start: int, length: int) -> Result:
-    """A slice by start and length."""
-    if not isinstance(start, int):
-        return c.pin_all([x], f"the start of its slice is decided by data in {c.where()}")
-    at = x.dim(dim)
-    row = x.rows[at]
-    part = row[int(start) : int(start) + int(length)]
-    if row.free:
-        c.expect(start, row[: int(start)])
-        c.expect(length, part)
-    return (*x.rows[:at], part, *x.rows[at + 1 :])
-
-
-@register_op("unbind", **PIECES)
-def unbind(c: Context, x: Operand, dim: int = 0) -> list[Rows | None]:
-    """Every position of a dimension as a tensor of its own."""
-    at = x.dim(dim)
-    c.pin(x.rows[at], f"its positions are taken apart by {c.where()}")
-    return [(*x.rows[:at], *x.rows[at + 1 :])] * x.rows[at].size
-
-
-def _pieces(x: Operand, at: int, parts: Sequence[Row]) -> list[Rows | None]:
-    return [(*x.rows[:at], part, *x.rows[at + 1 :]) for part in parts]
-
-
-@register_op("chunk", "tensor_split", "unsafe_chunk", **PIECES)
-def chunk(c: Context, x: Operand, chunks: Any = None, dim: int = 0, **_: Any) -> Result:
-    """Equal sections keep equally many channels."""
-    at = x.dim(dim)
-    row = x.rows[at]
-    if not isinstance(chunks, int) or row.size % int(chunks) or len(c.shape) != int(chunks):
-        return _unequal(c, x, at)
-    return _pieces(x, at, c.balanced(row, int(chunks)))
-
-
-def _unequal(c: Context, x: Operand, at: int) -> list[Rows | None]:
-    c.pin(x.rows[at], f"it is cut into unequal pieces by {c.where()}")
-    bounds = np.cumsum([0, *(shape[at] for shape in c.shape)])
-    return _pieces(x, at, [x.rows[at][int(a) : int(b)] for a, b in pairwise(bounds)])
-
-
-@register_op("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "python.split", **PIECES)
-def split(c: Context, x: Operand, sizes: Any, dim: int = 0) -> Result:
-    """Sections of one size, or of sizes of their own."""
-    at = x.dim(dim)
-    row = x.rows[at]
-    if isinstance(sizes, int):
-        if row.size % int(sizes):
-            return _unequal(c, x, at)
-        parts = c.balanced(row, row.size // int(sizes))
-        c.expect(sizes, parts[0])
-        return _pieces(x, at, parts)
-    bounds = np.cumsum([0, *(int(size) for size in sizes)])
-    parts = tuple(row[int(a) : int(b)] for a, b in pairwise(bounds))
-    for size, part in zip(sizes, parts, strict=True):
-        c.expect(size, part)
-    return _pieces(x, at, parts)
-
-
-@register_op("cat", zeros=zeros.moved, scaling=Scaling.SUM, shape=_cat_shape)
-def cat(c: Context, tensors: Sequence[Operand], dim: int = 0, **_: Any) -> Rows:
-    """One after the other along `dim`; the same in every other dimension."""
-    tensors = [tensor for tensor in tensors if tensor.shape != (0,)]
-    at = tensors[0].dim(dim)
-    rows = list(tensors[0].rows)
-    for other in range(len(rows)):
-        if other != at:
-            for tensor in tensors[1:]:
-                rows[other] = c.same(rows[other], tensor.rows[other])
-    rows[at] = c.concatenated([tensor.rows[at] for tensor in tensors])
-    return tuple(rows)
-
-
-@register_op("stack", zeros=zeros.moved, scaling=Scaling.SUM)
-def stack(c: Context, tensors: Sequence[Operand], dim: int = 0, **_: Any) -> Rows:
-    """A new dimension that numbers the tensors."""
-    rows = list(c.broadcast(list(tensors)))
-    at = int(dim) % (len(rows) + 1)
-    rows.insert(at, c.fresh([len(tensors)], f"it numbers the tensors stacked by {c.where()}")[0])
-    return tuple(rows)
 
 
 @register_op("index_select", zeros=zeros.moved, indices=Indices.PASSED)
@@ -246,11 +237,13 @@ def index_select(c: Context, x: Operand, dim: int, index: Operand) -> Rows:
     return (*x.rows[:at], *(index.rows or (UNIT,)), *x.rows[at + 1 :])
 
 
-@register_op("gather", "take_along_dim", zeros=zeros.moved, indices=Indices.PASSED)
-def gather(c: Context, x: Operand, dim: int, index: Operand, **_: Any) -> Rows:
-    """One position for each entry of `index`."""
-    at = x.dim(dim)
+@register_op("gather", zeros=zeros.moved, indices=Indices.PASSED)
+def gather(c: Context, x: Operand, dim: int, index: Operand, **_: Any) -> Result:
+    """One position for each entry of `index`, which may be shorter than `x` in the other dimensions."""
     reason = f"it is indexed by a tensor in {c.where()}"
+    if len(x.rows) != len(index.rows):
+        return c.pin_all([x, index], reason)
+    at = x.dim(dim)
     rows: list[Row] = []
     for place, (mine, theirs) in enumerate(zip(x.rows, index.rows, strict=True)):
         if place != at and mine.size == theirs.size:
@@ -264,29 +257,41 @@ def gather(c: Context, x: Operand, dim: int, index: Operand, **_: Any) -> Rows:
     return tuple(rows)
 
 
-def _added(z: zeros.ZeroContext) -> zeros.Zeros:
-    """Rows of one tensor added to, or put in the place of, rows of another."""
-    if z.node.meta["name"] not in ("index_add", "index_copy"):
-        return zeros.unknown(z)
-    x, source = z.of(z.tensors[0]), z.of(z.tensors[-1])
-    return tuple(a and b for a, b in zip(x, source, strict=True)) if len(x) == len(source) else zeros.unknown(z)
-
-
-@register_op("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", zeros=_added)
-def scatter(c: Context, x: Operand, dim: int, index: Operand, *rest: Any, **kwargs: Any) -> Rows:
-    """Writes at positions from a tensor."""
+@register_op("take_along_dim", zeros=zeros.moved)
+def take_along_dim(c: Context, x: Operand, index: Operand, dim: int | None = None) -> Result:
+    """`gather`, with `x` and `index` expanded to each other in the other dimensions."""
+    reason = f"it is indexed by a tensor in {c.where()}"
+    if dim is None:
+        return c.pin_all([x, index], reason)
     at = x.dim(dim)
-    reason = f"it is written at positions from a tensor in {c.where()}"
-    sources = list(operands_in(rest, kwargs))
     c.pin(x.rows[at], reason)
-    flat = c.node.meta["name"].startswith("index_")
-    for source in [*([] if flat else [index]), *sources]:
-        for place, row in enumerate(source.rows):
-            if place != at and len(source.rows) == len(x.rows) and row.size == x.rows[place].size:
-                c.same(x.rows[place], row)
-            else:
-                c.pin(row, reason)
-    return x.rows
+    rows = list(c.broadcast([Operand(x.node, (*x.rows[:at], UNIT, *x.rows[at + 1 :])), index]))
+    rows[at] = c.pin(index.rows[at], reason)
+    return tuple(rows)
+
+
+@register_op("take")
+def take(c: Context, x: Operand, index: Operand) -> Rows:
+    """Entries by their place in the flattened tensor."""
+    for row in x.rows:
+        c.pin(row, f"its entries are counted by {c.where()}")
+    return index.rows
+
+
+@register_op("searchsorted", "bucketize")
+def searchsorted(c: Context, boundaries: Operand, x: Any, *_: Any, **named: Any) -> Rows:
+    """How many of the sorted boundaries come before each value; each line of them has values of its own."""
+    if c.node.meta["name"] == "bucketize":
+        boundaries, x = x, boundaries
+    reason = f"its entries are counted by {c.where()}"
+    sorted_by = list(operands_in(named))
+    for operand in (boundaries, *sorted_by):
+        c.pin(operand.rows[-1], reason)
+        if len(operand.rows) > 1:
+            assert isinstance(x, Operand)
+            for mine, theirs in zip(x.rows[:-1], operand.rows[:-1], strict=True):
+                c.same(mine, theirs)
+    return x.rows if isinstance(x, Operand) else ()
 
 
 @register_op("python.embedding_bag", zeros=_last)

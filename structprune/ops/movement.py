@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from structprune.ops import zeros
-from structprune.ops.context import Context, Operand
+from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.elementwise import same_shape
 from structprune.ops.op import Indices, Result, Scaling, register_op
 from structprune.ops.relations import UNIT, Row, Rows
@@ -59,7 +59,7 @@ def view(c: Context, x: Operand, sizes: Any) -> Result:
 def view_as(c: Context, x: Operand, other: Operand) -> Rows:
     """The shape of another tensor: the sizes follow it."""
     rows = regroup(c, x.rows, c.shape)
-    return tuple(c.same(row, like) if row.free else row for row, like in zip(rows, other.rows, strict=True))
+    return tuple(c.same(row, like) for row, like in zip(rows, other.rows, strict=True))
 
 
 @register_op("flatten", "ravel", **VIEWS)
@@ -160,13 +160,17 @@ def repeat(c: Context, x: Operand, times: Sequence[Any]) -> Rows:
 @register_op("repeat_interleave", zeros=zeros.moved)
 def repeat_interleave(c: Context, x: Operand, repeats: Any, dim: int | None = None, **_: Any) -> Result:
     """Each channel several times in a row."""
-    if dim is None or not isinstance(repeats, int):
-        return c.pin_all([x], f"how often it is repeated is decided by data, in {c.where()}")
-    at = x.dim(dim)
-    row = x.rows[at]
+    rows = x.rows if dim is not None else (c.merged(x.rows),)
+    at = x.dim(dim) if dim is not None else 0
+    row = rows[at]
+    if not isinstance(repeats, int):
+        reason = f"how often it is repeated is decided by data, in {c.where()}"
+        for counted in (row, *(each for operand in operands_in(repeats) for each in operand.rows)):
+            c.pin(counted, reason)
+        return (*rows[:at], *c.fresh(c.shape[at : at + 1], reason), *rows[at + 1 :])
     copies = c.axis(int(repeats)) if row.free or row.size == 1 else Row(int(repeats), pin=row.pin)
     c.expect(repeats, copies)
-    return (*x.rows[:at], c.merged([row, copies]), *x.rows[at + 1 :])
+    return (*rows[:at], c.merged([row, copies]), *rows[at + 1 :])
 
 
 @register_op("flip", **MOVES)

@@ -142,7 +142,10 @@ class Scale:
 
 @dataclass(slots=True)
 class Relations:
-    """Everything that a trace says about its channels, as integer ranges and arrays."""
+    """Everything that a trace says about its channels, as integer ranges and arrays.
+
+    `pieces` are those of larger rows that must not be emptied, and the operations that take them.
+    """
 
     starts: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -156,6 +159,7 @@ class Relations:
     scales: list[Scale] = field(default_factory=list)
     movements: list[Join | Balance | Grid] = field(default_factory=list)
     bounds: list[Bound] = field(default_factory=list)
+    pieces: list[tuple[Row, str]] = field(default_factory=list)
     _splits: dict[object, Rows] = field(default_factory=dict)
     _merges: dict[object, Row] = field(default_factory=dict)
 

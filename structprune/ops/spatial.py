@@ -12,7 +12,7 @@ from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros, moved, moved_first, unknown
 
 POOLS = """
-avg_pool{} max_pool{} max_pool{}_with_indices adaptive_avg_pool{} adaptive_max_pool{} lp_pool{} max_unpool{}
+avg_pool{} max_pool{} max_pool{}_with_indices adaptive_avg_pool{} adaptive_max_pool{} lp_pool{}
 upsample_nearest{} reflection_pad{} replication_pad{}
 """
 
@@ -38,7 +38,7 @@ def over_lines(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
 
 
 @register_op(
-    *_names(2), "fractional_max_pool2d", "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_bicubic2d",
+    *_names(2), "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_bicubic2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", zeros=moved_first,
 )  # fmt: skip
 def over_images(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
@@ -48,7 +48,6 @@ def over_images(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
 
 @register_op(
     *_names(3),
-    "fractional_max_pool3d",
     "_adaptive_avg_pool3d",
     "upsample_trilinear3d",
     "_upsample_nearest_exact3d",
@@ -65,7 +64,28 @@ def interpolate(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     return _keep_channels(c, x, len(x.rows) - 2)
 
 
-@register_op("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+@register_op(*[f"max_unpool{dims}d" for dims in (1, 2, 3)], zeros=moved_first)
+def max_unpool(c: Context, x: Operand, indices: Operand, *_: Any, **__: Any) -> Result:
+    """Each entry goes where the pooling found its maximum: the channels of both are the same."""
+    for mine, theirs in zip(x.rows, indices.rows, strict=True):
+        c.same(mine, theirs)
+    return _keep_channels(c, x, int(c.node.meta["name"][-2]))
+
+
+@register_op("fractional_max_pool2d", "fractional_max_pool3d", zeros=moved_first)
+def fractional_max_pool(
+    c: Context, x: Operand, kernel: Any, size: Any, samples: Operand | None = None, *_: Any, **__: Any
+) -> Result:
+    """Pooling over windows that random samples place, for each image and channel."""
+    dims = int(c.node.meta["name"][-2])
+    if samples is not None:
+        c.pin(samples.rows[-1], f"it holds the coordinates of the windows of {c.where()}")
+        for mine, theirs in zip(x.rows[: len(x.rows) - dims][::-1], samples.rows[-2::-1], strict=False):
+            c.same(mine, theirs)
+    return _keep_channels(c, x, dims)
+
+
+@register_op("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", zeros=moved_first)
 def grid_sample(c: Context, x: Operand, grid: Operand, *_: Any, **__: Any) -> Result:
     """Positions are sampled where data says."""
     for row in grid.rows[1:]:

@@ -338,3 +338,44 @@ def tracked_numbers() -> Generator[Ledger]:
     finally:
         _traces(-1)
         _ledger.reset(token)
+
+
+def evaluated(expression: Expression, value: Callable[[Dim | Attribute], float]) -> float:
+    """Value of `expression`, or NaN, which equals nothing, where it has none: a quotient by 0, say."""
+    try:
+        found = evaluate(expression, value)
+    except (ZeroDivisionError, OverflowError, ValueError):
+        return math.nan
+    return found if isinstance(found, (int, float)) else math.nan  # a root of a negative number is complex
+
+
+def literal_for(expression: Expression, target: float) -> float:
+    """The value of the literal in `expression`, which holds nothing else, for which it equals `target`."""
+    if isinstance(expression, Arithmetic) and expression.symbol == "-" and expression.right is None:
+        return literal_for(expression.left, -target)
+    assert isinstance(expression, Literal), f"{expression} is not a literal"
+    return target
+
+
+def inverse(
+    expression: Expression, unknown: Attribute, target: float, value: Callable[[Dim | Attribute], float]
+) -> float | None:
+    """The value of the attribute `unknown` for which `expression` equals `target`; None where there is no formula."""
+    if expression == unknown:
+        return target
+    if not isinstance(expression, Arithmetic) or expression.right is None:
+        return None
+    in_left = unknown in set(leaves(expression.left))
+    if in_left and unknown in set(leaves(expression.right)):
+        return None
+    known = evaluated(expression.right if in_left else expression.left, value)
+    if math.isnan(known):
+        return None
+    undo: dict[str, Callable[[float, float], float]] = {"+": operator.sub, "*": operator.floordiv}
+    if in_left:
+        undo |= {"-": operator.add, "//": operator.mul}
+    if expression.symbol not in undo or (expression.symbol == "*" and (not known or target % known)):
+        return None
+    return inverse(
+        expression.left if in_left else expression.right, unknown, undo[expression.symbol](target, known), value
+    )

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +29,8 @@ _SPELLINGS = {
     "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
     "negative": "neg", "absolute": "abs", "concat": "cat", "concatenate": "cat", "swapaxes": "transpose",
     "swapdims": "transpose", "greater": "gt", "less": "lt", "less_equal": "le", "greater_equal": "ge",
-    "not_equal": "ne", "clip": "clamp", "moveaxis": "movedim", "arctan": "atan",
-    "arctan2": "atan2", "fix": "trunc", "view_as_real_copy": "view_as_real", "inner_product": "inner",
+    "not_equal": "ne", "clip": "clamp", "moveaxis": "movedim", "arctan": "atan", "row_stack": "vstack",
+    "arctan2": "atan2", "fix": "trunc", "inner_product": "inner",
 }  # fmt: skip
 _SPECIAL = {
     "expit": "sigmoid", "psi": "digamma", "gammaln": "lgamma", "multigammaln": "mvlgamma", "gammainc": "igamma",
@@ -142,6 +143,16 @@ def _opened(function: types.FunctionType, outer: types.FunctionType | None = Non
     return copy
 
 
+@cache
+def _is_view(name: str) -> bool:
+    """Whether torch declares that the result of an operator shares memory with its argument: ``permute``."""
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    returns = [r for overload in packet.overloads() for r in getattr(packet, overload)._schema.returns]
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
 def canonical(name: str) -> tuple[str, bool]:
     """Canonical name, and whether the call writes into its first argument."""
     inplace = False
@@ -158,6 +169,8 @@ def canonical(name: str) -> tuple[str, bool]:
     elif name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
         name, inplace = name[:-1], True
     name = _SPELLINGS.get(name, name)
+    if name.endswith("_copy") and _is_view(name[:-5]):  # a view, and its entries copied
+        name = _SPELLINGS.get(name[:-5], name[:-5])
     if name.startswith("special_"):  # torch.special has many functions under a second name
         plain = _SPECIAL.get(name[8:], name[8:])
         name = plain if hasattr(torch.ops.aten, plain) else name

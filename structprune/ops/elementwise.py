@@ -129,7 +129,6 @@ register_op(
         "exponential",
         "geometric",
         "log_normal",
-        "normal",
         "poisson",
         "random",
         "rrelu",
@@ -137,6 +136,7 @@ register_op(
     ],
     random=True,
 )(unary)
+register_op("normal", random=True)(elementwise)  # means and deviations may both be tensors
 register_op("rand_like", "randn_like", "randint_like", random=True, creates=True)(unary)
 register_op("empty_like", random=True, creates=True, indices=Indices.ORDERED)(unary)
 register_op("zeros_like", "zero", zeros=zeros.everywhere, creates=True, indices=Indices.ORDERED)(unary)

@@ -187,7 +187,7 @@ def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInput
 def _zeroed(name: str, tensor: Tensor, edits: Edits) -> Tensor:
     result = tensor.detach().clone()
     for thinning in edits.thinnings:
-        if thinning.tensor == name and result.is_floating_point():
+        if thinning.tensor == name and (result.is_floating_point() or result.is_complex()):
             index = torch.tensor(thinning.removed, device=result.device)
             result.index_fill_(thinning.dim, index, 0)
     return nn.Parameter(result, requires_grad=False) if isinstance(tensor, nn.Parameter) else result

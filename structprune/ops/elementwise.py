@@ -179,7 +179,12 @@ def prelu(c: Context, x: Operand, weight: Operand) -> Rows:
     return x.rows
 
 
-@register_op("broadcast_tensors", zeros=zeros.unknown, views=True)
+def _zero_in_all(z: zeros.ZeroContext) -> zeros.Zeros:
+    """What is known of several results is what holds for all of them."""
+    return tuple(all(z.whole(t, back) and z.of(t)[back] for t in z.tensors) for back in range(-len(z.rows), 0))
+
+
+@register_op("broadcast_tensors", zeros=_zero_in_all, views=True)
 def broadcast_tensors(c: Context, *tensors: Any) -> list[Rows | None]:
     """Each tensor expanded to the common shape."""
     operands = list(operands_in(tensors))

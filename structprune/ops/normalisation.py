@@ -58,8 +58,11 @@ def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Rows:
     """Weight, bias, running mean and running variance have one entry a channel."""
     for operand in operands_in(statistics, named):
         c.same(x.rows[1], operand.rows[0])
-    # Standardised weights are normalised over their input channels by a batch norm over "positions".
-    c.survivors(x, [at for at in range(len(x.rows)) if at != 1])
+    given = arguments(c.node)
+    if given.get("training", given.get("use_input_stats")):
+        # Standardised weights are normalised over their input channels by a batch norm over "positions".
+        first = 2 if c.node.meta["name"] == "instance_norm" else 0
+        c.survivors(x, [at for at in range(first, len(x.rows)) if at != 1])
     return x.rows
 
 
@@ -162,25 +165,31 @@ def spread(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
 
 
-def normalises(statistic: fx.Node, x: fx.Node) -> bool:
-    """Whether a forward uses `statistic`, a mean or a spread of `x`, for nothing but to shift and scale `x` by it.
+# What a spread passes through before something is divided by it.
+_OF_A_SPREAD = frozenset({"add", "sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "mul", "div"})
 
-    So do ``(x - mean) / sqrt(var + eps)`` and ``x * rsqrt(mean_of_squares + eps) * gain``.
+
+def normalises(statistic: fx.Node, x: fx.Node, by: tuple[str, ...] = ("mul", "div")) -> bool:
+    """Whether a forward uses `statistic`, a mean or a spread of `x`, for nothing but to normalise `x`.
+
+    A spread divides, as in ``(x - mean) / sqrt(var + eps)`` and ``x * rsqrt(mean_of_squares + eps) * gain``; a mean is
+    subtracted. `by` are the operations that count.
     """
     users = [user for user in statistic.users if user.op != "output"]
-    return len(users) == len(statistic.users) > 0 and all(_shifts_or_scales(user, statistic, x) for user in users)
+    return len(users) == len(statistic.users) > 0 and all(_normalised_by(user, statistic, x, by) for user in users)
 
 
-def _shifts_or_scales(user: fx.Node, value: fx.Node, x: fx.Node) -> bool:
+def _normalised_by(user: fx.Node, value: fx.Node, x: fx.Node, by: tuple[str, ...]) -> bool:
     name = user.meta["name"]
-    known = op_of(name)
     others = [node for node in tensors(user) if node is not value]
-    if name in ("add", "sub", "mul", "div") and any(_made_of(node, x) for node in others):
+    if name == "part":
+        return normalises(user, x, ("sub",) if user.args[1] == 1 else by)
+    if name in by and any(_made_of(node, x) for node in others):
         return True
-    passed = name == "part" or (known is not None and (known.elementwise or known.moves))
-    if not passed or any(node.meta["name"] not in ("parameter", "constant") for node in others):
-        return False
-    return normalises(user, x)
+    known = op_of(name)
+    passed = name in _OF_A_SPREAD or (known is not None and (known.views or known.scaling is Scaling.HOMOGENEOUS))
+    held = all(node.meta["name"] in ("parameter", "constant") for node in others)
+    return passed and held and normalises(user, x, by)
 
 
 def _made_of(node: fx.Node, x: fx.Node) -> bool:

@@ -138,6 +138,9 @@ GOES = {
     "cross entropy of each": Goes(
         lambda x, y: F.cross_entropy(x.mT, y.softmax(2).mT, reduction="none"), (2, 6, 5), 1, 1, ((2, 6, 5),)
     ),
+    "batch of attention": Goes(
+        lambda x, q, k: F.scaled_dot_product_attention(q, k, x).sum(1), (2, 6, 5, 4), 1, None, ((2, 6, 3, 4), (5, 4))
+    ),
     "einsum of one": Goes(lambda x: torch.einsum("bct->tcb", x)),
     "einsum, sum of one": Goes(lambda x: torch.einsum("bct->bt", x), out=None),
     "einsum with a diagonal": Goes(lambda x, y: torch.einsum("cc,bct->bct", y, x), held=((6, 6),)),
@@ -197,6 +200,10 @@ STAYS = {
     "summed by einsum": Stays("not zero", lambda x: torch.einsum("bct->bt", x.exp()), out=None),
     "factors by keyword": Stays("not zero", lambda x, y: torch.matmul(other=y.exp(), input=x.exp()), (4, 6), 1, None,
                                 ((6, 3),)),
+    "batch of queries, summed": Stays(
+        "not zero", lambda x, k: F.scaled_dot_product_attention(x, k, k).sum(1), (2, 6, 5, 4), 1, None, ((2, 1, 5, 4),)
+    ),
+    "positions of group_norm": Stays("a position", lambda x: F.group_norm(x, 1), (2, 3, 6), 2, 2),
     "compared": Stays("compared as a whole", lambda x: x if torch.allclose(x, x.abs()) else x * 2),
     "pairs": Stays("two parts", lambda x: torch.view_as_complex(x.mT.contiguous()).real, (2, 2, 6), 1, 1),
 }  # fmt: skip

@@ -98,7 +98,9 @@ def group_norm(c: Context, x: Operand, groups: int, *affine: Any, **named: Any) 
     if groups != 1:
         outer, _ = c.split(row, (int(groups), row.size // int(groups)))
         c.expect(groups, outer)
-    c.survivors(x, range(1, len(x.rows)))
+    for position in x.rows[2:]:
+        c.pin(position, f"it is a position that {c.where()} averages over")
+    c.survivors(x, (1,))
     return x.rows
 
 

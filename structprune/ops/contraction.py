@@ -270,10 +270,8 @@ def addmm(c: Context, bias: Operand, *factors: Any, **named: Any) -> Rows:
 
 
 @register_op("cdist", zeros=_distance_zeros, macs=_product_macs)
-def cdist(c: Context, a: Operand, b: Operand, p: Any = 2.0, *_: Any, **__: Any) -> Rows:
+def cdist(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
     """Distances between the rows of two matrices: a sum over the last dimension."""
-    if not p >= 0:
-        c.pin(a.rows[-1], f"its channels compete in {c.where()}")
     c.same(a.rows[-1], b.rows[-1])
     batch = c.broadcast([Operand(a.node, a.rows[:-2]), Operand(b.node, b.rows[:-2])])
     return (*batch, a.rows[-2], b.rows[-2])

@@ -88,8 +88,7 @@ def _is_subscripts(value: Any) -> bool:
 
 def equation_of(node: fx.Node) -> Equation:
     """The equation of a recorded call of ``einsum``."""
-    given = (node.kwargs["equation"],) if "equation" in node.kwargs else node.args
-    return read(_text(given), [len(tensor.meta["shape"]) for tensor in tensors(node)])
+    return read(_text(node.args), [len(tensor.meta["shape"]) for tensor in tensors(node)])
 
 
 def product_zeros(z: ZeroContext, equation: Equation, operands: Sequence[fx.Node], every: bool = False) -> Zeros:

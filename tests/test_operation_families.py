@@ -99,6 +99,10 @@ GOES = {
     "right-hand sides of solve_triangular": Goes(
         lambda x, a: torch.linalg.solve_triangular(_square(a), x, upper=True), (2, 5, 6), 2, 2, (5,)
     ),
+    "right-hand sides from the right": Goes(
+        lambda x, a: torch.linalg.solve_triangular(_square(a), x, upper=True, left=False),
+        (2, 5, 5), 1, 1, (5,),
+    ),
     "right-hand sides of lstsq": Goes(lambda x, a: _first(torch.linalg.lstsq(a, x)), (2, 5, 6), 2, 2, ((2, 5, 3),)),
     "cross product": Goes(lambda x, y: torch.linalg.cross(x, y), (2, 6, 3), 1, 1, ((1, 6, 3),)),
     "vecdot, passed": Goes(lambda x, y: torch.linalg.vecdot(x, y), held=((6, 5),)),
@@ -204,11 +208,17 @@ STAYS = {
         "not zero", lambda x, k: F.scaled_dot_product_attention(x, k, k).sum(1), (2, 6, 5, 4), 1, None, ((2, 1, 5, 4),)
     ),
     "positions of group_norm": Stays("a position", lambda x: F.group_norm(x, 1), (2, 3, 6), 2, 2),
+    "equation from the right": Stays(
+        "matrices", lambda x, a: torch.linalg.solve_triangular(_square(a), x, upper=True, left=False), (2, 5, 5), 2, 2,
+        (5,),
+    ),
+    "coordinates by default": Stays("coordinates", lambda x, y: torch.cross(x, y), (5, 3), 0, 0, ((5, 3),)),
     "compared": Stays("compared as a whole", lambda x: x if torch.allclose(x, x.abs()) else x * 2),
     "pairs": Stays("two parts", lambda x: torch.view_as_complex(x.mT.contiguous()).real, (2, 2, 6), 1, 1),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Using torch.cross without specifying the dim arg")
 @pytest.mark.parametrize("name", STAYS)
 def test_channels_that_must_stay_do_and_the_reason_is_told(name: str) -> None:
     reason, *rest = STAYS[name]

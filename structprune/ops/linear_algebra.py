@@ -18,6 +18,7 @@ from typing import Any
 from structprune.errors import RuleError
 from structprune.ops import zeros
 from structprune.ops.along import competing, dims_of
+from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Coupling, Result, register_op
 from structprune.ops.relations import Row, Rows
@@ -59,15 +60,19 @@ def _fits(form: Form, shapes: Sequence[tuple[int, ...]], results: Sequence[tuple
     return all(shape is None or len(shape) == batch + len(x) for x, shape in zip(form.results, results, strict=True))
 
 
-def _by_form(*forms: str) -> Coupling:
-    """The coupling of an operation that has one of these forms; the first that fits counts."""
+def _by_form(*forms: str, right: Sequence[str] = ()) -> Coupling:
+    """The coupling of an operation that has one of these forms; the first that fits counts.
+
+    Forms in `right` are those of a call with ``left=False``, which square matrices do not tell apart.
+    """
 
     def coupling(c: Context, *args: Any, **named: Any) -> Result:
         """What its form says of the last dimensions; those before are a batch."""
         operands = list(operands_in(args, named))
         results = _parts(c.shape)
         shapes = [operand.shape for operand in operands]
-        found = next((_read(form) for form in forms if _fits(_read(form), shapes, results)), None)
+        given = right if right and not arguments(c.node).get("left", True) else forms
+        found = next((_read(form) for form in given if _fits(_read(form), shapes, results)), None)
         if found is None:
             raise RuleError(f"tensors of shapes {', '.join(map(str, shapes))}")
         c.node.meta["form"] = found
@@ -130,16 +135,15 @@ register_op("linalg_lu_factor", "linalg_ldl_factor", "geqrf")(_by_form("MN->MN,K
 register_op("lu_unpack")(_by_form("MN,K->MP,ML,UN"))
 register_op("linalg_pinv", "pinverse")(_by_form("MN->NM"))
 register_op("linalg_householder_product", "orgqr")(_by_form("MN,K->MN"))
-register_op("ormqr", zeros=_linear_in(2))(_by_form("MN,K,Pk->Pk", "MN,K,kP->kP"))
-_SOLVED = ("=NN,N->N", "NN,Nk->Nk", "NN,kN->kN")
-register_op("linalg_solve", zeros=_linear_in(1))(_by_form(*_SOLVED))
-register_op("linalg_solve_ex", zeros=_linear_in(1))(_by_form("=NN,N->N,", "NN,Nk->Nk,", "NN,kN->kN,"))
-register_op("linalg_lu_solve", zeros=_linear_in(2))(_by_form("NN,N,Nk->Nk", "NN,N,kN->kN"))
+register_op("ormqr", zeros=_linear_in(2))(_by_form("MN,K,Pk->Pk", right=["MN,K,kP->kP"]))
+register_op("linalg_solve", zeros=_linear_in(1))(_by_form("=NN,N->N", "NN,Nk->Nk", right=["NN,kN->kN"]))
+register_op("linalg_solve_ex", zeros=_linear_in(1))(_by_form("=NN,N->N,", "NN,Nk->Nk,", right=["NN,kN->kN,"]))
+register_op("linalg_lu_solve", zeros=_linear_in(2))(_by_form("NN,N,Nk->Nk", right=["NN,N,kN->kN"]))
 register_op("linalg_ldl_solve", zeros=_linear_in(2))(_by_form("NN,N,Nk->Nk"))
 register_op("cholesky_solve", zeros=_linear_in(0))(_by_form("Nk,NN->Nk"))
 register_op("lu_solve", zeros=_linear_in(0))(_by_form("Nk,NN,N->Nk"))
 register_op("triangular_solve", zeros=_linear_in(0))(_by_form("Nk,NN->Nk,NN"))
-register_op("linalg_solve_triangular", zeros=_linear_in(1))(_by_form("NN,Nk->Nk", "NN,kN->kN"))
+register_op("linalg_solve_triangular", zeros=_linear_in(1))(_by_form("NN,Nk->Nk", right=["NN,kN->kN"]))
 
 
 @register_op("linalg_vander")
@@ -188,11 +192,14 @@ def _of_either(z: zeros.ZeroContext) -> zeros.Zeros:
 
 @register_op("cross", "linalg_cross", zeros=_of_either)
 def cross(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Result:
-    """A product of vectors of three entries, in one dimension."""
+    """A product of vectors of three entries, in one dimension: by default in the first that has three."""
     rows = c.broadcast([a, b])
     dims = dims_of(c.node, len(rows))
-    three = [at for at, row in enumerate(rows) if row.size == 3]
-    dims = tuple(three[:1]) if dims is not None and len(dims) == len(rows) > 1 else dims
+    if arguments(c.node).get("dim") is None:
+        first = next(at for at, row in enumerate(rows) if row.size == 3)
+        for row in rows[:first]:
+            c.pin(row, f"with three channels it would be taken for the coordinates in {c.where()}")
+        dims = (first,)
     return competing(c, Operand(c.node, rows), dims, f"it is a coordinate in {c.where()}")
 
 

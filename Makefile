@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := structprune tests examples docs/assets $(wildcard benchmarks)
 
-.PHONY: help install demo test lint types tests dist docs bench zoo format clean
+.PHONY: help install demo test lint types tests dist docs bench zoo ops format clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits, prune it, export it and time it"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs    the documentation, into site/; any broken link is an error"
 	@echo "make bench   time whole calls against torch-pruning"
 	@echo "make zoo     prune every model of the zoo (takes long)"
+	@echo "make ops     prune networks around every operation of torch's own test database"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the environment and all caches"
 
@@ -65,6 +66,9 @@ bench: $(INSTALLED)
 
 zoo: $(INSTALLED)
 	$(BIN)/python benchmarks/zoo.py
+
+ops: $(INSTALLED)
+	$(BIN)/python benchmarks/operations.py --jobs $(JOBS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(CODE)

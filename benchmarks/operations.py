@@ -24,20 +24,11 @@ from harness.children import Work, run_apart, without_folders
 from harness.environment import environment
 from operations_report import as_markdown, faults, totals
 from rich.console import Console
-from support.judging import FAULTS, NO_CALL, WHOLE, Verdict, judge
+from support.judging import FAULTS, WHOLE, judge_case
 from support.nn_modules import module_cases, module_database
-from support.operations import Case, cases, database
+from support.operations import cases, database
 
 DATABASES = {"operations": (database, cases), "modules": (module_database, module_cases)}
-
-
-def verdict_of(case: Case, limit: float) -> Verdict:
-    """What comes of one case."""
-    try:
-        model, inputs = case.network()
-    except (RuntimeError, AssertionError) as error:  # a sample that this build of torch does not take
-        return Verdict(NO_CALL, f"{type(error).__name__}: {error}")
-    return judge(model, inputs, limit)
 
 
 def judged(kind: str, name: str, options: argparse.Namespace) -> Work:
@@ -51,7 +42,7 @@ def judged(kind: str, name: str, options: argparse.Namespace) -> Work:
         found: list[dict[str, str]] = []
         went = 0
         for case in cases_of(entries()[name], options.samples):
-            verdict = verdict_of(case, options.seconds)
+            verdict = judge_case(case, options.seconds)
             note = without_folders(verdict.note)
             counts[verdict.kind] += 1
             went += verdict.went > 0

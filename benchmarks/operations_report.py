@@ -13,11 +13,12 @@ _DATABASES = ("operations", "modules")
 
 _EXPLANATION = f"""Every entry of torch's own databases of test inputs (`op_db` and `module_db` of
 `torch.testing._internal`): up to {{samples}} samples of each, spread over all that it has, and the first one in each
-other spelling (method, in place, aliases). For every dimension with three entries or more of the first floating tensor:
-a linear layer that makes exactly this tensor, the operation, and a linear layer along the dimension of each result along
-which the channels stand apart. The other tensors of the sample are parameters and buffers once, and inputs once. Half of
-the channels go by one plain call, in float64 where the operation has it, and the result is compared with the original
-whose removed slices are zero (`tests/support/judging.py`).
+other spelling (method, in place, aliases). For every dimension with three entries or more of the first floating
+tensor: a linear layer that makes exactly this tensor, the operation, and a linear layer along the dimension of each
+result along which the channels stand apart. The other tensors of the sample are parameters and buffers once, and inputs
+once; modules are judged in evaluation and in training mode. Half of the channels go by one plain call, in float64 where
+the operation has it, and the result is compared with the original whose removed slices are zero
+(`tests/support/judging.py`).
 
 - *{RIGHT}*: equal to plain zeroing. *{SURVIVORS}*: equal where norms and means run over what is left.
 - *{WHOLE}*: no channel of the first layer may go; the reasons are listed below.

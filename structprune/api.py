@@ -11,6 +11,7 @@ from torch import nn
 from structprune.allocation.ratios import Ratio
 from structprune.allocation.rounding import Rounding, RoundTo
 from structprune.allocation.scopes import Scope
+from structprune.channels.solver import Mask
 from structprune.decision import Decision, Request
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
@@ -20,7 +21,7 @@ from structprune.importance.data import Batches, Forward, Loss
 from structprune.latency.measure import Latency
 from structprune.plan import Plan
 from structprune.planning import plan_removal
-from structprune.surgery.verify import verify as verify_pruned
+from structprune.surgery.verify import verify_removal
 from structprune.timed import TimedDecision
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, OutputName
@@ -121,10 +122,17 @@ def plan(
         scope=scope, axes=axes, round_to=round_to, min_channels=min_channels, max_ratio=max_ratio, outputs=outputs,
         latency=latency,
     )  # fmt: skip
+    return _planned(model, example_inputs, options)[-1]
+
+
+def _planned(model: nn.Module, example_inputs: ExampleInputs, options: Options) -> tuple[DependencyGraph, Mask, Plan]:
+    """The coupled channels of `model`, those that go, and the plan that `plan` makes of them."""
     graph, decision = decide(model, example_inputs, options)
+    importance = options.get("importance", "l2")
     with collection_paused(), torch.no_grad():
         named = {"importance": importance if isinstance(importance, str) else repr(importance)}
-        return plan_removal(graph, decision.chosen, decision.settings | named)
+        found = plan_removal(graph, decision.chosen, decision.settings | named)
+        return graph, graph.components.dead(decision.chosen), found
 
 
 def decide(
@@ -145,12 +153,16 @@ def decide(
     request = _request(model, options)
     with collection_paused():
         graph = DependencyGraph(model, example_inputs, ignore=options.get("ignore", ()), outputs=options.get("outputs"))
-    request = change(graph, request)
-    score = fitted(criterion, graph, options.get("data"), options.get("loss"), options.get("forward"))
-    with collection_paused(), torch.no_grad():
-        if request.target is not None and "latency" in request.target:
-            return graph, TimedDecision(graph, score, request, options.get("latency") or Latency())
-        return graph, Decision(graph, score, request)
+    while True:
+        asked = change(graph, request)
+        score = fitted(criterion, graph, options.get("data"), options.get("loss"), options.get("forward"))
+        with collection_paused(), torch.no_grad():
+            if asked.target is not None and "latency" in asked.target:
+                decision = TimedDecision(graph, score, asked, options.get("latency") or Latency())
+            else:
+                decision = Decision(graph, score, asked)
+        if graph.settle(graph.components.dead(decision.chosen)):
+            return graph, decision
 
 
 def _request(model: nn.Module, options: Options) -> Request:
@@ -191,7 +203,9 @@ def prune(
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         inplace: change `model` itself and return it.
-        verify: compare the result with the original whose removed channels are switched off; costs two forwards.
+        verify: compare the result with the original whose removed channels are switched off. It costs a forward of
+            each, on the example inputs, and beside the two models the memory of their activations and of one large
+            weight at a time. In half precision the forwards run in float32, and the model is traced once more.
         options: those of `plan`: ``ratio``, ``target``, ``importance``, ``data``, ``loss``, ``forward``, ``ignore``,
             ``scope``, ``axes``, ``round_to``, ``min_channels``, ``max_ratio``, ``outputs``,
             ``latency``.
@@ -207,10 +221,11 @@ def prune(
         >>> structprune.prune(model, torch.randn(1, 4), ratio=0.5)[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    decided = plan(model, example_inputs, **options)
+    graph, dead, decided = _planned(model, example_inputs, options)
     if verify:
         slim = decided.apply(model)
-        verify_pruned(model, slim, decided, example_inputs).raise_for_error()
+        verify_removal(graph, slim, decided, dead).raise_for_error()
         if not inplace:
             return slim
+        del slim  # before the model itself is changed, so that there is never a third set of weights
     return decided.apply(model, inplace=inplace)

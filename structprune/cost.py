@@ -7,16 +7,18 @@ the channel algebra, so the cost of a plan is known without building the smaller
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from torch import Tensor, fx, nn
 
 from structprune.channels.propagate import Channels, propagate
 from structprune.ops import op_of
 from structprune.ops.relations import Row
+from structprune.polynomials import Evaluator, Polynomial, total
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable
@@ -87,11 +89,14 @@ def is_view(node: fx.Node) -> bool:
     return node.meta["name"] == "part" or (known is not None and known.views)
 
 
-def _peak(recorded: Trace, channels: Channels, count: Count) -> int:
-    """Bytes alive at the worst moment, each result freed after its last use."""
+def _lifetimes(recorded: Trace, channels: Channels, count: Count) -> Iterator[tuple[int, int, int]]:
+    """Bytes of each result that has memory of its own, the operation that makes it, and the last one to use it.
+
+    Bytes are what `count` makes of them; operations are places in ``recorded.nodes``.
+    """
     owner: dict[fx.Node, fx.Node] = {}
     last: dict[fx.Node, int] = {}
-    size: dict[fx.Node, int] = {}
+    size: dict[fx.Node, tuple[int, int]] = {}
     for index, node in enumerate(recorded.nodes):
         if node.meta["name"] in ("parameter", "constant"):
             continue
@@ -101,19 +106,11 @@ def _peak(recorded: Trace, channels: Channels, count: Count) -> int:
         for root in (*inputs, owner[node]):
             last[root] = index
         if not shares and isinstance(node.meta.get("shape"), tuple):
-            size[node] = _volume(_rows(channels, node), count) * node.meta["dtype"].itemsize
+            size[node] = _volume(_rows(channels, node), count) * node.meta["dtype"].itemsize, index
     for node in recorded.outputs.values():
         if node in owner:
-            last[owner[node]] = len(recorded.nodes)
-    freed: dict[int, int] = {}
-    for root, index in last.items():
-        freed[index] = freed.get(index, 0) + size.get(root, 0)
-    alive = peak = 0
-    for index, node in enumerate(recorded.nodes):
-        alive += size.get(node, 0)
-        peak = max(peak, alive)
-        alive -= freed.get(index, 0)
-    return peak
+            last[owner[node]] = len(recorded.nodes) - 1
+    return ((number, made, last[node]) for node, (number, made) in size.items())
 
 
 def _sizes(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Iterator[tuple[str, Tensor, int]]:
@@ -149,14 +146,69 @@ def count_layers(model: nn.Module, recorded: Trace, channels: Channels, count: C
     return {path: LayerCost(params.get(path, 0), macs.get(path, 0)) for path in order}
 
 
+class CostModel:
+    """The cost of a traced model as a function of its widths: counted once, then evaluated by arrays.
+
+    Args:
+        model: the traced model.
+        recorded: its trace.
+        channels: the rows of the trace.
+        identity: equal for rows that always have equally many living channels; by default rows of the same ids.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recorded: Trace,
+        channels: Channels,
+        identity: Callable[[Row], Hashable] = lambda row: row.key,
+    ) -> None:
+        self._rows: list[Row] = []
+        self._identity = identity
+        self._known: dict[object, Polynomial] = {}
+        self._by_key: dict[object, Polynomial] = {}
+        # A polynomial does for counting what an int does; see `Polynomial`.
+        count = cast("Count", self._unknown)
+        held = [(tensor, numel) for _, tensor, numel in _sizes(model, recorded, channels, count)]
+        results = list(_lifetimes(recorded, channels, count))
+        params = total(numel for tensor, numel in held if isinstance(tensor, nn.Parameter))
+        weight_bytes = total(numel * tensor.element_size() for tensor, numel in held)
+        macs = total(node_macs(node, channels, count) for node in recorded.nodes)
+        self._totals = Evaluator([params, macs, weight_bytes], len(self._rows))
+        self._results = Evaluator([number for number, _, _ in results], len(self._rows))
+        self._made = np.array([made for _, made, _ in results], dtype=np.int64)
+        self._last = np.array([last for _, _, last in results], dtype=np.int64)
+        self._steps = len(recorded.nodes)
+
+    def _unknown(self, row: Row) -> int | Polynomial:
+        if not row.free:
+            return row.size
+        found = self._by_key.get(row.key)
+        if found is None:
+            same = self._identity(row)
+            found = self._known.get(same)
+            if found is None:
+                found = self._known[same] = Polynomial({(len(self._rows),): 1}, row.size)
+                self._rows.append(row)
+            self._by_key[row.key] = found
+        return found
+
+    def at(self, count: Count) -> Cost:
+        """The cost when `count` gives the number of living channels of each row."""
+        numbers = [count(row) for row in self._rows]
+        params, macs, weight_bytes = self._totals(numbers).tolist()
+        sizes = self._results(numbers)
+        # What is alive at a step: all that was made by then, less what was used for the last time before it.
+        made, gone = np.zeros(self._steps, dtype=sizes.dtype), np.zeros(self._steps + 1, dtype=sizes.dtype)
+        np.add.at(made, self._made, sizes)
+        np.add.at(gone, self._last + 1, sizes)
+        peak = int(np.cumsum(made - gone[:-1]).max(initial=0))
+        return Cost(params, macs, weight_bytes, peak)
+
+
 def count_cost(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Cost:
     """Cost of the traced model when `count` gives the number of living channels of each row."""
-    params = weight_bytes = 0
-    for _, tensor, numel in _sizes(model, recorded, channels, count):
-        params += numel if isinstance(tensor, nn.Parameter) else 0
-        weight_bytes += numel * tensor.element_size()
-    macs = sum(node_macs(node, channels, count) for node in recorded.nodes)
-    return Cost(params, macs, weight_bytes, _peak(recorded, channels, count))
+    return CostModel(model, recorded, channels).at(count)
 
 
 def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:

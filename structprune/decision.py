@@ -16,7 +16,6 @@ from structprune.allocation.savings import savings
 from structprune.allocation.scopes import Curves, Scope, Steps, Unit, Worth, check_scope, lost, steps_of
 from structprune.allocation.scopes import as_json as scope_as_json
 from structprune.allocation.targets import Kept, Target, amounts, kept_for, target_of
-from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -151,8 +150,9 @@ class Decision:
 
     def _amounts(self, kept: Kept) -> dict[str, float]:
         count = self._graph.counter(self._graph.components.dead(self._gone(kept)))
-        cost = count_cost(self._graph.model, self._graph.trace, self._graph.channels, count)
-        found = amounts(cost, sum(kept.get(group, group.channels) for group in self._graph.groups()))
+        found = amounts(
+            self._graph.costs.at(count), sum(kept.get(group, group.channels) for group in self._graph.groups())
+        )
         if self._time is not None:
             thinned = any(number < group.channels for group, number in kept.items())
             measured = None if thinned else self._time.whole

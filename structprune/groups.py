@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -187,3 +188,15 @@ def _name(members: list[Member]) -> str:
     """The layer whose output channels these are: that of the first member that makes them."""
     makers = [member for member in members if member.dim == 0] or members
     return makers[0].tensor.rpartition(".")[0] or makers[0].tensor
+
+
+def restricted(group: Group, chosen: Ids) -> Iterable[Member]:
+    """Members of `group` for the chosen components only, numbered as chosen."""
+    place = {int(component): number for number, component in enumerate(chosen)}
+    wanted = np.array([place.get(int(component), -1) for component in group.components])
+    if (wanted < 0).all():
+        return
+    for member in group.members:
+        channels = wanted[member.channels]
+        hit = channels >= 0
+        yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])

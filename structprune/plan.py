@@ -25,6 +25,9 @@ from structprune.wrapping import unwrapped
 SCHEMA = 1
 # For every older schema, what lifts a plan to the next one.
 MIGRATIONS: dict[int, Migration] = {}
+_NORMS = "over_survivors"
+# So many of those norms are printed; the plan holds all of them.
+SHOWN = 20
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
 RECORD = "_structprune_plans"
 
@@ -64,7 +67,9 @@ class Plan(Edits):
         caches: dicts of modules in which the forward keeps results: they are emptied.
         inputs: shapes and types of the example inputs, nested as they were given.
         outputs: names of the outputs that keep their shape; None if all do.
-        settings: what the plan was asked for.
+        settings: what the plan was asked for. Under ``"over_survivors"`` are the norms, by module and operation, that
+            run over the channels that stay: a layer norm over 8 of 16 channels is not the one over 8 channels and 8
+            zeros. All else computes exactly what the original does with the removed channels switched off.
 
     Example:
         >>> import torch, structprune
@@ -127,8 +132,13 @@ class Plan(Edits):
         text = io.StringIO()
         console = Console(file=text, width=100)
         console.print(self.table())
-        asked = (f"{key} {value}" for key, value in self.settings.items() if value is not None)
+        settings = {key: value for key, value in self.settings.items() if key != _NORMS and value is not None}
+        asked = (f"{key} {value}" for key, value in settings.items())
         console.print("asked for: " + ", ".join(asked), highlight=False, markup=False, soft_wrap=True)
+        if norms := self.settings.get(_NORMS):
+            more = f" and {len(norms) - SHOWN} more" if len(norms) > SHOWN else ""
+            text_of = ", ".join(norms[:SHOWN]) + more
+            console.print(f"over the channels that stay: {text_of}", highlight=False, markup=False, soft_wrap=True)
         for repair in self.repairs:
             place = ".".join([repair.module or "model", *map(str, repair.chain)])
             console.print(f"{place}: {repair.old} -> {repair.new}", highlight=False)

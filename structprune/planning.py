@@ -12,13 +12,13 @@ from structprune.axes import AXES
 from structprune.channels.sizes import literal_for
 from structprune.channels.solver import Mask
 from structprune.channels.trials import Counter
-from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.ops.relations import Ids
 from structprune.plan import AxisWidth, LayerWidth, Plan
 from structprune.pretrained import config_repairs
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+from structprune.surgery.reference import thinned_norms
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literals
 from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
@@ -48,7 +48,6 @@ def plan_removal(
         Repair(attribute.module, attribute.chain, graph.read(attribute), new)
         for attribute, new in sorted(values.items(), key=lambda item: str(item[0]))
     )
-    nothing = graph.counter(np.zeros_like(dead))
     edits = Edits(
         thinnings,
         repairs,
@@ -69,9 +68,9 @@ def plan_removal(
         edits.outputs,
         _layers(thinnings),
         _axes(graph, dead),
-        count_cost(graph.model, graph.trace, graph.channels, nothing),
-        count_cost(graph.model, graph.trace, graph.channels, count),
-        {**(settings or {}), **_left(graph, stays)},
+        graph.costs.at(lambda row: row.size),
+        graph.costs.at(count),
+        {**(settings or {}), **_left(graph, stays), **_norms(graph, dead)},
     )
 
 
@@ -82,6 +81,17 @@ def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
         unseen = ", ".join(sorted({name.rpartition(".")[0] for name in graph.trace.unreached(graph.model)})[:5])
         found["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"
     return found
+
+
+def _norms(graph: ChannelGraph, dead: Mask) -> dict[str, list[str]]:
+    """Where the smaller model does not compute what the original does with the channels switched off, by name."""
+    found: dict[str, None] = {}
+    for survivors, _ in thinned_norms(graph, dead):
+        node = graph.trace.everything[survivors.node]
+        call = node.meta["call"]
+        path = graph.trace.every_call[call].path if call >= 0 else ""
+        found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
+    return {"over_survivors": list(found)} if found else {}
 
 
 def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:

@@ -16,15 +16,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only what stands above it; those of one line do not import each other.
 ORDER = (
     ("errors", "files", "hardware"),
-    ("extras", "ranks"),
+    ("extras", "polynomials", "ranks"),
     ("wrapping",),
     ("tracing",),
     ("ops",),
     ("channels",),
     ("groups",),
     ("axes",),
-    ("graph",),
     ("cost",),
+    ("graph",),
     ("importance",),
     ("surgery",),
     ("pretrained",),

@@ -105,7 +105,7 @@ def test_an_operation_of_two_results(overload: bool) -> None:
             r"no rule for the operation structprune_test::swap in the model \(.*:\d+\)", graph.explain(layer)
         )
 
-    @structprune.register_rule("structprune_test::swap")
+    @structprune.register_op("structprune_test::swap")
     def swap(c: Any, x: Any, y: Any) -> Any:
         return [y.rows, x.rows]
 
@@ -129,7 +129,7 @@ def test_an_operation_without_a_shape_function_is_traced_on_real_values() -> Non
     assert "no rule for the operation structprune_test::halve" in graph.explain("up")
     check(Halved(), inputs, "down.weight", "out.weight")
 
-    @structprune.register_rule("structprune_test::halve")
+    @structprune.register_op("structprune_test::halve")
     def halve(c: Any, x: Any) -> Any:
         first, _ = c.sections(x.rows[-1], 2)
         return (*x.rows[:-1], first)
@@ -138,7 +138,7 @@ def test_an_operation_without_a_shape_function_is_traced_on_real_values() -> Non
 
 
 def test_rows_that_a_rule_of_an_operation_does_not_ask_for_stay_whole() -> None:
-    @structprune.register_rule("structprune_test::swap")
+    @structprune.register_op("structprune_test::swap")
     def swap(c: Any, x: Any, y: Any) -> Any:
         return [(*y.rows[:-1], c.axis(10)), x.rows]
 
@@ -148,7 +148,7 @@ def test_rows_that_a_rule_of_an_operation_does_not_ask_for_stay_whole() -> None:
 
 
 def test_a_wrong_rule_is_noticed() -> None:
-    @structprune.register_rule("structprune_test::halve")
+    @structprune.register_op("structprune_test::halve")
     def halve(c: Any, x: Any) -> Any:
         c.sections(x.rows[-1], 2)
         return (*x.rows[:-1], c.axis(x.rows[-1].size // 2))  # the result has channels of its own, it says
@@ -160,7 +160,7 @@ def test_a_wrong_rule_is_noticed() -> None:
 
 
 def test_rules_of_the_wrong_size_and_rules_that_fail_are_named() -> None:
-    @structprune.register_rule("structprune_test::swap")
+    @structprune.register_op("structprune_test::swap")
     def swap(c: Any, x: Any, y: Any) -> Any:
         return [x.rows, y.rows]
 

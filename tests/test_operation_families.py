@@ -248,3 +248,24 @@ def test_a_norm_written_by_hand_runs_over_the_survivors(name: str) -> None:
 
     assert len(plan.removed["before.weight"][0]) == 3
     assert structprune.verify(model, slim, plan, x).ok
+
+
+def test_complex_parameters_of_removed_channels_are_zero_to_verify() -> None:
+    class Spectral(nn.Module):
+        """Each frequency of each channel is mixed by complex weights."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(6, 4, 3, dtype=torch.complex128))
+            self.before, self.after = nn.Conv1d(2, 6, 1).double(), nn.Conv1d(4, 2, 1).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            modes = torch.fft.rfft(self.before(x))
+            return self.after(torch.fft.irfft(torch.einsum("bif,iof->bof", modes, self.mix), n=4))
+
+    torch.manual_seed(0)
+    model, x = Spectral().eval(), torch.randn(3, 2, 4, dtype=torch.float64)
+    plan = structprune.plan(model, x, ratio=0.5, round_to=1)
+
+    assert set(plan.removed["mix"]) == {0, 1}
+    assert structprune.verify(model, plan.apply(model), plan, x).ok

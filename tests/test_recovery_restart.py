@@ -10,7 +10,8 @@ from torch import nn
 import structprune
 from structprune.graph import ChannelGraph
 from structprune.recovery import measuring
-from structprune.recovery.lockstep import Lane, Side, lanes
+from structprune.recovery.lockstep import Side, lanes
+from structprune.recovery.measuring import output_of
 from structprune.recovery.restart import KeepingLane, handed_over, restartable, restarted
 
 
@@ -50,14 +51,6 @@ class WritesItsInput(Plain):
         return super().forward(x)
 
 
-def output_of(model, x, graph, hooks=None):
-    lane = Lane(model, x.clone(), graph.trace, set(), hooks)
-    try:
-        return lane.finish()
-    finally:
-        lane.cancel()
-
-
 @pytest.mark.parametrize("make", [Plain, InPlace])
 def test_a_forward_begun_anywhere_ends_the_same(make):
     torch.manual_seed(0)
@@ -65,7 +58,7 @@ def test_a_forward_begun_anywhere_ends_the_same(make):
     graph = ChannelGraph(model, x[:1])
     assert restartable(graph.trace)
     numbers = list(graph.trace.keys)
-    wanted = output_of(model, x, graph)
+    wanted = output_of(graph, x.clone(), {})
     run = []
 
     def counted(operation):
@@ -78,7 +71,7 @@ def test_a_forward_begun_anywhere_ends_the_same(make):
             for _ in range(2):  # what one writes over must be whole for the next
                 run.clear()
                 given = restarted(graph.trace, number, handed_over(graph.trace, number, kept.results))
-                found = output_of(model, x, graph, {**dict.fromkeys(numbers, counted), **given})
+                found = output_of(graph, x.clone(), {**dict.fromkeys(numbers, counted), **given})
                 assert torch.equal(found, wanted)
                 assert len(run) == len(numbers) - place
         assert torch.equal(kept.finish(), wanted)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan, nan
 
 from structprune.channels.propagate import Channels, Invariant
 from structprune.channels.sections import Sections
@@ -32,6 +33,7 @@ from structprune.tracing.provenance import (
 )
 
 Number = float
+_ROUNDS = 100  # of mending, after which what fails is pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class SizeSolver:
         comparisons: what Python compared.
         read: value of an attribute of the model.
         rewritable: whether a literal in the arguments of this node can be rewritten.
+        described: the row that an attribute of a standard layer counts, if it describes the layer's own shape.
     """
 
     def __init__(
@@ -65,12 +68,14 @@ class SizeSolver:
         comparisons: tuple[Comparison, ...],
         read: Callable[[Attribute], int],
         rewritable: Callable[[int], bool],
+        described: Callable[[Attribute], Row | None],
     ) -> None:
         self._channels = channels
         self._relations = channels.relations
         self._comparisons = [c for c in comparisons if any(True for x in (c.left, c.right) for _ in leaves(x))]
         self._read = read
         self._rewritable = rewritable
+        self._described = described
         self._expectations = [*channels.relations.expectations, *self._promised()]
         self._attempted: set[tuple[object, ...]] = set()
         held = (row for number in channels.held for row in channels.rows[number])
@@ -95,6 +100,7 @@ class SizeSolver:
 
     def solve(self) -> tuple[Components, Sizes]:
         """Components of channels whose removal leaves every int right, and what to change."""
+        before, rounds = None, 0
         while True:
             components = Components(self._relations)
             balances = self._sections.settle(components)
@@ -107,9 +113,21 @@ class SizeSolver:
             if not failures:
                 break
             self._mend(failures)
+            # Each round must join or pin something, or try a tie that was not tried yet.
+            now, rounds = (components.count, int(components.pinned.sum()), len(self._attempted)), rounds + 1
+            if now == before or rounds > _ROUNDS:
+                if not components.roots.any():
+                    break  # nothing may go, so no int changes
+                self._pin_unsettled(failures[0].where)
+            before = now
         moving = {a: row for a, row in self._attributes.items() if self._moves(components, row)}
         literal = [e for e in self._expectations if _is_literal(e) and self._moves(components, e.row)]
         return components, Sizes(moving, literal, self._derived)
+
+    def _pin_unsettled(self, where: str) -> None:
+        """The ints that fail neither follow nor stand still with their rows: then nothing that is counted may go."""
+        for row in self._channels.every_row():
+            self._relations.pin(row, f"sizes that contradict each other are used at {where}")
 
     def _moves(self, components: Components, row: Row) -> bool:
         return row.free and not bool(components.pinned[components.of(row)].all())
@@ -122,7 +140,19 @@ class SizeSolver:
                 known = found.get(e.expression)
                 if known is None or (not self._moves(components, known) and self._moves(components, e.row)):
                     found[e.expression] = e.row
+        for attribute in self._mentioned() - found.keys():
+            row = self._described(attribute)
+            if row is not None and self._moves(components, row):
+                found[attribute] = row
         return found
+
+    def _mentioned(self) -> set[Attribute]:
+        """The attributes that any number of the forward was computed from."""
+        numbers = [e.expression for e in self._expectations]
+        numbers += [side for c in self._comparisons for side in (c.left, c.right)]
+        numbers += [i.expression for i in self._channels.invariants]
+        numbers += [scale.expression for scale in self._relations.scales]
+        return {leaf for number in numbers for leaf in leaves(number) if isinstance(leaf, Attribute)}
 
     def _failures(self, components: Components) -> list[Expectation | Invariant | Comparison]:
         failed: dict[int, Expectation | Invariant | Comparison] = {}
@@ -162,7 +192,7 @@ class SizeSolver:
 
         for e in expectations:
             unknown = [leaf for leaf in leaves(e.expression) if isinstance(leaf, Attribute) and leaf not in known]
-            if not unknown or evaluate(e.expression, value) == count(e.row):
+            if not unknown or _evaluated(e.expression, value) == count(e.row):
                 continue
             for attribute in unknown:
                 solved = inverse(e.expression, attribute, count(e.row), value)
@@ -171,6 +201,11 @@ class SizeSolver:
                     self._derived[attribute] = e
                     break
         return value
+
+    def valuation(self, count: Counter) -> Callable[[Expression], Number]:
+        """What an expression is when `count` counts the living channels."""
+        value = self._valuation(count, self._expectations)
+        return lambda expression: _evaluated(expression, value)
 
     def values(self, count: Counter) -> dict[Attribute, int]:
         """What the repaired attributes must be when `count` counts the living channels.
@@ -182,8 +217,8 @@ class SizeSolver:
         for e in self._expectations:
             if not _is_literal(e) and not self._holds(e, count, value):
                 raise PlanError(
-                    f"{e.expression} would be {evaluate(e.expression, value)} where {count(e.row)} channels are left, "
-                    f"at {e.where}. Remove other channels, or name the layer in ignore=."
+                    f"{e.expression} would be {_evaluated(e.expression, value)} where {count(e.row)} channels are "
+                    f"left, at {e.where}. Remove other channels, or name the layer in ignore=."
                 )
         for c in self._comparisons:
             if not self._holds(c, count, value):
@@ -204,11 +239,11 @@ class SizeSolver:
         value: Callable[[Dim | Attribute], Number],
     ) -> bool:
         if isinstance(check, Expectation):
-            return evaluate(check.expression, value) == count(check.row)
+            return _evaluated(check.expression, value) == count(check.row)
         if isinstance(check, Invariant):
-            return evaluate(check.expression, value) == evaluate(check.expression, self._before)
-        left, right = evaluate(check.left, value), evaluate(check.right, value)
-        return bool(check.function(left, right)) == check.outcome
+            return _evaluated(check.expression, value) == _evaluated(check.expression, self._before)
+        left, right = _evaluated(check.left, value), _evaluated(check.right, value)
+        return not (isnan(left) or isnan(right)) and bool(check.function(left, right)) == check.outcome
 
     def _before(self, leaf: Dim | Attribute) -> Number:
         return self._row(leaf).size if isinstance(leaf, Dim) else self._read(leaf)
@@ -291,7 +326,7 @@ class SizeSolver:
         return True
 
     def _size(self, expression: Expression) -> Number:
-        return evaluate(expression, self._before)
+        return _evaluated(expression, self._before)
 
     def _factor(self, expression: Expression) -> Row | None:
         if isinstance(expression, Dim):
@@ -310,6 +345,15 @@ class SizeSolver:
         if row.free and factor.free and row.key in keys and factor.key in keys:
             return [factor, row] if keys.index(factor.key) < keys.index(row.key) else [row, factor]
         return [factor, row]
+
+
+def _evaluated(expression: Expression, value: Callable[[Dim | Attribute], Number]) -> Number:
+    """Value of `expression`, or NaN, which equals nothing, where it has none: a quotient by 0, say."""
+    try:
+        found = evaluate(expression, value)
+    except (ZeroDivisionError, OverflowError, ValueError):
+        return nan
+    return found if isinstance(found, (int, float)) else nan  # a root of a negative number is complex
 
 
 def _is_literal(e: Expectation) -> bool:
@@ -343,7 +387,9 @@ def inverse(
     in_left = unknown in set(leaves(expression.left))
     if in_left and unknown in set(leaves(expression.right)):
         return None
-    known = evaluate(expression.right if in_left else expression.left, value)
+    known = _evaluated(expression.right if in_left else expression.left, value)
+    if isnan(known):
+        return None
     undo: dict[str, Callable[[Number, Number], Number]] = {"+": operator.sub, "*": operator.floordiv}
     if in_left:
         undo |= {"-": operator.add, "//": operator.mul}

@@ -15,7 +15,6 @@ import torch
 from rich.table import Table
 
 from structprune.cli.output import costs
-from structprune.cost import count_cost
 from structprune.export.metadata import OnnxInfo
 from structprune.graph import ChannelGraph
 from structprune.hardware import processor
@@ -61,7 +60,7 @@ def _installed(name: str) -> bool:
 def describe_model(graph: ChannelGraph) -> dict[str, Any]:
     """Costs, groups and pinned axes of a model."""
     nothing = np.zeros(graph.components.count, dtype=bool)
-    cost = count_cost(graph.model, graph.trace, graph.channels, graph.counter(nothing))
+    cost = graph.costs.at(graph.counter(nothing))
     groups = [
         {
             "name": group.name,

@@ -16,7 +16,7 @@ from structprune.importance.data import Batches, samples_of
 from structprune.importance.seen import Seen
 from structprune.importance.sites import Tap
 from structprune.tracing.calls import tensors_taken
-from structprune.tracing.replay import Operation, Replay
+from structprune.tracing.replay import FoundCall, Replay
 from structprune.tracing.state import lent
 from structprune.tracing.trace import Trace, map_tensors, preserved_random_state, tensors_in
 
@@ -57,7 +57,7 @@ class Watch:
     def _begin(self, *inputs: Any) -> None:
         self.samples = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()), 1)
 
-    def _operation(self, wanted: list[tuple[int, Tap]], operation: Operation) -> Any:
+    def _operation(self, wanted: list[tuple[int, Tap]], operation: FoundCall) -> Any:
         tensors = list(tensors_taken([operation.args, operation.kwargs]))
         seen: list[Seen] = []
         for number, tap in wanted:
@@ -77,7 +77,7 @@ class Watch:
                 result = self._visit_result(one, result)
         return result
 
-    def _on_result(self, number: int, tap: Tap, result: Any, tensors: list[Tensor], operation: Operation) -> Any:
+    def _on_result(self, number: int, tap: Tap, result: Any, tensors: list[Tensor], operation: FoundCall) -> Any:
         several = isinstance(result, (tuple, list))
         x = result[tap.part] if several else result
         changed = self._visit(self._seen(number, tap, x, tensors, operation))
@@ -89,7 +89,7 @@ class Watch:
         items[tap.part] = changed
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
-    def _seen(self, number: int, tap: Tap, x: Tensor, tensors: list[Tensor], operation: Operation) -> Seen:
+    def _seen(self, number: int, tap: Tap, x: Tensor, tensors: list[Tensor], operation: FoundCall) -> Seen:
         if x.dim() < -tap.dim or x.shape[tap.dim] != tap.size:
             raise PlanError(
                 f"On the data a tensor of {tap.where} has the shape {list(x.shape)}, where dimension {tap.dim} should "

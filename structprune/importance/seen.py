@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structprune.errors import PlanError
 from structprune.ranks import all_summed
-from structprune.tracing.replay import Operation
+from structprune.tracing.replay import FoundCall
 
 
 class Sums:
@@ -74,7 +74,7 @@ class Seen:
     weight: Tensor | None
     weight_dim: int
     samples: int
-    operation: Operation
+    operation: FoundCall
     where: str
 
     def rows(self) -> Tensor:

@@ -98,9 +98,9 @@ class LnNorm:
         return known[1]
 
     def _powers(self, weight: Tensor) -> Tensor:
-        if weight.dtype in (torch.float16, torch.bfloat16):
-            weight = weight.float()
         powers = self._workspace(weight)
+        if powers.dtype != weight.dtype:
+            weight = powers.copy_(weight)
         if self.n == 2:
             return torch.mul(weight, weight, out=powers)
         torch.abs(weight, out=powers)
@@ -108,10 +108,11 @@ class LnNorm:
 
     def _workspace(self, like: Tensor) -> Tensor:
         """Memory for one weight at a time: fresh memory for each costs more than the arithmetic."""
-        key = (like.dtype, like.device)
+        dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
+        key = (dtype, like.device)
         space = self._spaces.get(key)
         if space is None or space.numel() < like.numel():
-            space = self._spaces[key] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+            space = self._spaces[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return space[: like.numel()].view(like.shape)
 
     def _reduced(self, powers: Tensor, dim: int) -> Tensor:

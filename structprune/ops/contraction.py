@@ -14,6 +14,7 @@ from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Contraction, Count, Pair, RowsOf, Scaling, register_op
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
+from structprune.tracing.provenance import plain
 
 # -- what else is known of a layer: where it is zero, what it costs, what it sums away -------------------------------
 
@@ -118,6 +119,29 @@ def _bilinear_zeros(z: ZeroContext) -> Zeros:
     return (False,) * (len(z.rows) - 1) + (made,)
 
 
+def _conv_shape(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
+) -> Tensor | None:
+    """A convolution over a batch: of 8 positions, a kernel of 3 with a stride of 2 and no padding makes 3."""
+    # Asked here, a tracked number would be taken for one that the forward asks for.
+    stride, padding, dilation, groups = (plain(value) for value in (stride, padding, dilation, groups))
+    dims = weight.dim() - 2
+    if x.dim() != weight.dim() or isinstance(padding, str) or not x.is_contiguous() or x.dtype != weight.dtype:
+        return None
+    wrong = x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups
+    if wrong or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype)):
+        return None
+    each = [(value,) * dims if isinstance(value, int) else value for value in (stride, padding, dilation)]
+    if any(len(values) != dims for values in each):
+        return None
+    sizes = [
+        (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, spread in zip(x.shape[2:], weight.shape[2:], *each, strict=True)
+    ]
+    shape = (x.shape[0], weight.shape[0], *sizes)
+    return torch.empty(shape, dtype=x.dtype, device=x.device) if min(sizes) > 0 else None
+
+
 def _linear_shape(x: Any, weight: Any, bias: Any = None, **named: Any) -> Tensor | None:
     if named or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         return None
@@ -162,9 +186,9 @@ def _spatial(c: Context, weight: Operand, x_rows: Sequence[Row], shape: Sequence
     return c.fresh(shape, reason)
 
 
-@register_op("conv1d", **_convolution(1))
-@register_op("conv2d", **_convolution(2))
-@register_op("conv3d", **_convolution(3))
+@register_op("conv1d", shape=_conv_shape, **_convolution(1))
+@register_op("conv2d", shape=_conv_shape, **_convolution(2))
+@register_op("conv3d", shape=_conv_shape, **_convolution(3))
 def convolution(
     c: Context, x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,

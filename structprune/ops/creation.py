@@ -14,36 +14,39 @@ def _zeros_of(z: zeros.ZeroContext) -> zeros.Zeros:
     return (z.node.meta["name"] in ("zeros", "new_zeros"),) * len(z.rows)
 
 
-@register_op("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", zeros=_zeros_of, creates=True)
-@register_op("empty", "new_empty", creates=True, random=True)
+@register_op("zeros", "ones", "full", zeros=_zeros_of, creates=True)
+@register_op("empty", creates=True, random=True)
 def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
     """A constant: as many channels as are asked for, and any of them may go."""
-    given = kwargs.get("size") or [item for item in args if not isinstance(item, Operand)]
+    return _constant(c, args, kwargs)
+
+
+def _constant(c: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    given = kwargs.get("size") or args
     sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
     rows = tuple(c.axis(size) for size in c.shape)
     for size, row in zip(sizes, rows, strict=False):
+        if isinstance(size, Operand):
+            c.pin(row, f"its size is the value of a tensor in {c.where()}")
         c.expect(size, row)
     return rows
 
 
-@register_op(
-    *[
-        "arange",
-        "linspace",
-        "logspace",
-        "eye",
-        "tensor",
-        "as_tensor",
-        "scalar_tensor",
-        "tril_indices",
-        "triu_indices",
-        "new_tensor",
-        "range",
-    ],
-    *["hann_window", "hamming_window", "blackman_window", "kaiser_window", "bartlett_window"],
-    creates=True,
-)
-@register_op("rand", "randn", "randint", "randperm", "normal_factory", "empty_strided", creates=True, random=True)
+@register_op("new_zeros", "new_ones", "new_full", zeros=_zeros_of, creates=True)
+@register_op("new_empty", creates=True, random=True)
+def constant_like(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
+    """A constant of the type of `x`."""
+    return _constant(c, args, kwargs)
+
+
+_POSITIONS = """
+arange as_tensor bartlett_window blackman_window eye hamming_window hann_window kaiser_window linspace logspace
+new_tensor range scalar_tensor tensor tril_indices triu_indices
+"""
+
+
+@register_op(*_POSITIONS.split(), creates=True)
+@register_op("rand", "randn", "randint", "randperm", "empty_strided", creates=True, random=True)
 @register_op("multinomial", random=True)
 @register_op("from_numpy", "nonzero")
 def positions(c: Context, *args: Any, **kwargs: Any) -> Result:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structprune.ops import zeros
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.op import OPS, Indices, Op, Result, Scaling, _pointwise, register_op
+from structprune.ops.op import Indices, Op, Result, Scaling, default_for_pointwise, like, register_op
 from structprune.ops.relations import Rows
 from structprune.tracing.provenance import SizeFloat
 
@@ -21,15 +20,15 @@ from structprune.tracing.provenance import SizeFloat
 def same_shape(x: Any, *_: Any, **named: Any) -> Tensor | None:
     """One floating tensor in, one of the same shape and type out."""
     plain = isinstance(x, Tensor) and x.is_floating_point() and not named.keys() & {"out", "dtype"}
-    return torch.empty_like(x) if plain else None
+    return like(x) if plain else None
 
 
 def _joined_shape(x: Any, y: Any = None, **named: Any) -> Tensor | None:
     if not isinstance(x, Tensor) or named or not x.is_floating_point():
         return None
     if isinstance(y, Tensor):
-        return torch.empty_like(x) if y.shape == x.shape and y.dtype == x.dtype else None
-    return torch.empty_like(x) if isinstance(y, (int, float)) else None
+        return like(x) if y.shape == x.shape and y.dtype == x.dtype else None
+    return like(x) if isinstance(y, (int, float)) else None
 
 
 def elementwise(c: Context, *args: Any, **kwargs: Any) -> Result:
@@ -39,38 +38,25 @@ def elementwise(c: Context, *args: Any, **kwargs: Any) -> Result:
     return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
 
 
+@default_for_pointwise
 def _of_torch(name: str) -> Op:
     """The record of an operation that torch tags as pointwise."""
-    return OPS.setdefault(name, Op(name=name, coupling=elementwise, zeros=zeros.by_value, elementwise=True))
+    return Op(name=name, coupling=elementwise, zeros=zeros.by_value, elementwise=True)
 
-
-_pointwise.append(_of_torch)
 
 # Pointwise, though torch does not tag them so.
-register_op(
-    *[
-        "fill",
-        "float_power",
-        "floor_divide",
-        "invert",
-        "isclose",
-        "log_sigmoid",
-        "lshift",
-        "pos",
-        "rshift",
-        "softsign",
-        "special_ndtr",
-    ],
-    *["tanhshrink", "logsigmoid", "imag", "real", "isreal", "conj"],
-    zeros=zeros.by_value,
-    elementwise=True,
-)(elementwise)
-_ACTIVATIONS = "elu gelu hardsigmoid hardtanh leaky_relu mish relu6 sigmoid silu tanh"
-register_op(*_ACTIVATIONS.split(), zeros=zeros.by_value, elementwise=True, shape=same_shape)(elementwise)
-register_op("hardswish", zeros=zeros.by_value, elementwise=True, shape=same_shape)(elementwise)
-register_op("relu", zeros=zeros.by_value, elementwise=True, scaling=Scaling.HOMOGENEOUS, shape=same_shape)(elementwise)
-register_op("neg", zeros=zeros.by_value, elementwise=True, scaling=Scaling.HOMOGENEOUS)(elementwise)
-register_op("add", "sub", zeros=zeros.by_value, elementwise=True, scaling=Scaling.SUM, shape=_joined_shape)(elementwise)
+_UNTAGGED = """
+conj fill float_power floor_divide imag invert isclose isreal log_sigmoid lshift real rshift softsign special_ndtr
+tanhshrink
+"""
+# Met so often in a forward that their results' shapes are told without running them.
+_ACTIVATIONS = "elu gelu hardsigmoid hardswish hardtanh leaky_relu mish relu6 sigmoid silu tanh"
+_BY_VALUE: dict[str, Any] = {"zeros": zeros.by_value, "elementwise": True}
+register_op(*_UNTAGGED.split(), **_BY_VALUE)(elementwise)
+register_op(*_ACTIVATIONS.split(), **_BY_VALUE, shape=same_shape)(elementwise)
+register_op("relu", **_BY_VALUE, scaling=Scaling.HOMOGENEOUS, shape=same_shape)(elementwise)
+register_op("neg", **_BY_VALUE, scaling=Scaling.HOMOGENEOUS)(elementwise)
+register_op("add", "sub", **_BY_VALUE, scaling=Scaling.SUM, shape=_joined_shape)(elementwise)
 
 
 def unary(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
@@ -78,34 +64,16 @@ def unary(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
     return x.rows
 
 
-register_op(
-    *["to", "type_as", "type", "float", "double", "half", "bfloat16", "clone"],
-    zeros=zeros.kept, elementwise=True, scaling=Scaling.HOMOGENEOUS, indices=Indices.PASSED,
-)(unary)  # fmt: skip
-register_op(
-    *["contiguous", "detach"],
-    zeros=zeros.kept, elementwise=True, scaling=Scaling.HOMOGENEOUS, indices=Indices.PASSED, moves=True, views=True,
-)(unary)  # fmt: skip
-register_op(*["int", "long"], zeros=zeros.kept, elementwise=True, indices=Indices.PASSED)(unary)
-register_op(
-    *[
-        "alias",
-        "bool",
-        "byte",
-        "char",
-        "cpu",
-        "cuda",
-        "lift_fresh",
-        "pin_memory",
-        "requires_grad",
-        "resolve_conj",
-        "resolve_neg",
-        "share_memory",
-    ],
-    "short",
-    zeros=zeros.kept,
-    elementwise=True,
-)(unary)
+_KEPT: dict[str, Any] = {"zeros": zeros.kept, "elementwise": True}
+_COPIES: dict[str, Any] = _KEPT | {"indices": Indices.PASSED}
+_TYPES = "to type_as type float double half bfloat16 clone"
+_SAME = """
+alias bool byte char cpu cuda lift_fresh pin_memory requires_grad resolve_conj resolve_neg share_memory short
+"""
+register_op(*_TYPES.split(), **_COPIES, scaling=Scaling.HOMOGENEOUS)(unary)
+register_op("contiguous", "detach", **_COPIES, scaling=Scaling.HOMOGENEOUS, moves=True, views=True)(unary)
+register_op("int", "long", **_COPIES)(unary)
+register_op(*_SAME.split(), **_KEPT)(unary)
 
 
 def _kept_unless_training(z: zeros.ZeroContext) -> zeros.Zeros:
@@ -114,28 +82,11 @@ def _kept_unless_training(z: zeros.ZeroContext) -> zeros.Zeros:
 
 
 # A trace is of a forward in eval mode, where dropout does nothing; a forward may leave it on.
-register_op(
-    "dropout", zeros=zeros.kept, elementwise=True, scaling=Scaling.HOMOGENEOUS, views=True, random=True,
-    shape=same_shape,
-)(unary)  # fmt: skip
-register_op("feature_dropout", "native_dropout", "stochastic_depth", zeros=zeros.kept, elementwise=True, random=True)(
-    elementwise
-)
+register_op("dropout", **_KEPT, scaling=Scaling.HOMOGENEOUS, views=True, random=True, shape=same_shape)(unary)
+register_op("feature_dropout", "native_dropout", **_KEPT, random=True)(elementwise)
 register_op("alpha_dropout", "feature_alpha_dropout", zeros=_kept_unless_training, elementwise=True, random=True)(unary)
-register_op(
-    *[
-        "bernoulli",
-        "cauchy",
-        "exponential",
-        "geometric",
-        "log_normal",
-        "poisson",
-        "random",
-        "rrelu",
-        "uniform",
-    ],
-    random=True,
-)(unary)
+_DRAWN = "bernoulli cauchy exponential geometric log_normal poisson random rrelu uniform"
+register_op(*_DRAWN.split(), random=True)(unary)
 register_op("normal", random=True)(elementwise)  # means and deviations may both be tensors
 register_op("rand_like", "randn_like", "randint_like", random=True, creates=True)(unary)
 register_op("empty_like", random=True, creates=True, indices=Indices.ORDERED)(unary)

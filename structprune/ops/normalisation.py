@@ -12,7 +12,7 @@ from structprune.ops import zeros
 from structprune.ops.along import competing, dims_of, without
 from structprune.ops.arguments import arguments, tensors
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.op import Norm, Result, Scaling, op_of, register_op
+from structprune.ops.op import Norm, Result, Scaling, like, op_of, register_op
 from structprune.ops.relations import Rows
 from structprune.tracing.provenance import plain
 
@@ -21,7 +21,7 @@ def _batch_norm_shape(x: Any, weight: Any, bias: Any, mean: Any, var: Any, train
     parts = [part for part in (weight, bias, mean, var) if part is not None]
     if training or x.dim() < 2 or any(part.shape != x.shape[1:2] for part in parts):
         return None
-    return torch.empty_like(x) if all(part.dtype == x.dtype for part in parts) else None
+    return like(x) if all(part.dtype == x.dtype for part in parts) else None
 
 
 def _layer_norm_shape(x: Any, shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any) -> Tensor | None:

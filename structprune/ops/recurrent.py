@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from structprune.ops.context import Context, Operand
-from structprune.ops.op import Count, RowsOf, register_op
+from structprune.ops.op import Count, RowsOf, like, register_op
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros
+from structprune.tracing.provenance import plain
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -38,7 +40,24 @@ def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
     return steps * sum(prod(count(row) for row in matrix) for matrix in weights if len(matrix) == 2)
 
 
-@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs)
+def _stack_shape(x: Any, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, ...] | None:
+    """A stack of recurrent layers over padded sequences; its steps are a loop in Python on ``meta``."""
+    states: list[Any] = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    if x.dim() != 3 or len(rest) != 6 or not isinstance(weights, (tuple, list)):
+        return None  # packed sequences hand over their lengths in place of `hx`
+    layers, both, batch_first = plain(rest[1]), bool(rest[4]), bool(rest[5])
+    batch = x.shape[0] if batch_first else x.shape[1]
+    first = weights[0]
+    fits = all(state.dim() == 3 and tuple(state.shape[:2]) == (layers * (1 + both), batch) for state in states)
+    if not fits or first.shape[1] != x.shape[2] or any(t.dtype != x.dtype for t in (*states, *weights)):
+        return None
+    # As the operation gives it: steps are outer to samples in memory.
+    steps = x.shape[1] if batch_first else x.shape[0]
+    out = torch.empty((steps, batch, states[0].shape[2] * (1 + both)), dtype=x.dtype, device=x.device)
+    return (out.transpose(0, 1) if batch_first else out, *(like(state) for state in states))
+
+
+@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs, shape=_stack_shape)
 def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
     name = c.node.meta["name"]
@@ -86,3 +105,24 @@ def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Rows | list[Rows 
     _cell(c, GATES[name], x.rows[-1], hidden, hidden, [p for p in parameters if isinstance(p, Operand)])
     rows = (*x.rows[:-1], hidden)
     return [rows, rows] if name == "lstm" else rows
+
+
+@register_op("_pack_padded_sequence")
+def pack(c: Context, x: Operand, lengths: Operand, *_: Any) -> list[Rows | None]:
+    """``(batch, time, *channels)`` or ``(time, batch, *channels)`` to ``(steps of all samples, *channels)``."""
+    for row in x.rows[:2]:
+        c.pin(row, f"it is packed by the lengths of the sequences in {c.where()}")
+    for row in lengths.rows:
+        c.pin(row, f"it counts the sequences in {c.where()}")
+    c.node.meta["part_of_operand"] = {1: lengths.node}  # the sizes of the batches come from the lengths alone
+    steps, sizes = (c.fresh(shape[:1], f"it is packed in {c.where()}") for shape in c.shape)
+    return [(*steps, *x.rows[2:]), sizes]
+
+
+@register_op("_pad_packed_sequence")
+def pad_packed(c: Context, data: Operand, batch_sizes: Operand, *_: Any) -> list[Rows | None]:
+    """What `pack` does, undone."""
+    for row in (data.rows[0], *batch_sizes.rows):
+        c.pin(row, f"it is packed, and padded in {c.where()}")
+    padded, lengths = (c.fresh(shape, f"it is padded in {c.where()}") for shape in c.shape)
+    return [(*padded[:2], *data.rows[1:]), lengths]

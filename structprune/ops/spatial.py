@@ -12,8 +12,8 @@ from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros, moved, moved_first, unknown
 
 POOLS = """
-avg_pool max_pool max_pool{}_with_indices adaptive_avg_pool adaptive_max_pool lp_pool fractional_max_pool max_unpool
-upsample_nearest upsample_linear reflection_pad replication_pad _adaptive_avg_pool
+avg_pool{} max_pool{} max_pool{}_with_indices adaptive_avg_pool{} adaptive_max_pool{} lp_pool{} max_unpool{}
+upsample_nearest{} reflection_pad{} replication_pad{}
 """
 
 
@@ -28,25 +28,32 @@ def _keep_channels(c: Context, x: Operand, dims: int) -> Result:
 
 
 def _names(dims: int) -> list[str]:
-    return [name.format(f"{dims}d") if "{}" in name else f"{name}{dims}d" for name in POOLS.split()]
+    return [name.format(f"{dims}d") for name in POOLS.split()]
 
 
-@register_op(*_names(1), "_upsample_nearest_exact1d", zeros=moved_first)
+@register_op(*_names(1), "upsample_linear1d", "_upsample_nearest_exact1d", zeros=moved_first)
 def over_lines(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last dimension is resized; channels stay."""
     return _keep_channels(c, x, 1)
 
 
 @register_op(
-    *_names(2), "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "_upsample_nearest_exact2d", zeros=moved_first,
+    *_names(2), "fractional_max_pool2d", "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", zeros=moved_first,
 )  # fmt: skip
 def over_images(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last two dimensions are resized; channels stay."""
     return _keep_channels(c, x, 2)
 
 
-@register_op(*_names(3), "upsample_trilinear3d", "_upsample_nearest_exact3d", zeros=moved_first)
+@register_op(
+    *_names(3),
+    "fractional_max_pool3d",
+    "_adaptive_avg_pool3d",
+    "upsample_trilinear3d",
+    "_upsample_nearest_exact3d",
+    zeros=moved_first,
+)
 def over_volumes(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last three dimensions are resized; channels stay."""
     return _keep_channels(c, x, 3)

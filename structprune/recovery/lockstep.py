@@ -9,7 +9,7 @@ over the data is enough, and no knowledge of the model's blocks is needed. Only 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from structprune.errors import RecoveryError
-from structprune.tracing.replay import Hook, Operation, Replay
+from structprune.tracing.replay import FoundCall, Hook, Replay
+from structprune.tracing.shadow import shadow_of
 from structprune.tracing.trace import Trace, as_call
 
 
@@ -55,22 +56,18 @@ class Lane:
         inputs: what goes in.
         trace: of the original.
         stops: where the lane can be asked to stop.
-        hooks: what stands in for operations, by their numbers.
     """
 
-    def __init__(
-        self, model: nn.Module, inputs: Any, trace: Trace, stops: set[Event], hooks: Mapping[int, Hook] | None = None
-    ) -> None:
-        self._hooks = hooks or {}
-        found = {**self._hooks, **dict.fromkeys((number for number, _ in stops), self._stopping)}
-        self.replay = Replay(trace, found, whole=True, error=RecoveryError)
+    def __init__(self, model: nn.Module, inputs: Any, trace: Trace, stops: set[Event]) -> None:
+        self.replay = Replay(trace, self._hooks(trace, {n for n, _ in stops}), whole=True, error=RecoveryError)
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._stops = stops
         self._stop: Stop | None = None
         self._cancelled = self._ended = False
         self._error: BaseException | None = None
         self._output: Any = None
-        self._thread = threading.Thread(target=self._run, args=(model, inputs), daemon=True)
+        own = shadow_of(model, lambda _, tensor: tensor, tracked=False).model  # of the same tensors
+        self._thread = threading.Thread(target=self._run, args=(own, inputs), daemon=True)
         self._thread.start()
 
     def _run(self, model: nn.Module, inputs: Any) -> None:
@@ -88,14 +85,21 @@ class Lane:
             self._stop, self._ended = None, True
             self._there.release()
 
-    def _stopping(self, operation: Operation) -> Any:
+    def _hooks(self, trace: Trace, stops: set[int]) -> dict[int, Hook]:
+        """What stands in for operations."""
+        return dict.fromkeys(stops, self._stopping)
+
+    def _stopping(self, operation: FoundCall) -> Any:
         """Run an operation, and wait before it and behind it if somebody is to look."""
         assert operation.node is not None
         number = operation.node.meta["index"]
         self._visit(Stop((number, Side.BEFORE), operation.args, operation.kwargs))
-        result = self._hooks.get(number, Operation.__call__)(operation)
+        result = self._result(operation)
         self._visit(Stop((number, Side.AFTER), operation.args, operation.kwargs, result))
         return result
+
+    def _result(self, operation: FoundCall) -> Any:
+        return operation()
 
     def _visit(self, stop: Stop) -> None:
         if stop.event not in self._stops:

@@ -56,7 +56,7 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         raise RecoveryError("data holds no batch, so there are no statistics to take.")
     nobody_failed()
     result = copy.deepcopy(model, _memo(held_tensors(model), {}))
-    found = trace(result, batches[0], operations=op_of)
+    found = trace(result, batches[0], op_of)
     norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(found)}
     own = {name: held.tensor for name, held in held_tensors(result).items()}
     with preserved_random_state(), torch.no_grad(), lent(result, shield, track=False):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.recovery.lockstep import Event, Lane
-from structprune.tracing.replay import Hook, Operation
+from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.trace import Trace, map_tensors
 
 _HELD = ("input", "parameter", "constant")
@@ -30,9 +30,12 @@ class KeepingLane(Lane):
     def __init__(self, model: nn.Module, inputs: Any, trace: Trace, stops: set[Event]) -> None:
         self.results: dict[int, Any] = {}
         self._ends = _ends([trace.nodes[number] for number in trace.keys])
-        super().__init__(model, inputs, trace, stops, dict.fromkeys(trace.keys, self._keep))
+        super().__init__(model, inputs, trace, stops)
 
-    def _keep(self, operation: Operation) -> Any:
+    def _hooks(self, trace: Trace, stops: set[int]) -> dict[int, Hook]:
+        return dict.fromkeys(trace.keys, self._stopping)
+
+    def _result(self, operation: FoundCall) -> Any:
         assert operation.node is not None
         number = operation.node.meta["index"]
         result = self.results[number] = operation()
@@ -45,7 +48,7 @@ class KeepingLane(Lane):
 def restarted(trace: Trace, start: int, results: dict[int, Any]) -> dict[int, Hook]:
     """Hooks for a forward that computes from operation `start` on: those before it give what they gave."""
 
-    def given(operation: Operation) -> Any:
+    def given(operation: FoundCall) -> Any:
         assert operation.node is not None
         result = results[operation.node.meta["index"]]
         # What is written over has what was last written already.

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from structprune.cost import count_cost
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -23,7 +22,7 @@ from structprune.ranks import all_reduced, failing_together, nobody_failed
 from structprune.recovery.contraction import argument
 from structprune.recovery.elimination import View, eliminate
 from structprune.recovery.lockstep import Lane, Side, Stop, lanes
-from structprune.recovery.measuring import changed_output, finished, form_of
+from structprune.recovery.measuring import changed_output, form_of, output_of
 from structprune.recovery.recover import inputs_of
 from structprune.recovery.restart import KeepingLane
 from structprune.tracing.state import lent, shield
@@ -202,9 +201,9 @@ class Reconstruction:
     def _saved(self, graph: ChannelGraph, group: Group) -> float:
         """What one channel of the group saves."""
         dead = np.zeros(graph.components.count, dtype=bool)
-        full = count_cost(graph.model, graph.trace, graph.channels, graph.counter(dead))
+        full = graph.costs.at(graph.counter(dead))
         dead[group.components[:1]] = True
-        less = count_cost(graph.model, graph.trace, graph.channels, graph.counter(graph.components.closure(dead)))
+        less = graph.costs.at(graph.counter(graph.components.closure(dead)))
         return max(1.0, float(getattr(full, self.per) - getattr(less, self.per)))
 
     def _orders(
@@ -261,7 +260,7 @@ class Reconstruction:
         probes: Sequence[Any],
     ) -> dict[int, list[float]]:
         """For each group, how far the output moves at each level: the forward before its consumers is shared."""
-        outputs = [finished(Lane(graph.model, batch, graph.trace, set())) for batch in probes]
+        outputs = [output_of(graph, batch, {}) for batch in probes]
         starts = {number: min(seat.node.meta["index"] for seat in seats[number]) for number in changes}
         found: dict[int, list[float]] = {}
         events = {(start, Side.BEFORE) for start in starts.values()}
@@ -270,10 +269,10 @@ class Reconstruction:
                 for lane in kept:
                     lane.until(event)
                 for number in [n for n, start in starts.items() if start == event[0]]:
-                    nodes = [seat.node for seat in seats[number]]
+                    places = [seat.node.meta["index"] for seat in seats[number]]
                     totals: list[Tensor] = []
                     for change in changes[number]:
-                        edits = {n.meta["index"]: (n, own) for n, own in zip(nodes, change, strict=True)}
+                        edits = dict(zip(places, change, strict=True))
                         moved = [
                             self.distance(dense, changed_output(graph, edits, batch, lane)).double()
                             for batch, lane, dense in zip(probes, kept, outputs, strict=True)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from structprune.benchmark import Benchmark
-from structprune.cost import Cost, count_cost
+from structprune.cost import Cost
 from structprune.graph import ChannelGraph
 from structprune.plan import Plan
 from structprune.report.charts import Point, Recovery, curve, heat_map, layers_table, recovery_table
@@ -93,7 +93,7 @@ def report(
     before, after = counts(graph, plan)
     drawing = Drawing(graph, network_of(graph), before, after)
     rows = layer_rows(graph, before, after, times)
-    total = plan.before if plan else count_cost(model, graph.trace, graph.channels, before)
+    total = plan.before if plan else graph.costs.at(before)
     name = title or type(model).__name__
     takes = "MACs, parameters and time" if times else "MACs and parameters"
     sections = [

@@ -67,7 +67,7 @@ def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[Thinning
                 "made for."
             )
         shape = tuple(held.tensor.shape)
-        inside = all(0 <= i < thinning.size for i in thinning.removed)
+        inside = not thinning.removed or (min(thinning.removed) >= 0 and max(thinning.removed) < thinning.size)
         if thinning.dim >= len(shape) or shape[thinning.dim] != thinning.size or not inside:
             raise SurgeryError(
                 f"The plan thins dimension {thinning.dim} of {thinning.tensor!r} from {thinning.size} entries, but its "

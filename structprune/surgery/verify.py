@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +13,12 @@ from torch import Tensor, nn
 from structprune.channels.solver import Mask
 from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
-from structprune.ops.relations import Survivors
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
-from structprune.tracing.replay import Hook, Operation, Replay
-from structprune.tracing.state import held_tensors, lent, shield
+from structprune.surgery.reference import off_over_off, over_survivors, thinned_norms
+from structprune.surgery.streamed import streamed
+from structprune.tracing.replay import Hook, Replay
+from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import (
     ExampleInputs,
     as_call,
@@ -32,8 +31,6 @@ from structprune.tracing.trace import (
 )
 from structprune.wrapping import prunable
 
-_WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
-_SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm", "softmax", "_softmax", "python.softmax"}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -48,6 +45,9 @@ class Report:
         shapes: shapes of the outputs.
         tolerance: what counts as equal in the precision that was used.
         numbers: whether numbers were compared, or shapes only.
+        drawn: operations by which the forward draws random numbers in eval mode. Networks of different width cannot
+            draw the same ones, so each gave one number for all channels, dropout passed on what it got, and a coin gave
+            its probability.
     """
 
     max_relative_error: float
@@ -55,6 +55,7 @@ class Report:
     shapes: tuple[tuple[int, ...], ...]
     tolerance: float
     numbers: bool = True
+    drawn: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -63,9 +64,9 @@ class Report:
 
     def __str__(self) -> str:
         what = f"max relative error {self.max_relative_error:.2e}" if self.numbers else "shapes equal"
-        return (
-            f"{'equal' if self.ok else 'DIFFERENT'}: {what}, {len(self.errors)} outputs, tolerance {self.tolerance:g}"
-        )
+        random = f", with {', '.join(self.drawn)} held still" if self.drawn else ""
+        equal = "equal" if self.ok else "DIFFERENT"
+        return f"{equal}: {what}, {len(self.errors)} outputs, tolerance {self.tolerance:g}{random}"
 
     def raise_for_error(self) -> None:
         """Raise unless the outputs are equal.
@@ -78,65 +79,6 @@ class Report:
                 f"The pruned network differs from the original with the removed channels switched off: {self}. "
                 "Please report the model; name layers in ignore= to find the one that is wrong."
             )
-
-
-def _over_survivors(dims: tuple[int, ...], masks: list[Mask], operation: Operation) -> Any:
-    """Run a norm, a mean or a sum over the survivors of thinned axes."""
-    args, kwargs, name = operation.args, operation.kwargs, operation.call.name
-    x: Tensor = args[0] if args else kwargs["input"]
-    keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
-    rest: list[Any] = list(args[1:])
-    if name == "group_norm":
-        return _group_norm(operation.func, x, rest, kwargs, keep[0])
-    small = _selected(x, dims, keep)
-    if name in _WITH_SHAPE:
-        first = x.dim() - len(rest[0])
-        rest[0] = tuple(small.shape[first:])
-        inner = [dim - first for dim in dims]
-        rest[1:3] = [_selected(t, inner, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
-    if name == "_weight_norm":
-        length: Tensor = args[1]
-        rest[0] = _selected(length, *_present(length, dims, keep))
-    result = operation.func(small, *rest, **{key: value for key, value in kwargs.items() if key != "input"})
-    if name == "topk":  # the choices are numbered as the original numbers them
-        return torch.return_types.topk((result[0], keep[0][result[1]]))
-    same = isinstance(result, Tensor) and result.dim() == x.dim() and name in _SAME_SHAPE
-    return _scattered(result, x, dims, keep) if same else result
-
-
-def _group_norm(func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], keep: Tensor) -> Tensor:
-    size = x.shape[1] // int(rest[0])
-    rest[0] = len(torch.unique(keep // size))
-    rest[1:3] = [t.index_select(0, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
-    return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
-
-
-def _off_over_off(operation: Operation) -> Any:
-    """A quotient in which nothing over nothing is nothing: both belong to a channel that is off."""
-    result, operands = operation(), operation.args
-    if operation.call.inplace or len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
-        return result
-    return torch.where((operands[0] == 0) & (operands[1] == 0), 0, result)
-
-
-def _present(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """Those of `dims` in which `x` is not broadcast."""
-    pairs = [(dim, index) for dim, index in zip(dims, keep, strict=True) if x.shape[dim] != 1]
-    return [dim for dim, _ in pairs], [index for _, index in pairs]
-
-
-def _selected(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
-    for dim, index in zip(dims, keep, strict=True):
-        x = x.index_select(dim, index)
-    return x
-
-
-def _scattered(small: Tensor, like: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
-    for dim, index in zip(dims, keep, strict=True):
-        shape = list(small.shape)
-        shape[dim] = like.shape[dim]
-        small = small.new_zeros(shape).index_copy(dim, index, small)
-    return small
 
 
 def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
@@ -154,43 +96,45 @@ def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
     return graph.components.closure(dead)
 
 
-def _thinned(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
-    for survivors in graph.channels.relations.survivors:
-        masks = [~dead[graph.components.of(row)] for row in survivors.rows]
-        if not all(mask.all() for mask in masks):
-            yield survivors, masks
+def _switched_off(
+    graph: ChannelGraph, edits: Edits, dead: Mask | None, kind: torch.dtype | None
+) -> tuple[Any, set[str]]:
+    """Outputs of the graph's model with the channels that `edits` removes switched off, and what drew random numbers.
 
-
-def switched_off(original: nn.Module, edits: Edits, example_inputs: ExampleInputs) -> Any:
-    """Outputs of `original` with the channels that `edits` removes switched off; the model is left as it was.
-
-    Every removed slice of a parameter or buffer is zero; norms, means and sums over thinned axes run over the
-    survivors.
+    Every removed slice of a parameter or buffer is zero; norms over thinned axes run over the survivors.
     """
-    graph = ChannelGraph(original, example_inputs, outputs=edits.outputs)
-    hooks: dict[int | str, Hook] = {"div": _off_over_off}
-    for s, masks in _thinned(graph, dead_components(graph, edits)):
-        if s.node in graph.trace.keys:  # not those of training
-            hooks[s.node] = partial(_over_survivors, s.dims, masks)
-    zeroed: dict[int, Any] = {}
-    for name, held in held_tensors(original).items():
-        zeroed.setdefault(id(held.tensor), _zeroed(name, held.tensor, edits))  # a plan names a tied tensor once
-    off = copy.deepcopy(original, zeroed)
+    inputs = _inputs(graph.example_inputs, kind)
+    off, mode = streamed(graph.model, edits.thinnings, kind)
+    with preserved_random_state(), torch.no_grad(), mode:
+        if kind is not None:
+            # What a forward does may depend on the precision: operations are found in a trace of this one.
+            graph, dead = ChannelGraph(off, inputs, outputs=edits.outputs), None
+        hooks: dict[int | str, Hook] = {"div": off_over_off}
+        for found, masks in thinned_norms(graph, dead_components(graph, edits) if dead is None else dead):
+            if found.node in graph.trace.keys:  # those of the forward in training mode have none
+                hooks[found.node] = partial(over_survivors, found.dims, masks)
+        # Which experts run, or how often a loop does, may depend on what is switched off.
+        replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
+        with replay.over(off):
+            return _run(off, inputs), mode.drawn
+
+
+def _outputs(model: nn.Module, example_inputs: ExampleInputs, kind: torch.dtype | None) -> Any:
+    """Outputs of a model as it is, in the type `kind`, with random draws held still."""
+    same, mode = streamed(model, (), kind)
+    with preserved_random_state(), torch.no_grad(), mode:
+        return _run(same, _inputs(example_inputs, kind))
+
+
+def _run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
-    # Which experts run, or how often a loop does, may depend on what is switched off.
-    replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
-    with preserved_random_state(), torch.no_grad(), lent(off, shield, track=False), replay.over(off):
-        off.eval()
-        return off(*args, **kwargs)
+    return model.eval()(*args, **kwargs)
 
 
-def _zeroed(name: str, tensor: Tensor, edits: Edits) -> Tensor:
-    result = tensor.detach().clone()
-    for thinning in edits.thinnings:
-        if thinning.tensor == name and (result.is_floating_point() or result.is_complex()):
-            index = torch.tensor(thinning.removed, device=result.device)
-            result.index_fill_(thinning.dim, index, 0)
-    return nn.Parameter(result, requires_grad=False) if isinstance(tensor, nn.Parameter) else result
+def _inputs(example_inputs: ExampleInputs, kind: torch.dtype | None) -> ExampleInputs:
+    if kind is None:
+        return example_inputs
+    return map_tensors(lambda tensor: tensor.to(kind) if tensor.is_floating_point() else tensor, example_inputs)
 
 
 def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
@@ -221,8 +165,9 @@ def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
 def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: ExampleInputs) -> Report:
     """Compare `slim` with `original` whose removed channels are switched off.
 
-    Half-precision models are compared in float32 copies, models on the ``meta`` device by shape alone. Fake
-    quantization is off meanwhile.
+    Neither model is copied: weights are switched off one at a time, as the forward comes to them. A model in half
+    precision is compared in float32, one on the ``meta`` device by shape alone. Fake quantization is off meanwhile.
+    Random numbers that the forward draws are held still (see `Report.drawn`).
 
     Args:
         original: the model that `plan` was made for, unchanged.
@@ -241,27 +186,36 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: Ex
         >>> structprune.verify(model, plan.apply(model), plan, x).ok
         True
     """
-    original, slim = prunable(original), prunable(slim)
+    return verify_removal(ChannelGraph(prunable(original), example_inputs, outputs=plan.outputs), slim, plan)
+
+
+def verify_removal(graph: ChannelGraph, slim: nn.Module, plan: Edits, dead: Mask | None = None) -> Report:
+    """`verify` for a model whose channels are known.
+
+    Args:
+        graph: the coupled channels of the original.
+        slim: what ``plan.apply`` returned.
+        plan: the plan.
+        dead: the components of the graph that the plan removes; by default they are read off the plan.
+
+    Raises:
+        VerificationError: the outputs differ in number, shape or type.
+    """
+    original, slim = graph.model, prunable(slim)
     held = [h.tensor for h in held_tensors(original).values()]
     types = {t.dtype for t in held if t.is_floating_point()} or {torch.float32}
     if any(t.is_meta for t in held):
-        example_inputs = _mapped(example_inputs, lambda t: t.to("meta"))
-        ours = _kept_outputs(run_once(slim, example_inputs), plan)
-        errors = relative_errors(ours, _kept_outputs(run_once(original, example_inputs), plan))
+        inputs = map_tensors(lambda tensor: tensor.to("meta"), graph.example_inputs)
+        ours = _kept_outputs(run_once(slim, inputs), plan)
+        errors = relative_errors(ours, _kept_outputs(run_once(original, inputs), plan))
         return Report(0.0, errors, _shapes(ours), 0.0, numbers=False)
-    if types & {torch.float16, torch.bfloat16}:
-        original, slim = copy.deepcopy(original).float(), copy.deepcopy(slim).float()
-        example_inputs = _mapped(example_inputs, lambda t: t.float() if t.is_floating_point() else t)
-        types = {torch.float32}
+    kind = torch.float32 if types & {torch.float16, torch.bfloat16} else None
     with fake_quantization_off(original, slim):
-        ours = _kept_outputs(run_once(slim, example_inputs), plan)
-        errors = relative_errors(ours, _kept_outputs(switched_off(original, plan, example_inputs), plan))
-    tolerance = max(TOLERANCE.get(kind, 1e-3) for kind in types)
-    return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance)
-
-
-def _mapped(example_inputs: ExampleInputs, function: Any) -> ExampleInputs:
-    return map_tensors(function, example_inputs)
+        ours = _kept_outputs(_outputs(slim, graph.example_inputs, kind), plan)
+        reference, drawn = _switched_off(graph, plan, dead, kind)
+    errors = relative_errors(ours, _kept_outputs(reference, plan))
+    tolerance = max(TOLERANCE.get(kind or held_kind, 1e-3) for held_kind in types)
+    return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance, drawn=tuple(sorted(drawn)))
 
 
 def _kept_outputs(outputs: Any, plan: Edits) -> list[Tensor]:

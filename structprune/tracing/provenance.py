@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -304,21 +305,36 @@ def plain(value: Any) -> Any:
     return value
 
 
+_original_sqrt: Callable[[Any], float] = math.sqrt
+_lock = threading.Lock()
+_tracing = 0
+
+
+def _sqrt(value: Any) -> Any:
+    """``math.sqrt``, whose result stays tracked."""
+    if isinstance(value, (SizeInt, SizeFloat)):
+        return SizeFloat(_original_sqrt(plain(value)), Arithmetic("sqrt", _original_sqrt, value.expression))
+    return _original_sqrt(value)
+
+
+def _traces(change: int) -> None:
+    """One trace more or less; while there are any, in whatever threads, ``math.sqrt`` knows tracked numbers."""
+    global _tracing, _original_sqrt
+    with _lock:
+        if not _tracing:
+            _original_sqrt = math.sqrt
+        _tracing += change
+        math.sqrt = _sqrt if _tracing else _original_sqrt
+
+
 @contextmanager
 def tracked_numbers() -> Generator[Ledger]:
     """Record comparisons and escapes of tracked numbers; ``math.sqrt`` of one stays tracked meanwhile."""
     ledger = Ledger()
-    original = math.sqrt
-
-    def sqrt(value: Any) -> Any:
-        if isinstance(value, (SizeInt, SizeFloat)):
-            return SizeFloat(original(plain(value)), Arithmetic("sqrt", original, value.expression))
-        return original(value)
-
     token = _ledger.set(ledger)
-    math.sqrt = sqrt
+    _traces(1)
     try:
         yield ledger
     finally:
-        math.sqrt = original
+        _traces(-1)
         _ledger.reset(token)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, call_module, holds_tensor
+from structprune.tracing.calls import ASKED, MOVES, CallMode, holds_tensor
 from structprune.tracing.opaque import Opaque, holdings, opaque_call, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.recording import ModuleCall, Recording
 from structprune.tracing.values import Values
 from structprune.tracing.vocabulary import VALUES, Call, Kind, Lookup
+
+# Constants of more entries are not compared between a forward and its rehearsal.
+_LARGEST_KEPT = 2**20
 
 
 class Recorder(CallMode):
@@ -26,6 +30,8 @@ class Recorder(CallMode):
         operations: what is known of the operation of a name; a Python function that is known is not opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
         buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
+        stands_for: what the model's own tensors, by ``id``, are replaced by where the forward reaches them all the same
+            (through a global, say).
     """
 
     def __init__(
@@ -34,10 +40,12 @@ class Recorder(CallMode):
         operations: Lookup,
         meta: bool,
         buffer: Callable[[str], Tensor | None] = lambda _: None,
+        stands_for: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__(operations)
         self.recording = Recording()
         self._names = names
+        self._stands_for = stands_for
         self._meta = meta
         self.values = Values(self.recording.nodes, buffer, operations)
         self._known: dict[int, fx.Node] = {}
@@ -66,6 +74,7 @@ class Recorder(CallMode):
         """From now on `tensor` is what `node` made."""
         node.meta["shape"] = tuple(plain(list(tensor.shape)))
         node.meta["dtype"] = tensor.dtype
+        node.meta["stride"] = tensor.stride()
         self._known[id(tensor)] = node
         self._alive.append(tensor)
 
@@ -85,8 +94,11 @@ class Recorder(CallMode):
             )
         else:
             node = self._node("get_attr", f"_constant_{len(self._constants)}", (), {}, "constant")
+            original = self._originals.get(id(tensor), tensor)
+            if original.numel() <= _LARGEST_KEPT and not original.is_meta:
+                node.meta["value"] = original.detach()
             if self._meta:
-                self.values.give(node, self._originals.get(id(tensor), tensor))
+                self.values.give(node, original)
         node.meta["where"] = source_line()
         node.meta["call"] = -1
         self.remember(tensor, node)
@@ -114,8 +126,9 @@ class Recorder(CallMode):
     def _on_meta(self, value: Any) -> Any:
         """Arguments with tensors from outside the model moved to the ``meta`` device."""
         if isinstance(value, Tensor):
-            if value.is_meta:
-                return value
+            found = self._stands_for.get(id(value))
+            if found is not None or value.is_meta:
+                return value if found is None else found
             moved = self._constants.get(id(value))
             if moved is None:
                 moved = self._constants[id(value)] = value.detach().to("meta")
@@ -154,6 +167,9 @@ class Recorder(CallMode):
                 args = tuple("meta" if isinstance(a, str) else a for a in args)
             result = self._execute(call, func, args, kwargs)
         self._record(call, before, keywords, result)
+        if call.name in VALUES and not isinstance(result, Tensor):
+            self.recording.answers.append(result)
+            self.recording.asked += [value for value in before if isinstance(value, fx.Node)]
         return result
 
     def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,7 +198,7 @@ class Recorder(CallMode):
             del error
             return shaped
 
-    def _shape(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def _shape(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result on the ``meta`` device where the operation's record tells it, without running the operation.
 
         There many operations find the shape of their result in Python, which takes most of the time of a trace.
@@ -266,6 +282,8 @@ class Recorder(CallMode):
             node.meta["tracked"] = self._tracked
         if call.inplace and isinstance(args[0], fx.Node):
             node.meta["writes"] = args[0]
+        node.meta["again"] = self._known.get(id(result))
+        node.meta["kind"] = type(result)
         if isinstance(result, Tensor):
             self.remember(result, node)
         elif tensors:
@@ -289,17 +307,19 @@ class Recorder(CallMode):
 
     # -- modules -------------------------------------------------------------------------------------------------
 
-    def _called(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _called(
+        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Note which module is called, and what goes in and comes out."""
         calls = self.recording.calls
         number = len(calls)
-        entry = ModuleCall(path, module, len(self.recording.nodes))
+        entry = ModuleCall(path, live, len(self.recording.nodes))
         entry.parent = self._stack[-1] if self._stack else -1
         entry.args, entry.kwargs = self._known_only(args), self._known_only(kwargs)
         calls.append(entry)
         self._stack.append(number)
         try:
-            output = call_module(module, *args, **kwargs)
+            output = module._call_impl(*args, **kwargs)
         finally:
             self._stack.pop()
         entry.last = len(self.recording.nodes)
@@ -307,7 +327,13 @@ class Recorder(CallMode):
         return output
 
     def _leaf(
-        self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        opaque: Opaque,
+        module: nn.Module,
+        live: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
     ) -> Any:
         """Run an opaque module, or what tells its results' shape, and write it down as one operation."""
         if self._meta:
@@ -330,7 +356,7 @@ class Recorder(CallMode):
         self._tracked = tracked
         self._record(Call(opaque.name, Kind.OPERATION, opaque_call, False), before, keywords, result)
         node = next(node for node in reversed(self.recording.nodes) if node.target is opaque_call)
-        node.meta["module"] = module
+        node.meta["module"] = live
         return result
 
     def _known_only(self, value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structprune.errors import StructpruneError, TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, call_module, holds_tensor, tensors_taken
+from structprune.tracing.calls import ASKED, MOVES, CallMode, holds_tensor, tensors_taken
 from structprune.tracing.opaque import Opaque, holdings, opaque_call
 from structprune.tracing.recording import CallKey, Group
 from structprune.tracing.state import held_tensors
@@ -20,7 +20,7 @@ from structprune.tracing.vocabulary import Call, Kind
 
 
 @dataclass(slots=True)
-class Operation:
+class FoundCall:
     """An operation that is about to run. Calling it runs it on `args` and `kwargs`, which a hook may exchange first.
 
     Attributes:
@@ -42,7 +42,7 @@ class Operation:
         return self.func(*self.args, **self.kwargs)
 
 
-Hook = Callable[[Operation], Any]
+Hook = Callable[[FoundCall], Any]
 
 
 class Replay(CallMode):
@@ -122,7 +122,7 @@ class Replay(CallMode):
 
     @contextmanager
     def over(self, model: nn.Module) -> Generator[Replay]:
-        """While the block runs, forwards of `model` in this thread are followed.
+        """While the block runs, forwards of `model` are followed; several threads need a shadow of it each.
 
         Raises:
             StructpruneError: of the class asked for, as soon as a forward is not the one that was traced.
@@ -134,16 +134,18 @@ class Replay(CallMode):
 
     # -- modules -------------------------------------------------------------------------------------------------
 
-    def _called(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _called(
+        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if not self._stack:
-            return call_module(module, *args, **kwargs) if path else self._forward(module, args, kwargs)
+            return module._call_impl(*args, **kwargs) if path else self._forward(module, args, kwargs)
         number = self._calls[path]
         self._calls[path] += 1
         if number >= self._known_calls.get(path, number + 1):
             raise self._error(self._other_counts(f"calls {path}", number))
         self._stack.append((path, number))
         try:
-            return call_module(module, *args, **kwargs)
+            return module._call_impl(*args, **kwargs)
         finally:
             self._stack.pop()
 
@@ -156,7 +158,7 @@ class Replay(CallMode):
         self._stack.append(("", 0))
         try:
             with self:
-                output = call_module(model, *args, **kwargs)
+                output = model._call_impl(*args, **kwargs)
         finally:
             self._stack.clear()
         if self._required:
@@ -192,20 +194,26 @@ class Replay(CallMode):
         if call.name in MOVES:
             return self._moved(func(*args, **kwargs), args[0])
         if self._whole:
-            return self._next(Operation(None, call, func, args, kwargs))
+            return self._next(FoundCall(None, call, func, args, kwargs))
         if call.name in self._names or call.name in self._hooks:
-            return self._among_equals(Operation(None, call, func, args, kwargs), [args, kwargs])
+            return self._among_equals(FoundCall(None, call, func, args, kwargs), [args, kwargs])
         return self._made(func(*args, **kwargs))
 
     def _leaf(
-        self, opaque: Opaque, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+        self,
+        opaque: Opaque,
+        module: nn.Module,
+        live: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
     ) -> Any:
-        operation = Operation(None, Call(opaque.name, Kind.OPERATION, opaque_call, False), forward, args, kwargs)
+        operation = FoundCall(None, Call(opaque.name, Kind.OPERATION, opaque_call, False), forward, args, kwargs)
         return (
             self._next(operation) if self._whole else self._among_equals(operation, [*holdings(module), args, kwargs])
         )
 
-    def _among_equals(self, operation: Operation, taken: list[Any]) -> Any:
+    def _among_equals(self, operation: FoundCall, taken: list[Any]) -> Any:
         """Run an operation that may be asked for; `taken` is what the trace has as its arguments."""
         held = tuple(self._held[id(t)] for t in tensors_taken(taken) if id(t) in self._held)
         group: Group = (*self._stack[-1], operation.call.name, held)
@@ -217,7 +225,7 @@ class Replay(CallMode):
         self._done[group] += 1
         return self._made(result)
 
-    def _next(self, operation: Operation) -> Any:
+    def _next(self, operation: FoundCall) -> Any:
         """Run the operation that has to be the next of the trace."""
         number = self._order[self._at] if self._at < len(self._order) else None
         name = operation.call.name
@@ -235,10 +243,10 @@ class Replay(CallMode):
         self._at += 1
         return result
 
-    def _run(self, operation: Operation, number: int | None) -> Any:
+    def _run(self, operation: FoundCall, number: int | None) -> Any:
         if number is not None:
             operation.node = self._trace.nodes[number]
-        hook = self._hooks.get(number) or self._hooks.get(operation.call.name, Operation.__call__)
+        hook = self._hooks.get(number) or self._hooks.get(operation.call.name, FoundCall.__call__)
         self._away = True
         try:
             return hook(operation)

@@ -29,6 +29,9 @@ INTERNAL = frozenset({
 })  # fmt: skip
 
 
+_NO_TENSORS = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, tuple, list})
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A tensor that a module holds under `name`: a parameter, a buffer or a plain attribute."""
@@ -57,7 +60,8 @@ def held_tensors(model: nn.Module) -> dict[str, Held]:
         state = module.__dict__
         for store in (state["_parameters"], state["_buffers"], state):
             for key, value in store.items():
-                if isinstance(value, Tensor):
+                # Of the some thirty attributes of a module most are of these types: a look at the type is cheaper.
+                if type(value) not in _NO_TENSORS and isinstance(value, Tensor):
                     found[join(path, key)] = Held(module, key, store, value)
     return found
 
@@ -81,7 +85,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
+def track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
     """`value` with its ints tracked; itself if it holds none."""
     if type(value) is int:
         return SizeInt(value, Attribute(module, chain))
@@ -91,7 +95,7 @@ def _track(module: str, chain: tuple[str | int, ...], value: Any) -> Any:
         and len(value) <= 64
         and all(type(item) in (int, tuple) for item in value)
     ):
-        return type(value)(_track(module, (*chain, i), item) for i, item in enumerate(value))
+        return type(value)(track(module, (*chain, i), item) for i, item in enumerate(value))
     return value
 
 
@@ -144,7 +148,7 @@ def _track_object(module: str, chain: tuple[str, ...], held: Any, seen: set[int]
         if is_config(value):
             _track_object(module, (*chain, key), value, seen, stack)
         else:
-            state[key] = _track(module, (*chain, key), value)
+            state[key] = track(module, (*chain, key), value)
 
 
 def tracked_object(module: str, chain: tuple[str, ...], held: Any, stack: ExitStack) -> None:
@@ -161,7 +165,7 @@ def _track_attributes(model: nn.Module, stack: ExitStack) -> None:
                 continue
             kind = type(value)
             if kind is int or kind is tuple or kind is list:
-                state[key] = _track(path, (key,), value)
+                state[key] = track(path, (key,), value)
             elif kind not in (bool, str, float, dict, type(None)) and is_config(value):
                 _track_object(path, (key,), value, seen, stack)
 
@@ -178,7 +182,7 @@ def collection_paused() -> Generator[None]:
             gc.enable()
 
 
-def _eager() -> AbstractContextManager[Any]:
+def eager() -> AbstractContextManager[Any]:
     """What is compiled runs as it is written, so that its operations are seen."""
     # Nothing can be compiled before torch._dynamo is loaded, and loading it takes a second.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo.eval_frame" in sys.modules else nullcontext()
@@ -204,7 +208,7 @@ def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = Tr
     swapped: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     with ExitStack() as stack:
-        stack.enter_context(_eager())
+        stack.enter_context(eager())
         stack.callback(_snapshot(model))
         for name, held in held_tensors(model).items():
             new = swapped.get(id(held.tensor))

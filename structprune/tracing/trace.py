@@ -17,7 +17,8 @@ from structprune.errors import PlanError, StructpruneError, TraceError
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.recording import CallKey, Group, ModuleCall, equal_calls
-from structprune.tracing.state import caches, dictionaries, held_tensors, lent, shield, stand_in
+from structprune.tracing.shadow import shadow_of
+from structprune.tracing.state import caches, dictionaries, eager, held_tensors, shield, stand_in
 from structprune.tracing.vocabulary import Lookup, nothing_known
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -44,7 +45,9 @@ class Trace:
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
-        operations: what is known of the operation of a name.
+        operations: what was known of the operation of a name.
+        answers: the values of tensors that Python asked for, in order.
+        asked: the tensors whose values they are.
     """
 
     graph: fx.Graph
@@ -62,6 +65,8 @@ class Trace:
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
     operations: Lookup = nothing_known
+    answers: tuple[Any, ...] = ()
+    asked: tuple[fx.Node, ...] = ()
 
     @cached_property
     def keys(self) -> dict[int, CallKey]:
@@ -92,8 +97,9 @@ class Trace:
         """Parameters of `model`, by the first of their names, that take no part."""
         reached = {str(node.target) for node in self.everything if node.meta["name"] == "parameter"}
         first = {names[0] for names in self.tensors.values()}
-        held = held_tensors(model)
-        return {name for name in first - reached if isinstance(held[name].tensor, nn.Parameter)}
+        missing = first - reached
+        held = held_tensors(model) if missing else {}
+        return {name for name in missing if isinstance(held[name].tensor, nn.Parameter)}
 
 
 def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -178,13 +184,17 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         aliases.setdefault(id(held.tensor), []).append(name)
     tensors = {group[0]: tuple(group) for group in aliases.values()}
     replace: Callable[[Tensor], Tensor] = stand_in if meta else (lambda tensor: tensor.detach().clone())
+    lend = stand_in if meta else shield
+    shadow = shadow_of(model, lambda _, tensor: lend(tensor))
     args, kwargs = as_call(inputs)
     given = list(tensors_in((args, kwargs)))
     args, kwargs = map_tensors(replace, args), map_tensors(replace, kwargs)
-    lend = stand_in if meta else shield
-    with preserved_random_state(), torch.no_grad(), lent(model, lend) as ids, tracked_numbers() as ledger:
+    model = shadow.model
+    with preserved_random_state(), torch.no_grad(), eager(), tracked_numbers() as ledger:
         model.eval()
-        recorder = Recorder(ids, operations, meta, lambda name: _indices(names[name].tensor))
+        recorder = Recorder(
+            shadow.names, operations, meta, lambda name: buffer_of_indices(names[name].tensor), shadow.stands_for
+        )
         placeholders: list[fx.Node] = []
         for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
             node = recorder.input_node()
@@ -193,7 +203,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
                 recorder.values.give(node, original)
             placeholders.append(node)
         before = dictionaries(model)
-        with recorder.watching(model), recorder:
+        with recorder.watching(model, shadow.live), recorder:
             result = model(*args, **kwargs)
         kept = caches(model, before)
         outputs = {name: recorder.node_of(tensor) for name, tensor in named_tensors(result)}
@@ -201,12 +211,12 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         nodes, calls, trained = tuple(recording.nodes), tuple(recording.calls), ()
         if training:
             model.train()
-            args, kwargs = map_tensors(_two_samples, args), map_tensors(_two_samples, kwargs)
+            args, kwargs = map_tensors(two_samples, args), map_tensors(two_samples, kwargs)
             for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
                 node = recorder.input_node()
                 recorder.remember(tensor, node)
-                recorder.values.give(node, _two_samples(original))
-            with recorder.watching(model), recorder:
+                recorder.values.give(node, two_samples(original))
+            with recorder.watching(model, shadow.live), recorder:
                 result = model(*args, **kwargs)
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
     recording.graph.output(tuple(outputs.values()))
@@ -225,15 +235,17 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         tuple(recording.calls),
         trained,
         operations=operations,
+        answers=tuple(recording.answers),
+        asked=tuple(recording.asked),
     )
 
 
-def _two_samples(tensor: Tensor) -> Tensor:
+def two_samples(tensor: Tensor) -> Tensor:
     """A batch of one as a batch of two: batch norms refuse to train on a single value."""
     return torch.cat([tensor, tensor]) if tensor.shape[:1] == (1,) else tensor.clone()
 
 
-def _indices(tensor: Tensor) -> Tensor | None:
+def buffer_of_indices(tensor: Tensor) -> Tensor | None:
     """A buffer of positions, counts or flags: its values are no weights, and may decide a branch."""
     weight = isinstance(tensor, nn.Parameter) or tensor.is_floating_point() or tensor.is_complex()
     return None if weight or tensor.is_meta else tensor
@@ -242,9 +254,10 @@ def _indices(tensor: Tensor) -> Tensor | None:
 def run_once(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """The outputs of `model` in eval mode, without gradients; model, inputs and random state stay as they were."""
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
-    with preserved_random_state(), torch.no_grad(), lent(model, shield, track=False):
-        model.eval()
-        return model(*args, **kwargs)
+    shadow = shadow_of(model, lambda _, tensor: shield(tensor), tracked=False)
+    with preserved_random_state(), torch.no_grad():
+        shadow.model.eval()
+        return shadow.model(*args, **kwargs)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup = nothing_known) -> Trace:

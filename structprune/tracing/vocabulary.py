@@ -66,7 +66,7 @@ class Operation(Protocol):
     """
 
     @property
-    def shape(self) -> Callable[..., Tensor | None] | None:
+    def shape(self) -> Callable[..., Tensor | tuple[Tensor, ...] | None] | None:
         """See the class."""
         ...
 

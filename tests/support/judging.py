@@ -6,19 +6,19 @@ import copy
 import math
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from support.operations import Reader
-from support.oracle import Oracle, Removed, leaves, switch_off
-from support.runs import call
 from torch import Tensor, nn
 
 import structprune
 from structprune.errors import StructpruneError
+from support.operations import Case, Reader
+from support.oracle import Oracle, Removed, leaves, switch_off
+from support.runs import call
 
 RIGHT, SURVIVORS, WHOLE = "right", "right over the survivors of a norm", "kept whole"
 WRONG, BROKEN, RAW, REFUSED, HANG = "wrong numbers", "broken forward", "raw exception", "refused", "hang"
@@ -63,14 +63,30 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def judge(model: nn.Module, inputs: Any, limit: float = 20.0) -> Verdict:
-    """Remove half of the channels of `model` with one plain call, and compare with plain zeroing."""
+def judge(model: nn.Module, inputs: Any, limit: float = 20.0, *, reasons: bool = True) -> Verdict:
+    """Remove half of the channels of `model` with one plain call, and compare with plain zeroing.
+
+    Args:
+        model: a linear layer called ``before``, the operation, and readers.
+        inputs: of the model.
+        limit: seconds after which it hangs.
+        reasons: say why channels were kept, which costs another trace.
+    """
     try:
         with time_limit(limit), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return _judge(model, inputs)
+            return _judge(model, inputs, why_whole if reasons else _no_reason)
     except _Late:
         return Verdict(HANG, f"more than {limit:g} s")
+
+
+def judge_case(case: Case, limit: float = 20.0, *, reasons: bool = True) -> Verdict:
+    """What comes of one case of torch's test databases; see `judge`."""
+    try:
+        model, inputs = case.network()
+    except (RuntimeError, AssertionError) as error:  # a sample that this build of torch does not take
+        return Verdict(NO_CALL, _said(error))
+    return judge(model, inputs, limit, reasons=reasons)
 
 
 def _said(error: BaseException) -> str:
@@ -92,7 +108,7 @@ def _run_filled(model: nn.Module, inputs: Any) -> Any:
         torch.use_deterministic_algorithms(before)
 
 
-def _judge(model: nn.Module, inputs: Any) -> Verdict:
+def _judge(model: nn.Module, inputs: Any, why: Callable[[nn.Module, Any], str]) -> Verdict:
     try:
         whole = _run(copy.deepcopy(model), inputs)
         again = _run_filled(copy.deepcopy(model), inputs)
@@ -108,7 +124,7 @@ def _judge(model: nn.Module, inputs: Any) -> Verdict:
     removed = plan.removed
     went = len(removed.get("before.weight", {}).get(0, ()))
     if not removed:
-        return Verdict(WHOLE, why_whole(model, inputs))
+        return Verdict(WHOLE, why(model, inputs))
     try:
         ours = _run(slim, inputs)
     except Exception as error:  # of the pruned network: the fault that is looked for
@@ -117,8 +133,13 @@ def _judge(model: nn.Module, inputs: Any) -> Verdict:
         return Verdict(RANDOM, "", went)
     verdict = _compared(model, inputs, removed, whole, ours)
     if verdict.kind in (RIGHT, SURVIVORS) and not went:  # channels of other tensors went
-        return Verdict(WHOLE, why_whole(model, inputs))
+        return Verdict(WHOLE, why(model, inputs))
     return verdict._replace(went=went)
+
+
+def _no_reason(model: nn.Module, inputs: Any) -> str:
+    del model, inputs
+    return ""
 
 
 def why_whole(model: nn.Module, inputs: Any) -> str:

@@ -1,0 +1,206 @@
+"""Running a model on weights that are made as they are asked for: switched off, in another precision, one at a time.
+
+While the two networks are compared, neither is copied. Each weight of the model gives way to a stand-in of the same
+shape that takes no memory; a mode sees each operation that takes one, and hands it the weight itself: with the removed
+slices zero, in the precision of the comparison. So no more than one large weight exists twice at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from structprune.ops import op_of
+from structprune.surgery.draws import held_still
+from structprune.surgery.edits import Thinning
+from structprune.tracing.opaque import opaque_of
+from structprune.tracing.shadow import shadow_of
+from structprune.tracing.state import held_tensors
+from structprune.tracing.trace import map_tensors
+from structprune.tracing.vocabulary import Call, Kind, call_of
+
+# Smaller tensors are changed beforehand: they are many, and take little memory.
+SMALL = 2**16
+# Weights made for one operation are kept for the next ones as long as all of them take no more bytes than this.
+KEPT = 2**24
+# Products with a larger weight are computed by so many bytes of its rows at a time.
+PIECE = 2**24
+
+
+class Streamed(TorchFunctionMode):
+    """Hands operations the weights that stand-ins stand for, and holds random draws still.
+
+    Args:
+        kind: the type that floating tensors have in this run; None leaves them as they are.
+
+    Attributes:
+        drawn: names of the operations that drew random numbers.
+    """
+
+    def __init__(self, kind: torch.dtype | None) -> None:
+        super().__init__()
+        self._kind = kind
+        self._sources: dict[int, tuple[Tensor, list[Thinning]]] = {}
+        self._made: dict[int, Tensor] = {}
+        self._written: dict[int, Tensor] = {}
+        self._alive: list[Tensor] = []
+        self._opening: list[Call] = []
+        self.drawn: set[str] = set()
+
+    def stand_in(self, tensor: Tensor, thinnings: list[Thinning], unseen: bool) -> Tensor:
+        """What the model holds in place of `tensor` during the run.
+
+        A parameter that does not change is itself. A small one, one of a class of its own, and one that is used where
+        the mode does not see it (`unseen`) are changed at once; so are buffers, since forwards write into them.
+        """
+        parameter = isinstance(tensor, nn.Parameter)
+        changes = (tensor.is_floating_point() or tensor.is_complex()) and (
+            bool(thinnings) or self._kind_of(tensor) != tensor.dtype
+        )
+        if parameter and not changes:
+            return tensor
+        if not parameter or unseen or type(tensor) is not nn.Parameter or _bytes(tensor) <= SMALL:
+            made = self._changed(tensor, thinnings, fresh=True)
+            return nn.Parameter(made, requires_grad=False) if parameter else made
+        # An operation that the mode does not see must not pass for right: with NaN, the comparison fails.
+        nothing = torch.full((1,), float("nan"), dtype=self._kind_of(tensor), device=tensor.device)
+        made = nn.Parameter(nothing.expand(tensor.shape), requires_grad=False)
+        self._sources[id(made)] = tensor, thinnings
+        self._alive.append(made)
+        return made
+
+    def _kind_of(self, tensor: Tensor) -> torch.dtype:
+        return self._kind if self._kind is not None and tensor.is_floating_point() else tensor.dtype
+
+    def _changed(self, tensor: Tensor, thinnings: Iterable[Thinning], fresh: bool = False) -> Tensor:
+        """`tensor` in the precision of the run, with the removed slices zero."""
+        result = tensor.detach().to(self._kind_of(tensor))
+        removed = list(thinnings) if tensor.is_floating_point() or tensor.is_complex() else []
+        if (removed or fresh) and result.data_ptr() == tensor.data_ptr():
+            result = result.clone()
+        for thinning in removed:
+            result.index_fill_(thinning.dim, torch.tensor(thinning.removed, device=result.device), 0)
+        return result
+
+    # -- the mode ------------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one call of the torch API on the weights themselves."""
+        return self._seen(func, args, kwargs or {})
+
+    def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = call_of(func, op_of)
+        if call.kind in (Kind.QUERY, Kind.SIZE):
+            return func(*args, **kwargs)
+        if call.inside is not None and call not in self._opening:
+            self._opening.append(call)
+            try:
+                with self:
+                    return call.inside(*args, **kwargs)
+            finally:
+                self._opening.pop()
+        by_pieces = self._by_pieces(call, func, args, kwargs) if self._sources else None
+        if by_pieces is not None:
+            return by_pieces
+        if call.inplace and args and id(args[0]) in self._sources:
+            self._written[id(args[0])] = self._weight(args[0])
+        if self._sources:
+            args, kwargs = map_tensors(self._weight, args), map_tensors(self._weight, kwargs)
+        still = held_still(call.name, func, args, kwargs)
+        if still is None:
+            return func(*args, **kwargs)
+        self.drawn.add(call.name.removeprefix("python."))
+        return still
+
+    def _weight(self, tensor: Tensor) -> Tensor:
+        """The weight that `tensor` stands for; another tensor itself."""
+        source = self._sources.get(id(tensor))
+        if source is None:
+            return tensor
+        found = self._written.get(id(tensor), self._made.get(id(tensor)))
+        if found is None:
+            found = self._changed(*source)
+            if _bytes(found) <= KEPT:
+                while sum(map(_bytes, self._made.values())) + _bytes(found) > KEPT:
+                    del self._made[next(iter(self._made))]  # the one made first
+                self._made[id(tensor)] = found
+        return found
+
+    def _by_pieces(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Looking up rows of a large table, or a product with it, without the whole of it; None for anything else."""
+        at = {"embedding": 0, "linear": 1}.get(call.name, len(args))
+        source = self._sources.get(id(args[at])) if at < len(args) else None
+        if source is None or id(args[at]) in self._written:
+            return None
+        weight, thinnings = source
+        if weight.numel() * self._kind_of(weight).itemsize <= PIECE or weight.dim() != 2:
+            return None
+        if call.name == "embedding" and all(thinning.dim for thinning in thinnings):
+            found = func(weight, *map_tensors(self._weight, args[1:]), **kwargs).to(self._kind_of(weight))
+            for thinning in thinnings:
+                found.index_fill_(-1, torch.tensor(thinning.removed, device=found.device), 0)
+            return found
+        if call.name == "embedding":
+            return None
+        rest = [self._weight(t) if isinstance(t, Tensor) else t for t in (args[0], *args[2:], *kwargs.values())]
+        return self._linear(rest[0], weight, thinnings, next((b for b in rest[1:] if b is not None), None))
+
+    def _linear(self, x: Tensor, weight: Tensor, thinnings: list[Thinning], bias: Tensor | None) -> Tensor:
+        """A product with so many rows of the weight at a time as `PIECE` bytes hold."""
+        kind = self._kind_of(weight)
+        gone = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+        columns: list[Thinning] = []
+        for thinning in thinnings:
+            if thinning.dim:
+                columns.append(thinning)
+            else:
+                gone[list(thinning.removed)] = True
+        rows = max(1, PIECE // (weight.shape[1] * kind.itemsize))
+        result = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        for start in range(0, weight.shape[0], rows):
+            part = self._changed(weight[start : start + rows], columns)
+            off = gone[start : start + rows]
+            some = None if bias is None else bias[start : start + rows]
+            result[..., start : start + rows] = nn.functional.linear(
+                x, part.masked_fill(off[:, None], 0) if bool(off.any()) else part, some
+            )
+        return result
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def streamed(
+    model: nn.Module, thinnings: Iterable[Thinning] = (), kind: torch.dtype | None = None
+) -> tuple[nn.Module, Streamed]:
+    """A shadow of `model` that computes as if `thinnings` were zero, and the mode that has to be active while it runs.
+
+    Args:
+        model: the model; it is left as it was.
+        thinnings: slices of its tensors that are zero; a plan names a tied tensor once.
+        kind: the type that floating tensors have; None leaves them as they are.
+    """
+    mode = Streamed(kind)
+    held = held_tensors(model)
+    removed: dict[int, list[Thinning]] = {}
+    for thinning in thinnings:
+        removed.setdefault(id(held[thinning.tensor].tensor), []).append(thinning)
+    # What runs inside a module that is taken as a whole is not seen by a mode.
+    unseen = {
+        id(inside.tensor)
+        for module in model.modules()
+        if opaque_of(module) is not None
+        for inside in held_tensors(module).values()
+    }
+
+    def replace(_: str, tensor: Tensor) -> Tensor:
+        return mode.stand_in(tensor, removed.get(id(tensor), []), id(tensor) in unseen)
+
+    return shadow_of(model, replace, tracked=False).model, mode

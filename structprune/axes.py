@@ -128,11 +128,8 @@ class _Reader:
 
     def product(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Attention if both factors depend on the input; experts if one is a stack of weights."""
-        if len(inputs) < 2:  # a sum by ``einsum``
-            return
-        left, right = inputs[-2:]
-        if left in self._computed and right in self._computed:
-            a, b = self._rows(left), self._rows(right)
+        if len(inputs) > 1 and all(factor in self._computed for factor in inputs[-2:]):
+            a, b = (self._rows(factor) for factor in inputs[-2:])
             self._mark("heads", (*a[:-2], *b[:-2]))
             self._mark("head_size", (*a[-1:], *b[-2:]))
         else:

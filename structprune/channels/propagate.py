@@ -74,6 +74,7 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
                 if id(number) not in context.claimed:
                     invariants.append(Invariant(number.expression, node.meta["where"]))
     _pin_outputs(context, trace, outputs)
+    _pin_compared(context, trace)
     held = tuple(node.meta["index"] for node in trace.everything if node.meta["name"] == "parameter")
     return Channels(rows, context.relations, invariants, held, frozenset(context.unforeseen))
 
@@ -91,6 +92,14 @@ def _pin_outputs(context: Context, trace: Trace, outputs: Iterable[OutputName] |
     for output in trace.training_outputs:
         for row in rows[output.meta["index"]]:
             context.pin(row, "it is a dimension of what the model returns in training mode")
+
+
+def _pin_compared(context: Context, trace: Trace) -> None:
+    """Tensors that Python compares with one another as a whole keep their shape and their values."""
+    for node in trace.everything:
+        if "compared" in node.meta:
+            for row in context.rows[node.meta["index"]]:
+                context.pin(row, f"it is compared as a whole by {node.meta['compared']}")
 
 
 def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:

@@ -106,7 +106,8 @@ def _single(context: ZeroContext, node: fx.Node, rows: Rows, unforeseen: frozens
     context.node, context.rows = node, rows
     name = node.meta["name"]
     if name == "parameter":
-        return (bool(node.meta["dtype"].is_floating_point),) * len(rows)
+        dtype = node.meta["dtype"]
+        return (dtype.is_floating_point or dtype.is_complex,) * len(rows)
     source = node.meta.get("keeps_zeros")
     if source is not None:
         return context.of(source)

@@ -119,8 +119,8 @@ class LnNorm:
         if math.isinf(self.n):
             return powers.amax([d for d in range(powers.dim()) if d != dim]) if powers.dim() > 1 else powers.clone()
         if dim == 1:  # summing rows first keeps to the order of memory
-            return powers.flatten(1).sum(0).view(powers.shape[1], -1).sum(1)
-        return powers.movedim(dim, 0).reshape(powers.shape[dim], -1).sum(1)
+            return powers.flatten(1).sum(0).view(powers.shape[1], math.prod(powers.shape[2:])).sum(1)
+        return powers.movedim(dim, 0).reshape(powers.shape[dim], powers.numel() // max(powers.shape[dim], 1)).sum(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.tracing.recording import operands as tensors
+from structprune.tracing.recording import operands
 
 __all__ = ["Parameter", "arguments", "bind", "positional", "signatures", "tensors"]
 
@@ -221,6 +221,18 @@ def _signature_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     found = _places(name, kinds, tuple((key, _kind(value)) for key, value in kwargs.items()))
     assert found is not None
     return found[0]
+
+
+def tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensor arguments of a recorded operation in the order of torch's signature, with repeats.
+
+    ``torch.matmul(other=y, input=x)`` takes `x` first.
+    """
+    if not node.kwargs:
+        return operands(node)
+    found: list[fx.Node] = []
+    fx.map_arg(tuple(arguments(node).values()), found.append)
+    return found
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

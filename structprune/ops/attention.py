@@ -21,9 +21,9 @@ def _zeros(z: ZeroContext) -> Zeros:
     query, key, value = z.tensors[:3]
     if not (z.of(query)[-1] or z.of(key)[-1]):
         z.summed(query, len(z.of(query)) - 1)
-    zero = z.of(value)
-    same = len(zero) == len(z.rows)
-    return (*zero[:-2], False, zero[-1]) if same else (False,) * len(z.rows)
+    # Where a query is zero it attends to all alike, so only values make a head or a batch entry zero.
+    batch = (z.whole(value, back) and z.of(value)[back] for back in range(-len(z.rows), -2))
+    return (*batch, False, z.of(value)[-1])
 
 
 def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from structprune.ops.arguments import tensors
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.op import Contraction, Count, Pair, Result, RowsOf, Scaling, register_op
+from structprune.ops.op import Contraction, Count, Pair, RowsOf, Scaling, register_op
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
 from structprune.tracing.provenance import plain
@@ -85,8 +85,6 @@ def _product_zeros(z: ZeroContext) -> Zeros:
     right: tuple[bool, ...] = z.of(b)
     if not (left[-1] or right[max(0, len(right) - 2)]):
         z.summed(a, len(left) - 1)
-    if first:
-        return unknown(z)
     result = [False] * len(z.rows)
     if len(left) > 1 and len(right) > 1:
         result[-1], result[-2] = right[-1], left[-2]
@@ -94,6 +92,11 @@ def _product_zeros(z: ZeroContext) -> Zeros:
             result[-back] = any(len(zero) >= back and zero[-back] for zero in (left, right))
     elif z.rows:
         result[-1] = (left[:-1] if len(left) > 1 else right)[-1:] == (True,)
+    if first:  # what is added must be zero too
+        bias = z.tensors[0]
+        return tuple(
+            off and z.whole(bias, d - len(result)) and z.of(bias)[d - len(result)] for d, off in enumerate(result)
+        )
     return tuple(result)
 
 
@@ -288,34 +291,6 @@ def addmm(c: Context, bias: Operand, *factors: Any, **named: Any) -> Rows:
     """A product plus a tensor that broadcasts to it."""
     a, b = operands_in(factors, named)
     return c.broadcast([Operand(c.node, _product(c, a, b)), bias])
-
-
-def _outer_zeros(z: ZeroContext) -> Zeros:
-    """A product is zero where one factor is."""
-    a, b = z.tensors
-    return z.of(a)[0], z.of(b)[0]
-
-
-@register_op("outer", "ger", zeros=_outer_zeros)
-def outer(c: Context, a: Operand, b: Operand) -> Rows:
-    """Every entry of `a` times every entry of `b`."""
-    return (a.rows[0], b.rows[0])
-
-
-@register_op("python.tensordot")
-def tensordot(c: Context, a: Operand, b: Operand, dims: Any = 2, *_: Any) -> Result:
-    """Sums over the last dimensions of `a` and the first of `b`, or over two lists of dimensions."""
-    if isinstance(dims, int):
-        mine, theirs = list(range(len(a.rows) - dims, len(a.rows))), list(range(dims))
-    elif isinstance(dims, (tuple, list)):
-        mine, theirs = ([dim] if isinstance(dim, int) else list(dim) for dim in dims)
-    else:
-        return c.pin_all([a, b], f"the dimensions of {c.where()} are decided by data")
-    mine, theirs = [a.dim(dim) for dim in mine], [b.dim(dim) for dim in theirs]
-    for left, right in zip(mine, theirs, strict=True):
-        c.same(a.rows[left], b.rows[right])
-    kept = [row for at, row in enumerate(a.rows) if at not in mine]
-    return (*kept, *(row for at, row in enumerate(b.rows) if at not in theirs))
 
 
 @register_op("cdist", zeros=_distance_zeros, macs=_product_macs)

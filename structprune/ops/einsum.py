@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from torch import fx
 
 from structprune.ops.arguments import tensors
-from structprune.ops.context import Context, operands_in
+from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Contraction, Count, Pair, Result, RowsOf, Scaling, register_op
-from structprune.ops.relations import UNIT, Row
+from structprune.ops.relations import UNIT, Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros
 
 Labels = tuple[str, ...]
@@ -41,15 +42,10 @@ class Equation:
         return frozenset(label for term in self.terms for label in term) - frozenset(self.result)
 
 
-def read(equation: Any, ranks: Sequence[int]) -> Equation | None:
-    """The equation of operands with `ranks` dimensions; None if it is not given as a text."""
-    if not isinstance(equation, str):
-        return None
+def read(equation: str, ranks: Sequence[int]) -> Equation:
+    """The equation of operands with `ranks` dimensions."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
-    written = inputs.split(",")
-    if len(written) != len(ranks):
-        return None
-    terms = tuple(_labels(term, rank) for term, rank in zip(written, ranks, strict=True))
+    terms = tuple(_labels(term, rank) for term, rank in zip(inputs.split(","), ranks, strict=True))
     dots = max((sum(label.startswith(".") for label in term) for term in terms), default=0)
     if not arrow:
         letters = inputs.replace(",", "").replace("...", "")
@@ -65,37 +61,60 @@ def _labels(term: str, rank: int) -> Labels:
     return (*before, *(f".{back}" for back in reversed(range(hidden if dots else 0))), *after)
 
 
-def _of(node: fx.Node, ranks: Sequence[int]) -> Equation | None:
-    """The equation of a recorded call."""
-    return read(node.args[0] if node.args else node.kwargs.get("equation"), ranks)
+def _text(given: Sequence[Any]) -> str:
+    """The equation of a call as a text; subscripts may be lists: ``einsum(x, [0, 1], y, [1, 2], [0, 2])``.
+
+    Numbers stand for letters in order, capitals first.
+
+    Example:
+        >>> _text(["x", [0, 1], "y", [1, ...], [0, ...]])
+        'AB,B...->A...'
+    """
+    if isinstance(given[0], str):
+        return given[0]
+    lists = [
+        "".join("..." if x is ... else _LETTERS[int(x)] for x in entry) for entry in given if _is_subscripts(entry)
+    ]
+    operands = len(given) - len(lists)
+    return ",".join(lists[:operands]) + ("->" + lists[-1] if len(lists) > operands else "")
 
 
-def _zeros(z: ZeroContext) -> Zeros:
-    """A product: labels that are summed over must be zero in one of the factors."""
-    operands = z.tensors
-    equation = _of(z.node, [len(z.rows_of(tensor)) for tensor in operands])
-    if equation is None:
-        return (False,) * len(z.rows)
+_LETTERS = ascii_uppercase + ascii_lowercase
+
+
+def _is_subscripts(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(x is ... or isinstance(x, int) for x in value)
+
+
+def equation_of(node: fx.Node) -> Equation:
+    """The equation of a recorded call of ``einsum``."""
+    return read(_text(node.args), [len(tensor.meta["shape"]) for tensor in tensors(node)])
+
+
+def product_zeros(z: ZeroContext, equation: Equation, operands: Sequence[fx.Node], every: bool = False) -> Zeros:
+    """Zeros of a product of `operands`: labels that are summed over must be zero in one of the factors.
+
+    With `every`, what is summed are no products alone: it must be zero in all of them.
+    """
     zero: dict[str, bool] = {}
-    size: dict[str, int] = {}
+    whole: dict[str, bool] = {}
     places: dict[str, list[tuple[fx.Node, int]]] = {}
     for term, tensor in zip(equation.terms, operands, strict=True):
         for dim, (label, row, off) in enumerate(zip(term, z.rows_of(tensor), z.of(tensor), strict=True)):
-            size[label] = max(size.get(label, 1), row.size)
-            zero[label] = zero.get(label, False) or (off and row.size > 1)
+            off = off and row.size > 1
+            zero[label] = zero.get(label, False) or off
+            whole[label] = whole.get(label, True) and off
             places.setdefault(label, []).append((tensor, dim))
     for label in equation.summed:
-        if not zero[label]:
+        if not (whole if every else zero)[label]:
             for tensor, dim in places[label]:
                 z.summed(tensor, dim)
-    return tuple(zero[label] for label in equation.result)
+    return tuple(zero.get(label, False) for label in equation.result)
 
 
-def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
-    """One multiplication for each combination of the labels' values."""
-    operands = tensors(node)
-    equation = _of(node, [len(rows(tensor)) for tensor in operands])
-    if equation is None or len(operands) < 2:
+def product_macs(equation: Equation, operands: Sequence[fx.Node], rows: RowsOf, count: Count) -> int:
+    """One multiplication for each combination of the labels' values; none where there is a single factor."""
+    if len(operands) < 2:
         return 0
     sizes: dict[str, Row] = {}
     for term, tensor in zip(equation.terms, operands, strict=True):
@@ -105,11 +124,20 @@ def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
     return prod(count(row) for row in sizes.values())
 
 
+def product_rows(c: Context, equation: Equation, operands: Sequence[Operand]) -> Rows:
+    """Dimensions with the same label are the same channels; a single entry goes with any number of them."""
+    axes: dict[str, Row] = {}
+    for term, operand in zip(equation.terms, operands, strict=True):
+        for label, row in zip(term, operand.rows, strict=True):
+            known = axes.get(label, UNIT)
+            axes[label] = row if known.size == 1 else known if row.size == 1 else c.same(known, row)
+    return tuple(axes.get(label, UNIT) for label in equation.result)
+
+
 def _pairs(node: fx.Node) -> Iterator[Pair]:
-    """Labels of two operands that the result lacks."""
-    operands = tensors(node)
-    equation = _of(node, [len(tensor.meta["shape"]) for tensor in operands])
-    if equation is None or len(operands) != 2:
+    """Labels that two operands have and the result lacks."""
+    equation = equation_of(node)
+    if len(equation.terms) != 2 or any(len(set(term)) < len(term) for term in equation.terms):
         return
     left, right = equation.terms
     for label in left:
@@ -121,20 +149,11 @@ def _pairs(node: fx.Node) -> Iterator[Pair]:
 
 @register_op(
     "python.einsum",
-    zeros=_zeros,
-    macs=_macs,
+    zeros=lambda z: product_zeros(z, equation_of(z.node), z.tensors),
+    macs=lambda node, rows, count: product_macs(equation_of(node), tensors(node), rows, count),
     contraction=Contraction("einsum", _pairs),
     scaling=Scaling.CONTRACTION,
 )
 def einsum(c: Context, *arguments: Any) -> Result:
     """Dimensions with the same label are the same channels."""
-    operands = list(operands_in(arguments))
-    equation = read(arguments[0], [len(operand.rows) for operand in operands])
-    if equation is None:
-        return c.pin_all(operands, f"{c.where()} gives its subscripts as lists")
-    axes: dict[str, Row] = {}
-    for term, operand in zip(equation.terms, operands, strict=True):
-        for label, row in zip(term, operand.rows, strict=True):
-            known = axes.get(label, UNIT)
-            axes[label] = row if known.size == 1 else known if row.size == 1 else c.same(known, row)
-    return tuple(axes[label] for label in equation.result)
+    return product_rows(c, equation_of(c.node), list(operands_in(arguments)))

@@ -85,8 +85,9 @@ def _kept_unless_training(z: zeros.ZeroContext) -> zeros.Zeros:
 register_op("dropout", **_KEPT, scaling=Scaling.HOMOGENEOUS, views=True, random=True, shape=same_shape)(unary)
 register_op("feature_dropout", "native_dropout", **_KEPT, random=True)(elementwise)
 register_op("alpha_dropout", "feature_alpha_dropout", zeros=_kept_unless_training, elementwise=True, random=True)(unary)
-_DRAWN = "bernoulli cauchy exponential geometric log_normal normal poisson random rrelu uniform"
+_DRAWN = "bernoulli cauchy exponential geometric log_normal poisson random rrelu uniform"
 register_op(*_DRAWN.split(), random=True)(unary)
+register_op("normal", random=True)(elementwise)  # means and deviations may both be tensors
 register_op("rand_like", "randn_like", "randint_like", random=True, creates=True)(unary)
 register_op("empty_like", random=True, creates=True, indices=Indices.ORDERED)(unary)
 register_op("zeros_like", "zero", zeros=zeros.everywhere, creates=True, indices=Indices.ORDERED)(unary)
@@ -129,7 +130,12 @@ def prelu(c: Context, x: Operand, weight: Operand) -> Rows:
     return x.rows
 
 
-@register_op("broadcast_tensors", zeros=zeros.unknown, views=True)
+def _zero_in_all(z: zeros.ZeroContext) -> zeros.Zeros:
+    """What is known of several results is what holds for all of them."""
+    return tuple(all(z.whole(t, back) and z.of(t)[back] for t in z.tensors) for back in range(-len(z.rows), 0))
+
+
+@register_op("broadcast_tensors", zeros=_zero_in_all, views=True)
 def broadcast_tensors(c: Context, *tensors: Any) -> list[Rows | None]:
     """Each tensor expanded to the common shape."""
     operands = list(operands_in(tensors))

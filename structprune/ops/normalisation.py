@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from structprune.ops import zeros
-from structprune.ops.arguments import arguments
+from structprune.ops.along import competing, dims_of, without
+from structprune.ops.arguments import arguments, tensors
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.op import Indices, Norm, Result, Scaling, like, op_of, register_op
-from structprune.ops.relations import UNIT, Rows
+from structprune.ops.op import Norm, Result, Scaling, like, op_of, register_op
+from structprune.ops.relations import Rows
+from structprune.tracing.provenance import plain
 
 
 def _batch_norm_shape(x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: Any, *_: Any) -> Tensor | None:
@@ -56,8 +58,11 @@ def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Rows:
     """Weight, bias, running mean and running variance have one entry a channel."""
     for operand in operands_in(statistics, named):
         c.same(x.rows[1], operand.rows[0])
-    # Standardised weights are normalised over their input channels by a batch norm over "positions".
-    c.survivors(x, [at for at in range(len(x.rows)) if at != 1])
+    given = arguments(c.node)
+    if given.get("training", given.get("use_input_stats")):
+        # Standardised weights are normalised over their input channels by a batch norm over "positions".
+        first = 2 if c.node.meta["name"] == "instance_norm" else 0
+        c.survivors(x, [at for at in range(first, len(x.rows)) if at != 1])
     return x.rows
 
 
@@ -93,6 +98,8 @@ def group_norm(c: Context, x: Operand, groups: int, *affine: Any, **named: Any) 
     if groups != 1:
         outer, _ = c.split(row, (int(groups), row.size // int(groups)))
         c.expect(groups, outer)
+    for position in x.rows[2:]:
+        c.pin(position, f"it is a position that {c.where()} averages over")
     c.survivors(x, (1,))
     return x.rows
 
@@ -106,94 +113,100 @@ def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Rows:
     return v.rows
 
 
-_COMPETING = """
-_log_softmax cummax cummin cumprod diff log_softmax logcumsumexp python.gumbel_softmax python.log_softmax python.softmin
-renorm
-"""
-_SUMS = "mean sum var std var_mean std_mean norm linalg_vector_norm nansum nanmean frobenius_norm"
-_CHOICES = "amax amin logsumexp prod any all argmax argmin median aminmax mode count_nonzero nuclear_norm"
-
-
-@register_op("sort", indices=Indices.PASSED_FIRST)
-@register_op("msort", indices=Indices.PASSED)
-@register_op("argsort", indices=Indices.ORDERED)
-@register_op(*_COMPETING.split())
-def along(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
-    """Every channel along `dim` takes part in every other one."""
-    return competing(c, x, dimension(x, kwargs.get("dim", args[0] if args else -1)))
-
-
-@register_op("kthvalue")
-def kthvalue(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Result:
-    """The k-th largest along `dim`."""
-    return competing(c, x, dimension(x, dim))
-
-
-def _running(z: zeros.ZeroContext) -> zeros.Zeros:
-    """A sum up to each channel; what it runs over must be zero."""
-    dim, source = arguments(z.node).get("dim"), z.tensors[0]
-    at = dim % len(z.rows) if isinstance(dim, int) else 0
-    zero = z.of(source)
-    if not zero[at]:
-        z.summed(source, at)
-    return tuple(z and place != at for place, z in enumerate(zero))
-
-
-@register_op("cumsum", zeros=_running)
-def cumsum(c: Context, x: Operand, dim: Any = None, **_: Any) -> Result:
-    """Sums up to each channel: those that are off add nothing, which the rule for zeros makes sure of."""
-    return competing(c, x, None) if dimension(x, dim) is None else x.rows
-
-
-def dimension(x: Operand, dim: Any) -> int | None:
-    """`dim` counted from the front; None if it is no number."""
-    return x.dim(dim) if isinstance(dim, int) and not isinstance(dim, bool) else None
-
-
-def competing(c: Context, x: Operand, at: int | None) -> Result:
-    """Every channel along dimension `at` takes part in every other one, so all of them must stay."""
-    reason = f"its channels compete in {c.where()}"
-    if at is None:
-        return c.pin_all([x], reason)
-    c.pin(x.rows[at], reason)
-
-    def rows(shape: Sequence[int]) -> Rows:
-        return (*x.rows[:at], *c.fresh([shape[at]], reason), *x.rows[at + 1 :])
-
-    if isinstance(c.shape, list):
-        return [None if shape is None else rows(shape) for shape in c.shape]
-    return rows(c.shape)
-
-
 def _largest_or_reduced(z: zeros.ZeroContext) -> zeros.Zeros:
     """``torch.max(a, b)`` compares entry by entry."""
     return zeros.by_value(z) if len(z.tensors) > 1 else zeros.unknown(z)
 
 
-@register_op(*_SUMS.split(), zeros=zeros.reduced, over_kept=True)
+def _order(node: fx.Node) -> Any:
+    """The order of a norm: a number, or the name of a norm of matrices."""
+    given = arguments(node)
+    return plain(given.get("ord", given.get("p", 2)))
+
+
+def _adds_up(node: fx.Node) -> bool:
+    """Whether entries that are zero change nothing in a norm: all but those of negative order."""
+    order = _order(node)
+    return order is None or isinstance(order, str) or (isinstance(order, (int, float)) and order >= 0)
+
+
+_SUMMED: dict[str, Any] = {"zeros": zeros.reduced, "over_kept": True}
+
+
 @register_op("max", "min", zeros=_largest_or_reduced)
-@register_op(*_CHOICES.split())
-def reduction(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
-    """Dimensions disappear, or keep size 1; sums, means, and norms run over the survivors."""
-    name = c.node.meta["name"]
-    if args and isinstance(args[0], Operand):  # torch.max(a, b) compares entry by entry
+def largest(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
+    """``torch.max(a, b)`` compares entry by entry; else the largest along a dimension."""
+    if args and isinstance(args[0], Operand):
         return c.broadcast([x, args[0]])
-    args = args[1:] if name in ("norm", "linalg_vector_norm") and args else args
-    dims = kwargs.get("dim", kwargs.get("axis", args[0] if args and not isinstance(args[0], bool) else None))
-    named = [dims] if isinstance(dims, int) else list(dims) if dims is not None else list(range(len(x.rows)))
-    gone = {x.dim(dim) for dim in named} or set(range(len(x.rows)))
-    known = op_of(name)
-    if known is not None and known.over_kept:
-        c.survivors(x, sorted(gone))
-    else:
-        for at in gone:
-            c.pin(x.rows[at], f"its channels compete in {c.where()}")
-    shape = c.shape[0] if isinstance(c.shape, list) else c.shape
-    if len(shape) == len(x.rows):
-        rows = tuple(UNIT if at in gone else row for at, row in enumerate(x.rows))
-    else:
-        rows = tuple(row for at, row in enumerate(x.rows) if at not in gone)
+    return competing(c, x, dims_of(c.node, len(x.rows)))
+
+
+@register_op("mean", "sum", "nansum", "count_nonzero", "any", "frobenius_norm", "nuclear_norm", **_SUMMED)
+@register_op("norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm", **_SUMMED)
+def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
+    """Dimensions disappear, or keep size 1; sums, means, and norms run over the survivors.
+
+    A norm of a matrix without rows and columns of zeros is what it was: they add no singular value but zero.
+    """
+    name = c.node.meta["name"]
+    dims = dims_of(c.node, len(x.rows), default=(-2, -1) if name == "linalg_matrix_norm" else None)
+    if dims is None or (name.endswith("norm") and not _adds_up(c.node)):
+        return competing(c, x, dims)
+    c.survivors(x, dims)
+    return without(x.rows, dims, len(c.shape))
+
+
+@register_op("var", "std", "var_mean", "std_mean", "nanmean", **_SUMMED)
+def spread(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
+    """The spread of what a forward normalises by it is over the survivors; any other counts all channels."""
+    dims = dims_of(c.node, len(x.rows))
+    if dims is None or not normalises(c.node, tensors(c.node)[0]):
+        return competing(c, x, dims, f"it is averaged over by {c.where()}")
+    c.survivors(x, dims)
+    rows = without(x.rows, dims, len(c.shape[0] if isinstance(c.shape, list) else c.shape))
     return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
+
+
+# What a spread passes through before something is divided by it.
+_OF_A_SPREAD = frozenset({"add", "sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "mul", "div"})
+
+
+def normalises(statistic: fx.Node, x: fx.Node, by: tuple[str, ...] = ("mul", "div")) -> bool:
+    """Whether a forward uses `statistic`, a mean or a spread of `x`, for nothing but to normalise `x`.
+
+    A spread divides, as in ``(x - mean) / sqrt(var + eps)`` and ``x * rsqrt(mean_of_squares + eps) * gain``; a mean is
+    subtracted. `by` are the operations that count.
+    """
+    users = [user for user in statistic.users if user.op != "output"]
+    return len(users) == len(statistic.users) > 0 and all(_normalised_by(user, statistic, x, by) for user in users)
+
+
+def _normalised_by(user: fx.Node, value: fx.Node, x: fx.Node, by: tuple[str, ...]) -> bool:
+    name = user.meta["name"]
+    others = [node for node in tensors(user) if node is not value]
+    if name == "part":
+        return normalises(user, x, ("sub",) if user.args[1] == 1 else by)
+    if name in by and any(_made_of(node, x) for node in others):
+        return True
+    known = op_of(name)
+    passed = name in _OF_A_SPREAD or (known is not None and (known.views or known.scaling is Scaling.HOMOGENEOUS))
+    held = all(node.meta["name"] in ("parameter", "constant") for node in others)
+    return passed and held and normalises(user, x, by)
+
+
+def _made_of(node: fx.Node, x: fx.Node) -> bool:
+    """Whether `node` is `x`, entry by entry and at the same places: itself, centred, scaled or of another type."""
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        if node is x:
+            return True
+        known = op_of(node.meta["name"])
+        if known is not None and known.elementwise and node.meta["index"] > x.meta["index"]:
+            sources = set(tensors(node)) - seen
+            waiting += sources
+            seen |= sources
+    return False
 
 
 @register_op("python.local_response_norm")
@@ -201,12 +214,3 @@ def local_response_norm(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
     """Every channel is divided by a norm over its neighbours."""
     c.pin(x.rows[1], f"its neighbours take part in {c.where()}")
     return x.rows
-
-
-@register_op("cosine_similarity", "pairwise_distance")
-def similarity(c: Context, a: Operand, b: Operand, dim: int = 1, *_: Any, **__: Any) -> Rows:
-    """A normalised product, or a distance with a constant in each entry, summed over one dimension."""
-    rows = c.broadcast([a, b])
-    c.pin(rows[int(dim) if c.node.meta["name"] == "cosine_similarity" else -1], f"it is summed over by {c.where()}")
-    at = int(dim) % len(rows) if c.node.meta["name"] == "cosine_similarity" else len(rows) - 1
-    return tuple(row for place, row in enumerate(rows) if place != at)

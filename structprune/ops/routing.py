@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from structprune.ops.along import competing, dimension
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.normalisation import competing, dimension
 from structprune.ops.op import Contraction, Indices, Result, op_of, register_op
 from structprune.ops.relations import Rows
 from structprune.ops.zeros import ZeroContext, Zeros, unknown

@@ -11,12 +11,13 @@ removed index of that dimension is zero. It pins what an operation sums over whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from structprune.ops.arguments import arguments, positional
 from structprune.ops.arguments import tensors as tensors_of
 from structprune.ops.relations import Row, Rows
 from structprune.tracing.provenance import plain
@@ -154,8 +155,10 @@ _ANY = (-2.5, -1.0, -0.25, 0.0, 0.3, 1.0, 3.5)
 _zero_results: dict[object, bool] = {}
 
 
-def gives_zero(node: fx.Node, off: frozenset[int]) -> bool:
+def gives_zero(node: fx.Node, off: frozenset[int], changed: Mapping[str, Any] | None = None) -> bool:
     """Whether an elementwise operation gives zero where the tensor arguments `off` are zero, whatever the others are.
+
+    With `changed`, some of its arguments are others than in the call.
 
     It is run: with zeros for those, and with every combination of a few values for the others. With three tensors, of
     which the second is zero, ``addcmul(x, y, z)`` sees (x, 0, z) for 49 pairs (x, z), and gives x: not zero.
@@ -167,9 +170,9 @@ def gives_zero(node: fx.Node, off: frozenset[int]) -> bool:
     types = tuple(str(tensor.meta.get("dtype")) for tensor in tensors)
     as_text: Any = _Tensor()
     rest = fx.map_arg((node.args, node.kwargs), lambda _: as_text)
-    key = (node.meta["name"], str(node.target), off, types, str(plain(rest)))
+    key = (node.meta["name"], str(node.target), off, types, str(plain(rest)), str(changed))
     if key not in _zero_results:
-        _zero_results[key] = _run(node, tensors, off, others)
+        _zero_results[key] = _run(node, tensors, off, others, changed or {})
     return _zero_results[key]
 
 
@@ -180,7 +183,7 @@ class _Tensor:
         return "tensor"
 
 
-def _run(node: fx.Node, tensors: list[fx.Node], off: frozenset[int], others: int) -> bool:
+def _run(node: fx.Node, tensors: list[fx.Node], off: frozenset[int], others: int, changed: Mapping[str, Any]) -> bool:
     grids = iter(torch.meshgrid(*[torch.tensor(_ANY)] * others, indexing="ij")) if others else iter(())
     places = iter(range(len(tensors)))
     met_zero = torch.zeros([len(_ANY)] * others, dtype=torch.bool)
@@ -195,7 +198,14 @@ def _run(node: fx.Node, tensors: list[fx.Node], off: frozenset[int], others: int
             met_zero = met_zero | (given == 0)
         return given
 
-    args, kwargs = plain(fx.map_arg((node.args, node.kwargs), value))
+    given: Any = (node.args, node.kwargs)
+    if changed:
+        args, kwargs = positional(node.meta["name"], node.target, node.args, node.kwargs)
+        for place, name in enumerate(arguments(node)):
+            if name in changed:
+                args[place] = changed[name]
+        given = (tuple(args), kwargs)
+    args, kwargs = plain(fx.map_arg(given, value))
     try:
         function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
         result = function(*(args[1:] if node.op == "call_method" else args), **kwargs)

@@ -58,7 +58,9 @@ class Streamed(TorchFunctionMode):
         the mode does not see it (`unseen`) are changed at once; so are buffers, since forwards write into them.
         """
         parameter = isinstance(tensor, nn.Parameter)
-        changes = tensor.is_floating_point() and (bool(thinnings) or self._kind_of(tensor) != tensor.dtype)
+        changes = (tensor.is_floating_point() or tensor.is_complex()) and (
+            bool(thinnings) or self._kind_of(tensor) != tensor.dtype
+        )
         if parameter and not changes:
             return tensor
         if not parameter or unseen or type(tensor) is not nn.Parameter or _bytes(tensor) <= SMALL:
@@ -77,7 +79,7 @@ class Streamed(TorchFunctionMode):
     def _changed(self, tensor: Tensor, thinnings: Iterable[Thinning], fresh: bool = False) -> Tensor:
         """`tensor` in the precision of the run, with the removed slices zero."""
         result = tensor.detach().to(self._kind_of(tensor))
-        removed = list(thinnings) if tensor.is_floating_point() else []
+        removed = list(thinnings) if tensor.is_floating_point() or tensor.is_complex() else []
         if (removed or fresh) and result.data_ptr() == tensor.data_ptr():
             result = result.clone()
         for thinning in removed:

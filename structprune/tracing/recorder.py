@@ -274,6 +274,7 @@ class Recorder(CallMode):
             args = [*args, call.name]
         tensors = holds_tensor(result)
         if not tensors and call.name in ASKED:
+            self._compared(call, args, kwargs)
             return  # its value went to Python: only possible on real tensors, where Python follows the real branch
         node = self._node(op, target, tuple(args), kwargs, call.name)
         node.meta["where"] = source_line()
@@ -288,6 +289,14 @@ class Recorder(CallMode):
         elif tensors:
             node.meta["shape"] = [tuple(t.shape) if isinstance(t, Tensor) else None for t in result]
             self._unpack(node, result)
+
+    def _compared(self, call: Call, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Two tensors that Python compares as a whole must go on having the same shape."""
+        sources: list[fx.Node] = []
+        fx.map_arg((args, kwargs), sources.append)
+        if len(sources) > 1:
+            for source in sources:
+                source.meta["compared"] = f"{call.name} at {source_line()}"
 
     def _unpack(self, node: fx.Node, result: Any) -> None:
         for position, item in enumerate(result):

@@ -192,18 +192,18 @@ class SqueezeExciteByLinear(nn.Module):
         return self.conv2(x * gate.view(b, c, 1, 1).expand_as(x))
 
 
-@case(image(), {"conv1.weight": 0, "conv2.weight": 1})
+@case(image(), {"head.weight": 1}, pinned={"conv1": "averaged over by std"})
 class SpatialGate(nn.Module):
-    """Spatial attention: where to look, from statistics over the channels."""
+    """Spatial attention: where to look, from statistics over the channels, in which a channel at zero counts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.spatial = conv(3, 8), conv(8, 4), conv(2, 1)
+        self.conv1, self.conv2, self.spatial, self.head = conv(3, 8), conv(8, 8), conv(2, 1), conv(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         pooled = torch.cat([x.mean(1, keepdim=True), x.std(dim=1, keepdim=True)], dim=1)
-        return self.conv2(x * torch.sigmoid(self.spatial(pooled)))
+        return self.head(self.conv2(x * torch.sigmoid(self.spatial(pooled))))
 
 
 @case(image(), {"stem.weight": 0, "depth.weight": 0, "norm.weight": 0, "up.weight": (0, 1), "gamma": 0})

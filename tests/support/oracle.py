@@ -54,8 +54,8 @@ def _dead_elements(same: Tensor, natural: Tensor) -> Tensor | None:
 
 
 def _switch_off(model: nn.Module, removed: Removed) -> nn.Module:
-    """Set every removed slice of ``model`` to zero, in place."""
-    tensors = floating_tensors(model)
+    """Set every removed slice of ``model`` to zero, in place; integers that are indices or masks stay."""
+    tensors = floating_tensors(model) | {n: t for n, t in model.named_parameters() if t.is_complex()}
     with torch.no_grad():
         for name, dims in removed.items():
             for dim, indices in dims.items():

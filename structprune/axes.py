@@ -149,10 +149,20 @@ class _Reader:
                 if rank == 3 and _kind(node) not in _CONVOLUTIONS and len(held.meta["shape"]) == 3:
                     self._mark("experts", self._held[tensor][:1])
 
+    def recurrent(self, node: fx.Node, inputs: list[fx.Node]) -> None:
+        """The matrices of all layers: each makes hidden channels, gate by gate."""
+        for tensor in (t for held in inputs for t in self._made_of.get(held, ())):
+            if self.ranks[tensor] == 2:
+                self.weights |= {(tensor, 0), (tensor, 1)}
+                self.producers.add((tensor, 0))
+
     def _made(self, node: fx.Node, tensor: str) -> Iterable[int]:
         """The dimensions of a weight whose channels are those of the result."""
-        results = {row.key for row in self._rows(node) if row.free}
-        return (dim for dim, row in enumerate(self._held[tensor]) if row.free and row.key in results)
+        results = {self._parts(row) for row in self._rows(node) if row.free}
+        return (dim for dim, row in enumerate(self._held[tensor]) if row.free and self._parts(row) in results)
+
+    def _parts(self, row: Row) -> bytes:
+        return self._components.of(row).tobytes()
 
 
 _READERS: dict[str, Callable[[_Reader, fx.Node, list[fx.Node]], None]] = {
@@ -160,6 +170,7 @@ _READERS: dict[str, Callable[[_Reader, fx.Node, list[fx.Node]], None]] = {
     "einsum": _Reader.product,
     "attention": _Reader.attention,
     "embedding": _Reader.embedding,
+    "recurrent": _Reader.recurrent,
 }
 
 

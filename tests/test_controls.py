@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import oracle
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import structprune
 from structprune.allocation.savings import savings
@@ -122,9 +124,60 @@ def test_modules_are_keys_too() -> None:
 def test_a_named_layer_that_cannot_lose_its_share_is_refused() -> None:
     with pytest.raises(PlanError, match=r"'stem', whose channels go together with those of layer1.4, layer2.4"):
         structprune.plan(Residual(), IMAGE, ratio={"stem": 0.5})
-    with pytest.raises(PinnedError, match=r"ratio names 'head', but head: 10 channels, pinned: .*output"):
+    with pytest.raises(PinnedError, match=r"ratio names 'head', but the channels of head may not be .*output"):
         structprune.plan(Residual(), IMAGE, ratio={"head": 0.5})
     structprune.plan(Residual(), IMAGE, ratio={"*": 0.5, "head": 0.0})  # asking for nothing is fine
+
+
+class Wrapped(nn.Module):
+    """A layer of any kind behind a linear layer, or a table at the start, before two linear layers."""
+
+    def __init__(self, layer: nn.Module, table: bool = False) -> None:
+        super().__init__()
+        self.table = table
+        self.first, self.a = nn.Linear(16, 16), layer
+        self.b, self.c = nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table:
+            return self.c(self.b(self.a(x)).relu())
+        x = self.first(x)
+        y = self.a(x, x, x) if isinstance(self.a, nn.MultiheadAttention) else self.a(x)
+        return self.c(self.b(y[0] if isinstance(y, tuple) else y).relu())
+
+
+NAMED: dict[str, Callable[[], nn.Module]] = {
+    "rnn": lambda: nn.RNN(16, 16),
+    "gru": lambda: nn.GRU(16, 16, num_layers=2),
+    "lstm": lambda: nn.LSTM(16, 16),
+    "attention": lambda: nn.MultiheadAttention(16, 4),
+    "bag": lambda: nn.EmbeddingBag(9, 16),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(16, 16, bias=False)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(16, 16)),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_any_kind_of_layer_can_be_named(kind: str) -> None:
+    """Half of what the layer makes goes; and a zero for the layer behind it does not keep that."""
+    model = Wrapped(NAMED[kind](), table=kind == "bag").eval()
+    x = torch.randint(9, (3, 4)) if kind == "bag" else torch.randn(2, 4, 16)
+    named = {"a": 0.5} if kind != "attention" else {"a": 0.5, "first": 0.5}  # its heads read as wide an input
+    for ratio in (named, {"*": 0.5, "b": 0.0}):
+        slim = structprune.prune(model, x, ratio=ratio, round_to=1)
+        assert slim.b.in_features == 8
+        assert slim.b.out_features == 8
+
+
+def test_a_pattern_or_block_where_nothing_can_follow_is_refused() -> None:
+    for key in ("layer?.4", "stem*"):
+        with pytest.raises(PlanError, match=r"go together with those of .*, for which it asks for none"):
+            structprune.plan(Residual(), IMAGE, ratio={key: 0.5})
+    with pytest.raises(PinnedError, match=r"'h\*d', but the channels of head may not be removed: .* output"):
+        structprune.plan(Residual(), IMAGE, ratio={"h*d": 0.5})
+    with pytest.raises(PinnedError, match=r"'1', which makes no channels of its own .* those of 0\. Name these"):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+        structprune.plan(net, torch.randn(1, 3, 9, 9), ratio={"1": 0.5})
 
 
 @pytest.mark.parametrize(("key", "message"), [("layer9", "no layer 'layer9'"), ("layer9.*", "'layer9.\\*' in ratio")])
@@ -178,6 +231,14 @@ def test_flattened_channels_are_rounded_before_they_are_flattened() -> None:
     model = nn.Sequential(nn.Conv2d(3, 40, 5), nn.Flatten(), nn.Linear(40 * 64, 4))
     slim = structprune.prune(model, IMAGE, ratio=0.3, round_to=16)
     assert slim[0].out_channels == 32
+
+
+def test_auto_leaves_a_choice_where_each_channel_takes_an_odd_number_of_rows_along() -> None:
+    """16 maps of 7 x 7 made by a linear layer: 784 is a multiple of 16, but 49 rows a map would need all 16 at once."""
+    model = nn.Sequential(nn.Linear(8, 16 * 49), nn.Unflatten(1, (16, 7, 7)), nn.ConvTranspose2d(16, 1, 4))
+    for options in ({"ratio": 0.5}, {"ratio": {"0": 0.5}}, {"target": {"macs": 0.5}}):
+        slim = structprune.prune(model, torch.randn(2, 8), **options)
+        assert (slim[0].out_features, slim[2].in_channels) == (8 * 49, 8)
 
 
 def test_auto_takes_less_for_narrow_layers() -> None:
@@ -409,6 +470,14 @@ def test_layers_alike_stay_alike_where_the_target_allows() -> None:
 def test_a_target_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         structprune.plan(Residual(), IMAGE, **options)
+
+
+def test_a_target_that_cannot_be_met_says_what_may_not_go_and_why() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
+    with pytest.raises(PlanError, match=r"Nothing may go: 0\.weight, dim 0 \(0 is ignored\)"):
+        structprune.plan(model, torch.randn(2, 8), target={"macs": 0.5}, ignore=["0"])
+    with pytest.raises(PlanError, match=r"Left whole are head.weight, dim 0 \(.*output.*\); hidden, as axes= asks"):
+        structprune.plan(Residual(), IMAGE, target={"macs": 0.01}, axes=["channels"])
 
 
 def test_sets_of_layers_compete_among_themselves() -> None:

@@ -289,7 +289,7 @@ def scatter(c: Context, x: Operand, dim: int, index: Operand, *rest: Any, **kwar
     return x.rows
 
 
-@register_op("python.embedding_bag", zeros=_last)
+@register_op("python.embedding_bag", zeros=_last, contraction=Contraction("embedding", lambda _: ()))
 def embedding_bag(
     c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *_: Any, **named: Any
 ) -> Rows:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from structprune.ops.context import Context, Operand
-from structprune.ops.op import Count, RowsOf, register_op
+from structprune.ops.op import Contraction, Count, RowsOf, register_op
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros
 
@@ -38,7 +38,11 @@ def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
     return steps * sum(prod(count(row) for row in matrix) for matrix in weights if len(matrix) == 2)
 
 
-@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs)
+# What it sums away is inside of it: no other operation sees those channels.
+_LAYERS = Contraction("recurrent", lambda _: ())
+
+
+@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs, contraction=_LAYERS)
 def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
     name = c.node.meta["name"]
@@ -75,7 +79,7 @@ def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     return results
 
 
-@register_op("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zeros=_hidden, macs=_macs)
+@register_op("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zeros=_hidden, macs=_macs, contraction=_LAYERS)
 def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Rows | list[Rows | None]:
     """One step of a recurrent layer."""
     name = c.node.meta["name"].removesuffix("_cell")

@@ -175,8 +175,8 @@ def test_a_pattern_or_block_where_nothing_can_follow_is_refused() -> None:
             structprune.plan(Residual(), IMAGE, ratio={key: 0.5})
     with pytest.raises(PinnedError, match=r"'h\*d', but the channels of head may not be removed: .* output"):
         structprune.plan(Residual(), IMAGE, ratio={"h*d": 0.5})
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
     with pytest.raises(PinnedError, match=r"'1', which makes no channels of its own .* those of 0\. Name these"):
-        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
         structprune.plan(net, torch.randn(1, 3, 9, 9), ratio={"1": 0.5})
 
 
@@ -394,6 +394,62 @@ def test_heads_and_head_sizes_both_go_if_both_are_named() -> None:
     slim = exact(Transformer(), IDS, plan)
     assert (slim.heads, slim.kv_heads, slim.size) == (4, 2, 8)
     assert slim.fc1.out_features == 256
+
+
+class Repeated(Transformer):
+    """Keys and values repeated for each query head, unless there is one for each."""
+
+    def __init__(self) -> None:
+        super().__init__(heads=16)
+        self.repeats = self.heads // self.kv_heads
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        if self.repeats == 1:
+            return x
+        b, heads, n, size = x.shape
+        return x[:, :, None].expand(b, heads, self.repeats, n, size).reshape(b, heads * self.repeats, n, size)
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        x = self.embed(ids)
+        q, k, v = (f(self.norm(x)).view(*ids.shape, -1, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, self._repeated(k), self._repeated(v))
+        return {"logits": self.out(x + self.o(y.transpose(1, 2).flatten(2)))}
+
+
+@pytest.mark.parametrize("build", [lambda: Transformer(heads=16), Repeated], ids=["enable_gqa", "repeated"])
+def test_query_heads_go_while_key_and_value_heads_stay(build: Callable[[], Transformer]) -> None:
+    for options in ({"axes": ["heads"], "ignore": ["k", "v"], "ratio": 0.5}, {"ratio": {"q": 0.5}}):
+        model = build()
+        slim = exact(model, IDS, structprune.plan(model, IDS, outputs=["logits"], **options))
+        assert (slim.q.out_features, slim.k.out_features, slim.v.out_features) == (128, 64, 64)
+    plan = structprune.plan(model, IDS, outputs=["logits"], ratio={"q": 0.9})
+    least = 2 if isinstance(model, Repeated) else 1  # with one, another branch of its forward would run
+    assert exact(model, IDS, plan).q.out_features == 64 * least
+
+
+class LiteralHeads(nn.Module):
+    """Attention whose head size is a literal, so that the number of heads follows from the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Embedding(11, 24), nn.Linear(24, 3 * 128)
+        self.proj, self.out = nn.Linear(128, 24), nn.Linear(24, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        b, n = ids.shape
+        q, k, v = (t.reshape(b, n, t.shape[-1] // 32, 32).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+        return self.out(x + self.proj(y))
+
+
+def test_whole_heads_of_a_literal_size_go() -> None:
+    model = LiteralHeads()
+    assert [(g.name, g.channels) for g in structprune.DependencyGraph(model, IDS).groups() if g.axis == "heads"] == [
+        ("qkv", 4)
+    ]
+    slim = exact(model, IDS, structprune.plan(model, IDS, ratio=0.5))
+    assert (slim.qkv.out_features, slim.proj.in_features) == (192, 64)
 
 
 def test_the_plan_prints_its_axes() -> None:

@@ -111,8 +111,9 @@ class _Table:
         if not groups:
             raise self._nothing(key, tensors)
         together = [sorted({_layer(t) for t in makers(group) if not self._share(t)}) for group in groups]
+        follows = [group for group, others in zip(groups, together, strict=True) if not others]
         is_layer = key in self._names and all(_layer(tensor) in (key, tensor) for tensor in tensors)
-        if any(together) if is_layer else all(together):
+        if not follows or (is_layer and not _places(groups, tensors) <= _places(follows, tensors)):
             others = max(together, key=len)
             raise PlanError(
                 f"ratio asks for {share} of {key!r}, whose channels go together with those of "
@@ -132,6 +133,12 @@ class _Table:
         layers = {_layer(tensor) for group in seen for tensor in self._graph.roles.makers(group)}
         others = f": they are those of {', '.join(sorted(layers)[:5])}. Name these" if layers else ""
         return PinnedError(f"ratio names {key!r}, which makes no channels of its own that could go{others}.")
+
+
+def _places(groups: list[Group], tensors: list[str]) -> set[tuple[str, int, int]]:
+    """Where these tensors are thinned: of a grid (key-value heads x their query heads) one factor is enough."""
+    members = [member for group in groups for member in group.members if member.tensor in tensors and member.dim == 0]
+    return {(m.tensor, m.dim, position) for m in members for position in m.positions.tolist()}
 
 
 def _layer(tensor: str) -> str:

@@ -12,12 +12,14 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from structprune.channels.propagate import Channels, Invariant
 from structprune.channels.sections import Sections
 from structprune.channels.solver import Components
 from structprune.channels.trials import Counter, trials
 from structprune.errors import PlanError
-from structprune.ops.relations import Expectation, Row
+from structprune.ops.relations import Bound, Expectation, Row
 from structprune.tracing.provenance import (
     Arithmetic,
     Attribute,
@@ -73,6 +75,7 @@ class SizeSolver:
         self._rewritable = rewritable
         self._expectations = [*channels.relations.expectations, *self._promised()]
         self._attempted: set[tuple[object, ...]] = set()
+        self._bounded: set[Comparison] = set()
         held = (row for number in channels.held for row in channels.rows[number])
         self._sections = Sections(self._relations, channels.every_row(), held)
 
@@ -96,7 +99,7 @@ class SizeSolver:
     def solve(self) -> tuple[Components, Sizes]:
         """Components of channels whose removal leaves every int right, and what to change."""
         while True:
-            components = Components(self._relations)
+            components = self._components = Components(self._relations)
             balances = self._sections.settle(components)
             if balances is None:
                 continue
@@ -231,9 +234,29 @@ class SizeSolver:
         if expected or numbers:
             return
         for failure in failures:
-            if isinstance(failure, Comparison):
+            if isinstance(failure, Comparison) and not self._bound(failure):
                 self._pin(failure.left, failure.where)
                 self._pin(failure.right, failure.where)
+
+    def _bound(self, c: Comparison) -> bool:
+        """Make a comparison keep its outcome by keeping enough channels of the one row that it counts.
+
+        ``if repeats == 1: return x``, with 4 repeats, stays false while 2 are left.
+        """
+        counted = {*leaves(c.left), *leaves(c.right)}
+        if c in self._bounded or len(counted) != 1:
+            return False
+        self._bounded.add(c)
+        (leaf,) = counted
+        row = self._row(leaf) if isinstance(leaf, Dim) else self._attributes.get(leaf)
+        if row is None or not row.free or row.size != self._before(leaf):
+            return False
+
+        least = c.fewest(row.size)
+        if not 1 < least < row.size:
+            return False
+        self._relations.bounds.append(Bound(row, f"the comparison of its number at {c.where}", least))
+        return True
 
     def _try_tie(self, e: Expectation) -> bool:
         key = (e.expression, e.row.key if e.row.free else e.row.size, e.node)
@@ -263,6 +286,9 @@ class SizeSolver:
             return False
         left, right = expression.left, expression.right
         if expression.symbol == "//":
+            whole = self._whole(left, row, right)
+            if whole is not None:
+                return self._tie(left, whole, node)
             factor = self._factor(right)
             if factor is None or self._size(left) != row.size * factor.size:
                 return False
@@ -277,6 +303,24 @@ class SizeSolver:
                 for part, piece in ((left, outer), (right, inner))
             )
         return False
+
+    def _whole(self, counted: Expression, row: Row, divisor: Expression) -> Row | None:
+        """The channels `counted`, if a literal divides their number into pieces numbered by `row`: its length is held.
+
+        ``reshape(b, n, c // 32, 32)``: the second 32 could be rewritten, the first cannot, so heads go whole.
+        """
+        whole = self._row(counted) if isinstance(counted, Dim) else None
+        if whole is None or not whole.free or not row.free or not isinstance(divisor, Constant):
+            return None
+        mine = self._components.of(whole)
+        for grid in self._relations.grids:
+            others = [factor for factor in grid.factors if factor.key != row.key]
+            fits = len(others) < len(grid.factors) and grid.cells.free
+            if fits and np.array_equal(self._components.of(grid.cells), mine):
+                for factor in others:
+                    self._hold(factor)
+                return grid.cells
+        return None
 
     def _adopt(self, attribute: Attribute, row: Row, node: int) -> bool:
         """From now on the attribute, which stands in expressions only, is what counts `row`."""

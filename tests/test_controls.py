@@ -452,6 +452,41 @@ def test_whole_heads_of_a_literal_size_go() -> None:
     assert (slim.qkv.out_features, slim.proj.in_features) == (192, 64)
 
 
+class StateSpace(nn.Module):
+    """A selective scan between two projections, in a residual stream."""
+
+    def __init__(self, width: int = 12, inner: int = 20, state: int = 6) -> None:
+        super().__init__()
+        self.state = state
+        self.embed, self.out = nn.Embedding(11, width), nn.Linear(width, 3)
+        self.into, self.back = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
+        self.conv = nn.Conv1d(inner, inner, 3, padding=1, groups=inner)
+        self.select, self.step = nn.Linear(inner, 1 + 2 * state), nn.Linear(1, inner)
+        self.decay, self.skip = nn.Parameter(torch.randn(inner, state)), nn.Parameter(torch.randn(inner))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        u, gate = self.into(x).chunk(2, -1)
+        u = F.silu(self.conv(u.transpose(1, 2)).transpose(1, 2))
+        step, b, c = self.select(u).split([1, self.state, self.state], -1)
+        step = F.softplus(self.step(step))
+        keep, add = torch.exp(-step[..., None] * self.decay.exp()), (step * u)[..., None] * b[:, :, None]
+        h, outputs = torch.zeros_like(add[:, 0]), []
+        for t in range(ids.shape[1]):
+            h = keep[:, t] * h + add[:, t]
+            outputs.append((h @ c[:, t, :, None]).squeeze(-1))
+        y = (torch.stack(outputs, 1) + u * self.skip) * F.silu(gate)
+        return self.out(x + self.back(y))
+
+
+def test_the_inner_width_of_a_state_space_layer_is_no_residual_stream() -> None:
+    model = StateSpace()
+    found = {group.channels: group.axis for group in structprune.DependencyGraph(model, IDS).groups()}
+    assert (found[12], found[20]) == ("hidden", "mlp")
+    slim = exact(model, IDS, structprune.plan(model, IDS, ratio=0.5, axes=["mlp"], round_to=1))
+    assert (slim.embed.embedding_dim, slim.conv.groups) == (12, 10)
+
+
 def test_the_plan_prints_its_axes() -> None:
     plan = structprune.plan(Transformer(), IDS, ratio=0.5)
     text = str(plan)

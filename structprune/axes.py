@@ -2,8 +2,8 @@
 
 Nothing here knows a layer's class or name. Attention is a product of two tensors that both depend on the input: what it
 sums over is a head's size, what it runs over in parallel are heads. A residual stream is what additions of such tensors
-carry on, each with something of a layer's that the other has not. Experts are the leading dimension of a stack of weight
-matrices, used as it stands or looked up for each token.
+carry on, each with something of a layer's that the other has not. Experts are the leading dimension of a stack of
+weight matrices, used as it stands or looked up for each token. Groups are those of a convolution in groups.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from structprune.ops.op import Scaling
 from structprune.ops.relations import Row
 from structprune.tracing.trace import Trace
 
-AXES = ("hidden", "mlp", "channels", "heads", "head_size", "experts")
+AXES = ("hidden", "mlp", "channels", "groups", "heads", "head_size", "experts")
 # Dense stacks of weight matrices, one an expert, are no kernels of convolutions.
 _CONVOLUTIONS = frozenset({"convolution", "transposed"})
 # Operations that take entries of their first tensor at places that another one names.
 _LOOK_UPS = frozenset({"getitem", "index_select", "gather", "take_along_dim"})
-_LEVEL = {"hidden": 1, "experts": 2, "heads": 3, "head_size": 4}
+_LEVEL = {"hidden": 1, "groups": 2, "experts": 3, "heads": 4, "head_size": 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +175,20 @@ class _Reader:
                 if not _is_depthwise(node, held):
                     if _kind(node) in _CONVOLUTIONS:
                         self.kernels.add(tensor)
+                        self._groups(node, inputs[0], held)
                     self.producers |= {(tensor, dim) for dim in self._made(node, tensor)}
                 if rank == 3 and _kind(node) not in _CONVOLUTIONS and len(held.meta["shape"]) > 2:
                     self._mark("experts", self._held[tensor][:1])
+
+    def _groups(self, node: fx.Node, x: fx.Node, weight: fx.Node) -> None:
+        """Of a convolution in groups, what its input and its result share, and no channel in a group is."""
+        dims = len(weight.meta["shape"]) - 1
+        rows = [self._rows(x)[-dims], self._rows(node)[-dims], self._rows(weight)[1]]
+        if rows[0].size != self._rows(weight)[_kind(node) == "convolution"].size and all(row.free for row in rows[:2]):
+            left, right = (self._roots.of(self._components.of(row))[1] for row in rows[:2])
+            inside = self._roots.of(self._components.of(rows[2]))[1] if rows[2].free else np.zeros(0, dtype=np.int64)
+            shared = np.setdiff1d(np.intersect1d(left, right), inside)
+            self.level[shared] = np.maximum(self.level[shared], _LEVEL["groups"])
 
     def recurrent(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """The matrices of all layers: each makes hidden channels, gate by gate."""

@@ -20,7 +20,7 @@ from structprune.channels.trials import Counter
 from structprune.channels.unreached import pin_unreached
 from structprune.channels.zeros import pin_what_is_not_zero
 from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
-from structprune.groups import BalancedGroups, Group, Member, Roots, Slot, coupled_groups
+from structprune.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
 from structprune.ops import op_of
 from structprune.ops.relations import Ids, Row
 from structprune.tracing.provenance import Attribute, Dim, leaves
@@ -249,7 +249,7 @@ class ChannelGraph:
         chosen, first = np.unique(found, return_index=True)
         chosen = chosen[np.argsort(first)]
         chosen = chosen[self.components.roots[chosen]]
-        members = [member for group in self.groups() for member in _restricted(group, chosen)]
+        members = [member for group in self.groups() for member in restricted(group, chosen)]
         (axis,) = {group.axis for group in self.groups() if np.isin(chosen, group.components).any()} or {"channels"}
         return Group(path, chosen, tuple(members), axis)
 
@@ -312,6 +312,8 @@ class ChannelGraph:
     def chosen(self, target: Group | Layer, indices: Sequence[int]) -> Ids:
         """Components of the channels `indices` of a group, or of the output channels of a layer.
 
+        Where a layer's channels are a grid (groups x channels in a group), whole rows and columns of it go as such.
+
         Raises:
             PlanError: indices out of range or repeated.
             PinnedError: one of them may not be removed.
@@ -328,6 +330,16 @@ class ChannelGraph:
         if len(np.unique(picked)) < len(picked):
             raise PlanError(f"Some of the indices for {name!r} are repeated: {sorted(picked.tolist())}.")
         chosen = found[picked]
+        if not isinstance(target, Group):
+            parts = self.components.of(self.output_row(target)[1])
+            whole, rest = self.roots.taking(parts, picked)
+            chosen = np.concatenate([whole, found[rest]])
+            if len(rest) and len(picked) < len(parts) and self.components.dead(chosen)[parts].all():
+                raise PlanError(
+                    f"All {len(parts)} channels of {name!r} would go with {picked.tolist()}: they form a grid (groups "
+                    "or heads x channels in each), of which whole rows and columns go. Keep one; name, say, the first "
+                    "of each group."
+                )
         held = chosen[~self.components.roots[chosen]]
         if len(held):
             reason = self.components.reasons[int(self.components.reason[held[0]])]
@@ -383,15 +395,3 @@ def _nodes_in(value: Any) -> Iterable[fx.Node]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _nodes_in(item)
-
-
-def _restricted(group: Group, chosen: Ids) -> Iterable[Member]:
-    """Members of `group` for the chosen components only, numbered as chosen."""
-    place = {int(component): number for number, component in enumerate(chosen)}
-    wanted = np.array([place.get(int(component), -1) for component in group.components])
-    if (wanted < 0).all():
-        return
-    for member in group.members:
-        channels = wanted[member.channels]
-        hit = channels >= 0
-        yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,18 @@ class Roots:
         counts = np.diff(rows.indptr)
         return np.repeat(np.arange(len(components)), counts), rows.indices.astype(np.int64)
 
+    def taking(self, components: Ids, picked: Ids) -> tuple[Ids, Ids]:
+        """Roots that take none but the positions `picked` of `components` along, and those that none of them takes.
+
+        Of 2 groups of 2 channels, positions 0 and 2 are the first channel of each group; 0 and 3 are no whole factor.
+        """
+        positions, found = self.of(components)
+        mask = np.zeros(len(components), dtype=bool)
+        mask[picked] = True
+        size = np.bincount(found)
+        whole = (size > 0) & (size == np.bincount(found[mask[positions]], minlength=len(size)))
+        return np.flatnonzero(whole), np.setdiff1d(picked, positions[whole[found]])
+
 
 def coupled_groups(components: Components, slots: list[Slot]) -> list[Group]:
     """The prunable channels of `slots`, those with the same slices in one group; in the order of the model."""
@@ -165,6 +178,18 @@ def coupled_groups(components: Components, slots: list[Slot]) -> list[Group]:
             members[number] += [Member(slot.tensor, slot.dim, at, channels) for slot in attached]
     pieces = np.split(chosen[order], np.cumsum(counts)[:-1])
     return [Group(_name(parts), piece, tuple(parts)) for piece, parts in zip(pieces, members, strict=True)]
+
+
+def restricted(group: Group, chosen: Ids) -> Iterable[Member]:
+    """Members of `group` for the chosen components only, numbered as chosen."""
+    place = {int(component): number for number, component in enumerate(chosen)}
+    wanted = np.array([place.get(int(component), -1) for component in group.components])
+    if (wanted < 0).all():
+        return
+    for member in group.members:
+        channels = wanted[member.channels]
+        hit = channels >= 0
+        yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])
 
 
 def _signatures(components: Components, spans: dict[object, tuple[Ids, Ids, list[Slot]]]) -> Ids:

@@ -452,6 +452,30 @@ def test_whole_heads_of_a_literal_size_go() -> None:
     assert (slim.qkv.out_features, slim.proj.in_features) == (192, 64)
 
 
+def _in_groups() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, groups=8), nn.Conv2d(32, 4, 3))
+
+
+def test_groups_of_a_convolution_and_channels_in_them_are_axes_of_their_own() -> None:
+    model, x = _in_groups(), torch.randn(1, 3, 9, 9)
+    found = {(g.axis, g.channels) for g in structprune.DependencyGraph(model, x).groups()}
+    assert found == {("groups", 8), ("channels", 2), ("channels", 4)}
+    for axis, groups, width in (("groups", 4, 16), ("channels", 8, 16)):
+        slim = exact(_in_groups(), x, structprune.plan(model, x, ratio=0.5, axes=[axis], round_to=1))
+        assert (slim[1].groups, slim[1].out_channels) == (groups, width)
+
+
+def test_the_same_channels_of_each_group_can_be_chosen_by_their_numbers() -> None:
+    x = torch.randn(1, 3, 9, 9)
+    for layer, gone, left in (("0", range(0, 16, 2), (8, 32, 8)), ("1", range(1, 32, 4), (16, 24, 8)),
+                              ("0", [0, 1, 6, 7], (12, 24, 6)), ("0", [0], (14, 28, 7))):  # fmt: skip
+        plan = structprune.DependencyGraph(_in_groups(), x).prune_group(layer, list(gone))
+        slim = exact(_in_groups(), x, plan)
+        assert (slim[0].out_channels, slim[1].out_channels, slim[1].groups) == left
+    with pytest.raises(PlanError, match=r"All 16 channels of '0' would go with \[0, 3, .*: they form a grid"):
+        structprune.DependencyGraph(_in_groups(), x).prune_group("0", [0, 3, 4, 7, 8, 11, 12, 15])
+
+
 class StateSpace(nn.Module):
     """A selective scan between two projections, in a residual stream."""
 

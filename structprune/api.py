@@ -93,8 +93,9 @@ def plan(
             `structprune.Sensitivity`. By default ``"local"``, with a target of latency ``"global"``: there, and with a
             sensitivity, what is lost is weighed against the time that is saved.
         axes: which kinds of channels may go: any of ``"hidden"`` (the width of a residual stream), ``"mlp"``,
-            ``"channels"`` (of convolutions inside a block), ``"heads"``, ``"head_size"``, ``"experts"``. By default
-            all, but of heads and head size only the one that comes nearer to the ratio.
+            ``"channels"`` (of convolutions inside a block), ``"groups"`` (of a convolution in groups, as a whole),
+            ``"heads"``, ``"head_size"``, ``"experts"``. By default all, but of heads and head size, or groups and
+            channels in them, only the one that comes nearer to the ratio.
         round_to: widths that change become multiples of this; ``"auto"`` takes what the model's device and type run
             fast, and less for narrow layers; 1 does not round. Where no multiple is left, a group stays whole.
         min_channels: no group keeps fewer channels.

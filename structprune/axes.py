@@ -2,13 +2,16 @@
 
 Nothing here knows a layer's class or name. Attention is a product of two tensors that both depend on the input: what it
 sums over is a head's size, what it runs over in parallel are heads. A residual stream is what additions of such tensors
-carry on. Experts are the leading dimension of a stack of weight matrices.
+carry on, each with something of a layer's that the other has not. Experts are the leading dimension of a stack of
+weight matrices, used as it stands or looked up for each token. Groups are those of a convolution in groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +26,12 @@ from structprune.ops.op import Scaling
 from structprune.ops.relations import Row
 from structprune.tracing.trace import Trace
 
-AXES = ("hidden", "mlp", "channels", "heads", "head_size", "experts")
+AXES = ("hidden", "mlp", "channels", "groups", "heads", "head_size", "experts")
 # Dense stacks of weight matrices, one an expert, are no kernels of convolutions.
 _CONVOLUTIONS = frozenset({"convolution", "transposed"})
-_LEVEL = {"hidden": 1, "experts": 2, "heads": 3, "head_size": 4}
+# Operations that take entries of their first tensor at places that another one names.
+_LOOK_UPS = frozenset({"getitem", "index_select", "gather", "take_along_dim"})
+_LEVEL = {"hidden": 1, "groups": 2, "experts": 3, "heads": 4, "head_size": 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,14 @@ class Roles:
         weights: dimensions ``(tensor, dim)`` of the weights of convolutions, linear layers and matrix products.
         producers: those of them along which a layer makes channels of its own, and the widths of embedding tables.
         ranks: number of dimensions of each tensor.
+        kernels: weights of convolutions that make channels of their own, not passing them on one by one.
     """
 
     level: NDArray[np.int8]
     weights: frozenset[tuple[str, int]]
     producers: frozenset[tuple[str, int]]
     ranks: dict[str, int]
+    kernels: frozenset[str]
 
     def axis(self, group: Group) -> str:
         """Which of `AXES` the channels of a group are."""
@@ -51,8 +58,7 @@ class Roles:
         for name, number in _LEVEL.items():
             if number == level:
                 return name
-        spatial = (self.ranks[m.tensor] > 2 for m in group.members if (m.tensor, m.dim) in self.weights)
-        return "channels" if any(spatial) else "mlp"
+        return "channels" if any(member.tensor in self.kernels for member in group.members) else "mlp"
 
     def makers(self, group: Group) -> list[str]:
         """Tensors of the layers that make the channels of a group."""
@@ -71,7 +77,10 @@ class _Reader:
         self.ranks: dict[str, int] = {}
         self.weights: set[tuple[str, int]] = set()
         self.producers: set[tuple[str, int]] = set()
-        self._computed: set[fx.Node] = set()
+        self.kernels: set[str] = set()
+        # For each tensor that depends on the input the layers it comes from without another between: a bit for each.
+        self._layers: dict[fx.Node, int] = {}
+        self._count = 0
         self._made_of: dict[fx.Node, tuple[str, ...]] = {}
         self._held: dict[str, tuple[Row, ...]] = {}
         for node in recorded.everything:
@@ -95,17 +104,31 @@ class _Reader:
             self._held[str(node.target)] = self._rows(node)
             return
         inputs = tensors(node)
-        if name == "input" or any(n in self._computed for n in inputs):
-            self._computed.add(node)
+        known = op_of(name)
+        before = [self._layers[n] for n in inputs if n in self._layers]
+        if name == "input" or (before and not self._looked_up(node, inputs)):
+            # A product of two tensors that depend on the input passes channels on; one with a weight makes them.
+            is_layer = known is not None and known.contraction is not None and len(before) < len(inputs)
+            self._layers[node] = self._bit() if name == "input" or is_layer else reduce(or_, before)
         else:
             self._made_of[node] = tuple(dict.fromkeys(x for n in inputs for x in self._made_of.get(n, ())))
-        known = op_of(name)
         if known is None:
             return
         if known.contraction is not None:
             _READERS.get(known.contraction.kind, _Reader.contraction)(self, node, inputs)
         elif known.elementwise and known.scaling is Scaling.SUM:
             self.sum(node, inputs)
+
+    def _bit(self) -> int:
+        self._count += 1
+        return 1 << self._count
+
+    def _looked_up(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
+        """Whether the result holds matrices of a stack of weights, chosen by the input.
+
+        Rows of a table that are looked up are activations.
+        """
+        return node.meta["name"] in _LOOK_UPS and any(self.ranks[t] > 2 for t in self._made_of.get(inputs[0], ()))
 
     # -- one function for each kind of operation -----------------------------------------------------------------
 
@@ -121,14 +144,19 @@ class _Reader:
             self._mark("head_size", rows[-1:])
 
     def sum(self, node: fx.Node, inputs: list[fx.Node]) -> None:
-        """Two results of the same shape added: channels that go on beside a block."""
-        both = [n for n in inputs if n in self._computed]
+        """Two results of the same shape added, each with a layer's channels of its own: they go on beside a block.
+
+        A rotation of heads or the step of a scan adds what comes from the same layers: nothing goes on there.
+        """
+        both = [n for n in inputs if n in self._layers]
         if len(both) == 2 and both[0].meta.get("shape") == both[1].meta.get("shape"):
-            self._mark("hidden", self._rows(node))
+            left, right = (self._layers[n] for n in both)
+            if left & ~right and right & ~left:
+                self._mark("hidden", self._rows(node))
 
     def product(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Attention if both factors depend on the input; experts if one is a stack of weights."""
-        if len(inputs) > 1 and all(factor in self._computed for factor in inputs[-2:]):
+        if len(inputs) > 1 and all(factor in self._layers for factor in inputs[-2:]):
             a, b = (self._rows(factor) for factor in inputs[-2:])
             self._mark("heads", (*a[:-2], *b[:-2]))
             self._mark("head_size", (*a[-1:], *b[-2:]))
@@ -144,14 +172,37 @@ class _Reader:
                     continue
                 self.weights |= {(tensor, dim) for dim in range(rank)}
                 if not _is_depthwise(node, held):
+                    if _kind(node) in _CONVOLUTIONS:
+                        self.kernels.add(tensor)
+                        self._groups(node, inputs[0], held)
                     self.producers |= {(tensor, dim) for dim in self._made(node, tensor)}
-                if rank == 3 and _kind(node) not in _CONVOLUTIONS and len(held.meta["shape"]) == 3:
+                if rank == 3 and _kind(node) not in _CONVOLUTIONS and len(held.meta["shape"]) > 2:
                     self._mark("experts", self._held[tensor][:1])
+
+    def _groups(self, node: fx.Node, x: fx.Node, weight: fx.Node) -> None:
+        """Of a convolution in groups, what its input and its result share, and no channel in a group is."""
+        dims = len(weight.meta["shape"]) - 1
+        rows = [self._rows(x)[-dims], self._rows(node)[-dims], self._rows(weight)[1]]
+        if rows[0].size != self._rows(weight)[_kind(node) == "convolution"].size and all(row.free for row in rows[:2]):
+            left, right = (self._roots.of(self._components.of(row))[1] for row in rows[:2])
+            inside = self._roots.of(self._components.of(rows[2]))[1] if rows[2].free else np.zeros(0, dtype=np.int64)
+            shared = np.setdiff1d(np.intersect1d(left, right), inside)
+            self.level[shared] = np.maximum(self.level[shared], _LEVEL["groups"])
+
+    def recurrent(self, node: fx.Node, inputs: list[fx.Node]) -> None:
+        """The matrices of all layers: each makes hidden channels, gate by gate."""
+        for tensor in (t for held in inputs for t in self._made_of.get(held, ())):
+            if self.ranks[tensor] == 2:
+                self.weights |= {(tensor, 0), (tensor, 1)}
+                self.producers.add((tensor, 0))
 
     def _made(self, node: fx.Node, tensor: str) -> Iterable[int]:
         """The dimensions of a weight whose channels are those of the result."""
-        results = {row.key for row in self._rows(node) if row.free}
-        return (dim for dim, row in enumerate(self._held[tensor]) if row.free and row.key in results)
+        results = {self._parts(row) for row in self._rows(node) if row.free}
+        return (dim for dim, row in enumerate(self._held[tensor]) if row.free and self._parts(row) in results)
+
+    def _parts(self, row: Row) -> bytes:
+        return self._components.of(row).tobytes()
 
 
 _READERS: dict[str, Callable[[_Reader, fx.Node, list[fx.Node]], None]] = {
@@ -159,6 +210,7 @@ _READERS: dict[str, Callable[[_Reader, fx.Node, list[fx.Node]], None]] = {
     "einsum": _Reader.product,
     "attention": _Reader.attention,
     "embedding": _Reader.embedding,
+    "recurrent": _Reader.recurrent,
 }
 
 
@@ -176,4 +228,4 @@ def _is_depthwise(node: fx.Node, weight: fx.Node) -> bool:
 def roles(recorded: Trace, channels: Channels, components: Components, roots: Roots) -> Roles:
     """What the channels of a trace are to the network."""
     read = _Reader(recorded, channels, components, roots)
-    return Roles(read.level, frozenset(read.weights), frozenset(read.producers), read.ranks)
+    return Roles(read.level, frozenset(read.weights), frozenset(read.producers), read.ranks, frozenset(read.kernels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -16,6 +16,7 @@ from structprune.allocation.savings import savings
 from structprune.allocation.scopes import Curves, Scope, Steps, Unit, Worth, check_scope, lost, steps_of
 from structprune.allocation.scopes import as_json as scope_as_json
 from structprune.allocation.targets import Kept, Target, amounts, kept_for, target_of
+from structprune.axes import AXES
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -88,7 +89,8 @@ class Decision:
             group: request.rounding.feasible(group, graph.roles, graph.bounds(group), step)
             for group, step in zip(graph.groups(), measured, strict=True)
         }
-        groups = thinned_groups(graph, ratio, feasible, check_axes(request.axes))
+        axes = check_axes(request.axes)
+        groups = thinned_groups(graph, ratio, feasible, axes)
         if request.scope != "local":
             self._rank(groups)
         units = _units(graph, groups, feasible)
@@ -100,7 +102,7 @@ class Decision:
             kept = steps.kept_at(ratio)
         else:
             self._rank(groups)
-            kept = kept_for(steps, target, self._amounts)
+            kept = kept_for(steps, target, self._amounts, lambda: _left_whole(graph, groups, axes))
             found = self._amounts(kept)
             self.settings["reached"] = {name: found[name] / self._before[name] for name in target.limits}
         self.kept = kept
@@ -158,6 +160,24 @@ class Decision:
             measured = None if thinned else self._time.whole
             found["latency"] = 1e3 * (measured or self._time.seconds(count))
         return found
+
+
+# So many of the layers that stay whole are named in a message.
+_NAMED = 5
+
+
+def _left_whole(graph: ChannelGraph, thinned: Sequence[Group], axes: Collection[str] | None) -> str:
+    """What may not go, and why: the channels that layers make, and the groups on axes that were not asked for."""
+    pinned = graph.pinned()
+    weights = [slot for slot in graph.slots if (slot.tensor, slot.dim) in graph.roles.producers]
+    found = [f"{name} ({pinned[name]})" for slot in weights if (name := f"{slot.tensor}, dim {slot.dim}") in pinned]
+    more = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
+    present = {group.axis for group in graph.groups()}
+    others = [axis for axis in AXES if axis in present and axes is not None and axis not in axes]
+    parts = [*found[:_NAMED], *more, *([f"{' and '.join(others)}, as axes= asks"] if others else [])]
+    if not parts:
+        return ""
+    return f" {'Left whole are' if thinned else 'Nothing may go:'} {'; '.join(parts)}."
 
 
 def _of_what_is_left(gone: np.ndarray, whole: int) -> np.ndarray:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from structprune.graph import ChannelGraph, Layer
 from structprune.groups import Group
 from structprune.plan import Plan
 from structprune.planning import plan_removal
+from structprune.tracing.subgraph import layer_flow
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class DependencyGraph(ChannelGraph):
@@ -38,6 +43,23 @@ class DependencyGraph(ChannelGraph):
         >>> model[2].weight.shape
         torch.Size([4, 6, 3, 3])
     """
+
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """The layers that hold tensors, with an edge where one's output reaches the next.
+
+        Node attributes: ``groups``, the numbers (in `groups`) of the groups that thin the layer.
+        """
+        import networkx as nx  # it takes longer than most graphs
+
+        result: nx.DiGraph[str] = nx.DiGraph()
+        numbers: dict[str, set[int]] = {}
+        for number, group in enumerate(self.groups()):
+            for member in group.members:
+                numbers.setdefault(member.tensor.rpartition(".")[0], set()).add(number)
+        for path, before in layer_flow(self.trace):
+            result.add_node(path, groups=sorted(numbers.get(path, ())))
+            result.add_edges_from((other, path) for other in before if other != path)
+        return result
 
     def prune_group(self, target: Group | Layer, indices: Sequence[int]) -> Plan:
         """Remove channels, with all that is coupled to them, from the model in place.

@@ -28,12 +28,12 @@ from structprune.ops.relations import Ids, Row
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.rehearsal import Deviation
 from structprune.tracing.state import collection_paused
-from structprune.tracing.subgraph import can_be_rebuilt, layer_flow, own_operations
+from structprune.tracing.subgraph import can_be_rebuilt, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
 
 if TYPE_CHECKING:
-    import networkx as nx
+    pass
 
 Layer = str | nn.Module
 
@@ -301,27 +301,12 @@ class ChannelGraph:
                 found[f"{slot.tensor}, dim {slot.dim}"] = self._reason(slot.row)
         return found
 
-    def to_networkx(self) -> nx.DiGraph[str]:
-        """The layers that hold tensors, with an edge where one's output reaches the next.
-
-        Node attributes: ``groups``, the numbers (in `groups`) of the groups that thin the layer.
-        """
-        import networkx as nx  # it takes longer than most graphs
-
-        result: nx.DiGraph[str] = nx.DiGraph()
-        numbers: dict[str, set[int]] = {}
-        for number, group in enumerate(self.groups()):
-            for member in group.members:
-                numbers.setdefault(member.tensor.rpartition(".")[0], set()).add(number)
-        for path, before in layer_flow(self.trace):
-            result.add_node(path, groups=sorted(numbers.get(path, ())))
-            result.add_edges_from((other, path) for other in before if other != path)
-        return result
-
     # -- removing ------------------------------------------------------------------------------------------------
 
     def chosen(self, target: Group | Layer, indices: Sequence[int]) -> Ids:
         """Components of the channels `indices` of a group, or of the output channels of a layer.
+
+        Where a layer's channels are a grid (groups x channels in a group), whole rows and columns of it go as such.
 
         Raises:
             PlanError: indices out of range or repeated.
@@ -339,6 +324,16 @@ class ChannelGraph:
         if len(np.unique(picked)) < len(picked):
             raise PlanError(f"Some of the indices for {name!r} are repeated: {sorted(picked.tolist())}.")
         chosen = found[picked]
+        if not isinstance(target, Group):
+            parts = self.components.of(self.output_row(target)[1])
+            whole, rest = self.roots.taking(parts, picked)
+            chosen = np.concatenate([whole, found[rest]])
+            if len(rest) and len(picked) < len(parts) and self.components.dead(chosen)[parts].all():
+                raise PlanError(
+                    f"All {len(parts)} channels of {name!r} would go with {picked.tolist()}: they form a grid (groups "
+                    "or heads x channels in each), of which whole rows and columns go. Keep one; name, say, the first "
+                    "of each group."
+                )
         held = chosen[~self.components.roots[chosen]]
         if len(held):
             reason = self.components.reasons[int(self.components.reason[held[0]])]

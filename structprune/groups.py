@@ -133,6 +133,18 @@ class Roots:
         counts = np.diff(rows.indptr)
         return np.repeat(np.arange(len(components)), counts), rows.indices.astype(np.int64)
 
+    def taking(self, components: Ids, picked: Ids) -> tuple[Ids, Ids]:
+        """Roots that take none but the positions `picked` of `components` along, and those that none of them takes.
+
+        Of 2 groups of 2 channels, positions 0 and 2 are the first channel of each group; 0 and 3 are no whole factor.
+        """
+        positions, found = self.of(components)
+        mask = np.zeros(len(components), dtype=bool)
+        mask[picked] = True
+        size = np.bincount(found)
+        whole = (size > 0) & (size == np.bincount(found[mask[positions]], minlength=len(size)))
+        return np.flatnonzero(whole), np.setdiff1d(picked, positions[whole[found]])
+
 
 def coupled_groups(components: Components, slots: list[Slot]) -> list[Group]:
     """The prunable channels of `slots`, those with the same slices in one group; in the order of the model."""
@@ -168,6 +180,18 @@ def coupled_groups(components: Components, slots: list[Slot]) -> list[Group]:
     return [Group(_name(parts), piece, tuple(parts)) for piece, parts in zip(pieces, members, strict=True)]
 
 
+def restricted(group: Group, chosen: Ids) -> Iterable[Member]:
+    """Members of `group` for the chosen components only, numbered as chosen."""
+    place = {int(component): number for number, component in enumerate(chosen)}
+    wanted = np.array([place.get(int(component), -1) for component in group.components])
+    if (wanted < 0).all():
+        return
+    for member in group.members:
+        channels = wanted[member.channels]
+        hit = channels >= 0
+        yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])
+
+
 def _signatures(components: Components, spans: dict[object, tuple[Ids, Ids, list[Slot]]]) -> Ids:
     """A number for each component that depends on the slots that it reaches and how; 0 if it reaches none."""
     generator = np.random.default_rng(0)
@@ -188,15 +212,3 @@ def _name(members: list[Member]) -> str:
     """The layer whose output channels these are: that of the first member that makes them."""
     makers = [member for member in members if member.dim == 0] or members
     return makers[0].tensor.rpartition(".")[0] or makers[0].tensor
-
-
-def restricted(group: Group, chosen: Ids) -> Iterable[Member]:
-    """Members of `group` for the chosen components only, numbered as chosen."""
-    place = {int(component): number for number, component in enumerate(chosen)}
-    wanted = np.array([place.get(int(component), -1) for component in group.components])
-    if (wanted < 0).all():
-        return
-    for member in group.members:
-        channels = wanted[member.channels]
-        hit = channels >= 0
-        yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from support import oracle
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import structprune
 from structprune.allocation.savings import savings
@@ -122,9 +124,60 @@ def test_modules_are_keys_too() -> None:
 def test_a_named_layer_that_cannot_lose_its_share_is_refused() -> None:
     with pytest.raises(PlanError, match=r"'stem', whose channels go together with those of layer1.4, layer2.4"):
         structprune.plan(Residual(), IMAGE, ratio={"stem": 0.5})
-    with pytest.raises(PinnedError, match=r"ratio names 'head', but head: 10 channels, pinned: .*output"):
+    with pytest.raises(PinnedError, match=r"ratio names 'head', but the channels of head may not be .*output"):
         structprune.plan(Residual(), IMAGE, ratio={"head": 0.5})
     structprune.plan(Residual(), IMAGE, ratio={"*": 0.5, "head": 0.0})  # asking for nothing is fine
+
+
+class Wrapped(nn.Module):
+    """A layer of any kind behind a linear layer, or a table at the start, before two linear layers."""
+
+    def __init__(self, layer: nn.Module, table: bool = False) -> None:
+        super().__init__()
+        self.table = table
+        self.first, self.a = nn.Linear(16, 16), layer
+        self.b, self.c = nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table:
+            return self.c(self.b(self.a(x)).relu())
+        x = self.first(x)
+        y = self.a(x, x, x) if isinstance(self.a, nn.MultiheadAttention) else self.a(x)
+        return self.c(self.b(y[0] if isinstance(y, tuple) else y).relu())
+
+
+NAMED: dict[str, Callable[[], nn.Module]] = {
+    "rnn": lambda: nn.RNN(16, 16),
+    "gru": lambda: nn.GRU(16, 16, num_layers=2),
+    "lstm": lambda: nn.LSTM(16, 16),
+    "attention": lambda: nn.MultiheadAttention(16, 4),
+    "bag": lambda: nn.EmbeddingBag(9, 16),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(16, 16, bias=False)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(16, 16)),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_any_kind_of_layer_can_be_named(kind: str) -> None:
+    """Half of what the layer makes goes; and a zero for the layer behind it does not keep that."""
+    model = Wrapped(NAMED[kind](), table=kind == "bag").eval()
+    x = torch.randint(9, (3, 4)) if kind == "bag" else torch.randn(2, 4, 16)
+    named = {"a": 0.5} if kind != "attention" else {"a": 0.5, "first": 0.5}  # its heads read as wide an input
+    for ratio in (named, {"*": 0.5, "b": 0.0}):
+        slim = structprune.prune(model, x, ratio=ratio, round_to=1)
+        assert slim.b.in_features == 8
+        assert slim.b.out_features == 8
+
+
+def test_a_pattern_or_block_where_nothing_can_follow_is_refused() -> None:
+    for key in ("layer?.4", "stem*"):
+        with pytest.raises(PlanError, match=r"go together with those of .*, for which it asks for none"):
+            structprune.plan(Residual(), IMAGE, ratio={key: 0.5})
+    with pytest.raises(PinnedError, match=r"'h\*d', but the channels of head may not be removed: .* output"):
+        structprune.plan(Residual(), IMAGE, ratio={"h*d": 0.5})
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    with pytest.raises(PinnedError, match=r"'1', which makes no channels of its own .* those of 0\. Name these"):
+        structprune.plan(net, torch.randn(1, 3, 9, 9), ratio={"1": 0.5})
 
 
 @pytest.mark.parametrize(("key", "message"), [("layer9", "no layer 'layer9'"), ("layer9.*", "'layer9.\\*' in ratio")])
@@ -178,6 +231,14 @@ def test_flattened_channels_are_rounded_before_they_are_flattened() -> None:
     model = nn.Sequential(nn.Conv2d(3, 40, 5), nn.Flatten(), nn.Linear(40 * 64, 4))
     slim = structprune.prune(model, IMAGE, ratio=0.3, round_to=16)
     assert slim[0].out_channels == 32
+
+
+def test_auto_leaves_a_choice_where_each_channel_takes_an_odd_number_of_rows_along() -> None:
+    """16 maps of 7 x 7 made by a linear layer: 784 is a multiple of 16, but 49 rows a map would need all 16 at once."""
+    model = nn.Sequential(nn.Linear(8, 16 * 49), nn.Unflatten(1, (16, 7, 7)), nn.ConvTranspose2d(16, 1, 4))
+    for options in ({"ratio": 0.5}, {"ratio": {"0": 0.5}}, {"target": {"macs": 0.5}}):
+        slim = structprune.prune(model, torch.randn(2, 8), **options)
+        assert (slim[0].out_features, slim[2].in_channels) == (8 * 49, 8)
 
 
 def test_auto_takes_less_for_narrow_layers() -> None:
@@ -335,6 +396,121 @@ def test_heads_and_head_sizes_both_go_if_both_are_named() -> None:
     assert slim.fc1.out_features == 256
 
 
+class Repeated(Transformer):
+    """Keys and values repeated for each query head, unless there is one for each."""
+
+    def __init__(self) -> None:
+        super().__init__(heads=16)
+        self.repeats = self.heads // self.kv_heads
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        if self.repeats == 1:
+            return x
+        b, heads, n, size = x.shape
+        return x[:, :, None].expand(b, heads, self.repeats, n, size).reshape(b, heads * self.repeats, n, size)
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        x = self.embed(ids)
+        q, k, v = (f(self.norm(x)).view(*ids.shape, -1, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, self._repeated(k), self._repeated(v))
+        return {"logits": self.out(x + self.o(y.transpose(1, 2).flatten(2)))}
+
+
+@pytest.mark.parametrize("build", [lambda: Transformer(heads=16), Repeated], ids=["enable_gqa", "repeated"])
+def test_query_heads_go_while_key_and_value_heads_stay(build: Callable[[], Transformer]) -> None:
+    for options in ({"axes": ["heads"], "ignore": ["k", "v"], "ratio": 0.5}, {"ratio": {"q": 0.5}}):
+        model = build()
+        slim = exact(model, IDS, structprune.plan(model, IDS, outputs=["logits"], **options))
+        assert (slim.q.out_features, slim.k.out_features, slim.v.out_features) == (128, 64, 64)
+    plan = structprune.plan(model, IDS, outputs=["logits"], ratio={"q": 0.9})
+    least = 2 if isinstance(model, Repeated) else 1  # with one, another branch of its forward would run
+    assert exact(model, IDS, plan).q.out_features == 64 * least
+
+
+class LiteralHeads(nn.Module):
+    """Attention whose head size is a literal, so that the number of heads follows from the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Embedding(11, 24), nn.Linear(24, 3 * 128)
+        self.proj, self.out = nn.Linear(128, 24), nn.Linear(24, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        b, n = ids.shape
+        q, k, v = (t.reshape(b, n, t.shape[-1] // 32, 32).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+        return self.out(x + self.proj(y))
+
+
+def test_whole_heads_of_a_literal_size_go() -> None:
+    model = LiteralHeads()
+    assert [(g.name, g.channels) for g in structprune.DependencyGraph(model, IDS).groups() if g.axis == "heads"] == [
+        ("qkv", 4)
+    ]
+    slim = exact(model, IDS, structprune.plan(model, IDS, ratio=0.5))
+    assert (slim.qkv.out_features, slim.proj.in_features) == (192, 64)
+
+
+def _in_groups() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, groups=8), nn.Conv2d(32, 4, 3))
+
+
+def test_groups_of_a_convolution_and_channels_in_them_are_axes_of_their_own() -> None:
+    model, x = _in_groups(), torch.randn(1, 3, 9, 9)
+    found = {(g.axis, g.channels) for g in structprune.DependencyGraph(model, x).groups()}
+    assert found == {("groups", 8), ("channels", 2), ("channels", 4)}
+    for axis, groups, width in (("groups", 4, 16), ("channels", 8, 16)):
+        slim = exact(_in_groups(), x, structprune.plan(model, x, ratio=0.5, axes=[axis], round_to=1))
+        assert (slim[1].groups, slim[1].out_channels) == (groups, width)
+
+
+def test_the_same_channels_of_each_group_can_be_chosen_by_their_numbers() -> None:
+    x = torch.randn(1, 3, 9, 9)
+    for layer, gone, left in (("0", range(0, 16, 2), (8, 32, 8)), ("1", range(1, 32, 4), (16, 24, 8)),
+                              ("0", [0, 1, 6, 7], (12, 24, 6)), ("0", [0], (14, 28, 7))):  # fmt: skip
+        plan = structprune.DependencyGraph(_in_groups(), x).prune_group(layer, list(gone))
+        slim = exact(_in_groups(), x, plan)
+        assert (slim[0].out_channels, slim[1].out_channels, slim[1].groups) == left
+    with pytest.raises(PlanError, match=r"All 16 channels of '0' would go with \[0, 3, .*: they form a grid"):
+        structprune.DependencyGraph(_in_groups(), x).prune_group("0", [0, 3, 4, 7, 8, 11, 12, 15])
+
+
+class StateSpace(nn.Module):
+    """A selective scan between two projections, in a residual stream."""
+
+    def __init__(self, width: int = 12, inner: int = 20, state: int = 6) -> None:
+        super().__init__()
+        self.state = state
+        self.embed, self.out = nn.Embedding(11, width), nn.Linear(width, 3)
+        self.into, self.back = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
+        self.conv = nn.Conv1d(inner, inner, 3, padding=1, groups=inner)
+        self.select, self.step = nn.Linear(inner, 1 + 2 * state), nn.Linear(1, inner)
+        self.decay, self.skip = nn.Parameter(torch.randn(inner, state)), nn.Parameter(torch.randn(inner))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        u, gate = self.into(x).chunk(2, -1)
+        u = F.silu(self.conv(u.transpose(1, 2)).transpose(1, 2))
+        step, b, c = self.select(u).split([1, self.state, self.state], -1)
+        step = F.softplus(self.step(step))
+        keep, add = torch.exp(-step[..., None] * self.decay.exp()), (step * u)[..., None] * b[:, :, None]
+        h, outputs = torch.zeros_like(add[:, 0]), []
+        for t in range(ids.shape[1]):
+            h = keep[:, t] * h + add[:, t]
+            outputs.append((h @ c[:, t, :, None]).squeeze(-1))
+        y = (torch.stack(outputs, 1) + u * self.skip) * F.silu(gate)
+        return self.out(x + self.back(y))
+
+
+def test_the_inner_width_of_a_state_space_layer_is_no_residual_stream() -> None:
+    model = StateSpace()
+    found = {group.channels: group.axis for group in structprune.DependencyGraph(model, IDS).groups()}
+    assert (found[12], found[20]) == ("hidden", "mlp")
+    slim = exact(model, IDS, structprune.plan(model, IDS, ratio=0.5, axes=["mlp"], round_to=1))
+    assert (slim.embed.embedding_dim, slim.conv.groups) == (12, 10)
+
+
 def test_the_plan_prints_its_axes() -> None:
     plan = structprune.plan(Transformer(), IDS, ratio=0.5)
     text = str(plan)
@@ -409,6 +585,14 @@ def test_layers_alike_stay_alike_where_the_target_allows() -> None:
 def test_a_target_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         structprune.plan(Residual(), IMAGE, **options)
+
+
+def test_a_target_that_cannot_be_met_says_what_may_not_go_and_why() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
+    with pytest.raises(PlanError, match=r"Nothing may go: 0\.weight, dim 0 \(0 is ignored\)"):
+        structprune.plan(model, torch.randn(2, 8), target={"macs": 0.5}, ignore=["0"])
+    with pytest.raises(PlanError, match=r"Left whole are head.weight, dim 0 \(.*output.*\); hidden, as axes= asks"):
+        structprune.plan(Residual(), IMAGE, target={"macs": 0.01}, axes=["channels"])
 
 
 def test_sets_of_layers_compete_among_themselves() -> None:

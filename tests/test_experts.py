@@ -192,3 +192,9 @@ def test_what_experts_share_that_no_token_chose_stays_whole():
     with torch.no_grad():
         slim.router.bias.copy_(torch.tensor([0.0, 0.0, 50.0, 0.0]))
     assert slim(x).shape == (40, 5)
+
+
+@pytest.mark.parametrize("how", ["batched", "grouped", "counted"])
+def test_axes_do_not_depend_on_how_experts_are_run(how):
+    graph = structprune.DependencyGraph(Stacked(how=how), ids())
+    assert {group.axis: group.channels for group in graph.groups()} == {"hidden": 16, "experts": 6, "mlp": 24}

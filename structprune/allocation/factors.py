@@ -64,7 +64,7 @@ def thinned_groups(
         if not candidates:
             continue
         taken = [i for i in candidates if i in chosen]
-        best = taken[0] if taken else min(candidates, key=miss)
+        best = min(taken, key=lambda i: ratio(groups[i]) <= 0) if taken else min(candidates, key=miss)
         chosen.add(best)
         for i in candidates:
             asked_for = axes is not None and groups[i].axis != groups[best].axis

@@ -17,8 +17,8 @@ from structprune.latency.table import BELOW
 
 RoundTo = int | Literal["auto"]
 
-# "auto" moves no width by more than about an eighth of what it was. A finer step would not pay: blocked convolutions
-# take as long for 40 channels as for 48.
+# "auto" moves no width by more than about an eighth of what it was: a group has at least as many steps. A finer step
+# would not pay: blocked convolutions take as long for 40 channels as for 48.
 FINEST = 4
 
 
@@ -80,7 +80,18 @@ class Rounding:
             multiple = min(step_of(self.device, self.dtype), 1 << max(0, (width // FINEST).bit_length() - 1))
         else:
             multiple = self.round_to
-        return lcm(*(multiple // gcd(multiple, repeat) for repeat in repeats))
+        step = _step(multiple, repeats)
+        # Maps of 7 x 7 take 49 rows of a linear layer along: for a multiple of 16, all of 16 maps would have to go.
+        most = max(1, group.channels // FINEST) if measured is None else max(multiple, group.channels - 1)
+        while self.round_to == "auto" and multiple > 1 and step > most:
+            multiple //= 2
+            step = _step(multiple, repeats)
+        return step
+
+
+def _step(multiple: int, repeats: list[int]) -> int:
+    """The fewest channels whose repeats are all multiples of `multiple`."""
+    return lcm(*(multiple // gcd(multiple, repeat) for repeat in repeats))
 
 
 def nearest(feasible: np.ndarray, wanted: float) -> int:

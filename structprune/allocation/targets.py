@@ -67,11 +67,13 @@ def target_of(target: Mapping[str, float], before: Amounts) -> Target:
     return Target(limits)
 
 
-def kept_for(steps: Steps, target: Target, measure: Callable[[Kept], Amounts]) -> Kept:
+def kept_for(
+    steps: Steps, target: Target, measure: Callable[[Kept], Amounts], left_whole: Callable[[], str] = str
+) -> Kept:
     """The first state in the order of `steps` that meets every limit, or a nearer one that leaves out large steps.
 
     Amounts are counted on the channels that are left, with all that is coupled to them, at each of the few states that
-    a bisection visits.
+    a bisection visits. `left_whole` says what may not go and why, for the message.
 
     Raises:
         PlanError: the limits cannot be met.
@@ -93,6 +95,7 @@ def kept_for(steps: Steps, target: Target, measure: Callable[[Kept], Amounts]) -
         reached = ", ".join(f"{name} {_number(found[name])} of at most {_number(most)}" for name, most in limits)
         raise PlanError(
             f"The target cannot be met: with all that may go gone there remain {reached}. Allow more to go."
+            f"{left_whole()}"
         )
     depths = np.append(-1.0, np.unique(steps.depth))
     best = steps.depth <= depths[_first(len(depths) - 1, lambda n: miss(steps.depth <= depths[n]) <= 0)]

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan
 
+import numpy as np
+
 from structprune.channels.propagate import Channels, Invariant
 from structprune.channels.sections import Sections, hold_pieces
 from structprune.channels.solver import Components
 from structprune.channels.trials import Counter, trials
 from structprune.errors import PlanError
-from structprune.ops.relations import Expectation, Row
+from structprune.ops.relations import Bound, Expectation, Row
 from structprune.tracing.provenance import (
     Arithmetic,
     Attribute,
@@ -28,7 +30,6 @@ from structprune.tracing.provenance import (
     evaluated,
     inverse,
     leaves,
-    literals,
 )
 
 Number = float
@@ -77,6 +78,7 @@ class SizeSolver:
         self._described = described
         self._expectations = [*channels.relations.expectations, *self._promised()]
         self._attempted: set[tuple[object, ...]] = set()
+        self._bounded: set[Comparison] = set()
         held = (row for number in channels.held for row in channels.rows[number])
         self._sections = Sections(self._relations, channels.every_row(), held)
 
@@ -101,7 +103,7 @@ class SizeSolver:
         """Components of channels whose removal leaves every int right, and what to change."""
         before, rounds = None, 0
         while True:
-            components = Components(self._relations)
+            components = self._components = Components(self._relations)
             balances = self._sections.settle(components)
             if balances is None:
                 continue
@@ -122,7 +124,7 @@ class SizeSolver:
                 self._pin_unsettled(failures[0].where)
             before = now
         moving = {a: row for a, row in self._attributes.items() if self._moves(components, row)}
-        literal = [e for e in self._expectations if _is_literal(e) and self._moves(components, e.row)]
+        literal = [e for e in self._expectations if e.is_literal and self._moves(components, e.row)]
         return components, Sizes(moving, literal, self._derived)
 
     def _pin_unsettled(self, where: str) -> None:
@@ -174,7 +176,7 @@ class SizeSolver:
             return True  # an attribute may change for another layer's sake
         if not self._moves(components, e.row):
             return self._touched(components, e.expression)
-        return not (_is_literal(e) and self._rewritable(e.node))
+        return not (e.is_literal and self._rewritable(e.node))
 
     def _touched(self, components: Components, expression: Expression) -> bool:
         for leaf in leaves(expression):
@@ -216,7 +218,7 @@ class SizeSolver:
         """
         value = self._valuation(count, self._expectations)
         for e in self._expectations:
-            if not _is_literal(e) and not self._holds(e, count, value):
+            if not e.is_literal and not self._holds(e, count, value):
                 raise PlanError(
                     f"{e.expression} would be {evaluated(e.expression, value)} where {count(e.row)} channels are "
                     f"left, at {e.where}. Remove other channels, or name the layer in ignore=."
@@ -267,9 +269,29 @@ class SizeSolver:
         if expected or numbers:
             return
         for failure in failures:
-            if isinstance(failure, Comparison):
+            if isinstance(failure, Comparison) and not self._bound(failure):
                 self._pin(failure.left, failure.where)
                 self._pin(failure.right, failure.where)
+
+    def _bound(self, c: Comparison) -> bool:
+        """Make a comparison keep its outcome by keeping enough channels of the one row that it counts.
+
+        ``if repeats == 1: return x``, with 4 repeats, stays false while 2 are left.
+        """
+        counted = {*leaves(c.left), *leaves(c.right)}
+        if c in self._bounded or len(counted) != 1:
+            return False
+        self._bounded.add(c)
+        (leaf,) = counted
+        row = self._row(leaf) if isinstance(leaf, Dim) else self._attributes.get(leaf)
+        if row is None or not row.free or row.size != self._before(leaf):
+            return False
+
+        least = c.fewest(row.size)
+        if not 1 < least < row.size:
+            return False
+        self._relations.bounds.append(Bound(row, f"the comparison of its number at {c.where}", least))
+        return True
 
     def _try_tie(self, e: Expectation) -> bool:
         key = (e.expression, e.row.key if e.row.free else e.row.size, e.node)
@@ -299,6 +321,9 @@ class SizeSolver:
             return False
         left, right = expression.left, expression.right
         if expression.symbol == "//":
+            whole = self._whole(left, row, right)
+            if whole is not None:
+                return self._tie(left, whole, node)
             factor = self._factor(right)
             if factor is None or self._size(left) != row.size * factor.size:
                 return False
@@ -313,6 +338,24 @@ class SizeSolver:
                 for part, piece in ((left, outer), (right, inner))
             )
         return False
+
+    def _whole(self, counted: Expression, row: Row, divisor: Expression) -> Row | None:
+        """The channels `counted`, if a literal divides their number into pieces numbered by `row`: its length is held.
+
+        ``reshape(b, n, c // 32, 32)``: the second 32 could be rewritten, the first cannot, so heads go whole.
+        """
+        whole = self._row(counted) if isinstance(counted, Dim) else None
+        if whole is None or not whole.free or not row.free or not isinstance(divisor, Constant):
+            return None
+        mine = self._components.of(whole)
+        for grid in self._relations.grids:
+            others = [factor for factor in grid.factors if factor.key != row.key]
+            fits = len(others) < len(grid.factors) and grid.cells.free
+            if fits and np.array_equal(self._components.of(grid.cells), mine):
+                for factor in others:
+                    self._hold(factor)
+                return grid.cells
+        return None
 
     def _adopt(self, attribute: Attribute, row: Row, node: int) -> bool:
         """From now on the attribute, which stands in expressions only, is what counts `row`."""
@@ -346,11 +389,6 @@ class SizeSolver:
         if row.free and factor.free and row.key in keys and factor.key in keys:
             return [factor, row] if keys.index(factor.key) < keys.index(row.key) else [row, factor]
         return [factor, row]
-
-
-def _is_literal(e: Expectation) -> bool:
-    """Whether the size is a literal in the call, and nothing else."""
-    return not any(True for _ in leaves(e.expression)) and sum(1 for _ in literals(e.expression)) == 1
 
 
 def _involved(expression: Expression) -> int:

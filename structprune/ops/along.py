@@ -85,7 +85,7 @@ register_op("argsort", indices=Indices.ORDERED)(_over())
 register_op("msort", indices=Indices.PASSED)(_over(default=0))
 register_op(
     *["log_softmax", "_log_softmax", "python.log_softmax", "python.softmin", "cumprod", "logcumsumexp", "cummax"],
-    *["cummin", "gumbel_softmax", "python.gumbel_softmax"],
+    *["cummin", "python.gumbel_softmax"],
 )(_over())
 register_op(
     *["amax", "amin", "logsumexp", "prod", "all", "argmax", "argmin", "aminmax", "kthvalue", "mode", "median"],

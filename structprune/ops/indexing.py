@@ -294,7 +294,7 @@ def searchsorted(c: Context, boundaries: Operand, x: Any, *_: Any, **named: Any)
     return x.rows if isinstance(x, Operand) else ()
 
 
-@register_op("python.embedding_bag", zeros=_last)
+@register_op("python.embedding_bag", zeros=_last, contraction=Contraction("embedding", lambda _: ()))
 def embedding_bag(
     c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *_: Any, **named: Any
 ) -> Rows:

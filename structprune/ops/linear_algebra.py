@@ -225,22 +225,3 @@ def _spectrum(window: bool) -> Coupling:
 
 register_op("stft", zeros=_linear_in(0))(_spectrum(window=True))
 register_op("istft", zeros=_linear_in(0))(_by_form("FT->L", "FT,W->L"))
-
-
-@register_op("searchsorted")
-def searchsorted(c: Context, ordered: Operand, values: Any, *_: Any, sorter: Any = None, **__: Any) -> Result:
-    """Each value alone is looked up in the last dimension of `ordered`."""
-    reason = f"it is looked up in {c.where()}"
-    for operand in operands_in(ordered, sorter):
-        c.pin(operand.rows[-1], reason)
-        if isinstance(values, Operand) and len(operand.rows) > 1:
-            for row, other in zip(operand.rows[:-1], values.rows[:-1], strict=True):
-                c.same(row, other)
-    return values.rows if isinstance(values, Operand) else ()
-
-
-@register_op("bucketize")
-def bucketize(c: Context, values: Any, boundaries: Operand, *_: Any, **__: Any) -> Result:
-    """Each value alone is looked up among the boundaries."""
-    c.pin(boundaries.rows[0], f"it is looked up in {c.where()}")
-    return values.rows if isinstance(values, Operand) else ()

@@ -86,7 +86,7 @@ class Contraction:
 
     Attributes:
         kind: ``"convolution"``, ``"transposed"``, ``"linear"``, ``"product"``, ``"attention"``, ``"bilinear"``,
-            ``"einsum"`` or ``"grouped"``.
+            ``"einsum"``, ``"grouped"``, ``"embedding"`` or ``"recurrent"``.
         pairs: the dimensions that a call sums away, both ways round where neither side is the weight as such.
         input, weight, bias: names of its arguments in torch's signature. `input` is empty where the operation is no
             layer: two activations, or a form that no layer has.

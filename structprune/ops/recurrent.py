@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from structprune.ops.context import Context, Operand
-from structprune.ops.op import Count, RowsOf, like, register_op
+from structprune.ops.op import Contraction, Count, RowsOf, like, register_op
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros
 from structprune.tracing.provenance import plain
@@ -57,7 +57,11 @@ def _stack_shape(x: Any, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, ...
     return (out.transpose(0, 1) if batch_first else out, *(like(state) for state in states))
 
 
-@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs, shape=_stack_shape)
+# What it sums away is inside of it: no other operation sees those channels.
+_LAYERS = Contraction("recurrent", lambda _: ())
+
+
+@register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs, contraction=_LAYERS, shape=_stack_shape)
 def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
     name = c.node.meta["name"]
@@ -94,7 +98,7 @@ def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     return results
 
 
-@register_op("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zeros=_hidden, macs=_macs)
+@register_op("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zeros=_hidden, macs=_macs, contraction=_LAYERS)
 def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Rows | list[Rows | None]:
     """One step of a recurrent layer."""
     name = c.node.meta["name"].removesuffix("_cell")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from structprune.errors import RuleError
-from structprune.tracing.provenance import Expression
+from structprune.tracing.provenance import Expression, leaves, literals
 
 Ids = NDArray[np.int64]
 
@@ -106,6 +106,11 @@ class Expectation:
     row: Row
     node: int
     where: str
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether the size is a literal in the call, and nothing else."""
+        return not any(True for _ in leaves(self.expression)) and sum(1 for _ in literals(self.expression)) == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,18 @@ class Comparison:
     outcome: bool
     where: str
 
+    def fewest(self, size: int) -> int:
+        """How many of `size` channels, whose number is all that is compared, must be left for the outcome to stay."""
+
+        def holds(number: int) -> bool:
+            try:
+                left, right = (evaluate(side, lambda _: number) for side in (self.left, self.right))
+            except ZeroDivisionError:
+                return False
+            return bool(self.function(left, right)) == self.outcome
+
+        return next((number + 1 for number in range(size - 1, 0, -1) if not holds(number)), 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Escape:

@@ -153,12 +153,16 @@ def decide(
     request = _request(model, options)
     with collection_paused():
         graph = DependencyGraph(model, example_inputs, ignore=options.get("ignore", ()), outputs=options.get("outputs"))
-    request = change(graph, request)
-    score = fitted(criterion, graph, options.get("data"), options.get("loss"), options.get("forward"))
-    with collection_paused(), torch.no_grad():
-        if request.target is not None and "latency" in request.target:
-            return graph, TimedDecision(graph, score, request, options.get("latency") or Latency())
-        return graph, Decision(graph, score, request)
+    while True:
+        asked = change(graph, request)
+        score = fitted(criterion, graph, options.get("data"), options.get("loss"), options.get("forward"))
+        with collection_paused(), torch.no_grad():
+            if asked.target is not None and "latency" in asked.target:
+                decision = TimedDecision(graph, score, asked, options.get("latency") or Latency())
+            else:
+                decision = Decision(graph, score, asked)
+        if graph.settle(graph.components.dead(decision.chosen)):
+            return graph, decision
 
 
 def _request(model: nn.Module, options: Options) -> Request:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +14,21 @@ from torch import fx, nn
 from structprune.axes import Roles, roles
 from structprune.channels.fold import Fold, folds
 from structprune.channels.propagate import Channels, Invariant, propagate
+from structprune.channels.rehearsed import Rehearsals, described_row
 from structprune.channels.sizes import Sizes, SizeSolver
 from structprune.channels.solver import Components, Mask
 from structprune.channels.trials import Counter
-from structprune.channels.unreached import pin_unreached
+from structprune.channels.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
 from structprune.channels.zeros import pin_what_is_not_zero
 from structprune.cost import CostModel
-from structprune.errors import PinnedError, PlanError, TraceError, UnknownLayerError
+from structprune.errors import PinnedError, PlanError, UnknownLayerError
 from structprune.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
 from structprune.ops import op_of
 from structprune.ops.relations import Ids, Row
-from structprune.tracing.provenance import Attribute, Dim, leaves
-from structprune.tracing.state import Held, collection_paused, held_tensors
-from structprune.tracing.subgraph import layer_flow, module_graph, own_operations
+from structprune.tracing.provenance import Attribute
+from structprune.tracing.rehearsal import Deviation
+from structprune.tracing.state import collection_paused
+from structprune.tracing.subgraph import can_be_rebuilt, layer_flow, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
 
@@ -67,13 +69,14 @@ class ChannelGraph:
     def _solve(self) -> None:
         for name in ("_groups", "costs", "roles", "roots", "slots"):
             self.__dict__.pop(name, None)
+        self._modules = dict(self.model.named_modules())
         self.trace: Trace = trace(self.model, self.example_inputs, operations=op_of)
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
-        self._modules: dict[str, nn.Module] = {}
-        self._pin_ignored()
-        self._pin_caches()
+        pin_ignored(self.ignored, self.trace, self.channels)
+        pin_caches(self.model, self.trace, self.channels)
+        pin_unseen(self.trace, self.channels)
         pin_unreached(self.model, self.trace, self.channels)
         pin_what_is_not_zero(self.trace, self.channels)
         self.folds: list[Fold] = []
@@ -85,44 +88,42 @@ class ChannelGraph:
             else:
                 self.folds.append(found)
         self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
-        self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable)
+        described = partial(described_row, self._modules, self.trace, self.channels)
+        self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
+        self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs, self.channels, self._sizes)
         self.components: Components
         self.sizes: Sizes
         self.components, self.sizes = self._sizes.solve()
 
-    def _pin_ignored(self) -> None:
-        for path in self.ignored:
-            for node in self.trace.everything:
-                if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
-                    for row in self.channels.rows[node.meta["index"]]:
-                        self.channels.relations.pin(row, f"{path} is ignored")
+    def settle(self, dead: Mask) -> bool:
+        """Whether the forward runs as foreseen at the widths that `dead` leaves.
 
-    def _pin_caches(self) -> None:
-        """A tensor whose size the forward checks is built anew where it does not fit: it must stay as it would be."""
-        held: dict[str, Held] | None = None  # most forwards check none
-        for comparison in self.trace.comparisons:
-            for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
-                node = self.trace.everything[leaf.node] if isinstance(leaf, Dim) else None
-                if node is None or node.meta["name"] != "parameter":
-                    continue
-                held = held or held_tensors(self.model)
-                if held[str(node.target)].temporary:
-                    for row in self.channels.rows[node.meta["index"]]:
-                        reason = f"the forward checks its size at {comparison.where}, and may build it anew"
-                        self.channels.relations.pin(row, reason)
+        Where it does not, what a number of unknown origin depends on is pinned: groups must be asked for once more.
+        """
+        with collection_paused():
+            found = self._rehearsals.deviations(self.components, dead)
+            if found:
+                self._pin_deviating(dead, found[0])
+        return not found
+
+    def _pin_deviating(self, dead: Mask, found: Deviation) -> None:
+        groups = [group.components for group in coupled_groups(self.components, self.slots)]
+        before = int(self.components.pinned.sum())
+        self._rehearsals.pin_culprits(self.components, dead, groups, f"with fewer of its channels, {found}")
+        for name in ("_groups", "roles", "roots"):
+            self.__dict__.pop(name, None)
+        self.components, self.sizes = self._sizes.solve()
+        if int(self.components.pinned.sum()) <= before:
+            raise PlanError(f"With fewer channels, {found}, and no channels are known that it depends on.")
 
     def _rewritable(self, number: int) -> bool:
         """Whether the forward of the module that runs this node can be rebuilt with another literal in it."""
         call = self.trace.everything[number].meta["call"]
-        if not 0 <= call < len(self.trace.calls):
+        path = self.trace.calls[call].path if 0 <= call < len(self.trace.calls) else None
+        if path is None:
             return False
-        path = self.trace.calls[call].path
         if path not in self._rebuilt:
-            try:
-                module_graph(self.trace, path, lambda _number, _place, old: old)
-                self._rebuilt[path] = True
-            except TraceError:
-                self._rebuilt[path] = False
+            self._rebuilt[path] = can_be_rebuilt(self.trace, self.trace.calls[call])
         return self._rebuilt[path]
 
     # -- looking up ----------------------------------------------------------------------------------------------
@@ -381,7 +382,10 @@ class ChannelGraph:
                     f"{left} channels would be left of {bound.row.size}, where at least {bound.least} and a multiple "
                     f"of {bound.step} are needed, by {bound.where}. Remove fewer, or give round_to={bound.step}."
                 )
-        return self._sizes.values(count)
+        values = self._sizes.values(count)
+        for found in self._rehearsals.deviations(self.components, dead):
+            raise PlanError(f"With fewer channels, {found}, and nothing tells how it follows. Name it in ignore=.")
+        return values
 
 
 def _nodes_in(value: Any) -> Iterable[fx.Node]:

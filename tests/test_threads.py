@@ -114,6 +114,23 @@ def test_what_a_forward_leaves_behind_is_left_on_the_shadow() -> None:
     assert (model.shown, model.settings.width) == ([], 8)
 
 
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.settings = _Settings(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).reshape(len(x), self.settings.width))
+
+
+def test_settings_are_those_of_the_model_after_a_plan() -> None:
+    model = _Scaled()
+    plan = structprune.plan(model, torch.randn(1, 4), ratio=0.5, round_to=1)
+    assert model.settings.width == 8
+    assert plan.apply(model).settings.width == 4
+
+
 MODULE = nn.Linear(8, 8)
 
 

@@ -33,8 +33,7 @@ from structprune.tracing.provenance import (
 )
 
 Number = float
-# Rounds of mending after which what fails is pinned; the most that a network needed so far is 6.
-_ROUNDS = 100
+_ROUNDS = 100  # of mending, after which what fails is pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,7 @@ class SizeSolver:
         comparisons: what Python compared.
         read: value of an attribute of the model.
         rewritable: whether a literal in the arguments of this node can be rewritten.
+        described: the row that an attribute of a standard layer counts, if it describes the layer's own shape.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class SizeSolver:
         comparisons: tuple[Comparison, ...],
         read: Callable[[Attribute], int],
         rewritable: Callable[[int], bool],
+        described: Callable[[Attribute], Row | None],
     ) -> None:
         self._channels = channels
         self._relations = channels.relations
         self._comparisons = [c for c in comparisons if any(True for x in (c.left, c.right) for _ in leaves(x))]
         self._read = read
         self._rewritable = rewritable
+        self._described = described
         self._expectations = [*channels.relations.expectations, *self._promised()]
         self._attempted: set[tuple[object, ...]] = set()
         held = (row for number in channels.held for row in channels.rows[number])
@@ -112,20 +114,18 @@ class SizeSolver:
                 break
             self._mend(failures)
             # Each round must join or pin something, or try a tie that was not tried yet.
-            now = (components.count, int(components.pinned.sum()), len(self._attempted))
-            rounds += 1
+            now, rounds = (components.count, int(components.pinned.sum()), len(self._attempted)), rounds + 1
             if now == before or rounds > _ROUNDS:
                 if not components.roots.any():
                     break  # nothing may go, so no int changes
-                self._pin_unsettled(failures)
+                self._pin_unsettled(failures[0].where)
             before = now
         moving = {a: row for a, row in self._attributes.items() if self._moves(components, row)}
         literal = [e for e in self._expectations if _is_literal(e) and self._moves(components, e.row)]
         return components, Sizes(moving, literal, self._derived)
 
-    def _pin_unsettled(self, failures: list[Expectation | Invariant | Comparison]) -> None:
+    def _pin_unsettled(self, where: str) -> None:
         """The ints that fail neither follow nor stand still with their rows: then nothing that is counted may go."""
-        where = failures[0].where
         for row in self._channels.every_row():
             self._relations.pin(row, f"sizes that contradict each other are used at {where}")
 
@@ -140,7 +140,19 @@ class SizeSolver:
                 known = found.get(e.expression)
                 if known is None or (not self._moves(components, known) and self._moves(components, e.row)):
                     found[e.expression] = e.row
+        for attribute in self._mentioned() - found.keys():
+            row = self._described(attribute)
+            if row is not None and self._moves(components, row):
+                found[attribute] = row
         return found
+
+    def _mentioned(self) -> set[Attribute]:
+        """The attributes that any number of the forward was computed from."""
+        numbers = [e.expression for e in self._expectations]
+        numbers += [side for c in self._comparisons for side in (c.left, c.right)]
+        numbers += [i.expression for i in self._channels.invariants]
+        numbers += [scale.expression for scale in self._relations.scales]
+        return {leaf for number in numbers for leaf in leaves(number) if isinstance(leaf, Attribute)}
 
     def _failures(self, components: Components) -> list[Expectation | Invariant | Comparison]:
         failed: dict[int, Expectation | Invariant | Comparison] = {}
@@ -189,6 +201,11 @@ class SizeSolver:
                     self._derived[attribute] = e
                     break
         return value
+
+    def valuation(self, count: Counter) -> Callable[[Expression], Number]:
+        """What an expression is when `count` counts the living channels."""
+        value = self._valuation(count, self._expectations)
+        return lambda expression: _evaluated(expression, value)
 
     def values(self, count: Counter) -> dict[Attribute, int]:
         """What the repaired attributes must be when `count` counts the living channels.

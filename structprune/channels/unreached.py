@@ -1,4 +1,4 @@
-"""Modules that the example inputs did not choose.
+"""What stays whole for what the trace does not show: tensors left alone by the user, caches, modules not chosen.
 
 Where data decide which of several alike modules run (a list of experts, each for the tokens that are routed to it), the
 trace shows those that ran. The others will be given the same tensors another time, so what they share with their
@@ -7,14 +7,80 @@ siblings must stay as wide as it is; their own inner widths stay whole since not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import fx, nn
 
 from structprune.channels.propagate import Channels
 from structprune.ops.relations import Row
-from structprune.tracing.state import join
-from structprune.tracing.trace import Trace
+from structprune.tracing.provenance import Dim, leaves
+from structprune.tracing.state import held_tensors, join
+from structprune.tracing.trace import Trace, describe, part_of
+from structprune.tracing.vocabulary import HANDED_OUT
+
+
+def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
+    """Pin all tensors of the modules at `paths`, or of these names."""
+    for path in paths:
+        for node in trace.everything:
+            if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
+                for row in channels.rows[node.meta["index"]]:
+                    channels.relations.pin(row, f"{path} is ignored")
+
+
+def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:
+    """A tensor whose size the forward checks is built anew where it does not fit: it must stay as it would be."""
+    held = held_tensors(model)
+    for comparison in trace.comparisons:
+        for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
+            node = trace.everything[leaf.node] if isinstance(leaf, Dim) else None
+            if node is not None and node.meta["name"] == "parameter" and held[str(node.target)].temporary:
+                for row in channels.rows[node.meta["index"]]:
+                    reason = f"the forward checks its size at {comparison.where}, and may build it anew"
+                    channels.relations.pin(row, reason)
+
+
+def pin_unseen(trace: Trace, channels: Channels) -> None:
+    """Pin what Python uses as a number, and what may be used where it is not seen (``vmap``, a tensor subclass, C++).
+
+    On real numbers the result of such an operation looks like a constant. On stand-ins it would have been noticed.
+    """
+    if not trace.real:
+        return
+    for node in trace.asked:
+        _pin_sources(node, f"Python uses the value of {describe(node, trace)}, which is computed from it", channels)
+    exits = [n.meta["index"] for n in trace.everything if n.meta["name"] in HANDED_OUT]
+    for node in trace.everything:
+        if node.meta["name"] == "constant" and node.meta["dtype"].is_floating_point:
+            last = node.meta["index"]
+            # What NumPy was given is pinned already, and comes back as a constant.
+            first = max((number for number in exits if number < last), default=0)
+            for before in trace.everything[first:last]:
+                if before.op.startswith("call_"):
+                    for row in _rows(channels, before):
+                        reason = f"what becomes of it before {node.meta['where']} is not seen"
+                        channels.relations.pin(row, reason)
+
+
+def _pin_sources(node: fx.Node, reason: str, channels: Channels) -> None:
+    """Pin the channels of `node`; where it has none left, those of what it was computed from."""
+    pending = [node]
+    while pending:
+        found = pending.pop()
+        free = [row for row in _rows(channels, found) if row.free]
+        for row in free:
+            channels.relations.pin(row, reason)
+        if not free:
+            pending += _sources(found)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What the values of `node` were computed from; a rule may say that one of several results leaves operands out."""
+    if node.meta["name"] == "part":
+        parent, position = part_of(node)
+        only = parent.meta.get("part_of_operand", {}).get(position)
+        return [parent] if only is None else [only]
+    return node.all_input_nodes
 
 
 def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:

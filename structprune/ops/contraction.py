@@ -14,6 +14,7 @@ from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Contraction, Count, Pair, Result, RowsOf, Scaling, register_op
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
+from structprune.tracing.provenance import plain
 
 # -- what else is known of a layer: where it is zero, what it costs, what it sums away -------------------------------
 
@@ -119,6 +120,8 @@ def _conv_shape(
     x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
 ) -> Tensor | None:
     """A convolution over a batch: of 8 positions, a kernel of 3 with a stride of 2 and no padding makes 3."""
+    # Asked here, a tracked number would be taken for one that the forward asks for.
+    stride, padding, dilation, groups = (plain(value) for value in (stride, padding, dilation, groups))
     dims = weight.dim() - 2
     if x.dim() != weight.dim() or isinstance(padding, str) or not x.is_contiguous() or x.dtype != weight.dtype:
         return None

@@ -17,7 +17,11 @@ def _zeros_of(z: zeros.ZeroContext) -> zeros.Zeros:
 @register_op("zeros", "ones", "full", zeros=_zeros_of, creates=True)
 @register_op("empty", creates=True, random=True)
 def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
-    """A constant: as many channels as are asked for, and any of them may go; what a tensor asks for stays."""
+    """A constant: as many channels as are asked for, and any of them may go."""
+    return _constant(c, args, kwargs)
+
+
+def _constant(c: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
     given = kwargs.get("size") or args
     sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
     rows = tuple(c.axis(size) for size in c.shape)
@@ -32,7 +36,7 @@ def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
 @register_op("new_empty", creates=True, random=True)
 def constant_like(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     """A constant of the type of `x`."""
-    return constant(c, *args, **kwargs)
+    return _constant(c, args, kwargs)
 
 
 _POSITIONS = """

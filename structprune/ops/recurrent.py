@@ -13,6 +13,7 @@ from structprune.ops.context import Context, Operand
 from structprune.ops.op import Count, RowsOf, like, register_op
 from structprune.ops.relations import Row, Rows
 from structprune.ops.zeros import ZeroContext, Zeros
+from structprune.tracing.provenance import plain
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -44,11 +45,11 @@ def _stack_shape(x: Any, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, ...
     states: list[Any] = list(hx) if isinstance(hx, (tuple, list)) else [hx]
     if x.dim() != 3 or len(rest) != 6 or not isinstance(weights, (tuple, list)):
         return None  # packed sequences hand over their lengths in place of `hx`
-    layers, both, batch_first = int(rest[1]), bool(rest[4]), bool(rest[5])
+    layers, both, batch_first = plain(rest[1]), bool(rest[4]), bool(rest[5])
     batch = x.shape[0] if batch_first else x.shape[1]
     first = weights[0]
-    plain = all(state.dim() == 3 and tuple(state.shape[:2]) == (layers * (1 + both), batch) for state in states)
-    if not plain or first.shape[1] != x.shape[2] or any(t.dtype != x.dtype for t in (*states, *weights)):
+    fits = all(state.dim() == 3 and tuple(state.shape[:2]) == (layers * (1 + both), batch) for state in states)
+    if not fits or first.shape[1] != x.shape[2] or any(t.dtype != x.dtype for t in (*states, *weights)):
         return None
     # As the operation gives it: steps are outer to samples in memory.
     steps = x.shape[1] if batch_first else x.shape[0]
@@ -113,6 +114,7 @@ def pack(c: Context, x: Operand, lengths: Operand, *_: Any) -> list[Rows | None]
         c.pin(row, f"it is packed by the lengths of the sequences in {c.where()}")
     for row in lengths.rows:
         c.pin(row, f"it counts the sequences in {c.where()}")
+    c.node.meta["part_of_operand"] = {1: lengths.node}  # the sizes of the batches come from the lengths alone
     steps, sizes = (c.fresh(shape[:1], f"it is packed in {c.where()}") for shape in c.shape)
     return [(*steps, *x.rows[2:]), sizes]
 

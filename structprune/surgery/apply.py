@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import SurgeryError
-from structprune.surgery.derived import owner, refresh
-from structprune.surgery.describe import describe_layers, set_attribute
+from structprune.surgery.derived import refresh
 from structprune.surgery.edits import Edits, Repair
 from structprune.surgery.history import record_kept
 from structprune.surgery.rewrite import Rewritten, install, rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
+from structprune.tracing.describe import describe_layers, owner, set_attribute
 from structprune.tracing.provenance import SizeInt
 from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors
 from structprune.wrapping import prunable, rewrapped

@@ -1,4 +1,4 @@
-"""Tensors that a layer computes from its parameters: kept up to date, and read without moving them on.
+"""Tensors that a layer computes from its parameters: kept up to date.
 
 The older `weight_norm` and `spectral_norm`, and ``torch.nn.utils.prune``, compute a layer's weight in a hook before
 each forward and leave the result on the module as a plain attribute; parametrizations compute it whenever it is read.
@@ -6,8 +6,7 @@ each forward and leave the result on the module as a plain attribute; parametriz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,25 +15,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-_INSIDE = "parametrizations"
-
 # Class of a hook -> name of the attribute, and its value without any step of an iteration.
 _HOOKS: dict[type, tuple[Callable[[Any], str], Callable[[Any, nn.Module], Any]]] = {
     BasePruningMethod: (lambda hook: hook._tensor_name, lambda hook, module: hook.apply_mask(module)),
     SpectralNorm: (lambda hook: hook.name, lambda hook, module: hook.compute_weight(module, do_power_iteration=False)),
     WeightNorm: (lambda hook: hook.name, lambda hook, module: hook.compute_weight(module)),
 }
-
-
-def owner(path: str) -> str:
-    """The path of the layer that a module of its parametrizations belongs to; other paths are their own.
-
-    Example:
-        >>> owner("block.conv.parametrizations.weight.0"), owner("block.conv")
-        ('block.conv', 'block.conv')
-    """
-    steps = path.split(".")
-    return ".".join(steps[: steps.index(_INSIDE)]) if _INSIDE in steps else path
 
 
 def refresh(model: nn.Module, paths: Iterable[str], undo: list[Callable[[], None]]) -> None:
@@ -54,18 +40,3 @@ def _set(
     undo.append(lambda: module.__dict__.update({name: old}))
     with torch.no_grad():
         module.__dict__[name] = compute(hook, module)
-
-
-@contextmanager
-def resting(module: nn.Module) -> Generator[None]:
-    """While the block runs, reading a parametrized tensor makes no step of its iteration (spectral norm's)."""
-    parts = list(getattr(module, _INSIDE, nn.ModuleDict()).modules())
-    modes = [part.training for part in parts]
-    for part in parts:
-        part.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode

@@ -18,6 +18,9 @@ from structprune.tracing.recording import ModuleCall, Recording
 from structprune.tracing.values import Values
 from structprune.tracing.vocabulary import VALUES, Call, Kind, Lookup
 
+# Constants of more entries are not compared between a forward and its rehearsal.
+_LARGEST_KEPT = 2**20
+
 
 class Recorder(CallMode):
     """Records calls of the torch API into an ``fx.Graph`` while it is active.
@@ -71,6 +74,7 @@ class Recorder(CallMode):
         """From now on `tensor` is what `node` made."""
         node.meta["shape"] = tuple(plain(list(tensor.shape)))
         node.meta["dtype"] = tensor.dtype
+        node.meta["stride"] = tensor.stride()
         self._known[id(tensor)] = node
         self._alive.append(tensor)
 
@@ -90,8 +94,11 @@ class Recorder(CallMode):
             )
         else:
             node = self._node("get_attr", f"_constant_{len(self._constants)}", (), {}, "constant")
+            original = self._originals.get(id(tensor), tensor)
+            if original.numel() <= _LARGEST_KEPT and not original.is_meta:
+                node.meta["value"] = original.detach()
             if self._meta:
-                self.values.give(node, self._originals.get(id(tensor), tensor))
+                self.values.give(node, original)
         node.meta["where"] = source_line()
         node.meta["call"] = -1
         self.remember(tensor, node)
@@ -160,6 +167,9 @@ class Recorder(CallMode):
                 args = tuple("meta" if isinstance(a, str) else a for a in args)
             result = self._execute(call, func, args, kwargs)
         self._record(call, before, keywords, result)
+        if call.name in VALUES and not isinstance(result, Tensor):
+            self.recording.answers.append(result)
+            self.recording.asked += [value for value in before if isinstance(value, fx.Node)]
         return result
 
     def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -271,6 +281,8 @@ class Recorder(CallMode):
             node.meta["tracked"] = self._tracked
         if call.inplace and isinstance(args[0], fx.Node):
             node.meta["writes"] = args[0]
+        node.meta["again"] = self._known.get(id(result))
+        node.meta["kind"] = type(result)
         if isinstance(result, Tensor):
             self.remember(result, node)
         elif tensors:

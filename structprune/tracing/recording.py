@@ -26,11 +26,16 @@ class ModuleCall:
 
 @dataclass(slots=True)
 class Recording:
-    """Everything that was seen: the graph, its nodes in order, and the calls of modules around them."""
+    """Everything that was seen: the graph, its nodes in order, the calls of modules around them.
+
+    `answers` are the values of tensors that Python was told, in order, and `asked` are those tensors.
+    """
 
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: list[fx.Node] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
+    answers: list[Any] = field(default_factory=list)
+    asked: list[fx.Node] = field(default_factory=list)
 
 
 Group = tuple[str, int, str, tuple[str, ...]]  # of a `CallKey`: what only the order in which they run tells apart

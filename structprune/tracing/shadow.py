@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from structprune.tracing.provenance import SizeInt
 from structprune.tracing.state import INTERNAL, held_tensors, is_config, track
 
-_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), SizeInt, type})
+_INERT = frozenset({float, bool, str, type(None)})
+_PLAIN = _INERT | {int, complex, bytes, SizeInt, type}
+_CONTAINERS = frozenset({list, dict, OrderedDict, set})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class _Copier:
     alive: list[Any] = field(default_factory=list)
 
     def run(self, model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Shadow:
+        """Tensors first, then the modules, so that what leads to them finds their doubles."""
         names: dict[int, str] = {}
         stands_for: dict[int, Tensor] = {}
         for name, held in held_tensors(model).items():
@@ -70,14 +73,18 @@ class _Copier:
         for path, module in modules:
             state = self.memo[id(module)].__dict__
             for key, value in module.__dict__.items():
-                state[key] = self._attribute(path, (key,), value) if key not in INTERNAL else self.copied(value)
+                kind = type(value)
+                if kind in _INERT:
+                    state[key] = value
+                elif kind in _CONTAINERS and not value:  # most of what a module holds are dicts without hooks
+                    state[key] = kind()
+                else:
+                    state[key] = self.copied(value) if key in INTERNAL else self._attribute(path, (key,), value)
         live = {id(self.memo[id(module)]): module for _, module in modules}
         return Shadow(self.memo[id(model)], names, live, stands_for)
 
     def _attribute(self, path: str, chain: tuple[str, ...], value: Any) -> Any:
-        if not self.tracked:
-            return self.copied(value)
-        if type(value) in (int, tuple, list):
+        if self.tracked and type(value) in (int, tuple, list):
             found = track(path, chain, value)
             return self.copied(value) if found is value else found
         if is_config(value) and id(value) not in self.memo and _is_plain(value):
@@ -101,7 +108,7 @@ class _Copier:
         found = self.memo.get(id(value))
         if found is not None:
             return found
-        if kind in (list, dict, OrderedDict, set):
+        if kind in _CONTAINERS:
             return self._container(value)
         if isinstance(value, tuple):
             return self._tuple(value)
@@ -120,7 +127,7 @@ class _Copier:
         new = self.memo[id(value)] = type(value)()
         self.alive.append(value)
         if isinstance(value, dict):
-            new.update((key, self.copied(item)) for key, item in value.items())
+            new.update({key: self.copied(item) for key, item in value.items()})
         elif isinstance(value, set):
             new.update(self.copied(item) for item in value)
         else:

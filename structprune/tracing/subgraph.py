@@ -230,3 +230,16 @@ def _made_of(kind: Any) -> tuple[Callable[..., type[nn.Module]], tuple[type[nn.M
     graph = fx.Graph()
     graph.output(graph.graph_copy(kind.structprune_graph, {}))
     return rewritten_class, (kind.__bases__[0], graph)
+
+
+def can_be_rebuilt(trace: Trace, call: ModuleCall) -> bool:
+    """Whether the forward of the module of `call` can run as a graph with another literal in it."""
+    if trace.real or trace.answers:
+        return False  # surgery traces on stand-ins without values
+    if call.module._forward_hooks or call.module._forward_pre_hooks:
+        return False  # what hooks do is in the trace of the module, not in its forward
+    try:
+        module_graph(trace, call.path, lambda _number, _place, old: old)
+    except TraceError:
+        return False
+    return True

@@ -46,6 +46,8 @@ class Trace:
         training_outputs: what the forward in training mode returns, where it was recorded.
         training_error: why it could not be, where it was tried.
         operations: what was known of the operation of a name.
+        answers: the values of tensors that Python asked for, in order.
+        asked: the tensors whose values they are.
     """
 
     graph: fx.Graph
@@ -63,6 +65,8 @@ class Trace:
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
     operations: Lookup = nothing_known
+    answers: tuple[Any, ...] = ()
+    asked: tuple[fx.Node, ...] = ()
 
     @cached_property
     def keys(self) -> dict[int, CallKey]:
@@ -189,7 +193,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
     with preserved_random_state(), torch.no_grad(), eager(), tracked_numbers() as ledger:
         model.eval()
         recorder = Recorder(
-            shadow.names, operations, meta, lambda name: _indices(names[name].tensor), shadow.stands_for
+            shadow.names, operations, meta, lambda name: buffer_of_indices(names[name].tensor), shadow.stands_for
         )
         placeholders: list[fx.Node] = []
         for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
@@ -207,11 +211,11 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         nodes, calls, trained = tuple(recording.nodes), tuple(recording.calls), ()
         if training:
             model.train()
-            args, kwargs = map_tensors(_two_samples, args), map_tensors(_two_samples, kwargs)
+            args, kwargs = map_tensors(two_samples, args), map_tensors(two_samples, kwargs)
             for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
                 node = recorder.input_node()
                 recorder.remember(tensor, node)
-                recorder.values.give(node, _two_samples(original))
+                recorder.values.give(node, two_samples(original))
             with recorder.watching(model, shadow.live), recorder:
                 result = model(*args, **kwargs)
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
@@ -231,15 +235,17 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         tuple(recording.calls),
         trained,
         operations=operations,
+        answers=tuple(recording.answers),
+        asked=tuple(recording.asked),
     )
 
 
-def _two_samples(tensor: Tensor) -> Tensor:
+def two_samples(tensor: Tensor) -> Tensor:
     """A batch of one as a batch of two: batch norms refuse to train on a single value."""
     return torch.cat([tensor, tensor]) if tensor.shape[:1] == (1,) else tensor.clone()
 
 
-def _indices(tensor: Tensor) -> Tensor | None:
+def buffer_of_indices(tensor: Tensor) -> Tensor | None:
     """A buffer of positions, counts or flags: its values are no weights, and may decide a branch."""
     weight = isinstance(tensor, nn.Parameter) or tensor.is_floating_point() or tensor.is_complex()
     return None if weight or tensor.is_meta else tensor

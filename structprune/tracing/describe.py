@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
-from structprune.surgery.derived import resting
+PARAMETRIZATIONS = "parametrizations"
 
 
 def _first(*names: str) -> Callable[[Any], Any]:
@@ -103,3 +106,70 @@ def _describe(
         value = shape(module, found)
         if getattr(module, name) != value:
             set_attribute(module, name, value, undo)
+
+
+def described_dim(module: nn.Module, chain: tuple[str | int, ...]) -> tuple[str, int] | None:
+    """The tensor of `module` and the dimension of it whose size the attribute at `chain` is; None if it is no such.
+
+    Example:
+        >>> described_dim(nn.Linear(2, 3), ("in_features",))
+        ('weight', 1)
+    """
+    known = next((entry for kind, entry in DESCRIPTIONS.items() if isinstance(module, kind)), None)
+    shape = None if known is None else known[1].get(str(chain[0]))
+    if known is None or shape is None:
+        return None
+    tensor = known[0](module)
+    name = next((key for key, held in module.named_parameters(recurse=False) if held is tensor), None)
+    name = name or next((key for key, held in module.named_buffers(recurse=False) if held is tensor), None)
+    if name is None:
+        return None
+    # Dimensions stand in for sizes, so that the one that the attribute is made of shows.
+    marks = tuple(_Mark(size, dim) for dim, size in enumerate(tensor.shape))
+    value = shape(module, SimpleNamespace(shape=marks))
+    for step in chain[1:]:
+        value = value[step]
+    return (name, value.dim) if isinstance(value, _Mark) else None
+
+
+class _Mark(int):
+    """A size that knows its dimension, and still does once it is multiplied by 1."""
+
+    dim: int
+
+    def __new__(cls, size: int, dim: int) -> _Mark:
+        mark = int.__new__(cls, size)
+        mark.dim = dim
+        return mark
+
+    def __mul__(self, other: int) -> int:
+        return self if other == 1 else int(self) * other
+
+    def __floordiv__(self, other: int) -> int:
+        return self if other == 1 else int(self) // other
+
+
+def owner(path: str) -> str:
+    """The path of the layer that a module of its parametrizations belongs to; other paths are their own.
+
+    Example:
+        >>> owner("block.conv.parametrizations.weight.0"), owner("block.conv")
+        ('block.conv', 'block.conv')
+    """
+    steps = path.split(".")
+    return ".".join(steps[: steps.index(PARAMETRIZATIONS)]) if PARAMETRIZATIONS in steps else path
+
+
+@contextmanager
+def resting(module: nn.Module) -> Generator[None]:
+    """While the block runs, reading a parametrized tensor makes no step of its iteration (spectral norm's)."""
+    parts = list(getattr(module, PARAMETRIZATIONS, nn.ModuleDict()).modules())
+    modes = [part.training for part in parts]
+    for part in parts:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode

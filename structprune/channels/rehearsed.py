@@ -1,0 +1,114 @@
+"""Which channels may not go because the forward, at other widths, would ask for what no expression explains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from structprune.channels.propagate import Channels
+from structprune.channels.sizes import SizeSolver
+from structprune.channels.solver import Components, Mask
+from structprune.channels.trials import Counter
+from structprune.errors import PlanError
+from structprune.ops import op_of
+from structprune.ops.relations import Ids, Row
+from structprune.tracing.describe import described_dim
+from structprune.tracing.provenance import Attribute
+from structprune.tracing.rehearsal import Deviation, Widths, rehearse
+from structprune.tracing.state import join
+from structprune.tracing.trace import ExampleInputs, Trace
+
+
+@dataclass
+class Rehearsals:
+    """Rehearsals of one model at widths of choice.
+
+    Args:
+        model: the model that was traced.
+        trace: what was recorded.
+        example_inputs: those of the trace.
+        channels: the rows of the trace.
+        sizes: what its ints become.
+    """
+
+    model: nn.Module
+    trace: Trace
+    example_inputs: ExampleInputs
+    channels: Channels
+    sizes: SizeSolver
+    _always: frozenset[str] | None = None
+    _settled: bytes = b""
+
+    def deviations(self, components: Components, dead: Mask) -> list[Deviation]:
+        """What the forward does that is not foreseen once `dead` is gone, other than what it does anyway."""
+        if not dead.any() or dead.tobytes() == self._settled:
+            return []
+        found = self._at(components, dead)
+        if found and self._always is None:
+            # A forward that counts its calls, or draws numbers, is never twice the same: that says nothing of widths.
+            self._always = frozenset(d.where for d in self._at(components, np.zeros_like(dead)))
+        found = [d for d in found if d.where not in (self._always or ())]
+        self._settled = b"" if found else dead.tobytes()
+        return found
+
+    def _at(self, components: Components, dead: Mask) -> list[Deviation]:
+        count = Counter(components, dead)
+        rows = self.channels.rows
+
+        def shape(number: int) -> Any:
+            found = rows[number]
+            if isinstance(found, list):
+                return [None if part is None else tuple(map(count, part)) for part in found]
+            return tuple(map(count, found))
+
+        try:
+            values = self.sizes.values(count)
+        except PlanError as error:
+            return [Deviation(str(error), "")]
+        widths = Widths(shape, self.sizes.valuation(count), values)
+        return rehearse(self.model, self.trace, self.example_inputs, op_of, widths)
+
+    def pin_culprits(self, components: Components, dead: Mask, groups: Sequence[Ids], reason: str) -> None:
+        """Pin those of `groups` that make the forward deviate once `dead` is gone; balanced ones go together."""
+        units = [np.concatenate(region.classes) for region in components.balances.regions]
+        together = {int(part) for unit in units for part in unit}
+        units += [group for group in groups if int(group[0]) not in together]
+        culprits = self._culprits(components, dead, units) or units
+        every = components.of(Row(components.ids, array=np.arange(components.ids)))
+        found, first = np.unique(every, return_index=True)
+        ids = first[np.isin(found, np.concatenate(culprits))].astype(np.int64)  # one of each component is enough
+        self.channels.relations.pin(Row(len(ids), array=ids), reason)
+
+    def _culprits(self, components: Components, dead: Mask, units: Sequence[Ids]) -> list[Ids]:
+        """Those of `units` (components that go together) that make the forward deviate when they go.
+
+        Halves are looked at until single units are left, so that a few of many take few rehearsals. Where only units
+        of both halves together make it deviate, the last one is named.
+        """
+        part = np.zeros_like(dead)
+        for unit in units:
+            part[unit] = dead[unit]
+        if not part.any() or not self.deviations(components, components.closure(part)):
+            return []
+        if len(units) == 1:
+            return list(units)
+        middle = len(units) // 2
+        found = [*self._culprits(components, dead, units[:middle]), *self._culprits(components, dead, units[middle:])]
+        return found or [units[-1]]
+
+
+def described_row(
+    modules: Mapping[str, nn.Module], trace: Trace, channels: Channels, attribute: Attribute
+) -> Row | None:
+    """The row that an attribute of a standard layer counts by what the layer says of its own shape."""
+    found = described_dim(modules[attribute.module], attribute.chain)
+    if found is None:
+        return None
+    name = join(attribute.module, found[0])
+    name = next((names[0] for names in trace.tensors.values() if name in names), name)
+    row = next((channels.rows[n.meta["index"]] for n in trace.everything if n.target == name), None)
+    return None if row is None else row[found[1]]

@@ -22,6 +22,17 @@ class Gated(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class Product(nn.Module):
+    """The last layer is a product with its bias in one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.weight, self.bias = nn.Linear(6, 8), nn.Parameter(torch.empty(8, 4)), nn.Parameter(torch.empty(4))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, F.relu(self.up(x)), self.weight)
+
+
 def normed(activation, **options):
     layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), activation, nn.Conv2d(8, 4, 3, **options)]
     return jittered(nn.Sequential(*layers))
@@ -40,6 +51,7 @@ MODELS = {
     "depthwise": (depthwise, IMAGES, "0", ("2",)),
     "gelu": (lambda: jittered(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))), TOKENS, "0", ("0",)),
     "gated": (lambda: jittered(Gated()), TOKENS, "gate", ("gate", "up")),
+    "addmm": (lambda: jittered(Product()), (60, 6), "up", ("up",)),
     "activation behind": (
         lambda: jittered(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU())),
         TOKENS, "0", ("0",),

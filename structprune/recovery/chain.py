@@ -155,9 +155,9 @@ class LinearisedChain:
             strict=True,
         )  # fmt: skip
         for producer, x, weight, shift, slope in parts:
-            own = hidden_grad * slope
-            weights.append(producer.to_weight(own, x, weight))
-            shifts.append(None if shift is None else producer.to_shift(own))
+            result_grad = hidden_grad * slope
+            weights.append(producer.to_weight(result_grad, x, weight))
+            shifts.append(None if shift is None else producer.to_shift(result_grad))
         weights.append(consumer.to_weight(grad, self.hidden, last))
         shifts.append(None if self.at.shifts[-1] is None else consumer.to_shift(grad))
         return ChainWeights(weights, shifts).flat()
@@ -320,7 +320,7 @@ def _run(node: fx.Node, values: Mapping[fx.Node, Any], tensors: Mapping[str, Ten
         return tensor.clone() if tensor.is_inference() else tensor
 
     args, kwargs = (plain(fx.map_arg(part, value)) for part in (node.args, node.kwargs))
-    if "writes" in node.meta:  # in place in the forward; here the derivative still needs what it would write over
+    if "writes" in node.meta:  # in place in the forward, but the derivative still needs what it would write over
         args = (args[0].clone(), *args[1:])
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -1,6 +1,6 @@
-"""A consumer solved together with its producers while the batches pass: what they need is kept, solved, and written.
+"""A consumer solved together with its producers while the batches pass.
 
-The producers of a layer are reached before it. Their inputs are kept until the layer itself has been solved alone; then
+The producers of a layer run before it. Their inputs are stored until the layer itself has been solved alone. Then
 producers and layer are one chain (`chain`), which `gauss_newton` solves on whole samples. The new weights are written
 into the pruned model, and the results at hand are brought to what these weights give.
 """
@@ -55,8 +55,8 @@ class _Producer:
 
     def map(self) -> LinearMap | None:
         """Its linear map; None if it has no adjoints."""
-        found = linear_map(self.name, self.pauses[0].args, self.pauses[0].kwargs)
-        return found if found is not None and found.has_adjoints else None
+        layer = linear_map(self.name, self.pauses[0].args, self.pauses[0].kwargs)
+        return layer if layer is not None and layer.has_adjoints else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class JointSolver:
     """
 
     def __init__(self, graph: ChannelGraph, producers: Producers, rows: int, rounds: int) -> None:
-        self._graph, self._found, self._rows, self._rounds = graph, producers, rows, rounds
+        self._graph, self._in_trace, self._rows, self._rounds = graph, producers, rows, rounds
         nodes = graph.trace.nodes
         self._producers = [_Producer(layer, nodes[layer.node].meta["name"]) for layer in producers.layers]
         self.refused = ""
@@ -114,7 +114,7 @@ class JointSolver:
         return [(producer.layer.node, Side.BEFORE) for producer in self._producers]
 
     def observe(self, event: Event, pauses: list[Pause]) -> bool:
-        """Keep what goes into a producer; whether the event is one of a producer."""
+        """Store what goes into a producer; whether the event is one of a producer."""
         for producer in self._producers:
             if producer.layer.node == event[0]:
                 producer.pauses = list(pauses)
@@ -122,7 +122,7 @@ class JointSolver:
         return False
 
     def forget(self) -> None:
-        """Let go of what was kept."""
+        """Let go of what was stored."""
         for producer in self._producers:
             producer.pauses = []
 
@@ -143,7 +143,7 @@ class JointSolver:
             return None
         chain = Chain(
             tuple(m for m in maps if m is not None),
-            elementwise_between(self._graph, self._found, tensors),
+            elementwise_between(self._graph, self._in_trace, tensors),
             state.map,
             activation_behind(self._graph, state.target),
         )
@@ -164,7 +164,7 @@ class JointSolver:
 
     def _obstacle(self, state: ConsumerState, maps: Sequence[LinearMap | None], scales: Sequence[Tensor | None]) -> str:
         """Why the layers cannot be solved together; empty if they can."""
-        if any(found is None for found in maps):
+        if any(layer is None for layer in maps):
             return "a producer has a form that is not solved for"
         if any(scale is None for scale in scales):
             return "a batch norm behind a producer takes its statistics from the batch"
@@ -198,13 +198,13 @@ class JointSolver:
 
     def _shift(self, producer: _Producer) -> Tensor | None:
         """The bias of a producer; zeros of shape ``(channels,)`` if only a norm behind it has one."""
-        own: Tensor | None = producer.held("bias")
-        if own is not None or producer.layer.bias is None:
-            return own
+        bias: Tensor | None = producer.held("bias")
+        if bias is not None or producer.layer.bias is None:
+            return bias
         weight: Tensor = producer.held("weight")
-        found = producer.map()
-        assert found is not None
-        return weight.new_zeros(found.channels)
+        layer = producer.map()
+        assert layer is not None
+        return weight.new_zeros(layer.channels)
 
     def _agrees_with_forward(self, chain: Chain, start: ChainWeights, state: ConsumerState) -> bool:
         """Whether the chain gives the consumer's input of the forward, on some samples; the same on all ranks.
@@ -224,8 +224,8 @@ class JointSolver:
 
     def _batch(self, number: int, state: ConsumerState) -> Samples:
         """All samples of one batch."""
-        own = state.map(state.hidden[number], state.weight)
-        return Samples(tuple(p.input(number) for p in self._producers), state.ours[number] - own, state.goal[number])
+        rest = state.ours[number] - state.map(state.hidden[number], state.weight)
+        return Samples(tuple(p.input(number) for p in self._producers), rest, state.goal[number])
 
     def _samples(self, state: ConsumerState) -> tuple[list[Samples], list[Samples]]:
         """Samples to solve on and samples held out: some of the first and of the last ones of each batch.

@@ -1,4 +1,4 @@
-"""One layer solved while the batches pass: its features are kept when it is reached, it is solved at its target.
+"""One layer solved while the batches pass: its input is stored when it runs, and it is solved at its target.
 
 A convolution ``(4, 8, 3, 3)`` with a bias has 8 * 9 = 72 features and the intercept. At each drawn position of its
 result, ``x`` of shape (73,) holds its features in the pruned network, and ``y`` of shape (4,) the original's result at
@@ -36,7 +36,7 @@ class LayerSolver:
 
     Args:
         graph: of the original.
-        dead: mask of the removed components.
+        removed: mask of the removed components.
         consumer: the layer.
         rows: positions of all batches together to solve on.
         seed: of the draw of positions.
@@ -48,7 +48,7 @@ class LayerSolver:
     """
 
     def __init__(
-        self, graph: ChannelGraph, dead: Mask, consumer: Consumer, rows: int, seed: int, rounds: int = 0
+        self, graph: ChannelGraph, removed: Mask, consumer: Consumer, rows: int, seed: int, rounds: int = 0
     ) -> None:
         self.consumer = consumer
         self.refused = ""
@@ -58,7 +58,7 @@ class LayerSolver:
         self._name: str = graph.trace.nodes[consumer.node].meta["name"]
         self._target_name: str = graph.trace.nodes[consumer.target].meta["name"]
         dims = graph.channels.rows[consumer.target]
-        self._kept = [kept_indices(graph, dead, row) for row in dims if isinstance(row, Row)]
+        self._kept = [kept_indices(graph, removed, row) for row in dims if isinstance(row, Row)]
         self._rows = rows
         self._random = torch.Generator().manual_seed(seed + consumer.node)
         self._pauses: list[Pause] = []
@@ -73,12 +73,12 @@ class LayerSolver:
     @property
     def observed(self) -> list[Event]:
         """Where the batches have to pause before the target."""
-        own = [] if self.consumer.diagonal else [(self.consumer.node, Side.BEFORE)]
+        layer = [] if self.consumer.diagonal else [(self.consumer.node, Side.BEFORE)]
         producers = self._joint.events if self._joint is not None else []
-        return [*producers, *own, *((norm, Side.BEFORE) for norm in self.consumer.norms)]
+        return [*producers, *layer, *((norm, Side.BEFORE) for norm in self.consumer.norms)]
 
     def observe(self, event: Event, pauses: list[Pause]) -> None:
-        """Keep what goes into the layer or its producers, or the scale of a norm behind it."""
+        """Store what goes into the layer or its producers, or the scale of a norm behind it."""
         if self._joint is not None and self._joint.observe(event, pauses):
             return
         if event[0] != self.consumer.node:
@@ -149,23 +149,23 @@ class LayerSolver:
         self, ours: list[Tensor], goal: list[Tensor], tensors: Mapping[str, Tensor], ridge: float
     ) -> float:
         """Solve the layer again with its producers; the new held-out error over the old one, 1 if it is left."""
-        found = self._map
-        if self._joint is None or found is None or not found.has_adjoints:
+        layer = self._map
+        if self._joint is None or layer is None or not layer.has_adjoints:
             return 1.0
-        matrix = found.matrix_of(tensors[self.consumer.weight])
+        matrix = layer.matrix_of(tensors[self.consumer.weight])
         if self._scale is not None:
             matrix = matrix * self._scale.to(matrix.dtype).reshape(matrix.shape[0], 1, -1)
         hidden = [argument(self._name, "input", pause.args, pause.kwargs) for pause in self._pauses]
-        weight = found.weight_of(matrix)
-        state = ConsumerState(self.consumer.target, found, weight, self._has_bias, hidden, ours, goal, ridge)
+        weight = layer.weight_of(matrix)
+        state = ConsumerState(self.consumer.target, layer, weight, self._has_bias, hidden, ours, goal, ridge)
         answer = self._joint.solve(state, tensors)
         if answer is None or not answer[0].helps:
             return 1.0
         chain_fit, write_producers = answer
         write_producers()
         new_weight, shift = chain_fit.weights.weights[-1], chain_fit.weights.shifts[-1]
-        change = (found.matrix_of(new_weight) - matrix).double()
-        self._change_parameters(found, change, None if shift is None else shift.double(), tensors)
+        change = (layer.matrix_of(new_weight) - matrix).double()
+        self._change_parameters(layer, change, None if shift is None else shift.double(), tensors)
         return (chain_fit.after / chain_fit.before) ** 0.5
 
     # -- rows of features and targets ------------------------------------------------------------------------------
@@ -195,11 +195,11 @@ class LayerSolver:
         sums: list[NormalEquations] = []
         power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
         quota = max(1, self._rows // len(ours))
-        for number, (mine, theirs) in enumerate(zip(ours, goal, strict=True)):
-            for part, positions in enumerate(self._positions(mine, quota)):
+        for number, (result, expected) in enumerate(zip(ours, goal, strict=True)):
+            for part, positions in enumerate(self._positions(result, quota)):
                 # What is empty would still be split into one part.
-                for some in positions.to(mine.device).split(self._chunk(mine)) if len(positions) else ():
-                    x, y, size = self._rows_at(number, mine, theirs, some)
+                for some in positions.to(result.device).split(self._chunk(result)) if len(positions) else ():
+                    x, y, size = self._rows_at(number, result, expected, some)
                     x = with_intercept(x) if self._has_bias else x
                     if not sums:
                         sums = [NormalEquations.zeros(x.shape[0], x.shape[2], y.shape[2], x.device) for _ in range(2)]
@@ -226,13 +226,13 @@ class LayerSolver:
         features = 2 if self._map is None else self._map.features * self._map.groups
         return max(1, CHUNK // max(features, result.shape[self._channel_dim]))
 
-    def _rows_at(self, number: int, mine: Tensor, theirs: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows_at(self, number: int, result: Tensor, expected: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features, what the result lacks of the goal, and the squared size of the goal, at some positions.
 
         Args:
             number: of the batch.
-            mine: the target's result on the pruned network.
-            theirs: the original's, with the kept channels.
+            result: the target's result on the pruned network.
+            expected: the original's, with the kept channels.
             at: flat positions.
 
         Returns:
@@ -241,12 +241,13 @@ class LayerSolver:
         """
         if self._map is None:
             dim = self._channel_dim
-            x, goal = (t.movedim(dim, -1).reshape(-1, t.shape[dim])[at].double() for t in (mine, theirs))
+            # From (batch, channels, height, width) to (positions, channels).
+            x, goal = (t.movedim(dim, -1).reshape(-1, t.shape[dim])[at].double() for t in (result, expected))
             return x.T[..., None], (goal - x).T[..., None], goal.square().sum()
         pause = self._pauses[number]
-        goal = self._map.outputs_at(theirs, at)
+        goal = self._map.outputs_at(expected, at)
         x = self._map.features_at(argument(self._name, "input", pause.args, pause.kwargs), at)
-        return x, goal - self._map.outputs_at(mine, at), goal.square().sum()
+        return x, goal - self._map.outputs_at(result, at), goal.square().sum()
 
     # -- what is changed -------------------------------------------------------------------------------------------
 
@@ -264,12 +265,12 @@ class LayerSolver:
             result.add_(self._map(x, self._map.weight_of(matrix).to(x.dtype), own_shift))
 
     def _change_parameters(
-        self, found: LinearMap, matrix: Tensor, shift: Tensor | None, tensors: Mapping[str, Tensor]
+        self, layer: LinearMap, matrix: Tensor, shift: Tensor | None, tensors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Change the weight and the bias so that the result behind the norms changes by a matrix and a shift.
 
         Args:
-            found: the layer.
+            layer: its linear map.
             matrix: shape ``(groups, features, outputs)``.
             shift: shape ``(channels,)``, or None.
             tensors: those of the pruned model, by name.
@@ -284,7 +285,7 @@ class LayerSolver:
             divisor = torch.where(nonzero, scale, 1.0)
             weight = matrix / divisor.reshape(matrix.shape[0], 1, -1)
             own_shift = None if shift is None else torch.where(nonzero, shift, 0.0) / divisor
-        _add(tensors[self.consumer.weight], found.weight_of(weight))
+        _add(tensors[self.consumer.weight], layer.weight_of(weight))
         if shift is not None and own_shift is not None and self.consumer.bias is not None:
             shift = own_shift if self.consumer.own_bias else shift
             _add(tensors[self.consumer.bias], shift)

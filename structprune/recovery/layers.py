@@ -54,9 +54,9 @@ class Consumer:
         return self.weight.rpartition(".")[0] or self.weight
 
 
-def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
-    """The layers to solve once the components marked in `dead` are removed, in the order of the forward."""
-    changed = changed_operations(graph, dead)
+def consumers(graph: ChannelGraph, removed: Mask) -> list[Consumer]:
+    """The layers to solve once the components marked in the mask `removed` are removed, in the order of the forward."""
+    changed = changed_operations(graph, removed)
     layers: list[Consumer] = []
     last_into: dict[int, int] = {}  # for each target, the last layer that goes into it
     for node in graph.trace.nodes:
@@ -76,18 +76,18 @@ def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
 # -- what has changed ------------------------------------------------------------------------------------------------
 
 
-def kept_indices(graph: ChannelGraph, dead: Mask, row: Row) -> Ids | None:
+def kept_indices(graph: ChannelGraph, removed: Mask, row: Row) -> Ids | None:
     """Original indices that are kept along a dimension of channels, or None if all are.
 
-    Of 4 channels in the components 7, 8, 9 and 9, with ``dead[8]`` set, it is [0, 2, 3].
+    Of 4 channels in the components 7, 8, 9 and 9, with ``removed[8]`` set, it is [0, 2, 3].
     """
     if not row.free:
         return None
-    removed = dead[graph.components.of(row)]
-    return np.flatnonzero(~removed) if removed.any() else None
+    lost = removed[graph.components.of(row)]
+    return np.flatnonzero(~lost) if lost.any() else None
 
 
-def changed_operations(graph: ChannelGraph, dead: Mask) -> set[fx.Node]:
+def changed_operations(graph: ChannelGraph, removed: Mask) -> set[fx.Node]:
     """The operations whose kept channels differ from the original's, or may.
 
     The first ones sum over dimensions with removed channels, which their result does not have, or normalise over them.
@@ -99,21 +99,21 @@ def changed_operations(graph: ChannelGraph, dead: Mask) -> set[fx.Node]:
         if any(source in changed for source in sources):
             changed.add(node)
             continue
-        lost = set().union(*(_removed_components(graph, dead, source) for source in sources))
-        if lost and (node.meta["index"] in normalising or not lost <= _removed_components(graph, dead, node)):
+        lost = set().union(*(_removed_components(graph, removed, source) for source in sources))
+        if lost and (node.meta["index"] in normalising or not lost <= _removed_components(graph, removed, node)):
             changed.add(node)
     return changed
 
 
-def _removed_components(graph: ChannelGraph, dead: Mask, node: fx.Node) -> set[int]:
+def _removed_components(graph: ChannelGraph, removed: Mask, node: fx.Node) -> set[int]:
     """The removed components among the channels of a result."""
     rows = graph.channels.rows[node.meta["index"]]
-    removed: set[int] = set()
+    components: set[int] = set()
     for row in rows if isinstance(rows, tuple) else ():
         if isinstance(row, Row) and row.free:
-            components = graph.components.of(row)
-            removed.update(components[dead[components]].tolist())
-    return removed
+            in_row = graph.components.of(row)
+            components.update(in_row[removed[in_row]].tolist())
+    return components
 
 
 # -- what a layer has to meet ----------------------------------------------------------------------------------------

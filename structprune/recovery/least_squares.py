@@ -179,9 +179,10 @@ class _Elimination:
 
     def costs(self) -> Tensor:
         """How far the error rises if a channel alone is removed, for each remaining one, shape ``(channels,)``."""
+        # (channels, features of a channel, features of a channel)
         blocks = self.inverse[self.places[:, :, None], self.places[:, None, :]]
-        own = self.solution[self.places]
-        return self.weight * (own * torch.linalg.solve(blocks, own)).sum((1, 2))
+        rows = self.solution[self.places]  # (channels, features of a channel, outputs)
+        return self.weight * (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
 
     def remove(self, channels: Tensor) -> None:
         """Remove channels; the inverse and the solution for the remaining features follow by a block update.

@@ -169,11 +169,11 @@ class LinearMap:
         x = F.pad(x, padding)
         parts = zip(x.shape[2:], self.kernel, self.strides, self.dilations, strict=True)
         sizes = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in parts]
-        own = x.stride()
-        to_next_window = [s * stride for s, stride in zip(own[2:], self.strides, strict=True)]
-        within_window = [s * dilation for s, dilation in zip(own[2:], self.dilations, strict=True)]
+        strides = x.stride()
+        to_next_window = [s * stride for s, stride in zip(strides[2:], self.strides, strict=True)]
+        within_window = [s * dilation for s, dilation in zip(strides[2:], self.dilations, strict=True)]
         return x.as_strided(
-            (*x.shape[:2], *sizes, *self.kernel), (*own[:2], *to_next_window, *within_window), x.storage_offset()
+            (*x.shape[:2], *sizes, *self.kernel), (*strides[:2], *to_next_window, *within_window), x.storage_offset()
         )
 
     def weight_of(self, matrix: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ class BatchRun:
         self._error: BaseException | None = None
         self._output: Any = None
         # A shadow shares the model's tensors; several threads cannot follow one and the same module.
-        own = shadow_of(model, lambda _, tensor: tensor, tracked=False).model
-        self._thread = threading.Thread(target=self._run, args=(own, inputs), daemon=True)
+        shadow = shadow_of(model, lambda _, tensor: tensor, tracked=False).model
+        self._thread = threading.Thread(target=self._run, args=(shadow, inputs), daemon=True)
         self._thread.start()
 
     def _run(self, model: nn.Module, inputs: Any) -> None:
@@ -273,8 +273,8 @@ def separate_results(trace: Trace, start: int, results: Mapping[int, Any]) -> di
 
     def copied(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        own = copies.setdefault(storage.data_ptr(), storage.clone()) if storage.nbytes() else storage
-        return tensor.new_empty(0).set_(own, tensor.storage_offset(), tensor.size(), tensor.stride())
+        copy = copies.setdefault(storage.data_ptr(), storage.clone()) if storage.nbytes() else storage
+        return tensor.new_empty(0).set_(copy, tensor.storage_offset(), tensor.size(), tensor.stride())
 
     return {number: map_tensors(copied, result) for number, result in results.items()}
 

@@ -100,7 +100,7 @@ class Preconditioner:
             factors.append(_factors(producer, moments, overlap, damping, blocks is None))
         moments, _ = _moments(chain.consumer, lines, None)
         factors.append(_factors(chain.consumer, moments, None, damping))
-        weights, shifts = zip(*(_weight_and_shift(own.map, own.damping) for own in factors), strict=True)
+        weights, shifts = zip(*(_weight_and_shift(each.map, each.damping) for each in factors), strict=True)
         present = [None if have is None else shift for have, shift in zip(at.shifts, shifts, strict=True)]
         return cls(at, factors, ChainWeights(list(weights), present).flat().to(at.weights[-1].dtype), blocks)
 
@@ -109,8 +109,8 @@ class Preconditioner:
         given = self.at.like(vector)
         weights: list[Tensor] = []
         shifts: list[Tensor | None] = []
-        for own, weight, shift in zip(self.factors, given.weights, given.shifts, strict=True):
-            new_weight, new_shift = own.apply(weight, shift)
+        for each, weight, shift in zip(self.factors, given.weights, given.shifts, strict=True):
+            new_weight, new_shift = each.apply(weight, shift)
             weights.append(new_weight)
             shifts.append(new_shift)
         if self.blocks is not None:
@@ -164,12 +164,12 @@ def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None) 
         total = layer.positions(result)
         at = _spread_positions(total, MOMENT_POSITIONS // len(lines)).to(result.device)
         x = with_intercept(layer.features_at(line.hidden if place is None else line.samples.inputs[place], at))
-        own = x.transpose(1, 2) @ x * (total / len(at))
-        xx = own if xx is None else xx + own
+        products = x.transpose(1, 2) @ x * (total / len(at))
+        xx = products if xx is None else xx + products
         slope = layer.outputs_at(result, at) if place is not None else x[..., :0]
-        own = slope.transpose(1, 2) @ slope
+        products = slope.transpose(1, 2) @ slope
         count += len(at)
-        slope_moments = own if slope_moments is None else slope_moments + own
+        slope_moments = products if slope_moments is None else slope_moments + products
     assert xx is not None
     assert slope_moments is not None
     all_reduced(xx)
@@ -180,8 +180,8 @@ def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None) 
 def _output_overlap(chain: Chain, line: LinearisedChain, place: int, slope_moments: Tensor) -> Tensor:
     """How the effects of a producer's outputs overlap behind the consumer, shape ``(groups, outputs, outputs)``.
 
-    A consumer with two groups and weight (6, 4, 3, 3) sees 2 * 4 = 8 hidden channels: `gram` is (8, 8), with zeros
-    between the groups. Of a producer with four groups of 2 outputs, the four blocks (2, 2) on its diagonal count.
+    A consumer with two groups and weight (6, 4, 3, 3) takes 2 * 4 = 8 hidden channels: `gram` is (8, 8), with zeros
+    between the groups. For a producer with four groups of 2 outputs, the result is its four diagonal blocks (2, 2).
     """
     consumer = chain.consumer
     matrix = consumer.matrix_of(line.at.weights[-1]).double()
@@ -255,7 +255,7 @@ class ChannelBlocks:
         solved = torch.einsum("cab,bc->ac", self.inverse, torch.cat(parts))
         split = solved.split([len(part) for part in parts])
         return (
-            [p.weight_of(own[None]) for p, own in zip(self.producers, split[::2], strict=True)],
+            [p.weight_of(matrix[None]) for p, matrix in zip(self.producers, split[::2], strict=True)],
             [None if old is None else new[0] for old, new in zip(shifts, split[1::2], strict=True)],
         )
 

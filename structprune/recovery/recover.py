@@ -119,8 +119,11 @@ def _recovered(
     with _widened(original, recovered) as wide:
         batches = [map_tensors(_wide, batch) for batch in batches] if wide else batches
         graph = ChannelGraph(original, batches[0])
-        dead = dead_components(graph, removed)
-        solvers = [LayerSolver(graph, dead, consumer, rows, seed, rounds) for consumer in consumers(graph, dead)]
+        removed_components = dead_components(graph, removed)
+        solvers = [
+            LayerSolver(graph, removed_components, consumer, rows, seed, rounds)
+            for consumer in consumers(graph, removed_components)
+        ]
         with preserved_random_state(), torch.no_grad():
             layers = _solve_in_order(recovered, original, batches, graph, solvers)
     skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
@@ -143,16 +146,16 @@ def _widened(original: nn.Module, recovered: nn.Module) -> Generator[bool]:
     Half precision cannot tell the errors that are left from its own rounding, and conjugate gradients do not converge
     in it. Afterwards the parameters of `recovered` are the solved ones, rounded.
     """
-    own = {name: held.tensor for name, held in held_tensors(recovered).items()}
+    before = {name: held.tensor for name, held in held_tensors(recovered).items()}
     others = (held.tensor for held in held_tensors(original).values())
-    if all(tensor.dtype not in HALF for tensor in (*own.values(), *others)):
+    if all(tensor.dtype not in HALF for tensor in (*before.values(), *others)):
         yield False
         return
     with lent(original, _wide, track=False), lent(recovered, _wide, track=False):
         yield True
         for name, held in held_tensors(recovered).items():
-            if name in own and isinstance(own[name], nn.Parameter):
-                own[name].data.copy_(held.tensor)
+            if name in before and isinstance(before[name], nn.Parameter):
+                before[name].data.copy_(held.tensor)
 
 
 def removed_between(slim: nn.Module, original: nn.Module) -> Edits:

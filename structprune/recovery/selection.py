@@ -199,7 +199,7 @@ class Reconstruction:
         # Forwards may branch on the size of the batch, which the example inputs need not share with the data.
         graph = ChannelGraph(model, data[0], ignore=graph.ignored, outputs=graph._wanted)
         groups = {n: g for n, g in enumerate(graph.groups()) if self.axes is None or g.axis in self.axes}
-        consumers = {number: own for number, group in groups.items() if (own := group_consumers(graph, group))}
+        consumers = {number: members for number, group in groups.items() if (members := group_consumers(graph, group))}
         with preserved_random_state(), torch.no_grad(), lent(model, shield, track=False):
             model.eval()
             removals = self._removals(graph, consumers, data)
@@ -217,10 +217,10 @@ class Reconstruction:
 
     def _saved(self, graph: ChannelGraph, group: Group) -> float:
         """What one channel of the group saves."""
-        dead = np.zeros(graph.components.count, dtype=bool)
-        full = graph.costs.at(graph.counter(dead))
-        dead[group.components[:1]] = True
-        less = graph.costs.at(graph.counter(graph.components.closure(dead)))
+        removed = np.zeros(graph.components.count, dtype=bool)
+        full = graph.costs.at(graph.counter(removed))
+        removed[group.components[:1]] = True
+        less = graph.costs.at(graph.counter(graph.components.closure(removed)))
         return max(1.0, float(getattr(full, self.per) - getattr(less, self.per)))
 
     def _removals(
@@ -235,20 +235,20 @@ class Reconstruction:
             consumers: of each group, by its number.
             data: batches.
         """
-        events = sorted({(consumer.number, Side.BEFORE) for own in consumers.values() for consumer in own})
-        last = {number: max(consumer.number for consumer in own) for number, own in consumers.items()}
+        events = sorted({(consumer.number, Side.BEFORE) for group in consumers.values() for consumer in group})
+        last = {number: max(consumer.number for consumer in group) for number, group in consumers.items()}
         moments: dict[tuple[int, int], ConsumerMoments] = {}
         removals: dict[int, _Removal] = {}
         with parallel_runs(BatchRun, graph.model, data, graph.trace, set(events)) as runs:
             for event in events:
                 pauses = [run.run_to(event) for run in runs]
-                here = [(n, c) for n, own in consumers.items() for c in own if c.number == event[0]]
+                here = [(n, c) for n, group in consumers.items() for c in group if c.number == event[0]]
                 xx, matrix = self._moments(here[0][1].node, pauses)
                 for number, consumer in here:
                     moments[number, event[0]] = ConsumerMoments(xx, matrix, consumer.places.to(xx.device))
                 for number in {n for n, _ in here if last[n] == event[0]}:
-                    own = [moments.pop((number, consumer.number)) for consumer in consumers[number]]
-                    removals[number] = self._removal(graph.groups()[number], own)
+                    in_order = [moments.pop((number, consumer.number)) for consumer in consumers[number]]
+                    removals[number] = self._removal(graph.groups()[number], in_order)
         return removals
 
     def _removal(self, group: Group, consumers: list[ConsumerMoments]) -> _Removal:

@@ -8,44 +8,27 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from support.ranks import needs_distributed, on_two_ranks
+from support.recovery_nets import (
+    COPIED_FROM,
+    GONE,
+    IMAGES,
+    KEPT,
+    TOKENS,
+    conv_net,
+    copy_channels,
+    copy_norm,
+    data_of,
+    error,
+    jittered,
+    linear_net,
+    removal,
+)
 from torch import nn
 
 import structprune
 from structprune.errors import RecoveryError
 from structprune.planning import plan_removal
-
-GONE = [1, 4, 6]
-KEPT = [0, 2, 3, 5, 7]
-COPIED_FROM = [0, 2, 7]
-
-
-def copy_channels(*tensors, factor=2.0):
-    """Make the channels that go multiples of ones that stay; all these tensors have them in dimension 0."""
-    for tensor in tensors:
-        with torch.no_grad():
-            tensor[GONE] = factor * tensor[COPIED_FROM]
-
-
-def copy_norm(norm):
-    """The same for a batch norm in front of which the channels are equal: scale and shift are multiples."""
-    with torch.no_grad():
-        for tensor in (norm.weight, norm.bias):
-            tensor[GONE] = 2.0 * tensor[COPIED_FROM]
-        for tensor in (norm.running_mean, norm.running_var):
-            tensor[GONE] = tensor[COPIED_FROM]
-
-
-def jittered(model):
-    """All parameters and statistics random, in float64 and eval mode."""
-    generator = torch.Generator().manual_seed(3)
-    model = model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_var"):
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    return model
 
 
 class Matrix(nn.Module):
@@ -72,16 +55,6 @@ class Addmm(nn.Module):
         return torch.addmm(self.bias, flat, self.weight).view(*x.shape[:-1], -1)
 
 
-def conv_net(consumer, *middle):
-    return jittered(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *middle, consumer))
-
-
-def linear_net(consumer):
-    return jittered(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), consumer))
-
-
-IMAGES = (24, 3, 9, 8)
-TOKENS = (24, 5, 6)
 CONSUMERS = {
     "conv": (lambda: conv_net(nn.Conv2d(8, 4, 3, padding=1)), IMAGES),
     "conv without bias": (lambda: conv_net(nn.Conv2d(8, 4, 3, bias=False)), IMAGES),
@@ -103,23 +76,6 @@ CONSUMERS = {
     "matrix product": (lambda: linear_net(Matrix(8, 4)), TOKENS),
     "addmm": (lambda: linear_net(Addmm(8, 4)), TOKENS),
 }
-
-
-def removal(model, x, layer, indices=GONE):
-    graph = structprune.DependencyGraph(model, x)
-    return plan_removal(graph, graph.chosen(layer, indices))
-
-
-def data_of(shape, parts=3):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return list(x.chunk(parts))
-
-
-def error(model, original, data):
-    """Relative error of the outputs."""
-    with torch.no_grad():
-        ours, theirs = torch.cat([model(x) for x in data]), torch.cat([original(x) for x in data])
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("name", CONSUMERS)
@@ -359,3 +315,40 @@ def test_an_error_of_the_forward_comes_through_and_no_thread_stays():
 def test_only_what_recover_made_has_a_report():
     with pytest.raises(RecoveryError, match=r"does not come from structprune\.recover"):
         structprune.recovery_report(nn.Linear(2, 2))
+
+
+def test_batches_that_take_another_branch_are_refused():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.up(x)
+            return self.down(F.relu(y) if len(x) > 2 else F.gelu(y))
+
+    model, data = Branch().double(), data_of(TOKENS)
+    plan = removal(model, data[0], "up")
+    with pytest.raises(RecoveryError, match="A batch runs gelu where the trace of the original has relu"):
+        structprune.recover(plan.apply(model), model, [data[0], data[1][:2]])
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def recovered_weight(data):
+    model = conv_net(nn.Conv2d(8, 4, 3))
+    plan = removal(model, data[0], "0")
+    return structprune.recover(plan.apply(model), model, data)[2].weight.detach()
+
+
+def weight_of(rank):
+    return recovered_weight(data_of(IMAGES, 4)[2 * rank : 2 * rank + 2])
+
+
+@needs_distributed
+def test_every_rank_gives_its_share(tmp_path):
+    found = on_two_ranks(weight_of, tmp_path)
+    together = recovered_weight(data_of(IMAGES, 4))
+    for weight in found:
+        torch.testing.assert_close(weight, together, rtol=1e-9, atol=1e-12)

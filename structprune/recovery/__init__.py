@@ -1,1 +1,1 @@
-"""Accuracy back without training: consumers solved again by least squares, statistics taken anew."""
+"""Accuracy back without training: layers solved again by least squares, statistics of norms computed again."""

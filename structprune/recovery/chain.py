@@ -1,22 +1,45 @@
-"""Producers and a consumer as one function of their weights, and its linearisation with the adjoint written out."""
+"""A consumer with the layers that make its channels, as one function of their weights and its linearisation.
+
+For the MLP of a language model, ``down(silu(gate(x)) * up(x))`` with hidden width 8, the producers are `gate` and `up`,
+both of weight ``(8, 6)``; `elementwise` maps their results, twice ``(batch, 8)``, to the consumer's input
+``(batch, 8)``; the consumer `down` has weight ``(4, 8)``. The chain is a function of 8 * 6 + 8 * 6 + 4 * 8 numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from structprune.graph import ChannelGraph
+from structprune.ops import layer_of, op_of
+from structprune.ops.arguments import arguments
 from structprune.ranks import all_reduced
+from structprune.recovery.layers import Consumer, as_consumer, uses_batch_statistics
 from structprune.recovery.linear_maps import LinearMap
+from structprune.tracing.provenance import plain
 
-Between = Callable[[Sequence[Tensor]], Tensor]
+# From some tensors of equal shape to one of that shape, each entry from the entries at its place.
+Elementwise = Callable[[Sequence[Tensor]], Tensor]
+
+_ACTIVATIONS = """
+relu relu6 hardtanh hardswish leaky_relu elu celu selu silu gelu mish softplus tanh sigmoid hardsigmoid clamp clamp_min
+"""
+ACTIVATIONS = frozenset(_ACTIVATIONS.split())
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """What the piece is solved on: the inputs of the producers, what is added to the result, and what it has to be."""
+class Samples:
+    """Samples that a chain is solved on.
+
+    Attributes:
+        inputs: of each producer.
+        rest: what is added to the consumer's result: its bias, and the other part of a residual sum.
+        goal: what the sum has to be.
+    """
 
     inputs: tuple[Tensor, ...]
     rest: Tensor
@@ -24,100 +47,282 @@ class Batch:
 
 
 @dataclass(slots=True)
-class Weights:
-    """Weights and shifts of all layers of a piece, the consumer last; a shift is None where nothing can take it up."""
+class ChainWeights:
+    """Weights and shifts of all layers of a chain, the consumer last.
+
+    Attributes:
+        weights: in the shapes of the layers' weights.
+        shifts: each of shape ``(channels,)``, or None where no parameter can hold one.
+    """
 
     weights: list[Tensor]
     shifts: list[Tensor | None]
 
     def flat(self) -> Tensor:
-        """All numbers in one vector."""
+        """All numbers in one vector: the weights, then the shifts."""
         parts = [w.flatten() for w in self.weights] + [s for s in self.shifts if s is not None]
         return torch.cat(parts)
 
-    def like(self, vector: Tensor) -> Weights:
-        """The numbers of `vector` in the same places."""
+    def like(self, vector: Tensor) -> ChainWeights:
+        """The numbers of a `vector` in the order of `flat`, in these shapes."""
         have = [*self.weights, *(s for s in self.shifts if s is not None)]
         parts = iter(part.view(h.shape) for part, h in zip(vector.split([h.numel() for h in have]), have, strict=True))
         weights = [next(parts) for _ in self.weights]
-        return Weights(weights, [None if s is None else next(parts) for s in self.shifts])
+        return ChainWeights(weights, [None if s is None else next(parts) for s in self.shifts])
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A piece as a function of its weights.
+    """A consumer behind its producers, as a function of their weights.
 
     Attributes:
         producers: their linear maps.
-        between: from the producers' results to the consumer's input, entry by entry.
+        elementwise: from the producers' results to the consumer's input.
         consumer: its linear map.
-        behind: what is done to each entry of the result before anything else sees it.
+        activation: what is applied to the result before anything else uses it; errors are measured behind it.
     """
 
     producers: tuple[LinearMap, ...]
-    between: Between
+    elementwise: Elementwise
     consumer: LinearMap
-    behind: Between
+    activation: Elementwise
 
-    def results(self, batch: Batch, at: Weights) -> list[Tensor]:
-        """What the producers give."""
-        parts = zip(self.producers, batch.inputs, at.weights[:-1], at.shifts[:-1], strict=True)
+    def producer_results(self, samples: Samples, at: ChainWeights) -> list[Tensor]:
+        """The result of each producer."""
+        parts = zip(self.producers, samples.inputs, at.weights[:-1], at.shifts[:-1], strict=True)
         return [producer(x, weight, shift) for producer, x, weight, shift in parts]
 
-    def whole(self, batch: Batch, at: Weights) -> Tensor:
-        """The result with what is added to it."""
-        return batch.rest + self.consumer(self.between(self.results(batch, at)), at.weights[-1], at.shifts[-1])
+    def hidden(self, samples: Samples, at: ChainWeights) -> Tensor:
+        """The input of the consumer."""
+        return self.elementwise(self.producer_results(samples, at))
 
-    def error(self, batches: Sequence[Batch], at: Weights) -> float:
-        """Sum of squares of what is missing, over all ranks."""
+    def from_hidden(self, samples: Samples, hidden: Tensor, at: ChainWeights) -> Tensor:
+        """The result for a given input of the consumer, with what is added to it."""
+        return samples.rest + self.consumer(hidden, at.weights[-1], at.shifts[-1])
+
+    def result(self, samples: Samples, at: ChainWeights) -> Tensor:
+        """The result with what is added to it, before the activation."""
+        return self.from_hidden(samples, self.hidden(samples, at), at)
+
+    def error(self, parts: Sequence[Samples], at: ChainWeights) -> float:
+        """Sum of squared differences from the goal, behind the activation, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=at.weights[-1].device)
-        for batch in batches:
-            total += (self.behind([batch.goal]) - self.behind([self.whole(batch, at)])).double().square().sum()
+        for samples in parts:
+            difference = self.activation([samples.goal]) - self.activation([self.result(samples, at)])
+            total += difference.double().square().sum()
         return float(all_reduced(total))
 
 
 @dataclass(slots=True)
-class Linearised:
-    """A chain linearised at some weights, on one batch.
+class LinearisedChain:
+    """A chain linearised at some weights, on some samples: the Jacobian, as a product with a vector from either side.
 
     Attributes:
-        chain, batch, at: what is linearised, on what, and where.
+        chain: what is linearised.
+        samples: on what.
+        at: where.
         hidden: the consumer's input.
-        slopes: of the consumer's input, by each producer's result.
-        last: slopes of what is behind the result.
+        slopes: of the consumer's input by each producer's result, each in the shape of the hidden.
+        activation_slopes: of the activation behind the result, in the shape of the result.
     """
 
     chain: Chain
-    batch: Batch
-    at: Weights
+    samples: Samples
+    at: ChainWeights
     hidden: Tensor
     slopes: list[Tensor]
-    last: Tensor
+    activation_slopes: Tensor
 
-    def forward(self, step: Weights) -> Tensor:
-        """The change of the result."""
+    def jvp(self, step: ChainWeights) -> Tensor:
+        """The change of the activated result for a step of the weights."""
         parts = zip(
-            self.chain.producers, self.batch.inputs, step.weights[:-1], step.shifts[:-1], self.slopes, strict=True
+            self.chain.producers, self.samples.inputs, step.weights[:-1], step.shifts[:-1], self.slopes, strict=True
         )
         moved = torch.stack([producer(x, w, s) * slope for producer, x, w, s, slope in parts]).sum(0)
         consumer = self.chain.consumer
         change = consumer(moved, self.at.weights[-1]) + consumer(self.hidden, step.weights[-1], step.shifts[-1])
-        return change * self.last
+        return change * self.activation_slopes
 
-    def adjoint(self, grad: Tensor) -> Tensor:
-        """From something like the result to a vector of all weights."""
+    def vjp(self, grad: Tensor) -> Tensor:
+        """The adjoint: from something in the shape of the result to a vector in the order of `ChainWeights.flat`."""
         consumer, last = self.chain.consumer, self.at.weights[-1]
         weights: list[Tensor] = []
         shifts: list[Tensor | None] = []
-        grad = grad * self.last
-        back = consumer.to_input(grad, self.hidden, last)
+        grad = grad * self.activation_slopes
+        hidden_grad = consumer.to_input(grad, self.hidden, last)
         parts = zip(
-            self.chain.producers, self.batch.inputs, self.at.weights[:-1], self.at.shifts[:-1], self.slopes, strict=True
-        )
+            self.chain.producers, self.samples.inputs, self.at.weights[:-1], self.at.shifts[:-1], self.slopes,
+            strict=True,
+        )  # fmt: skip
         for producer, x, weight, shift, slope in parts:
-            own = back * slope
-            weights.append(producer.to_weight(own, x, weight))
-            shifts.append(None if shift is None else producer.to_shift(own))
+            result_grad = hidden_grad * slope
+            weights.append(producer.to_weight(result_grad, x, weight))
+            shifts.append(None if shift is None else producer.to_shift(result_grad))
         weights.append(consumer.to_weight(grad, self.hidden, last))
         shifts.append(None if self.at.shifts[-1] is None else consumer.to_shift(grad))
-        return Weights(weights, shifts).flat()
+        return ChainWeights(weights, shifts).flat()
+
+
+def linearised(chain: Chain, samples: Samples, at: ChainWeights) -> tuple[LinearisedChain, Tensor]:
+    """The chain linearised at some weights, and what its activated result lacks there."""
+    hidden, slopes = elementwise_slopes(chain.elementwise, chain.producer_results(samples, at))
+    result, (last,) = elementwise_slopes(chain.activation, [chain.from_hidden(samples, hidden, at)])
+    missing = chain.activation([samples.goal]) - result
+    return LinearisedChain(chain, samples, at, hidden, slopes, last), missing
+
+
+def elementwise_slopes(function: Elementwise, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The result of an elementwise function, and its derivative by each input, entry by entry.
+
+    Its Jacobian is diagonal, so that the derivatives of the sum of the result are all of it.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        result = function(leaves)
+        # A comparison, or what is detached, has no slope.
+        none = [None] * len(leaves)
+        slopes = torch.autograd.grad(result.sum(), leaves, allow_unused=True) if result.requires_grad else none
+    parts = zip(slopes, leaves, strict=True)
+    return result.detach(), [torch.zeros_like(leaf) if slope is None else slope for slope, leaf in parts]
+
+
+# -- read off the trace ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Producers:
+    """Layers whose results meet, entry by entry, in the input of a consumer.
+
+    Attributes:
+        layers: in the order of the forward, each with the norms behind it.
+        between: the operations between them and the consumer's input, in order.
+    """
+
+    layers: tuple[Consumer, ...]
+    between: tuple[fx.Node, ...]
+
+
+def producers_of(graph: ChannelGraph, consumer: Consumer) -> Producers | str:
+    """The producers of a consumer's channels, or why they cannot be solved with it.
+
+    Each operation between treats every entry alone and its result is used nowhere else. So a change at one position
+    and channel of a producer's result changes the consumer's input at that place, and nothing besides.
+    """
+    if consumer.diagonal:
+        return "a norm has no producers of its own"
+    source = _input_of(graph.trace.nodes[consumer.node])
+    if source is None:
+        return "its input is none of the trace"
+    between: dict[int, fx.Node] = {}
+    ends: dict[int, fx.Node] = {}
+    waiting = [source]
+    while waiting:
+        node = waiting.pop()
+        number, name = node.meta["index"], node.meta["name"]
+        if number in between or number in ends:
+            continue
+        if layer_of(name) is not None:
+            if _is_written_over(_input_of(node)):
+                return f"the input of {name} in front of it is written over"
+            ends[number] = node
+        elif _is_elementwise(name) and node.meta.get("shape") == source.meta.get("shape"):
+            between[number] = node
+            waiting += [part for part in node.all_input_nodes if part.meta["name"] != "parameter"]
+        else:
+            return f"its channels come through {name}, which does not treat each entry alone"
+    obstacle = _obstacle([*between.values(), *ends.values()], {consumer.node, *between, *ends}, source)
+    if obstacle:
+        return obstacle
+    layers = [as_consumer(graph, node, sums=False) for _, node in sorted(ends.items())]
+    if not layers or any(layer is None for layer in layers):
+        return "what makes its channels has no weight of its own"
+    return Producers(tuple(p for p in layers if p is not None), tuple(node for _, node in sorted(between.items())))
+
+
+def _obstacle(nodes: Iterable[fx.Node], inside: set[int], source: fx.Node) -> str:
+    """Why producers and operations between are no function of entries alone; empty if they are.
+
+    Args:
+        nodes: the operations between, and the producers.
+        inside: their numbers and the consumer's.
+        source: the consumer's input.
+    """
+    for node in nodes:
+        name = node.meta["name"]
+        if any(user.op == "output" or user.meta["index"] not in inside for user in node.users):
+            return f"{name} in front of it is used elsewhere too"
+        if node.meta.get("shape") != source.meta.get("shape"):
+            return f"{name} in front of it has another shape"
+        given = arguments(node) if name == "batch_norm" else None
+        if given is not None and uses_batch_statistics(given.get("training"), given.get("running_var")):
+            return "a batch norm in front of it takes its statistics from the batch"
+        if layer_of(name) is None and any(_differs_by_sample(part, source) for part in node.all_input_nodes):
+            return f"{name} in front of it meets a held tensor that differs from sample to sample"
+    return ""
+
+
+def _differs_by_sample(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a held tensor has several entries along the first dimension, in which samples are separated later."""
+    shape, full_shape = node.meta.get("shape"), source.meta.get("shape")
+    if node.meta["name"] != "parameter" or shape is None or full_shape is None:
+        return False
+    return len(shape) == len(full_shape) and shape[0] != 1
+
+
+def _is_written_over(node: fx.Node | None) -> bool:
+    return node is not None and any(user.meta.get("writes") is node for user in node.users if user.op != "output")
+
+
+def _is_elementwise(name: str) -> bool:
+    """Whether an operation treats each entry alone; a dropout does, since it does nothing in eval mode."""
+    op = op_of(name)
+    return op is not None and op.elementwise
+
+
+def _input_of(node: fx.Node) -> fx.Node | None:
+    """The operation that makes a layer's input."""
+    layer = layer_of(node.meta["name"])
+    x = None if layer is None else arguments(node).get(layer.input)
+    return x if isinstance(x, fx.Node) else None
+
+
+def elementwise_between(graph: ChannelGraph, producers: Producers, tensors: Mapping[str, Tensor]) -> Elementwise:
+    """The function from the producers' results to the consumer's input, with tensors of the pruned model."""
+    sources = [graph.trace.nodes[layer.node] for layer in producers.layers]
+
+    def run(results: Sequence[Tensor]) -> Tensor:
+        values: dict[fx.Node, Any] = dict(zip(sources, results, strict=True))
+        last = results[0]
+        for node in producers.between:
+            values[node] = last = _run(node, values, tensors)
+        return last
+
+    return run
+
+
+def activation_behind(graph: ChannelGraph, number: int) -> Elementwise:
+    """The activation that is the only use of the result of an operation; the identity where there is none."""
+    node = graph.trace.nodes[number]
+    users = list(node.users)
+    user = users[0] if len(users) == 1 else None
+    if user is None or user.op == "output" or user.meta["name"] not in ACTIVATIONS or user.all_input_nodes != [node]:
+        return lambda results: results[0]
+    return lambda results: _run(user, {node: results[0]}, {})
+
+
+def _run(node: fx.Node, values: Mapping[fx.Node, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """Run one operation of the trace on the values of other operations, and tensors of the model by name."""
+
+    def value(source: fx.Node) -> Any:
+        if source in values:
+            return values[source]
+        tensor = tensors[str(source.target)].detach()
+        return tensor.clone() if tensor.is_inference() else tensor
+
+    args, kwargs = (plain(fx.map_arg(part, value)) for part in (node.args, node.kwargs))
+    if "writes" in node.meta:  # in place in the forward, but the derivative still needs what it would write over
+        args = (args[0].clone(), *args[1:])
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    function: Any = node.target
+    return function(*args, **kwargs)

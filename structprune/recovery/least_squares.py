@@ -1,4 +1,8 @@
-"""Least squares from sums that are streamed: normal equations in float64, ridge chosen by a part held out."""
+"""Least squares from second moments: a solution with the best ridge, and the order in which features are missed least.
+
+Rows of features ``x`` and targets ``y`` are streamed into float64 sums, so that no more than a chunk of them is held at
+a time. With 18 features and 3 outputs the sums are ``x^T x`` (18, 18) and ``x^T y`` (18, 3), for however many rows.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ RIDGES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(slots=True)
-class Sums:
+class NormalEquations:
     """What least squares needs of rows ``x`` (features) and ``y`` (targets), for each of several groups.
 
     Attributes:
@@ -27,14 +31,14 @@ class Sums:
     yy: Tensor
 
     @classmethod
-    def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> Sums:
+    def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> NormalEquations:
         """Sums of no rows."""
         shapes = (groups, features, features), (groups, features, outputs), (groups, outputs)
         xx, xy, yy = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
         return cls(xx, xy, yy)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in rows: ``x`` of shape ``(groups, rows, features)``, ``y`` of shape ``(groups, rows, outputs)``."""
+        """Add rows: ``x`` of shape ``(groups, rows, features)``, ``y`` of shape ``(groups, rows, outputs)``."""
         self.xx.baddbmm_(x.transpose(1, 2), x)
         self.xy.baddbmm_(x.transpose(1, 2), y)
         self.yy.add_(y.square().sum(1))
@@ -44,9 +48,9 @@ class Sums:
         for tensor in (self.xx, self.xy, self.yy):
             all_reduced(tensor)
 
-    def plus(self, other: Sums) -> Sums:
-        """Both together."""
-        return Sums(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """The sums over the rows of both."""
+        return NormalEquations(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
 
     def error(self, solution: Tensor) -> Tensor:
         """Sum of ``(y - solution^T x) ** 2`` by group and output, shape ``(groups, outputs)``."""
@@ -89,14 +93,14 @@ class Solution:
     helps: bool
 
 
-def fit(train: Sums, held_out: Sums, free: int, noise: float = 0.0) -> Solution:
+def fit(train: NormalEquations, held_out: NormalEquations, free: int, noise: float = 0.0) -> Solution:
     """Least squares on all rows with the ridge that is best on those held out.
 
     Args:
-        train: sums of the rows to solve on.
-        held_out: sums of the rows to choose by.
+        train: of the rows to solve on.
+        held_out: of the rows to choose the ridge by.
         free: number of last features that are not penalised.
-        noise: squared error on the held-out rows that is rounding; nothing is done about it.
+        noise: squared error on the held-out rows that is rounding; with no more than that nothing is solved.
     """
     before = float(held_out.yy.sum())
     best, after = 0.0, before
@@ -111,3 +115,130 @@ def fit(train: Sums, held_out: Sums, free: int, noise: float = 0.0) -> Solution:
     if together is None:
         return Solution(torch.zeros_like(train.xy), before, before, 0.0, helps=False)
     return Solution(together, before, after, best, helps=True)
+
+
+# -- backward elimination --------------------------------------------------------------------------------------------
+
+ELIMINATION_RIDGE = 1e-4
+
+
+@dataclass(slots=True)
+class ConsumerMoments:
+    """What elimination needs of one layer that consumes the channels of a group.
+
+    For a consumer with a weight of shape (5, 4, 3, 3) there are 4 * 9 = 36 features and the intercept. Where the group
+    is its 4 input channels, `places` has shape (4, 9), and ``places[1]`` is 9, 10, ..., 17.
+
+    Attributes:
+        xx: second moments of its features, with the intercept last, shape ``(features + 1, features + 1)``.
+        matrix: its weight as a matrix, with a last row of zeros for the intercept, shape ``(features + 1, outputs)``.
+        places: the features that each channel of the group makes, shape ``(channels, features of a channel)``.
+    """
+
+    xx: Tensor
+    matrix: Tensor
+    places: Tensor
+
+    def penalised(self) -> Tensor:
+        """`xx` with a small ridge, so that it has an inverse."""
+        diagonal = self.xx.diagonal()
+        penalty = ELIMINATION_RIDGE * (diagonal + 1e-2 * diagonal.mean())
+        penalty[-1] = 1e-10 * diagonal.mean()
+        return self.xx + torch.diag(penalty)
+
+    def power(self) -> Tensor:
+        """Sum of squares of the consumer's result about its mean, shape ``()``."""
+        mean = self.xx[-1] @ self.matrix / self.xx[-1, -1]
+        return ((self.matrix * (self.xx @ self.matrix)).sum(0) - self.xx[-1, -1] * mean.square()).sum().clamp_min(0)
+
+    def change(self, removed: Tensor) -> Tensor:
+        """What to add to `matrix`, in its shape, so that the consumer does best without the channels `removed`."""
+        kept = torch.ones(len(self.xx), dtype=torch.bool, device=self.xx.device)
+        kept[self.places[removed].flatten()] = False
+        solved = torch.linalg.solve(self.penalised()[kept][:, kept], self.xx[kept] @ self.matrix)
+        change = -self.matrix
+        change[kept] += solved
+        return change
+
+
+@dataclass(slots=True)
+class _Elimination:
+    """One consumer while channels are removed.
+
+    Attributes:
+        inverse: of its penalised moments over the remaining features, shape ``(features, features)``.
+        solution: its best matrix on the remaining features, shape ``(features, outputs)``.
+        places: the features of each remaining channel, numbered among the remaining ones.
+        weight: of its error beside that of other consumers, shape ``()``.
+    """
+
+    inverse: Tensor
+    solution: Tensor
+    places: Tensor
+    weight: Tensor
+
+    def costs(self) -> Tensor:
+        """How far the error rises if a channel alone is removed, for each remaining one, shape ``(channels,)``."""
+        # (channels, features of a channel, features of a channel)
+        blocks = self.inverse[self.places[:, :, None], self.places[:, None, :]]
+        rows = self.solution[self.places]  # (channels, features of a channel, outputs)
+        return self.weight * (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+
+    def remove(self, channels: Tensor) -> None:
+        """Remove channels; the inverse and the solution for the remaining features follow by a block update.
+
+        With features 0 to 5 in three channels, ``places`` is [[0, 1], [2, 3], [4, 5]]. Without channel 1 features 0, 1,
+        4, 5 remain, which are numbered 0 to 3 from then on, and ``places`` is [[0, 1], [2, 3]].
+        """
+        removed = self.places[channels].flatten()
+        remaining = torch.ones(len(self.inverse), dtype=torch.bool, device=removed.device)
+        remaining[removed] = False
+        across = self.inverse[remaining][:, removed]
+        factor = torch.linalg.solve(self.inverse[removed][:, removed], torch.cat([self.solution[removed], across.T], 1))
+        outputs = self.solution.shape[1]
+        self.solution = self.solution[remaining] - across @ factor[:, :outputs]
+        self.inverse = self.inverse[remaining][:, remaining] - across @ factor[:, outputs:]
+        self.places = (torch.cumsum(remaining, 0) - 1)[self.places[_without(len(self.places), channels)]]
+
+
+def eliminate(consumers: list[ConsumerMoments], at_once: float = 1 / 128) -> tuple[Tensor, Tensor]:
+    """Backward elimination: the channel that costs least once all is solved again is removed, until one is left.
+
+    Each step is exact for the remaining features (Hassibi and Stork, Optimal Brain Surgeon, 1993, equation 5, for
+    blocks of features and several outputs): the error rises by ``w^T [(H^-1)_cc]^-1 w``. Errors of several consumers
+    are added, each over the power of its own result.
+
+    Args:
+        consumers: of one and the same channels.
+        at_once: share of the remaining channels that may be removed in one step, where it is more than one channel.
+
+    Returns:
+        Channels in the order of their removal, the one that is kept last; and how far the error has risen once each is
+        removed, shape ``(channels - 1,)``.
+    """
+    states: list[_Elimination] = []
+    for consumer in consumers:
+        inverse = torch.linalg.inv(consumer.penalised())
+        weight = 1 / consumer.power().clamp_min(torch.finfo(torch.float64).tiny)
+        states.append(_Elimination(inverse, inverse @ (consumer.xx @ consumer.matrix), consumer.places, weight))
+    remaining = torch.arange(len(consumers[0].places), device=consumers[0].xx.device)
+    order: list[Tensor] = []
+    rises: list[Tensor] = []
+    while len(remaining) > 1:
+        costs = torch.stack([state.costs() for state in states]).sum(0)
+        number = min(len(remaining) - 1, max(1, int(len(remaining) * at_once)))
+        chosen = torch.topk(costs, number, largest=False).indices
+        order.append(remaining[chosen])
+        rises.append(costs[chosen].clamp_min(0))
+        for state in states:
+            state.remove(chosen)
+        remaining = remaining[_without(len(remaining), chosen)]
+    empty = torch.zeros(0, dtype=torch.float64, device=remaining.device)
+    return torch.cat([*order, remaining]), torch.cat([empty, *rises]).cumsum(0)
+
+
+def _without(count: int, removed: Tensor) -> Tensor:
+    """A mask of shape ``(count,)`` that is False at `removed`."""
+    mask = torch.ones(count, dtype=torch.bool, device=removed.device)
+    mask[removed] = False
+    return mask

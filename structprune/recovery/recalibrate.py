@@ -1,4 +1,4 @@
-"""`recalibrate`: the statistics of batch norms taken anew, exactly, over all of the data."""
+"""`recalibrate`: the statistics of batch norms computed again, exactly, over all of the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from structprune.inputs import device_of
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments
 from structprune.ranks import all_reduced, failing_together, nobody_failed
-from structprune.recovery.lockstep import Lane, Side, Stop, lanes
+from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
 from structprune.recovery.recover import inputs_of
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import held_tensors, lent, shield
@@ -22,12 +22,13 @@ from structprune.tracing.trace import Trace, preserved_random_state, trace
 
 
 def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
-    """A copy of `model` whose batch norms hold the mean and the variance of what reaches them over all of `data`.
+    """A copy of `model` whose batch norms hold the mean and the variance of their input over all of `data`.
 
     All batches go through the model side by side, and each norm is set when all have reached it. So its statistics are
-    those of the data as a whole, with all norms in front set already: no running average, no momentum, and the order
-    and the size of the batches do not matter. The variance is the unbiased one, as PyTorch keeps it. Modes of modules
-    and weights are not touched. A norm that is used at several places, or that holds no statistics, is left.
+    those of the data as a whole, computed with the new statistics of all norms in front. There is no running average
+    and no momentum, and the order and the size of the batches do not matter. The variance is the unbiased one, as
+    PyTorch keeps it. Modes of modules and weights are not touched. A norm that is used at several places, or that holds
+    no statistics, is left.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
     fails, all raise.
@@ -37,7 +38,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         data: batches as for `structprune.recover`.
 
     Raises:
-        RecoveryError: there is no data, or a norm sees a single value of each channel; or another rank has failed.
+        RecoveryError: there is no data, or a norm gets a single value of each channel; or another rank has failed.
 
     Example:
         >>> import torch, structprune
@@ -56,15 +57,15 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         raise RecoveryError("data holds no batch, so there are no statistics to take.")
     nobody_failed()
     result = copy.deepcopy(model, _memo(held_tensors(model), {}))
-    found = trace(result, batches[0], op_of)
-    norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(found)}
+    traced = trace(result, batches[0], op_of)
+    norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(traced)}
     own = {name: held.tensor for name, held in held_tensors(result).items()}
     with preserved_random_state(), torch.no_grad(), lent(result, shield, track=False):
         result.eval()
         tensors = {name: held.tensor for name, held in held_tensors(result).items()}
-        with lanes(Lane, result, batches, found, set(norms)) as running:
+        with parallel_runs(BatchRun, result, batches, traced, set(norms)) as runs:
             for event, node in norms.items():
-                values = _statistics([lane.until(event) for lane in running])
+                values = _statistics([run.run_to(event) for run in runs])
                 for key, value in zip(_STATISTICS, values, strict=True):
                     name = str(arguments(node)[key].target)
                     # The model runs on copies of its buffers.
@@ -73,10 +74,13 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
     return result
 
 
-def _norms(found: Trace) -> list[fx.Node]:
-    """Batch norms whose statistics are held and used there alone."""
-    nodes = [node for node in found.nodes if node.meta["name"] == "batch_norm"]
-    statistics = {node: [arguments(node).get(key) for key in _STATISTICS] for node in nodes}
+_STATISTICS = ("running_mean", "running_var")
+
+
+def _norms(traced: Trace) -> list[fx.Node]:
+    """Batch norms that hold statistics which no other operation uses."""
+    norms = [node for node in traced.nodes if node.meta["name"] == "batch_norm"]
+    statistics = {node: [arguments(node).get(key) for key in _STATISTICS] for node in norms}
     return [
         node
         for node, parts in statistics.items()
@@ -84,15 +88,15 @@ def _norms(found: Trace) -> list[fx.Node]:
     ]
 
 
-_STATISTICS = ("running_mean", "running_var")
+def _statistics(pauses: list[Pause]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of each channel over the batches of all ranks, both of shape ``(channels,)``.
 
-
-def _statistics(stops: list[Stop]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of each channel over the batches of all ranks."""
-    values = [stop.args[0].double().movedim(1, 0).flatten(1) for stop in stops]
+    A batch (20, 4, 8, 7) is taken as 4 channels of 20 * 8 * 7 = 1120 values.
+    """
+    values = [pause.args[0].double().movedim(1, 0).flatten(1) for pause in pauses]
     count = all_reduced(values[0].new_tensor(float(sum(part.shape[1] for part in values))))
     if float(count) < 2:
-        raise RecoveryError("A batch norm sees one value of each channel in all of data; give more samples.")
+        raise RecoveryError("A batch norm gets one value of each channel in all of data; give more samples.")
     mean = all_reduced(torch.stack([part.sum(1) for part in values]).sum(0)) / count
     squares = [(part - mean[:, None]).square().sum(1) for part in values]
     return mean, all_reduced(torch.stack(squares).sum(0)) / (count - 1)

@@ -15,10 +15,10 @@ from structprune.errors import RecoveryError
 from structprune.graph import ChannelGraph
 from structprune.inputs import device_of
 from structprune.ranks import failing_together, nobody_failed
-from structprune.recovery.consumers import consumers
-from structprune.recovery.lockstep import Event, Lane, Side, lanes
-from structprune.recovery.report import RecoveryReport, keep_report
-from structprune.recovery.solving import Layer
+from structprune.recovery.layer_solver import LayerSolver
+from structprune.recovery.layers import consumers
+from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
+from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, Thinning
 from structprune.surgery.history import first_shapes, kept
@@ -30,7 +30,11 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def inputs_of(batch: Any, device: torch.device) -> Any:
-    """What the model takes of a batch: a tensor, a dict of keyword arguments, or the first of a pair with labels.
+    """The part of a batch that the model takes: all of a tensor or a dict of keyword arguments, the first of a pair.
+
+    Args:
+        batch: a tensor, a dict, or a tuple or list that begins with one of them.
+        device: where the tensors are to be.
 
     Raises:
         RecoveryError: the batch is none of these.
@@ -51,25 +55,25 @@ def recover(
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 
     Each convolution, linear layer or matrix product with a held weight whose result has changed is solved by ridge
-    least squares in float64, one after the other in the order of the forward, on the network as solved so far. What it
-    has to meet is the original's result on the same data: that of its batch norm where one follows, and of the residual
-    sum as a whole where it goes into one, so that it makes up for what was lost before it. Norms with no solved layer
-    in front are scaled and shifted channel by channel. The ridge is chosen by a fifth of the data, on which the layer
-    is not solved; a layer that does not get better there is left. `recovery_report` tells the errors of each layer.
-    Weights that are used in several places are left.
+    least squares in float64, one after the other in the order of the forward, on the network as solved so far. It has
+    to meet the original's result on the same data: the result of its batch norm where one follows, or the whole
+    residual sum that it goes into, so that it makes up for errors before it. Norms with no solved layer in front are
+    scaled and shifted channel by channel. The ridge is chosen on a fifth of the data, on which the layer is not solved;
+    a layer that does not get better there is left. `recovery_report` tells the errors of each layer. Weights that are
+    used in several places are left.
 
-    Then the layer is solved together with the layers that make its channels, where all that stands between them treats
-    each entry alone: activations, norms with fixed statistics, gates. What the surviving channels compute may change,
-    so that a few do the work of many. This is damped Gauss-Newton (`structprune.recovery.refit`): linear least squares
-    by conjugate gradients, a few times over, on four fifths of the samples, taken only if the others agree.
-    Where that helped, a last step sees all samples, and is taken if the error on all of them falls; the errors that the
-    report gives are those before it.
+    Then the layer is solved together with the layers that make its channels, where all operations between them treat
+    each entry alone: activations, norms with fixed statistics, gates. The kept channels may then compute something new,
+    so that a few do the work of many. This is damped Gauss-Newton (`structprune.recovery.gauss_newton`): linear least
+    squares by conjugate gradients, a few times over, on four fifths of the samples. A step is made only if it lowers
+    the error on the other samples. Where that helped, a last step uses all samples, and is made if the error on all of
+    them falls; the errors that the report gives are those before it.
 
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
-    layers and of residual sums); the targets are corrected for all that comes before.
+    layers and of residual sums); here each layer also corrects the errors of the layers before it.
 
     Models in half precision run and are solved in float32, on widened copies of their weights and of the data, and the
-    weights found are rounded at the end; so `recover` takes the memory of float32 models for as long as it runs.
+    new weights are rounded at the end; so `recover` needs the memory of float32 models while it runs.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
     fails, all raise.
@@ -115,11 +119,15 @@ def _recovered(
     with _widened(original, recovered) as wide:
         batches = [map_tensors(_wide, batch) for batch in batches] if wide else batches
         graph = ChannelGraph(original, batches[0])
-        dead = dead_components(graph, removed)
-        layers = [Layer(graph, dead, consumer, rows, seed, rounds) for consumer in consumers(graph, dead)]
+        removed_components = dead_components(graph, removed)
+        solvers = [
+            LayerSolver(graph, removed_components, consumer, rows, seed, rounds)
+            for consumer in consumers(graph, removed_components)
+        ]
         with preserved_random_state(), torch.no_grad():
-            solved = _sequential(recovered, original, batches, graph, layers)
-    keep_report(recovered, RecoveryReport(tuple(solved), _skipped(layers)))
+            layers = _solve_in_order(recovered, original, batches, graph, solvers)
+    skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
+    keep_report(recovered, RecoveryReport(tuple(layers), skipped))
     return recovered
 
 
@@ -135,29 +143,31 @@ def _wide(tensor: Tensor) -> Tensor:
 def _widened(original: nn.Module, recovered: nn.Module) -> Generator[bool]:
     """Both models in float32 if any of their tensors is in half precision; yields whether one is.
 
-    Half precision cannot tell the errors that are left from its own, nor can conjugate gradients go on in it.
-    Afterwards the parameters of `recovered` are those found, rounded.
+    Half precision cannot tell the errors that are left from its own rounding, and conjugate gradients do not converge
+    in it. Afterwards the parameters of `recovered` are the solved ones, rounded.
     """
-    own = {name: held.tensor for name, held in held_tensors(recovered).items()}
+    before = {name: held.tensor for name, held in held_tensors(recovered).items()}
     others = (held.tensor for held in held_tensors(original).values())
-    if all(tensor.dtype not in HALF for tensor in (*own.values(), *others)):
+    if all(tensor.dtype not in HALF for tensor in (*before.values(), *others)):
         yield False
         return
     with lent(original, _wide, track=False), lent(recovered, _wide, track=False):
         yield True
         for name, held in held_tensors(recovered).items():
-            if name in own and isinstance(own[name], nn.Parameter):
-                own[name].data.copy_(held.tensor)
+            if name in before and isinstance(before[name], nn.Parameter):
+                before[name].data.copy_(held.tensor)
 
 
 def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
     """What was removed from `original` to make `slim`, by the record that `slim` carries.
 
+    A weight (8, 3) whose kept indices in dimension 0 are 0, 2, 3, 5, 7 has lost 1, 4 and 6.
+
     Raises:
         RecoveryError: by that record it was made of another model.
     """
-    record, first = kept(slim), first_shapes(slim)
-    found: list[Thinning] = []
+    kept_indices, first = kept(slim), first_shapes(slim)
+    removed: list[Thinning] = []
     for name, held in held_tensors(original).items():
         shape = tuple(held.tensor.shape)
         if isinstance(held.tensor, nn.Parameter) and first.get(name) != shape:
@@ -166,54 +176,53 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
                 f"{name!r} has shape {list(shape)} in the original, but in the model that was pruned it was {before}. "
                 "Give the pruned model as structprune made it, and the model that it was made of."
             )
-        for dim, indices in record.get(name, {}).items():
-            gone = np.setdiff1d(np.arange(shape[dim]), indices)
-            if len(gone):
-                found.append(Thinning(name, dim, shape[dim], tuple(gone.tolist())))
-    return Edits(tuple(found), (), (), (), (), None, None)
+        for dim, indices in kept_indices.get(name, {}).items():
+            lost = np.setdiff1d(np.arange(shape[dim]), indices)
+            if len(lost):
+                removed.append(Thinning(name, dim, shape[dim], tuple(lost.tolist())))
+    return Edits(tuple(removed), (), (), (), (), None, None)
 
 
-def _skipped(layers: list[Layer]) -> dict[str, str]:
-    return {layer.consumer.layer: layer.refused for layer in layers if layer.refused}
+def _solve_in_order(
+    slim: nn.Module, original: nn.Module, batches: list[Any], graph: ChannelGraph, solvers: list[LayerSolver]
+) -> list[LayerRecovery]:
+    """Solve layer after layer while all batches pass once through both models; the reports, in that order.
 
-
-def _sequential(
-    slim: nn.Module, original: nn.Module, batches: list[Any], graph: ChannelGraph, layers: list[Layer]
-) -> list[Any]:
-    """Solve layer after layer while all batches go through both models once."""
-    events = sorted(
-        ((event, number) for number, layer in enumerate(layers) for event in _events(layer)),
-        key=lambda item: (item[0], item[1]),
-    )
-    ours = {event for event, _ in events}
-    theirs = {(layer.consumer.target, Side.AFTER) for layer in layers}
-    solved: list[Any] = []
+    At each event all batches pause in the pruned model. Solvers that only observe it keep what they need. One whose
+    target it is also gets the original's results there; it is solved, and the batches go on with its new weight.
+    """
+    schedule = _schedule(solvers)
+    targets = {solver.target for solver in solvers}
+    reports: list[LayerRecovery] = []
     with lent(original, shield, track=False), lent(slim, shield, track=False):
         original.eval()
         slim.eval()
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}
         trace = graph.trace
-        with lanes(Lane, slim, batches, trace, ours) as mine, lanes(Lane, original, batches, trace, theirs) as dense:
-            for event, numbers in _grouped(events):
-                stops = [lane.until(event) for lane in mine]
-                for number in numbers:
-                    layer = layers[number]
-                    if event != (layer.consumer.target, Side.AFTER):
-                        layer.look(event, stops)
+        with (
+            parallel_runs(BatchRun, slim, batches, trace, set(schedule)) as slim_runs,
+            parallel_runs(BatchRun, original, batches, trace, targets) as original_runs,
+        ):
+            for event, at_event in schedule.items():
+                pauses = [run.run_to(event) for run in slim_runs]
+                for solver in at_event:
+                    if event != solver.target:
+                        solver.observe(event, pauses)
                         continue
-                    wanted = [lane.until(event).result for lane in dense]
-                    report = layer.solve([stop.result for stop in stops], wanted, tensors)
-                    solved += [report] if report is not None else []
-    return solved
+                    goal = [run.run_to(event).result for run in original_runs]
+                    report = solver.solve([pause.result for pause in pauses], goal, tensors)
+                    reports += [report] if report is not None else []
+    return reports
 
 
-def _events(layer: Layer) -> list[Event]:
-    return [*layer.events, (layer.consumer.target, Side.AFTER)]
+def _schedule(solvers: list[LayerSolver]) -> dict[Event, list[LayerSolver]]:
+    """The events in the order of the forward, each with the solvers that observe it or have their target there.
 
-
-def _grouped(events: list[tuple[Event, int]]) -> list[tuple[Event, list[int]]]:
-    """The numbers of the layers that have something to do at each event, in order."""
-    found: dict[Event, list[int]] = {}
-    for event, number in events:
-        found.setdefault(event, []).append(number)
-    return list(found.items())
+    With ``conv1`` (1) and ``conv2`` (3), both observed before they run and solved behind, and ``conv1`` a producer of
+    ``conv2``: before 1, both solvers; after 1, the first; before 3 and after 3, the second.
+    """
+    schedule: dict[Event, list[LayerSolver]] = {}
+    for solver in solvers:
+        for event in (*solver.observed, solver.target):
+            schedule.setdefault(event, []).append(solver)
+    return dict(sorted(schedule.items()))

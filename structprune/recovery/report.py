@@ -1,4 +1,4 @@
-"""What `recover` did, layer by layer."""
+"""What `recover` did to each layer; the report of a model is kept for as long as the model lives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from structprune.errors import RecoveryError
 
 @dataclass(frozen=True, slots=True)
 class LayerRecovery:
-    """How far a layer is from what it has to meet, before and after.
+    """How far the result of a layer is from the original's, before and after.
 
     Errors are relative: the root of the mean squared difference over the root mean square of the original's values, on
     calibration data that the layer was not solved on.
@@ -23,14 +23,14 @@ class LayerRecovery:
     Attributes:
         layer: path of the layer.
         operation: what it does, by the torch API's name.
-        target: the operation whose result is to meet the original's: the layer itself, its norm, or a residual sum.
-        before: error with the weights as they were, all layers before it being solved.
-        after: error with the weights as they are now.
-        changed: whether it was solved; a layer that would have got worse is left.
+        target: the operation whose result has to meet the original's: the layer itself, its norm, or a residual sum.
+        before: error with the old weights, when all layers before it have been solved.
+        after: error with the new weights.
+        changed: whether it was changed; a layer that would have got worse is left.
         ridge: the ridge that was chosen.
         producers: paths of the layers in front that were solved together with it. Where an activation follows the
-            target, the share of the error that they took away is measured behind it.
-        alone: why none could be; empty if there were, or if it did not help.
+            target, the share of the error that they removed is measured behind it.
+        alone: why none could be; empty if they were solved together, or if that did not help.
     """
 
     layer: str
@@ -60,8 +60,8 @@ class RecoveryReport:
         """The table as text."""
         table = Table("layer", "operation", "meets", "before", "after", "")
         for row in self.layers:
-            left = "with " + ", ".join(row.producers) if row.producers else "" if row.changed else "left"
-            table.add_row(row.layer, row.operation, row.target, f"{row.before:.4f}", f"{row.after:.4f}", left)
+            remark = "with " + ", ".join(row.producers) if row.producers else "" if row.changed else "left"
+            table.add_row(row.layer, row.operation, row.target, f"{row.before:.4f}", f"{row.after:.4f}", remark)
         text = io.StringIO()
         console = Console(file=text, width=120)
         console.print(table)

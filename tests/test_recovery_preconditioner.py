@@ -1,4 +1,4 @@
-"""The blocks of the normal equations that precondition a refit, against the Jacobian written out."""
+"""The blocks of the normal equations that precondition the conjugate gradients, against the Jacobian written out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from structprune.recovery.by_channel import channel_blocks
 from structprune.recovery.linear_maps import linear_map
+from structprune.recovery.preconditioner import channel_blocks
 
 DAMPING = 1e-3
 

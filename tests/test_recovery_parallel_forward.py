@@ -1,4 +1,4 @@
-"""Forwards begun in the middle give what whole ones give."""
+"""Batches side by side pause where they are asked to; forwards that start in the middle give what whole ones give."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import structprune
+from structprune.errors import RecoveryError
 from structprune.graph import ChannelGraph
-from structprune.recovery import measuring
-from structprune.recovery.lockstep import Side, lanes
-from structprune.recovery.measuring import output_of
-from structprune.recovery.restart import KeepingLane, handed_over, restartable, restarted
+from structprune.recovery import parallel_forward
+from structprune.recovery.parallel_forward import (
+    BatchRun,
+    PrefixCache,
+    Side,
+    can_restart,
+    output_of,
+    parallel_runs,
+    prefix_hooks,
+    separate_results,
+)
 
 
 class Plain(nn.Module):
@@ -52,46 +60,48 @@ class WritesItsInput(Plain):
 
 
 @pytest.mark.parametrize("make", [Plain, InPlace])
-def test_a_forward_begun_anywhere_ends_the_same(make):
+def test_a_forward_that_starts_anywhere_ends_the_same(make):
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(2, 3, 5, 5)
     graph = ChannelGraph(model, x[:1])
-    assert restartable(graph.trace)
+    assert can_restart(graph.trace)
     numbers = list(graph.trace.keys)
-    wanted = output_of(graph, x.clone(), {})
+    wanted = output_of(model, x.clone(), {}, graph.trace)
     run = []
 
     def counted(operation):
         run.append(operation)
         return operation()
 
-    with lanes(KeepingLane, model, [x.clone()], graph.trace, {(number, Side.BEFORE) for number in numbers}) as (kept,):
+    with parallel_runs(PrefixCache, model, [x.clone()], graph.trace, {(number, Side.BEFORE) for number in numbers}) as (
+        cache,
+    ):
         for place, number in enumerate(numbers):
-            kept.until((number, Side.BEFORE))
+            cache.run_to((number, Side.BEFORE))
             for _ in range(2):  # what one writes over must be whole for the next
                 run.clear()
-                given = restarted(graph.trace, number, handed_over(graph.trace, number, kept.results))
-                found = output_of(graph, x.clone(), {**dict.fromkeys(numbers, counted), **given})
+                given = prefix_hooks(graph.trace, number, separate_results(graph.trace, number, cache.results))
+                found = output_of(model, x.clone(), {**dict.fromkeys(numbers, counted), **given}, graph.trace)
                 assert torch.equal(found, wanted)
                 assert len(run) == len(numbers) - place
-        assert torch.equal(kept.finish(), wanted)
-        assert not kept.replay.asked
+        assert torch.equal(cache.finish(), wanted)
+        assert not cache.replay.asked
 
 
 def test_what_is_not_needed_any_more_has_no_memory():
     model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))), torch.randn(3, 4)
     graph = ChannelGraph(model, x)
-    with lanes(KeepingLane, model, [x], graph.trace, set()) as (kept,):
-        kept.finish()
-    sizes = [result.untyped_storage().nbytes() for result in kept.results.values()]
+    with parallel_runs(PrefixCache, model, [x], graph.trace, set()) as (cache,):
+        cache.finish()
+    sizes = [result.untyped_storage().nbytes() for result in cache.results.values()]
     assert sizes[:-1] == [4] * 4
     assert sizes[-1] == 48
-    assert all(result.shape == (3, 4) for result in kept.results.values())
+    assert all(result.shape == (3, 4) for result in cache.results.values())
 
 
 def test_a_model_that_writes_its_input_over_is_run_whole():
     model, x = WritesItsInput().eval(), torch.randn(2, 3, 5, 5)
-    assert not restartable(ChannelGraph(model, x).trace)
+    assert not can_restart(ChannelGraph(model, x).trace)
     graph = structprune.DependencyGraph(model, x)
     assert structprune.Reconstruction().fit(graph, [x]) is not None
 
@@ -107,8 +117,37 @@ def test_prices_are_those_of_whole_forwards(make, monkeypatch):
         return [curve.price for curve in fitted._curves.values()]
 
     short = prices()
-    monkeypatch.setattr(measuring, "restartable", lambda trace: False)
+    monkeypatch.setattr(parallel_forward, "can_restart", lambda trace: False)
     whole = prices()
     assert len(short) == len(whole) >= 1
     for one, other in zip(short, whole, strict=True):
         assert one == pytest.approx(other, rel=1e-6)
+
+
+# -- runs side by side -----------------------------------------------------------------------------------------------
+
+
+def test_a_weight_that_changes_at_a_pause_counts_from_there_on():
+    model, batches = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), [torch.randn(3, 4), torch.randn(2, 4)]
+    graph = ChannelGraph(model, batches[0])
+    last = max(graph.trace.keys)
+    with torch.no_grad():
+        hidden = [model[:2](x) for x in batches]
+        with parallel_runs(BatchRun, model, batches, graph.trace, {(last, Side.BEFORE), (last, Side.AFTER)}) as runs:
+            pauses = [run.run_to((last, Side.BEFORE)) for run in runs]
+            model[2].weight.zero_()
+            results = [run.run_to((last, Side.AFTER)).result for run in runs]
+            outputs = [run.finish() for run in runs]
+    for pause, x, result, output in zip(pauses, hidden, results, outputs, strict=True):
+        torch.testing.assert_close(pause.args[0], x)
+        assert pause.result is None
+        assert torch.equal(output, model[2].bias.expand(len(x), 2))
+        assert torch.equal(result, output)
+
+
+def test_an_event_that_never_comes_is_an_error():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
+    graph = ChannelGraph(model, x)
+    runs = parallel_runs(BatchRun, model, [x], graph.trace, set())
+    with runs as (run,), pytest.raises(RecoveryError, match="A batch ended before operation 99"):
+        run.run_to((99, Side.BEFORE))

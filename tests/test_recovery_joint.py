@@ -1,152 +1,14 @@
-"""Producers solved together with their consumer: adjoints, slopes, what is gained, and what is left alone."""
+"""Producers solved together with their consumer: what is gained in a model, and what is left alone with a reason."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_recovery import GONE, IMAGES, TOKENS, conv_net, data_of, error, jittered, linear_net, removal
-from test_recovery_selection import CALLS
+from support.recovery_nets import GONE, IMAGES, TOKENS, conv_net, data_of, error, jittered, linear_net, removal
 from torch import nn
 
 import structprune
-from structprune.recovery import refit as refit_module
-from structprune.recovery.chain import Batch, Chain, Weights
-from structprune.recovery.linear_maps import linear_map
-from structprune.recovery.pieces import slopes
-from structprune.recovery.refit import refit, settled
-
-# -- operators -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_adjoints_are_adjoint(name):
-    shape, weight_shape, options = CALLS[name]
-    generator = torch.Generator().manual_seed(0)
-    x, other = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    weight, change = (torch.randn(weight_shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    form = linear_map(name, (x, weight), options)
-    result = form(x, weight)
-    function = torch.matmul if name == "matmul" else getattr(F, name)
-    torch.testing.assert_close(result, function(x, weight, **options))
-    grad = torch.randn(result.shape, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close((form(x, change) * grad).sum(), (change * form.to_weight(grad, x, weight)).sum())
-    torch.testing.assert_close((form(other, weight) * grad).sum(), (other * form.to_input(grad, x, weight)).sum())
-    shift = torch.randn(form.form.weight_outputs * form.form.groups, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(((form(x, weight, shift) - result) * grad).sum(), (shift * form.to_shift(grad)).sum())
-
-
-def test_uneven_padding_is_left_to_others():
-    x, weight = torch.randn(2, 4, 9), torch.randn(6, 4, 4)
-    assert linear_map("conv1d", (x, weight), {"padding": "same"}) is None
-
-
-def test_slopes_of_a_gate():
-    gate, up = torch.randn(2, 5, 3, dtype=torch.float64)
-    hidden, (by_gate, by_up) = slopes(lambda results: F.silu(results[0]) * results[1], [gate, up])
-    sigmoid = torch.sigmoid(gate)
-    torch.testing.assert_close(hidden, gate * sigmoid * up)
-    torch.testing.assert_close(by_up, gate * sigmoid)
-    torch.testing.assert_close(by_gate, up * sigmoid * (1 + gate * (1 - sigmoid)))
-
-
-def test_what_has_no_derivative_has_no_slope():
-    x = torch.randn(4, 3, dtype=torch.float64)
-    _, (mask,) = slopes(lambda results: (results[0] > 0).double(), [x])
-    _, (first, second) = slopes(lambda results: results[0] * results[1].detach(), [x, x])
-    assert not mask.any()
-    assert not second.any()
-    torch.testing.assert_close(first, x)
-
-
-# -- the solver ------------------------------------------------------------------------------------------------------
-
-
-def problem(samples):
-    """A gated layer of three units that has to do what another one of the same size does."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, 5, generator=generator, dtype=torch.float64)
-    shapes = (3, 5), (3, 5), (2, 3)
-    true = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    near = [w + 0.2 * torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in true]
-    maps = [linear_map("linear", (x[:, : w.shape[1]], w), {}) for w in true]
-    chain = Chain((maps[0], maps[1]), lambda r: torch.tanh(r[0]) * r[1], maps[2], lambda r: r[0])
-    goal = (torch.tanh(x @ true[0].T) * (x @ true[1].T)) @ true[2].T
-    batches = [Batch((part, part), torch.zeros_like(wanted), wanted) for part, wanted in
-               zip(x.split(20), goal.split(20), strict=True)]  # fmt: skip
-    return chain, batches, Weights(near, [None, None, None])
-
-
-def test_gauss_newton_finds_weights_that_fit_exactly():
-    chain, batches, start = problem(200)
-    found = refit(chain, batches[:8], batches[8:], start, rounds=20, steps=40)
-    assert found.helps
-    assert found.after < 1e-12 * found.before
-    assert chain.error(batches[8:], found.weights) == pytest.approx(found.after)
-
-
-def test_what_is_learned_wrongly_is_not_taken():
-    chain, batches, start = problem(200)
-    wrong = [Batch(b.inputs, b.rest, 2 * chain.whole(b, start) - b.goal) for b in batches[:8]]
-    found = refit(chain, wrong, batches[8:], start, rounds=3)
-    assert found.after <= found.before
-    gain = refit(chain, batches[:8], batches[8:], start, rounds=3)
-    assert gain.after < 1e-2 * found.after
-
-
-def test_a_ridge_keeps_weights_near_the_start():
-    chain, batches, start = problem(200)
-    moved = []
-    for ridge in (0.0, 1e-2, 1.0, 100.0):
-        found = refit(chain, batches[:8], batches[8:], start, rounds=20, steps=40, ridge=ridge)
-        moved.append(float((found.weights.flat() - start.flat()).norm()))
-    assert moved == sorted(moved, reverse=True)
-    assert moved[-1] < 0.1 * moved[0]
-
-
-def test_the_pull_of_a_ridge_is_towards_the_start_not_the_last_round():
-    """Damping alone slows rounds down but does not keep them from the same end."""
-    chain, batches, start = problem(200)
-    ends = [refit(chain, batches[:8], batches[8:], start, 30, 40, ridge=ridge).weights for ridge in (0.0, 10.0)]
-    free, held = (float((end.flat() - start.flat()).norm()) for end in ends)
-    assert held < 0.5 * free
-
-
-def test_the_first_rounds_see_fewer_batches_where_there_are_plenty(monkeypatch):
-    chain, batches, start = problem(400)
-    seen = []
-    inner = refit_module._step
-
-    def counted(chain, train, *rest):
-        seen.append(len(train))
-        return inner(chain, train, *rest)
-
-    monkeypatch.setattr(refit_module, "_step", counted)
-    refit(chain, batches[:16], batches[16:], start, rounds=4, steps=2)
-    assert seen[-1] == 16
-    equations, unknowns = 16 * 20 * 2, start.flat().numel()
-    every = min(refit_module.THIN, equations // (refit_module.EQUATIONS * unknowns) or 1)
-    assert seen[0] == -(-16 // every)
-    monkeypatch.setattr(refit_module, "EQUATIONS", 2)
-    seen.clear()
-    refit(chain, batches[:16], batches[16:], start, rounds=4, steps=2)
-    assert seen == [4, 4, 4, 16]
-
-
-def test_the_last_step_sees_all_samples():
-    """What is held out has another answer; the step goes towards both, and errors stay those of before."""
-    chain, batches, start = problem(200)
-    other = [Batch(b.inputs, b.rest, b.goal + 0.3) for b in batches[8:]]
-    found = refit(chain, batches[:8], other, start, rounds=4, steps=40)
-    last = settled(chain, [*batches[:8], *other], start, found, steps=40)
-    assert (last.before, last.after, last.rounds) == (found.before, found.after, found.rounds + 1)
-    together = [chain.error([*batches[:8], *other], each.weights) for each in (found, last)]
-    assert together[1] < together[0]
-    again = settled(chain, [*batches[:8], *other], start, last, steps=0)
-    assert again.weights is last.weights
-
-
-# -- in a model ------------------------------------------------------------------------------------------------------
 
 
 class Gated(nn.Module):
@@ -158,6 +20,17 @@ class Gated(nn.Module):
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Product(nn.Module):
+    """The last layer is a product with its bias in one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.weight, self.bias = nn.Linear(6, 8), nn.Parameter(torch.empty(8, 4)), nn.Parameter(torch.empty(4))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, F.relu(self.up(x)), self.weight)
 
 
 def normed(activation, **options):
@@ -178,6 +51,7 @@ MODELS = {
     "depthwise": (depthwise, IMAGES, "0", ("2",)),
     "gelu": (lambda: jittered(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))), TOKENS, "0", ("0",)),
     "gated": (lambda: jittered(Gated()), TOKENS, "gate", ("gate", "up")),
+    "addmm": (lambda: jittered(Product()), (60, 6), "up", ("up",)),
     "activation behind": (
         lambda: jittered(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU())),
         TOKENS, "0", ("0",),

@@ -1,0 +1,317 @@
+"""One layer solved while the batches pass: its input is stored when it runs, and it is solved at its target.
+
+A convolution ``(4, 8, 3, 3)`` with a bias has 8 * 9 = 72 features and the intercept. At each drawn position of its
+result, ``x`` of shape (73,) holds its features in the pruned network, and ``y`` of shape (4,) the original's result at
+its target less the pruned network's. Least squares gives a matrix (73, 4) that is added to weight and bias. Where a
+norm behind the layer scales its result, the weight changes by the matrix over that scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from structprune.channels.solver import Mask
+from structprune.graph import ChannelGraph
+from structprune.ops.arguments import bind
+from structprune.ops.relations import Row
+from structprune.ranks import all_reduced
+from structprune.recovery.chain import producers_of
+from structprune.recovery.joint_solver import ConsumerState, JointSolver
+from structprune.recovery.layers import Consumer, kept_indices, uses_batch_statistics
+from structprune.recovery.least_squares import NormalEquations, Solution, fit
+from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
+from structprune.recovery.parallel_forward import Event, Pause, Side
+from structprune.recovery.report import LayerRecovery
+
+HELD_OUT = 5  # a fifth of the positions of each batch is held out
+JOINT_ROWS = 4  # times the rows that a layer alone is solved on
+CHUNK = 1 << 25  # entries of features that are unfolded at a time
+
+
+class LayerSolver:
+    """Solves one layer: alone, then together with its producers.
+
+    Args:
+        graph: of the original.
+        removed: mask of the removed components.
+        consumer: the layer.
+        rows: positions of all batches together to solve on.
+        seed: of the draw of positions.
+        rounds: of solving the layer together with its producers; none with 0.
+
+    Attributes:
+        consumer: the layer.
+        refused: why it could not be solved; empty if it could.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, removed: Mask, consumer: Consumer, rows: int, seed: int, rounds: int = 0
+    ) -> None:
+        self.consumer = consumer
+        self.refused = ""
+        producers = producers_of(graph, consumer) if rounds else "not asked for"
+        self._no_producers = producers if isinstance(producers, str) else ""
+        self._joint = None if isinstance(producers, str) else JointSolver(graph, producers, JOINT_ROWS * rows, rounds)
+        self._name: str = graph.trace.nodes[consumer.node].meta["name"]
+        self._target_name: str = graph.trace.nodes[consumer.target].meta["name"]
+        dims = graph.channels.rows[consumer.target]
+        self._kept = [kept_indices(graph, removed, row) for row in dims if isinstance(row, Row)]
+        self._rows = rows
+        self._random = torch.Generator().manual_seed(seed + consumer.node)
+        self._pauses: list[Pause] = []
+        self._map: LinearMap | None = None
+        self._scale: Tensor | None = None
+
+    @property
+    def target(self) -> Event:
+        """Where it is solved."""
+        return self.consumer.target, Side.AFTER
+
+    @property
+    def observed(self) -> list[Event]:
+        """Where the batches have to pause before the target."""
+        layer = [] if self.consumer.diagonal else [(self.consumer.node, Side.BEFORE)]
+        producers = self._joint.events if self._joint is not None else []
+        return [*producers, *layer, *((norm, Side.BEFORE) for norm in self.consumer.norms)]
+
+    def observe(self, event: Event, pauses: list[Pause]) -> None:
+        """Store what goes into the layer or its producers, or the scale of a norm behind it."""
+        if self._joint is not None and self._joint.observe(event, pauses):
+            return
+        if event[0] != self.consumer.node:
+            self._observe_norm(pauses[0])
+            return
+        self._pauses = list(pauses)
+        self._map = linear_map(self._name, pauses[0].args, pauses[0].kwargs)
+        if self._map is None:
+            self.refused = "its input or its weight has a number of dimensions that is not solved for"
+
+    def _observe_norm(self, pause: Pause) -> None:
+        """Multiply the scale of the norms, shape ``(channels,)``, by that of one more."""
+        given = bind("batch_norm", None, pause.args, pause.kwargs)
+        assert given is not None
+        weight, variance, training, eps = (given[key] for key in ("weight", "running_var", "training", "eps"))
+        if uses_batch_statistics(training, variance):
+            self.refused = "the batch norm behind it takes its statistics from the batch"
+            return
+        scale = (variance.double() + (1e-5 if eps is None else eps)).rsqrt()
+        scale = scale if weight is None else scale * weight.double()
+        self._scale = scale if self._scale is None else self._scale * scale
+
+    def solve(self, ours: list[Tensor], goal: list[Tensor], tensors: Mapping[str, Tensor]) -> LayerRecovery | None:
+        """Solve the layer, change its weight and correct the results at hand.
+
+        Args:
+            ours: results of the target on the pruned network, one for each batch; corrected in place.
+            goal: the original's, with all its channels.
+            tensors: the tensors of the pruned model by name.
+
+        Returns:
+            The report on the layer; None if it could not be solved, and `refused` says why.
+        """
+        if self.refused:
+            return None
+        goal = [self._kept_part(tensor) for tensor in goal]
+        if any(a.shape != b.shape for a, b in zip(ours, goal, strict=True)):
+            self.refused = f"its result has shape {list(ours[0].shape)}, the original's {list(goal[0].shape)}"
+            return None
+        train, held_out, power = self._normal_equations(ours, goal)
+        eps = torch.finfo(ours[0].dtype).eps
+        solution = fit(train, held_out, int(self._has_bias), noise=power * (4 * eps) ** 2)
+        if solution.helps:
+            self._change(solution, ours, tensors)
+        only_noise = solution.after <= power * (1e3 * eps) ** 2
+        factor = 1.0 if only_noise else self._solve_jointly(ours, goal, tensors, solution.ridge)
+        self._pauses = []
+        if self._joint is not None:
+            self._joint.forget()
+        return self._report(solution, power, factor)
+
+    def _report(self, solution: Solution, power: float, factor: float) -> LayerRecovery:
+        """The report: `factor` is by how much the error fell once the producers were solved too."""
+        size = max(power, torch.finfo(torch.float64).tiny)
+        return LayerRecovery(
+            layer=self.consumer.layer,
+            operation=self._name,
+            target=self._target_name,
+            before=(solution.before / size) ** 0.5,
+            after=(solution.after / size) ** 0.5 * factor,
+            changed=solution.helps or factor < 1,
+            ridge=solution.ridge,
+            producers=self._joint.layers if self._joint is not None and factor < 1 else (),
+            alone=self._no_producers if self._joint is None else self._joint.refused,
+        )
+
+    def _solve_jointly(
+        self, ours: list[Tensor], goal: list[Tensor], tensors: Mapping[str, Tensor], ridge: float
+    ) -> float:
+        """Solve the layer again with its producers; the new held-out error over the old one, 1 if it is left."""
+        layer = self._map
+        if self._joint is None or layer is None or not layer.has_adjoints:
+            return 1.0
+        matrix = layer.matrix_of(tensors[self.consumer.weight])
+        if self._scale is not None:
+            matrix = matrix * self._scale.to(matrix.dtype).reshape(matrix.shape[0], 1, -1)
+        hidden = [argument(self._name, "input", pause.args, pause.kwargs) for pause in self._pauses]
+        weight = layer.weight_of(matrix)
+        state = ConsumerState(self.consumer.target, layer, weight, self._has_bias, hidden, ours, goal, ridge)
+        answer = self._joint.solve(state, tensors)
+        if answer is None or not answer[0].helps:
+            return 1.0
+        chain_fit, write_producers = answer
+        write_producers()
+        new_weight, shift = chain_fit.weights.weights[-1], chain_fit.weights.shifts[-1]
+        change = (layer.matrix_of(new_weight) - matrix).double()
+        self._change_parameters(layer, change, None if shift is None else shift.double(), tensors)
+        return (chain_fit.after / chain_fit.before) ** 0.5
+
+    # -- rows of features and targets ------------------------------------------------------------------------------
+
+    @property
+    def _has_bias(self) -> bool:
+        return self.consumer.bias is not None
+
+    @property
+    def _channel_dim(self) -> int:
+        """The dimension of the target's channels."""
+        if self._map is not None:
+            return self._map.channel_dim
+        return -1 if self._name in ("layer_norm", "rms_norm", "mul") else 1
+
+    def _kept_part(self, tensor: Tensor) -> Tensor:
+        """The kept channels of the original's result: (16, 8, 5, 5) becomes (16, 6, 5, 5) without two channels."""
+        for dim, index in enumerate(self._kept):
+            if index is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+        return tensor
+
+    def _normal_equations(
+        self, ours: list[Tensor], goal: list[Tensor]
+    ) -> tuple[NormalEquations, NormalEquations, float]:
+        """The sums over the rows to solve on and over those held out, and the power of the goal on the latter."""
+        sums: list[NormalEquations] = []
+        power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
+        quota = max(1, self._rows // len(ours))
+        for number, (result, expected) in enumerate(zip(ours, goal, strict=True)):
+            for part, positions in enumerate(self._positions(result, quota)):
+                # What is empty would still be split into one part.
+                for some in positions.to(result.device).split(self._chunk(result)) if len(positions) else ():
+                    x, y, size = self._rows_at(number, result, expected, some)
+                    x = with_intercept(x) if self._has_bias else x
+                    if not sums:
+                        sums = [NormalEquations.zeros(x.shape[0], x.shape[2], y.shape[2], x.device) for _ in range(2)]
+                    sums[part].add(x, y)
+                    power += size if part else 0
+        for each in sums:
+            each.reduce()
+        return sums[0], sums[1], float(all_reduced(power))
+
+    def _positions(self, result: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+        """Flat positions to solve on, and those held out: the last fifth of the batch, so that samples stay whole.
+
+        A result (10, 4, 5, 5) has 250 positions; those below 200, in the first eight samples, are solved on.
+        """
+        total = result.numel() // result.shape[self._channel_dim]
+        drawn = torch.arange(total)
+        if quota < total:
+            drawn = torch.randint(total, (quota,), generator=self._random).sort().values
+        split = total - total // HELD_OUT if total >= 2 * HELD_OUT else total - 1
+        return drawn[drawn < split], drawn[drawn >= split]
+
+    def _chunk(self, result: Tensor) -> int:
+        """How many positions are unfolded at a time."""
+        features = 2 if self._map is None else self._map.features * self._map.groups
+        return max(1, CHUNK // max(features, result.shape[self._channel_dim]))
+
+    def _rows_at(self, number: int, result: Tensor, expected: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, what the result lacks of the goal, and the squared size of the goal, at some positions.
+
+        Args:
+            number: of the batch.
+            result: the target's result on the pruned network.
+            expected: the original's, with the kept channels.
+            at: flat positions.
+
+        Returns:
+            Shapes ``(groups, positions, features)``, ``(groups, positions, outputs)`` and ``()``. A layer that scales
+            its channels has one group for each, with one feature and one output.
+        """
+        if self._map is None:
+            dim = self._channel_dim
+            # From (batch, channels, height, width) to (positions, channels).
+            x, goal = (t.movedim(dim, -1).reshape(-1, t.shape[dim])[at].double() for t in (result, expected))
+            return x.T[..., None], (goal - x).T[..., None], goal.square().sum()
+        pause = self._pauses[number]
+        goal = self._map.outputs_at(expected, at)
+        x = self._map.features_at(argument(self._name, "input", pause.args, pause.kwargs), at)
+        return x, goal - self._map.outputs_at(result, at), goal.square().sum()
+
+    # -- what is changed -------------------------------------------------------------------------------------------
+
+    def _change(self, solution: Solution, ours: list[Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Change the layer by a solution, and correct the results at hand."""
+        matrix = solution.matrix[:, :-1] if self._has_bias else solution.matrix
+        shift = solution.matrix[:, -1].flatten() if self._has_bias else None
+        if self._map is None:
+            self._change_diagonal(matrix.flatten(), shift, ours, tensors)
+            return
+        matrix, shift = self._change_parameters(self._map, matrix, shift, tensors)
+        for pause, result in zip(self._pauses, ours, strict=True):
+            x: Tensor = argument(self._name, "input", pause.args, pause.kwargs)
+            own_shift = None if shift is None else shift.to(x.dtype)
+            result.add_(self._map(x, self._map.weight_of(matrix).to(x.dtype), own_shift))
+
+    def _change_parameters(
+        self, layer: LinearMap, matrix: Tensor, shift: Tensor | None, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Change the weight and the bias so that the result behind the norms changes by a matrix and a shift.
+
+        Args:
+            layer: its linear map.
+            matrix: shape ``(groups, features, outputs)``.
+            shift: shape ``(channels,)``, or None.
+            tensors: those of the pruned model, by name.
+
+        Returns:
+            The change that could be made: a channel that its norm scales by zero cannot be changed through it.
+        """
+        weight, own_shift, scale = matrix, shift, self._scale
+        if scale is not None:
+            nonzero = scale.abs() > 1e-6 * scale.abs().max()
+            matrix = matrix * nonzero.reshape(matrix.shape[0], 1, -1)
+            divisor = torch.where(nonzero, scale, 1.0)
+            weight = matrix / divisor.reshape(matrix.shape[0], 1, -1)
+            own_shift = None if shift is None else torch.where(nonzero, shift, 0.0) / divisor
+        _add(tensors[self.consumer.weight], layer.weight_of(weight))
+        if shift is not None and own_shift is not None and self.consumer.bias is not None:
+            shift = own_shift if self.consumer.own_bias else shift
+            _add(tensors[self.consumer.bias], shift)
+            if self.consumer.own_bias and scale is not None:
+                shift = shift * scale
+        return matrix, shift
+
+    def _change_diagonal(
+        self, factor: Tensor, shift: Tensor | None, ours: list[Tensor], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Change a layer that scales its channels: its result ``r`` becomes ``r + factor * r + shift``.
+
+        Both have shape ``(channels,)``.
+        """
+        weight = tensors[self.consumer.weight]
+        _add(weight, weight.double().flatten() * factor)
+        if shift is not None and self.consumer.bias is not None:
+            bias = tensors[self.consumer.bias]
+            _add(bias, bias.double() * factor + shift)
+        for result in ours:
+            along_channels = [1] * result.dim()
+            along_channels[self._channel_dim] = -1
+            moved = 0 if shift is None else shift.view(along_channels)
+            result.add_((result.double() * factor.view(along_channels) + moved).to(result.dtype))
+
+
+def _add(tensor: Tensor, change: Tensor) -> None:
+    """Add to a parameter; the sum is computed in float64."""
+    tensor.data.copy_((tensor.data.double() + change.reshape(tensor.shape)).to(tensor.dtype))

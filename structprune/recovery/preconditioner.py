@@ -1,0 +1,324 @@
+"""The preconditioner of the conjugate gradients: an approximate inverse of a chain's normal equations.
+
+Each layer has a Kronecker product: the second moments of its features, times those of what its results do to the end of
+the chain (Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015, section
+3.1). Where they are small enough, the producers have exact blocks instead, one for each hidden channel, over all
+weights that make it: of a gated layer the rows of gate and up projection meet in one block.
+
+With two producers of 6 features and shifts for 8 hidden channels, the blocks have shape (8, 14, 14): for each channel
+the 6 weights and the shift of the first producer, then those of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from structprune.ranks import all_reduced
+from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain
+from structprune.recovery.linear_maps import LinearMap, with_intercept
+
+MOMENT_POSITIONS = 8192  # of all parts of the samples together, for the moments
+BLOCK_POSITIONS = 4096  # the same for the blocks
+MAX_BLOCK_ENTRIES = 1 << 22  # of all blocks together
+# Blocks cost ``positions looked at * features`` operations a weight, and a step of conjugate gradients four a position.
+# For its eight steps to be worth at least twice the blocks, the former may be this many times the positions.
+MAX_EFFORT = 16
+
+
+@dataclass(slots=True)
+class _KroneckerFactors:
+    """Of one layer of a chain.
+
+    Attributes:
+        map: the layer.
+        features: inverse second moments of its features, shape ``(groups, features + 1, features + 1)``, the intercept
+            last; None where blocks take its place.
+        outputs: inverse second moments of the slopes of its results, shape ``(groups, outputs, outputs)``; None for the
+            identity.
+        damping: of each weight, shape ``(groups, features + 1, outputs)``.
+    """
+
+    map: LinearMap
+    features: Tensor | None
+    outputs: Tensor | None
+    damping: Tensor
+
+    def apply(self, weight: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The approximate inverse times a weight and a shift, which come back in their own shapes."""
+        if self.features is None:
+            return weight, shift
+        matrix = self.map.matrix_of(weight)
+        last = matrix.new_zeros(matrix.shape[0], 1, matrix.shape[2])
+        if shift is not None:
+            last = shift.reshape(matrix.shape[0], 1, -1)
+        matrix = self.features.to(matrix.dtype) @ torch.cat([matrix, last], 1)
+        if self.outputs is not None:
+            matrix = matrix @ self.outputs.to(matrix.dtype)
+        new_weight, new_shift = _weight_and_shift(self.map, matrix)
+        return new_weight, None if shift is None else new_shift
+
+
+@dataclass(slots=True)
+class Preconditioner:
+    """An approximate inverse of the damped normal equations.
+
+    Attributes:
+        at: the weights at which the chain is linearised.
+        factors: of each layer, the consumer last.
+        damping: of each number, in the order of ``at.flat()``.
+        blocks: for the producers, in place of their factors; or None.
+    """
+
+    at: ChainWeights
+    factors: list[_KroneckerFactors]
+    damping: Tensor
+    blocks: ChannelBlocks | None
+
+    @classmethod
+    def of(cls, lines: list[LinearisedChain], damping: float, blocks: ChannelBlocks | None = None) -> Preconditioner:
+        """The preconditioner for a chain.
+
+        Args:
+            lines: the chain, linearised at the same weights on each part of the samples.
+            damping: by what part diagonals are enlarged.
+            blocks: from other weights nearby; they are computed if there are none.
+        """
+        at, chain = lines[0].at, lines[0].chain
+        if blocks is None:
+            shifted = [shift is not None for shift in at.shifts[:-1]]
+            passes = [(line.samples.inputs, line.slopes) for line in lines]
+            blocks = channel_blocks(chain.producers, passes, _consumer_power(lines[0]), shifted, damping)
+        factors: list[_KroneckerFactors] = []
+        for place, producer in enumerate(chain.producers):
+            moments, slope_moments = _moments(producer, lines, place)
+            overlap = _output_overlap(chain, lines[0], place, slope_moments)
+            factors.append(_factors(producer, moments, overlap, damping, blocks is None))
+        moments, _ = _moments(chain.consumer, lines, None)
+        factors.append(_factors(chain.consumer, moments, None, damping))
+        weights, shifts = zip(*(_weight_and_shift(each.map, each.damping) for each in factors), strict=True)
+        present = [None if have is None else shift for have, shift in zip(at.shifts, shifts, strict=True)]
+        return cls(at, factors, ChainWeights(list(weights), present).flat().to(at.weights[-1].dtype), blocks)
+
+    def inverse(self, vector: Tensor) -> Tensor:
+        """The approximate inverse times a vector, both in the order of ``at.flat()``."""
+        given = self.at.like(vector)
+        weights: list[Tensor] = []
+        shifts: list[Tensor | None] = []
+        for each, weight, shift in zip(self.factors, given.weights, given.shifts, strict=True):
+            new_weight, new_shift = each.apply(weight, shift)
+            weights.append(new_weight)
+            shifts.append(new_shift)
+        if self.blocks is not None:
+            weights[:-1], shifts[:-1] = self.blocks(given.weights[:-1], given.shifts[:-1])
+        return ChainWeights(weights, shifts).flat()
+
+
+def _weight_and_shift(layer: LinearMap, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix ``(groups, features + 1, outputs)`` as a weight in its own shape and a shift ``(channels,)``."""
+    return layer.weight_of(matrix[:, :-1]), matrix[:, -1].flatten()
+
+
+# -- Kronecker factors -----------------------------------------------------------------------------------------------
+
+
+def _consumer_power(line: LinearisedChain) -> Tensor:
+    """Squared size of what the consumer makes of a unit of each hidden channel, shape ``(channels,)``.
+
+    It is per position of the producers; a consumer of stride 2 has a fourth of their positions.
+    """
+    consumer = line.chain.consumer
+    matrix = consumer.matrix_of(line.at.weights[-1])
+    share = consumer.positions(line.samples.goal) / line.chain.producers[0].positions(line.slopes[0])
+    by_channel = matrix.reshape(matrix.shape[0], matrix.shape[1] // prod(consumer.kernel), -1)
+    return by_channel.square().sum(2).flatten() * share
+
+
+def _spread_positions(total: int, limit: int) -> Tensor:
+    """At most `limit` positions of `total`, at equal distances: 4 of 10 are 0, 2, 5, 7."""
+    count = max(1, min(total, limit))
+    return torch.arange(count) * total // count
+
+
+def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None) -> tuple[Tensor, Tensor]:
+    """Second moments of a layer's features (a sum over all positions), and of the slopes of its results (a mean).
+
+    Args:
+        layer: a producer or the consumer.
+        lines: the linearised chain on each part of the samples.
+        place: number of the producer; None for the consumer.
+
+    Returns:
+        Shapes ``(groups, features + 1, features + 1)`` and ``(groups, outputs, outputs)``, the latter empty for the
+        consumer.
+    """
+    xx: Tensor | None = None
+    slope_moments: Tensor | None = None
+    count = torch.zeros((), dtype=torch.float64, device=lines[0].samples.goal.device)
+    for line in lines:
+        result = line.samples.goal if place is None else line.slopes[place]
+        total = layer.positions(result)
+        at = _spread_positions(total, MOMENT_POSITIONS // len(lines)).to(result.device)
+        x = with_intercept(layer.features_at(line.hidden if place is None else line.samples.inputs[place], at))
+        products = x.transpose(1, 2) @ x * (total / len(at))
+        xx = products if xx is None else xx + products
+        slope = layer.outputs_at(result, at) if place is not None else x[..., :0]
+        products = slope.transpose(1, 2) @ slope
+        count += len(at)
+        slope_moments = products if slope_moments is None else slope_moments + products
+    assert xx is not None
+    assert slope_moments is not None
+    all_reduced(xx)
+    all_reduced(slope_moments)
+    return xx, slope_moments / all_reduced(count)
+
+
+def _output_overlap(chain: Chain, line: LinearisedChain, place: int, slope_moments: Tensor) -> Tensor:
+    """How the effects of a producer's outputs overlap behind the consumer, shape ``(groups, outputs, outputs)``.
+
+    A consumer with two groups and weight (6, 4, 3, 3) takes 2 * 4 = 8 hidden channels: `gram` is (8, 8), with zeros
+    between the groups. For a producer with four groups of 2 outputs, the result is its four diagonal blocks (2, 2).
+    """
+    consumer = chain.consumer
+    matrix = consumer.matrix_of(line.at.weights[-1]).double()
+    groups, features, outputs = matrix.shape
+    rows = matrix.reshape(groups, features // prod(consumer.kernel), -1, outputs).flatten(2)
+    gram = torch.block_diag(*(rows @ rows.transpose(1, 2)))
+    count, size = slope_moments.shape[:2]
+    blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    share = consumer.positions(line.samples.goal) / chain.producers[place].positions(line.slopes[place])
+    return blocks * slope_moments * share
+
+
+def _factors(
+    layer: LinearMap, moments: Tensor, overlap: Tensor | None, damping: float, inverted: bool = True
+) -> _KroneckerFactors:
+    """The factors of a layer from its moments and the overlap of its outputs; without inverses where not `inverted`."""
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    if overlap is None:
+        scale = torch.ones(moments.shape[0], layer.outputs, dtype=moments.dtype, device=moments.device)
+    else:
+        scale = overlap.diagonal(dim1=1, dim2=2)
+    penalty = damping * (diagonal[..., None] * scale[:, None, :])
+    penalty[:, -1] *= 1e-2
+    if not inverted:
+        return _KroneckerFactors(layer, None, None, penalty)
+    outputs = None if overlap is None else _inverse(overlap, 1e-3)
+    return _KroneckerFactors(layer, _inverse(moments, damping + 1e-6), outputs, penalty)
+
+
+def _inverse(matrix: Tensor, ridge: float) -> Tensor:
+    """The inverse of symmetric matrices ``(groups, n, n)`` with a ridge that keeps it finite."""
+    eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    mean = _positive_mean(matrix.diagonal(dim1=1, dim2=2))
+    return torch.linalg.inv(matrix + ridge * mean[:, :, None] * eye)
+
+
+def _positive_mean(diagonal: Tensor) -> Tensor:
+    """The mean of each row of ``(groups, n)``, shape ``(groups, 1)``, raised where a group is all zeros.
+
+    The weights of channels that are off have no effect, so that nothing in their own rows tells a scale.
+    """
+    mean = diagonal.mean(1, keepdim=True)
+    return mean.clamp_min(1e-3 * mean.mean()).clamp_min(torch.finfo(diagonal.dtype).tiny ** 0.5)
+
+
+# -- exact blocks by hidden channel ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelBlocks:
+    """Inverses of the diagonal blocks of the normal equations, one for each hidden channel.
+
+    Attributes:
+        producers: the linear maps, none of them grouped.
+        inverse: shape ``(channels, features + producers, features + producers)``, where the features of all producers
+            follow each other, each with its shift last.
+    """
+
+    producers: tuple[LinearMap, ...]
+    inverse: Tensor
+
+    def __call__(
+        self, weights: Sequence[Tensor], shifts: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The blocks' inverse times weights and shifts of the producers, which come back in their own shapes."""
+        parts: list[Tensor] = []
+        for producer, weight, shift in zip(self.producers, weights, shifts, strict=True):
+            matrix = producer.matrix_of(weight)[0]
+            last = matrix.new_zeros(1, matrix.shape[1]) if shift is None else shift[None]
+            parts += [matrix, last]
+        solved = torch.einsum("cab,bc->ac", self.inverse, torch.cat(parts))
+        split = solved.split([len(part) for part in parts])
+        return (
+            [p.weight_of(matrix[None]) for p, matrix in zip(self.producers, split[::2], strict=True)],
+            [None if old is None else new[0] for old, new in zip(shifts, split[1::2], strict=True)],
+        )
+
+
+# For each part of the samples: inputs of the producers, and slopes of the hidden channels by the producers' results.
+Passes = Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+def channel_blocks(
+    producers: tuple[LinearMap, ...], passes: Passes, power: Tensor, shifted: Sequence[bool], damping: float
+) -> ChannelBlocks | None:
+    """The blocks for the samples in `passes`; None where they cost too much, or a producer is grouped.
+
+    The result moves by ``power[c]`` for a unit of hidden channel ``c``, which moves by ``slope * (w x)``. Weights of
+    one channel meet in ``power[c] * sum (slope x)(slope x)^T``, with the features of all producers side by side.
+
+    Args:
+        producers: of one and the same hidden channels.
+        passes: inputs and slopes.
+        power: squared size of what the consumer makes of each hidden channel, shape ``(channels,)``.
+        shifted: for each producer, whether it has a shift.
+        damping: by what part diagonals are enlarged.
+    """
+    size = sum(producer.features + 1 for producer in producers)
+    channels = len(power)
+    same = all(p.groups == 1 and p.outputs == channels for p in producers)
+    if not same or channels * size**2 > MAX_BLOCK_ENTRIES or not _is_affordable(producers[0], passes, size):
+        return None
+    blocks = torch.zeros(channels, size, size, dtype=torch.float64, device=power.device)
+    for inputs, slopes in passes:
+        total = producers[0].positions(slopes[0])
+        at = _spread_positions(total, BLOCK_POSITIONS // len(passes)).to(power.device)
+        features = _sloped_features(producers, inputs, slopes, shifted, at)
+        blocks += (features.transpose(1, 2) @ features).double() * (total / len(at))
+    blocks = all_reduced(blocks) * power.double()[:, None, None]
+    diagonal = blocks.diagonal(dim1=1, dim2=2)
+    inverse = torch.linalg.inv(blocks + torch.diag_embed(damping * diagonal + 1e-4 * _positive_mean(diagonal)))
+    return ChannelBlocks(producers, inverse.to(power.dtype))
+
+
+def _is_affordable(producer: LinearMap, passes: Passes, features: int) -> bool:
+    """Whether the blocks are cheap beside the solve; the same on all ranks."""
+    totals = [producer.positions(slopes[0]) for _, slopes in passes]
+    counts = [len(_spread_positions(total, BLOCK_POSITIONS // len(passes))) for total in totals]
+    sums = torch.tensor([sum(counts), sum(totals)], dtype=torch.float64, device=passes[0][1][0].device)
+    used, positions = all_reduced(sums).tolist()
+    return used * features <= MAX_EFFORT * positions
+
+
+def _sloped_features(
+    producers: Sequence[LinearMap],
+    inputs: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    shifted: Sequence[bool],
+    at: Tensor,
+) -> Tensor:
+    """Slope times features for each channel and position, shape ``(channels, positions, features)``.
+
+    The features of all producers follow each other, each with its intercept last: 1 where it has a shift, else 0.
+    """
+    parts: list[Tensor] = []
+    for producer, x, slope, has_shift in zip(producers, inputs, slopes, shifted, strict=True):
+        features = with_intercept(producer.features_at(x, at).to(slope.dtype), float(has_shift))[0]
+        by_channel = producer.outputs_at(slope, at)[0].to(slope.dtype)
+        parts.append(by_channel.T[:, :, None] * features)
+    return torch.cat(parts, 2)

@@ -1,0 +1,80 @@
+"""Least squares from streamed sums, and backward elimination of channels, against solutions written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from structprune.recovery.least_squares import ConsumerMoments, NormalEquations, eliminate, fit
+
+
+def sums_of(x, y):
+    sums = NormalEquations.zeros(1, x.shape[1], y.shape[1], x.device)
+    for rows in zip(x.split(7), y.split(7), strict=True):
+        sums.add(rows[0][None], rows[1][None])
+    return sums
+
+
+def test_streamed_sums_give_the_least_squares_solution():
+    x, y = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+    sums = sums_of(x, y)
+    solution = sums.solve(1e-14, 0)
+    torch.testing.assert_close(solution[0], torch.linalg.lstsq(x, y).solution)
+    torch.testing.assert_close(sums.error(solution)[0], (y - x @ solution[0]).square().sum(0))
+
+
+def test_noise_is_not_fitted():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 20, generator=generator, dtype=torch.float64)
+    y = torch.randn(60, 2, generator=generator, dtype=torch.float64)
+    found = fit(sums_of(x[:25], -y[:25]), sums_of(x[:25], y[:25]), 0)  # what was learned is wrong where it is held out
+    assert not found.helps
+    assert found.after == found.before
+    assert not found.matrix.any()
+
+
+# -- elimination -----------------------------------------------------------------------------------------------------
+
+
+def brute(consumer, removed):
+    """Error of the consumer solved again without some channels, over the power of its result."""
+    left = torch.ones(len(consumer.xx), dtype=torch.bool)
+    left[consumer.places[list(removed)].flatten()] = False
+    moment = consumer.penalised()
+    goal = consumer.xx @ consumer.matrix
+
+    def fitted(index):
+        return (goal[index] * torch.linalg.solve(moment[index][:, index], goal[index])).sum()
+
+    return float((fitted(torch.ones_like(left)) - fitted(left)) / consumer.power())
+
+
+def consumer_of(seed, channels, each, outputs):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, channels * each, generator=generator, dtype=torch.float64).relu()
+    x = torch.cat([x, torch.ones(200, 1, dtype=torch.float64)], 1)
+    matrix = torch.randn(channels * each + 1, outputs, generator=generator, dtype=torch.float64)
+    matrix[-1] = 0
+    return ConsumerMoments(x.T @ x, matrix, torch.arange(channels * each).view(channels, each))
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_each_step_takes_the_channel_that_costs_least(each):
+    consumers = [consumer_of(0, 6, each, 4), consumer_of(1, 6, each, 2)]
+    order, rises = eliminate(consumers)
+    assert sorted(order.tolist()) == list(range(6))
+    gone = []
+    for channel, rise in zip(order[:-1].tolist(), rises.tolist(), strict=True):
+        candidates = {c: sum(brute(one, [*gone, c]) for one in consumers) for c in range(6) if c not in gone}
+        assert channel == min(candidates, key=candidates.get)
+        assert rise == pytest.approx(candidates[channel], rel=1e-8)
+        gone.append(channel)
+
+
+def test_the_change_is_the_best_without_the_channels():
+    consumer = consumer_of(0, 6, 3, 4)
+    removed = torch.tensor([1, 4])
+    change = consumer.change(removed)
+    assert not (consumer.matrix + change)[consumer.places[removed].flatten()].any()
+    gap = (change * (consumer.xx @ change)).sum() / consumer.power()
+    assert float(gap) == pytest.approx(brute(consumer, [1, 4]), rel=1e-2)

@@ -1,8 +1,9 @@
 """Which layers are solved again, and what each has to meet: read off the trace.
 
 With channels of ``conv1`` removed in ``y = bn2(conv2(relu(bn1(conv1(x)))))`` and ``y + x``, the result of ``conv2`` has
-changed. It is the `Consumer` to solve: its result has to bring the sum ``y + x`` to the original's, and a constant can be
-added to the bias of ``bn2``. Before channels are chosen, ``conv2`` is a `GroupConsumer` of the group that ``conv1`` makes.
+changed. It is the `Consumer` to solve: its result has to bring the sum ``y + x`` to the original's, and a constant can
+be added to the bias of ``bn2``. While channels are chosen, ``conv2`` is a `GroupConsumer` of the group that ``conv1``
+makes.
 """
 
 from __future__ import annotations

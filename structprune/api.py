@@ -8,21 +8,21 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import nn
 
-from structprune.allocation.ratios import Ratio
-from structprune.allocation.rounding import Rounding, RoundTo
-from structprune.allocation.scopes import Scope
 from structprune.channels.solver import Mask
-from structprune.decision import Decision, Request
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.graph import Layer
 from structprune.importance.base import Importance, fitted, importance_of
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.latency.measure import Latency
-from structprune.plan import Plan
-from structprune.planning import plan_removal
+from structprune.planning.build import plan_removal
+from structprune.planning.decide import Decision, Request
+from structprune.planning.latency_target import TimedDecision
+from structprune.planning.plan import Plan
+from structprune.planning.ratios import Ratio
+from structprune.planning.rounding import Rounding, RoundTo
+from structprune.planning.scopes import Scope
 from structprune.surgery.verify import verify_removal
-from structprune.timed import TimedDecision
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, OutputName
 from structprune.wrapping import prunable

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from structprune.graph import ChannelGraph, Layer
 from structprune.groups import Group
-from structprune.plan import Plan
-from structprune.planning import plan_removal
+from structprune.planning.build import plan_removal
+from structprune.planning.plan import Plan
 
 
 class DependencyGraph(ChannelGraph):

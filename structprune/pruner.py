@@ -12,14 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from structprune.api import Options, decide
-from structprune.decision import Decision
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.groups import Group
 from structprune.optimizers import remap_optimizer
-from structprune.plan import Plan, plans_of, replay
-from structprune.planning import plan_removal
-from structprune.timed import TimedDecision
+from structprune.planning.build import plan_removal
+from structprune.planning.decide import Decision
+from structprune.planning.latency_target import TimedDecision
+from structprune.planning.plan import Plan, plans_of, replay
 from structprune.tracing.trace import ExampleInputs
 
 # The share of all that is to go that is gone at the share t of the steps.

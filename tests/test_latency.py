@@ -13,10 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import structprune
-from structprune.allocation.knapsack import Knapsack, Piece
-from structprune.allocation.rounding import Rounding
-from structprune.allocation.scopes import Unit
-from structprune.decision import _of_what_is_left
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -27,6 +23,10 @@ from structprune.latency.predict import Calibration, TimeModel, calibrated
 from structprune.latency.specs import OpSpec, uses
 from structprune.latency.table import Grid, LatencyTable
 from structprune.latency.widths import Widths
+from structprune.planning.decide import _of_what_is_left
+from structprune.planning.rounding import Rounding
+from structprune.planning.scopes import Unit
+from structprune.planning.time_saved import Knapsack, Piece
 
 
 def macs_of(spec, widths):

@@ -12,7 +12,7 @@ from torch import nn
 
 import structprune
 from structprune.errors import RecoveryError
-from structprune.planning import plan_removal
+from structprune.planning.build import plan_removal
 
 GONE = [1, 4, 6]
 KEPT = [0, 2, 3, 5, 7]

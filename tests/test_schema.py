@@ -15,7 +15,7 @@ from support import frozen
 import structprune
 from structprune import io
 from structprune.errors import LoadError, PlanError
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 
 DATA = Path(__file__).parent / "data"
 plan: Any = sys.modules[structprune.Plan.__module__]  # the package has a function of this name

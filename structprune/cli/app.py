@@ -9,8 +9,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from structprune.benchmark import Benchmark, benchmark, layer_times
-from structprune.benchmark.backends import BACKENDS
+from structprune.benchmarking import Benchmark, benchmark, layer_times
+from structprune.benchmarking.backends import BACKENDS
 from structprune.cli.info import describe_machine, describe_model, model_tables, onnx_tables
 from structprune.cli.models import named_object, parse_dimensions, parse_points
 from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, SlimOptions, among, command
@@ -20,9 +20,9 @@ from structprune.export.metadata import onnx_info
 from structprune.export.onnx import export_onnx
 from structprune.extras import require
 from structprune.io import save
-from structprune.plan import Plan
-from structprune.report import report
-from structprune.sensitivity import RATIOS, Sensitivity, sensitivity
+from structprune.planning.plan import Plan
+from structprune.planning.sensitivities import RATIOS, Sensitivity, sensitivity
+from structprune.reporting import report
 from structprune.surgery.verify import Report, verify
 
 _CLOCKS = ("wall", "process")

@@ -13,16 +13,16 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import typer
 
-from structprune.allocation.ratios import Ratio
-from structprune.allocation.scopes import SCOPES
-from structprune.allocation.targets import TARGETS
 from structprune.api import Options, plan
 from structprune.axes import AXES
 from structprune.cli.models import Loaded, load_model, named_object
 from structprune.importance.base import CRITERIA
 from structprune.io import load
-from structprune.plan import Plan
-from structprune.sensitivity import Sensitivity
+from structprune.planning.plan import Plan
+from structprune.planning.ratios import Ratio
+from structprune.planning.scopes import SCOPES
+from structprune.planning.sensitivities import Sensitivity
+from structprune.planning.targets import TARGETS
 from structprune.surgery.verify import verify
 
 _SOURCES = ("torchvision:", "timm:", "hf:")

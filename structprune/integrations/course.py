@@ -9,10 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from structprune.api import Options
-from structprune.cost import cost
+from structprune.costs import cost
 from structprune.errors import PlanError
 from structprune.optimizers import remap_optimizer
-from structprune.plan import Plan, plans_of, replay
+from structprune.planning.plan import Plan, plans_of, replay
 from structprune.pruner import Pruner, Schedule
 from structprune.tracing.trace import ExampleInputs
 from structprune.wrapping import prunable

@@ -14,7 +14,7 @@ from structprune.api import Options
 from structprune.errors import PlanError, UnsupportedModelError
 from structprune.extras import missing_extra
 from structprune.integrations.course import Course, costs
-from structprune.plan import Plan, plans_of, replay
+from structprune.planning.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
 from structprune.tracing.trace import ExampleInputs
 from structprune.wrapping import class_names

@@ -15,7 +15,7 @@ from structprune.errors import LoadError, PlanError, UnsupportedModelError
 from structprune.extras import missing_extra
 from structprune.integrations.course import Course, costs
 from structprune.io import save
-from structprune.plan import Plan, plans_of, replay
+from structprune.planning.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
 from structprune.tracing.trace import ExampleInputs
 

@@ -13,8 +13,8 @@ from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.importance.sites import summed_dims
 from structprune.ops.relations import Ids
-from structprune.plan import Plan
-from structprune.planning import plan_removal
+from structprune.planning.build import plan_removal
+from structprune.planning.plan import Plan
 from structprune.surgery.edits import Thinning
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs

@@ -61,7 +61,7 @@ def nn_of_own():
     ],
 )
 def test_options_are_those_of_plan(folder, options, settings):
-    found = as_json("plan", "own:pair", *options)["settings"]
+    found = as_json("plan", "own:pair", *options)["settings"]["asked"]
     assert {key: found[key] for key in settings} == settings
 
 

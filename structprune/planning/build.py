@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +16,7 @@ from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.ops.relations import Ids
 from structprune.planning.configuration import config_repairs
-from structprune.planning.plan import AxisWidth, LayerWidth, Plan
+from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
 from structprune.surgery.reference import thinned_norms
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literals
@@ -29,9 +29,7 @@ def tensors_of(graph: ChannelGraph) -> dict[str, Tensor]:
     return {name: held.tensor for name, held in held_tensors(graph.model).items()}
 
 
-def plan_removal(
-    graph: ChannelGraph, chosen: Ids, settings: Mapping[str, Any] | None = None, *, config: bool = True
-) -> Plan:
+def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = None, *, config: bool = True) -> Plan:
     """The plan that removes the components `chosen` and all that is coupled to them.
 
     With `config`, a configuration that the model's class is built from is made to say what the smaller model is (see
@@ -49,28 +47,28 @@ def plan_removal(
         for attribute, new in sorted(values.items(), key=lambda item: str(item[0]))
     )
     edits = Edits(
-        thinnings,
-        repairs,
-        _rescales(graph, count, values),
-        _rewrites(graph, count),
-        graph.trace.caches,
-        specify(graph.example_inputs),
-        tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
+        thinnings=thinnings,
+        repairs=repairs,
+        rescales=_rescales(graph, count, values),
+        rewrites=_rewrites(graph, count),
+        caches=graph.trace.caches,
+        inputs=specify(graph.example_inputs),
+        outputs=tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
     )
-    more, stays = config_repairs(graph, edits, count) if config else ((), None)
+    more, unchanged = config_repairs(graph, edits, count) if config else ((), None)
     return Plan(
-        thinnings,
-        (*repairs, *more),
-        edits.rescales,
-        edits.rewrites,
-        edits.caches,
-        edits.inputs,
-        edits.outputs,
-        _layers(thinnings),
-        _axes(graph, dead),
-        graph.costs.at(lambda row: row.size),
-        graph.costs.at(count),
-        {**(settings or {}), **_left(graph, stays), **_norms(graph, dead)},
+        thinnings=thinnings,
+        repairs=(*repairs, *more),
+        rescales=edits.rescales,
+        rewrites=edits.rewrites,
+        caches=edits.caches,
+        inputs=edits.inputs,
+        outputs=edits.outputs,
+        layers=_layers(thinnings),
+        axes=_axes(graph, dead),
+        before=graph.costs.at(lambda row: row.size),
+        after=graph.costs.at(count),
+        settings=replace(settings or Settings(), left=_left(graph, unchanged), over_survivors=_norms(graph, dead)),
     )
 
 
@@ -83,7 +81,7 @@ def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
     return found
 
 
-def _norms(graph: ChannelGraph, dead: Mask) -> dict[str, list[str]]:
+def _norms(graph: ChannelGraph, dead: Mask) -> tuple[str, ...]:
     """Where the smaller model does not compute what the original does with the channels switched off, by name."""
     found: dict[str, None] = {}
     for survivors, _ in thinned_norms(graph, dead):
@@ -91,7 +89,7 @@ def _norms(graph: ChannelGraph, dead: Mask) -> dict[str, list[str]]:
         call = node.meta["call"]
         path = graph.trace.every_call[call].path if call >= 0 else ""
         found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
-    return {"over_survivors": list(found)} if found else {}
+    return tuple(found)
 
 
 def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:

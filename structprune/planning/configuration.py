@@ -7,7 +7,7 @@ found out, not assumed:
 1. The class is built from the configuration on the ``meta`` device while every int in it remembers where it came from.
    Attributes of modules then carry formulas (``head_dim = hidden_size // num_attention_heads``).
 2. Attributes whose value after pruning is known are equations for the numbers of the configuration. What they leave
-   open is tried: the old number, or what became of a row of that many channels.
+   open is tried: the old number, or the number of channels left of a dimension that had so many.
 3. The class is built from the new configuration, and must have the very shapes of the pruned model and every number
    that its forward reads. Only then is the configuration changed, with attributes that the forward does not read.
 """
@@ -105,9 +105,9 @@ class _Search:
                 return self._checked(assignment)
             except _UnknownError as error:
                 reasons.append(error)
-        telling = [error for error in reasons if not isinstance(error, _ShapesError)] or reasons
-        if telling:
-            raise telling[0]
+        reasons.sort(key=lambda error: isinstance(error, _ShapesError))  # those that say more first
+        if reasons:
+            raise reasons[0]
         raise _UnknownError("no numbers in it give the widths of all layers; name axes so that they are pruned alike")
 
     # -- the class as it is, with formulas -----------------------------------------------------------------------
@@ -166,11 +166,11 @@ class _Search:
         """Choices for the numbers that are not fixed, for which all equations hold; those that change least first."""
         formulas = [v.expression for v in self._formulas.values() if isinstance(v, (SizeInt, SizeFloat))]
         used = {leaf for e in formulas for leaf in leaves(e) if isinstance(leaf, Attribute)}
-        became = self._became()
+        left = self._channels_left()
         options: dict[Attribute, list[int]] = {}
         for leaf in sorted(used - fixed.keys(), key=str):
             old = self._value(leaf)
-            others = sorted(became.get(old, set()) - {old}, reverse=True)
+            others = sorted(left.get(old, set()) - {old}, reverse=True)
             if others:
                 options[leaf] = [old, *others]
         equations = self._equations()
@@ -200,8 +200,8 @@ class _Search:
             value = value[step] if isinstance(step, int) else getattr(value, step)
         return plain(value)
 
-    def _became(self) -> dict[int, set[int]]:
-        """How many channels are left of rows of each size."""
+    def _channels_left(self) -> dict[int, set[int]]:
+        """How many channels are left of dimensions of each size."""
         found: dict[int, set[int]] = {}
         for rows in self._graph.channels.rows:
             for row in rows if isinstance(rows, tuple) else ():
@@ -324,7 +324,7 @@ def _read_in(graph: ChannelGraph) -> set[Place]:
 
 
 class _IntType(type):
-    """What ``int`` means in constructors meanwhile: ``int(a / b)`` of tracked numbers stays tracked."""
+    """The type of `_Int`: ``int(a / b)`` of tracked numbers stays tracked, and ``isinstance(x, int)`` works on."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], SizeFloat):
@@ -336,7 +336,7 @@ class _IntType(type):
 
 
 class _Int(metaclass=_IntType):
-    """Stands for ``int``."""
+    """Takes the place of ``int`` while a constructor runs."""
 
 
 @contextmanager

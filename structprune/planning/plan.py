@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from typing import Any
 
@@ -22,10 +22,7 @@ from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
 from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
-SCHEMA = 1
-# For every older schema, what lifts a plan to the next one.
-MIGRATIONS: dict[int, Migration] = {}
-_NORMS = "over_survivors"
+SCHEMA = 2
 # So many of those norms are printed; the plan holds all of them.
 SHOWN = 20
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
@@ -51,7 +48,61 @@ class AxisWidth:
     after: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings(Mapping[str, Any]):
+    """What a plan was asked for and what came of it, as plain data.
+
+    As a mapping it gives all of it by name: ``settings["ratio"]``, ``settings["reached"]``, ``settings["latency"]``
+    (what was measured), ``settings["config"]``, ``settings["over_survivors"]``; what is empty is left out.
+
+    Attributes:
+        asked: the options (see `structprune.planning.options.PlanOptions`).
+        reached: for each limit of a target, the share that remains.
+        measured: for a target of latency: how time was measured, what was predicted and measured, in milliseconds, and
+            whether the target is met.
+        left: what was left as it is, with the reason: ``"config"``, the model's configuration; ``"training"``, layers
+            that only a forward in training mode would reach.
+        over_survivors: the norms, by module and operation, that run over the channels that stay.
+    """
+
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    reached: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    over_survivors: tuple[str, ...] = ()
+
+    def _by_name(self) -> dict[str, Any]:
+        others = {"reached": self.reached, "latency": self.measured, "over_survivors": list(self.over_survivors)}
+        return {**self.asked, **{name: value for name, value in others.items() if value}, **self.left}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._by_name()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name())
+
+    def __len__(self) -> int:
+        return len(self._by_name())
+
+
+def _split_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 held the settings side by side."""
+    found = dict(settings(data["settings"]))
+    split: dict[str, Any] = {
+        "reached": found.pop("reached", {}),
+        "measured": found.pop("latency", {}),
+        "left": {name: found.pop(name) for name in ("config", "training") if name in found},
+        "over_survivors": found.pop("over_survivors", []),
+        "asked": found,
+    }
+    return data | {"settings": split}
+
+
+# For every older schema, what lifts a plan to the next one.
+MIGRATIONS: dict[int, Migration] = {1: _split_settings}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan(Edits):
     """A decision that can be printed, costed, saved, compared and applied.
 
@@ -67,9 +118,10 @@ class Plan(Edits):
         caches: dicts of modules in which the forward keeps results: they are emptied.
         inputs: shapes and types of the example inputs, nested as they were given.
         outputs: names of the outputs that keep their shape; None if all do.
-        settings: what the plan was asked for. Under ``"over_survivors"`` are the norms, by module and operation, that
-            run over the channels that stay: a layer norm over 8 of 16 channels is not the one over 8 channels and 8
-            zeros. All else computes exactly what the original does with the removed channels switched off.
+        settings: what the plan was asked for, what is reached, measured and left. ``settings.over_survivors`` are the
+            norms, by module and operation, that run over the channels that stay: a layer norm over 8 of 16 channels is
+            not the one over 8 channels and 8 zeros. All else computes exactly what the original does with the removed
+            channels switched off.
 
     Example:
         >>> import torch, structprune
@@ -84,7 +136,7 @@ class Plan(Edits):
     axes: tuple[AxisWidth, ...]
     before: Cost
     after: Cost
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def removed(self) -> dict[str, dict[int, tuple[int, ...]]]:
@@ -132,10 +184,10 @@ class Plan(Edits):
         text = io.StringIO()
         console = Console(file=text, width=100)
         console.print(self.table())
-        settings = {key: value for key, value in self.settings.items() if key != _NORMS and value is not None}
-        asked = (f"{key} {value}" for key, value in settings.items())
+        shown = {key: value for key, value in self.settings.items() if key != "over_survivors" and value is not None}
+        asked = (f"{key} {value}" for key, value in shown.items())
         console.print("asked for: " + ", ".join(asked), highlight=False, markup=False, soft_wrap=True)
-        if norms := self.settings.get(_NORMS):
+        if norms := self.settings.over_survivors:
             more = f" and {len(norms) - SHOWN} more" if len(norms) > SHOWN else ""
             text_of = ", ".join(norms[:SHOWN]) + more
             console.print(f"over the channels that stay: {text_of}", highlight=False, markup=False, soft_wrap=True)
@@ -189,22 +241,36 @@ class Plan(Edits):
         try:
             data = up_to_date(data, SCHEMA, MIGRATIONS, "it")
             return cls(
-                tuple(record(Thinning, t) for t in data["thinnings"]),
-                tuple(record(Repair, r) for r in data["repairs"]),
-                tuple(record(Rescale, r) for r in data["rescales"]),
-                tuple(record(Rewrite, r) for r in data["rewrites"]),
-                tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
-                inputs(data["inputs"]),
-                None if data["outputs"] is None else texts(data["outputs"]),
-                tuple(record(LayerWidth, layer) for layer in data["layers"]),
-                tuple(record(AxisWidth, axis) for axis in data["axes"]),
-                record(Cost, data["before"]),
-                record(Cost, data["after"]),
-                settings(data["settings"]),
+                thinnings=tuple(record(Thinning, t) for t in data["thinnings"]),
+                repairs=tuple(record(Repair, r) for r in data["repairs"]),
+                rescales=tuple(record(Rescale, r) for r in data["rescales"]),
+                rewrites=tuple(record(Rewrite, r) for r in data["rewrites"]),
+                caches=tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
+                inputs=inputs(data["inputs"]),
+                outputs=None if data["outputs"] is None else texts(data["outputs"]),
+                layers=tuple(record(LayerWidth, layer) for layer in data["layers"]),
+                axes=tuple(record(AxisWidth, axis) for axis in data["axes"]),
+                before=record(Cost, data["before"]),
+                after=record(Cost, data["after"]),
+                settings=_read_settings(data["settings"]),
             )
         except (FormError, KeyError, TypeError) as error:
             what = str(error) if isinstance(error, FormError) else f"{type(error).__name__}: {error}"
             raise PlanError(f"This plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
+
+
+def _read_settings(data: Any) -> Settings:
+    """The settings from their JSON object.
+
+    Raises:
+        FormError: a field is missing, unknown or of another kind than it should be.
+    """
+    found = settings(data)
+    names = [each.name for each in fields(Settings)]
+    if sorted(found) != sorted(names):
+        raise FormError(f"the settings have the fields {sorted(found)!r:.200}, not {sorted(names)}")
+    parts = {name: settings(found[name]) for name in names if name != "over_survivors"}
+    return Settings(**parts, over_survivors=texts(found["over_survivors"]))
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:

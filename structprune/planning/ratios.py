@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 
 from torch import nn
 
@@ -20,8 +21,8 @@ def check_ratio(ratio: float, of: str = "ratio") -> float:
     Raises:
         PlanError: it is not in [0, 1).
     """
-    if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise PlanError(f"{of} is {ratio}; it is the share of channels to remove, from 0 to below 1.")
+    if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+        raise PlanError(f"{of} is {ratio!r}; it is the share of channels to remove, from 0 to below 1.")
     return float(ratio)
 
 
@@ -107,7 +108,7 @@ class _Table:
                 )
 
 
-def as_json(ratio: Ratio, graph: ChannelGraph) -> float | str | dict[str, float]:
+def ratio_as_json(ratio: Ratio, graph: ChannelGraph) -> float | str | dict[str, float]:
     """`ratio` with names in place of modules."""
     if callable(ratio):
         return "a function of the group"

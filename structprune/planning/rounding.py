@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
 from typing import Literal
@@ -10,8 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from structprune.axes import AXES, Roles
-from structprune.errors import PlanError
+from structprune.axes import Roles
 from structprune.graph import ChannelGraph
 from structprune.groups import Group, Member
 from structprune.hardware import step_of
@@ -37,9 +36,6 @@ class Rounding:
         dtype: the type of its weights.
         min_channels: a group keeps at least as many channels.
         max_ratio: no group loses a greater share of its channels.
-
-    Raises:
-        PlanError: a setting is out of its range.
     """
 
     round_to: RoundTo = "auto"
@@ -47,14 +43,6 @@ class Rounding:
     dtype: torch.dtype = torch.float32
     min_channels: int = 1
     max_ratio: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.round_to != "auto" and (type(self.round_to) is not int or self.round_to < 1):
-            raise PlanError(f"round_to is {self.round_to!r}; give a whole number from 1, or 'auto'.")
-        if self.min_channels < 1:
-            raise PlanError(f"min_channels is {self.min_channels}; a group keeps at least 1 channel.")
-        if not 0 <= self.max_ratio <= 1:
-            raise PlanError(f"max_ratio is {self.max_ratio}; it is a share of the channels, from 0 to 1.")
 
     def feasible(
         self, group: Group, roles: Roles, bounds: tuple[int, int] = (1, 1), measured: int | None = None
@@ -108,20 +96,6 @@ def _repeat(member: Member, channels: int) -> int:
 
 
 # -- which groups are thinned ----------------------------------------------------------------------------------------
-
-
-def check_axes(axes: Iterable[str] | None) -> frozenset[str] | None:
-    """`axes` as a set, after checking the names.
-
-    Raises:
-        PlanError: there is no axis of such a name.
-    """
-    if axes is None:
-        return None
-    found = frozenset([axes] if isinstance(axes, str) else axes)
-    if unknown := found - set(AXES):
-        raise PlanError(f"axes names {', '.join(sorted(unknown))}; known are {', '.join(AXES)}.")
-    return found
 
 
 def thinned_groups(

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from structprune.axes import Roles
-from structprune.errors import PlanError
+from structprune.errors import UnknownLayerError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.compose import macs_of_channels
@@ -30,18 +30,7 @@ Scope = Literal["local", "global", "isomorphic", "per_cost"] | Sequence[Iterable
 SCOPES = ("local", "global", "isomorphic", "per_cost")
 
 
-def check_scope(scope: Scope) -> Scope:
-    """`scope`, after checking that there is such a one.
-
-    Raises:
-        PlanError: there is not.
-    """
-    if isinstance(scope, str) and scope not in SCOPES:
-        raise PlanError(f"scope is {scope!r}; it is one of {', '.join(map(repr, SCOPES))}, or sets of layer names.")
-    return scope
-
-
-def as_json(scope: Scope) -> object:
+def scope_as_json(scope: Scope, _graph: ChannelGraph) -> object:
     """`scope` as plain data."""
     if isinstance(scope, str):
         return scope
@@ -51,7 +40,7 @@ def as_json(scope: Scope) -> object:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unit:
+class CoupledGroups:
     """Groups whose numbers of channels are chosen together: mostly a single one.
 
     Attributes:
@@ -74,7 +63,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Worth:
+class ScoreNormalisation:
     """How the scores of groups that compete are compared.
 
     Attributes:
@@ -85,94 +74,94 @@ class Worth:
     relative: bool = True
     saved: Mapping[Group, float] | None = None
 
-    def of(self, unit: Unit, scores: Mapping[Group, np.ndarray]) -> np.ndarray:
-        """What each step of a unit is worth: scores lost by the channels that go, or by what they save."""
-        going = unit.going
-        loss = sum((lost(scores[g], going[:, i], self.relative) for i, g in enumerate(unit.groups)), np.zeros(1))
-        price = [1.0 if self.saved is None else self.saved[group] for group in unit.groups]
+    def loss(self, coupled: CoupledGroups, scores: Mapping[Group, np.ndarray]) -> np.ndarray:
+        """What each step loses: the scores of the channels that go, or those over what they save."""
+        going = coupled.going
+        loss = sum((lost(scores[g], going[:, i], self.relative) for i, g in enumerate(coupled.groups)), np.zeros(1))
+        price = [1.0 if self.saved is None else self.saved[group] for group in coupled.groups]
         return loss / np.maximum(going @ price, 1e-30)
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Every step of a unit from one state to the next smaller one.
+    """Every step of coupled groups from one state to the next smaller one.
 
     Attributes:
-        units: the units that may be thinned.
-        owner: for each step, the number of its unit; shape ``(steps,)``.
-        depth: the share of the channels of all that compete that is gone once the step is half done; within a unit it
-            rises from step to step.
+        all_coupled: the groups that may be thinned, those that go together as one.
+        owner: for each step, the number of its coupled groups; shape ``(steps,)``.
+        priority: when each step is taken, the lowest first: the share of the channels of all that compete that is gone
+            once the step is half done; for the same coupled groups it rises from step to step.
     """
 
-    units: Sequence[Unit]
+    all_coupled: Sequence[CoupledGroups]
     owner: np.ndarray
-    depth: np.ndarray
+    priority: np.ndarray
 
     def kept(self, taken: np.ndarray) -> dict[Group, int]:
         """How many channels each group keeps once the steps marked in `taken` are done; shape ``(steps,)``."""
-        done = np.bincount(self.owner[taken], minlength=len(self.units)).tolist()
+        done = np.bincount(self.owner[taken], minlength=len(self.all_coupled)).tolist()
         return {
             group: int(count)
-            for unit, steps in zip(self.units, done, strict=True)
-            for group, count in zip(unit.groups, unit.counts[-1 - steps], strict=True)
+            for coupled, steps in zip(self.all_coupled, done, strict=True)
+            for group, count in zip(coupled.groups, coupled.counts[-1 - steps], strict=True)
         }
 
     def kept_at(self, ratio: Callable[[Group], float]) -> dict[Group, int]:
         """How many channels each group keeps when the share `ratio` of what competes goes."""
-        share = np.array([min(ratio(group) for group in unit.groups) for unit in self.units])
-        return self.kept(self.depth < share[self.owner] - 1e-12)
+        share = np.array([min(ratio(group) for group in coupled.groups) for coupled in self.all_coupled])
+        return self.kept(self.priority < share[self.owner] - 1e-12)
 
 
-def steps_of(
-    units: Sequence[Unit],
+def ordered_steps(
+    all_coupled: Sequence[CoupledGroups],
     scores: Mapping[Group, np.ndarray],
     scope: Scope,
     roles: Roles,
     apart: Callable[[Group], Hashable] = lambda _: None,
-    worth: Worth | None = None,
+    normalisation: ScoreNormalisation | None = None,
 ) -> Steps:
     """The order in which channels go.
 
     Local: each group by itself. Global: all groups compete, and the channels with the lowest scores go, wherever they
-    are; a group's scores are divided by their mean first, since their scale differs from group to group (`Worth` says
-    otherwise). Per cost: all groups compete by their scores as they are, over what a channel saves. Isomorphic:
-    groups of the same structure compete, by their scores as they are (Fang et al., Isomorphic Pruning for Vision
-    Models, 2024, section 3.2). Sets of layer names (or patterns): the groups that those layers make compete as in the
-    global scope, set by set, and all others in one more set; a group belongs to the first set that names one of its
-    layers. Curves (`structprune.Sensitivity`): the steps that lose least go first, wherever they are; they need a
-    target.
+    are; a group's scores are divided by their mean first, since their scale differs from group to group
+    (`ScoreNormalisation` says otherwise). Per cost: all groups compete by their scores as they are, over what a channel
+    saves. Isomorphic: groups of the same structure compete, by their scores as they are (Fang et al., Isomorphic
+    Pruning for Vision Models, 2024, section 3.2). Sets of layer names (or patterns): the groups that those layers make
+    compete as in the global scope, set by set, and all others in one more set; a group belongs to the first set that
+    names one of its layers. Curves (`structprune.Sensitivity`): the steps that lose least go first, wherever they are;
+    they need a target.
 
     Args:
-        units: those that may be thinned.
+        all_coupled: the groups that may be thinned, those that go together as one.
         scores: the scores of each group; not needed for the local scope.
         scope: one of `SCOPES`, sets of names, or curves.
         roles: what channels are to the network.
         apart: groups for which this differs never compete.
-        worth: how scores of different groups compare; by default as the scope says.
+        normalisation: how scores of different groups compare; by default as the scope says.
     """
-    worth = worth or Worth(relative=scope != "isomorphic")
+    normalisation = normalisation or ScoreNormalisation(relative=scope != "isomorphic")
     if isinstance(scope, Curves):
         falls = [
-            np.sum([scope.depth(g, unit.counts[-2::-1, i]) for i, g in enumerate(unit.groups)], axis=0)
-            for unit in units
+            np.sum([scope.depth(g, coupled.counts[-2::-1, i]) for i, g in enumerate(coupled.groups)], axis=0)
+            for coupled in all_coupled
         ]
-        return _steps(units, [np.full(len(fall), i) for i, fall in enumerate(falls)], falls)
+        return _joined(all_coupled, [np.full(len(fall), i) for i, fall in enumerate(falls)], falls)
     sets: dict[Hashable, list[int]] = {}
-    for number, unit in enumerate(units):
-        group = unit.groups[0]
+    for number, coupled in enumerate(all_coupled):
+        group = coupled.groups[0]
         sets.setdefault((apart(group), _set_of(group, number, scope, roles)), []).append(number)
     owner: list[np.ndarray] = []
-    depth: list[np.ndarray] = []
+    priority: list[np.ndarray] = []
     for members in sets.values():
-        mine, deep = _ranked([units[i] for i in members], scores, worth)
-        owner.append(np.asarray(members)[mine])
-        depth.append(deep)
-    return _steps(units, owner, depth)
+        owners, priorities = _ranked([all_coupled[i] for i in members], scores, normalisation)
+        owner.append(np.asarray(members)[owners])
+        priority.append(priorities)
+    return _joined(all_coupled, owner, priority)
 
 
-def _steps(units: Sequence[Unit], owner: list[np.ndarray], depth: list[np.ndarray]) -> Steps:
+def _joined(all_coupled: Sequence[CoupledGroups], owner: list[np.ndarray], priority: list[np.ndarray]) -> Steps:
     owners = np.concatenate([np.zeros(0, dtype=np.int64), *owner])
-    return Steps(units, owners, np.concatenate([np.zeros(0), *depth]))
+    return Steps(all_coupled, owners, np.concatenate([np.zeros(0), *priority]))
 
 
 def _set_of(group: Group, number: int, scope: str | Sequence[Iterable[str]], roles: Roles) -> Hashable:
@@ -186,19 +175,45 @@ def _set_of(group: Group, number: int, scope: str | Sequence[Iterable[str]], rol
     names = {tensor.rpartition(".")[0] or tensor for tensor in roles.makers(group)}
     for position, patterns in enumerate(scope):
         listed = [patterns] if isinstance(patterns, str) else patterns
-        if any(name == p or name.startswith(f"{p}.") or fnmatchcase(name, p) for p in listed for name in names):
+        if any(_matches(name, pattern) for pattern in listed for name in names):
             return position
     return -1
 
 
-def _ranked(units: list[Unit], scores: Mapping[Group, np.ndarray], worth: Worth) -> tuple[np.ndarray, np.ndarray]:
-    """The steps of units that compete, in the order in which they go: their units and depths."""
-    sizes = [unit.going.sum(axis=1) for unit in units]
-    found = [np.arange(len(sizes[0]), dtype=float)] if len(units) == 1 else [worth.of(unit, scores) for unit in units]
-    order = np.argsort(np.concatenate(found), kind="stable")
+def _matches(layer: str, pattern: str) -> bool:
+    """Whether a layer has this name or pattern, or is in a block that has this name."""
+    return layer == pattern or layer.startswith(f"{pattern}.") or fnmatchcase(layer, pattern)
+
+
+def check_names(scope: Scope, graph: ChannelGraph) -> None:
+    """Refuse names in sets that would quietly do nothing.
+
+    Raises:
+        UnknownLayerError: a name or pattern matches no layer that the forward uses.
+    """
+    if isinstance(scope, (str, Curves)):
+        return
+    held = (str(node.target) for node in graph.trace.everything if node.meta["name"] == "parameter")
+    layers = {name.rpartition(".")[0] or name for name in held}
+    for names in scope:
+        for pattern in [names] if isinstance(names, str) else names:
+            if not any(_matches(layer, pattern) for layer in layers):
+                raise UnknownLayerError(f"scope names {pattern!r}, which matches no layer that the forward uses.")
+
+
+def _ranked(
+    all_coupled: list[CoupledGroups], scores: Mapping[Group, np.ndarray], normalisation: ScoreNormalisation
+) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of groups that compete, in the order in which they go: whose they are, and their priorities."""
+    sizes = [coupled.going.sum(axis=1) for coupled in all_coupled]
+    if len(all_coupled) == 1:
+        losses = [np.arange(len(sizes[0]), dtype=float)]
+    else:
+        losses = [normalisation.loss(coupled, scores) for coupled in all_coupled]
+    order = np.argsort(np.concatenate(losses), kind="stable")
     taken = np.concatenate(sizes)[order]
-    share = (np.cumsum(taken) - taken / 2) / sum(unit.channels for unit in units)
-    owner = np.repeat(np.arange(len(units)), [len(size) for size in sizes])
+    share = (np.cumsum(taken) - taken / 2) / sum(coupled.channels for coupled in all_coupled)
+    owner = np.repeat(np.arange(len(all_coupled)), [len(size) for size in sizes])
     return owner[order], share
 
 

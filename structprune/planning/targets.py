@@ -14,7 +14,7 @@ from structprune.groups import Group
 from structprune.planning.scopes import Steps
 
 TARGETS = ("channels", "params", "macs", "memory", "latency")
-# A plan that comes so near to the target is taken as it stands, with steps of equal depth taken together.
+# A plan that comes so near to the target is taken as it stands, with steps of equal priority taken together.
 CLOSE = 0.01
 ATTEMPTS = 6
 Kept = dict[Group, int]
@@ -51,19 +51,13 @@ def target_of(target: Mapping[str, float], before: Amounts) -> Target:
     """Limits from fractions of what there is (up to 1) or absolute amounts (above 1).
 
     Raises:
-        PlanError: a name is unknown, or an amount no positive number.
+        PlanError: an amount has to be measured, and was not.
     """
     limits: dict[str, float] = {}
     for name, amount in target.items():
-        if name not in TARGETS:
-            raise PlanError(f"target names {name!r}; known are {', '.join(TARGETS)}.")
         if name not in before:
             raise PlanError(f"target[{name!r}] is to be measured, and no measurements are given; use structprune.plan.")
-        if not isinstance(amount, (int, float)) or not amount > 0:
-            raise PlanError(f"target[{name!r}] is {amount!r}; give what is to remain: a fraction, or a number above 1.")
         limits[name] = amount * before[name] if amount <= 1 else float(amount)
-    if not limits:
-        raise PlanError(f"target is empty; give a fraction or an amount for one of {', '.join(TARGETS)}.")
     return Target(limits)
 
 
@@ -76,7 +70,7 @@ def kept_for(steps: Steps, target: Target, measure: Callable[[Kept], Amounts]) -
     Raises:
         PlanError: the limits cannot be met.
     """
-    order = np.argsort(steps.depth, kind="stable")
+    order = np.argsort(steps.priority, kind="stable")
 
     def miss(mask: np.ndarray) -> float:
         return target.misses(measure(steps.kept(mask)))
@@ -94,8 +88,10 @@ def kept_for(steps: Steps, target: Target, measure: Callable[[Kept], Amounts]) -
         raise PlanError(
             f"The target cannot be met: with all that may go gone there remain {reached}. Allow more to go."
         )
-    depths = np.append(-1.0, np.unique(steps.depth))
-    best = steps.depth <= depths[_first(len(depths) - 1, lambda n: miss(steps.depth <= depths[n]) <= 0)]
+    priorities = np.append(-1.0, np.unique(steps.priority))
+    best = (
+        steps.priority <= priorities[_first(len(priorities) - 1, lambda n: miss(steps.priority <= priorities[n]) <= 0)]
+    )
     base, rest = nothing, order
     for _ in range(ATTEMPTS):
         if miss(best) >= -CLOSE or not best.any():
@@ -105,9 +101,9 @@ def kept_for(steps: Steps, target: Target, measure: Callable[[Kept], Amounts]) -
         if not count:
             break
         # The last step went too far: leave it out, with what would follow it in its group, and take others.
-        culprit = steps.owner[rest[count - 1]]
+        too_far = steps.owner[rest[count - 1]]
         base = after(base, rest[: count - 1])
-        rest = rest[count:][steps.owner[rest[count:]] != culprit]
+        rest = rest[count:][steps.owner[rest[count:]] != too_far]
         if miss(after(base, rest)) > 0:
             break
     return steps.kept(best)

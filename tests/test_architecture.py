@@ -41,8 +41,7 @@ ORDER = (
     ("api",),
     ("pruner",),
     ("recovery",),
-    ("training", "masks"),
-    ("search",),
+    ("training",),
     ("io", "reporting"),
     ("integrations",),
     ("cli",),
@@ -130,6 +129,11 @@ def test_an_arrow_that_runs_up_is_seen(source, fault):
 def test_arrows_that_run_down_are_accepted():
     source = "import torch\nfrom structprune.errors import PlanError\nfrom structprune.graph.parts import Part"
     assert faults("graph", source) == []
+
+
+def test_every_place_is_taken():
+    parts = {part_of(file.relative_to(PACKAGE).with_suffix("").parts) for file in FILES} - {"__init__"}
+    assert parts == set(RANK)
 
 
 def test_files_are_short():

@@ -101,7 +101,7 @@ def decide_channels(
     groups = graph.groups()
     scope = options.scope_or_default
     check_names(scope, graph)
-    before = _amounts(graph, ranking, time, {})
+    before = {} if options.target is None else _amounts(graph, ranking, time, {})
     target = None if options.target is None else target_of(options.target, before)
     ratio = ratio_of(graph, options.ratio_or_default if target is None else _guess(target, before))
     rounding = Rounding(options.round_to, *_placed(graph), options.min_channels, options.max_ratio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.planning.build import plan_removal, tensors_of
+from structprune.planning.checks import check_ignore
 from structprune.schema import json_of, up_to_date
 from structprune.tracing.trace import ExampleInputs
 
@@ -141,7 +143,7 @@ def sensitivity(
     data: Iterable[Any] | Batches | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
-    ignore: Iterable[Layer] = (),
+    ignore: Iterable[Layer] | Layer = (),
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Sensitivity:
@@ -175,9 +177,9 @@ def sensitivity(
         >>> [(curve.group, curve.kept) for curve in found.curves]
         [('0', (7, 6, 4, 2))]
     """
-    if not ratios or any(not 0 < ratio < 1 for ratio in ratios):
+    if isinstance(ratios, str) or not ratios or any(not isinstance(r, Real) or not 0 < r < 1 for r in ratios):
         raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
-    graph = ChannelGraph(model, example_inputs, ignore=ignore)
+    graph = ChannelGraph(model, example_inputs, ignore=check_ignore("ignore", ignore))
     done = _resumed(checkpoint)
     score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
     counts = {group: _kept(group, ratios, graph.bounds(group)) for group in graph.groups()}

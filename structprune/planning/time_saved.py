@@ -64,8 +64,8 @@ def log_loss(gone: np.ndarray, whole: int) -> np.ndarray:
     they are, they would leave one channel to a layer of a few costly ones.
 
     Example:
-        >>> log_loss(np.array([0.0, 4.0, 6.0]), 8).round(2).tolist()
-        [-0.0, 5.55, 11.09]
+        >>> log_loss(np.array([1.0, 4.0, 6.0]), 8).round(2).tolist()
+        [1.07, 5.55, 11.09]
     """
     return -whole * np.log1p(-np.clip(gone / whole, 0, 1 - 1e-9))
 

@@ -20,7 +20,7 @@ from structprune.channels.solver import Components, Mask
 from structprune.channels.trials import Counter
 from structprune.channels.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
 from structprune.channels.zeros import pin_what_is_not_zero
-from structprune.cost import CostModel
+from structprune.costs import CostModel
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
 from structprune.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
 from structprune.ops import op_of

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from structprune.errors import LoadError, PlanError, StructpruneError
 from structprune.files import write_whole
-from structprune.plan import Plan, plans_of
+from structprune.planning.plan import Plan, plans_of
 from structprune.schema import FormError, Migration, up_to_date
 from structprune.surgery.history import kept
 from structprune.tracing.state import held_tensors

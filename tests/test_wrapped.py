@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import structprune
 from structprune.errors import UnknownLayerError, UnsupportedModelError
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 from structprune.wrapping import WRAPPERS, rewrapped, unwrapped
 
 INPUTS = normal(4, 3, 7, 7).double()

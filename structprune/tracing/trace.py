@@ -25,7 +25,7 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputName = str | int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trace:
     """A model as a graph of tensor operations.
 
@@ -221,19 +221,19 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
     recording.graph.output(tuple(outputs.values()))
     return Trace(
-        recording.graph,
-        nodes,
-        calls,
-        tuple(placeholders),
-        outputs,
-        tensors,
-        tuple(ledger.comparisons.values()),
-        tuple(ledger.escapes.values()),
-        kept,
-        not meta,
-        tuple(recording.nodes),
-        tuple(recording.calls),
-        trained,
+        graph=recording.graph,
+        nodes=nodes,
+        calls=calls,
+        inputs=tuple(placeholders),
+        outputs=outputs,
+        tensors=tensors,
+        comparisons=tuple(ledger.comparisons.values()),
+        escapes=tuple(ledger.escapes.values()),
+        caches=kept,
+        real=not meta,
+        everything=tuple(recording.nodes),
+        every_call=tuple(recording.calls),
+        training_outputs=trained,
         operations=operations,
         answers=tuple(recording.answers),
         asked=tuple(recording.asked),

@@ -39,6 +39,7 @@ from structprune.tracing.trace import (
     Trace,
     as_call,
     buffer_of_indices,
+    distinct_tensors,
     map_tensors,
     named_tensors,
     preserved_random_state,
@@ -173,14 +174,14 @@ class _Rehearsal(Recorder):
     def run(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         """Both forwards, if both were recorded."""
         args, kwargs = as_call(example_inputs)
-        given = list(tensors_in((args, kwargs)))
-        args, kwargs = map_tensors(stand_in, args), map_tensors(stand_in, kwargs)
+        given = distinct_tensors((args, kwargs))
+        args, kwargs = map_tensors(stand_in, (args, kwargs))
         inputs = iter([n for n in self._trace.everything if n.meta["name"] == "input"])
         for training in (False, True) if self._trace.training_outputs else (False,):
             if training:
-                args, kwargs = map_tensors(two_samples, args), map_tensors(two_samples, kwargs)
+                args, kwargs = map_tensors(two_samples, (args, kwargs))
             model.train(training)
-            for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
+            for tensor, original in zip(distinct_tensors((args, kwargs)), given, strict=True):
                 node = self.input_node()
                 self.remember(tensor, node)
                 self._first[node] = next(inputs)

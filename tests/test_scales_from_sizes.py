@@ -54,3 +54,42 @@ def test_the_scale_of_scores_is_made_up_for(name: str, ratio: float) -> None:
     plan, slim = _pruned(model, x, ratio)
     assert slim.q.out_features == 16 * (1 - ratio)
     assert {rescale.tensor for rescale in plan.rescales} == {"q.weight", "q.bias"}
+
+
+class _Embedding(nn.Module):
+    """A table whose entries are scaled by its own width, as in the first transformer."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.a, self.h = nn.Embedding(13, 16, padding_idx=0), nn.Linear(16, 3)
+        self.g = nn.Linear(16, 13, bias=False)
+        if tied:
+            self.g.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.a(x) * self.a.embedding_dim**0.5
+        return self.h(hidden), self.g(hidden)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_an_embedding_table_takes_up_the_factor(ratio: float) -> None:
+    torch.manual_seed(0)
+    model, x = _Embedding().double().eval(), torch.arange(10).view(2, 5)
+    plan, slim = _pruned_tokens(model, x, ratio)
+    assert slim.a.embedding_dim == 16 * (1 - ratio)
+    assert {rescale.tensor for rescale in plan.rescales} == {"a.weight"}
+
+
+def test_a_table_that_is_the_output_layer_too_does_not() -> None:
+    torch.manual_seed(0)
+    model, x = _Embedding(tied=True).double().eval(), torch.arange(10).view(2, 5)
+    plan, slim = _pruned_tokens(model, x, 0.5)
+    assert slim.a.embedding_dim == 16
+    assert not plan.rescales
+
+
+def _pruned_tokens(model: nn.Module, x: Tensor, ratio: float) -> tuple[structprune.Plan, Any]:
+    plan = structprune.plan(model, x, ratio=ratio, round_to=1)
+    slim = plan.apply(model)
+    assert structprune.verify(model, slim, plan, x).ok
+    return plan, slim

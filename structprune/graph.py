@@ -106,6 +106,11 @@ class ChannelGraph:
                 self._pin_deviating(dead, found[0])
         return not found
 
+    @property
+    def unchecked(self) -> str:
+        """What could not be rehearsed at other widths; empty if nothing, or if no rehearsal was in need of it."""
+        return self._rehearsals.unchecked
+
     def _pin_deviating(self, dead: Mask, found: Deviation) -> None:
         groups = [group.components for group in coupled_groups(self.components, self.slots)]
         before = int(self.components.pinned.sum())

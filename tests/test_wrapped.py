@@ -266,10 +266,6 @@ def test_torchscript_is_refused(make: Any) -> None:
     scripted = make(network())
     with pytest.raises(UnsupportedModelError, match="cannot be pruned: its forward is compiled TorchScript"):
         structprune.prune(scripted, INPUTS)
-    with pytest.raises(
-        UnsupportedModelError, match=r"'0', a .*, cannot be pruned: its forward is compiled TorchScript"
-    ):
-        structprune.prune(nn.Sequential(scripted), INPUTS)
 
 
 # torch says so of every lazy module that is made.

@@ -231,7 +231,8 @@ class _Search:
             shape = parameter.meta["shape"]
             if len(shape) > 1 and known.norm is not None:
                 raise _NoCarrierError
-            self._ask(parameter, along.view(-1, *[1] * (len(shape) - 1)).expand(shape))
+            made = known.contraction is not None and known.contraction.kind == "embedding"  # by columns of a table
+            self._ask(parameter, (along if made else along.view(-1, *[1] * (len(shape) - 1))).expand(shape))
 
     def _once(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether `user` is the operation that is compensated, and takes `node` as the one scaled argument only."""

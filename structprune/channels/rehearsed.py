@@ -40,7 +40,7 @@ class Rehearsals:
     example_inputs: ExampleInputs
     channels: Channels
     sizes: SizeSolver
-    _always: frozenset[str] | None = None
+    _always: tuple[Deviation, ...] | None = None
     _settled: bytes = b""
 
     def deviations(self, components: Components, dead: Mask) -> list[Deviation]:
@@ -50,10 +50,20 @@ class Rehearsals:
         found = self._at(components, dead)
         if found and self._always is None:
             # A forward that counts its calls, or draws numbers, is never twice the same: that says nothing of widths.
-            self._always = frozenset(d.where for d in self._at(components, np.zeros_like(dead)))
-        found = [d for d in found if d.where not in (self._always or ())]
+            self._always = tuple(self._at(components, np.zeros_like(dead)))
+        always = {deviation.place for deviation in self._always or ()}
+        found = [deviation for deviation in found if deviation.place not in always]
         self._settled = b"" if found else dead.tobytes()
         return found
+
+    @property
+    def unchecked(self) -> str:
+        """What rehearsals could not say, because two runs of the forward differ there at the same widths already."""
+        if not self._always:
+            return ""
+        last = self._always[-1]
+        much = "there and from there on" if last.ends else "there"
+        return f"two runs of the forward differ ({last}), so numbers of unknown origin were not checked {much}"
 
     def _at(self, components: Components, dead: Mask) -> list[Deviation]:
         count = Counter(components, dead)

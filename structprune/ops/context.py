@@ -74,10 +74,15 @@ class Context:
             rows = tuple(operand.rows[dim] for dim in free)
             self.relations.survivors.append(Survivors(self.node.meta["index"], free, rows))
 
-    def scale(self, argument: int, value: Any, row: Row) -> None:
-        """The operation multiplies argument number `argument` by `value`, a number that depends on `row`'s size."""
+    def scale(self, argument: int, value: Any, row: Row, divides: bool = False) -> None:
+        """The operation multiplies argument number `argument` by `value`, a number that depends on `row`'s size.
+
+        If it `divides`, by that number or that number by the argument, a factor on the argument is undone by another of
+        the same size.
+        """
         self.claimed.add(id(value))
-        self.relations.scales.append(Scale(self.node.meta["index"], argument, expression_of(value), row))
+        expression = expression_of(1.0 / value if divides else value)
+        self.relations.scales.append(Scale(self.node.meta["index"], argument, expression, row))
 
     def keeps_zeros(self, operand: Operand) -> None:
         """The result has the shape of `operand`, and is zero wherever that is: ``f(0) = 0``, entry by entry."""

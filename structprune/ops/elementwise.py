@@ -100,10 +100,7 @@ def product(c: Context, *args: Any, **kwargs: Any) -> Result:
     operands = list(operands_in(args, kwargs))
     for position, other in ((0, 1), (1, 0)):
         if len(args) > 1 and isinstance(args[other], SizeFloat) and isinstance(args[position], Operand):
-            value = args[other]
-            if c.node.meta["name"] == "div":
-                value = 1.0 / value
-            c.scale(position, value, operands[0].rows[-1])
+            c.scale(position, args[other], operands[0].rows[-1], divides=c.node.meta["name"] == "div")
     return c.broadcast(operands)
 
 

@@ -77,6 +77,8 @@ def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
     if graph.trace.training_error:
         unseen = ", ".join(sorted({name.rpartition(".")[0] for name in graph.trace.unreached(graph.model)})[:5])
         found["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"
+    if graph.unchecked:
+        found["rehearsal"] = graph.unchecked
     return found
 
 

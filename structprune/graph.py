@@ -12,7 +12,8 @@ import numpy as np
 from torch import fx, nn
 
 from structprune.axes import Roles, roles
-from structprune.channels.fold import Fold, folds
+from structprune.channels.fold import Fold
+from structprune.channels.fold_ahead import folds
 from structprune.channels.propagate import Channels, Invariant, propagate
 from structprune.channels.rehearsed import Rehearsals, described_row
 from structprune.channels.sizes import Sizes, SizeSolver

@@ -1,9 +1,9 @@
 """What a pruned network must compute: the original with the removed channels switched off.
 
-The oracle shares nothing with the engine but ``plan.removed`` and the names of norms. It zeroes every removed slice of
-a copy of the original, runs the **unmodified** forward, and compares. Only a norm over a thinned axis cannot be had that
-way, as its count changes; there it runs over the survivors (``support.survivors``). A mean is part of such a norm only
-in a module for which ``plan.settings["over_survivors"]`` says so: everywhere else it counts all channels.
+The oracle shares nothing with the engine but ``plan.removed`` and the names of norms. It zeroes every removed slice
+of a copy of the original, runs the **unmodified** forward, and compares. Only a norm over a thinned axis cannot be
+had that way, as its count changes; there it runs over the survivors (``support.survivors``). A mean is part of such a
+norm only in a module for which ``plan.settings["over_survivors"]`` says so: everywhere else it counts all channels.
 
 Which elements of such a norm's input are dead is found by experiment, not by following the graph: an element is dead
 when it stays the same whatever values the surviving weights and the inputs take, and did change while nothing was

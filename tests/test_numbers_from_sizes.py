@@ -133,7 +133,7 @@ def test_the_result_is_exact(name: str, ratio: float) -> None:
 
 
 def test_the_reason_names_the_line_and_what_happens_there() -> None:
-    model, x = _Net(BETWEEN["int"]).double().eval(), torch.randn(2, 5, 6).double()
+    model, x = _Net(BETWEEN["log"]).double().eval(), torch.randn(2, 5, 6).double()
     graph = structprune.DependencyGraph(model, x)
     dead = graph.components.dead(graph.chosen("a", [1, 2]))
     assert not graph.settle(dead)

@@ -93,3 +93,64 @@ def _pruned_tokens(model: nn.Module, x: Tensor, ratio: float) -> tuple[structpru
     slim = plan.apply(model)
     assert structprune.verify(model, slim, plan, x).ok
     return plan, slim
+
+
+LOST: dict[str, Scale] = {
+    "int": lambda m, w, q: w * int(q.shape[-1]) ** -0.5,
+    "root of an int": lambda m, w, q: w / math.sqrt(int(q.shape[-1])),
+    "one over a root": lambda m, w, q: w * (1 / math.sqrt(int(q.shape[-1]))),
+    "len": lambda m, w, q: w / len(m.q.weight),
+    "in place": lambda m, w, q: w.mul_(int(q.shape[-1]) ** -0.5),
+}
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+@pytest.mark.parametrize("name", LOST)
+def test_a_power_of_a_lost_number_is_found_again(name: str, ratio: float) -> None:
+    torch.manual_seed(0)
+    model, x = _Attention(LOST[name]).double().eval(), torch.randn(2, 5, 6).double()
+    plan, slim = _pruned(model, x, ratio)
+    assert slim.q.out_features == 16 * (1 - ratio)
+    assert {rescale.tensor for rescale in plan.rescales} == {"q.weight", "q.bias"}
+
+
+OTHERS: dict[str, Scale] = {
+    "inputs added": lambda m, w, q: w * (q.shape[1] + q.shape[-1]) ** -0.5,
+    "inputs added, lost": lambda m, w, q: w * (int(q.shape[1]) + int(q.shape[-1])) ** -0.5,
+    "a logarithm": lambda m, w, q: w / math.log(int(q.shape[-1])),
+    "a tensor": lambda m, w, q: w / torch.tensor(int(q.shape[-1]), dtype=w.dtype).sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_factors_keep_the_channels(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = _Attention(OTHERS[name]).double().eval(), torch.randn(2, 5, 6).double()
+    plan, slim = _pruned(model, x)
+    assert slim.q.out_features == 16
+    assert not plan.rescales
+
+
+def test_a_factor_that_inputs_multiply_is_made_up_for_at_all_their_sizes() -> None:
+    torch.manual_seed(0)
+    model = _Attention(lambda m, w, q: w * (q.shape[1] * q.shape[-1]) ** -0.5).double().eval()
+    plan, _ = _pruned(model, torch.randn(2, 5, 6).double())
+    assert plan.rescales
+    other = torch.randn(3, 9, 6).double()
+    assert structprune.verify(model, plan.apply(model), plan, other).ok
+
+
+def test_a_power_that_nothing_can_take_up_keeps_the_channels() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.h = nn.Linear(6, 16), nn.Sigmoid(), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.n(self.a(x))
+            return self.h(hidden * int(hidden.shape[-1]) ** -0.5 + self.n(hidden))
+
+    torch.manual_seed(0)
+    plan, slim = _pruned(Net().double().eval(), torch.randn(2, 6).double())
+    assert slim.a.out_features == 16
+    assert not plan.rescales

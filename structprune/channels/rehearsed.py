@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from structprune.channels.origins import trace_back
 from structprune.channels.propagate import Channels
 from structprune.channels.sizes import SizeSolver
 from structprune.channels.solver import Components, Mask
@@ -81,6 +82,12 @@ class Rehearsals:
             return [Deviation(str(error), "")]
         widths = Widths(shape, self.sizes.valuation(count), values)
         return rehearse(self.model, self.trace, self.example_inputs, op_of, widths)
+
+    def trace_back(self, components: Components, dead: Mask, found: Sequence[Deviation]) -> bool:
+        """Whether numbers among `found` were given back their origin, so that channels have to be related anew."""
+        count = Counter(components, dead)
+        traced = [trace_back(self.trace, self.channels.rows, count, deviation) for deviation in found]
+        return any(traced)
 
     def pin_culprits(self, components: Components, dead: Mask, groups: Sequence[Ids], reason: str) -> None:
         """Pin those of `groups` that make the forward deviate once `dead` is gone; balanced ones go together."""

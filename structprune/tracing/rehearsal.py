@@ -73,12 +73,14 @@ class Deviation:
         where: a source line.
         place: where it is in the trace: the number of the operation, and the way to one of its arguments.
         ends: whether nothing could be compared from there on.
+        numbers: what was foreseen of a number, and what it became.
     """
 
     what: str
     where: str
     place: tuple[int | str, ...] = ()
     ends: bool = False
+    numbers: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         return f"{self.what} at {self.where}" if self.where else self.what
@@ -325,7 +327,8 @@ class _Rehearsal(Recorder):
         )
         if not alike:
             what = f"a number in {node.meta['name']} becomes {now}, where {plain(foreseen)} is foreseen"
-            self.deviations.append(Deviation(what, source_line(), (node.meta["index"], *way)))
+            numbers = (foreseen, now) if isinstance(now, (int, float)) else None
+            self.deviations.append(Deviation(what, source_line(), (node.meta["index"], *way), numbers=numbers))
 
     def _is_recorded(self, now: Any, recorded: fx.Node) -> bool:
         if not isinstance(now, fx.Node):

@@ -4,9 +4,11 @@ The folder holds ``model.safetensors``, the tensors, and ``plan.json``: what was
 round, and the digest of the tensors' file. Loading builds the original from the user's own factory, replays the plans,
 and fills in the tensors.
 
-A save never leaves the folder broken. New tensors are written beside the old ones; the new ``plan.json``, which names
-them by digest, takes the place of the old one in one step; then they get their name. A reader that comes in between
-finds the tensors by their digest.
+A save never leaves the folder broken. New tensors are written beside the old ones, to a file named by their digest, so
+that it takes the place of no others. The new ``plan.json``, which names that digest, takes the place of the old one in
+one step; only then the tensors become ``model.safetensors``. Whatever the moment of a kill, the file that ``plan.json``
+names is there under one of the two names, and the next save tidies up. Writers wait for each other. Readers do not
+lock: one that was overtaken by a save finds that ``plan.json`` was replaced, and begins anew.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -24,22 +27,39 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from structprune.errors import LoadError, PlanError, StructpruneError
-from structprune.files import write_whole
+from structprune.files import (
+    drafts_in,
+    locked,
+    remove_drafts,
+    replace,
+    require_regular,
+    sync_folder,
+    write_text,
+    write_whole,
+)
 from structprune.plan import Plan, plans_of
-from structprune.schema import FormError, Migration, up_to_date
+from structprune.schema import FormError, Migration, bounded, up_to_date
 from structprune.surgery.history import kept
 from structprune.tracing.state import held_tensors
 
 SCHEMA = 1
 # For every older schema of the folder, what lifts its record to the next one; plans have a schema of their own.
 MIGRATIONS: dict[int, Migration] = {}
-PLAN, WEIGHTS, INCOMING = "plan.json", "model.safetensors", "model.incoming.safetensors"
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
+# What older versions called new tensors until they got their name.
+INCOMING = "model.incoming.safetensors"
+# So many saves may overtake one load before it gives up.
+_TRIES = 1000
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write a model, pruned or not, to a folder that `load` reads.
 
-    Saving over an older save is safe: a kill at any moment leaves the old or the new one whole.
+    Saving over an older save is safe: a kill at any moment leaves the old or the new one whole. Processes that save to
+    one folder at once wait for each other, and the last one wins.
+
+    Parameters, buffers and what was pruned are saved. Other attributes that were set on a model after it was built
+    (``model.note = 8``) are lost: they are those that `build_model` gives it when it is loaded.
 
     Args:
         model: any module; what was pruned from it is recorded by `Plan.apply`.
@@ -71,15 +91,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             f"{pruned!r} was pruned as part of another model, and this one does not know by which plans, so nobody "
             "could build it again. Save the model that was pruned, or prune the whole."
         )
-    incoming = folder / INCOMING
-    write_whole(incoming, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
-    record = {
-        "schema": SCHEMA,
-        "weights": {"sha256": _digest(incoming), "aliases": aliases},
-        "plans": [json.loads(plan.to_json()) for plan in plans],
-    }
-    write_whole(folder / PLAN, lambda draft: draft.write_text(json.dumps(record, indent=1)))
-    os.replace(incoming, folder / WEIGHTS)
+    plans_data = [json.loads(plan.to_json()) for plan in plans]
+    with locked(folder):
+        _tidy(folder)
+        try:
+            _store(folder, tensors, aliases, plans_data)
+        finally:
+            _tidy(folder)
     return folder
 
 
@@ -99,8 +117,7 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
         LoadError: the folder is incomplete, damaged, of a later version, or does not fit the model.
     """
     folder = Path(path)
-    record = _record(folder / PLAN)
-    weights = _weights(folder, record)
+    record, weights = _read(folder)
     model = build_model()
     try:
         for data in record["plans"]:
@@ -134,6 +151,45 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
+def _store(folder: Path, tensors: dict[str, Tensor], aliases: dict[str, str], plans: list[Any]) -> None:
+    """Write both files; the switch from the old save to the new one is that of ``plan.json``."""
+    with drafts_in(folder) as drafts:
+        write_whole(drafts / WEIGHTS, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
+        digest = _digest(drafts / WEIGHTS)
+        replace(drafts / WEIGHTS, _generation(folder, digest))
+    sync_folder(folder)
+    record = {"schema": SCHEMA, "weights": {"sha256": digest, "aliases": aliases}, "plans": plans}
+    write_text(folder / PLAN, json.dumps(record, indent=1))
+    sync_folder(folder)
+
+
+def _generation(folder: Path, digest: str) -> Path:
+    """The file of tensors with this digest until ``plan.json`` names it, and for a moment afterwards."""
+    return folder / f"model-{digest[:32]}.safetensors"
+
+
+def _tidy(folder: Path) -> None:
+    """Give the tensors that ``plan.json`` names their own name, and remove what else killed saves have left.
+
+    Safe at any moment at which nobody else writes: a file that ``plan.json`` names is never removed.
+    """
+    remove_drafts(folder)
+    named = None
+    if (folder / PLAN).exists():
+        try:
+            with _opened(folder / PLAN) as file:
+                named = _record(file)["weights"]["sha256"]
+        except LoadError:  # damaged, or of a later version: which files belong to it is not known
+            return
+    generation, incoming = None if named is None else _generation(folder, named), folder / INCOMING
+    if generation is not None and generation.is_file():
+        replace(generation, folder / WEIGHTS)
+    elif incoming.is_file() and _digest(incoming) == named:
+        replace(incoming, folder / WEIGHTS)
+    for path in (*folder.glob(f"model-{'[0-9a-f]' * 32}.safetensors"), incoming):
+        path.unlink(missing_ok=True)
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -142,14 +198,44 @@ def _digest(path: Path) -> str:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """The contents of ``plan.json``, after checking their form."""
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors of one and the same save, though others may save meanwhile.
+
+    Raises:
+        LoadError: the folder is incomplete, damaged, or of a later version.
+    """
+    for _ in range(_TRIES):
+        with _opened(folder / PLAN) as file:
+            try:
+                record = _record(file)
+                return record, _weights(folder, record)
+            except LoadError:
+                # While the file is held open, no other one gets its number.
+                if (folder / PLAN).exists() and os.path.samestat(os.fstat(file.fileno()), (folder / PLAN).stat()):
+                    raise
+    raise LoadError(f"{folder} is saved to again and again, faster than it can be read. Load it when that has ended.")
+
+
+def _opened(path: Path) -> BinaryIO:
+    """``plan.json``, opened to be read."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        require_regular(path)
+        return path.open("rb")
     except FileNotFoundError as error:
         raise LoadError(f"{path} does not exist. Give the folder that structprune.save returned.") from error
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error}.") from error
+
+
+def _record(file: BinaryIO) -> dict[str, Any]:
+    """The contents of ``plan.json``, after checking their form."""
+    path = Path(file.name)
+    try:
+        data = bounded(json.loads(file.read().decode()))
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error}.") from error
+    except FormError as error:
+        raise LoadError(f"{path} is damaged: {error}. Save the model again.") from error
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{path} is damaged or is no JSON: {error}. Save the model again.") from error
     try:
@@ -159,7 +245,8 @@ def _record(path: Path) -> dict[str, Any]:
     weights: Any = record.get("weights")
     weights = weights if isinstance(weights, dict) else {}
     aliases: Any = weights.get("aliases")
-    whole = isinstance(aliases, dict) and isinstance(weights.get("sha256"), str)
+    digest: Any = weights.get("sha256")
+    whole = isinstance(aliases, dict) and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
     if not whole or not isinstance(record.get("plans"), list):
         raise LoadError(f"{path} is not whole. Save the model again.")
     if not all(isinstance(x, str) for pair in aliases.items() for x in pair):
@@ -170,13 +257,10 @@ def _record(path: Path) -> dict[str, Any]:
 def _weights(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors by name, from the file that has the recorded digest."""
     wanted = record["weights"]["sha256"]
-    for name in (WEIGHTS, INCOMING):  # the second one if a save was cut short
-        path = folder / name
-        if path.is_file() and _digest(path) == wanted:
-            try:
-                tensors = load_file(path)
-            except SafetensorError as error:
-                raise LoadError(f"{path} is no safetensors file: {error}") from error
+    # The first one if a save was cut short, or is about to end; the last one of an older version.
+    for path in (_generation(folder, wanted), folder / WEIGHTS, folder / INCOMING):
+        tensors = _tensors(path, wanted)
+        if tensors is not None:
             break
     else:
         raise LoadError(
@@ -188,6 +272,22 @@ def _weights(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
             raise LoadError(f"{folder / PLAN} ties {alias!r} to {name!r}, which is not among the tensors.")
         tensors[alias] = tensors[name]
     return tensors
+
+
+def _tensors(path: Path, wanted: str) -> dict[str, Tensor] | None:
+    """The tensors in a file, or None if there is no file that has the digest `wanted`."""
+    try:
+        require_regular(path)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+                return None
+            tensors = load_file(path)
+            # A save may have put another file in its place since the digest was taken.
+            return tensors if os.path.samestat(os.fstat(file.fileno()), path.stat()) else None
+    except OSError:
+        return None
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise LoadError(f"{path} is no safetensors file: {error}") from error
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:

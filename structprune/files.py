@@ -46,12 +46,19 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     with drafts_in(target.parent) as folder:
         draft = folder / target.name
         draft.touch()
-        mode = stat.S_IMODE((target if target.exists() else draft).stat().st_mode)
+        mode = draft.stat().st_mode
         write(draft)
-        with draft.open("r+b") as file:  # Windows brings a file to the disk only through a handle that may write
-            os.fsync(file.fileno())
         draft.chmod(mode)  # safetensors makes files that nobody else may read
-        replace(draft, target)
+        put(draft, target)
+
+
+def put(draft: Path, target: Path) -> None:
+    """Let a file that is whole take the place of `target`, once it is on the disk; who may read that stays as it is."""
+    with draft.open("r+b") as file:  # Windows brings a file to the disk only through a handle that may write
+        os.fsync(file.fileno())
+    if target.exists():
+        draft.chmod(stat.S_IMODE(target.stat().st_mode))
+    replace(draft, target)
 
 
 @contextmanager
@@ -78,7 +85,7 @@ def target_of(path: Path) -> Path:
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "Create this folder first; it does not exist", str(path.parent))
+        raise FileNotFoundError(errno.ENOENT, "The folder does not exist; create it first", str(path.parent))
     with contextlib.suppress(FileNotFoundError):
         require_regular(target)
     return target
@@ -160,8 +167,8 @@ def locked(folder: Path) -> Generator[None]:
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
         # Not by closing alone: a process forked meanwhile shares the lock.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
         os.close(descriptor)

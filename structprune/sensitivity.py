@@ -16,8 +16,8 @@ from torch import nn
 
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
-from structprune.extras import matplotlib_figure
-from structprune.files import write_whole
+from structprune.extras import matplotlib_figure, save_figure
+from structprune.files import write_text
 from structprune.graph import Layer
 from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
@@ -124,7 +124,7 @@ class Sensitivity:
         axes.invert_yaxis()
         axes.set_xlabel("share of the channels removed")
         figure.colorbar(image, label="fall of the metric")
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path, 150)
 
 
 def _curve(data: Mapping[str, Any]) -> GroupCurve:
@@ -236,7 +236,7 @@ def _removed(graph: DependencyGraph, group: Group, count: int, orders: Mapping[G
 def _resumed(checkpoint: str | Path | None) -> Sensitivity | None:
     if checkpoint is None or not Path(checkpoint).exists():
         return None
-    return Sensitivity.from_json(Path(checkpoint).read_text())
+    return Sensitivity.from_json(Path(checkpoint).read_text(encoding="utf-8"))
 
 
 def _measured(metric: Metric, model: nn.Module, loader: Any) -> float:
@@ -254,4 +254,4 @@ def _kept(group: Group, ratios: Sequence[float], bounds: tuple[int, int]) -> tup
 
 
 def _write(path: Path, found: Sensitivity) -> None:
-    write_whole(path, lambda draft: draft.write_text(found.to_json()))
+    write_text(path, found.to_json())

@@ -31,6 +31,7 @@ from harness.environment import environment
 from torch import nn
 
 import structprune
+from structprune.errors import StructpruneError
 
 WIDTH = 256
 LONGEST = 5
@@ -107,7 +108,7 @@ def kills(count: int, seed: int = 0) -> dict[str, int]:
                 killed = _killed_save(models, number, folder, rng.uniform(0, longest))
                 try:
                     now = number_in(folder)
-                except (structprune.StructpruneError, ValueError, OSError):
+                except (StructpruneError, ValueError, OSError):
                     found["killed"] += killed
                     found["lost"] += 1
                     break
@@ -132,7 +133,7 @@ def _writing(number: int, folder: Path, until: float, told: Connection) -> None:
         try:
             structprune.save(model, folder)
             found["saves"] += 1
-        except (structprune.StructpruneError, OSError):
+        except (StructpruneError, OSError):
             found["saves that failed"] += 1
     told.send(found)
 
@@ -143,7 +144,7 @@ def _reading(number: int, folder: Path, until: float, told: Connection) -> None:
         try:
             number_in(folder)
             found["loads"] += 1
-        except (structprune.StructpruneError, ValueError, OSError):
+        except (StructpruneError, ValueError, OSError):
             found["loads that failed"] += 1
     told.send(found)
 

@@ -38,9 +38,12 @@ from structprune.files import (
     write_whole,
 )
 from structprune.plan import Plan, plans_of
-from structprune.schema import FormError, Migration, bounded, up_to_date
+from structprune.schema import FormError, Migration, up_to_date
 from structprune.surgery.history import kept
+from structprune.tracing.shadow import shadow_of
+from structprune.tracing.specification import unspecify
 from structprune.tracing.state import held_tensors
+from structprune.tracing.trace import as_call, tensors_in
 
 SCHEMA = 1
 # For every older schema of the folder, what lifts its record to the next one; plans have a schema of their own.
@@ -48,6 +51,9 @@ MIGRATIONS: dict[int, Migration] = {}
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 # What older versions called new tensors until they got their name.
 INCOMING = "model.incoming.safetensors"
+# A model may be saved in one of these and built in another; eight bits are too few to compute with.
+_REAL = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 # So many saves may overtake one load before it gives up.
 _TRIES = 1000
 
@@ -120,14 +126,37 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
     record, weights = _read(folder)
     model = build_model()
     try:
-        for data in record["plans"]:
-            model = Plan.from_data(data).apply(model, inplace=True)
+        plans = [Plan.from_data(data) for data in record["plans"]]
+        numbers = [plan for plan in plans if plan.repairs or plan.rewrites]
+        before = _shapes(model, numbers[0]) if numbers else None
+        for plan in plans:
+            model = plan.apply(model, inplace=True)
     except StructpruneError as error:
         raise LoadError(
             f"The plan in {folder / PLAN} does not fit the model that build_model makes: {error}"
         ) from error
+    if before is not None and _shapes(model, numbers[0]) != before:
+        raise LoadError(
+            f"The sizes that the plan in {folder / PLAN} sets do not fit each other: the pruned model does not give "
+            "outputs like the original's on inputs like those that the plan was made with. Save the model again."
+        )
     _fill(model, weights, folder)
     return model
+
+
+def _shapes(model: nn.Module, plan: Plan) -> list[tuple[int, ...] | None] | None:
+    """The shapes of the outputs on stand-ins for the plan's inputs; None where the forward needs real ones.
+
+    Those of outputs that the plan may change are left out.
+    """
+    shadow = shadow_of(model, lambda _, tensor: tensor.detach().to("meta"), tracked=False).model
+    try:
+        args, kwargs = as_call(unspecify(plan.inputs))
+        with torch.no_grad(), torch.device("meta"):
+            outputs = shadow.eval()(*args, **kwargs)
+    except Exception:  # a forward may raise anything on stand-ins
+        return None
+    return [tuple(tensor.shape) if plan.outputs is None else None for tensor in tensors_in(outputs)]
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -210,8 +239,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 record = _record(file)
                 return record, _weights(folder, record)
             except LoadError:
-                # While the file is held open, no other one gets its number.
-                if (folder / PLAN).exists() and os.path.samestat(os.fstat(file.fileno()), (folder / PLAN).stat()):
+                if _is_at(file, folder / PLAN):
                     raise
     raise LoadError(f"{folder} is saved to again and again, faster than it can be read. Load it when that has ended.")
 
@@ -231,11 +259,9 @@ def _record(file: BinaryIO) -> dict[str, Any]:
     """The contents of ``plan.json``, after checking their form."""
     path = Path(file.name)
     try:
-        data = bounded(json.loads(file.read().decode()))
+        data = json.loads(file.read().decode())
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error}.") from error
-    except FormError as error:
-        raise LoadError(f"{path} is damaged: {error}. Save the model again.") from error
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{path} is damaged or is no JSON: {error}. Save the model again.") from error
     try:
@@ -281,13 +307,24 @@ def _tensors(path: Path, wanted: str) -> dict[str, Tensor] | None:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
                 return None
-            tensors = load_file(path)
-            # A save may have put another file in its place since the digest was taken.
-            return tensors if os.path.samestat(os.fstat(file.fileno()), path.stat()) else None
+            try:
+                tensors = load_file(path)
+            except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+                if _is_at(file, path):
+                    raise LoadError(f"{path} is no safetensors file that torch can read: {error}") from error
+                return None
+            # Since the digest was taken, a save may have put another file in its place.
+            return tensors if _is_at(file, path) else None
     except OSError:
         return None
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise LoadError(f"{path} is no safetensors file: {error}") from error
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether `path` still leads to the file that is open: while it is, no other one gets its number."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -349,7 +386,7 @@ def _fitting(name: str, old: Tensor, new: Tensor, folder: Path) -> None:
             "makes, after pruning it by the plan. Build the model that was pruned."
         )
     # A model may have been saved in another precision than it is built in; counts and masks have none.
-    precision = (old.is_floating_point() and new.is_floating_point()) or (old.is_complex() and new.is_complex())
+    precision = {old.dtype, new.dtype} <= _REAL or {old.dtype, new.dtype} <= _COMPLEX
     if not precision and old.dtype != new.dtype:
         raise LoadError(
             f"{name!r} is of {new.dtype} in {folder} and of {old.dtype} in the model that build_model makes. Build the "

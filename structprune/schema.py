@@ -39,8 +39,9 @@ def up_to_date(data: Any, current: int, migrations: Mapping[int, Migration], wha
         what: names the object in messages.
 
     Raises:
-        FormError: it has no version, or a later one.
+        FormError: it has no version, or a later one, or more objects than a model could need.
     """
+    bounded(data)
     schema = data.get("schema") if isinstance(data, dict) else None
     if type(schema) is not int or schema < 1:
         raise FormError(f"{what} has no schema version")

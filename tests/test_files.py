@@ -50,7 +50,11 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path, name: str) -> None:
     pipe, folder = tmp_path / name, tmp_path / f"folder-{name}"
     os.mkfifo(pipe)
     folder.mkdir()
-    for path, message in ((pipe, "device or a pipe"), (folder, "is a folder"), (tmp_path / "no" / name, "does not exist; create it first")):
+    for path, message in (
+        (pipe, "device or a pipe"),
+        (folder, "is a folder"),
+        (tmp_path / "no" / name, "does not exist; create it first"),
+    ):
         with pytest.raises((OSError, ExportError), match=message):
             WRITERS[name](path)
     assert pipe.is_fifo()

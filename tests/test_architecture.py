@@ -43,6 +43,7 @@ ORDER = (
     ("recovery",),
     ("training", "masks"),
     ("search",),
+    ("filling",),
     ("io", "report"),
     ("integrations",),
     ("cli",),

@@ -223,6 +223,11 @@ def _validate(
     batch_sizes: Sequence[int] | None,
     **counts: int | None,
 ) -> None:
+    if not isinstance(models, Mapping):
+        raise ValueError(f"models is a {type(models).__name__}; pass a dict of names and models: {{'pruned': model}}")
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{name!r} is a {type(model).__name__}; pass a dict of names and models")
     if not models:
         raise ValueError("there is no model to time; pass a dict of names and models")
     unknown = [backend for backend in backends if backend not in BACKENDS]

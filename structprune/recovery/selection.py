@@ -19,11 +19,11 @@ from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
 from structprune.inputs import device_of
 from structprune.ranks import all_reduced, failing_together, nobody_failed
+from structprune.recovery.batches import inputs_of
 from structprune.recovery.layers import GroupConsumer, group_consumers
 from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, PrefixCache, Side, output_of, parallel_runs
-from structprune.recovery.recover import inputs_of
 from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.state import lent, shield
 from structprune.tracing.trace import preserved_random_state, tensors_in

@@ -72,8 +72,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        PlanError: the state of the model holds something that is no tensor, or a tensor without data; or layers of it
-            were pruned in another model, whose plans it does not have.
+        PlanError: `path` is a file; or the state of the model holds something that is no tensor, or a tensor without
+            data; or layers of it were pruned in another model, whose plans it does not have.
 
     Example:
         >>> import tempfile, torch, structprune
@@ -85,7 +85,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         >>> torch.equal(again[0].weight, slim[0].weight)
         True
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model is a {type(model).__name__}; give the model, an nn.Module.")
     folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(f"{folder} is a file; give the path of a folder, which may exist or not.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _distinct(model)
     plans = plans_of(model)
@@ -119,9 +123,15 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
     Raises:
         LoadError: the folder is incomplete, damaged, of a later version, or does not fit the model.
     """
+    if not callable(build_model) or isinstance(build_model, nn.Module):
+        raise LoadError(
+            f"build_model is a {type(build_model).__name__}; give a function that makes the original model."
+        )
     folder = Path(path)
     record, weights = _read(folder)
     model = build_model()
+    if not isinstance(model, nn.Module):
+        raise LoadError(f"build_model returned a {type(model).__name__}; let it return the original model.")
     try:
         plans = [Plan.from_data(data) for data in record["plans"]]
         numbers = [plan for plan in plans if plan.repairs or plan.rewrites]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import nn
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.extras import matplotlib_figure, save_figure
-from structprune.files import write_text
+from structprune.files import target_of, write_text
 from structprune.graph import Layer
 from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
@@ -165,8 +167,8 @@ def sensitivity(
         progress: whether to draw a progress bar.
 
     Raises:
-        PlanError: a ratio is no share, the checkpoint belongs to another model or other ratios, or the criterion needs
-            data or a loss that is not given.
+        PlanError: a ratio is no share, the metric returns no number, the checkpoint belongs to another model or other
+            ratios, or the criterion needs data or a loss that is not given.
 
     Example:
         >>> import torch, structprune
@@ -176,12 +178,15 @@ def sensitivity(
         >>> [(curve.group, curve.kept) for curve in found.curves]
         [('0', (7, 6, 4, 2))]
     """
-    if not ratios or any(not 0 < ratio < 1 for ratio in ratios):
+    if not callable(metric):
+        raise PlanError(f"metric is a {type(metric).__name__}; give a function of model and loader.")
+    shares = tuple(ratios) if isinstance(ratios, Iterable) else ()
+    if not shares or any(not isinstance(share, Real) or not 0 < share < 1 for share in shares):
         raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
     graph = DependencyGraph(model, example_inputs, ignore=ignore)
     done = _resumed(checkpoint)
     score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
-    counts = {group: _kept(group, ratios, graph.bounds(group)) for group in graph.groups()}
+    counts = {group: _kept(group, shares, graph.bounds(group)) for group in graph.groups()}
     groups = [group for group, kept in counts.items() if kept]
     grid = [counts[group] for group in groups]
     if done and [(c.group, c.kept) for c in done.curves] != [
@@ -234,14 +239,21 @@ def _removed(graph: DependencyGraph, group: Group, count: int, orders: Mapping[G
 
 
 def _resumed(checkpoint: str | Path | None) -> Sensitivity | None:
-    if checkpoint is None or not Path(checkpoint).exists():
+    if checkpoint is None or not target_of(Path(checkpoint)).exists():
         return None
     return Sensitivity.from_json(Path(checkpoint).read_text(encoding="utf-8"))
 
 
 def _measured(metric: Metric, model: nn.Module, loader: Any) -> float:
     with torch.no_grad():
-        return float(metric(model, loader))
+        found = metric(model, loader)
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"metric returned a {type(found).__name__}; let it return a number.") from error
+    if math.isnan(value):
+        raise PlanError("metric returned NaN. Check the data that loader gives.")
+    return value
 
 
 def _kept(group: Group, ratios: Sequence[float], bounds: tuple[int, int]) -> tuple[int, ...]:

@@ -117,11 +117,12 @@ def export_onnx(
         >>> result.max_relative_error < 1e-4
         True
     """
+    _check_options(model, check_inputs, opset, tolerance)
     for extra in ("onnx", "onnxscript", "onnxruntime"):
         require(extra)
     try:
         target = target_of(Path(path))
-    except OSError as error:
+    except (OSError, TypeError) as error:
         raise ExportError(f"cannot write {path}: {error}") from error
     free = FreeDims.of(model, example_inputs, dynamic_batch, dynamic_dims or {})
     limit = _default_tolerance(model) if tolerance is None else tolerance
@@ -139,6 +140,18 @@ def export_onnx(
         for file in sorted(written, key=lambda file: file == draft):
             put(file, target.parent / file.name)
     return OnnxExport(path=Path(path), opset=opset_written, max_relative_error=error, bytes=total)
+
+
+def _check_options(model: object, check_inputs: object, opset: object, tolerance: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"model is a {type(model).__name__}; give the model, an nn.Module")
+    if not isinstance(check_inputs, Iterable) or isinstance(check_inputs, (Tensor, Mapping, str)):
+        raise ExportError(f"check_inputs is a {type(check_inputs).__name__}; give a list of inputs like the example")
+    if opset is not None and (not isinstance(opset, int) or opset < 1):
+        raise ExportError(f"opset is {opset!r}; give the number of an operator set")
+    # Written so that a tolerance that is no number fails as well.
+    if tolerance is not None and (not isinstance(tolerance, (int, float)) or not tolerance >= 0):
+        raise ExportError(f"tolerance is {tolerance!r}; give the largest relative error allowed")
 
 
 def _default_tolerance(model: nn.Module) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ def recover(
     """
     with failing_together(RecoveryError, "recover"):
         for name, value, least in (("rows", rows, 1), ("rounds", rounds, 0), ("seed", seed, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise RecoveryError(f"{name} is {value!r}; give a whole number of at least {least}.")
         for name, model in (("slim", slim), ("original", original)):
             if not isinstance(model, nn.Module):

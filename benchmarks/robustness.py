@@ -99,7 +99,7 @@ def kills(count: int, seed: int = 0) -> dict[str, int]:
         begun = time.perf_counter()
         for number in range(5):
             structprune.save(models[number], Path(scratch, "timed"))
-        longest = 1.5 * (time.perf_counter() - begun) / 5
+        longest = 2 * (time.perf_counter() - begun) / 5
         while found["killed"] < count:
             folder = Path(scratch, f"{found['sequences']}")
             structprune.save(models[0], folder)

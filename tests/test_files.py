@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 import structprune
 from structprune.errors import ExportError
-from structprune.files import DRAFTS, locked, write_text
+from structprune.files import DRAFTS, locked, replace, write_text
 
 MODEL = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
 X = torch.zeros(2, 4)
@@ -124,3 +125,22 @@ def test_a_folder_that_cannot_be_locked_has_a_file_that_can(tmp_path: Path, monk
     with locked(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [f"{DRAFTS}lock"]
     assert locks == [fcntl.LOCK_EX, fcntl.LOCK_UN]
+
+
+def test_on_windows_a_file_that_a_reader_has_open_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.replace, []
+
+    def open_at_first(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) < 3:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        real(source, target)
+
+    (tmp_path / "draft").write_text("whole")
+    monkeypatch.setattr(os, "replace", open_at_first)
+    monkeypatch.setattr("structprune.files.sys", SimpleNamespace(platform="win32"))
+    replace(tmp_path / "draft", tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "whole"
+    assert len(calls) == 3

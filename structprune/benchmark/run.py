@@ -256,7 +256,7 @@ def _validate(
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, Integral) and value >= 1
+    return isinstance(value, Integral) and int(value) >= 1
 
 
 def _device(given: torch.device | str) -> torch.device:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 from structprune.errors import MissingExtraError
+from structprune.files import write_whole
 
 
 def missing_extra(what: str, package: str, extra: str) -> MissingExtraError:
@@ -48,3 +51,15 @@ def matplotlib_figure(size: tuple[float, float]) -> Any:
         MissingExtraError: Matplotlib is not installed.
     """
     return require("matplotlib.figure", "Drawing", "plot").Figure(figsize=size, layout="constrained")
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int) -> Path:
+    """Write a figure of Matplotlib, whole or not at all; the ending of `path` says which format, PNG where it has none.
+
+    Raises:
+        OSError: the folder cannot be written, or `path` is a device, a pipe or a folder.
+    """
+    file = Path(path)
+    kind = file.suffix.removeprefix(".") or "png"
+    write_whole(file, lambda draft: figure.savefig(draft, dpi=dpi, format=kind))
+    return file

@@ -18,7 +18,7 @@ def batch_size(example_inputs: ExampleInputs) -> int:
     """Size of the batch: dimension 0 of the first tensor that has dimensions.
 
     Raises:
-        ValueError: No tensor of the inputs has dimensions.
+        ValueError: No tensor of the inputs has dimensions, or the first that has holds no sample.
 
     Example:
         >>> batch_size((torch.zeros(8, 3), torch.zeros(8)))
@@ -26,6 +26,8 @@ def batch_size(example_inputs: ExampleInputs) -> int:
     """
     for leaf in pytree.tree_leaves(as_call(example_inputs)):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            if not leaf.shape[0]:
+                raise ValueError(f"the example inputs hold no sample: a tensor has the shape {list(leaf.shape)}")
             return leaf.shape[0]
     raise ValueError(
         "the example inputs hold no tensor with a batch dimension; pass a tensor, a tuple of positional arguments "

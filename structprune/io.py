@@ -4,9 +4,11 @@ The folder holds ``model.safetensors``, the tensors, and ``plan.json``: what was
 round, and the digest of the tensors' file. Loading builds the original from the user's own factory, replays the plans,
 and fills in the tensors.
 
-A save never leaves the folder broken. New tensors are written beside the old ones; the new ``plan.json``, which names
-them by digest, takes the place of the old one in one step; then they get their name. A reader that comes in between
-finds the tensors by their digest.
+A save never leaves the folder broken. New tensors are written beside the old ones, to a file named by their digest, so
+that it takes the place of no others. The new ``plan.json``, which names that digest, takes the place of the old one in
+one step; only then the tensors become ``model.safetensors``. Whatever the moment of a kill, the file that ``plan.json``
+names is there under one of the two names, and the next save tidies up. Writers wait for each other. Readers do not
+lock: one that was overtaken by a save finds that ``plan.json`` was replaced, and begins anew.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -24,22 +27,42 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from structprune.errors import LoadError, PlanError, StructpruneError
-from structprune.files import write_whole
+from structprune.files import (
+    drafts_in,
+    locked,
+    remove_drafts,
+    replace,
+    require_regular,
+    sync_folder,
+    write_text,
+    write_whole,
+)
+from structprune.filling import fill
 from structprune.planning.plan import Plan, plans_of
 from structprune.schema import FormError, Migration, up_to_date
 from structprune.surgery.history import kept
-from structprune.tracing.state import held_tensors
+from structprune.tracing.shadow import shadow_of
+from structprune.tracing.specification import unspecify
+from structprune.tracing.trace import as_call, tensors_in
 
 SCHEMA = 1
 # For every older schema of the folder, what lifts its record to the next one; plans have a schema of their own.
 MIGRATIONS: dict[int, Migration] = {}
-PLAN, WEIGHTS, INCOMING = "plan.json", "model.safetensors", "model.incoming.safetensors"
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
+# What older versions called new tensors until they got their name.
+INCOMING = "model.incoming.safetensors"
+# So many saves may overtake one load before it gives up.
+_TRIES = 1000
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write a model, pruned or not, to a folder that `load` reads.
 
-    Saving over an older save is safe: a kill at any moment leaves the old or the new one whole.
+    Saving over an older save is safe: a kill at any moment leaves the old or the new one whole. Processes that save to
+    one folder at once wait for each other, and the last one wins.
+
+    Parameters, buffers and what was pruned are saved. Other attributes that were set on a model after it was built
+    (``model.note = 8``) are lost: they are those that `build_model` gives it when it is loaded.
 
     Args:
         model: any module; what was pruned from it is recorded by `Plan.apply`.
@@ -49,8 +72,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        PlanError: the state of the model holds something that is no tensor, or a tensor without data; or layers of it
-            were pruned in another model, whose plans it does not have.
+        PlanError: `path` is a file; or the state of the model holds something that is no tensor, or a tensor without
+            data; or layers of it were pruned in another model, whose plans it does not have.
 
     Example:
         >>> import tempfile, torch, structprune
@@ -62,7 +85,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         >>> torch.equal(again[0].weight, slim[0].weight)
         True
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model is a {type(model).__name__}; give the model, an nn.Module.")
     folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(f"{folder} is a file; give the path of a folder, which may exist or not.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _distinct(model)
     plans = plans_of(model)
@@ -71,15 +98,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             f"{pruned!r} was pruned as part of another model, and this one does not know by which plans, so nobody "
             "could build it again. Save the model that was pruned, or prune the whole."
         )
-    incoming = folder / INCOMING
-    write_whole(incoming, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
-    record = {
-        "schema": SCHEMA,
-        "weights": {"sha256": _digest(incoming), "aliases": aliases},
-        "plans": [json.loads(plan.to_json()) for plan in plans],
-    }
-    write_whole(folder / PLAN, lambda draft: draft.write_text(json.dumps(record, indent=1)))
-    os.replace(incoming, folder / WEIGHTS)
+    plans_data = [json.loads(plan.to_json()) for plan in plans]
+    with locked(folder):
+        _tidy(folder)
+        try:
+            _store(folder, tensors, aliases, plans_data)
+        finally:
+            _tidy(folder)
     return folder
 
 
@@ -98,19 +123,47 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
     Raises:
         LoadError: the folder is incomplete, damaged, of a later version, or does not fit the model.
     """
+    if not callable(build_model) or isinstance(build_model, nn.Module):
+        raise LoadError(
+            f"build_model is a {type(build_model).__name__}; give a function that makes the original model."
+        )
     folder = Path(path)
-    record = _record(folder / PLAN)
-    weights = _weights(folder, record)
+    record, weights = _read(folder)
     model = build_model()
+    if not isinstance(model, nn.Module):
+        raise LoadError(f"build_model returned a {type(model).__name__}; let it return the original model.")
     try:
-        for data in record["plans"]:
-            model = Plan.from_data(data).apply(model, inplace=True)
+        plans = [Plan.from_data(data) for data in record["plans"]]
+        numbers = [plan for plan in plans if plan.repairs or plan.rewrites]
+        before = _shapes(model, numbers[0]) if numbers else None
+        for plan in plans:
+            model = plan.apply(model, inplace=True)
     except StructpruneError as error:
         raise LoadError(
             f"The plan in {folder / PLAN} does not fit the model that build_model makes: {error}"
         ) from error
-    _fill(model, weights, folder)
+    if before is not None and _shapes(model, numbers[0]) != before:
+        raise LoadError(
+            f"The sizes that the plan in {folder / PLAN} sets do not fit each other: the pruned model does not give "
+            "outputs like the original's on inputs like those that the plan was made with. Save the model again."
+        )
+    fill(model, weights, folder)
     return model
+
+
+def _shapes(model: nn.Module, plan: Plan) -> list[tuple[int, ...] | None] | None:
+    """The shapes of the outputs on stand-ins for the plan's inputs; None where the forward needs real ones.
+
+    Those of outputs that the plan may change are left out.
+    """
+    shadow = shadow_of(model, lambda _, tensor: tensor.detach().to("meta"), tracked=False).model
+    try:
+        args, kwargs = as_call(unspecify(plan.inputs))
+        with torch.no_grad(), torch.device("meta"):
+            outputs = shadow.eval()(*args, **kwargs)
+    except Exception:  # a forward may raise anything on stand-ins
+        return None
+    return [tuple(tensor.shape) if plan.outputs is None else None for tensor in tensors_in(outputs)]
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -134,6 +187,45 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
+def _store(folder: Path, tensors: dict[str, Tensor], aliases: dict[str, str], plans: list[Any]) -> None:
+    """Write both files; the switch from the old save to the new one is that of ``plan.json``."""
+    with drafts_in(folder) as drafts:
+        write_whole(drafts / WEIGHTS, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
+        digest = _digest(drafts / WEIGHTS)
+        replace(drafts / WEIGHTS, _generation(folder, digest))
+    sync_folder(folder)
+    record = {"schema": SCHEMA, "weights": {"sha256": digest, "aliases": aliases}, "plans": plans}
+    write_text(folder / PLAN, json.dumps(record, indent=1))
+    sync_folder(folder)
+
+
+def _generation(folder: Path, digest: str) -> Path:
+    """The file of tensors with this digest until ``plan.json`` names it, and for a moment afterwards."""
+    return folder / f"model-{digest[:32]}.safetensors"
+
+
+def _tidy(folder: Path) -> None:
+    """Give the tensors that ``plan.json`` names their own name, and remove what else killed saves have left.
+
+    Safe at any moment at which nobody else writes: a file that ``plan.json`` names is never removed.
+    """
+    remove_drafts(folder)
+    named = None
+    if (folder / PLAN).exists():
+        try:
+            with _opened(folder / PLAN) as file:
+                named = _record(file)["weights"]["sha256"]
+        except LoadError:  # damaged, or of a later version: which files belong to it is not known
+            return
+    generation, incoming = None if named is None else _generation(folder, named), folder / INCOMING
+    if generation is not None and generation.is_file():
+        replace(generation, folder / WEIGHTS)
+    elif incoming.is_file() and _digest(incoming) == named:
+        replace(incoming, folder / WEIGHTS)
+    for path in (*folder.glob(f"model-{'[0-9a-f]' * 32}.safetensors"), incoming):
+        path.unlink(missing_ok=True)
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -142,12 +234,39 @@ def _digest(path: Path) -> str:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """The contents of ``plan.json``, after checking their form."""
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors of one and the same save, though others may save meanwhile.
+
+    Raises:
+        LoadError: the folder is incomplete, damaged, or of a later version.
+    """
+    for _ in range(_TRIES):
+        with _opened(folder / PLAN) as file:
+            try:
+                record = _record(file)
+                return record, _weights(folder, record)
+            except LoadError:
+                if _is_at(file, folder / PLAN):
+                    raise
+    raise LoadError(f"{folder} is saved to again and again, faster than it can be read. Load it when that has ended.")
+
+
+def _opened(path: Path) -> BinaryIO:
+    """``plan.json``, opened to be read."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        require_regular(path)
+        return path.open("rb")
     except FileNotFoundError as error:
         raise LoadError(f"{path} does not exist. Give the folder that structprune.save returned.") from error
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error}.") from error
+
+
+def _record(file: BinaryIO) -> dict[str, Any]:
+    """The contents of ``plan.json``, after checking their form."""
+    path = Path(file.name)
+    try:
+        data = json.loads(file.read().decode())
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
@@ -159,7 +278,8 @@ def _record(path: Path) -> dict[str, Any]:
     weights: Any = record.get("weights")
     weights = weights if isinstance(weights, dict) else {}
     aliases: Any = weights.get("aliases")
-    whole = isinstance(aliases, dict) and isinstance(weights.get("sha256"), str)
+    digest: Any = weights.get("sha256")
+    whole = isinstance(aliases, dict) and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
     if not whole or not isinstance(record.get("plans"), list):
         raise LoadError(f"{path} is not whole. Save the model again.")
     if not all(isinstance(x, str) for pair in aliases.items() for x in pair):
@@ -170,13 +290,10 @@ def _record(path: Path) -> dict[str, Any]:
 def _weights(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors by name, from the file that has the recorded digest."""
     wanted = record["weights"]["sha256"]
-    for name in (WEIGHTS, INCOMING):  # the second one if a save was cut short
-        path = folder / name
-        if path.is_file() and _digest(path) == wanted:
-            try:
-                tensors = load_file(path)
-            except SafetensorError as error:
-                raise LoadError(f"{path} is no safetensors file: {error}") from error
+    # The first one if a save was cut short, or is about to end; the last one of an older version.
+    for path in (_generation(folder, wanted), folder / WEIGHTS, folder / INCOMING):
+        tensors = _tensors(path, wanted)
+        if tensors is not None:
             break
     else:
         raise LoadError(
@@ -190,76 +307,28 @@ def _weights(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Give the model's parameters and buffers the saved values, with their types; all of them, and nothing else."""
-    held = model.state_dict(keep_vars=True)
-    missing, unknown = sorted(held.keys() - tensors.keys()), sorted(tensors.keys() - held.keys())
-    if missing or unknown:
-        raise LoadError(
-            f"The tensors in {folder} are not those of the model that build_model makes: "
-            f"missing {missing[:5]}, unknown {unknown[:5]}."
-        )
-    for name, old in held.items():
-        _fitting(name, old, tensors[name], folder)
-    if _make(model, tensors):
-        held = model.state_dict(keep_vars=True)
-    given: dict[int, str] = {}
-    with torch.no_grad():
-        for name, old in held.items():
-            first = given.setdefault(id(old), name)
-            if not _same(tensors[first], tensors[name]):
-                raise LoadError(
-                    f"{first!r} and {name!r} are one tensor in the model that build_model makes, and two with "
-                    f"different values in {folder}. Build the model that was saved, with the same weights tied."
-                )
-            if first == name:
-                # A copy where one saved tensor goes to two that are not tied.
-                old.data = tensors[name].to(old.device, copy=True)
+def _tensors(path: Path, wanted: str) -> dict[str, Tensor] | None:
+    """The tensors in a file, or None if there is no file that has the digest `wanted`."""
+    try:
+        require_regular(path)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+                return None
+            try:
+                tensors = load_file(path)
+            except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+                if _is_at(file, path):
+                    raise LoadError(f"{path} is no safetensors file that torch can read: {error}") from error
+                return None
+            # Since the digest was taken, a save may have put another file in its place.
+            return tensors if _is_at(file, path) else None
+    except OSError:
+        return None
 
 
-def _make(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
-    """Put tensors with memory in the place of those on the meta device; whether there were any.
-
-    Raises:
-        LoadError: one of them is no part of the state, so that nobody knows its values.
-    """
-    made: dict[int, Tensor] = {}
-    for name, held in held_tensors(model).items():
-        old = held.tensor
-        if not old.is_meta:
-            continue
-        if name not in tensors:
-            raise LoadError(
-                f"build_model leaves {name!r} on the meta device, and it is not saved with the model, since it is no "
-                "part of its state. Make it on the device where the model is to run."
-            )
-        if id(old) not in made:
-            new = torch.empty_like(tensors[name])
-            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-            vars(made[id(old)]).update(vars(old))
-        held.store[held.key] = made[id(old)]
-    return bool(made)
-
-
-def _fitting(name: str, old: Tensor, new: Tensor, folder: Path) -> None:
-    """Refuse a tensor of another shape, or one that is no number of the kind that it should be."""
-    if old.shape != new.shape:
-        raise LoadError(
-            f"{name!r} has the shape {list(new.shape)} in {folder} and {list(old.shape)} in the model that build_model "
-            "makes, after pruning it by the plan. Build the model that was pruned."
-        )
-    # A model may have been saved in another precision than it is built in; counts and masks have none.
-    precision = (old.is_floating_point() and new.is_floating_point()) or (old.is_complex() and new.is_complex())
-    if not precision and old.dtype != new.dtype:
-        raise LoadError(
-            f"{name!r} is of {new.dtype} in {folder} and of {old.dtype} in the model that build_model makes. Build the "
-            "model that was saved."
-        )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same bits; unlike `torch.equal`, NaN counts as itself."""
-    return one is other or (
-        one.dtype == other.dtype
-        and torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
-    )
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether `path` still leads to the file that is open: while it is, no other one gets its number."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -21,6 +21,8 @@ Migration = Callable[[Data], Data]
 # What one tensor may hold, and how deep inputs and settings may be nested: far more than any model needs.
 LARGEST = 2**60
 DEEPEST = 64
+# How many layers, edits, inputs or names there may be: far more than any model has, and soon read.
+MOST = 2**19
 
 
 class FormError(Exception):
@@ -37,8 +39,9 @@ def up_to_date(data: Any, current: int, migrations: Mapping[int, Migration], wha
         what: names the object in messages.
 
     Raises:
-        FormError: it has no version, or a later one.
+        FormError: it has no version, or a later one, or more objects than a model could need.
     """
+    bounded(data)
     schema = data.get("schema") if isinstance(data, dict) else None
     if type(schema) is not int or schema < 1:
         raise FormError(f"{what} has no schema version")
@@ -46,6 +49,24 @@ def up_to_date(data: Any, current: int, migrations: Mapping[int, Migration], wha
         raise FormError(f"{what} has schema {schema}; this version reads up to {current}. Upgrade structprune")
     for version in range(schema, current):
         data = {**migrations[version](data), "schema": version + 1}
+    return data
+
+
+def bounded(data: Any) -> Any:
+    """What was read, unchanged, after checking that it has no more objects than a model could need.
+
+    Raises:
+        FormError: it has.
+    """
+    level: list[Any] = [data] if isinstance(data, (dict, list)) else []
+    count = 0
+    while level:
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        # Most values are channels: numbers, of which there may be any number.
+        level = [value for values in inner for value in values if isinstance(value, (dict, list, str))]
+        level, count = [value for value in level if not isinstance(value, str)], count + len(level)
+        if count > MOST:
+            raise FormError(f"it holds more than {MOST:,} objects, lists and names")
     return data
 
 

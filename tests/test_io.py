@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,33 +91,92 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").stat().st_size < 2 * 4 * 8 * 11
 
 
-@pytest.mark.parametrize("dies_at", ["save_file", "fsync 2", "replace 1", "replace 2", "replace 3"])
-def test_a_kill_leaves_the_old_save_or_the_new_one(
-    slim: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
-) -> None:
-    """Whatever step of a save is the last one, what is loaded is one of the two, whole."""
-    old = build()
-    structprune.save(old, tmp_path)
-    name, _, number = dies_at.partition(" ")
+class Kill(BaseException):
+    """The end of a process, which then does nothing more."""
+
+
+STEPS = [(io, "save_file"), *((os, name) for name in ("mkdir", "fsync", "replace", "unlink", "rmdir"))]
+
+
+def saved_until(step: int, model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Save, but be killed before this step: no step after it is made, not even to clean up. Whether it was reached."""
     calls = 0
-    owner: Any = io if name == "save_file" else os
-    real: Callable[..., Any] = getattr(owner, name)
 
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == int(number or 1):
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
+    def mortal(real: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= step:
+                raise Kill
+            return real(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, killed)
-        with pytest.raises(KeyboardInterrupt):
-            structprune.save(slim, tmp_path)
-    expected = slim if dies_at == "replace 3" else old
-    assert_same(structprune.load(build, tmp_path), expected)
-    structprune.save(slim, tmp_path)
-    assert_same(structprune.load(build, tmp_path), slim)
+        return called
+
+    with monkeypatch.context() as patch, contextlib.suppress(Kill):
+        for owner, name in STEPS:
+            patch.setattr(owner, name, mortal(getattr(owner, name)))
+        structprune.save(model, folder)
+    return calls >= step
+
+
+def value(folder: Path) -> float:
+    return structprune.load(lambda: nn.Linear(1, 1), folder).bias.item()
+
+
+def numbered(number: float) -> nn.Module:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.bias, number)
+    return model
+
+
+def test_kills_in_a_row_leave_the_old_save_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever steps of two saves in a row are their last ones; what they leave behind, the third removes."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is cut here
+    structprune.save(numbered(0), tmp_path / "old")
+    switched = set()
+    for first in itertools.count(1):
+        killed = shutil.copytree(tmp_path / "old", tmp_path / f"{first}")
+        if not saved_until(first, numbered(1), killed, monkeypatch):
+            break
+        before = value(killed)
+        for second in itertools.count(1):
+            folder = shutil.copytree(killed, tmp_path / f"{first}-{second}")
+            if not saved_until(second, numbered(2), folder, monkeypatch):
+                break
+            switched.add((before, value(folder)))
+            structprune.save(numbered(3), folder)
+            assert value(folder) == 3
+            assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "plan.json"]
+    assert switched == {(0, 0), (0, 2), (1, 1), (1, 2)}, "kills came before and after the switch, and lost nothing"
+
+
+def test_a_save_that_an_older_version_did_not_end_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It called new tensors ``model.incoming.safetensors``, and was killed before they got their name."""
+    structprune.save(numbered(1), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.incoming.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"the tensors before")
+    assert value(tmp_path) == 1
+    saved_until(1, numbered(2), tmp_path, monkeypatch)
+    assert value(tmp_path) == 1
+    structprune.save(numbered(2), tmp_path)
+    assert value(tmp_path) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "plan.json"]
+
+
+def test_a_full_disk_leaves_the_old_save_and_no_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    structprune.save(numbered(1), tmp_path)
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 3:  # tensors, folder, plan.json
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        structprune.save(numbered(2), tmp_path)
+    assert value(tmp_path) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "plan.json"]
 
 

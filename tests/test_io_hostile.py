@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,7 @@ def example_inputs(data: Any) -> Callable[[dict[str, Any]], None]:
 
     def change(record: dict[str, Any]) -> None:
         first_plan(inputs=data)(record)
-        added("rewrites", module="", operation=0, place=[1], old=1, new=2)(record)
+        added("rewrites", module="", operation=0, place=[1], old=2, new=1)(record)
 
     return change
 
@@ -111,7 +114,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "Rescale.factor is inf",
     ),
     "a literal that is not there": (
-        added("rewrites", module="", operation=0, place=[1], old=1, new=2),
+        added("rewrites", module="", operation=0, place=[1], old=2, new=1),
         "no longer holds the literals",
     ),
     "inputs of no type": (example_inputs({"tensor": [2, 4], "dtype": "load"}), "type 'load'"),
@@ -130,6 +133,81 @@ def test_an_edited_plan_is_refused(slim: nn.Module, tmp_path: Path, what: str) -
     change, message = DAMAGE[what]
     structprune.save(slim, tmp_path)
     damaged(tmp_path, change)
+    with pytest.raises(LoadError, match=message):
+        structprune.load(build, tmp_path)
+
+
+SAVED = Path(__file__).parent / "data" / "schema_1"
+
+
+def frozen_save(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A save with attributes to repair and literals to rewrite, edited."""
+    for name in ("plan.json", "model.safetensors"):
+        shutil.copy(SAVED / name, folder / name)
+    damaged(folder, change)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["repairs", "rewrites"])
+@pytest.mark.parametrize("new", [0, -1, 10**18, 97])
+def test_a_number_that_counts_no_channels_is_refused(tmp_path: Path, kind: str, new: int) -> None:
+    folder = frozen_save(tmp_path, lambda record: record["plans"][-1][kind][0].update(new=new))
+    with pytest.raises(LoadError, match=r"no number of channels|do not fit each other"):
+        structprune.load(frozen.build, folder)
+
+
+@pytest.mark.parametrize(
+    ("module", "chain"),
+    [
+        ("attention", ["training"]),
+        ("attention", ["_parameters", "weight"]),
+        ("attention.qkv", ["weight", "_version"]),
+        ("attention.qkv", ["weight", "shape", 0]),
+        ("attention", ["forward", "calls"]),
+        ("attention", ["note"]),
+        ("attention", ["size"]),
+        ("attention", ["named", 0]),
+        ("attention.qkv.weight", ["x"]),
+    ],
+)
+def test_a_repair_of_anything_but_a_number_of_a_module_is_refused(
+    tmp_path: Path, module: str, chain: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is 1 or 8 there: computed, counted by Python or torch, or in a container of another kind."""
+    kind = frozen.Attention
+    monkeypatch.setattr(kind.forward, "calls", 8, raising=False)
+    monkeypatch.setattr(kind, "note", "8", raising=False)
+    monkeypatch.setattr(kind, "size", property(lambda self: 8), raising=False)
+    monkeypatch.setattr(kind, "named", collections.namedtuple("Named", "x")(8), raising=False)
+    edit = added("repairs", module=module, chain=chain, old=8, new=1)
+    with pytest.raises(LoadError, match=r"is not there|cannot be set|where the plan expects"):
+        structprune.load(frozen.build, frozen_save(tmp_path, edit))
+    assert kind.forward.calls == 8
+
+
+MANY = 600_000
+TOO_MANY: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "inputs": first_plan(inputs={"tuple": [{"value": 1}] * MANY}),
+    "layers": first_plan(layers=[{"layer": "0", "before": 8, "after": 4}] * MANY),
+    "aliases": lambda record: record["weights"]["aliases"].update({f"{i}": "0.weight" for i in range(MANY)}),
+}
+
+
+@pytest.mark.parametrize("what", TOO_MANY)
+def test_too_many_of_anything_is_refused_at_once(slim: nn.Module, tmp_path: Path, what: str) -> None:
+    structprune.save(slim, tmp_path)
+    damaged(tmp_path, TOO_MANY[what])
+    with pytest.raises(LoadError, match="more than 524,288 objects"):
+        structprune.load(build, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("plan.json", "a device or a pipe"), ("model.safetensors", "No file in")]
+)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(slim: nn.Module, tmp_path: Path, name: str, message: str) -> None:
+    structprune.save(slim, tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
     with pytest.raises(LoadError, match=message):
         structprune.load(build, tmp_path)
 
@@ -186,6 +264,8 @@ def with_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         ("0.weight", torch.int64),
         ("0.weight", torch.bool),
         ("0.weight", torch.complex64),
+        ("0.weight", torch.float8_e4m3fn),
+        ("0.weight", torch.float8_e5m2),
         ("1.num_batches_tracked", torch.float32),
         ("1.running_mean", torch.int32),
     ],
@@ -231,9 +311,8 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def test_whatever_is_changed_the_answer_is_a_model_of_the_saved_tensors_or_a_refusal(tmp_path: Path, seed: int) -> None:
     """A tenth of a thousand edits each time; none may end in another error, or touch what it is not about."""
     rng = random.Random(seed)
-    saved = Path(__file__).parent / "data" / "schema_1"
-    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
-    good = json.loads((saved / "plan.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((SAVED / "model.safetensors").read_bytes())
+    good = json.loads((SAVED / "plan.json").read_text())
     tensors = load_file(tmp_path / "model.safetensors")
     attributes = dir(frozen.Frozen)
     refused = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from structprune.extras import matplotlib_figure
+from structprune.extras import matplotlib_figure, save_figure
 
 if TYPE_CHECKING:
     from structprune.benchmarking.results import Benchmark, Timing
@@ -47,8 +47,7 @@ def draw(found: Benchmark, path: Path) -> Path:
     threads = f"{found.threads} thread{'s' if found.threads != 1 else ''}"
     where = found.environment.get("gpu") or found.environment.get("processor") or found.device
     figure.supxlabel(f"{where}, {threads}; bars: {found.confidence:.0%} intervals; dashed: ratio of MACs", fontsize=7)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path, 150)
 
 
 class _Bars:

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def benchmark(
         (['wide', 'narrow'], 8, 4.0)
     """
     _validate(models, backends, batch_size, batch_sizes, runs=runs, warmup=warmup, threads=threads)
-    where = torch.device(device) if device is not None else device_of(example_inputs)
+    where = _device(device) if device is not None else device_of(example_inputs)
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), example_inputs)
     sizes = batch_sizes or [batch_size_of(inputs) if batch_size is None else batch_size]
     there = {name: placed(model, where) for name, model in models.items()}
@@ -223,12 +224,24 @@ def _validate(
     batch_sizes: Sequence[int] | None,
     **counts: int | None,
 ) -> None:
+    if not isinstance(models, Mapping):
+        raise ValueError(f"models is a {type(models).__name__}; pass a dict of names and models: {{'pruned': model}}")
+    for name, model in models.items():
+        if not isinstance(name, str) or not isinstance(model, nn.Module):
+            kinds = f"{type(name).__name__} to {type(model).__name__}"
+            raise ValueError(f"models holds a {kinds}; pass a dict of names and models: {{'pruned': model}}")
     if not models:
         raise ValueError("there is no model to time; pass a dict of names and models")
-    unknown = [backend for backend in backends if backend not in BACKENDS]
     # A string is a sequence too, of letters.
-    if isinstance(backends, str) or unknown or not backends:
+    named = isinstance(backends, Sequence) and not isinstance(backends, str)
+    if not named or not backends or any(backend not in BACKENDS for backend in backends):
         raise ValueError(f"backends must be a sequence of names out of {', '.join(BACKENDS)}; got {backends!r}")
+    sizes = () if batch_sizes is None else batch_sizes
+    if not isinstance(sizes, Sequence) or not all(map(_is_size, (1 if batch_size is None else batch_size, *sizes))):
+        raise ValueError(
+            f"batch_size must be a whole number of at least 1, and batch_sizes a sequence of them; got {batch_size!r} "
+            f"and {batch_sizes!r}"
+        )
     if batch_sizes is not None and (
         batch_size is not None or not batch_sizes or len({*batch_sizes}) < len(batch_sizes)
     ):
@@ -238,5 +251,23 @@ def _validate(
         )
     for name, least in (("runs", 2), ("warmup", 0), ("threads", 1)):
         value = counts[name]
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
+        if value is not None and (not isinstance(value, Integral) or value < least):
+            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) >= 1
+
+
+def _device(given: torch.device | str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: torch knows none, or this machine has none.
+    """
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"device is {given!r}, which is not there: {str(error).splitlines()[0]}") from error
+    return device

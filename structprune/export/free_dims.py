@@ -44,6 +44,12 @@ class FreeDims:
             ExportError: An input or dimension is not there, or dimensions of one name are not of one size in the
                 example, or of size 1.
         """
+        wanted_dims: Any = dynamic_dims
+        if not isinstance(wanted_dims, Mapping) or not all(isinstance(d, Mapping) for d in wanted_dims.values()):
+            raise ExportError(
+                f"dynamic_dims is {wanted_dims!r}; give a dict of inputs and their dimensions, such as "
+                "{'tokens': {1: 'time'}}"
+            )
         names = input_names(model, inputs)
         if unknown := sorted(dynamic_dims.keys() - set(names)):
             raise ExportError(f"dynamic_dims names the input {unknown[0]!r}; the inputs are {', '.join(names)}")

@@ -7,7 +7,6 @@ example inputs and on another batch size, and only then moved to where it was as
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from structprune.export.files import check, compare, require, tensors
 from structprune.export.free_dims import FreeDims
 from structprune.export.metadata import metadata
 from structprune.export.program import program_of
+from structprune.files import drafts_in, put, target_of
 from structprune.inputs import evaluating
 from structprune.tracing.trace import ExampleInputs, as_call
 
@@ -87,7 +87,7 @@ def export_onnx(
 
     Args:
         model: Any module that ``torch.export`` can trace.
-        path: Where the file goes; its folder must exist.
+        path: Where the file goes; its folder must exist. A link is followed.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments; arguments may be
             nested, and those that are no tensors become constants of the file.
         dynamic_batch: Leave dimension 0 of every input that is as long as the batch free, under the name ``batch``. The
@@ -107,7 +107,7 @@ def export_onnx(
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
         ExportError: The model cannot be exported, the file is invalid, or it computes something else; or a dimension is
-            not free, or the operator set not possible.
+            not free, or the operator set not possible; or there cannot be a file at `path`.
 
     Example:
         >>> import tempfile
@@ -117,27 +117,41 @@ def export_onnx(
         >>> result.max_relative_error < 1e-4
         True
     """
+    _check_options(model, check_inputs, opset, tolerance)
     for extra in ("onnx", "onnxscript", "onnxruntime"):
         require(extra)
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ExportError(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
+    try:
+        target = target_of(Path(path))
+    except (OSError, TypeError) as error:
+        raise ExportError(f"cannot write {path}: {error}") from error
     free = FreeDims.of(model, example_inputs, dynamic_batch, dynamic_dims or {})
     limit = _default_tolerance(model) if tolerance is None else tolerance
-    with evaluating(model), tempfile.TemporaryDirectory(dir=target.parent, prefix=".structprune-") as folder:
-        draft = Path(folder) / target.name
+    with evaluating(model), drafts_in(target.parent) as folder:
+        draft = folder / target.name
         opset_written = _write(model, free, draft, opset)
         check(draft)
         trials = [*free.batches(), *((inputs, "check_inputs") for inputs in check_inputs)]
         if len(trials) == len(free.batches()):
             trials += free.other_sizes(model)
         error = max(compare(model, inputs, draft, free.names, limit, at) for inputs, at in trials)
-        written = list(Path(folder).iterdir())
+        written = list(folder.iterdir())
         total = sum(file.stat().st_size for file in written)
         # The weights before the file that points to them.
         for file in sorted(written, key=lambda file: file == draft):
-            file.replace(target.parent / file.name)
-    return OnnxExport(path=target, opset=opset_written, max_relative_error=error, bytes=total)
+            put(file, target.parent / file.name)
+    return OnnxExport(path=Path(path), opset=opset_written, max_relative_error=error, bytes=total)
+
+
+def _check_options(model: object, check_inputs: object, opset: object, tolerance: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"model is a {type(model).__name__}; give the model, an nn.Module")
+    if not isinstance(check_inputs, Iterable) or isinstance(check_inputs, (Tensor, Mapping, str)):
+        raise ExportError(f"check_inputs is a {type(check_inputs).__name__}; give a list of inputs like the example")
+    if opset is not None and (not isinstance(opset, int) or opset < 1):
+        raise ExportError(f"opset is {opset!r}; give the number of an operator set")
+    # Written so that a tolerance that is no number fails as well.
+    if tolerance is not None and (not isinstance(tolerance, (int, float)) or not tolerance >= 0):
+        raise ExportError(f"tolerance is {tolerance!r}; give the largest relative error allowed")
 
 
 def _default_tolerance(model: nn.Module) -> float:

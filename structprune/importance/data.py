@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Batches:
         """One pass over the data; `what` stands before the progress bar.
 
         Raises:
-            PlanError: there is no batch, or the data could be run through only once and was.
+            PlanError: there is no batch, or one without samples, or the data could be run through only once and was.
         """
         iterator = iter(self.data)
         single = iterator is self.data
@@ -97,6 +98,8 @@ class Batches:
         count = 0
         for batch in self._shown(iterator, what):
             count += 1
+            if any(not len(tensor) for tensor in islice((t for t in tensors_in(batch) if t.dim()), 1)):
+                raise PlanError(f"Batch {count} of data holds no sample. Leave such batches out.")
             yield batch
         if not count:
             raise PlanError("data holds no batch, so there is nothing to measure a channel by.")

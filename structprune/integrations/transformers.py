@@ -12,6 +12,7 @@ from torch import nn
 
 from structprune.errors import LoadError, PlanError, UnsupportedModelError
 from structprune.extras import missing_extra
+from structprune.files import write_text
 from structprune.integrations.course import Course, costs
 from structprune.io import save
 from structprune.planning.options import PlanKeywords
@@ -122,9 +123,7 @@ class PruningCallback(TrainerCallback):
         """Add the record to the checkpoint."""
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            draft = folder / f".{RECORD}"
-            draft.write_text(json.dumps(self._course.state_dict()), encoding="utf-8")
-            draft.replace(folder / RECORD)
+            write_text(folder / RECORD, json.dumps(self._course.state_dict()))
 
     # -- its parts -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from structprune.errors import PlanError
-from structprune.files import write_whole
+from structprune.files import locked, write_text
 from structprune.latency.table import SCHEMA, LatencyTable
 
 
@@ -51,7 +51,7 @@ def conditions(backend: str, device: torch.device, threads: int) -> dict[str, An
 def processor() -> str:
     """The model of the CPU, as exactly as the platform tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part")
@@ -73,7 +73,7 @@ def load(folder: Path, held: Mapping[str, Any]) -> LatencyTable:
     """The table measured under these conditions, or an empty one; a damaged file counts for none, with a warning."""
     path = path_for(folder, held)
     try:
-        table = LatencyTable.from_json(path.read_text())
+        table = LatencyTable.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return LatencyTable(dict(held))
     except (PlanError, UnicodeDecodeError, OSError) as error:
@@ -99,7 +99,8 @@ def save(folder: Path, table: LatencyTable) -> Path:
     """
     path = path_for(folder, table.conditions)
     folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        table.grids = load(folder, table.conditions).grids | table.grids
-    write_whole(path, lambda draft: draft.write_text(table.to_json()))
+    with locked(folder):  # what another process has just measured is not lost
+        if path.exists():
+            table.grids = load(folder, table.conditions).grids | table.grids
+        write_text(path, table.to_json())
     return path

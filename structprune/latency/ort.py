@@ -182,7 +182,7 @@ def _time_piece(points: Sequence[Point], threads: int, runs: int, seconds: float
             session.run(None, feed)
             if number >= 3 and time.perf_counter() - began > seconds:
                 break
-        profile = json.loads(Path(session.end_profiling()).read_text())
+        profile = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return read_profile(profile, len(points))
 
 

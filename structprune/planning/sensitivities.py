@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
@@ -16,8 +17,8 @@ from rich.table import Table
 from torch import nn
 
 from structprune.errors import PlanError
-from structprune.extras import matplotlib_figure
-from structprune.files import write_whole
+from structprune.extras import matplotlib_figure, save_figure
+from structprune.files import target_of, write_text
 from structprune.graph import ChannelGraph, Layer
 from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
@@ -125,7 +126,7 @@ class Sensitivity:
         axes.invert_yaxis()
         axes.set_xlabel("share of the channels removed")
         figure.colorbar(image, label="fall of the metric")
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path, 150)
 
 
 def _curve(data: Mapping[str, Any]) -> GroupCurve:
@@ -166,8 +167,8 @@ def sensitivity(
         progress: whether to draw a progress bar.
 
     Raises:
-        PlanError: a ratio is no share, the checkpoint belongs to another model or other ratios, or the criterion needs
-            data or a loss that is not given.
+        PlanError: a ratio is no share, the metric returns no number, the checkpoint belongs to another model or other
+            ratios, or the criterion needs data or a loss that is not given.
 
     Example:
         >>> import torch, structprune
@@ -177,12 +178,19 @@ def sensitivity(
         >>> [(curve.group, curve.kept) for curve in found.curves]
         [('0', (7, 6, 4, 2))]
     """
-    if isinstance(ratios, str) or not ratios or any(not isinstance(r, Real) or not 0 < r < 1 for r in ratios):
+    if not callable(metric):
+        raise PlanError(f"metric is a {type(metric).__name__}; give a function of model and loader.")
+    shares = tuple(ratios) if isinstance(ratios, Iterable) else ()
+    if (
+        isinstance(ratios, str)
+        or not shares
+        or any(not isinstance(share, Real) or not 0 < share < 1 for share in shares)
+    ):
         raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
     graph = ChannelGraph(model, example_inputs, ignore=check_ignore("ignore", ignore))
     done = _resumed(checkpoint)
     score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
-    counts = {group: _kept(group, ratios, graph.bounds(group)) for group in graph.groups()}
+    counts = {group: _kept(group, shares, graph.bounds(group)) for group in graph.groups()}
     groups = [group for group, kept in counts.items() if kept]
     grid = [counts[group] for group in groups]
     if done and [(c.group, c.kept) for c in done.curves] != [
@@ -235,14 +243,21 @@ def _removed(graph: ChannelGraph, group: Group, count: int, orders: Mapping[Grou
 
 
 def _resumed(checkpoint: str | Path | None) -> Sensitivity | None:
-    if checkpoint is None or not Path(checkpoint).exists():
+    if checkpoint is None or not target_of(Path(checkpoint)).exists():
         return None
-    return Sensitivity.from_json(Path(checkpoint).read_text())
+    return Sensitivity.from_json(Path(checkpoint).read_text(encoding="utf-8"))
 
 
 def _measured(metric: Metric, model: nn.Module, loader: Any) -> float:
     with torch.no_grad():
-        return float(metric(model, loader))
+        found = metric(model, loader)
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"metric returned a {type(found).__name__}; let it return a number.") from error
+    if math.isnan(value):
+        raise PlanError("metric returned NaN. Check the data that loader gives.")
+    return value
 
 
 def _kept(group: Group, ratios: Sequence[float], bounds: tuple[int, int]) -> tuple[int, ...]:
@@ -255,4 +270,4 @@ def _kept(group: Group, ratios: Sequence[float], bounds: tuple[int, int]) -> tup
 
 
 def _write(path: Path, found: Sensitivity) -> None:
-    write_whole(path, lambda draft: draft.write_text(found.to_json()))
+    write_text(path, found.to_json())

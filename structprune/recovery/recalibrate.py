@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
-from structprune.inputs import device_of
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments
 from structprune.ranks import all_reduced, failing_together, nobody_failed
+from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
-from structprune.recovery.recover import inputs_of
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import held_tensors, lent, shield
 from structprune.tracing.trace import Trace, preserved_random_state, trace
 
 
-def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
+def recalibrate(model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None) -> nn.Module:
     """A copy of `model` whose batch norms hold the mean and the variance of their input over all of `data`.
 
     All batches go through the model side by side, and each norm is set when all have reached it. So its statistics are
@@ -36,9 +35,11 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
     Args:
         model: any model that can be traced, pruned or not; it stays as it was.
         data: batches as for `structprune.recover`.
+        forward: as for `structprune.recover`.
 
     Raises:
-        RecoveryError: there is no data, or a norm gets a single value of each channel; or another rank has failed.
+        RecoveryError: there is no data, or a norm gets a single value of each channel, or NaN; or another rank has
+            failed.
 
     Example:
         >>> import torch, structprune
@@ -48,13 +49,10 @@ def recalibrate(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         True
     """
     with failing_together(RecoveryError, "recalibrate"):
-        return _recalibrated(model, data)
+        return _recalibrated(model, batches_of(model, data, forward, "are no statistics to take"))
 
 
-def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
-    batches = [inputs_of(batch, device_of(model)) for batch in data]
-    if not batches:
-        raise RecoveryError("data holds no batch, so there are no statistics to take.")
+def _recalibrated(model: nn.Module, batches: list[Any]) -> nn.Module:
     nobody_failed()
     result = copy.deepcopy(model, _memo(held_tensors(model), {}))
     traced = trace(result, batches[0], op_of)
@@ -66,6 +64,12 @@ def _recalibrated(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         with parallel_runs(BatchRun, result, batches, traced, set(norms)) as runs:
             for event, node in norms.items():
                 values = _statistics([run.run_to(event) for run in runs])
+                if not all(bool(torch.isfinite(value).all()) for value in values):
+                    norm = str(arguments(node)["running_mean"].target).rpartition(".")[0]
+                    raise RecoveryError(
+                        f"The batch norm {norm!r} gets NaN or infinite values on data, and so would its statistics be. "
+                        "Check the data and the weights."
+                    )
                 for key, value in zip(_STATISTICS, values, strict=True):
                     name = str(arguments(node)[key].target)
                     # The model runs on copies of its buffers.

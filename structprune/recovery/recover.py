@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from structprune.errors import RecoveryError
 from structprune.graph import ChannelGraph
-from structprune.inputs import device_of
 from structprune.ranks import failing_together, nobody_failed
+from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.layer_solver import LayerSolver
 from structprune.recovery.layers import consumers
 from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
@@ -29,28 +30,15 @@ from structprune.tracing.trace import map_tensors, preserved_random_state
 HALF = (torch.float16, torch.bfloat16)
 
 
-def inputs_of(batch: Any, device: torch.device) -> Any:
-    """The part of a batch that the model takes: all of a tensor or a dict of keyword arguments, the first of a pair.
-
-    Args:
-        batch: a tensor, a dict, or a tuple or list that begins with one of them.
-        device: where the tensors are to be.
-
-    Raises:
-        RecoveryError: the batch is none of these.
-    """
-    if isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if not isinstance(batch, (Tensor, Mapping)):
-        raise RecoveryError(
-            f"A batch is a {type(batch).__name__}, and it is not clear how the model takes it. Let data give tensors, "
-            "dicts of keyword arguments, or pairs whose first is one of them."
-        )
-    return map_tensors(lambda tensor: tensor.to(device), batch)
-
-
 def recover(
-    slim: nn.Module, original: nn.Module, data: Iterable[Any], *, rows: int = 65536, rounds: int = 3, seed: int = 0
+    slim: nn.Module,
+    original: nn.Module,
+    data: Iterable[Any],
+    *,
+    rows: int = 65536,
+    rounds: int = 3,
+    seed: int = 0,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 
@@ -86,13 +74,15 @@ def recover(
         rows: how many positions (pixels, tokens) of all batches together a layer is solved on; drawn at random.
         rounds: how often a layer and its producers are solved together at most; with 0 the layers alone are solved.
         seed: of the draw. Random generators outside are not touched.
+        forward: called with the model and a batch, where batches are something else than the above; as for
+            `structprune.plan`. It runs once on each batch, to see what it calls the model with.
 
     Returns:
         A new model; `slim` and `original` are as they were.
 
     Raises:
-        RecoveryError: there is no data, or it does not fit the models, or the models do not fit each other; or another
-            rank has failed.
+        RecoveryError: there is no data, or it does not fit the models or makes them compute NaN, or the models do not
+            fit each other; or a number is none that can be; or another rank has failed.
 
     Example:
         >>> import torch, structprune
@@ -104,15 +94,19 @@ def recover(
         ['2']
     """
     with failing_together(RecoveryError, "recover"):
-        return _recovered(slim, original, data, rows, rounds, seed)
+        for name, value, least in (("rows", rows, 1), ("rounds", rounds, 0), ("seed", seed, 0)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise RecoveryError(f"{name} is {value!r}; give a whole number of at least {least}.")
+        for name, model in (("slim", slim), ("original", original)):
+            if not isinstance(model, nn.Module):
+                raise RecoveryError(f"{name} is a {type(model).__name__}; give the model, an nn.Module.")
+        batches = batches_of(original, data, forward, "is nothing to solve the layers on")
+        return _recovered(slim, original, batches, rows, rounds, seed)
 
 
 def _recovered(
-    slim: nn.Module, original: nn.Module, data: Iterable[Any], rows: int, rounds: int, seed: int
+    slim: nn.Module, original: nn.Module, batches: list[Any], rows: int, rounds: int, seed: int
 ) -> nn.Module:
-    batches = [inputs_of(batch, device_of(original)) for batch in data]
-    if not batches:
-        raise RecoveryError("data holds no batch, so there is nothing to solve the layers on.")
     nobody_failed()
     removed = removed_between(slim, original)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
@@ -210,9 +204,22 @@ def _solve_in_order(
                         solver.observe(event, pauses)
                         continue
                     goal = [run.run_to(event).result for run in original_runs]
-                    report = solver.solve([pause.result for pause in pauses], goal, tensors)
+                    ours = [pause.result for pause in pauses]
+                    for of, results in (("the original", goal), ("the pruned model", ours)):
+                        _require_numbers(results, of, solver.consumer.layer)
+                    report = solver.solve(ours, goal, tensors)
                     reports += [report] if report is not None else []
     return reports
+
+
+def _require_numbers(results: list[Tensor], of: str, layer: str) -> None:
+    """Check that results are numbers: with a single NaN or infinity, sums over them say nothing."""
+    wrong = [number for number, result in enumerate(results) if not bool(torch.isfinite(result).all())]
+    if wrong:
+        raise RecoveryError(
+            f"On batch {wrong[0]} of data, what {layer!r} is solved to meet is NaN or infinite in {of}. Check the data "
+            "and the weights."
+        )
 
 
 def _schedule(solvers: list[LayerSolver]) -> dict[Event, list[LayerSolver]]:

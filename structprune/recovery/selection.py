@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
 from structprune.inputs import device_of
 from structprune.ranks import all_reduced, failing_together, nobody_failed
+from structprune.recovery.batches import inputs_of
 from structprune.recovery.layers import GroupConsumer, group_consumers
 from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, PrefixCache, Side, output_of, parallel_runs
-from structprune.recovery.recover import inputs_of
 from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.state import lent, shield
 from structprune.tracing.trace import preserved_random_state, tensors_in
@@ -165,6 +166,14 @@ class Reconstruction:
     distance: Distance = divergence
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.per not in ("macs", "params"):
+            raise PlanError(f"per is {self.per!r}; a channel saves 'macs' or 'params'.")
+        for name, value in (("probes", self.probes), ("rows", self.rows)):
+            if not isinstance(value, Integral) or value < 1:
+                raise PlanError(f"{name} is {value!r}; give a whole number of at least 1.")
+
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Refused: it has to be fitted first.
 
@@ -277,6 +286,8 @@ class Reconstruction:
             for some in drawn.to(x.device).split(max(1, CHUNK // layer.features)):
                 rows = with_intercept(layer.features_at(x, some))[0]
                 xx.addmm_(rows.T, rows)
+        if not bool(torch.isfinite(xx).all()):
+            raise PlanError(f"The inputs of {node.meta['name']} are NaN or infinite on data. Check it and the weights.")
         return all_reduced(xx), torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
 
     def _distances(

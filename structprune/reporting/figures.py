@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from structprune.extras import matplotlib_figure
+from structprune.extras import matplotlib_figure, save_figure
 from structprune.graph import ChannelGraph
 from structprune.planning.plan import Plan
 from structprune.reporting.charts import Point, Recovery
@@ -175,8 +175,7 @@ def plot_graph(
     figure = matplotlib_figure((drawing.size[0] / 90, drawing.size[1] / 90))
     panel = figure.subplots()
     drawing.on_axes(panel)
-    figure.savefig(path, dpi=200)
-    return Path(path)
+    return save_figure(figure, path, 200)
 
 
 def _rows(model: nn.Module, example_inputs: ExampleInputs, plan: Plan | None, times: Times = ()) -> list[LayerRow]:
@@ -188,8 +187,7 @@ def finish(figure: Any, panels: Sequence[Any], path: str | os.PathLike[str]) -> 
     """Write a figure, its panels without a frame."""
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=200)
-    return Path(path)
+    return save_figure(figure, path, 200)
 
 
 def _drawn(rows: Sequence[tuple[str, tuple[float, float]]], label: str, path: str | os.PathLike[str]) -> Path:

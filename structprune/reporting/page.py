@@ -16,6 +16,7 @@ from torch import nn
 
 from structprune.benchmarking import Benchmark
 from structprune.costs import Cost
+from structprune.files import write_text
 from structprune.graph import ChannelGraph
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity
@@ -78,6 +79,7 @@ def report(
 
     Raises:
         TraceError: the forward cannot be recorded.
+        OSError: the folder cannot be written, or `path` is a device, a pipe or a folder.
 
     Example:
         >>> import tempfile, structprune
@@ -108,7 +110,7 @@ def report(
         ("settings", "The plan", _settings(plan) if plan else ""),
     ]
     file = Path(path)
-    file.write_text(_page(name, _subtitle(model, plan), sections, drawing.data()), encoding="utf-8")
+    write_text(file, _page(name, _subtitle(model, plan), sections, drawing.data()))
     return file
 
 

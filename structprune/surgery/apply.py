@@ -19,7 +19,7 @@ from structprune.surgery.slicing import smaller_tensors
 from structprune.tracing.describe import describe_layers, owner, set_attribute
 from structprune.tracing.provenance import SizeInt
 from structprune.tracing.scripted import copied_module
-from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors
+from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors, is_config
 from structprune.wrapping import prunable, rewrapped
 
 
@@ -35,6 +35,7 @@ def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
         SurgeryError: the plan does not fit the model, which is then as it was.
         UnsupportedModelError: a model of this kind cannot be pruned.
     """
+    _check_numbers(plan)
     inner = prunable(model, inplace=inplace)
     with collection_paused():
         slim = _apply(inner, plan, inplace)
@@ -147,26 +148,59 @@ def _empty(model: nn.Module, path: str, name: str, undo: list[Callable[[], None]
     set_attribute(module, name, {key: value for key, value in held.items() if not isinstance(value, Tensor)}, undo)
 
 
+def _check_numbers(plan: Edits) -> None:
+    """Refuse numbers that count no channels: a plan may come from a file.
+
+    A literal counts channels from the start (8 becomes 5) or from the end (-4 becomes -2), and so comes closer to 0. An
+    attribute that follows from others may grow, but to no more than a dimension has.
+    """
+    largest = max((thinning.size for thinning in plan.thinnings), default=0)
+    for edit in (*plan.repairs, *plan.rewrites):
+        limit = max(abs(edit.old), largest) if isinstance(edit, Repair) else abs(edit.old)
+        if abs(edit.new) > limit or (edit.new < 0) > (edit.old < 0) or (edit.new > 0) > (edit.old >= 0):
+            what = ".".join(map(str, edit.chain)) if isinstance(edit, Repair) else "a literal"
+            raise SurgeryError(
+                f"The plan sets {what} of {edit.module or 'the model'} from {edit.old} to {edit.new}, which is no "
+                "number of channels. Make a new plan for this model."
+            )
+
+
 def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) -> None:
     what = f"The attribute {'.'.join(map(str, repair.chain))} of {repair.module or 'the model'!r}"
     steps = list(repair.chain)
     try:
         owner: Any = model.get_submodule(repair.module)
         while len(steps) > 1 and isinstance(steps[1], str):
-            owner = getattr(owner, str(steps.pop(0)))
+            owner = _held(owner, str(steps.pop(0)))
         name = str(steps[0])
-        old = getattr(owner, name)
+        old = _held(owner, name)
         now = _read(old, steps[1:])
     except (AttributeError, IndexError, TypeError, KeyError) as error:
         raise SurgeryError(f"{what} is not there. Make a new plan for this model.") from error
     # A plan may come from a file: it sets numbers that count channels, and nothing else.
-    if type(now) not in (int, SizeInt) or now not in (repair.old, repair.new) or isinstance(owner, type):
+    if type(now) not in (int, SizeInt) or now not in (repair.old, repair.new):
         raise SurgeryError(f"{what} is {now}, where the plan expects {repair.old}. Make a new plan for this model.")
-    set_attribute(owner, name, _replaced(old, steps[1:], repair.new), undo)
+    try:
+        set_attribute(owner, name, _replaced(old, steps[1:], repair.new), undo)
+    except AttributeError as error:
+        raise SurgeryError(f"{what} cannot be set: {error}. Make a new plan for this model.") from error
+
+
+def _held(owner: Any, name: str) -> Any:
+    """An attribute of a module, or of an object of settings that one holds: a plan's numbers are nowhere else.
+
+    Raises:
+        AttributeError: there is none, or something else would hold it.
+    """
+    if name in INTERNAL or not (isinstance(owner, nn.Module) or is_config(owner)):
+        raise AttributeError(name)
+    return getattr(owner, name)
 
 
 def _read(value: Any, steps: list[Any]) -> Any:
     for step in steps:
+        if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):
+            raise TypeError("numbers stand in plain tuples and lists")
         value = value[step]
     return value
 

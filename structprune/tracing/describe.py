@@ -79,8 +79,8 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 def set_attribute(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
     """Set an attribute, and note how to take that back."""
     old = getattr(owner, name)
-    undo.append(lambda: setattr(owner, name, old))
     setattr(owner, name, value)
+    undo.append(lambda: setattr(owner, name, old))
 
 
 def describe_layers(model: nn.Module, paths: Iterable[str], undo: list[Callable[[], None]]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.zoo import each_of, entry_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from structprune import masks
+from structprune.errors import PlanError
 
 F64 = torch.float64
 
@@ -117,3 +119,135 @@ def test_equal_to_the_masked_model(name, kind, amount):
         assert size(slim) < size(model)
     assert not any(name.endswith(("_mask", "_orig")) for name in slim.state_dict())
     assert masks.compaction(slim, torch.randn(shape, dtype=F64)).plan is None
+
+
+def two(first: nn.Module, between: nn.Module, second: nn.Module) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(first, between, second).double().eval()
+
+
+def off_with_bias(model: nn.Module, channels: tuple[int, ...] = (1, 3)) -> nn.Module:
+    """The weights of these channels are zero, their biases are not."""
+    with torch.no_grad():
+        model[0].weight[list(channels)] = 0.0
+        model[0].bias[list(channels)] = 0.7
+    return model
+
+
+def test_a_constant_goes_into_the_bias_where_no_border_is_seen():
+    model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.Softplus(), nn.Conv2d(6, 4, 3)))
+    found = masks.compaction(model, torch.randn(1, 3, 9, 9, dtype=F64))
+    assert found.layers[0].removed == found.layers[0].off == (1, 3)
+    assert found.layers[1].folded == 2
+    same(model, found.model, (2, 3, 11, 13))
+
+
+def test_a_constant_stays_where_the_border_would_be_wrong_and_the_report_says_so():
+    model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.Softplus(), nn.Conv2d(6, 4, 3, padding=1)))
+    # The image is so small that the border cannot be seen in it.
+    found = masks.compaction(model, torch.randn(1, 3, 3, 3, dtype=F64))
+    assert found.plan is None
+    (why,) = found.layers[0].stays
+    assert found.layers[0].stays[why] == (1, 3)
+    assert "less at the border" in why
+    assert why in str(found)
+    same(model, found.model, (1, 3, 9, 9))
+
+
+def test_only_the_channels_that_the_border_changes_stay():
+    model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.Softplus(), nn.Conv2d(6, 4, 3, padding=1)))
+    with torch.no_grad():
+        centre = model[2].weight[:, 1, 1, 1].clone()
+        model[2].weight[:, 1] = 0.0
+        model[2].weight[:, 1, 1, 1] = centre
+    found = masks.compaction(model, torch.randn(1, 3, 5, 5, dtype=F64))
+    assert found.layers[0].removed == (1,)
+    same(model, found.model, (2, 3, 9, 7))
+
+
+@pytest.mark.parametrize(
+    ("between", "shape"),
+    [
+        (nn.AvgPool2d(3, stride=1, padding=1), (2, 3, 3, 3)),
+        (nn.Softmax(2), (2, 3, 6, 6)),
+        (nn.ZeroPad2d(1), (2, 3, 6, 6)),
+        (nn.Softmax(1), (2, 3, 6, 6)),
+        (nn.GroupNorm(2, 6), (2, 3, 6, 6)),
+        (nn.LocalResponseNorm(3), (2, 3, 6, 6)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_constant_does_not_pass_unchanged_keeps_it(between, shape):
+    model = off_with_bias(two(nn.Conv2d(3, 6, 1), between, nn.Conv2d(6, 4, 1)))
+    slim = masks.compact(model, torch.randn(shape, dtype=F64))
+    assert slim[0].out_channels == 6
+    same(model, slim, shape)
+
+
+def test_constants_travel_on_through_layers_that_read_nothing_else():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 2)).double().eval()
+    off_with_bias(model)
+    with torch.no_grad():
+        model[2].weight[0] = 0.0
+        model[2].weight[0, 1] = 2.0  # reads the constant alone
+    found = masks.compaction(model, torch.randn(3, 4, dtype=F64))
+    assert [layer.removed for layer in found.layers[:2]] == [(1, 3), (0,)]
+    same(model, found.model, (3, 4))
+
+
+def test_a_layer_of_zeros_keeps_one_channel():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double().eval()
+    prune.ln_structured(model[0], "weight", amount=6, n=2, dim=0)
+    found = masks.compaction(model, torch.randn(3, 4, dtype=F64))
+    assert found.model[0].out_features == 1
+    assert list(found.layers[0].stays) == ["a layer keeps at least one channel"]
+    same(model, found.model, (3, 4))
+
+
+def test_the_model_is_left_as_it_was_and_may_be_frozen_or_training():
+    model = randomized(Residual)
+    zero_some(model, "ln", 0.5)
+    model.train()
+    model.head.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    slim = masks.compact(model, torch.randn(2, 3, 8, 8, dtype=F64))
+    assert model.training
+    assert prune.is_pruned(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    same(model.eval(), slim.eval(), (2, 3, 8, 8))
+
+
+def test_a_bias_that_serves_two_operations_takes_no_constant():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 6)
+            self.shared = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.shared(torch.sigmoid(self.first(x)))
+            return self.shared(torch.sigmoid(x)).sum(1, keepdim=True)
+
+    model = Twice().double().eval()
+    with torch.no_grad():
+        model.first.weight[2] = 0.0
+    same(model, masks.compact(model, torch.randn(3, 4, dtype=F64)), (3, 4))
+
+
+def test_zeros_on_meta_cannot_be_seen():
+    model = nn.Linear(2, 2, device="meta")
+    with pytest.raises(PlanError, match="'weight' is on the meta device"):
+        masks.compact(model, torch.randn(1, 2))
+
+
+@each_of(["torchvision/resnet18", "torchvision/densenet121", "torchvision/shufflenet_v2_x1_0"])
+def test_models_of_the_zoo(key):
+    entry = entry_of(key)
+    torch.manual_seed(0)
+    model, _ = entry.build()
+    model = model.double().eval()
+    zero_some(model, "ln", 0.6)
+    x = torch.randn(1, 3, 64, 64, dtype=F64)
+    slim = masks.compact(model, x)
+    assert size(slim) < size(model)
+    same(model, slim, (1, 3, 64, 64))

@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.nn.utils import prune as torch_prune
 
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError, VerificationError
 from structprune.masks.constants import Constants
 from structprune.masks.folding import Fold
 from structprune.masks.liveness import Liveness
+from structprune.masks.torch_masks import remove
 from structprune.plan import Plan
 from structprune.planning import plan_removal
 from structprune.surgery.verify import TOLERANCE
@@ -159,20 +159,7 @@ def permanent(model: nn.Module) -> nn.Module:
         if not held.tensor.is_leaf:  # deepcopy refuses these; a mask makes them anew
             memo[id(held.tensor)] = held.tensor.detach().clone()
     result = copy.deepcopy(model, memo)
-    remove_masks(result)
-    return result
-
-
-def remove_masks(model: nn.Module) -> None:
-    """Make the masks of ``torch.nn.utils.prune`` permanent, in place; parameters keep their order."""
-    for module in model.modules():
-        hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, torch_prune.BasePruningMethod)]
-        for hook in hooks:
-            name = hook._tensor_name
-            order = [key.removesuffix("_orig") if key == f"{name}_orig" else key for key in module._parameters]
-            torch_prune.remove(module, name)
-            for key in order:  # what is put in again goes to the end
-                module._parameters[key] = module._parameters.pop(key)
+    return remove(result)
 
 
 def _give_bias(model: nn.Module, fold: Fold) -> None:

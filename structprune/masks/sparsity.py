@@ -72,10 +72,8 @@ class Sparsity:
     def _repr_html_(self) -> str:
         """A table for notebooks."""
         rows = [(t.tensor, t.zeros, t.entries) for t in self.tensors] + [("all", self.zeros, self.entries)]
-        body = "".join(
-            f"<tr><td>{escape(name)}</td><td>{zeros:,}</td><td>{entries:,}</td><td>{_share(zeros, entries):.2%}</td></tr>"
-            for name, zeros, entries in rows
-        )
+        cells = [(escape(name), f"{zeros:,}", f"{n:,}", f"{_share(zeros, n):.2%}") for name, zeros, n in rows]
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
         head = "".join(f"<th>{title}</th>" for title in ("tensor", "zeros", "entries", "sparsity"))
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{NOTE}</p>"
 

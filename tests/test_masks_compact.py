@@ -240,14 +240,16 @@ def test_zeros_on_meta_cannot_be_seen():
         masks.compact(model, torch.randn(1, 2))
 
 
-@each_of(["torchvision/resnet18", "torchvision/densenet121", "torchvision/shufflenet_v2_x1_0"])
+ZOO = ("resnet18", "densenet121", "shufflenet_v2_x1_0", "mobilenet_v3_small", "googlenet", "swin_t")
+
+
+@each_of([f"torchvision/{name}" for name in ZOO])
 def test_models_of_the_zoo(key):
     entry = entry_of(key)
     torch.manual_seed(0)
-    model, _ = entry.build()
-    model = model.double().eval()
+    model, x = entry.build()
+    model, x = model.double().eval(), x.double()
     zero_some(model, "ln", 0.6)
-    x = torch.randn(1, 3, 64, 64, dtype=F64)
     slim = masks.compact(model, x)
     assert size(slim) < size(model)
-    same(model, slim, (1, 3, 64, 64))
+    same(model, slim, tuple(x.shape))

@@ -253,3 +253,60 @@ def test_models_of_the_zoo(key):
     slim = masks.compact(model, x)
     assert size(slim) < size(model)
     same(model, slim, tuple(x.shape))
+
+
+class EveryThird(prune.BasePruningMethod):
+    """A user's own method: every third filter goes."""
+
+    PRUNING_TYPE = "structured"
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        mask = default_mask.clone()
+        mask[::3] = 0
+        return mask
+
+
+@pytest.mark.parametrize("still_masked", [True, False])
+def test_methods_of_ones_own_and_masks_made_permanent(still_masked):
+    model = randomized(Residual)
+    EveryThird.apply(model.conv1, "weight")
+    prune.custom_from_mask(model.last, "weight", torch.ones(20, 12, 1, 1).index_fill(0, torch.tensor([4]), 0))
+    if not still_masked:
+        prune.remove(model.conv1, "weight")
+        prune.remove(model.last, "weight")
+    found = masks.compaction(model, torch.randn(2, 3, 8, 8, dtype=F64))
+    assert {layer.layer: layer.off for layer in found.layers}["conv1"] == (0, 3, 6, 9, 12, 15)
+    assert found.model.last.out_channels == 19
+    same(model, found.model, (2, 3, 8, 8))
+
+
+def test_a_write_into_shared_memory_is_no_constant():
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 6)
+            self.other = nn.Linear(4, 6)
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.sigmoid(self.first(x))
+            view = y[:]
+            view.add_(self.other(x))
+            return self.last(y)
+
+    model = Writes().double().eval()
+    with torch.no_grad():
+        model.first.weight[2] = 0.0
+    slim = masks.compact(model, torch.randn(3, 4, dtype=F64))
+    assert slim.first.out_features == 6
+    same(model, slim, (3, 4))
+
+
+def test_transposed_convolutions():
+    model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, stride=2)))
+    same(model, masks.compact(model, torch.randn(1, 3, 6, 6, dtype=F64)), (2, 3, 7, 7))
+    with torch.no_grad():
+        model[0].bias[3] = -0.5  # zero behind the ReLU
+    slim = masks.compact(model, torch.randn(1, 3, 6, 6, dtype=F64))
+    assert slim[2].in_channels == 5
+    same(model, slim, (2, 3, 7, 7))

@@ -1,5 +1,6 @@
 """structprune: trained PyTorch networks made smaller and faster by removing whole channels."""
 
+from structprune import masks as masks
 from structprune import training as training
 from structprune.api import plan, prune
 from structprune.benchmarking import Benchmark, benchmark, layer_times

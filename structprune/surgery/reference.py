@@ -17,13 +17,13 @@ from structprune.tracing.replay import FoundCall
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
 _SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm", "softmax", "_softmax", "python.softmax"}
 # What these give does not change with channels that are zero.
-_PLAIN = frozenset({"sum", "nansum", "norm", "linalg_vector_norm", "frobenius_norm"})
+SUMS = frozenset({"sum", "nansum", "norm", "linalg_vector_norm", "frobenius_norm"})
 
 
 def thinned_norms(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
     """The norms and means that run over the channels that stay once `dead` is gone, with what lives of their rows."""
     for survivors in graph.channels.relations.survivors:
-        if graph.trace.everything[survivors.node].meta["name"] not in _PLAIN:
+        if graph.trace.everything[survivors.node].meta["name"] not in SUMS:
             masks = [~dead[graph.components.of(row)] for row in survivors.rows]
             if not all(mask.all() for mask in masks):
                 yield survivors, masks

@@ -1,0 +1,259 @@
+"""Which channels of which tensors do not depend on the inputs, and their values: one walk over the trace.
+
+An output channel whose weights are all zero is its bias; after a batch norm and a ReLU it is another constant; a layer
+that reads nothing but such channels makes constants in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structprune.graph import ChannelGraph
+from structprune.masks.layer_calls import Layer, layer, runs
+from structprune.masks.probing import may_move, moved_states, passed_state, passes
+from structprune.masks.states import FAILURES, State, call, collapse, collapsed, unknown
+from structprune.ops import op_of
+from structprune.ops.arguments import arguments, tensors
+from structprune.ops.relations import Row, Rows
+from structprune.ops.zeros import gives_zero
+from structprune.tracing.state import held_tensors
+from structprune.tracing.trace import part_of
+
+
+class Constants:
+    """The constants of a network in eval mode.
+
+    Args:
+        graph: its coupled channels.
+
+    Attributes:
+        layers: the layers whose weight the model holds, by node.
+        apart: the operations of which it is known that they treat every channel alone: elementwise ones, movements,
+            batch norms, pooling.
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self._graph = graph
+        self._tensors = {name: held.tensor for name, held in held_tensors(graph.model).items()}
+        self.layers: dict[fx.Node, Layer] = {}
+        self.apart: set[fx.Node] = set()
+        self._states: dict[fx.Node, Any] = {}
+        views = _Memory()
+        with torch.no_grad():
+            for node in graph.trace.nodes:
+                self._states[node] = self._state(node)
+                for other in views.overwritten(node):
+                    self._states[other] = self._nothing(other)
+
+    def of(self, node: fx.Node) -> State:
+        """What is known of a tensor."""
+        return self._states[node]
+
+    def rows(self, node: fx.Node) -> Rows:
+        """The axes of a tensor."""
+        return self._results(node)
+
+    def _results(self, node: fx.Node) -> Any:
+        """The axes of an operation's result; a list of them for several results."""
+        return self._graph.channels.rows[node.meta["index"]]
+
+    def weight(self, node: fx.Node) -> Tensor:
+        """A parameter in float64."""
+        return self._tensors[str(node.target)].detach().double().cpu()
+
+    def _nothing(self, node: fx.Node) -> Any:
+        rows = self._results(node)
+        if isinstance(rows, list):
+            return [unknown(part or ()) for part in rows]
+        return unknown(rows)
+
+    def _state(self, node: fx.Node) -> Any:
+        rows = self._results(node)
+        name = node.meta["name"]
+        if name == "part":
+            parent, position = part_of(node)
+            return self._states[parent][position] if isinstance(self._states[parent], list) else self._nothing(node)
+        dtype = node.meta.get("dtype")
+        if name == "parameter":
+            if dtype is None or not dtype.is_floating_point:
+                return unknown(rows)
+            value = self.weight(node)
+            return collapse(value, torch.ones_like(value, dtype=torch.bool), rows)
+        known = op_of(name)
+        if known is None or not node.op.startswith("call_") or not self._foreseen(node):
+            return self._nothing(node)
+        if (known.random and not _at_rest(node)) or known.creates:
+            return self._nothing(node)
+        if isinstance(rows, list):
+            found = moved_states(node, self._states, rows) if may_move(node) else None
+            if found is not None:
+                self.apart.add(node)
+            return found or self._nothing(node)
+        found = self._single(node, rows)
+        return self._nothing(node) if found is None else found
+
+    def _foreseen(self, node: fx.Node) -> bool:
+        """Whether the record of its operation speaks of this call, and all it takes has been walked over."""
+        given = tensors(node)
+        return (
+            node.meta["index"] not in self._graph.channels.unforeseen
+            and bool(given)
+            and all(isinstance(self._states.get(source), State) for source in given)
+        )
+
+    def _single(self, node: fx.Node, rows: Rows) -> State | None:
+        known = op_of(node.meta["name"])
+        assert known is not None
+        if known.norm is not None:
+            return self._batch_norm(node, rows) if known.norm.statistics and known.elementwise else None
+        if known.contraction is not None:
+            return self._layer(node, rows)
+        if may_move(node):
+            found = moved_states(node, self._states, [rows])
+            if found is not None:
+                self.apart.add(node)
+                return found[0]
+        if known.elementwise:
+            self.apart.add(node)
+            return self._elementwise(node, rows)
+        sources = set(tensors(node))
+        if known.own and len(sources) == 1 and not self._over_survivors(node):
+            (source,) = sources
+            if passes(node, self.rows(source), rows) is not None:
+                self.apart.add(node)
+                return passed_state(self.of(source), self.rows(source), rows)
+        return None
+
+    def _over_survivors(self, node: fx.Node) -> bool:
+        return any(s.node == node.meta["index"] for s in self._graph.channels.relations.survivors)
+
+    def _batch_norm(self, node: fx.Node, rows: Rows) -> State | None:
+        """``(x - mean) / sqrt(var + eps) * scale + shift``; where the scale is zero, `x` does not matter."""
+        given = arguments(node)
+        parts = {name: given.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
+        x = given.get("input")
+        held = all(p is None or (isinstance(p, fx.Node) and p.meta["name"] == "parameter") for p in parts.values())
+        if given.get("training") or parts["running_var"] is None or not held or not isinstance(x, fx.Node):
+            return None
+        self.apart.add(node)
+        state = self.of(x)
+        values: dict[fx.Node, Tensor] = {p: self.weight(p) for p in parts.values() if p is not None}
+        if state.value.shape[1] != rows[1].size:
+            return None
+        value = call(node, {x: state.value, **values})
+        known = state.known
+        if parts["weight"] is not None:
+            shape = [-1 if dim == 1 else 1 for dim in range(len(rows))]
+            known = known | (values[parts["weight"]] == 0).view(shape)
+        return State(torch.where(known, value, 0.0), known)
+
+    def _layer(self, node: fx.Node, rows: Rows) -> State | None:
+        """A result is constant where all that its weights read is."""
+        found = layer(node, self.rows)
+        if found is None:
+            return None
+        weight = self.weight(found.weight)
+        if not runs(found, weight):
+            return None
+        self.layers[node] = found
+        state = self.of(found.x)
+        added, uneven = found.added(state.value, weight)
+        reached = found.run(found.spread((~state.known).double()), weight.abs())
+        dims = [d for d in range(reached.dim()) if d != found.result_dim % reached.dim()]
+        unread = (reached.amax(dims, keepdim=True) if dims else reached) == 0
+        known = unread & ~uneven
+        if found.bias is not None:
+            added = added + self.weight(found.bias).view(
+                [-1 if d == found.result_dim % reached.dim() else 1 for d in range(reached.dim())]
+            )
+        shape = collapsed(rows)
+        if not rows[found.result_dim].free:  # constants are told channel by channel
+            return None
+        return State(torch.where(known, added, 0.0).expand(shape), known.expand(shape))
+
+    def _elementwise(self, node: fx.Node, rows: Rows) -> State | None:
+        sources = tensors(node)
+        dtype = node.meta.get("dtype")
+        if dtype is None or not dtype.is_floating_point or len(rows) != len(node.meta["shape"]):
+            return None
+        if any(not source.meta["dtype"].is_floating_point for source in sources):
+            return None
+        shape = collapsed(rows)
+        known: list[Tensor] = []
+        zero: list[Tensor] = []
+        for source in sources:
+            place = self._aligned(source, rows)
+            if place is None:
+                return None
+            known.append(self.of(source).known.view(place).expand(shape))
+            zero.append(self.of(source).zero.view(place).expand(shape))
+        given = {source: self.of(source).value.clone() for source in sources}
+        try:
+            value = call(node, given)
+        except FAILURES:
+            return None
+        if not isinstance(value, Tensor) or list(value.shape) != shape:
+            return None
+        value = value.double()
+        constant = torch.stack(known).all(0)
+        for place, off in enumerate(zero):
+            if bool((off & ~constant).any()) and len(sources) > 1 and gives_zero(node, frozenset({place})):
+                value = torch.where(off & ~constant, 0.0, value)
+                constant = constant | off
+        constant = constant & value.isfinite()
+        return State(torch.where(constant, value, 0.0), constant)
+
+    def _aligned(self, source: fx.Node, rows: Rows) -> list[int] | None:
+        """The shape by which the state of an argument is broadcast to the result; None if that cannot be told.
+
+        A scale for each channel, (8,), of ``prelu`` stands at dimension 1 of a result (2, 8, 5, 5): (1, 8, 1, 1).
+        """
+        mine = self.rows(source)
+        if len(mine) <= len(rows) and all(
+            self._alike(a, b) for a, b in zip(mine, rows[len(rows) - len(mine) :], strict=True)
+        ):
+            return [1] * (len(rows) - len(mine)) + collapsed(mine)
+        if len(mine) == 1 and mine[0].free:
+            places = [dim for dim, row in enumerate(rows) if row.free and self._alike(mine[0], row)]
+            if len(places) == 1:
+                return [mine[0].size if dim == places[0] else 1 for dim in range(len(rows))]
+        return None
+
+    def _alike(self, mine: Row, result: Row) -> bool:
+        if not mine.free:
+            return True
+        parts = self._graph.components
+        return result.free and mine.size == result.size and bool((parts.of(mine) == parts.of(result)).all())
+
+
+class _Memory:
+    """Tensors that share memory: after a write into one of them nothing is known of the others."""
+
+    def __init__(self) -> None:
+        self._owner: dict[fx.Node, fx.Node] = {}
+        self._shared: dict[fx.Node, list[fx.Node]] = {}
+
+    def overwritten(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors walked over before that `node` writes into without being their new value."""
+        source = node.meta.get("writes")
+        if source is None and node.meta["name"] == "part":
+            source = part_of(node)[0]
+        elif source is None:
+            known = op_of(node.meta["name"])
+            given = tensors(node) if known is not None and known.views else []
+            source = given[0] if given else None
+        owner = node if source is None else self._owner[source]
+        self._owner[node] = owner
+        shared = self._shared.setdefault(owner, [])
+        found = list(shared) if "writes" in node.meta else []
+        shared.append(node)
+        return found
+
+
+def _at_rest(node: fx.Node) -> bool:
+    """Whether a dropout is off."""
+    given = arguments(node)
+    return "train" in given and not given["train"]

@@ -32,7 +32,7 @@ from torch import Tensor
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import CRITERIA, fitted
-from structprune.planning import tensors_of
+from structprune.planning.build import tensors_of
 
 
 def switched_off(group: Group, tensors: dict[str, Tensor], channel: int) -> list[tuple[Tensor, Tensor]]:

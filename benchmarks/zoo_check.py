@@ -186,7 +186,7 @@ def _matters(changed: float) -> None:
 
 def _compared(judge: oracle.Oracle, plan: structprune.Plan, slim: nn.Module | None, before: Any) -> dict[str, Any]:
     """Relative errors of the judge's own pruned model, or of `slim` where it is that."""
-    expected = judge.expect(plan.removed)
+    expected = judge.expect(plan.removed, plan.settings.get("over_survivors", ()))
     output = judge.output(plan.apply(judge.original) if slim is None else slim, expected.widened)
     _same_shapes(output, before)
     found = {"relative_error": oracle.relative_error(output, expected.output), "changed": expected.changed}

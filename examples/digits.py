@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import structprune
-from structprune.benchmark import benchmark
+from structprune.benchmarking import benchmark
 from structprune.export.onnx import export_onnx
 
 TRAIN_EPOCHS = 8

@@ -5,7 +5,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import structprune
-from structprune.benchmark import benchmark
+from structprune.benchmarking import benchmark
 
 
 def main():

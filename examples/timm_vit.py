@@ -8,7 +8,7 @@ import timm
 import torch
 
 import structprune
-from structprune.benchmark import benchmark
+from structprune.benchmarking import benchmark
 
 
 def main():

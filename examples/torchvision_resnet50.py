@@ -5,7 +5,7 @@ import torch
 from torchvision.models import resnet50
 
 import structprune
-from structprune.benchmark import benchmark
+from structprune.benchmarking import benchmark
 
 
 def main():

@@ -2,8 +2,8 @@
 
 from structprune import training as training
 from structprune.api import plan, prune
-from structprune.benchmark import Benchmark, benchmark, layer_times
-from structprune.cost import Cost, cost
+from structprune.benchmarking import Benchmark, benchmark, layer_times
+from structprune.costs import Cost, cost
 from structprune.dependency_graph import DependencyGraph
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
@@ -15,14 +15,14 @@ from structprune.ops.op import register_op
 from structprune.ops.op import register_op as register_rule
 from structprune.ops.opaque import register_module_rule
 from structprune.optimizers import remap_optimizer
-from structprune.plan import Plan
+from structprune.planning.plan import Plan
+from structprune.planning.sensitivities import Sensitivity, sensitivity
 from structprune.pruner import Pruner
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
-from structprune.report import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
-from structprune.sensitivity import Sensitivity, sensitivity
+from structprune.reporting import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
 from structprune.surgery.history import kept
 from structprune.surgery.verify import Report, verify
 

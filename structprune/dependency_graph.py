@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from structprune.graph import ChannelGraph, Layer
 from structprune.groups import Group
-from structprune.plan import Plan
-from structprune.planning import plan_removal
+from structprune.planning.build import plan_removal
+from structprune.planning.checks import check_ignore, check_outputs
+from structprune.planning.plan import Plan, Settings
 from structprune.tracing.subgraph import layer_flow
+from structprune.tracing.trace import ExampleInputs, OutputName
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -43,6 +47,18 @@ class DependencyGraph(ChannelGraph):
         >>> model[2].weight.shape
         torch.Size([4, 6, 3, 3])
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        *,
+        ignore: Iterable[Layer] | Layer = (),
+        outputs: Iterable[OutputName] | OutputName | None = None,
+    ) -> None:
+        super().__init__(
+            model, example_inputs, ignore=check_ignore("ignore", ignore), outputs=check_outputs("outputs", outputs)
+        )
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """The layers that hold tensors, with an edge where one's output reaches the next.
@@ -78,7 +94,9 @@ class DependencyGraph(ChannelGraph):
             PinnedError: a channel may not be removed; the message says why.
             SurgeryError: the removal failed; the model is as it was.
         """
-        decided = plan_removal(self, self.chosen(target, indices), {"indices": [int(i) for i in indices]})
+        decided = plan_removal(
+            self, self.chosen(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
+        )
         decided.apply(self.model, inplace=True)
         self._analyse()
         return decided

@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from math import lcm
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import fx, nn
 
 from structprune.axes import Roles, roles
-from structprune.channels.fold import Fold, folds
+from structprune.channels.fold import Fold
+from structprune.channels.fold_ahead import folds
+from structprune.channels.origins import follows_inputs
 from structprune.channels.propagate import Channels, Invariant, propagate
 from structprune.channels.rehearsed import Rehearsals, described_row
 from structprune.channels.sizes import Sizes, SizeSolver
@@ -20,7 +22,7 @@ from structprune.channels.solver import Components, Mask
 from structprune.channels.trials import Counter
 from structprune.channels.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
 from structprune.channels.zeros import pin_what_is_not_zero
-from structprune.cost import CostModel
+from structprune.costs import CostModel
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
 from structprune.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
 from structprune.ops import op_of
@@ -31,9 +33,6 @@ from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import can_be_rebuilt, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
-
-if TYPE_CHECKING:
-    pass
 
 Layer = str | nn.Module
 
@@ -64,13 +63,13 @@ class ChannelGraph:
 
     def _analyse(self) -> None:
         with collection_paused():
-            self._solve()
+            self.trace: Trace = trace(self.model, self.example_inputs, operations=op_of)
+            self._relate()
 
-    def _solve(self) -> None:
+    def _relate(self) -> None:
         for name in ("_groups", "costs", "roles", "roots", "slots"):
             self.__dict__.pop(name, None)
         self._modules = dict(self.model.named_modules())
-        self.trace: Trace = trace(self.model, self.example_inputs, operations=op_of)
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
@@ -82,7 +81,7 @@ class ChannelGraph:
         self.folds: list[Fold] = []
         scales = self.channels.relations.scales
         for scale, found in zip(scales, folds(self.trace, scales), strict=True):
-            if found is None:
+            if found is None or follows_inputs(scale.expression, self.channels.rows):
                 where = self.trace.everything[scale.node].meta["where"]
                 self.channels.invariants.append(Invariant(scale.expression, where))
             else:
@@ -98,13 +97,20 @@ class ChannelGraph:
     def settle(self, dead: Mask) -> bool:
         """Whether the forward runs as foreseen at the widths that `dead` leaves.
 
-        Where it does not, what a number of unknown origin depends on is pinned: groups must be asked for once more.
+        Where it does not, the origin of a number is found, or what it depends on is pinned: ask for groups once more.
         """
         with collection_paused():
             found = self._rehearsals.deviations(self.components, dead)
-            if found:
+            if found and self._rehearsals.trace_back(self.components, dead, found):
+                self._relate()
+            elif found:
                 self._pin_deviating(dead, found[0])
         return not found
+
+    @property
+    def unchecked(self) -> str:
+        """What could not be rehearsed at other widths; empty if nothing, or if no rehearsal was in need of it."""
+        return self._rehearsals.unchecked
 
     def _pin_deviating(self, dead: Mask, found: Deviation) -> None:
         groups = [group.components for group in coupled_groups(self.components, self.slots)]

@@ -38,7 +38,7 @@ from structprune.files import (
     write_whole,
 )
 from structprune.filling import fill
-from structprune.plan import Plan, plans_of
+from structprune.planning.plan import Plan, plans_of
 from structprune.schema import FormError, Migration, up_to_date
 from structprune.surgery.history import kept
 from structprune.tracing.shadow import shadow_of

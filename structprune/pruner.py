@@ -11,15 +11,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from structprune.api import Options, decide
-from structprune.decision import Decision
+from structprune.api import coupled_channels, decide
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.groups import Group
 from structprune.optimizers import remap_optimizer
-from structprune.plan import Plan, plans_of, replay
-from structprune.planning import plan_removal
-from structprune.timed import TimedDecision
+from structprune.planning.build import plan_removal
+from structprune.planning.options import PlanKeywords, PlanOptions, takes_options
+from structprune.planning.plan import Plan, plans_of, replay
 from structprune.tracing.trace import ExampleInputs
 
 # The share of all that is to go that is gone at the share t of the steps.
@@ -33,6 +32,7 @@ Schedule = str | Callable[[float], float]
 Key = tuple[str, str, int]
 
 
+@takes_options
 class Pruner:
     """Prunes a model in place, step by step; train it in between.
 
@@ -48,7 +48,7 @@ class Pruner:
         optimizer: its state is carried along, so that training goes on as if the removed channels had never been.
         state: what `state_dict` of a Pruner with the same options gave, to go on from there. The model is then given as
             it was built; what was done to it is done again, so that the weights of the checkpoint fit.
-        options: those of `structprune.plan`: ``ratio``, ``target``, ``importance``, ``data``, ``scope`` and the others.
+        options: those of `structprune.plan` (`structprune.planning.options.PlanOptions`).
 
     Raises:
         PlanError: what is asked for cannot be planned, or `state` belongs to another schedule or model.
@@ -74,7 +74,7 @@ class Pruner:
         schedule: Schedule = "cubic",
         optimizer: Optimizer | None = None,
         state: Mapping[str, Any] | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[PlanKeywords],
     ) -> None:
         if steps < 1:
             raise PlanError(f"steps is {steps}; it takes at least 1.")
@@ -86,14 +86,14 @@ class Pruner:
         self._inputs = example_inputs
         self._schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
         self._optimizer = optimizer
-        self._options = options
+        self._options = PlanOptions(**options)
         # By group: how many channels it has before the first step and after the last.
         self._ends: dict[Key, tuple[int, int]]
         if state is None:
-            graph, decision = self._decide(None)
-            keys = _keys(graph.groups())
+            graph = coupled_channels(self.model, self._inputs, self._options)
+            kept = decide(graph, self._options).kept
             self._ends = {
-                key: (group.channels, decision.kept.get(group, group.channels)) for group, key in keys.items()
+                key: (group.channels, kept.get(group, group.channels)) for group, key in _keys(graph.groups()).items()
             }
         else:
             self._go_on(state)
@@ -133,10 +133,11 @@ class Pruner:
         share = float(self._schedule((self.taken + 1) / self.steps))
         if not 0 <= share <= 1:
             raise PlanError(f"The schedule gives {share} at step {self.taken + 1}; it must give shares from 0 to 1.")
-        graph, decision = self._decide(share)
+        graph = coupled_channels(self.model, self._inputs, self._options)
+        decision = decide(graph, self._now(graph, share))
         with torch.no_grad():
-            settings = {**decision.settings, "ratio": None, "step": self.taken + 1, "share": share}
-            return plan_removal(graph, decision.chosen, settings)
+            asked = {**decision.settings.asked, "ratio": None, "step": self.taken + 1, "share": share}
+            return plan_removal(graph, decision.chosen, replace(decision.settings, asked=asked))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pruning is, for a checkpoint: numbers, strings and lists of them.
@@ -167,6 +168,8 @@ class Pruner:
         }
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
+        if missing := sorted({"steps", "taken", "ends", "plans"} - set(state)):
+            raise PlanError(f"state is {state!r:.60}, without {', '.join(missing)}. Give what state_dict returned.")
         if state["steps"] != self.steps:
             raise PlanError(
                 f"The state is that of a Pruner of {state['steps']} steps, and this one has {self.steps}. Go on with "
@@ -176,16 +179,9 @@ class Pruner:
         self._ends = {(name, axis, number): (start, end) for name, axis, number, start, end in state["ends"]}
         self.taken = state["taken"]
 
-    def _decide(self, share: float | None) -> tuple[DependencyGraph, Decision | TimedDecision]:
-        """The channels to remove now so that `share` of all that is to go is gone; None decides about the end."""
-        if share is None:
-            return decide(self.model, self._inputs, self._options)
-        return decide(
-            self.model,
-            self._inputs,
-            self._options,
-            lambda graph, request: replace(request, ratio=self._ratio(graph, share), target=None, scope="local"),
-        )
+    def _now(self, graph: DependencyGraph, share: float) -> PlanOptions:
+        """What is asked for now, so that afterwards `share` of all that is to go is gone."""
+        return replace(self._options, ratio=self._ratio(graph, share), target=None, latency=None, scope="local")
 
     def _ratio(self, graph: DependencyGraph, share: float) -> Callable[[Group], float]:
         """The share that each group must lose now, from what it has."""

@@ -7,7 +7,7 @@ refused here, so that surgery meets nothing that it was not written for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -119,30 +119,43 @@ def texts(data: Any, length: int | None = None) -> tuple[str, ...]:
     return tuple(data)
 
 
-def inputs(data: Any, depth: int = 0) -> Any:
+def inputs(data: Any) -> Any:
     """The description of example inputs (see `structprune.tracing.specification`), unchanged.
 
     Raises:
         FormError: it describes nothing that can be made.
     """
+    _inputs(data, 0, 0)
+    return data
+
+
+def _inputs(data: Any, depth: int, tensors: int) -> int:
+    """Check a part of the description that `tensors` tensors come before; how many there are with it."""
     if not isinstance(data, dict) or depth > DEEPEST:
         raise FormError(f"a description of inputs is {data!r:.60}")
-    items: Any = ()
     if data.keys() == {"tensor", "dtype"}:
         if not _is_tensor(data["tensor"], data["dtype"]):
             raise FormError(f"an input is a tensor of shape {data['tensor']!r:.60} and type {data['dtype']!r:.60}")
+        return tensors + 1
+    if data.keys() == {"again"}:
+        if type(data["again"]) is not int or not 0 <= data["again"] < tensors:
+            raise FormError(f"an input is the same as number {data['again']!r:.60} of the tensors before it")
     elif data.keys() == {"value"}:
         if not isinstance(data["value"], (bool, int, float, str, type(None))):
             raise FormError(f"an input is {data['value']!r:.60}")
-    elif data.keys() in ({"tuple"}, {"list"}) and isinstance(next(iter(data.values())), list):
-        items = next(iter(data.values()))
-    elif data.keys() == {"dict"} and isinstance(data["dict"], dict):
-        items = data["dict"].values()
     else:
-        raise FormError(f"a description of inputs is {data!r:.60}")
-    for item in items:
-        inputs(item, depth + 1)
-    return data
+        for item in _contained(data):
+            tensors = _inputs(item, depth + 1, tensors)
+    return tensors
+
+
+def _contained(data: Data) -> Iterable[Any]:
+    """What the description of a container holds."""
+    if data.keys() in ({"tuple"}, {"list"}) and isinstance(next(iter(data.values())), list):
+        return next(iter(data.values()))
+    if data.keys() == {"dict"} and isinstance(data["dict"], dict):
+        return data["dict"].values()
+    raise FormError(f"a description of inputs is {data!r:.60}")
 
 
 def settings(data: Any) -> Data:

@@ -100,6 +100,8 @@ def prunable(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     inner = unwrapped(model)
     kinds: dict[type, str | None] = {}
     for path, module in inner.named_modules():
+        if path and isinstance(module, torch.jit.ScriptModule):
+            continue  # one in a model is taken as a whole
         kind = type(module)
         if kind not in kinds:
             kinds[kind] = _reason_of_kind(module)

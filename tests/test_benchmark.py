@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from structprune.benchmark import Benchmark, Timing, backends, benchmark, timing
-from structprune.benchmark.results import bootstrap_speedup
+from structprune.benchmarking import Benchmark, Timing, backends, benchmark, timing
+from structprune.benchmarking.results import bootstrap_speedup
 from structprune.errors import MissingExtraError
 from structprune.export.files import session
 from structprune.export.onnx import export_onnx

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from structprune.benchmark import benchmark, layer_times
-from structprune.benchmark.counting import Counted, count_model
-from structprune.benchmark.explain import Side, causes, explain, odd_widths
-from structprune.benchmark.machine import Machine
-from structprune.benchmark.profiling import Profile, Spent, by_layer, read_session
+from structprune.benchmarking import benchmark, layer_times
+from structprune.benchmarking.counting import Counted, count_model
+from structprune.benchmarking.explain import Side, causes, explain, odd_widths
+from structprune.benchmarking.machine import Machine
+from structprune.benchmarking.profiling import Profile, Spent, by_layer, read_session
 from structprune.export.onnx import export_onnx
 
 

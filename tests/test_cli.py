@@ -13,8 +13,8 @@ from support.command_line import as_json, run, working_folder
 
 import structprune
 from structprune.cli.models import parse_inputs
-from structprune.plan import Plan
-from structprune.sensitivity import Sensitivity
+from structprune.planning.plan import Plan
+from structprune.planning.sensitivities import Sensitivity
 
 SHAPE = ["--input", "2x3x8x8"]
 
@@ -61,7 +61,7 @@ def nn_of_own():
     ],
 )
 def test_options_are_those_of_plan(folder, options, settings):
-    found = as_json("plan", "own:pair", *options)["settings"]
+    found = as_json("plan", "own:pair", *options)["settings"]["asked"]
     assert {key: found[key] for key in settings} == settings
 
 

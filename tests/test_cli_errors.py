@@ -17,7 +17,7 @@ from typer.main import get_command
 from structprune.cli import main
 from structprune.cli.app import app
 from structprune.cli.output import Exit
-from structprune.plan import Plan
+from structprune.planning.plan import Plan
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import structprune
-from structprune.allocation.savings import savings
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
 from structprune.groups import Group
 from structprune.importance import PerLayer
+from structprune.planning.scopes import savings
 
 IMAGE = torch.randn(2, 3, 12, 12)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import structprune
-from structprune.cost import node_macs
+from structprune.costs import node_macs
 from structprune.polynomials import Evaluator, Polynomial, total
 
 
@@ -87,7 +87,7 @@ def test_a_target_counts_each_operation_once(monkeypatch: pytest.MonkeyPatch) ->
         counted.append(node)
         return node_macs(node, channels, count)
 
-    monkeypatch.setattr(sys.modules["structprune.cost"], "node_macs", counting)
+    monkeypatch.setattr(sys.modules["structprune.costs"], "node_macs", counting)
     plan = structprune.plan(convolutions(), torch.randn(2, 3, 8, 8), target={"macs": 0.5, "params": 0.6}, round_to=1)
     assert plan.after.macs <= 0.5 * plan.before.macs
     assert counted

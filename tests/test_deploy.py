@@ -15,7 +15,7 @@ from support.cases import CASES, all_cases
 from torch import Tensor, nn
 
 import structprune
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 from structprune.tracing.trace import as_call
 
 all_cases()

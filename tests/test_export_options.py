@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.errors import ExportError, LoadError
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 
 
 class Encoder(nn.Module):

@@ -319,7 +319,7 @@ def test_refusals() -> None:
             return {"x": x}
 
     structprune.register_module_rule(Named)(lambda c, m, x: x.rows)
-    with pytest.raises(TraceError, match="Named is declared with register_module_rule, but gives a dict"):
+    with pytest.raises(TraceError, match="Named is taken as a whole, but gives a dict"):
         structprune.plan(Named(), normal(3, 6))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import structprune
 from structprune.errors import MissingExtraError
-from structprune.report.network import network_of
+from structprune.reporting.network import network_of
 
 IMAGE = torch.zeros(1, 3, 64, 64)
 TIMES = [{"conv1": 2.5e-3, "layer1.0.act1": 5e-4}, {"conv1": 1.25e-3, "layer1.0.act1": 3e-4}]

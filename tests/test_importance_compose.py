@@ -19,7 +19,7 @@ from structprune.importance.compose import CostPenalty, PerLayer, Product, Sum, 
 from structprune.importance.data import Batches, call_on_batch, samples_of
 from structprune.importance.seen import Sums
 from structprune.importance.sites import Sites
-from structprune.planning import tensors_of
+from structprune.planning.build import tensors_of
 
 
 def given(*values: float):

@@ -17,7 +17,7 @@ from structprune.groups import Group
 from structprune.importance.base import CRITERIA, fitted
 from structprune.importance.compose import CostPenalty, PerLayer, Product, Sum
 from structprune.importance.data import Batches
-from structprune.planning import tensors_of
+from structprune.planning.build import tensors_of
 
 COMPOSED = {
     "sum": lambda: Sum([PerLayer("taylor", "l2"), PerLayer("l1", "mean")], [1.0, 0.5]),

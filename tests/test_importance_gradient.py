@@ -27,7 +27,7 @@ from structprune.importance.curvature import OBD, hessian_diagonal
 from structprune.importance.data import Batches
 from structprune.importance.gradient import SNIP, Taylor, WeightTaylor
 from structprune.importance.layer_curvature import KFAC, OBS
-from structprune.planning import tensors_of
+from structprune.planning.build import tensors_of
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian, geo
 from structprune.importance.separability import TVSeparability, hellinger
 from structprune.importance.thinet import ThiNet, eliminated
 from structprune.importance.weight import LAMP, LnNorm, NormScale, SliceNorm
-from structprune.planning import tensors_of
+from structprune.planning.build import tensors_of
 
 
 @pytest.fixture

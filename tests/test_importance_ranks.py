@@ -9,7 +9,7 @@ from support.ranks import needs_distributed, on_two_ranks
 
 import structprune
 from structprune.importance.base import fitted
-from structprune.planning import tensors_of
+from structprune.planning.build import tensors_of
 from structprune.ranks import all_summed
 
 # One of each way of gathering: activations, classes, gates, weights, single samples, second moments.

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import structprune
 from structprune.errors import PlanError, UnsupportedModelError
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 
 lightning = pytest.importorskip("lightning.pytorch", reason="needs the extra lightning")
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 import structprune
 from structprune.errors import LoadError, PlanError, UnsupportedModelError
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 
 transformers = pytest.importorskip("transformers", reason="needs the extra models: transformers")
 pytest.importorskip("accelerate", reason="needs the extra models: accelerate, which the Trainer runs on")

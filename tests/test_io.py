@@ -19,7 +19,7 @@ from torch import nn
 import structprune
 from structprune import io
 from structprune.errors import LoadError, PlanError
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 from structprune.surgery.verify import relative_errors
 from structprune.tracing.trace import run_once
 

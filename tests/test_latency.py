@@ -13,10 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import structprune
-from structprune.allocation.knapsack import Knapsack, Piece
-from structprune.allocation.rounding import Rounding
-from structprune.allocation.scopes import Unit
-from structprune.decision import _of_what_is_left
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group
@@ -27,6 +23,9 @@ from structprune.latency.predict import Calibration, TimeModel, calibrated
 from structprune.latency.specs import OpSpec, uses
 from structprune.latency.table import Grid, LatencyTable
 from structprune.latency.widths import Widths
+from structprune.planning.rounding import Rounding
+from structprune.planning.scopes import CoupledGroups
+from structprune.planning.time_saved import Knapsack, Piece, log_loss
 
 
 def macs_of(spec, widths):
@@ -403,7 +402,7 @@ def plain_group(name, channels):
 
 
 def knapsack(times, losses, feasible):
-    units = [Unit((plain_group(str(i), f[-1]),), np.array(f)[:, None]) for i, f in enumerate(feasible)]
+    units = [CoupledGroups((plain_group(str(i), f[-1]),), np.array(f)[:, None]) for i, f in enumerate(feasible)]
     return Knapsack(units, [np.array(v) for v in losses], times).steps()
 
 
@@ -413,16 +412,16 @@ def test_the_least_loss_for_the_time_goes_first():
         Piece(frozenset({1}), lambda share: 10.0 * share[1]),
     ]
     steps = knapsack(pieces, [[1.0, 2.0], [1.0, 2.0]], [[1, 2, 3]] * 2)
-    assert steps.owner[np.argsort(steps.depth)].tolist() == [1, 1, 0, 0]
+    assert steps.owner[np.argsort(steps.priority)].tolist() == [1, 1, 0, 0]
 
 
 def test_steps_without_a_saving_go_together():
     """Time falls only at multiples of 4: nobody gains by 7, 6 or 5 channels."""
     pieces = [Piece(frozenset({0}), lambda share: float(-(-round(8 * share[0]) // 4)))]
     steps = knapsack(pieces, [np.arange(1.0, 8.0)], [[1, 2, 3, 4, 5, 6, 7, 8]])
-    assert len(np.unique(steps.depth[:4])) == 1
-    assert len(np.unique(steps.depth)) == 4  # one move saves, three steps save nothing
-    assert (np.diff(steps.depth) >= 0).all()
+    assert len(np.unique(steps.priority[:4])) == 1
+    assert len(np.unique(steps.priority)) == 4  # one move saves, three steps save nothing
+    assert (np.diff(steps.priority) >= 0).all()
 
 
 def test_savings_depend_on_what_went_before():
@@ -432,7 +431,7 @@ def test_savings_depend_on_what_went_before():
         Piece(frozenset({2}), lambda share: 3 * share[2]),
     ]
     steps = knapsack(pieces, [[1.0], [1.1], [1.0]], [[1, 10]] * 3)
-    assert steps.owner[np.argsort(steps.depth)].tolist() == [0, 2, 1]
+    assert steps.owner[np.argsort(steps.priority)].tolist() == [0, 2, 1]
 
 
 def test_no_layer_is_left_with_next_to_nothing_for_its_cost():
@@ -452,7 +451,7 @@ def test_no_layer_is_left_with_next_to_nothing_for_its_cost():
 
 
 def test_losses_count_more_the_less_is_left():
-    losses = _of_what_is_left(np.array([0.0, 1.0, 8.0, 15.0, 16.0]), 16)
+    losses = log_loss(np.array([0.0, 1.0, 8.0, 15.0, 16.0]), 16)
     assert losses[:2] == pytest.approx([0.0, 1.0], rel=0.05)
     assert losses[2] == pytest.approx(16 * np.log(2))
     assert np.isfinite(losses).all()
@@ -463,7 +462,7 @@ def test_what_saves_no_time_goes_last():
     pieces = [Piece(frozenset({1}), lambda share: share[1])]
     steps = knapsack(pieces, [[0.0, 0.0], [5.0, 9.0]], [[1, 2, 3]] * 2)
     assert steps.owner.tolist() == [1, 1, 0, 0]
-    assert steps.kept(steps.depth < 0.5)[steps.units[0].groups[0]] == 3
+    assert steps.kept(steps.priority < 0.5)[steps.all_coupled[0].groups[0]] == 3
 
 
 # -- plans -------------------------------------------------------------------------------------------------------

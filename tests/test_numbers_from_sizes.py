@@ -133,7 +133,7 @@ def test_the_result_is_exact(name: str, ratio: float) -> None:
 
 
 def test_the_reason_names_the_line_and_what_happens_there() -> None:
-    model, x = _Net(BETWEEN["int"]).double().eval(), torch.randn(2, 5, 6).double()
+    model, x = _Net(BETWEEN["log"]).double().eval(), torch.randn(2, 5, 6).double()
     graph = structprune.DependencyGraph(model, x)
     dead = graph.components.dead(graph.chosen("a", [1, 2]))
     assert not graph.settle(dead)
@@ -176,7 +176,38 @@ def test_a_forward_that_is_never_twice_the_same_is_pruned_by_what_is_known() -> 
             return super().forward(x) * (1 + 0 * _Calls.count) + 0 * _Calls.count
 
     model, x = Net(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval(), torch.randn(2, 6).double()
-    assert _check(model, x, ratio=0.5).thinnings
+    plan = _check(model, x, ratio=0.5)
+    assert plan.thinnings
+    assert "two runs of the forward differ" in plan.settings["rehearsal"]
+    assert "not checked there" in plan.settings["rehearsal"]
+    assert "two runs of the forward differ" in str(plan).replace("\n", " ")
+
+
+def test_a_number_beside_a_counter_is_found_on_the_same_line() -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            _Calls.count += 1
+            h = self[0](x)
+            return self[1]((h * math.log(int(h.shape[-1]))).add(_Calls.count * 1e-30))
+
+    torch.manual_seed(0)
+    model, x = Net(nn.Linear(6, 8), nn.Linear(8, 3)).double().eval(), torch.randn(2, 6).double()
+    assert not _check(model, x, ratio=0.5).thinnings
+
+
+def test_a_forward_that_takes_other_ways_says_from_where_on_nothing_is_checked() -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            _Calls.count += 1
+            x = self[0](x)
+            return self[1](x.relu() if _Calls.count == 1 else x.relu().relu())
+
+    model, x = Net(nn.Linear(6, 8), nn.Linear(8, 3)).double().eval(), torch.randn(2, 6).double()
+    _Calls.count = 0
+    plan = structprune.plan(model, x, ratio=0.5, round_to=1)
+    assert plan.thinnings
+    assert "there and from there on" in plan.settings["rehearsal"]
+    assert "rehearsal" not in structprune.plan(nn.Sequential(*model), x, ratio=0.5).settings
 
 
 def test_ordinary_networks_rehearse_as_they_were_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ class Removal:
     """Stands for a plan: the oracle reads nothing else."""
 
     removed: dict[str, dict[int, tuple[int, ...]]]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class ConvNet(nn.Module):
@@ -71,6 +72,7 @@ class HandRms(NormMlp):
         super().__init__()
         self.norm = nn.Identity()
         self.scale = nn.Parameter(torch.ones(8))
+        self.norms = ["the model (mean)"]
         self.slices = {"fc1.weight": 0, "fc1.bias": 0, "scale": 0, "fc2.weight": 1}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,11 +111,12 @@ class GroupNormNet(nn.Module):
 
 
 class PaddedMean(nn.Module):
-    """A mean over channels and over zero padding: the padding counts, the dead channels do not."""
+    """A mean over channels and over zero padding, named as a norm: the padding counts, the dead channels do not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.head = nn.Conv2d(3, 8, 3), nn.Linear(9, 4)
+        self.norms = ["the model (mean)"]
         self.inputs = (2, 3, 7, 7)
         self.slices = {"conv1.weight": 0, "conv1.bias": 0}
 
@@ -220,7 +223,8 @@ def hand_sliced(model: Any, gone: tuple[int, ...] = GONE) -> nn.Module:
 def example(network: type[nn.Module], seed: int = 0) -> tuple[Any, Tensor, Removal]:
     model: Any = oracle.jitter(network(), seed)
     inputs = torch.randn(model.inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return model, inputs, Removal({name: {dim: GONE} for name, dim in model.slices.items()})
+    norms = {"over_survivors": getattr(model, "norms", [])}
+    return model, inputs, Removal({name: {dim: GONE} for name, dim in model.slices.items()}, norms)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -258,6 +262,14 @@ def test_sees_a_wrong_bias(network: type[nn.Module]) -> None:
         next(p for name, p in slim.named_parameters() if name.endswith("bias"))[2] += 1e-6
     with pytest.raises(AssertionError, match="relative error"):
         oracle.check(model, slim, plan, inputs)
+
+
+@pytest.mark.parametrize("named", [[], ["fc1 (mean)"], ["the model (layer_norm)"]])
+def test_a_mean_that_is_not_named_counts_all_channels(named: list[str]) -> None:
+    model, inputs, plan = example(HandRms)
+    plan.settings["over_survivors"] = named
+    with pytest.raises(AssertionError, match="relative error"):
+        oracle.check(model, hand_sliced(model), plan, inputs)
 
 
 def test_sees_a_shape_that_the_plan_does_not_speak_of() -> None:

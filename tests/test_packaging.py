@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built) -> None:
         metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
         scripts = wheel.read(f"{info}/entry_points.txt").decode()
     assert {name for name in names if not name.startswith(info)} == package_files()
-    assert {"structprune/py.typed", "structprune/report/style.css", "structprune/report/script.js"} <= names
+    assert {"structprune/py.typed", "structprune/reporting/style.css", "structprune/reporting/script.js"} <= names
     assert f"{info}/licenses/LICENSE" in names
     assert metadata["Version"] == structprune.__version__
     assert metadata["Requires-Python"] == ">=3.11"

@@ -28,7 +28,7 @@ from torch import nn
 
 import structprune
 from structprune.errors import RecoveryError
-from structprune.planning import plan_removal
+from structprune.planning.build import plan_removal
 
 
 class Matrix(nn.Module):

@@ -134,7 +134,7 @@ def test_a_hook_exchanges_arguments_and_results_and_leaves_out_the_work():
 def test_operations_inside_functions_that_are_opened():
     model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
-    found = traced(model, x, x, x)  # as three tensors, so that the projections are apart
+    found = traced(model, x, x.clone(), x.clone())  # three tensors, so that the projections are apart
     inside = [n for n, key in found.keys.items() if key.name in ("linear", "matmul", "bmm", "baddbmm", "softmax")]
     assert len(inside) >= 3
     shown = seen(found, inside, model, *(torch.randn(3, 4, 8) for _ in range(3)))

@@ -17,14 +17,14 @@ from support.cases import all_cases
 from torch import nn
 
 import structprune
-from structprune.benchmark import Benchmark, Explanation, Timing
-from structprune.cost import count_layers
+from structprune.benchmarking import Benchmark, Explanation, Timing
+from structprune.costs import count_layers
 from structprune.graph import ChannelGraph
-from structprune.report.charts import _ticks
-from structprune.report.layers import blocks, counts, layer_rows
-from structprune.report.layout import HEIGHT, WIDTH, layered
-from structprune.report.network import network_of
-from structprune.sensitivity import GroupCurve, Sensitivity
+from structprune.planning.sensitivities import GroupCurve, Sensitivity
+from structprune.reporting.charts import _ticks
+from structprune.reporting.layers import blocks, counts, layer_rows
+from structprune.reporting.layout import HEIGHT, WIDTH, layered
+from structprune.reporting.network import network_of
 
 IMAGE = torch.zeros(1, 3, 64, 64)
 MODELS = {

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import structprune
 from structprune.errors import SurgeryError
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 
 INPUTS = normal(2, 3, 8, 8)
 

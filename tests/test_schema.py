@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from support import frozen
 import structprune
 from structprune import io
 from structprune.errors import LoadError, PlanError
-from structprune.plan import plans_of
+from structprune.planning import plan
+from structprune.planning.plan import plans_of
 
 DATA = Path(__file__).parent / "data"
-plan: Any = sys.modules[structprune.Plan.__module__]  # the package has a function of this name
 
 
 @pytest.mark.parametrize("schema", range(1, plan.SCHEMA + 1))
@@ -74,7 +73,7 @@ def test_every_older_schema_has_a_step_to_the_next(module: Any) -> None:
 def test_an_older_form_is_lifted_step_by_step(
     module: Any, old_form: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if schema 1 had had another name for a field, and schema 2 had been like schema 3."""
+    """As if what is written now were of schema 3 or 4, and schema 1 had had another name for a field."""
 
     def renamed(data: dict[str, Any]) -> dict[str, Any]:
         new = {"cuts": "thinnings", "rounds": "plans"}
@@ -87,13 +86,17 @@ def test_an_older_form_is_lifted_step_by_step(
     (tmp_path / "plan.json").write_text(json.dumps(record))
     with pytest.raises(LoadError):
         structprune.load(frozen.build, tmp_path)
-    monkeypatch.setattr(module, "SCHEMA", 3)
-    monkeypatch.setattr(module, "MIGRATIONS", {1: renamed, 2: dict})
+    first, *others = [module.MIGRATIONS.get(schema, dict) for schema in range(1, module.SCHEMA + 1)]
+    steps = [lambda data: first(renamed(data)), *others, dict]
+    monkeypatch.setattr(module, "SCHEMA", len(steps) + 1)
+    monkeypatch.setattr(module, "MIGRATIONS", dict(enumerate(steps, start=1)))
     model = structprune.load(frozen.build, tmp_path)
     expected = json.loads((source / "expected.json").read_text())
     assert [found.digest for found in plans_of(model)] == expected["digests"]
 
 
 def test_a_plan_of_a_later_schema_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"it has schema 2; this version reads up to 1. Upgrade structprune"):
+    with pytest.raises(
+        PlanError, match=rf"it has schema {plan.SCHEMA + 1}; this version reads up to {plan.SCHEMA}. Upgrade"
+    ):
         structprune.Plan.from_json(json.dumps({"schema": plan.SCHEMA + 1}))

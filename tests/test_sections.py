@@ -78,7 +78,7 @@ def test_each_choice_can_be_planned(name: str) -> None:
                 generator.permutation(groups[number].components)[keep:]
                 for number, keep in zip(balanced.groups, line, strict=True)
             ]
-            plan = structprune.planning.plan_removal(graph, np.concatenate(chosen))
+            plan = structprune.planning.build.plan_removal(graph, np.concatenate(chosen))
             oracle.check(model, plan.apply(model), plan, inputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_the_table_and_the_picture(model: Net, tmp_path: Path) -> None:
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("ratios", [(), (0.0,), (1.0, 0.5)])
-def test_ratios_out_of_range_are_refused(model: Net, ratios: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("ratios", [(), (0.0,), (1.0, 0.5), ("0.5",), "0.5"])
+def test_ratios_out_of_range_are_refused(model: Net, ratios: Any) -> None:
     with pytest.raises(PlanError, match="give shares of channels"):
         structprune.sensitivity(model, X, X, Metric(model), ratios=ratios)

@@ -23,10 +23,10 @@ DOCS = ROOT / "docs"
 # What users import from; whatever these list as public has to be in the reference.
 PUBLIC = [
     "structprune",
-    "structprune.benchmark",
+    "structprune.benchmarking",
     "structprune.errors",
     "structprune.importance",
-    "structprune.report",
+    "structprune.reporting",
     "structprune.training",
 ]
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to show the page in")

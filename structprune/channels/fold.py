@@ -8,7 +8,6 @@ search runs backwards from the operation through operations that carry a factor 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -41,33 +40,31 @@ class Fold:
     carriers: tuple[Carrier, ...]
 
 
-def _scaling(node: fx.Node) -> Scaling:
+def scaling_of(node: fx.Node) -> Scaling:
+    """How a factor passes an operation."""
     known = op_of(node.meta["name"])
     return Scaling.NONE if known is None else known.scaling
 
 
-class _NoCarrierError(Exception):
-    """The factor cannot be carried further back."""
+class NoCarrierError(Exception):
+    """The factor cannot be carried further."""
 
 
-def folds(trace: Trace, scales: Sequence[Scale]) -> list[Fold | None]:
-    """For each scale the parameters that take it up; None where there are none, or where they feed something else."""
-    masks = _Masks()
-    return [_fold(trace, scale, masks) for scale in scales]
+def carriers_before(trace: Trace, scale: Scale, masks: Masks) -> tuple[Carrier, ...]:
+    """The parameters that make what `scale` multiplies, and nothing else.
 
-
-def _fold(trace: Trace, scale: Scale, masks: _Masks) -> Fold | None:
+    Raises:
+        NoCarrierError: there are none, or they feed something else too.
+    """
     node = trace.everything[scale.node]
-    source = node.args[scale.argument] if len(node.args) > scale.argument else node.kwargs.get("query")
+    operands = _tensors(node)
+    source = node.args[scale.argument] if len(node.args) > scale.argument else operands[0] if operands else None
     if not isinstance(source, fx.Node):
-        return None
-    try:
-        return Fold(scale, tuple(_Search(trace, node, masks).run(source)))
-    except _NoCarrierError:
-        return None
+        raise NoCarrierError
+    return tuple(_Search(trace, node, masks).run(source))
 
 
-class _Masks:
+class Masks:
     """Masks and what movements make of them; the layers of a network repeat, and so do these."""
 
     def __init__(self) -> None:
@@ -139,7 +136,7 @@ def _others(node: fx.Node) -> Any:
 class _Search:
     """One walk backwards; `masks` holds which entries of each visited tensor are to be multiplied."""
 
-    def __init__(self, trace: Trace, consumer: fx.Node, cache: _Masks) -> None:
+    def __init__(self, trace: Trace, consumer: fx.Node, cache: Masks) -> None:
         self._trace = trace
         self._cache = cache
         self._consumer = consumer
@@ -170,10 +167,10 @@ class _Search:
         name = node.meta["name"]
         if name == "parameter":
             return [Carrier(str(node.target), *_line(mask))]
-        if name == "part" and isinstance(parent := node.args[0], fx.Node) and _scaling(parent) is Scaling.MOVES:
+        if name == "part" and isinstance(parent := node.args[0], fx.Node) and scaling_of(parent) is Scaling.MOVES:
             self._back(parent, node.args[1], mask)
             return []
-        scaling = _scaling(node)
+        scaling = scaling_of(node)
         if scaling is Scaling.MOVES:
             self._back(node, None, mask)
         elif scaling is Scaling.HOMOGENEOUS:
@@ -185,7 +182,7 @@ class _Search:
         elif scaling is Scaling.LAYER:
             self._affine(node, mask)
         else:
-            raise _NoCarrierError
+            raise NoCarrierError
         return []
 
     def _back(self, node: fx.Node, part: Any, mask: Tensor) -> None:
@@ -195,8 +192,8 @@ class _Search:
         """Scale all of a sum by scaling each term, all of a contraction by scaling its first factor."""
         tensors = _tensors(node)
         if not self._cache.is_full(mask) or (node.meta["name"] in ("add", "sub") and len(tensors) < 2):
-            raise _NoCarrierError  # adding a number is not homogeneous
-        for tensor in tensors if _scaling(node) is Scaling.SUM else tensors[:1]:
+            raise NoCarrierError  # adding a number is not homogeneous
+        for tensor in tensors if scaling_of(node) is Scaling.SUM else tensors[:1]:
             self._ask(tensor, self._cache.full(tensor.meta["shape"]))
 
     def _product(self, node: fx.Node, mask: Tensor) -> None:
@@ -205,14 +202,14 @@ class _Search:
             t for t in tensors if t.meta["shape"] == node.meta["shape"]
         ]
         if not first or (node.meta["name"] == "div" and first[0] is not node.args[0]):
-            raise _NoCarrierError
+            raise NoCarrierError
         chosen = first[0]
         while mask.dim() > len(chosen.meta["shape"]):
             if not torch.equal(mask.any(0), mask.all(0)):
-                raise _NoCarrierError
+                raise NoCarrierError
             mask = mask.any(0)
         if tuple(mask.shape) != tuple(chosen.meta["shape"]):
-            raise _NoCarrierError
+            raise NoCarrierError
         self._ask(chosen, mask)
 
     def _affine(self, node: fx.Node, mask: Tensor) -> None:
@@ -226,12 +223,13 @@ class _Search:
         parameters = [parameter for parameter in named if isinstance(parameter, fx.Node)]
         along = self._cache.along(mask, known.channel_dim)
         if along is None or not parameters:
-            raise _NoCarrierError
+            raise NoCarrierError
         for parameter in parameters:
             shape = parameter.meta["shape"]
             if len(shape) > 1 and known.norm is not None:
-                raise _NoCarrierError
-            self._ask(parameter, along.view(-1, *[1] * (len(shape) - 1)).expand(shape))
+                raise NoCarrierError
+            made = known.contraction is not None and known.contraction.kind == "embedding"  # by columns of a table
+            self._ask(parameter, (along if made else along.view(-1, *[1] * (len(shape) - 1))).expand(shape))
 
     def _once(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether `user` is the operation that is compensated, and takes `node` as the one scaled argument only."""
@@ -242,21 +240,26 @@ class _Search:
     def _check_users(self, node: fx.Node, mask: Tensor) -> None:
         """Whatever else reads the tensor must read other entries of it."""
         if node in self._trace.outputs.values() or node in self._trace.training_outputs:
-            raise _NoCarrierError
+            raise NoCarrierError
         for user in node.users:
             if user in self._masks or user.op == "output" or self._once(user, node):
                 continue
-            if _scaling(user) is not Scaling.MOVES or _tensors(user)[0] is not node:
-                raise _NoCarrierError
+            if scaling_of(user) is not Scaling.MOVES or _tensors(user)[0] is not node:
+                raise NoCarrierError
             for place, reached in enumerate(self._cache.forward(user, mask)):
                 parts = [p for p in user.users if p.meta["name"] == "part" and p.args[1] == place]
                 if reached and (not parts or any(p not in self._masks and p.users for p in parts)):
-                    raise _NoCarrierError
+                    raise NoCarrierError
 
 
 def _lines(mask: Tensor, dim: int) -> Tensor:
     """The mask as a matrix with one line for each index of `dim`."""
     return mask.movedim(dim, 0).reshape(mask.shape[dim], -1)
+
+
+def line_of(along: Tensor) -> tuple[int, ...] | None:
+    """The positions at which a mask of one dimension holds; None for all."""
+    return None if bool(along.all()) else tuple(torch.nonzero(along).flatten().tolist())
 
 
 def _line(mask: Tensor) -> tuple[int, tuple[int, ...] | None]:
@@ -271,8 +274,8 @@ def _line(mask: Tensor) -> tuple[int, tuple[int, ...] | None]:
             line = flat.any(1)
             if not torch.equal(line, flat.all(1)):
                 continue
-        return dim, None if bool(line.all()) else tuple(torch.nonzero(line).flatten().tolist())
-    raise _NoCarrierError
+        return dim, line_of(line)
+    raise NoCarrierError
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

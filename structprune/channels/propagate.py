@@ -15,7 +15,7 @@ from structprune.ops.context import operands_in
 from structprune.ops.relations import Relations, Row
 from structprune.ops.watch import call_watched
 from structprune.tracing.opaque import opaque_call
-from structprune.tracing.provenance import Expression, Literal, SizeInt
+from structprune.tracing.provenance import Attribute, Expression, Literal, SizeInt
 from structprune.tracing.trace import OutputName, Trace, chosen_names, describe, part_of
 
 
@@ -71,7 +71,9 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
         else:
             rows.append(_apply(context, node, trace))
             for number in node.meta.get("tracked", ()):
-                if id(number) not in context.claimed:
+                # What an opaque module holds as a number is set by surgery where the module reads it.
+                held = node.target is opaque_call and isinstance(number.expression, Attribute)
+                if id(number) not in context.claimed and not held:
                     invariants.append(Invariant(number.expression, node.meta["where"]))
     _pin_outputs(context, trace, outputs)
     _pin_compared(context, trace)

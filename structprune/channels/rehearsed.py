@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from structprune.channels.origins import trace_back
 from structprune.channels.propagate import Channels
 from structprune.channels.sizes import SizeSolver
 from structprune.channels.solver import Components, Mask
@@ -40,7 +41,7 @@ class Rehearsals:
     example_inputs: ExampleInputs
     channels: Channels
     sizes: SizeSolver
-    _always: frozenset[str] | None = None
+    _always: tuple[Deviation, ...] | None = None
     _settled: bytes = b""
 
     def deviations(self, components: Components, dead: Mask) -> list[Deviation]:
@@ -50,10 +51,20 @@ class Rehearsals:
         found = self._at(components, dead)
         if found and self._always is None:
             # A forward that counts its calls, or draws numbers, is never twice the same: that says nothing of widths.
-            self._always = frozenset(d.where for d in self._at(components, np.zeros_like(dead)))
-        found = [d for d in found if d.where not in (self._always or ())]
+            self._always = tuple(self._at(components, np.zeros_like(dead)))
+        always = {deviation.place for deviation in self._always or ()}
+        found = [deviation for deviation in found if deviation.place not in always]
         self._settled = b"" if found else dead.tobytes()
         return found
+
+    @property
+    def unchecked(self) -> str:
+        """What rehearsals could not say, because two runs of the forward differ there at the same widths already."""
+        if not self._always:
+            return ""
+        last = self._always[-1]
+        much = "there and from there on" if last.ends else "there"
+        return f"two runs of the forward differ ({last}), so numbers of unknown origin were not checked {much}"
 
     def _at(self, components: Components, dead: Mask) -> list[Deviation]:
         count = Counter(components, dead)
@@ -71,6 +82,12 @@ class Rehearsals:
             return [Deviation(str(error), "")]
         widths = Widths(shape, self.sizes.valuation(count), values)
         return rehearse(self.model, self.trace, self.example_inputs, op_of, widths)
+
+    def trace_back(self, components: Components, dead: Mask, found: Sequence[Deviation]) -> bool:
+        """Whether numbers among `found` were given back their origin, so that channels have to be related anew."""
+        count = Counter(components, dead)
+        traced = [trace_back(self.trace, self.channels.rows, count, deviation) for deviation in found]
+        return any(traced)
 
     def pin_culprits(self, components: Components, dead: Mask, groups: Sequence[Ids], reason: str) -> None:
         """Pin those of `groups` that make the forward deviate once `dead` is gone; balanced ones go together."""

@@ -9,20 +9,20 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from structprune.benchmark import Benchmark, benchmark, layer_times
-from structprune.benchmark.backends import BACKENDS
+from structprune.benchmarking import Benchmark, benchmark, layer_times
+from structprune.benchmarking.backends import BACKENDS
 from structprune.cli.info import describe_machine, describe_model, model_tables, onnx_tables
 from structprune.cli.models import named_object, parse_dimensions, parse_points
-from structprune.cli.options import AsJson, File, ModelOptions, PlanOptions, SlimOptions, among, command
+from structprune.cli.options import AsJson, File, ModelFlags, PlanFlags, SlimFlags, among, command
 from structprune.cli.output import Output, costs, reporting
 from structprune.dependency_graph import DependencyGraph
 from structprune.export.metadata import onnx_info
 from structprune.export.onnx import export_onnx
 from structprune.extras import require
 from structprune.io import save
-from structprune.plan import Plan
-from structprune.report import report
-from structprune.sensitivity import RATIOS, Sensitivity, sensitivity
+from structprune.planning.plan import Plan
+from structprune.planning.sensitivities import RATIOS, Sensitivity, sensitivity
+from structprune.reporting import report
 from structprune.surgery.verify import Report, verify
 
 _CLOCKS = ("wall", "process")
@@ -38,7 +38,7 @@ app = typer.Typer(
 
 
 @command(app, "plan")
-def plan_command(source: ModelOptions, wanted: PlanOptions, out: File = None, as_json: AsJson = False) -> None:
+def plan_command(source: ModelFlags, wanted: PlanFlags, out: File = None, as_json: AsJson = False) -> None:
     """Decide which channels go; nothing is changed."""
     with reporting(as_json) as output:
         decided = wanted.plan(source.load())
@@ -51,8 +51,8 @@ def plan_command(source: ModelOptions, wanted: PlanOptions, out: File = None, as
 
 @command(app, "prune")
 def prune_command(
-    source: ModelOptions,
-    wanted: PlanOptions,
+    source: ModelFlags,
+    wanted: PlanFlags,
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for plan.json and model.safetensors.")],
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with the original.")] = True,
     as_json: AsJson = False,
@@ -77,7 +77,7 @@ def _verified(found: Report | None) -> dict[str, Any] | None:
 
 @command(app, "sensitivity")
 def sensitivity_command(
-    source: ModelOptions,
+    source: ModelFlags,
     metric: Annotated[str, typer.Option(help="module:function of (model, loader); a number, more is better.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; a run that was cut short goes on from it.")],
     loader: Annotated[
@@ -122,8 +122,8 @@ def _require_matplotlib() -> None:
 
 @command(app, "benchmark")
 def benchmark_command(
-    source: ModelOptions,
-    wanted: SlimOptions,
+    source: ModelFlags,
+    wanted: SlimFlags,
     backend: Annotated[
         list[str] | None,
         typer.Option("--backend", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=among(BACKENDS)),
@@ -176,9 +176,9 @@ def benchmark_command(
 
 @command(app, "export")
 def export_command(
-    source: ModelOptions,
+    source: ModelFlags,
     file: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
-    wanted: SlimOptions,
+    wanted: SlimFlags,
     dense: Annotated[bool, typer.Option("--dense", help="Export the model as it is.")] = False,
     dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch free.")] = True,
     dynamic: Annotated[
@@ -209,9 +209,9 @@ def export_command(
 
 @command(app, "report")
 def report_command(
-    source: ModelOptions,
+    source: ModelFlags,
     file: Annotated[Path, typer.Argument(help="The HTML file to write.", show_default=False)],
-    wanted: PlanOptions,
+    wanted: PlanFlags,
     curves: Annotated[
         Path | None, typer.Option("--sensitivity", help="JSON of `structprune sensitivity`.", exists=True)
     ] = None,
@@ -280,7 +280,7 @@ def info_command(
             said = onnx_info(model)
             output.result({**asdict(said), "path": str(said.path)}, *onnx_tables(said))
             return
-        loaded = ModelOptions(model=model, inputs=inputs, device=device).load()
+        loaded = ModelFlags(model=model, inputs=inputs, device=device).load()
         graph = DependencyGraph(loaded.model, loaded.inputs)
         data = describe_model(graph)
         explained = {name: graph.explain(name) for name in layer or ()}

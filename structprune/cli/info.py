@@ -18,7 +18,7 @@ from structprune.cli.output import costs
 from structprune.export.metadata import OnnxInfo
 from structprune.graph import ChannelGraph
 from structprune.hardware import processor
-from structprune.report.text import places
+from structprune.reporting.text import places
 
 
 def describe_machine() -> dict[str, Any]:

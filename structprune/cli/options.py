@@ -5,24 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import typer
 
-from structprune.allocation.ratios import Ratio
-from structprune.allocation.scopes import SCOPES
-from structprune.allocation.targets import TARGETS
-from structprune.api import Options, plan
-from structprune.axes import AXES
+from structprune.api import plan
 from structprune.cli.models import Loaded, load_model, named_object
-from structprune.importance.base import CRITERIA
 from structprune.io import load
-from structprune.plan import Plan
-from structprune.sensitivity import Sensitivity
+from structprune.latency.measure import Latency
+from structprune.planning.options import OPTIONS, Form, PlanOptions
+from structprune.planning.plan import Plan
+from structprune.planning.ratios import Ratio
+from structprune.planning.scopes import SCOPES
+from structprune.planning.sensitivities import Sensitivity
 from structprune.surgery.verify import verify
 
 _SOURCES = ("torchvision:", "timm:", "hf:")
@@ -38,7 +37,7 @@ File = Annotated[Path | None, typer.Option("--out", "-o", help="Write to this fi
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelFlags:
     """Which model, on which inputs."""
 
     model: Annotated[
@@ -77,45 +76,11 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """How much goes, and of what; the options of `structprune.plan`."""
+class PlanFlags:
+    """How much goes, and of what: the options of `structprune.plan`, each as text, or a plan that was made before."""
 
-    ratio: Annotated[
-        list[str] | None,
-        typer.Option("--ratio", "-r", help="Share to remove: NUMBER, or LAYER=NUMBER (name or pattern), repeated."),
-    ] = None
-    target: Annotated[
-        list[str] | None,
-        typer.Option("--target", "-t", help=f"What is to remain: NAME=NUMBER of {', '.join(TARGETS)}, repeated."),
-    ] = None
-    scope: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"{', '.join(SCOPES)}; a JSON file of `structprune sensitivity`; or LAYER,LAYER,... repeated.",
-            autocompletion=among(SCOPES),
-        ),
-    ] = None
-    axes: Annotated[
-        list[str] | None, typer.Option(help=f"What may go: {', '.join(AXES)}.", autocompletion=among(AXES))
-    ] = None
-    round_to: Annotated[str, typer.Option(help="Widths become multiples of this number, or auto.")] = "auto"
-    min_channels: Annotated[int, typer.Option(help="No group keeps fewer.", min=1)] = 1
-    max_ratio: Annotated[float, typer.Option(help="No group loses a greater share.")] = 1.0
-    importance: Annotated[
-        str,
-        typer.Option(help="A criterion by name, or module:object for one of your own.", autocompletion=among(CRITERIA)),
-    ] = "l2"
-    data: Annotated[
-        str | None, typer.Option(help="module:function that makes the batches, for criteria that look at data.")
-    ] = None
-    loss: Annotated[
-        str | None,
-        typer.Option(help="module:function of (model, batch): a mean loss, for criteria that need gradients."),
-    ] = None
-    ignore: Annotated[list[str] | None, typer.Option(help="Layer to leave whole, repeated.")] = None
-    outputs: Annotated[
-        list[str] | None, typer.Option(help="Output that keeps its shape, repeated; by default all do.")
-    ] = None
+    # For each option of a plan, what was written; see `_plan_flags`.
+    options: Mapping[str, Any]
     plan_file: Annotated[
         Path | None,
         typer.Option(
@@ -126,41 +91,25 @@ class PlanOptions:
     @property
     def given(self) -> bool:
         """Whether it was said how much goes."""
-        return bool(self.ratio or self.target or self.plan_file)
+        return bool(self._amount or self.plan_file)
+
+    @property
+    def _amount(self) -> bool:
+        return bool(self.options["ratio"] or self.options["target"])
 
     def plan(self, loaded: Loaded) -> Plan:
         """The plan that was asked for."""
         if self.plan_file is not None:
-            if self.ratio or self.target:
+            if self._amount:
                 raise typer.BadParameter("A plan says how much goes: give --plan alone, or --ratio or --target.")
             return Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
-        return plan(loaded.model, loaded.inputs, **self._options())
-
-    def _options(self) -> Options:
-        options: Options = {
-            "importance": named_object(self.importance) if ":" in self.importance else self.importance,
-            "ignore": self.ignore or (),
-            "axes": _commas(self.axes),
-            "round_to": "auto" if self.round_to == "auto" else _whole(self.round_to),
-            "min_channels": self.min_channels,
-            "max_ratio": self.max_ratio,
-            "outputs": self.outputs or None,
-        }
-        if self.ratio:
-            options["ratio"] = _ratio(self.ratio)
-        if self.target:
-            options["target"] = dict(_pair(text) for text in self.target)
-        if self.scope:
-            options["scope"] = _scope(self.scope)
-        if self.data:
-            options["data"] = named_object(self.data)()
-        if self.loss:
-            options["loss"] = named_object(self.loss)
-        return options
+        given = {name: text for name, text in self.options.items() if text not in (None, [])}
+        options: Any = {name: FORMS[OPTIONS[name].form].read(_flag(name), text) for name, text in given.items()}
+        return plan(loaded.model, loaded.inputs, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlimOptions(PlanOptions):
+class SlimFlags(PlanFlags):
     """Where the smaller model comes from: a saved folder, or a plan."""
 
     saved: Annotated[
@@ -182,38 +131,47 @@ class SlimOptions(PlanOptions):
         return slim
 
 
-def _number(text: str) -> float:
+# -- from text to values ----------------------------------------------------------------------------------------------
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _number(flag: str, text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no number.") from error
+        raise typer.BadParameter(f"{flag}: {text!r} is no number.") from error
 
 
-def _whole(text: str) -> int:
+def _whole(flag: str, text: str) -> int:
     if not text.isdecimal():
-        raise typer.BadParameter(f"--round-to is {text!r}; give a whole number, or auto.")
+        raise typer.BadParameter(f"{flag} is {text!r}; give a whole number.")
     return int(text)
 
 
-def _pair(text: str) -> tuple[str, float]:
+def _step(flag: str, text: str) -> int | Literal["auto"]:
+    if text != "auto" and not text.isdecimal():
+        raise typer.BadParameter(f"{flag} is {text!r}; give a whole number, or auto.")
+    return "auto" if text == "auto" else int(text)
+
+
+def _pair(flag: str, text: str) -> tuple[str, float]:
     name, equals, number = text.rpartition("=")
     if not equals:
-        raise typer.BadParameter(f"{text!r} is not of the form NAME=NUMBER.")
-    return name, _number(number)
+        raise typer.BadParameter(f"{flag}: {text!r} is not of the form NAME=NUMBER.")
+    return name, _number(flag, number)
 
 
-def _ratio(texts: list[str]) -> Ratio:
+def _shares(flag: str, texts: list[str]) -> Ratio:
     """One number; or numbers by name, where a number alone is for all that is not named."""
     if len(texts) == 1 and "=" not in texts[0]:
-        return _number(texts[0])
-    return dict(_pair(text if "=" in text else f"*={text}") for text in texts)
+        return _number(flag, texts[0])
+    return dict(_pair(flag, text if "=" in text else f"*={text}") for text in texts)
 
 
-def _commas(texts: list[str] | None) -> list[str] | None:
-    return [name for text in texts for name in text.split(",")] if texts else None
-
-
-def _scope(texts: list[str]) -> Any:
+def _scope(flag: str, texts: list[str]) -> Any:
     (first, *others) = texts
     if not others and first in SCOPES:
         return first
@@ -222,8 +180,54 @@ def _scope(texts: list[str]) -> Any:
             raise typer.BadParameter(f"There is no file {first}.")
         return Sensitivity.from_json(Path(first).read_text(encoding="utf-8"))
     if not others and "," not in first and "*" not in first:
-        raise typer.BadParameter(f"--scope is {first!r}; give {', '.join(SCOPES)}, a JSON file, or LAYER,LAYER,...")
+        raise typer.BadParameter(f"{flag} is {first!r}; give {', '.join(SCOPES)}, a JSON file, or LAYER,LAYER,...")
     return [text.split(",") for text in texts]
+
+
+def _latency(flag: str, text: str) -> Latency:
+    """A backend alone, or NAME=VALUE with commas: ``onnxruntime``, or ``backend=onnxruntime,threads=1,runs=15``."""
+    if "=" not in text:
+        return Latency(backend=text)
+    fields: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or name not in ("backend", "threads", "runs"):
+            raise typer.BadParameter(f"{flag}: {part!r} is none of backend=NAME, threads=N and runs=N.")
+        fields[name] = value if name == "backend" else _whole(flag, value)
+    return Latency(**fields)
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How an option of one `structprune.planning.options.Form` is written.
+
+    Attributes:
+        kind: the type that typer reads.
+        read: gives the value, from the name of the flag and what typer has read.
+    """
+
+    kind: Any
+    read: Callable[[str, Any], Any]
+
+
+FORMS: dict[Form, TextForm] = {
+    "shares": TextForm(list[str] | None, _shares),
+    "amounts": TextForm(list[str] | None, lambda flag, texts: dict(_pair(flag, text) for text in texts)),
+    "scope": TextForm(list[str] | None, _scope),
+    "words": TextForm(list[str] | None, lambda _, texts: [name for text in texts for name in text.split(",")]),
+    "names": TextForm(list[str] | None, lambda _, texts: texts),
+    "step": TextForm(str, _step),
+    "count": TextForm(int, lambda _, number: number),
+    "share": TextForm(float, lambda _, number: number),
+    "criterion": TextForm(str, lambda _, text: named_object(text) if ":" in text else text),
+    "maker": TextForm(str | None, lambda _, text: named_object(text)()),
+    "function": TextForm(str | None, lambda _, text: named_object(text)),
+    "latency": TextForm(str | None, _latency),
+}
+SHORT = {"ratio": "-r", "target": "-t"}
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -234,14 +238,11 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
         bundles: dict[str, Any] = {p.name: p.annotation for p in given if dataclasses.is_dataclass(p.annotation)}
         parameters: list[inspect.Parameter] = []
         for parameter in given:
-            parameters += _fields(bundles[parameter.name]) if parameter.name in bundles else [parameter]
+            parameters += _flags(bundles[parameter.name]) if parameter.name in bundles else [parameter]
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
-            made = {
-                key: kind(**{f.name: values.pop(f.name) for f in dataclasses.fields(kind)})
-                for key, kind in bundles.items()
-            }
+            made = {name: _made(kind, values) for name, kind in bundles.items()}
             function(**values, **made)
 
         keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
@@ -253,14 +254,41 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
     return register
 
 
-def _fields(kind: Any) -> list[inspect.Parameter]:
+def _made(kind: Any, values: dict[str, Any]) -> Any:
+    """A bundle of options from those of `values` that are its own, which are taken out."""
+    own: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if field.name == "options":
+            own[field.name] = {name: values.pop(name) for name in OPTIONS}
+        else:
+            own[field.name] = values.pop(field.name)
+    return kind(**own)
+
+
+def _flags(kind: Any) -> list[inspect.Parameter]:
+    """The parameters that typer reads for a bundle: one for each field, and for each of the options of a plan."""
     hints = get_type_hints(kind, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=hints[field.name],
-            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-        )
-        for field in dataclasses.fields(kind)
-    ]
+    found: list[inspect.Parameter] = []
+    for field in dataclasses.fields(kind):
+        if field.name == "options":
+            found += _plan_flags()
+        else:
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            found.append(_parameter(field.name, hints[field.name], default))
+    return found
+
+
+def _plan_flags() -> list[inspect.Parameter]:
+    found: list[inspect.Parameter] = []
+    for field in dataclasses.fields(PlanOptions):
+        option = OPTIONS[field.name]
+        flags = [_flag(field.name), *([SHORT[field.name]] if field.name in SHORT else [])]
+        completion = among(option.words) if option.words else None
+        shown = typer.Option(*flags, help=option.help, autocompletion=completion)
+        default = field.default if isinstance(field.default, (str, int, float)) else None
+        found.append(_parameter(field.name, Annotated[FORMS[option.form].kind, shown], default))
+    return found
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)

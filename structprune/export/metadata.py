@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from structprune.cost import Cost
+from structprune.costs import Cost
 from structprune.errors import LoadError
 from structprune.export.files import require
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 from structprune.schema import FormError, record, texts
 
 # Keys of the file's metadata.

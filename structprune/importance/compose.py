@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from structprune.channels.solver import Components
-from structprune.cost import node_macs
+from structprune.costs import node_macs
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.groups import Group

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from structprune.api import Options
-from structprune.cost import cost
+from structprune.costs import cost
 from structprune.errors import PlanError
 from structprune.optimizers import remap_optimizer
-from structprune.plan import Plan, plans_of, replay
+from structprune.planning.options import PlanKeywords
+from structprune.planning.plan import Plan, plans_of, replay
 from structprune.pruner import Pruner, Schedule
 from structprune.tracing.trace import ExampleInputs
 from structprune.wrapping import prunable
@@ -44,7 +44,7 @@ class Course:
         [16, 12, 12, 8]
     """
 
-    def __init__(self, at: Iterable[int], schedule: Schedule, options: Options, unit: str = "epochs") -> None:
+    def __init__(self, at: Iterable[int], schedule: Schedule, options: PlanKeywords, unit: str = "epochs") -> None:
         self.at: Sequence[int] = tuple(at)
         whole = all(type(time) is int and time >= 0 for time in self.at)
         if not whole or not self.at or list(self.at) != sorted(set(self.at)):

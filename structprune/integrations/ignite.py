@@ -8,9 +8,9 @@ from typing import Any, Unpack
 from torch import nn
 from torch.optim import Optimizer
 
-from structprune.api import Options
 from structprune.extras import missing_extra
 from structprune.integrations.course import Course, costs
+from structprune.planning.options import PlanKeywords
 from structprune.pruner import Schedule
 from structprune.tracing.trace import ExampleInputs
 
@@ -65,7 +65,7 @@ class PruningHandler:
         optimizers: Optimizer | Iterable[Optimizer] = (),
         averages: Iterable[nn.Module] = (),
         schedule: Schedule = "cubic",
-        **options: Unpack[Options],
+        **options: Unpack[PlanKeywords],
     ) -> None:
         self._model = model
         self._inputs = example_inputs

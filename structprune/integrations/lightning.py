@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from torch import nn
 
-from structprune.api import Options
 from structprune.errors import PlanError, UnsupportedModelError
 from structprune.extras import missing_extra
 from structprune.integrations.course import Course, costs
-from structprune.plan import Plan, plans_of, replay
+from structprune.planning.options import PlanKeywords
+from structprune.planning.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
 from structprune.tracing.trace import ExampleInputs
 from structprune.wrapping import class_names
@@ -80,7 +80,7 @@ class PruningCallback(Callback):
         example_inputs: ExampleInputs | None = None,
         network: str = "",
         schedule: Schedule = "cubic",
-        **options: Unpack[Options],
+        **options: Unpack[PlanKeywords],
     ) -> None:
         self._inputs = example_inputs
         self._network = network

@@ -10,13 +10,13 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from structprune.api import Options
 from structprune.errors import LoadError, PlanError, UnsupportedModelError
 from structprune.extras import missing_extra
 from structprune.files import write_text
 from structprune.integrations.course import Course, costs
 from structprune.io import save
-from structprune.plan import Plan, plans_of, replay
+from structprune.planning.options import PlanKeywords
+from structprune.planning.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
 from structprune.tracing.trace import ExampleInputs
 
@@ -68,7 +68,7 @@ class PruningCallback(TrainerCallback):
         epochs: Iterable[int] | None = None,
         steps: Iterable[int] | None = None,
         schedule: Schedule = "cubic",
-        **options: Unpack[Options],
+        **options: Unpack[PlanKeywords],
     ) -> None:
         if (epochs is None) == (steps is None):
             raise PlanError("Say when to prune: after how many epochs, or after how many steps; one of the two.")
@@ -172,7 +172,7 @@ def save_pruned(model: Any, folder: str | os.PathLike[str]) -> bool:
         True
     """
     plans = plans_of(model)
-    if callable(getattr(model, "save_pretrained", None)) and not (plans and "config" in plans[-1].settings):
+    if callable(getattr(model, "save_pretrained", None)) and not (plans and "config" in plans[-1].settings.left):
         model.save_pretrained(folder)
         return True
     save(model, folder)

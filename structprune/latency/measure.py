@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from structprune.benchmark.backends import BACKENDS, Call
-from structprune.benchmark.timing import clock_of, cpu_clock, device_of, interleaved, threads_set
+from structprune.benchmarking.backends import BACKENDS, Call
+from structprune.benchmarking.timing import clock_of, cpu_clock, device_of, interleaved, threads_set
 from structprune.errors import PlanError
 from structprune.inputs import evaluating
 from structprune.latency.cache import cache_folder, conditions, load, save

@@ -11,7 +11,7 @@ import numpy as np
 from torch import fx
 
 from structprune.channels.propagate import Channels
-from structprune.cost import is_view
+from structprune.costs import is_view
 from structprune.errors import PlanError
 from structprune.latency.specs import Count, Grouped, Use
 from structprune.latency.table import LatencyTable

@@ -10,7 +10,7 @@ from torch import fx
 
 from structprune.ops.op import Indices, Result, op_of
 from structprune.ops.relations import UNIT, Bound, Expectation, Relations, Row, Rows, Scale, Survivors
-from structprune.tracing.provenance import Dim, Literal, SizeInt, expression_of, leaves
+from structprune.tracing.provenance import Arithmetic, Constant, Dim, Literal, SizeInt, expression_of, leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,10 +74,16 @@ class Context:
             rows = tuple(operand.rows[dim] for dim in free)
             self.relations.survivors.append(Survivors(self.node.meta["index"], free, rows))
 
-    def scale(self, argument: int, value: Any, row: Row) -> None:
-        """The operation multiplies argument number `argument` by `value`, a number that depends on `row`'s size."""
+    def scale(self, argument: int, value: Any, row: Row, *, divides: bool = False) -> None:
+        """The operation multiplies (or divides) argument number `argument` by `value`, which depends on `row`'s size.
+
+        A division by the argument counts as one of it: either way a factor on `value` is made up for by its inverse.
+        """
         self.claimed.add(id(value))
-        self.relations.scales.append(Scale(self.node.meta["index"], argument, expression_of(value), row))
+        expression = expression_of(value)
+        if divides:
+            expression = Arithmetic("**", pow, expression, Constant(-1))
+        self.relations.scales.append(Scale(self.node.meta["index"], argument, expression, row))
 
     def keeps_zeros(self, operand: Operand) -> None:
         """The result has the shape of `operand`, and is zero wherever that is: ``f(0) = 0``, entry by entry."""

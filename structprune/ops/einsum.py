@@ -67,7 +67,7 @@ def _text(given: Sequence[Any]) -> str:
     Numbers stand for letters in order, capitals first.
 
     Example:
-        >>> _text(["x", [0, 1], "y", [1, ...], [0, ...]])
+        >>> _text([None, [0, 1], None, [1, ...], [0, ...]])
         'AB,B...->A...'
     """
     if isinstance(given[0], str):

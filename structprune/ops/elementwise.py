@@ -99,12 +99,14 @@ def product(c: Context, *args: Any, **kwargs: Any) -> Result:
     """A product; a number among the factors may follow a size that changes (``head_dim ** -0.5``)."""
     operands = list(operands_in(args, kwargs))
     for position, other in ((0, 1), (1, 0)):
-        if len(args) > 1 and isinstance(args[other], SizeFloat) and isinstance(args[position], Operand):
-            value = args[other]
-            if c.node.meta["name"] == "div":
-                value = 1.0 / value
-            c.scale(position, value, operands[0].rows[-1])
+        if len(args) > 1 and _follows(c, args[other]) and isinstance(args[position], Operand):
+            c.scale(position, args[other], operands[0].rows[-1], divides=c.node.meta["name"] == "div")
     return c.broadcast(operands)
+
+
+def _follows(c: Context, value: Any) -> bool:
+    """Whether a number was computed from sizes or attributes, so that it may change with the channels."""
+    return isinstance(value, SizeFloat) or c.tracked(value)
 
 
 @register_op("where", zeros=zeros.by_value, elementwise=True)

@@ -12,7 +12,7 @@ from structprune.ops import zeros
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.cutting import cut
 from structprune.ops.movement import VIEWS
-from structprune.ops.op import Contraction, Indices, Result, register_op
+from structprune.ops.op import Contraction, Indices, Result, Scaling, register_op
 from structprune.ops.relations import UNIT, Row, Rows
 from structprune.tracing.provenance import plain
 
@@ -308,7 +308,10 @@ def embedding_bag(
     return (*c.fresh(c.shape[:-1], f"it numbers the bags of {c.where()}"), weight.rows[1])
 
 
-@register_op("embedding", zeros=_last, contraction=Contraction("embedding", lambda _: ()))
+_TABLE = Contraction("embedding", lambda _: (), weight="weight")
+
+
+@register_op("embedding", zeros=_last, contraction=_TABLE, scaling=Scaling.LAYER, channel_dim=-1)
 def embedding(c: Context, weight: Operand, indices: Operand, *_: Any, **__: Any) -> Rows:
     """A row of the table for each index."""
     c.pin(weight.rows[0], "rows of an embedding table are looked up by data")

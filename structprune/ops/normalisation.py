@@ -10,11 +10,12 @@ from torch import Tensor, fx
 
 from structprune.ops import zeros
 from structprune.ops.along import competing, dims_of, without
-from structprune.ops.arguments import arguments, tensors
+from structprune.ops.arguments import arguments
+from structprune.ops.by_hand import normalises
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.op import Norm, Result, Scaling, like, op_of, register_op
+from structprune.ops.op import Norm, Result, Scaling, like, register_op
 from structprune.ops.relations import Rows
-from structprune.tracing.provenance import plain
+from structprune.tracing.provenance import Arithmetic, Constant, Dim, plain
 
 
 def _batch_norm_shape(x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: Any, *_: Any) -> Tensor | None:
@@ -141,18 +142,26 @@ def largest(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     return competing(c, x, dims_of(c.node, len(x.rows)))
 
 
-@register_op("mean", "sum", "nansum", "count_nonzero", "any", "frobenius_norm", "nuclear_norm", **_SUMMED)
+@register_op("mean", "sum", **_SUMMED, scaling=Scaling.CONTRACTION)
+@register_op("nansum", "count_nonzero", "any", "frobenius_norm", "nuclear_norm", **_SUMMED)
 @register_op("norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm", **_SUMMED)
 def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
-    """Dimensions disappear, or keep size 1; sums, means, and norms run over the survivors.
+    """Dimensions disappear, or keep size 1.
 
+    A sum over the channels that stay is the sum with the others at zero. A mean is such a sum times a factor, which
+    parameters take up; as a part of a norm that the forward writes out it runs over the channels that stay.
     A norm of a matrix without rows and columns of zeros is what it was: they add no singular value but zero.
     """
     name = c.node.meta["name"]
     dims = dims_of(c.node, len(x.rows), default=(-2, -1) if name == "linalg_matrix_norm" else None)
     if dims is None or (name.endswith("norm") and not _adds_up(c.node)):
         return competing(c, x, dims)
-    c.survivors(x, dims)
+    if name == "mean" and not normalises(c.node):
+        for at in dims:
+            size = Dim(x.node.meta["index"], at)
+            c.relations.scale_of(c.node.meta["index"], 0, Arithmetic("**", pow, size, Constant(-1)), x.rows[at])
+    else:
+        c.survivors(x, dims)
     return without(x.rows, dims, len(c.shape))
 
 
@@ -160,53 +169,11 @@ def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
 def spread(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The spread of what a forward normalises by it is over the survivors; any other counts all channels."""
     dims = dims_of(c.node, len(x.rows))
-    if dims is None or not normalises(c.node, tensors(c.node)[0]):
+    if dims is None or not normalises(c.node):
         return competing(c, x, dims, f"it is averaged over by {c.where()}")
     c.survivors(x, dims)
     rows = without(x.rows, dims, len(c.shape[0] if isinstance(c.shape, list) else c.shape))
     return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
-
-
-# What a spread passes through before something is divided by it.
-_OF_A_SPREAD = frozenset({"add", "sqrt", "rsqrt", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "mul", "div"})
-
-
-def normalises(statistic: fx.Node, x: fx.Node, by: tuple[str, ...] = ("mul", "div")) -> bool:
-    """Whether a forward uses `statistic`, a mean or a spread of `x`, for nothing but to normalise `x`.
-
-    A spread divides, as in ``(x - mean) / sqrt(var + eps)`` and ``x * rsqrt(mean_of_squares + eps) * gain``; a mean is
-    subtracted. `by` are the operations that count.
-    """
-    users = [user for user in statistic.users if user.op != "output"]
-    return len(users) == len(statistic.users) > 0 and all(_normalised_by(user, statistic, x, by) for user in users)
-
-
-def _normalised_by(user: fx.Node, value: fx.Node, x: fx.Node, by: tuple[str, ...]) -> bool:
-    name = user.meta["name"]
-    others = [node for node in tensors(user) if node is not value]
-    if name == "part":
-        return normalises(user, x, ("sub",) if user.args[1] == 1 else by)
-    if name in by and any(_made_of(node, x) for node in others):
-        return True
-    known = op_of(name)
-    passed = name in _OF_A_SPREAD or (known is not None and (known.views or known.scaling is Scaling.HOMOGENEOUS))
-    held = all(node.meta["name"] in ("parameter", "constant") for node in others)
-    return passed and held and normalises(user, x, by)
-
-
-def _made_of(node: fx.Node, x: fx.Node) -> bool:
-    """Whether `node` is `x`, entry by entry and at the same places: itself, centred, scaled or of another type."""
-    waiting, seen = [node], {node}
-    while waiting:
-        node = waiting.pop()
-        if node is x:
-            return True
-        known = op_of(node.meta["name"])
-        if known is not None and known.elementwise and node.meta["index"] > x.meta["index"]:
-            sources = set(tensors(node)) - seen
-            waiting += sources
-            seen |= sources
-    return False
 
 
 @register_op("python.local_response_norm")

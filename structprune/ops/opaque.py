@@ -8,10 +8,16 @@ from typing import Any
 from torch import nn
 
 from structprune.errors import RuleError
-from structprune.ops.context import Context, Operand
+from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import OPS, Coupling, Result, register_op
 from structprune.ops.watch import call_watched
-from structprune.tracing.opaque import OPAQUE, Opaque
+from structprune.tracing.opaque import OPAQUE, SCRIPTED, Opaque
+
+
+@register_op(SCRIPTED.name)
+def scripted(c: Context, *args: Any, **kwargs: Any) -> Result:
+    """Nobody sees which channels a scripted module relates: those of its tensors and arguments stay."""
+    return c.pin_all(list(operands_in(args, kwargs)), f"it belongs to compiled TorchScript, called in {c.where()}")
 
 
 class Leaf:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from structprune.errors import SurgeryError
 from structprune.surgery.derived import refresh
@@ -17,6 +18,7 @@ from structprune.surgery.rewrite import Rewritten, install, rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
 from structprune.tracing.describe import describe_layers, owner, set_attribute
 from structprune.tracing.provenance import SizeInt
+from structprune.tracing.scripted import copied_module
 from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors, is_config
 from structprune.wrapping import prunable, rewrapped
 
@@ -48,7 +50,9 @@ def _apply(model: nn.Module, plan: Edits, inplace: bool) -> nn.Module:
     if inplace:
         _change(model, plan, tensors, new, classes)
         return model
-    slim = copy.deepcopy(model, _memo(tensors, new))
+    memo = _memo(tensors, new)
+    _copy_scripted(model, memo)
+    slim = copy.deepcopy(model, memo)
     _finish(slim, plan, tensors, classes, [])
     return slim
 
@@ -70,6 +74,14 @@ def _memo(tensors: dict[str, Held], new: dict[int, Tensor]) -> dict[int, Any]:
                 changed.grad = new[id(old.grad)]
         memo[id(old)] = changed
     return memo
+
+
+def _copy_scripted(model: nn.Module, memo: dict[int, Any]) -> None:
+    """For ``deepcopy``, which would leave no leaves in scripted modules; tensors tied to them stay tied."""
+    for module in model.modules():
+        if isinstance(module, ScriptModule) and id(module) not in memo:
+            made = copied_module(module, lambda tensor: copy.deepcopy(tensor, memo))
+            memo.update((id(old), new) for old, new in zip(module.modules(), made.modules(), strict=True))
 
 
 Classes = dict[str, Rewritten]

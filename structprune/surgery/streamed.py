@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from structprune.ops import op_of
 from structprune.surgery.draws import held_still
 from structprune.surgery.edits import Thinning
 from structprune.tracing.opaque import opaque_of
+from structprune.tracing.scripted import watch_scripted
 from structprune.tracing.shadow import shadow_of
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import map_tensors
@@ -87,6 +88,22 @@ class Streamed(TorchFunctionMode):
         return result
 
     # -- the mode ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Streamed:
+        """From now on the mode sees each call."""
+        watch_scripted(1)
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        """Calls are no longer seen."""
+        watch_scripted(-1)
+        super().__exit__(*error)
+
+    def scripted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A scripted function runs as it is, on the weights themselves."""
+        args, kwargs = map_tensors(self._weight, (args, kwargs))
+        with _pop_mode_temporarily():
+            return function(*args, **kwargs)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

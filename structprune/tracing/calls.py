@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from structprune.tracing.opaque import Opaque, opaque_of
+from structprune.tracing.scripted import scripted_call, source_of, watch_scripted
 from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, Lookup, call_of
 
 MOVES = frozenset({"cpu", "cuda", "pin_memory"})  # a tensor on another device is the same tensor to a graph
@@ -56,6 +57,15 @@ class CallMode(TorchFunctionMode, ABC):
                 self._opening.pop()
         return self._seen(call, func, args, kwargs)
 
+    def scripted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the Python source of a scripted function; without one, it is an operation of its own."""
+        source = source_of(function)
+        if source is not None:
+            return source(*args, **kwargs)
+        with _pop_mode_temporarily():
+            call = Call(f"torchscript.{function.name}", Kind.OPERATION, scripted_call, False)
+            return self._seen(call, function, args, kwargs)
+
     @abstractmethod
     def _seen(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, or answer for the size of a tensor."""
@@ -92,9 +102,11 @@ class CallMode(TorchFunctionMode, ABC):
             before.append((state, state.get(_CALL, _ABSENT)))
             # What ``nn.Module.__call__`` runs in place of ``_call_impl``: this module's own, so no other is touched.
             state[_CALL] = partial(self._module, path, module, live.get(id(module), module))
+        watch_scripted(1)
         try:
             yield
         finally:
+            watch_scripted(-1)
             for state, own in before:
                 if own is _ABSENT:
                     del state[_CALL]

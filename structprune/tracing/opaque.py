@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from structprune.tracing.provenance import SizeInt, plain
 from structprune.tracing.state import held_tensors, join
@@ -34,10 +35,14 @@ class Opaque:
 
 
 OPAQUE: dict[type[nn.Module], Opaque] = {}
+# What scripted modules do is not seen, whatever they were made from.
+SCRIPTED = Opaque("module.torchscript", ScriptModule, None)
 
 
 def opaque_of(module: nn.Module) -> Opaque | None:
     """What was declared for the class of `module`, or for one whose forward it inherits."""
+    if isinstance(module, ScriptModule):
+        return SCRIPTED
     if not OPAQUE:
         return None
     kind = type(module)

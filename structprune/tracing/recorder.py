@@ -350,8 +350,8 @@ class Recorder(CallMode):
             self._away = False
         if not (isinstance(result, Tensor) or (isinstance(result, (tuple, list)) and result)):
             raise TraceError(
-                f"{opaque.kind.__name__} is declared with register_module_rule, but gives a {type(result).__name__}. "
-                "Such a module must return a tensor, or a tuple of tensors."
+                f"{opaque.kind.__name__} is taken as a whole, but gives a {type(result).__name__}. Such a module must "
+                "return a tensor, or a tuple of tensors."
             )
         self._tracked = tracked
         self._record(Call(opaque.name, Kind.OPERATION, opaque_call, False), before, keywords, result)

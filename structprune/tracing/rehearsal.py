@@ -39,6 +39,7 @@ from structprune.tracing.trace import (
     Trace,
     as_call,
     buffer_of_indices,
+    distinct_tensors,
     map_tensors,
     named_tensors,
     preserved_random_state,
@@ -65,10 +66,21 @@ class Widths:
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """Something in the forward that is not what the trace foresees: `what` it is, and `where`, a source line."""
+    """Something in the forward that is not what the trace foresees.
+
+    Attributes:
+        what: what it is.
+        where: a source line.
+        place: where it is in the trace: the number of the operation, and the way to one of its arguments.
+        ends: whether nothing could be compared from there on.
+        numbers: what was foreseen of a number, and what it became.
+    """
 
     what: str
     where: str
+    place: tuple[int | str, ...] = ()
+    ends: bool = False
+    numbers: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         return f"{self.what} at {self.where}" if self.where else self.what
@@ -77,7 +89,7 @@ class Deviation:
 class _DeviatesError(Exception):
     def __init__(self, what: str) -> None:
         super().__init__(what)
-        self.deviation = Deviation(what, source_line())
+        self.what, self.where = what, source_line()
 
 
 def rehearse(
@@ -118,11 +130,10 @@ def rehearse(
         try:
             rehearsal.run(shadow.model, example_inputs)
         except _DeviatesError as error:
-            rehearsal.deviations.append(error.deviation)
+            rehearsal.deviations.append(Deviation(error.what, error.where, rehearsal.place, ends=True))
         except Exception as error:  # the user's forward may raise anything at other widths
-            rehearsal.deviations.append(
-                Deviation(f"the forward raises {type(error).__name__} ({error})", _raised(error))
-            )
+            what = f"the forward raises {type(error).__name__} ({error})"
+            rehearsal.deviations.append(Deviation(what, _raised(error), rehearsal.place, ends=True))
     return rehearsal.deviations
 
 
@@ -167,20 +178,25 @@ class _Rehearsal(Recorder):
         self._parameters = {str(n.target): n for n in trace.everything if n.meta["name"] == "parameter"}
         self._answered = 0
 
+    @property
+    def place(self) -> tuple[int | str, ...]:
+        """How far the rehearsal came: the number of the operation that is due."""
+        return (self._steps[self._at].meta["index"] if self._at < len(self._steps) else len(self._trace.everything),)
+
     def _buffer(self, name: str) -> Tensor | None:
         return buffer_of_indices(held_tensors(self._model)[name].tensor)
 
     def run(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         """Both forwards, if both were recorded."""
         args, kwargs = as_call(example_inputs)
-        given = list(tensors_in((args, kwargs)))
-        args, kwargs = map_tensors(stand_in, args), map_tensors(stand_in, kwargs)
+        given = distinct_tensors((args, kwargs))
+        args, kwargs = map_tensors(stand_in, (args, kwargs))
         inputs = iter([n for n in self._trace.everything if n.meta["name"] == "input"])
         for training in (False, True) if self._trace.training_outputs else (False,):
             if training:
-                args, kwargs = map_tensors(two_samples, args), map_tensors(two_samples, kwargs)
+                args, kwargs = map_tensors(two_samples, (args, kwargs))
             model.train(training)
-            for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
+            for tensor, original in zip(distinct_tensors((args, kwargs)), given, strict=True):
                 node = self.input_node()
                 self.remember(tensor, node)
                 self._first[node] = next(inputs)
@@ -275,43 +291,44 @@ class _Rehearsal(Recorder):
             recorded.pop()  # the name of the property
         if node.target is opaque_call:
             recorded, args = recorded[2:], args[2:]  # what the module holds
-        self._compare(recorded, args, node)
-        self._compare(dict(node.kwargs), kwargs, node)
+        self._compare(recorded, args, node, ("args",))
+        self._compare(dict(node.kwargs), kwargs, node, ("kwargs",))
         self._first[made[0]] = node
         parts = {user.args[1]: user for user in node.users if user.meta["name"] == "part"}
         for part in made[1:]:
             if part.args[1] in parts:
                 self._first[part] = parts[part.args[1]]
 
-    def _compare(self, recorded: Any, now: Any, node: fx.Node) -> None:
-        """`now`, an argument of a call, must be what was recorded, with each number as it is foreseen."""
+    def _compare(self, recorded: Any, now: Any, node: fx.Node, way: tuple[int | str, ...]) -> None:
+        """`now`, what a `way` leads to in a call, must be what was recorded, with each number as it is foreseen."""
         if isinstance(recorded, fx.Node):
             if not self._is_recorded(now, recorded):
                 raise _DeviatesError(f"{node.meta['name']} is called on another tensor")
         elif isinstance(recorded, (tuple, list, slice, dict)):
-            self._all(items(recorded), items(now), node)
+            self._all(items(recorded), items(now), node, way)
         elif isinstance(recorded, (SizeInt, SizeFloat)):
-            self._number(self._widths.number(recorded.expression), now, node)
+            self._number(self._widths.number(recorded.expression), now, node, way)
         elif type(recorded) in (int, float):
-            self._number(recorded, now, node)
+            self._number(recorded, now, node, way)
         elif not alike(recorded, now) and not (isinstance(now, str) and node.meta["kind"] is type(None)):
             what = f"an argument of {node.meta['name']} becomes {now} in place of {recorded}"
-            self.deviations.append(Deviation(what, source_line()))
+            self.deviations.append(Deviation(what, source_line(), (node.meta["index"], *way)))
 
-    def _all(self, recorded: Any, now: Any, node: fx.Node) -> None:
+    def _all(self, recorded: Any, now: Any, node: fx.Node, way: tuple[int | str, ...]) -> None:
         if len(recorded) != len(now):
             raise _DeviatesError(f"{node.meta['name']} is called with another number of arguments")
-        for old, new in zip(recorded, now, strict=True):
-            self._compare(old, new, node)
+        for position, (old, new) in enumerate(zip(recorded, now, strict=True)):
+            self._compare(old, new, node, (*way, position))
 
-    def _number(self, foreseen: float, now: Any, node: fx.Node) -> None:
+    def _number(self, foreseen: float, now: Any, node: fx.Node, way: tuple[int | str, ...]) -> None:
         """A number that is another does not end the rehearsal: results have the shapes that are foreseen."""
         alike = isinstance(now, (int, float)) and (
             foreseen == now or isclose(foreseen, now, rel_tol=1e-9) or (isnan(foreseen) and isnan(now))
         )
         if not alike:
             what = f"a number in {node.meta['name']} becomes {now}, where {plain(foreseen)} is foreseen"
-            self.deviations.append(Deviation(what, source_line()))
+            numbers = (foreseen, now) if isinstance(now, (int, float)) else None
+            self.deviations.append(Deviation(what, source_line(), (node.meta["index"], *way), numbers=numbers))
 
     def _is_recorded(self, now: Any, recorded: fx.Node) -> bool:
         if not isinstance(now, fx.Node):

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from structprune.tracing.provenance import SizeInt
+from structprune.tracing.scripted import copied_module
 from structprune.tracing.state import INTERNAL, held_tensors, is_config, track
 
 _INERT = frozenset({float, bool, str, type(None)})
@@ -68,9 +70,11 @@ class _Copier:
                 self.memo[id(held.tensor)] = stands_for[id(held.tensor)] = new
                 names[id(new)] = name
         modules = list(model.named_modules())
-        for _, module in modules:
+        self._copy_scripted(model, stands_for)
+        written = [(path, module) for path, module in modules if not isinstance(module, ScriptModule)]
+        for _, module in written:
             self.memo[id(module)] = object.__new__(type(module))
-        for path, module in modules:
+        for path, module in written:
             state = self.memo[id(module)].__dict__
             for key, value in module.__dict__.items():
                 kind = type(value)
@@ -82,6 +86,12 @@ class _Copier:
                     state[key] = self.copied(value) if key in INTERNAL else self._attribute(path, (key,), value)
         live = {id(self.memo[id(module)]): module for _, module in modules}
         return Shadow(self.memo[id(model)], names, live, stands_for)
+
+    def _copy_scripted(self, model: nn.Module, stands_for: dict[int, Tensor]) -> None:
+        for module in model.modules():
+            if isinstance(module, ScriptModule) and id(module) not in self.memo:
+                made = copied_module(module, lambda tensor: stands_for[id(tensor)])
+                self.memo.update((id(old), new) for old, new in zip(module.modules(), made.modules(), strict=True))
 
     def _attribute(self, path: str, chain: tuple[str, ...], value: Any) -> Any:
         if self.tracked and type(value) in (int, tuple, list):

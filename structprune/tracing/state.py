@@ -58,7 +58,7 @@ def held_tensors(model: nn.Module) -> dict[str, Held]:
     found: dict[str, Held] = {}
     for path, module in model.named_modules():
         state = module.__dict__
-        for store in (state["_parameters"], state["_buffers"], state):
+        for store in (module._parameters, module._buffers, state):
             for key, value in store.items():
                 # Of the some thirty attributes of a module most are of these types: a look at the type is cheaper.
                 if type(value) not in _NO_TENSORS and isinstance(value, Tensor):

@@ -21,6 +21,7 @@ from structprune.errors import TraceError
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Arithmetic, Attribute, Constant, Dim, Expression, SizeFloat, SizeInt
 from structprune.tracing.recording import ModuleCall
+from structprune.tracing.scripted import scripted_call
 from structprune.tracing.trace import Trace
 
 Literal = Callable[[int, tuple[int | str, ...], int], int]
@@ -108,6 +109,8 @@ class _Builder:
             value = bound.arguments.get(parameter.name, parameter.default)
             default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
             made = self._graph.create_node("placeholder", parameter.name, default, {}, parameter.name)
+            if isinstance(value, fx.Node) and value in self._made and not self._call.path:
+                raise self._fail("was given one tensor twice")  # other callers of the model may give two
             if isinstance(value, fx.Node):
                 self._made[value] = made
             elif isinstance(value, (tuple, list, dict)) and value:
@@ -132,7 +135,7 @@ class _Builder:
                 self._unpack(item, self._graph.call_function(operator.getitem, (made, position)))
 
     def _operation(self, node: fx.Node, number: int) -> None:
-        if node.meta["name"] == "batch_norm" or node.target in (setattr, opaque_call):
+        if node.meta["name"] == "batch_norm" or node.target in (setattr, opaque_call, scripted_call):
             raise self._fail(f"calls {node.meta['name']} itself")
         args = [self._argument(item, number, (i,)) for i, item in enumerate(node.args)]
         kwargs = {key: self._argument(item, number, (key,)) for key, item in node.kwargs.items()}

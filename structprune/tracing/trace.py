@@ -25,7 +25,7 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputName = str | int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trace:
     """A model as a graph of tensor operations.
 
@@ -117,21 +117,35 @@ def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, A
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with `function` applied to each tensor in its tuples, lists and dicts."""
+    """`value` with `function` applied to each tensor in its tuples, lists and dicts.
+
+    A tensor that stands in several places is one tensor still: a forward may ask whether query and key are the same.
+    """
+    return _mapped(function, value, {})
+
+
+def _mapped(function: Callable[[Tensor], Any], value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
-        return function(value)
+        if id(value) not in known:
+            known[id(value)] = function(value)
+        return known[id(value)]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, item) for item in value))
+        return type(value)(*(_mapped(function, item, known) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, item) for item in value)
+        return type(value)(_mapped(function, item, known) for item in value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
+        return {key: _mapped(function, item, known) for key, item in value.items()}
     return value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in a nested output; objects that are no container (a cache, say) are not outputs."""
     return (tensor for _, tensor in named_tensors(value))
+
+
+def distinct_tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested example inputs, each of them once."""
+    return list({id(tensor): tensor for tensor in tensors_in(value)}.values())
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -187,8 +201,8 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
     lend = stand_in if meta else shield
     shadow = shadow_of(model, lambda _, tensor: lend(tensor))
     args, kwargs = as_call(inputs)
-    given = list(tensors_in((args, kwargs)))
-    args, kwargs = map_tensors(replace, args), map_tensors(replace, kwargs)
+    given = distinct_tensors((args, kwargs))
+    args, kwargs = map_tensors(replace, (args, kwargs))
     model = shadow.model
     with preserved_random_state(), torch.no_grad(), eager(), tracked_numbers() as ledger:
         model.eval()
@@ -196,7 +210,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
             shadow.names, operations, meta, lambda name: buffer_of_indices(names[name].tensor), shadow.stands_for
         )
         placeholders: list[fx.Node] = []
-        for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
+        for tensor, original in zip(distinct_tensors((args, kwargs)), given, strict=True):
             node = recorder.input_node()
             recorder.remember(tensor, node)
             if meta:
@@ -211,8 +225,8 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         nodes, calls, trained = tuple(recording.nodes), tuple(recording.calls), ()
         if training:
             model.train()
-            args, kwargs = map_tensors(two_samples, args), map_tensors(two_samples, kwargs)
-            for tensor, original in zip(tensors_in((args, kwargs)), given, strict=True):
+            args, kwargs = map_tensors(two_samples, (args, kwargs))
+            for tensor, original in zip(distinct_tensors((args, kwargs)), given, strict=True):
                 node = recorder.input_node()
                 recorder.remember(tensor, node)
                 recorder.values.give(node, two_samples(original))
@@ -221,19 +235,19 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
     recording.graph.output(tuple(outputs.values()))
     return Trace(
-        recording.graph,
-        nodes,
-        calls,
-        tuple(placeholders),
-        outputs,
-        tensors,
-        tuple(ledger.comparisons.values()),
-        tuple(ledger.escapes.values()),
-        kept,
-        not meta,
-        tuple(recording.nodes),
-        tuple(recording.calls),
-        trained,
+        graph=recording.graph,
+        nodes=nodes,
+        calls=calls,
+        inputs=tuple(placeholders),
+        outputs=outputs,
+        tensors=tensors,
+        comparisons=tuple(ledger.comparisons.values()),
+        escapes=tuple(ledger.escapes.values()),
+        caches=kept,
+        real=not meta,
+        everything=tuple(recording.nodes),
+        every_call=tuple(recording.calls),
+        training_outputs=trained,
         operations=operations,
         answers=tuple(recording.answers),
         asked=tuple(recording.asked),

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import plain
+from structprune.tracing.scripted import scripted_call
 from structprune.tracing.vocabulary import Lookup
 
 # Larger results are not worth it: a number that decides a branch comes from masks, positions and counts.
@@ -108,4 +110,8 @@ class Values:
         shapes = [part for part in shape if part is not None] if isinstance(shape, list) else [shape]
         known = self._operations(node.meta["name"])
         drawn = known is not None and known.random
-        return not drawn and all(prod(part) <= LARGEST for part in shapes)
+        return (
+            not drawn
+            and node.target not in (opaque_call, scripted_call)
+            and all(prod(part) <= LARGEST for part in shapes)
+        )

@@ -3,7 +3,7 @@
 from structprune.training.average import WeightAverage
 from structprune.training.distillation import FeatureDistillation, distillation_loss
 from structprune.training.evaluation import split
-from structprune.training.finetune import Epoch, Finetuned, finetune
+from structprune.training.finetuning import Epoch, Finetuned, finetune
 from structprune.training.penalties import GroupLasso, GrowingRegularisation, NormScalePenalty
 from structprune.training.soft import SoftPruner
 

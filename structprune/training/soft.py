@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from structprune.api import Options, decide
+from structprune.api import coupled_channels, decide
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
 from structprune.importance.sites import summed_dims
 from structprune.ops.relations import Ids
-from structprune.plan import Plan
-from structprune.planning import plan_removal
+from structprune.planning.build import plan_removal
+from structprune.planning.options import PlanKeywords, PlanOptions, takes_options
+from structprune.planning.plan import Plan
 from structprune.surgery.edits import Thinning
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs
@@ -23,6 +24,7 @@ from structprune.wrapping import unwrapped
 PLACES = ("filters", "consumers")
 
 
+@takes_options
 class SoftPruner:
     """Sets the lowest-ranked channels to zero at the end of each epoch, lets them recover, and cuts them out at last.
 
@@ -40,7 +42,7 @@ class SoftPruner:
             channel still gives a constant, which is lost when it is cut; where that is below zero and a ReLU follows,
             it does not come back. ``"consumers"``: the weights that sum the channels up. Then the network already
             computes what the cut one does (unless a norm runs over the channels), and every channel can come back.
-        options: those of `structprune.plan`: ``ratio``, ``target``, ``importance``, ``data``, ``scope`` and the others.
+        options: those of `structprune.plan` (`structprune.planning.options.PlanOptions`).
 
     Attributes:
         plan: what the last `step` switched off; None before the first.
@@ -67,7 +69,7 @@ class SoftPruner:
         example_inputs: ExampleInputs,
         *,
         places: str = "filters",
-        **options: Unpack[Options],
+        **options: Unpack[PlanKeywords],
     ) -> None:
         if places not in PLACES:
             raise PlanError(f"places is {places!r}; it is one of {', '.join(PLACES)}.")
@@ -75,7 +77,7 @@ class SoftPruner:
         self.places = places
         self.plan: Plan | None = None
         self._inputs = example_inputs
-        self._options = options
+        self._options = PlanOptions(**options)
 
     def step(self, *_: Any) -> Plan:
         """Rank the channels as they are now, and set the lowest ones to zero.
@@ -88,7 +90,8 @@ class SoftPruner:
         Raises:
             PlanError: what is asked for cannot be planned, or a channel has no weight of this kind to set to zero.
         """
-        graph, decision = decide(self.model, self._inputs, self._options)
+        graph = coupled_channels(self.model, self._inputs, self._options)
+        decision = decide(graph, self._options)
         with torch.no_grad():
             plan = plan_removal(graph, decision.chosen, decision.settings)
             zeroed = self._zeroed(graph, plan, decision.chosen)

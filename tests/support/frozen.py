@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import structprune
-from structprune.plan import plans_of
+from structprune.planning.plan import plans_of
 
 
 class Attention(nn.Module):

@@ -11,7 +11,7 @@ from structprune.graph import ChannelGraph
 from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
 from structprune.importance.data import Batches
-from structprune.planning import tensors_of
+from structprune.planning.build import tensors_of
 
 
 class Chain(nn.Module):

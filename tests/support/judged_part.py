@@ -10,6 +10,7 @@ for each entry that has any, its cases. With ``--broken``, the rule of one opera
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -17,8 +18,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from structprune.channels.rules import RULES
 
+from structprune.ops import OPS
 from support.judging import FAULTS, judge_case
 from support.nn_modules import module_cases, module_database
 from support.operations import Case, cases, database
@@ -55,8 +56,9 @@ def main() -> None:
     if options.only:
         entries = [entry for entry in entries if entry[0] == options.only]
     if options.broken:
-        rule = RULES[options.broken]
-        RULES[options.broken] = reversed_list(rule) if options.broken == "cat" else untied
+        op = OPS[options.broken]
+        broken = reversed_list(op.coupling) if options.broken == "cat" else untied
+        OPS[options.broken] = dataclasses.replace(op, coupling=broken)
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     faults: dict[str, list[str]] = {}

@@ -1,8 +1,9 @@
 """What a pruned network must compute: the original with the removed channels switched off.
 
-The oracle shares nothing with the engine but ``plan.removed``. It zeroes every removed slice of a copy of the
-original, runs the **unmodified** forward, and compares. Only a norm or a mean over a thinned axis cannot be had that
-way, as its count changes; there it runs over the survivors (``support.survivors``).
+The oracle shares nothing with the engine but ``plan.removed`` and the names of norms. It zeroes every removed slice
+of a copy of the original, runs the **unmodified** forward, and compares. Only a norm over a thinned axis cannot be
+had that way, as its count changes; there it runs over the survivors (``support.survivors``). A mean is part of such a
+norm only in a module for which ``plan.settings["over_survivors"]`` says so: everywhere else it counts all channels.
 
 Which elements of such a norm's input are dead is found by experiment, not by following the graph: an element is dead
 when it stays the same whatever values the surviving weights and the inputs take, and did change while nothing was
@@ -14,14 +15,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from support.randomize import double, exchanged, floating_tensors, jitter, perturbed
-from support.runs import Run, call, in_step
+from support.runs import Norms, Run, call, in_step
 
 __all__ = ["Oracle", "call", "check", "double", "floating_tensors", "jitter", "relative_error", "switch_off"]
 
@@ -29,11 +30,16 @@ Removed = Mapping[str, Mapping[int, Sequence[int]]]
 
 
 class HasRemoved(Protocol):
-    """The one thing that the oracle takes from a plan."""
+    """What the oracle takes from a plan."""
 
     @property
     def removed(self) -> Removed:
         """Tensor name -> dimension -> removed original indices."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Under ``"over_survivors"`` the norms that run over the channels that stay, by module and operation."""
         ...
 
 
@@ -106,8 +112,11 @@ class Oracle:
         del position
         self._natural.append(x == y)
 
-    def expect(self, removed: Removed) -> Expected:
-        """The original with the slices `removed` switched off."""
+    def expect(self, removed: Removed, norms: Collection[str] | None = ()) -> Expected:
+        """The original with the slices `removed` switched off.
+
+        `norms` are the modules whose means are parts of norms, as a plan names them; None if any mean may be.
+        """
         off, other = switch_off(self.original, removed), _switch_off(self._other(), removed)
         masks: list[Tensor | None] = []
 
@@ -118,7 +127,8 @@ class Oracle:
             masks.append(_dead_elements(x == y, natural))
             return masks[-1]
 
-        smooth = in_step((off, self.inputs), (other, self._moved), dead_of, self.dtype)
+        normalises = Norms(off, norms)
+        smooth = in_step((off, self.inputs), (other, self._moved), dead_of, self.dtype, normalises, norms)
         del other
         remaining = iter(masks)
 
@@ -127,7 +137,7 @@ class Oracle:
             assert dead is None or dead.shape == x.shape, "the forward depends on its data"
             return dead
 
-        with Run(known, smooth=False, dtype=self.dtype) as run:
+        with Run(known, smooth=False, dtype=self.dtype, normalises=normalises) as run:
             output = call(off, self.inputs)
         changed = relative_error(smooth, self._whole) if removed else 0.0
         return Expected(output, run.widened, changed)
@@ -206,7 +216,7 @@ def check(
     assert not wrong, f"shapes that do not fit plan.removed (got, expected): {wrong}"
 
     oracle = Oracle(original, inputs)
-    expected = oracle.expect(plan.removed)
+    expected = oracle.expect(plan.removed, plan.settings.get("over_survivors", ()))
     found = relative_error(oracle.output(slim, expected.widened), expected.output)
     assert found <= tol, (
         f"relative error {found:.3g} > {tol:g} against the original with these channels off: "

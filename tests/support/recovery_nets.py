@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import structprune
-from structprune.planning import plan_removal
+from structprune.planning.build import plan_removal
 
 # Of eight channels three are removed; `copy_channels` makes them multiples of ones that are kept.
 GONE = [1, 4, 6]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from support.randomize import map_tensors
-from support.survivors import DIVIDED, MINUS, OVER_SURVIVORS, SMOOTH
+from support.survivors import DIVIDED, MEAN, MINUS, OVER_SURVIVORS, SMOOTH
 
 # For the input of a reduction: which of its elements belong to removed channels, if any do.
 DeadOf = Callable[[Tensor], Tensor | None]
@@ -27,6 +27,28 @@ def call(model: nn.Module, inputs: Any) -> Any:
         if isinstance(inputs, Mapping):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+class Norms:
+    """Whether the module that runs takes a mean as a part of a norm that its forward writes out.
+
+    Args:
+        model: its modules are watched from now on, so this must be a copy.
+        named: such norms as a plan names them, ``"block.norm (mean)"``; None if any mean may be one.
+    """
+
+    def __init__(self, model: nn.Module, named: Collection[str] | None) -> None:
+        self._named, self._inside = named, [""]
+        for path, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, path=path: self._inside.append(path))
+            module.register_forward_hook(self._leave, always_call=True)
+
+    def _leave(self, *_: Any) -> None:
+        self._inside.pop()
+
+    def __call__(self) -> bool:
+        """For a mean that is about to be taken."""
+        return self._named is None or f"{self._inside[-1] or 'the model'} (mean)" in self._named
 
 
 def none_dead(x: Tensor) -> None:
@@ -48,13 +70,21 @@ _MULTI_HEAD_ATTENTION = _opened(F.multi_head_attention_forward)
 class Run(TorchFunctionMode):
     """One forward with reductions over the survivors, in one precision throughout.
 
-    With ``smooth``, activations that cut off are replaced by some that do not.
+    With ``smooth``, activations that cut off are replaced by some that do not. A mean counts all channels, unless
+    `normalises` says that it is part of a norm.
     """
 
-    def __init__(self, dead_of: DeadOf = none_dead, *, smooth: bool, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        dead_of: DeadOf = none_dead,
+        *,
+        smooth: bool,
+        dtype: torch.dtype = torch.float64,
+        normalises: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__()
-        self.dead_of, self.smooth, self.dtype = dead_of, smooth, dtype
-        self.means: list[Tensor] = []
+        self.dead_of, self.smooth, self.dtype, self.normalises = dead_of, smooth, dtype, normalises
+        self.means: list[tuple[Tensor, bool]] = []
         self.widened = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,11 +94,9 @@ class Run(TorchFunctionMode):
             self.widened = True
             return args[0].to(self.dtype)
         if func in OVER_SURVIVORS:
-            result = self._reduce(func, args, kwargs)
-            self.means += result if isinstance(result, tuple) else (result,)
-            return result
-        if func in MINUS and any(args[1] is mean for mean in self.means):
-            return self._reduce(func, args, kwargs)
+            return self._statistic(func, args, kwargs)
+        if func in MINUS and (known := [over for mean, over in self.means if args[1] is mean]):
+            return self._reduce(func, args, kwargs, known[0])
         if func is F.multi_head_attention_forward:
             with self:
                 return _MULTI_HEAD_ATTENTION(*args, **kwargs)
@@ -92,11 +120,17 @@ class Run(TorchFunctionMode):
 
         return tuple(map(wide, args)), {key: wide(value) for key, value in kwargs.items()}
 
-    def _reduce(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _statistic(self, func: Any, args: Any, kwargs: Any) -> Any:
+        over = func not in MEAN or self.normalises()
+        result = self._reduce(func, args, kwargs, over)
+        self.means += [(part, over) for part in (result if isinstance(result, tuple) else (result,))]
+        return result
+
+    def _reduce(self, func: Any, args: Any, kwargs: Any, over: bool) -> Any:
         args = list(args)
         x = args.pop(0) if args else kwargs.pop("input")
-        dead = self.dead_of(x)
-        if dead is None:
+        dead = self.dead_of(x)  # asked every time, so that two runs count alike
+        if dead is None or not over:
             return func(x, *args, **kwargs)
         if "axis" in kwargs:
             kwargs["dim"] = kwargs.pop("axis")
@@ -118,8 +152,9 @@ class _Stopped(BaseException):
 class _Follower:
     """A run in a thread of its own that moves on only when it is told to: to its next reduction, or its end."""
 
-    def __init__(self, model: nn.Module, inputs: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, dtype: torch.dtype, named: Collection[str] | None) -> None:
         self._model, self._inputs, self._dtype = model, inputs, dtype
+        self._norms = Norms(model, named)
         self._come: queue.SimpleQueue[Tensor | BaseException | None] = queue.SimpleQueue()
         self._go: queue.SimpleQueue[Tensor | type[_Stopped] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -138,7 +173,7 @@ class _Follower:
     def _work(self) -> None:
         try:
             self._wait()
-            with Run(self._meet, smooth=True, dtype=self._dtype):
+            with Run(self._meet, smooth=True, dtype=self._dtype, normalises=self._norms):
                 call(self._model, self._inputs)
             self._come.put(None)
         except BaseException as error:  # handed to the other thread, which raises it
@@ -161,16 +196,24 @@ class _Follower:
 Compare = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
-def in_step(pairs: tuple[nn.Module, Any], others: tuple[nn.Module, Any], compare: Compare, dtype: torch.dtype) -> Any:
+def in_step(
+    pairs: tuple[nn.Module, Any],
+    others: tuple[nn.Module, Any],
+    compare: Compare,
+    dtype: torch.dtype,
+    normalises: Callable[[], bool] = lambda: False,
+    named: Collection[str] | None = (),
+) -> Any:
     """The output of one smooth run beside another one of other values, with what `compare` finds dead left out.
 
     Only one of both runs at any time. `compare` is called with the number of a reduction and the two inputs that
-    meet there, as soon as both have come to it, so that later ones see what earlier ones left out.
+    meet there, as soon as both have come to it, so that later ones see what earlier ones left out. `normalises` tells
+    whether a mean of the first model is part of a norm, `named` are those of the other one (see `Norms`).
 
     Raises:
         AssertionError: the forward takes another way with other values.
     """
-    follower = _Follower(*others, dtype)
+    follower = _Follower(*others, dtype, named)
     position, dead = 0, None
 
     def meet(x: Tensor) -> Tensor | None:
@@ -183,7 +226,7 @@ def in_step(pairs: tuple[nn.Module, Any], others: tuple[nn.Module, Any], compare
         return dead
 
     try:
-        with Run(meet, smooth=True, dtype=dtype):
+        with Run(meet, smooth=True, dtype=dtype, normalises=normalises):
             output = call(*pairs)
         assert follower.next(dead) is None, "the forward depends on its data"
     finally:

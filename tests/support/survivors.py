@@ -164,8 +164,9 @@ def _names(*names: str) -> list[Callable[..., Any]]:
     return [getattr(home, name) for name in names for home in homes if hasattr(home, name)]
 
 
+MEAN = frozenset(_names("mean"))
 OVER_SURVIVORS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **dict.fromkeys(_names("mean"), mean),
+    **dict.fromkeys(MEAN, mean),
     **dict.fromkeys(_names("var"), var),
     **dict.fromkeys(_names("std"), std),
     **dict.fromkeys(_names("var_mean"), var_mean),

@@ -1,0 +1,219 @@
+"""Ways of running a model: each turns it, with its inputs, into something to call, that tells what a call takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from structprune.benchmarking.memory import held_bytes, peak_of_run, peak_of_session
+from structprune.benchmarking.profiling import Profile, profile_session, profile_torch
+from structprune.export.files import input_names, require, session, tensors, to_numpy
+from structprune.export.onnx import export_onnx
+from structprune.tracing.trace import ExampleInputs, as_call
+
+Call: TypeAlias = Callable[[], Any]
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Run(Protocol):
+    """A model that is ready to run on its inputs."""
+
+    def __call__(self) -> Any:
+        """One forward."""
+        ...
+
+    def memory(self) -> int | None:
+        """Bytes that a forward takes at most, with weights and inputs; None where that cannot be told."""
+        ...
+
+    def profile(self) -> Profile:
+        """What its operations take, or those of the same model in eager mode where kernels are fused across layers."""
+        ...
+
+
+class TorchRun:
+    """A model that torch runs.
+
+    Args:
+        model: the model.
+        inputs: what it is called on.
+        device: where both are.
+        call: what runs it; the model itself if not given.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: ExampleInputs, device: torch.device, call: Callable[..., Any] | None = None
+    ) -> None:
+        self._model, self._inputs, self._device = model, inputs, device
+        self._args, self._kwargs = as_call(inputs)
+        self._run = call or model
+
+    def __call__(self) -> Any:
+        """One forward."""
+        return self._run(*self._args, **self._kwargs)
+
+    def memory(self) -> int:
+        """Weights, inputs, and what torch's allocator gives at most; what kernels keep to themselves is not seen."""
+        return held_bytes(self._model, self._inputs) + peak_of_run(self, self._device)
+
+    def profile(self) -> Profile:
+        """What each operation takes in eager mode."""
+        return profile_torch(self._model, lambda: self._model(*self._args, **self._kwargs), self._device)
+
+
+class SessionRun:
+    """An ONNX file that ONNX Runtime runs.
+
+    Args:
+        model: what was exported.
+        inputs: what it is called on.
+        device: where it runs.
+        threads: how many threads a node may use on the CPU.
+        file: the ONNX file.
+        provider: the execution provider.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: ExampleInputs,
+        device: torch.device,
+        threads: int,
+        file: Path,
+        provider: str,
+    ) -> None:
+        self._eager = TorchRun(model, inputs, device)
+        self._paths = [path for path, _ in model.named_modules()]
+        self._device, self._threads, self._file, self._provider = device, threads, file, provider
+        self._feed = to_numpy(dict(zip(input_names(model, inputs), tensors(as_call(inputs)), strict=True)))
+        self._session = session(file, threads=threads, provider=provider)
+        if provider not in self._session.get_providers():
+            raise ValueError(
+                f"ONNX Runtime offers {provider} but could not start it on {device}; its log says why (mostly a "
+                "library of the wrong version). Repair the installation, or leave it out of backends="
+            )
+        self._binding = None if device.type == "cpu" else bound(self._session, self._feed, device)
+
+    def __call__(self) -> Any:
+        """One forward; inputs and outputs stay on the device."""
+        if self._binding is None:
+            return self._session.run(None, self._feed)
+        self._session.run_with_iobinding(self._binding)
+        return self._binding.synchronize_outputs()
+
+    def memory(self) -> int | None:
+        """What the file's weights, its inputs and ONNX Runtime's arena take, with the code that it loads; CPU only."""
+        return peak_of_session(self._file, self._feed, self._threads) if self._device.type == "cpu" else None
+
+    def profile(self) -> Profile:
+        """What each node takes; with TensorRT, which fuses the network into one, what eager operations take."""
+        if self._provider.startswith("Tensorrt"):
+            return self._eager.profile()
+        return profile_session(self._file, self._feed, self._threads, self._paths, self._provider)
+
+
+def bound(runtime_session: Any, feed: dict[str, Any], device: torch.device) -> Any:
+    """A binding of a session's inputs and outputs to memory of a device, so that no run copies them."""
+    value = require("onnxruntime").OrtValue
+    where = device.type, device.index or 0
+    binding = runtime_session.io_binding()
+    for name, array in feed.items():
+        binding.bind_ortvalue_input(name, value.ortvalue_from_numpy(array, *where))
+    for output in runtime_session.get_outputs():
+        binding.bind_output(output.name, *where)
+    return binding
+
+
+def eager(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> TorchRun:
+    """The model as it is."""
+    return TorchRun(model, inputs, device)
+
+
+def channels_last(
+    model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path
+) -> TorchRun:
+    """A copy of the model, and inputs, whose images and kernels lie in memory channel by channel."""
+    placed = copy.deepcopy(model)
+    for tensor in chain(placed.parameters(), placed.buffers()):
+        tensor.data = _channels_last(tensor.data)
+    return TorchRun(placed, pytree.tree_map_only(Tensor, _channels_last, inputs), device)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    layout = _LAYOUTS.get(tensor.ndim)
+    return tensor if layout is None else tensor.contiguous(memory_format=layout)
+
+
+def compiled(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> TorchRun:
+    """Through ``torch.compile``, specialised to these shapes; compilation happens in the first call."""
+    # Models of one class share compiled code's cache. Unless told otherwise, the second one's other widths would be
+    # taken for dynamic shapes, and it would run slower for it.
+    return TorchRun(model, inputs, device, torch.compile(model, dynamic=False))
+
+
+def onnxruntime(
+    model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path
+) -> SessionRun:
+    """Exported to ONNX, checked, and run by ONNX Runtime.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        ExportError: The model cannot be exported faithfully.
+        ValueError: The installed ONNX Runtime cannot run on the device.
+    """
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type, "none")
+    available = require("onnxruntime").get_available_providers()
+    if provider not in available:
+        raise ValueError(
+            f"the installed ONNX Runtime cannot run on {device}: it offers {', '.join(available)}; install a build "
+            "for this device, or leave 'onnxruntime' out of backends="
+        )
+    return _exported(model, inputs, device, threads, folder, provider)
+
+
+def tensorrt(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> Run:
+    """By TensorRT: through ONNX Runtime if it offers that, else through ``torch_tensorrt``.
+
+    Raises:
+        ValueError: The device is no GPU, or neither of both is installed.
+        MissingExtraError: onnx or onnxscript is not installed.
+        ExportError: The model cannot be exported faithfully.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"TensorRT runs on a CUDA device, and the inputs are on {device}; pass device='cuda'")
+    provider = "TensorrtExecutionProvider"
+    if find_spec("onnxruntime") and provider in require("onnxruntime").get_available_providers():
+        return _exported(model, inputs, device, threads, folder, provider)
+    if find_spec("torch_tensorrt"):
+        require("torch_tensorrt")  # registers itself with torch.compile
+        return TorchRun(model, inputs, device, torch.compile(model, backend="tensorrt", dynamic=False))
+    raise ValueError(
+        "TensorRT is not here: the installed ONNX Runtime offers no TensorrtExecutionProvider, and torch_tensorrt is "
+        "not installed; install onnxruntime-gpu with TensorRT, or torch-tensorrt, or leave 'tensorrt' out of backends="
+    )
+
+
+def _exported(
+    model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path, provider: str
+) -> SessionRun:
+    file = export_onnx(model, folder / "model.onnx", inputs, dynamic_batch=False).path
+    return SessionRun(model, inputs, device, threads, file, provider)
+
+
+BACKENDS: dict[str, Callable[[nn.Module, ExampleInputs, torch.device, int, Path], Run]] = {
+    "eager": eager,
+    "channels_last": channels_last,
+    "compile": compiled,
+    "onnxruntime": onnxruntime,
+    "tensorrt": tensorrt,
+}
+# Those whose calls return when all is done, on a GPU too.
+WAITING = ("onnxruntime",)

@@ -1,0 +1,101 @@
+"""Running calls in turns and timing each run."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import nn
+
+from structprune.benchmarking.backends import WAITING, Call
+from structprune.export.files import tensors
+from structprune.tracing.state import collection_paused
+from structprune.tracing.trace import ExampleInputs, as_call
+
+
+def device_of(example_inputs: ExampleInputs) -> torch.device:
+    """Where the inputs are: the device of the first tensor."""
+    found = tensors(as_call(example_inputs))
+    return found[0].device if found else torch.device("cpu")
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model itself if it is on the device, else a copy that is."""
+    state = chain(model.parameters(), model.buffers())
+    # "cuda" means the current one of several.
+    if all(tensor.device.type == device.type and device.index in (None, tensor.device.index) for tensor in state):
+        return model
+    return copy.deepcopy(model).to(device)
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    clock: Callable[[Call, torch.device], float],
+    device: torch.device,
+    *,
+    runs: int,
+    warmup: int,
+) -> dict[str, list[float]]:
+    """Durations in seconds of each call, run in turns."""
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with collection_paused():
+        for _ in range(runs):
+            for name, call in calls.items():
+                seconds[name].append(clock(call, device))
+    return seconds
+
+
+def cpu_clock(call: Call, device: torch.device) -> float:
+    """Seconds of the CPU that this process spends on a call: with one thread, the time that it takes undisturbed."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def clock_of(backend: str, device: torch.device) -> Callable[[Call, torch.device], float]:
+    """What times a call of this backend: events on the stream for torch on CUDA, else the wall clock."""
+    return _cuda_clock if device.type == "cuda" and backend not in WAITING else _wall_clock
+
+
+def _wall_clock(call: Call, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _cuda_clock(call: Call, device: torch.device) -> float:
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for an accelerator; the CPU returns when it is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def threads_set(count: int | None) -> Generator[int]:
+    """Let torch use so many threads; yields how many it uses."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

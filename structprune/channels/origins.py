@@ -1,0 +1,76 @@
+"""Where a number came from that lost its origin: ``int(c) ** -0.5`` reaches a product as a plain float.
+
+A rehearsal says what such a number is at two widths. If at both it is the same power of a number of channels, it is
+taken for that, and is compensated like a number whose origin is known; the next rehearsal proves or refutes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import isclose
+from operator import pow as power
+from typing import Any
+
+from torch import fx
+
+from structprune.ops.relations import Row
+from structprune.tracing.provenance import Arithmetic, Constant, Dim, Expression, SizeFloat, evaluated, leaves
+from structprune.tracing.rehearsal import Deviation
+from structprune.tracing.trace import Trace
+
+_POWERS = (-0.5, 0.5, -1.0, 1.0)
+
+
+def trace_back(trace: Trace, rows: Sequence[Any], count: Callable[[Row], int], found: Deviation) -> bool:
+    """Give a factor in a product or quotient back its origin, in `trace`; whether that was possible.
+
+    Args:
+        trace: what was recorded.
+        rows: the rows of its nodes.
+        count: the living channels of a row in the rehearsal.
+        found: what the rehearsal found.
+    """
+    if found.numbers is None or len(found.place) != 3 or found.place[1] != "args":
+        return False
+    node, position = trace.everything[int(found.place[0])], int(found.place[2])
+    args = list(node.args)
+    plain = node.meta["name"] in ("mul", "div") and len(args) == 2 and type(args[position]) in (int, float)
+    if not plain or not isinstance(args[1 - position], fx.Node):
+        return False
+    for dim, row in _counted(rows, node.meta["index"]):
+        for exponent in _POWERS:
+            sizes = row.size**exponent, count(row) ** exponent
+            if all(isclose(a, b, rel_tol=1e-9) for a, b in zip(sizes, found.numbers, strict=True)):
+                origin = Arithmetic("**", power, dim, Constant(exponent))
+                args[position] = number = SizeFloat(found.numbers[0], origin)
+                node.args = tuple(args)
+                node.meta["tracked"] = [*node.meta.get("tracked", ()), number]
+                return True
+    return False
+
+
+def _counted(rows: Sequence[Any], end: int) -> Iterator[tuple[Dim, Row]]:
+    """The dimensions whose channels may go of the tensors before node number `end`, the last ones first."""
+    seen: set[object] = set()
+    for number in range(end - 1, -1, -1):
+        made = rows[number]
+        for dim, row in enumerate(made if isinstance(made, tuple) else ()):
+            if row.free and row.key not in seen:
+                seen.add(row.key)
+                yield Dim(number, dim), row
+
+
+def follows_inputs(expression: Expression, rows: Sequence[Any]) -> bool:
+    """Whether what a factor becomes when channels go depends on the sizes of the inputs too: ``(tokens + c) ** -0.5``.
+
+    Then no weight can make up for it. ``(tokens * c) ** -0.5`` is the same factor for all numbers of tokens.
+    """
+    fixed = {leaf for leaf in leaves(expression) if isinstance(leaf, Dim) and not rows[leaf.node][leaf.dim].free}
+    if not fixed:
+        return False
+
+    def at(channels: int, tokens: int) -> float:
+        return evaluated(expression, lambda leaf: tokens if leaf in fixed else channels)
+
+    # Any numbers will do that are no powers of one another.
+    return not all(isclose(at(48, tokens) * at(20, 7), at(20, tokens) * at(48, 7), rel_tol=1e-9) for tokens in (11, 30))

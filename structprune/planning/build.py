@@ -1,0 +1,163 @@
+"""From a decision about channels to a `Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from structprune.axes import AXES
+from structprune.channels.solver import Mask
+from structprune.channels.trials import Counter
+from structprune.errors import PlanError
+from structprune.graph import ChannelGraph
+from structprune.ops.relations import Ids
+from structprune.planning.configuration import config_repairs
+from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
+from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+from structprune.surgery.reference import thinned_norms
+from structprune.tracing.provenance import Attribute, Dim, evaluate, literal_for, literals
+from structprune.tracing.specification import specify
+from structprune.tracing.state import held_tensors
+
+
+def tensors_of(graph: ChannelGraph) -> dict[str, Tensor]:
+    """The tensors of the graph's model by name."""
+    return {name: held.tensor for name, held in held_tensors(graph.model).items()}
+
+
+def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = None, *, config: bool = True) -> Plan:
+    """The plan that removes the components `chosen` and all that is coupled to them.
+
+    With `config`, a configuration that the model's class is built from is made to say what the smaller model is (see
+    `structprune.planning.configuration`); it costs building the class on the ``meta`` device twice or more.
+
+    Raises:
+        PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
+    """
+    dead = graph.components.dead(chosen)
+    count = graph.counter(dead)
+    thinnings = _thinnings(graph, dead)
+    values = graph.check(dead)
+    repairs = tuple(
+        Repair(attribute.module, attribute.chain, graph.read(attribute), new)
+        for attribute, new in sorted(values.items(), key=lambda item: str(item[0]))
+    )
+    edits = Edits(
+        thinnings=thinnings,
+        repairs=repairs,
+        rescales=_rescales(graph, count, values),
+        rewrites=_rewrites(graph, count),
+        caches=graph.trace.caches,
+        inputs=specify(graph.example_inputs),
+        outputs=tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
+    )
+    more, unchanged = config_repairs(graph, edits, count) if config else ((), None)
+    return Plan(
+        thinnings=thinnings,
+        repairs=(*repairs, *more),
+        rescales=edits.rescales,
+        rewrites=edits.rewrites,
+        caches=edits.caches,
+        inputs=edits.inputs,
+        outputs=edits.outputs,
+        layers=_layers(thinnings),
+        axes=_axes(graph, dead),
+        before=graph.costs.at(lambda row: row.size),
+        after=graph.costs.at(count),
+        settings=replace(settings or Settings(), left=_left(graph, unchanged), over_survivors=_norms(graph, dead)),
+    )
+
+
+def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
+    """What a reader of the plan should know was left as it is."""
+    found = {"config": f"unchanged: {config}"} if config else {}
+    if graph.trace.training_error:
+        unseen = ", ".join(sorted({name.rpartition(".")[0] for name in graph.trace.unreached(graph.model)})[:5])
+        found["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"
+    if graph.unchecked:
+        found["rehearsal"] = graph.unchecked
+    return found
+
+
+def _norms(graph: ChannelGraph, dead: Mask) -> tuple[str, ...]:
+    """Where the smaller model does not compute what the original does with the channels switched off, by name."""
+    found: dict[str, None] = {}
+    for survivors, _ in thinned_norms(graph, dead):
+        node = graph.trace.everything[survivors.node]
+        call = node.meta["call"]
+        path = graph.trace.every_call[call].path if call >= 0 else ""
+        found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
+    return tuple(found)
+
+
+def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:
+    found: list[Thinning] = []
+    orders = graph.components.balances.orders(dead)
+    for slot in graph.slots:
+        parts = graph.components.of(slot.row)
+        gone = dead[parts]
+        if gone.all():
+            raise PlanError(
+                f"This would remove all {slot.row.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep at "
+                "least one; to remove a whole layer is another operation."
+            )
+        if gone.any():
+            removed = tuple(np.flatnonzero(gone).tolist())
+            order = orders.get(parts.tobytes()) if orders else None
+            places = None if order is None else tuple(order.tolist())
+            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, removed, places))
+    return tuple(found)
+
+
+def _layers(thinnings: tuple[Thinning, ...]) -> tuple[LayerWidth, ...]:
+    return tuple(
+        LayerWidth(t.tensor.rpartition(".")[0] or t.tensor, t.size, t.size - len(t.removed))
+        for t in thinnings
+        if t.dim == 0 and t.tensor.endswith("weight")
+    )
+
+
+def _axes(graph: ChannelGraph, dead: Mask) -> tuple[AxisWidth, ...]:
+    found: list[AxisWidth] = []
+    for axis in AXES:
+        mine = [group for group in graph.groups() if group.axis == axis]
+        if mine:
+            before = sum(group.channels for group in mine)
+            after = before - sum(int(np.count_nonzero(dead[group.components])) for group in mine)
+            found.append(AxisWidth(axis, len(mine), before, after))
+    return tuple(found)
+
+
+def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, int]) -> tuple[Rescale, ...]:
+    def before(leaf: Dim | Attribute) -> float:
+        return graph.channels.rows[leaf.node][leaf.dim].size if isinstance(leaf, Dim) else graph.read(leaf)
+
+    def after(leaf: Dim | Attribute) -> float:
+        if isinstance(leaf, Dim):
+            return count(graph.channels.rows[leaf.node][leaf.dim])
+        return values.get(leaf, graph.read(leaf))
+
+    found: list[Rescale] = []
+    for fold in graph.folds:
+        factor = evaluate(fold.scale.expression, before) / evaluate(fold.scale.expression, after)
+        if factor != 1:
+            found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in fold.carriers]
+    return tuple(found)
+
+
+def _rewrites(graph: ChannelGraph, count: Counter) -> tuple[Rewrite, ...]:
+    found: dict[tuple[str, int, tuple[int | str, ...]], Rewrite] = {}
+    for expectation in graph.sizes.literals:
+        (literal,) = literals(expectation.expression)
+        new = int(literal_for(expectation.expression, count(expectation.row)))
+        if new == literal.value:
+            continue
+        path, number = graph.literal_site(literal.node)
+        rewrite = Rewrite(path, number, literal.place, literal.value, new)
+        known = found.setdefault((path, number, literal.place), rewrite)
+        if known != rewrite:
+            raise PlanError(f"The literal {literal.value} at {expectation.where} would have to be two numbers at once.")
+    return tuple(found.values())

@@ -1,0 +1,188 @@
+"""The one front door of all options: each check gives the value as it is kept, or says what is allowed instead.
+
+A check takes the name of the option and what was given for it. Whatever needs the model, such as whether a layer of
+that name exists, is checked where it is looked up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, cast
+
+from torch import nn
+
+from structprune.axes import AXES
+from structprune.errors import PlanError
+from structprune.graph import Layer
+from structprune.importance.base import Importance, importance_of
+from structprune.importance.data import Batches
+from structprune.latency.measure import Latency
+from structprune.planning.ratios import Ratio, check_ratio
+from structprune.planning.rounding import RoundTo
+from structprune.planning.scopes import SCOPES, Curves, Scope
+from structprune.planning.targets import TARGETS
+from structprune.tracing.trace import OutputName
+
+
+def bad(name: str, given: object, allowed: str) -> PlanError:
+    """The error for an option of the wrong type or out of its range."""
+    shown = repr(given)
+    return PlanError(f"{name} is {shown if len(shown) <= 80 else f'{shown[:77]}...'}; {allowed}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_ratios(name: str, given: Any) -> Ratio | None:
+    """A share, a function, or shares by layer; None if there is none."""
+    if isinstance(given, Mapping):
+        shares: Mapping[Any, Any] = given
+        return {
+            _layer(f"a key of {name}", key): check_ratio(share, f"{name}[{key!r}]") for key, share in shares.items()
+        }
+    if given is None or (callable(given) and not isinstance(given, nn.Module)):
+        found: Any = given
+        return found
+    return check_ratio(cast("Any", given), name)
+
+
+def check_target(name: str, given: Any) -> Mapping[str, float] | None:
+    """Amounts by name of `structprune.planning.targets.TARGETS`; None if there is none."""
+    if given is None:
+        return None
+    known = ", ".join(TARGETS)
+    if not isinstance(given, Mapping):
+        raise bad(name, given, f"give what is to remain by name, such as {{'macs': 0.5}}; the names are {known}")
+    if not given:
+        raise PlanError(f"{name} is empty; give a fraction or an amount for one of {known}.")
+    for key, amount in given.items():
+        if key not in TARGETS:
+            raise PlanError(f"{name} names {key!r}; known are {known}.")
+        if not _is_number(amount) or amount <= 0:
+            raise bad(f"{name}[{key!r}]", amount, "give what is to remain: a fraction, or a number above 1")
+    return {key: float(amount) for key, amount in given.items()}
+
+
+def check_scope(name: str, given: Any) -> Scope | None:
+    """One of `structprune.planning.scopes.SCOPES`, curves, or sets of layer names; None for the default."""
+    if given is None or isinstance(given, Curves):
+        return given
+    allowed = f"it is one of {', '.join(map(repr, SCOPES))}, or sets of layer names, such as [['layer1', 'layer2.*']]"
+    if isinstance(given, str):
+        if given not in SCOPES:
+            raise bad(name, given, allowed)
+        return given  # type: ignore[return-value]
+    if not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes, nn.Module)):
+        raise bad(name, given, allowed)
+    sets = list[list[str]]()
+    for names in given:
+        members = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else []
+        if not members or not all(isinstance(member, str) and member for member in members):
+            raise bad(name, given, allowed)
+        sets.append(members)
+    if not sets:
+        raise bad(name, given, allowed)
+    return sets
+
+
+def check_axes(name: str, given: Any) -> tuple[str, ...] | None:
+    """Names of `structprune.axes.AXES`, one alone or several, as a sorted tuple; None for all."""
+    if given is None:
+        return None
+    allowed = f"give any of {', '.join(map(repr, AXES))}"
+    if not isinstance(given, Iterable):
+        raise bad(name, given, allowed)
+    axes = (given,) if isinstance(given, str) else tuple(given)
+    if not axes or not all(isinstance(axis, str) for axis in axes):
+        raise bad(name, given, allowed)
+    if unknown := set(axes) - set(AXES):
+        raise PlanError(f"{name} names {', '.join(sorted(unknown))}; known are {', '.join(AXES)}.")
+    return tuple(sorted(set(axes)))
+
+
+def _layer(name: str, given: Any) -> Layer:
+    if isinstance(given, nn.Module) or (isinstance(given, str) and given):
+        return given
+    raise bad(name, given, "a layer is a module of the model or its dotted name")
+
+
+def check_ignore(name: str, given: Any) -> tuple[Layer, ...]:
+    """The layers to leave whole, one alone or several, as a tuple.
+
+    Raises:
+        PlanError: one is neither a module nor a name.
+    """
+    if isinstance(given, (str, nn.Module)) or not isinstance(given, Iterable):
+        return (_layer(name, given),)
+    layers = tuple(given)
+    for number, layer in enumerate(layers):
+        _layer(f"{name}[{number}]", layer)
+    return layers
+
+
+def check_outputs(name: str, given: Any) -> tuple[OutputName, ...] | None:
+    """The names of the outputs that keep their shape, one alone or several, as a tuple; None for all.
+
+    Raises:
+        PlanError: one is neither a name nor a position.
+    """
+    if given is None:
+        return None
+    names = (given,) if isinstance(given, (str, int)) or not isinstance(given, Iterable) else tuple(given)
+    for output in names:
+        if isinstance(output, bool) or not isinstance(output, (str, int)):
+            raise bad(name, given, "give names or positions of outputs")
+    return names
+
+
+def check_round_to(name: str, given: Any) -> RoundTo:
+    """A whole number from 1, or ``"auto"``."""
+    if given == "auto" and isinstance(given, str):
+        return "auto"
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
+        raise bad(name, given, "give a whole number from 1, or 'auto'")
+    return int(given)
+
+
+def check_min_channels(name: str, given: Any) -> int:
+    """A whole number from 1."""
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
+        raise bad(name, given, "a group keeps at least 1 channel: give a whole number from 1")
+    return int(given)
+
+
+def check_max_ratio(name: str, given: Any) -> float:
+    """A share from 0 to 1."""
+    if not _is_number(given) or not 0 <= given <= 1:
+        raise bad(name, given, "it is a share of the channels, from 0 to 1")
+    return float(given)
+
+
+def check_importance(name: str, given: Any) -> str | Importance:
+    """The name of a criterion, or one."""
+    importance_of(given)
+    return given
+
+
+def check_data(name: str, given: Any) -> Iterable[Any] | Batches | None:
+    """Batches, one after the other; None if there are none."""
+    if given is not None and (not isinstance(given, (Iterable, Batches)) or isinstance(given, (str, bytes, nn.Module))):
+        raise bad(name, given, "give an iterable of batches")
+    return given
+
+
+def check_function(name: str, given: Any) -> Any:
+    """Something to call; None if there is nothing."""
+    if given is not None and not callable(given):
+        raise bad(name, given, "give a function of the model and a batch")
+    return given
+
+
+def check_latency(name: str, given: Any) -> Latency | None:
+    """A `Latency`; None if there is none."""
+    if given is not None and not isinstance(given, Latency):
+        raise bad(name, given, "give a structprune.Latency, such as Latency(backend='onnxruntime')")
+    return given

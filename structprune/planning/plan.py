@@ -1,0 +1,311 @@
+"""`Plan`: what will be removed, repaired and rewritten; decided, printable, and not yet done."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from html import escape
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from structprune.costs import Cost
+from structprune.errors import PlanError
+from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
+from structprune.surgery.apply import apply
+from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+from structprune.surgery.history import recalled, remember
+from structprune.wrapping import unwrapped
+
+SCHEMA = 2
+# So many of those norms are printed; the plan holds all of them.
+SHOWN = 20
+# Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
+RECORD = "_structprune_plans"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWidth:
+    """Output channels of a layer before and after."""
+
+    layer: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class AxisWidth:
+    """Channels of one axis (see `structprune.axes.AXES`), over all its groups, before and after."""
+
+    axis: str
+    groups: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings(Mapping[str, Any]):
+    """What a plan was asked for and what came of it, as plain data.
+
+    As a mapping it gives all of it by name: ``settings["ratio"]``, ``settings["reached"]``, ``settings["latency"]``
+    (what was measured), ``settings["config"]``, ``settings["over_survivors"]``; what is empty is left out.
+
+    Attributes:
+        asked: the options (see `structprune.planning.options.PlanOptions`).
+        reached: for each limit of a target, the share that remains.
+        measured: for a target of latency: how time was measured, what was predicted and measured, in milliseconds, and
+            whether the target is met.
+        left: what was left as it is, with the reason: ``"config"``, the model's configuration; ``"training"``, layers
+            that only a forward in training mode would reach.
+        over_survivors: the norms, by module and operation, that run over the channels that stay.
+    """
+
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    reached: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    over_survivors: tuple[str, ...] = ()
+
+    def _by_name(self) -> dict[str, Any]:
+        others = {"reached": self.reached, "latency": self.measured, "over_survivors": list(self.over_survivors)}
+        return {**self.asked, **{name: value for name, value in others.items() if value}, **self.left}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._by_name()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name())
+
+    def __len__(self) -> int:
+        return len(self._by_name())
+
+
+def _split_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 held the settings side by side."""
+    found = dict(settings(data["settings"]))
+    split: dict[str, Any] = {
+        "reached": found.pop("reached", {}),
+        "measured": found.pop("latency", {}),
+        "left": {name: found.pop(name) for name in ("config", "training") if name in found},
+        "over_survivors": found.pop("over_survivors", []),
+        "asked": found,
+    }
+    return data | {"settings": split}
+
+
+# For every older schema, what lifts a plan to the next one.
+MIGRATIONS: dict[int, Migration] = {1: _split_settings}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Edits):
+    """A decision that can be printed, costed, saved, compared and applied.
+
+    Attributes:
+        thinnings: what is removed from which tensor.
+        repairs: attributes to set.
+        rescales: factors that keep the function where a size changes it.
+        rewrites: literals in forwards to change.
+        layers: output channels of each thinned layer.
+        axes: channels by what they are to the network.
+        before: cost of the model as it is.
+        after: cost of the model that `apply` makes.
+        caches: dicts of modules in which the forward keeps results: they are emptied.
+        inputs: shapes and types of the example inputs, nested as they were given.
+        outputs: names of the outputs that keep their shape; None if all do.
+        settings: what the plan was asked for, what is reached, measured and left. ``settings.over_survivors`` are the
+            norms, by module and operation, that run over the channels that stay: a layer norm over 8 of 16 channels is
+            not the one over 8 channels and 8 zeros. All else computes exactly what the original does with the removed
+            channels switched off.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> plan = structprune.plan(model, torch.randn(1, 4), ratio=0.5)
+        >>> plan = structprune.Plan.from_json(plan.to_json())
+        >>> plan.before.params, plan.after.params, plan.apply(model)[0]
+        (58, 30, Linear(in_features=4, out_features=4, bias=True))
+    """
+
+    layers: tuple[LayerWidth, ...]
+    axes: tuple[AxisWidth, ...]
+    before: Cost
+    after: Cost
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def removed(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """Original indices that go, by tensor name and dimension."""
+        found: dict[str, dict[int, tuple[int, ...]]] = {}
+        for thinning in self.thinnings:
+            found.setdefault(thinning.tensor, {})[thinning.dim] = thinning.removed
+        return found
+
+    def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
+        """The smaller model.
+
+        Args:
+            model: the model that the plan was made for, or another of the same shapes.
+            inplace: change `model` itself and return it; otherwise it stays untouched.
+
+        Raises:
+            SurgeryError: the plan does not fit the model; the model is as it was.
+        """
+        result = apply(model, self, inplace=inplace)
+        if self.thinnings or self.repairs or self.rescales or self.rewrites:
+            remember(unwrapped(result), RECORD, (*plans_of(result), self), [])
+        return result
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def table(self) -> Table:
+        """Layers and axes with their channels before and after, and the cost."""
+        table = Table("layer", "channels", "kept", title=None)
+        for layer in self.layers:
+            table.add_row(layer.layer, str(layer.before), str(layer.after))
+        table.add_section()
+        for axis in self.axes:
+            groups = f"{axis.groups} group{'s' if axis.groups > 1 else ''}"
+            table.add_row(f"{axis.axis} ({groups})", str(axis.before), str(axis.after))
+        table.add_section()
+        for name, before in asdict(self.before).items():
+            after = getattr(self.after, name)
+            share = f" ({after / before:.1%})" if before else ""
+            table.add_row(name.replace("_", " "), f"{before:,}", f"{after:,}{share}")
+        return table
+
+    def __str__(self) -> str:
+        """The table as text."""
+        text = io.StringIO()
+        console = Console(file=text, width=100)
+        console.print(self.table())
+        shown = {key: value for key, value in self.settings.items() if key != "over_survivors" and value is not None}
+        asked = (f"{key} {value}" for key, value in shown.items())
+        console.print("asked for: " + ", ".join(asked), highlight=False, markup=False, soft_wrap=True)
+        if norms := self.settings.over_survivors:
+            more = f" and {len(norms) - SHOWN} more" if len(norms) > SHOWN else ""
+            text_of = ", ".join(norms[:SHOWN]) + more
+            console.print(f"over the channels that stay: {text_of}", highlight=False, markup=False, soft_wrap=True)
+        for repair in self.repairs:
+            place = ".".join([repair.module or "model", *map(str, repair.chain)])
+            console.print(f"{place}: {repair.old} -> {repair.new}", highlight=False)
+        return text.getvalue().rstrip()
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks: the network as a whole, then the layers."""
+        left = asdict(self.after)
+        rows = [(name.replace("_", " "), before, left[name]) for name, before in asdict(self.before).items()]
+        rows += [(f"{axis.axis} ({axis.groups})", axis.before, axis.after) for axis in self.axes]
+        layers = [(layer.layer, layer.before, layer.after) for layer in self.layers]
+        return _html(("", "before", "after"), rows) + (
+            f"<details><summary>{len(layers)} layers</summary>{_html(('layer', 'channels', 'kept'), layers)}</details>"
+        )
+
+    # -- JSON ----------------------------------------------------------------------------------------------------
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the plan changes, in hexadecimal: equal for plans that make the same model."""
+        changes = {key: value for key, value in asdict(self).items() if key not in ("settings", "before", "after")}
+        return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan as JSON text, with its schema version."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            PlanError: the text is no plan, or one of a later schema.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"This is not the JSON of a plan: {error}. Pass what Plan.to_json returned.") from error
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Plan:
+        """The same from what the JSON text says.
+
+        Raises:
+            PlanError: the data is no plan, or one of a later schema.
+        """
+        try:
+            data = up_to_date(data, SCHEMA, MIGRATIONS, "it")
+            return cls(
+                thinnings=tuple(record(Thinning, t) for t in data["thinnings"]),
+                repairs=tuple(record(Repair, r) for r in data["repairs"]),
+                rescales=tuple(record(Rescale, r) for r in data["rescales"]),
+                rewrites=tuple(record(Rewrite, r) for r in data["rewrites"]),
+                caches=tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
+                inputs=inputs(data["inputs"]),
+                outputs=None if data["outputs"] is None else texts(data["outputs"]),
+                layers=tuple(record(LayerWidth, layer) for layer in data["layers"]),
+                axes=tuple(record(AxisWidth, axis) for axis in data["axes"]),
+                before=record(Cost, data["before"]),
+                after=record(Cost, data["after"]),
+                settings=_read_settings(data["settings"]),
+            )
+        except (FormError, KeyError, TypeError) as error:
+            what = str(error) if isinstance(error, FormError) else f"{type(error).__name__}: {error}"
+            raise PlanError(f"This plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
+
+
+def _read_settings(data: Any) -> Settings:
+    """The settings from their JSON object.
+
+    Raises:
+        FormError: a field is missing, unknown or of another kind than it should be.
+    """
+    found = settings(data)
+    names = [each.name for each in fields(Settings)]
+    if sorted(found) != sorted(names):
+        raise FormError(f"the settings have the fields {sorted(found)!r:.200}, not {sorted(names)}")
+    parts = {name: settings(found[name]) for name in names if name != "over_survivors"}
+    return Settings(**parts, over_survivors=texts(found["over_survivors"]))
+
+
+def plans_of(model: nn.Module) -> tuple[Plan, ...]:
+    """The plans that were applied to a model or to what it is a copy of, the first one first."""
+    return recalled(unwrapped(model), RECORD, ())
+
+
+def replay(model: nn.Module, plans: Iterable[Plan]) -> None:
+    """Carry out, in place, those of `plans` that `model` has not been through yet.
+
+    Args:
+        model: the model as it was built, or after the first of the plans.
+        plans: what `plans_of` gives for the model that it is to become.
+
+    Raises:
+        PlanError: the model has been through other plans, or through more.
+    """
+    wanted, done = tuple(plans), plans_of(model)
+    if [plan.digest for plan in done] != [plan.digest for plan in wanted[: len(done)]]:
+        raise PlanError(
+            f"The model has been pruned {len(done)} times, which are not the first of the {len(wanted)} times that are "
+            "recorded, and what is gone cannot come back. Give the model as it was built."
+        )
+    for plan in wanted[len(done) :]:
+        plan.apply(model, inplace=True)
+
+
+def _html(headings: tuple[str, ...], rows: Iterable[tuple[str, int, int]]) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    body = "".join(
+        f"<tr><td>{escape(name)}</td><td>{before:,}</td><td>{after:,}{_share(before, after)}</td></tr>"
+        for name, before, after in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _share(before: int, after: int) -> str:
+    return f" ({after / before:.1%})" if before > after else ""

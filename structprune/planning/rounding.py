@@ -1,0 +1,159 @@
+"""Which groups are thinned, and to which widths: those of the axes asked for, in numbers that hardware runs fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd, lcm
+from typing import Literal
+
+import numpy as np
+import torch
+
+from structprune.axes import Roles
+from structprune.graph import ChannelGraph
+from structprune.groups import Group, Member
+from structprune.hardware import step_of
+from structprune.latency.table import BELOW
+
+RoundTo = int | Literal["auto"]
+
+# "auto" moves no width by more than about an eighth of what it was: a group has at least as many steps. A finer step
+# would not pay: blocked convolutions take as long for 40 channels as for 48.
+FINEST = 4
+# With fewer heads than this, channels inside the heads go rather than whole heads.
+FEW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """The numbers of channels that a group may keep.
+
+    Args:
+        round_to: every width that changes becomes a multiple of this; ``"auto"`` takes a power of two that suits the
+            device and type, smaller for narrow layers.
+        device: where the model is; a CPU if not given.
+        dtype: the type of its weights.
+        min_channels: a group keeps at least as many channels.
+        max_ratio: no group loses a greater share of its channels.
+    """
+
+    round_to: RoundTo = "auto"
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
+    min_channels: int = 1
+    max_ratio: float = 1.0
+
+    def feasible(
+        self, group: Group, roles: Roles, bounds: tuple[int, int] = (1, 1), measured: int | None = None
+    ) -> np.ndarray:
+        """The numbers of channels that `group` may keep, ascending; all of them is always one.
+
+        `bounds` are the least number that the forward allows, and what it must be a multiple of. `measured` is the step
+        of the layers' widths in which their time falls, if that was measured; it takes the place of ``"auto"``, and
+        below one step parts of it are feasible: layers that read so few channels save by each.
+        """
+        size = group.channels
+        step = lcm(self.step(group, roles, measured), bounds[1])
+        part = step if measured is None else lcm(self.step(group, roles, max(1, measured // BELOW)), bounds[1])
+        least = max(bounds[0], self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
+        found = np.append(np.arange(part, min(step, size), part), np.arange(step, size, step))
+        return np.append(found[found >= least], size)
+
+    def step(self, group: Group, roles: Roles, measured: int | None = None) -> int:
+        """How many channels of `group` must go at a time; see `feasible`."""
+        repeats = [_repeat(member, group.channels) for member in _widths(group, roles)]
+        if group.axis == "head_size":
+            repeats.append(1)  # the size itself is what attention sums over
+        if self.round_to == "auto" and measured is not None:
+            multiple = measured
+        elif self.round_to == "auto":
+            width = group.channels * min(repeats, default=1)
+            multiple = min(step_of(self.device, self.dtype), 1 << max(0, (width // FINEST).bit_length() - 1))
+        else:
+            multiple = self.round_to
+        step = _step(multiple, repeats)
+        # Maps of 7 x 7 take 49 rows of a linear layer along: for a multiple of 16, all of 16 maps would have to go.
+        most = max(1, group.channels // FINEST) if measured is None else max(multiple, group.channels - 1)
+        while self.round_to == "auto" and multiple > 1 and step > most:
+            multiple //= 2
+            step = _step(multiple, repeats)
+        return step
+
+
+def _step(multiple: int, repeats: list[int]) -> int:
+    """The fewest channels whose repeats are all multiples of `multiple`."""
+    return lcm(*(multiple // gcd(multiple, repeat) for repeat in repeats))
+
+
+def nearest(feasible: np.ndarray, wanted: float) -> int:
+    """The feasible number nearest to `wanted`; the greater of two as near."""
+    return int(feasible[::-1][np.argmin(np.abs(feasible[::-1] - wanted))])
+
+
+def _widths(group: Group, roles: Roles) -> list[Member]:
+    """The members that show how wide the layers are: outputs of layers, else sides of their weights, else any."""
+    for dims in (roles.producers, roles.weights):
+        found = [m for m in group.members if (m.tensor, m.dim) in dims]
+        if found:
+            return found
+    return list(group.members)
+
+
+def _repeat(member: Member, channels: int) -> int:
+    """How many indices of the member's dimension each channel takes along."""
+    counts = np.bincount(member.channels, minlength=channels)
+    return max(1, int(np.gcd.reduce(counts[counts > 0])))
+
+
+# -- which groups are thinned ----------------------------------------------------------------------------------------
+
+
+def thinned_groups(
+    graph: ChannelGraph,
+    ratio: Callable[[Group], float],
+    feasible: Mapping[Group, np.ndarray],
+    axes: Collection[str] | None,
+) -> Sequence[Group]:
+    """The groups to thin; of a grid (heads x head size, groups x channels in a group) one factor only.
+
+    The factor is chosen whose nearest feasible number of channels misses the ratio least; whole heads or groups before
+    positions inside them where both come as near, if there are at least four of them. A factor of which nothing is to
+    go is chosen last. Where `axes` names the axes of both factors, both are thinned.
+    """
+    groups = graph.groups()
+    number = np.full(graph.components.count, -1, dtype=np.int64)
+    for i, group in enumerate(groups):
+        if axes is None or group.axis in axes:
+            number[group.components] = i
+    chosen: set[int] = set()
+    blocked: set[int] = set()
+
+    def miss(i: int) -> tuple[bool, float, bool, bool, int]:
+        size, share = groups[i].channels, ratio(groups[i])
+        wanted = size * (1 - share)
+        missed = abs(wanted - nearest(feasible[groups[i]], wanted)) / size
+        return share <= 0, missed, size < FEW, groups[i].axis == "head_size", i
+
+    for lattice in graph.components.lattices:
+        factors: list[list[int]] = []
+        for part in lattice.factors:
+            found = np.unique(number[np.unique(graph.roots.of(part)[1])])
+            factors.append([int(i) for i in found if i >= 0])
+        candidates = [i for factor in factors for i in factor if i not in blocked]
+        if not candidates:
+            continue
+        taken = [i for i in candidates if i in chosen]
+        best = min(taken, key=lambda i: ratio(groups[i]) <= 0) if taken else min(candidates, key=miss)
+        chosen.add(best)
+        for i in candidates:
+            asked_for = axes is not None and groups[i].axis != groups[best].axis
+            if i != best and not asked_for and not _together(i, best, factors):
+                blocked.add(i)
+    taken_up = np.unique(number[number >= 0])
+    return [groups[i] for i in taken_up.tolist() if i not in blocked]
+
+
+def _together(a: int, b: int, factors: list[list[int]]) -> bool:
+    """Whether two groups stand in the same factor of a grid, and in that one only, side by side."""
+    return all((a in factor) == (b in factor) for factor in factors)

@@ -1,0 +1,269 @@
+"""`sensitivity`: how a metric falls when each group alone is thinned, at several ratios."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from structprune.errors import PlanError
+from structprune.extras import matplotlib_figure, save_figure
+from structprune.files import target_of, write_text
+from structprune.graph import ChannelGraph, Layer
+from structprune.groups import Group
+from structprune.importance.base import Importance, check_scores, fitted
+from structprune.importance.data import Batches, Forward, Loss
+from structprune.planning.build import plan_removal, tensors_of
+from structprune.planning.checks import check_ignore
+from structprune.schema import json_of, up_to_date
+from structprune.tracing.trace import ExampleInputs
+
+Metric = Callable[[nn.Module, Any], float]
+RATIOS = (0.125, 0.25, 0.5, 0.75)
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCurve:
+    """One group alone at several ratios.
+
+    Attributes:
+        group: its name.
+        axis: what its channels are (see `structprune.axes.AXES`).
+        channels: how many there are.
+        kept: how many were kept at each measurement, descending.
+        metric: what the metric was, in the same order.
+    """
+
+    group: str
+    axis: str
+    channels: int
+    kept: tuple[int, ...]
+    metric: tuple[float, ...]
+
+    def drop(self, dense: float, kept: np.ndarray) -> np.ndarray:
+        """How far the metric falls when `kept` channels are kept: interpolated, and never less for fewer channels."""
+        shares = np.array([0.0, *(1 - k / self.channels for k in self.kept)])
+        drops = np.maximum.accumulate(np.array([0.0, *(dense - value for value in self.metric)]))
+        gone = 1 - kept / self.channels
+        inside = np.interp(gone, shares, drops)
+        # Beyond the last measurement the fall goes on at the rate that it had on the whole.
+        return np.where(gone > shares[-1], drops[-1] * gone / max(shares[-1], 1e-9), inside)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `sensitivity` found. See `structprune.sensitivity` for an example.
+
+    Attributes:
+        dense: the metric of the whole model.
+        curves: one for each group.
+    """
+
+    dense: float
+    curves: tuple[GroupCurve, ...]
+
+    def depth(self, group: Group, kept: np.ndarray) -> np.ndarray:
+        """How far the metric falls when `group` alone keeps `kept` channels; so this is a ``scope`` for `plan`.
+
+        Raises:
+            PlanError: the group was not measured.
+        """
+        for curve in self.curves:
+            if (curve.group, curve.axis, curve.channels) == (group.name, group.axis, group.channels):
+                return curve.drop(self.dense, kept)
+        raise PlanError(
+            f"The sensitivity of {group.name!r} was not measured. Measure this very model, with all groups."
+        )
+
+    def table(self) -> Table:
+        """A line for each group, most sensitive first: how far the metric falls at each ratio."""
+        worst = sorted(self.curves, key=lambda c: -max(self.dense - value for value in c.metric))
+        width = max(len(curve.kept) for curve in self.curves)
+        table = Table("group", "axis", "channels", *[f"step {i + 1}" for i in range(width)])
+        for curve in worst:
+            cells = [f"{m - self.dense:+.4g} ({k})" for k, m in zip(curve.kept, curve.metric, strict=True)]
+            table.add_row(curve.group, curve.axis, str(curve.channels), *cells)
+        return table
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Sensitivity:
+        """What `to_json` wrote.
+
+        Raises:
+            PlanError: the text is something else, or of a later schema.
+        """
+        with json_of("a sensitivity", PlanError):
+            data = up_to_date(json.loads(text), SCHEMA, {}, "it")
+            return cls(data["dense"], tuple(_curve(c) for c in data["curves"]))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw a heat map: groups down, the share of channels removed across, the fall of the metric as colour.
+
+        Raises:
+            MissingExtraError: Matplotlib is not there.
+        """
+        shares = np.linspace(0, max(1 - c.kept[-1] / c.channels for c in self.curves), 17)
+        drops = np.array([c.drop(self.dense, c.channels * (1 - shares)) for c in self.curves])
+        figure = matplotlib_figure((6, 1 + 0.18 * len(self.curves)))
+        axes = figure.subplots()
+        image = axes.pcolormesh(shares, np.arange(len(self.curves)), drops, cmap="magma_r", shading="nearest")
+        axes.set_yticks(np.arange(len(self.curves)), [c.group for c in self.curves], fontsize=6)
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the channels removed")
+        figure.colorbar(image, label="fall of the metric")
+        save_figure(figure, path, 150)
+
+
+def _curve(data: Mapping[str, Any]) -> GroupCurve:
+    return GroupCurve(data["group"], data["axis"], data["channels"], tuple(data["kept"]), tuple(data["metric"]))
+
+
+def sensitivity(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    loader: Any,
+    metric: Metric,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    importance: str | Importance = "l2",
+    data: Iterable[Any] | Batches | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
+    ignore: Iterable[Layer] | Layer = (),
+    checkpoint: str | Path | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Thin each group alone at a grid of ratios and measure.
+
+    Args:
+        model: any ``nn.Module`` whose forward can be traced; it is left as it was.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
+        loader: given to `metric` as it is.
+        metric: called without gradients on a model and `loader`; a number, the greater the better (accuracy, minus
+            the perplexity).
+        ratios: shares of the channels to remove.
+        importance: which channels go first; see `structprune.plan`.
+        data: an iterable of batches, for criteria that look at data; see `structprune.plan`.
+        loss: called with the model and a batch, returns a scalar; for criteria that need gradients.
+        forward: called with the model and a batch; see `structprune.plan`.
+        ignore: layers (modules or dotted names) to leave whole.
+        checkpoint: a JSON file to which each group is written once it is measured, and from which a run that was cut
+            short goes on.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        PlanError: a ratio is no share, the metric returns no number, the checkpoint belongs to another model or other
+            ratios, or the criterion needs data or a loss that is not given.
+
+    Example:
+        >>> import torch, structprune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> found = structprune.sensitivity(model, x, x, lambda m, x: -float((m(x) - model(x)).abs().mean()))
+        >>> [(curve.group, curve.kept) for curve in found.curves]
+        [('0', (7, 6, 4, 2))]
+    """
+    if not callable(metric):
+        raise PlanError(f"metric is a {type(metric).__name__}; give a function of model and loader.")
+    shares = tuple(ratios) if isinstance(ratios, Iterable) and not isinstance(ratios, str) else ()
+    if not shares or any(not isinstance(share, Real) or not 0 < share < 1 for share in shares):
+        raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
+    graph = ChannelGraph(model, example_inputs, ignore=check_ignore("ignore", ignore))
+    done = _resumed(checkpoint)
+    score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
+    counts = {group: _kept(group, shares, graph.bounds(group)) for group in graph.groups()}
+    groups = [group for group, kept in counts.items() if kept]
+    grid = [counts[group] for group in groups]
+    if done and [(c.group, c.kept) for c in done.curves] != [
+        (group.name, kept) for group, kept, _ in zip(groups, grid, done.curves, strict=False)
+    ]:
+        raise PlanError(f"{checkpoint} was written for another model or other ratios. Delete it, or name another file.")
+    dense = done.dense if done else _measured(metric, model, loader)
+    curves = list(done.curves) if done else []
+    todo = list(zip(groups, grid, strict=True))[len(curves) :]
+    for group, kept in track(todo, "measuring", disable=not progress, transient=True):
+        orders = {
+            member: member.components[np.argsort(check_scores(score(member, tensors), member).double().cpu().numpy())]
+            for member in (group, *_partners(graph, group))
+        }
+        found: list[float] = []
+        for count in kept:
+            plan = plan_removal(graph, _removed(graph, group, count, orders), config=False)
+            # What balanced groups lose together is shared out among them.
+            found.append(dense - (dense - _measured(metric, plan.apply(model), loader)) / len(orders))
+        curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(found)))
+        if checkpoint is not None:
+            _write(Path(checkpoint), Sensitivity(dense, tuple(curves)))
+    return Sensitivity(dense, tuple(curves))
+
+
+def _balanced(graph: ChannelGraph, group: Group) -> tuple[list[Group], np.ndarray] | None:
+    """The groups that are thinned together with `group`, it among them, and the numbers that fit."""
+    known = graph.groups()
+    for balanced in graph.balanced():
+        members = [known[number] for number in balanced.groups]
+        if group in members:
+            return members, balanced.counts
+    return None
+
+
+def _partners(graph: ChannelGraph, group: Group) -> list[Group]:
+    balanced = _balanced(graph, group)
+    return [] if balanced is None else [member for member in balanced[0] if member is not group]
+
+
+def _removed(graph: ChannelGraph, group: Group, count: int, orders: Mapping[Group, np.ndarray]) -> np.ndarray:
+    """The components that go when `group` keeps `count` channels, or of balanced groups about as many."""
+    balanced = _balanced(graph, group)
+    if balanced is None:
+        return orders[group][: group.channels - count]
+    members, counts = balanced
+    line = counts[np.abs(counts[:, members.index(group)] - count).argmin()]
+    gone = [orders[member][: member.channels - keep] for member, keep in zip(members, line.tolist(), strict=True)]
+    return np.concatenate(gone)
+
+
+def _resumed(checkpoint: str | Path | None) -> Sensitivity | None:
+    if checkpoint is None or not target_of(Path(checkpoint)).exists():
+        return None
+    return Sensitivity.from_json(Path(checkpoint).read_text(encoding="utf-8"))
+
+
+def _measured(metric: Metric, model: nn.Module, loader: Any) -> float:
+    with torch.no_grad():
+        found = metric(model, loader)
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"metric returned a {type(found).__name__}; let it return a number.") from error
+    if math.isnan(value):
+        raise PlanError("metric returned NaN. Check the data that loader gives.")
+    return value
+
+
+def _kept(group: Group, ratios: Sequence[float], bounds: tuple[int, int]) -> tuple[int, ...]:
+    """The numbers of channels to try, descending, within what the forward allows (`ChannelGraph.bounds`)."""
+    least, step = bounds
+    lowest = -(-least // step) * step
+    wanted = {max(lowest, round(group.channels * (1 - ratio) / step) * step) for ratio in ratios}
+    most = (group.channels - 1) // step * step
+    return tuple(sorted({min(n, most) for n in wanted}, reverse=True)) if most >= lowest else ()
+
+
+def _write(path: Path, found: Sensitivity) -> None:
+    write_text(path, found.to_json())

@@ -1,6 +1,0 @@
-"""What was found and decided, as one HTML file and as figures for papers."""
-
-from structprune.report.figures import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths
-from structprune.report.page import report
-
-__all__ = ["plot_costs", "plot_curve", "plot_graph", "plot_recovery", "plot_widths", "report"]

@@ -1,0 +1,122 @@
+"""What each layer has and takes, before and after a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from structprune.channels.trials import Counter
+from structprune.costs import Count, LayerCost, count_layers
+from structprune.errors import UnknownLayerError
+from structprune.graph import ChannelGraph
+from structprune.planning.plan import Plan
+from structprune.surgery.verify import dead_components
+
+Pair = tuple[int, int]
+# Seconds by layer: of the model as it is and, if measured, of the smaller one.
+Times = Sequence[Mapping[str, float]]
+_NOTHING = LayerCost(0, 0)
+# A summary by block has no more rows than this.
+_MOST_BLOCKS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """A layer before and after.
+
+    Attributes:
+        path: of the module; of a block that was summed up, the block's.
+        kind: name of its class.
+        channels: output channels; None where there are none, as for a block.
+        macs: multiply-accumulates.
+        params: entries of its parameters.
+        seconds: measured time of its own operations; None if it was not measured.
+    """
+
+    path: str
+    kind: str
+    channels: Pair | None
+    macs: Pair
+    params: Pair
+    seconds: tuple[float, float] | None = None
+
+
+def counts(graph: ChannelGraph, plan: Plan | None) -> tuple[Counter, Counter]:
+    """What counts the living channels of a row before and after `plan`."""
+    nothing = np.zeros(graph.components.count, dtype=bool)
+    before = graph.counter(nothing)
+    return before, before if plan is None else graph.counter(dead_components(graph, plan))
+
+
+def layer_rows(graph: ChannelGraph, before: Count, after: Count, times: Times = ()) -> list[LayerRow]:
+    """A row for each module that holds parameters, multiplies or takes time, in the order of the model.
+
+    Args:
+        graph: the coupled channels.
+        before: counts living channels of rows of the model as it is.
+        after: the same after the plan.
+        times: seconds by layer of the model as it is and, if measured, of the smaller one.
+    """
+    old = count_layers(graph.model, graph.trace, graph.channels, before)
+    new = count_layers(graph.model, graph.trace, graph.channels, after)
+    found: list[LayerRow] = []
+    for path, module in graph.model.named_modules(remove_duplicate=False):
+        seconds = _seconds(path, times)
+        if path not in old and not seconds:
+            continue
+        cost, left = old.get(path, _NOTHING), new.get(path, _NOTHING)
+        width = _width(graph, path, before, after) if path in old else None
+        macs, params = (cost.macs, left.macs), (cost.params, left.params)
+        found.append(LayerRow(path, type(module).__name__, width, macs, params, seconds))
+    return found
+
+
+def _seconds(path: str, times: Times) -> tuple[float, float] | None:
+    if not any(path in each for each in times):
+        return None
+    return times[0].get(path, 0.0), times[-1].get(path, 0.0)
+
+
+def _width(graph: ChannelGraph, path: str, before: Count, after: Count) -> Pair | None:
+    if not path:  # what the model returns is no width of a layer
+        return None
+    try:
+        _, row = graph.output_row(path)
+    except UnknownLayerError:  # it takes no part in the forward
+        return None
+    return before(row), after(row)
+
+
+def blocks(rows: list[LayerRow]) -> list[LayerRow]:
+    """The rows summed up by block: as deep into the model as a short table allows."""
+    best: dict[str, list[LayerRow]] = {}
+    for depth in range(1, 1 + max((row.path.count(".") + 1 for row in rows), default=0)):
+        found: dict[str, list[LayerRow]] = {}
+        for row in rows:
+            found.setdefault(".".join(row.path.split(".")[:depth]), []).append(row)
+        if len(found) > _MOST_BLOCKS and best:
+            break
+        best = found
+    return [
+        LayerRow(
+            path,
+            f"{len(mine)} layers" if len(mine) > 1 else mine[0].kind,
+            None,
+            _sum(mine, "macs"),
+            _sum(mine, "params"),
+            _sum_seconds(mine),
+        )
+        for path, mine in best.items()
+    ]
+
+
+def _sum(rows: list[LayerRow], name: str) -> Pair:
+    pairs: list[Pair] = [getattr(row, name) for row in rows]
+    return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+
+
+def _sum_seconds(rows: list[LayerRow]) -> tuple[float, float] | None:
+    pairs = [row.seconds for row in rows if row.seconds]
+    return (sum(before for before, _ in pairs), sum(after for _, after in pairs)) if pairs else None

@@ -201,10 +201,10 @@ def test_onnxruntime_without_the_device_is_refused(monkeypatch):
         ),
         ({"a": nn.ReLU()}, {"backends": "eager"}, "must be a sequence of names"),
         ({"a": nn.ReLU()}, {"backends": ()}, "must be a sequence of names"),
-        ({"a": nn.ReLU()}, {"runs": 1}, "runs must be at least 2; got 1"),
-        ({"a": nn.ReLU()}, {"warmup": -1}, "warmup must be at least 0"),
-        ({"a": nn.ReLU()}, {"threads": 0}, "threads must be at least 1"),
-        ({"a": nn.ReLU()}, {"batch_size": 0}, "cannot make a batch of 0 out of 2"),
+        ({"a": nn.ReLU()}, {"runs": 1}, "runs must be a whole number of at least 2; got 1"),
+        ({"a": nn.ReLU()}, {"warmup": -1}, "warmup must be a whole number of at least 0"),
+        ({"a": nn.ReLU()}, {"threads": 0}, "threads must be a whole number of at least 1"),
+        ({"a": nn.ReLU()}, {"batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(models, options, message):

@@ -20,7 +20,7 @@ from structprune.masks.folding import Fold
 from structprune.masks.liveness import Liveness
 from structprune.masks.torch_masks import remove
 from structprune.planning.build import plan_removal
-from structprune.planning.plan import Plan
+from structprune.planning.plan import Plan, Settings
 from structprune.surgery.verify import TOLERANCE
 from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, run_once, tensors_in
@@ -133,7 +133,7 @@ def compaction(model: nn.Module, example_inputs: ExampleInputs) -> Compaction:
             graph, found, constants = _settled(slim, example_inputs)
         layers = _reports(graph, found, constants)
         if len(found.chosen):
-            plan = plan_removal(graph, found.chosen, {"compact": True})
+            plan = plan_removal(graph, found.chosen, Settings(asked={"compact": True}))
             _add(slim, found.folds)
             plan.apply(slim, inplace=True)
         else:

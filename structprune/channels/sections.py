@@ -253,21 +253,23 @@ def _follows(relations: Relations, row: Row) -> bool | None:
 def hold_pieces(channels: Channels, components: Components) -> bool:
     """Pin a channel of each piece that could be emptied; whether there was one.
 
-    A piece that holds all channels of a dimension of a weight needs none, since that dimension keeps one.
+    A piece that holds all channels of a dimension of a weight, or all heads or head indices of a grid, needs none:
+    of those one is always kept.
     """
     pieces = {row.key: (row, where) for row, where in channels.relations.pieces}
     if not pieces:
         return False
     held = [row for number in channels.held for row in channels.rows[number] if row.free and row.size]
     firsts = np.array([components.of(row[:1])[0] for row in held], dtype=np.int64)
+    factors = [part for lattice in components.lattices for part in (*lattice.factors, lattice.cells)]
     found = False
     for row, where in pieces.values():
         parts = components.of(row)
         inside = np.zeros(components.count, dtype=bool)
         inside[parts] = True
-        if components.pinned[parts].any() or any(
-            inside[components.of(held[at])].all() for at in np.flatnonzero(inside[firsts])
-        ):
+        if components.pinned[parts].any() or any(inside[factor].all() for factor in factors):
+            continue
+        if any(inside[components.of(held[at])].all() for at in np.flatnonzero(inside[firsts])):
             continue
         channels.relations.pin(row[:1], f"its piece may not be left without channels, in {where}")
         found = True

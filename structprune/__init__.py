@@ -5,6 +5,8 @@ from structprune.api import plan, prune
 from structprune.benchmark import Benchmark, benchmark, layer_times
 from structprune.cost import Cost, cost
 from structprune.dependency_graph import DependencyGraph
+from structprune.depth.branches import Branch, branches
+from structprune.depth.removal import Removal, remove_branches
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
 from structprune.groups import Group, Member
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Benchmark",
+    "Branch",
     "Cost",
     "DependencyGraph",
     "Group",
@@ -43,9 +46,11 @@ __all__ = [
     "Random",
     "Reconstruction",
     "RecoveryReport",
+    "Removal",
     "Report",
     "Sensitivity",
     "benchmark",
+    "branches",
     "cost",
     "export_onnx",
     "kept",
@@ -66,6 +71,7 @@ __all__ = [
     "register_op",
     "register_rule",
     "remap_optimizer",
+    "remove_branches",
     "report",
     "save",
     "sensitivity",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
@@ -30,6 +30,8 @@ _NORMS = "over_survivors"
 SHOWN = 20
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
 RECORD = "_structprune_plans"
+# What else may have been done to a model between two plans, by its kind: how it is made from the data of a file.
+KINDS: dict[str, Callable[[Any], Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class Plan(Edits):
         """
         result = apply(model, self, inplace=inplace)
         if self.thinnings or self.repairs or self.rescales or self.rewrites:
-            remember(unwrapped(result), RECORD, (*plans_of(result), self), [])
+            remember_plan(unwrapped(result), (*plans_of(result), self))
         return result
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -188,6 +190,8 @@ class Plan(Edits):
         """
         try:
             data = up_to_date(data, SCHEMA, MIGRATIONS, "it")
+            if isinstance(kind := data.get("kind"), str) and kind in KINDS:
+                return KINDS[kind](data)
             return cls(
                 tuple(record(Thinning, t) for t in data["thinnings"]),
                 tuple(record(Repair, r) for r in data["repairs"]),
@@ -205,6 +209,11 @@ class Plan(Edits):
         except (FormError, KeyError, TypeError) as error:
             what = str(error) if isinstance(error, FormError) else f"{type(error).__name__}: {error}"
             raise PlanError(f"This plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
+
+
+def remember_plan(model: nn.Module, plans: tuple[Any, ...]) -> None:
+    """Let a model know what has been done to it, the first plan first."""
+    remember(model, RECORD, plans, [])
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:

@@ -30,7 +30,7 @@ ORDER = (
     ("pretrained",),
     ("schema",),
     ("plan",),
-    ("inputs",),
+    ("inputs", "depth"),
     ("export",),
     ("benchmark",),
     ("latency",),

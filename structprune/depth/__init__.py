@@ -1,0 +1,1 @@
+"""Depth: whole branches and blocks found on a trace, and taken out of a model."""

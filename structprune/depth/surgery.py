@@ -1,0 +1,377 @@
+"""Taking out of a model what a `Cut` of its trace no longer computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from structprune.depth.branches import nodes_in
+from structprune.depth.cut import Cut
+from structprune.depth.sums import is_itself
+from structprune.errors import PlanError, TraceError
+from structprune.ops import op_of
+from structprune.surgery.rewrite import Rewritten, _rewritten
+from structprune.tracing.recording import ModuleCall
+from structprune.tracing.state import collection_paused
+from structprune.tracing.subgraph import Change, changed_graph
+from structprune.tracing.trace import ExampleInputs, in_both_modes
+
+_LISTS = (nn.Sequential, nn.ModuleList)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to do it where there are several: the first that gives the right network is taken.
+
+    Attributes:
+        rewrite: forwards that lose a part are rewritten, where they are not, the modules of that part give zeros.
+        shorten: modules are taken out of lists, where they are not, they give back what they get.
+    """
+
+    rewrite: bool
+    shorten: bool
+
+
+WAYS = (Way(True, True), Way(False, True), Way(True, False), Way(False, False))
+
+
+@dataclass(slots=True)
+class Steps:
+    """What is to be done, by the paths of the modules.
+
+    Attributes:
+        forwards: modules that get another forward.
+        emptied: modules of which all tensors and children go.
+        dropped: modules that go, or the names of tensors that do.
+        shortened: items that are taken out of lists, by the path of the list.
+    """
+
+    forwards: dict[str, Rewritten]
+    emptied: list[str]
+    dropped: list[str]
+    shortened: dict[str, list[str]]
+
+
+class _Left(Change):
+    """The change of a forward to what a cut leaves of it."""
+
+    def __init__(self, planner: Planner, zeros: bool = False) -> None:
+        self._planner, self.zeros = planner, zeros
+
+    def value(self, node: fx.Node) -> fx.Node | None:
+        value = self._planner.cut.value[node]
+        return value if value in self._planner.cut.live else None
+
+    def runs(self, node: fx.Node) -> bool:
+        if node.meta["name"] == "part":
+            return self.value(node) is node
+        if is_itself(node):
+            return self.value(node) is not None
+        return self._planner.lives(node) or (node not in self._planner.whole.live and not self._planner.hurt(node))
+
+    def calls(self, child: ModuleCall) -> bool:
+        return not self._planner.gone(child)
+
+    def reads(self, node: fx.Node) -> bool:
+        return node in self._planner.read
+
+
+class Planner:
+    """Decides which modules go, which give back what they get, and which get another forward.
+
+    Args:
+        model: the model.
+        example_inputs: what it was traced on.
+        whole: its trace, uncut.
+        cut: what is to be left of it.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, whole: Cut, cut: Cut) -> None:
+        self._model, self._inputs = model, example_inputs
+        self.whole, self.cut, self._trace = whole, cut, cut.trace
+        self.read = {n for node in whole.live for n in whole.operands(node) if node.op.startswith("call_")}
+        self._children: dict[int, list[ModuleCall]] = {}
+        self._by_path: dict[str, list[ModuleCall]] = {}
+        for call in self._trace.calls:
+            self._by_path.setdefault(call.path, []).append(call)
+            self._children.setdefault(call.parent, []).append(call)
+        self._numbers = {id(call): number for number, call in enumerate(self._trace.calls)}
+        self._own: dict[int, list[fx.Node]] = {}
+        for node in self._trace.nodes:
+            if node.op.startswith("call_") and node.meta["name"] != "part":
+                self._own.setdefault(node.meta["call"], []).append(node)
+        self._kind: dict[int, tuple[bool, bool]] = {}
+
+    def lives(self, node: fx.Node) -> bool:
+        """Whether an operation is still run."""
+        return node in self.cut.live
+
+    def hurt(self, node: fx.Node) -> bool:
+        """Whether an operation takes something that nothing computes any more."""
+        return any(not self._has(n) for n in self.whole.operands(node))
+
+    def _has(self, node: fx.Node) -> bool:
+        value = self.cut.value[node]
+        return value is not None and (value in self.cut.live or node not in self.whole.live)
+
+    def _did(self, call: ModuleCall) -> tuple[bool, bool]:
+        """Whether a call, with those in it, computed something that mattered, and whether some of that is left."""
+        number = self._numbers[id(call)]
+        if number not in self._kind:
+            own = [node for node in self._own.get(number, ()) if node in self.whole.live]
+            inner = [self._did(child) for child in self._children.get(number, ())]
+            did = bool(own) or any(a for a, _ in inner)
+            left = any(self.lives(node) for node in own) or any(b for _, b in inner)
+            self._kind[number] = did, left
+        return self._kind[number]
+
+    def gone(self, call: ModuleCall) -> bool:
+        """Whether nothing is left of a call of a module."""
+        did, left = self._did(call)
+        return did and not left
+
+    def _passes(self, call: ModuleCall) -> bool:
+        """Whether a call of which nothing is left gives on what it got."""
+        values = [self.cut.value[node] for node in nodes_in(call.output) if node in self.read or self._is_output(node)]
+        return any(value is not None and value in self.cut.live for value in values)
+
+    def _is_output(self, node: fx.Node) -> bool:
+        return node in self._trace.outputs.values()
+
+    # -- decisions -----------------------------------------------------------------------------------------------
+
+    def steps(self, way: Way) -> Steps:
+        """What to do.
+
+        Raises:
+            PlanError: a module that is called several times would have to differ between its calls.
+            TraceError: a forward that would have to be rewritten uses something that a graph cannot hold.
+        """
+        found = Steps({}, [], [], {})
+        (root,) = self._children[-1]
+        done: set[str] = set()
+        self._visit(root, way, found, done)
+        return found
+
+    def _check_alike(self, path: str) -> None:
+        """A module that is called several times has one forward."""
+        calls = [call for call in self._by_path[path] if self._did(call)[0]]
+        kinds = {(self.gone(call), self._changes(call), len(self._kept_own(call))) for call in calls}
+        if len(kinds) > 1:
+            raise PlanError(
+                f"This cannot be removed: {path or 'the model'} is called {len(calls)} times, and only some of the "
+                "calls would go without it. Modules that are shared lose a branch in all calls or in none."
+            )
+
+    def _goes(self, child: ModuleCall) -> bool:
+        """Whether nothing is left of any call of a module."""
+        return all(self.gone(call) for call in self._by_path[child.path] if self._did(call)[0])
+
+    def _kept_own(self, call: ModuleCall) -> list[fx.Node]:
+        return [node for node in self._own.get(self._numbers[id(call)], ()) if self.lives(node)]
+
+    def _changes(self, call: ModuleCall) -> bool:
+        """Whether the forward of a module itself loses something."""
+        number = self._numbers[id(call)]
+        for node in self._own.get(number, ()):
+            if node in self.whole.live and not self.lives(node):
+                return True
+        for child in self._children.get(number, ()):
+            if self.gone(child):
+                if not self._passes(child):
+                    return True
+            elif self._did(child)[0] and any(not self._has(n) for n in nodes_in((child.args, child.kwargs))):
+                return True
+        return False
+
+    def _visit(self, call: ModuleCall, way: Way, found: Steps, done: set[str]) -> None:
+        """Decide about a call of which something is left, and those in it."""
+        if call.path in done:
+            return
+        done.add(call.path)
+        children = self._children.get(self._numbers[id(call)], [])
+        changes = self._changes(call)
+        rewrite = changes and way.rewrite and self._may_be_rewritten(call)
+        if rewrite:
+            self._check_alike(call.path)
+            found.forwards[call.path] = self._forward(call)
+            found.dropped += [child.path for child in children if self._goes(child)]
+            found.dropped += self._own_tensors(call)
+        for child in children:
+            if self.gone(child) and not rewrite:
+                self._leave(child, way, found, done)
+            elif not self.gone(child) and self._did(child)[0]:
+                self._visit(child, way, found, done)
+
+    def _leave(self, call: ModuleCall, way: Way, found: Steps, done: set[str]) -> None:
+        """Decide about a call of which nothing is left, in a forward that stays as it is."""
+        if call.path in done:
+            return
+        done.add(call.path)
+        self._check_alike(call.path)
+        parent, _, key = call.path.rpartition(".")
+        holder = self._model.get_submodule(parent)
+        listed = isinstance(holder, _LISTS) and type(holder).forward in (nn.Sequential.forward, nn.Module.forward)
+        if listed and self._passes(call) and (way.shorten or isinstance(holder, nn.Sequential)):
+            found.shortened.setdefault(parent, []).append(key)
+            return
+        found.forwards[call.path] = self._forward(call, zeros=True)
+        found.emptied.append(call.path)
+
+    def _forward(self, call: ModuleCall, zeros: bool = False) -> Rewritten:
+        graph = changed_graph(self._trace, call, _Left(self, zeros))
+        return _rewritten(self._model.get_submodule(call.path), call.path, graph)
+
+    def _own_tensors(self, call: ModuleCall) -> list[str]:
+        """Names of the tensors that a module itself holds and nothing uses any more."""
+        held = [n for n in self.whole.live if n.meta["name"] == "parameter" and n not in self.cut.live]
+        return [str(n.target) for n in held if str(n.target).rpartition(".")[0] == call.path]
+
+    # -- what may be rewritten -----------------------------------------------------------------------------------
+
+    def _may_be_rewritten(self, call: ModuleCall) -> bool:
+        """Whether a forward does the same whatever its arguments and in both modes, as far as the trace can tell.
+
+        A forward that was given a flag, a cache or no mask may do something else with another one: it stays as written.
+        """
+        taken = [*_leaves((call.args, tuple(call.kwargs.values())))]
+        return all(isinstance(item, (fx.Node, Tensor)) for item in taken) and self._same_in_training(call)
+
+    @cached_property
+    def _training(self) -> dict[str, list[list[str]]]:
+        """What each module runs itself in training mode, call by call; empty where that could not be recorded."""
+        with collection_paused():
+            both = in_both_modes(self._model, self._inputs, op_of)
+        if both is None:
+            return {}
+        own: dict[int, list[str]] = {}
+        for node in both.everything[len(both.nodes) :]:
+            if node.op.startswith("call_"):
+                own.setdefault(node.meta["call"], []).append(node.meta["name"])
+        found: dict[str, list[list[str]]] = {}
+        for number in range(len(both.calls), len(both.every_call)):
+            found.setdefault(both.every_call[number].path, []).append(own.get(number, []))
+        return found
+
+    def _same_in_training(self, call: ModuleCall) -> bool:
+        number = self._numbers[id(call)]
+        here = [n.meta["name"] for n in self._trace.own.get(call.path, ()) if n.meta["call"] == number]
+        return here in self._training.get(call.path, ())
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+Undo = list[Callable[[], None]]
+
+
+def carry_out(model: nn.Module, steps: Steps, install: Callable[[nn.Module, Rewritten, Undo], None], undo: Undo) -> dict[str, str]:
+    """Change `model`, and note how to take it back.
+
+    Returns:
+        The new path of each item of a list that has moved, by its old path.
+    """
+    for path, forward in steps.forwards.items():
+        install(model.get_submodule(path), forward, undo)
+    for path in steps.emptied:
+        _empty(model.get_submodule(path), undo)
+    for path in steps.dropped:
+        _drop(model, path, undo)
+    moved: dict[str, str] = {}
+    # Inner lists first, while the paths around them are what they were.
+    for path, keys in sorted(steps.shortened.items(), key=lambda item: -item[0].count(".")):
+        moved |= _shorten(model.get_submodule(path), path, set(keys), undo)
+    return moved
+
+
+def _keep(store: dict[str, Any], undo: Undo) -> None:
+    before = dict(store)
+
+    def restore() -> None:
+        store.clear()
+        store.update(before)
+
+    undo.append(restore)
+
+
+def _empty(module: nn.Module, undo: Undo) -> None:
+    for store in (module._parameters, module._buffers, module._modules):
+        _keep(store, undo)
+        for name in store:
+            store[name] = None
+
+
+def _drop(model: nn.Module, path: str, undo: Undo) -> None:
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    for store in (holder._parameters, holder._buffers, holder._modules):
+        if name in store:
+            _keep(store, undo)
+            # In a list each place holds a module.
+            store[name] = nn.Identity() if isinstance(holder, (*_LISTS, nn.ModuleDict)) else None
+
+
+def _shorten(holder: nn.Module, path: str, gone: set[str], undo: Undo) -> dict[str, str]:
+    """Take items out of a list; numbered ones are numbered anew, and so are numbers by which they know their place."""
+    items = dict(holder._modules)
+    numbered = list(items) == [str(i) for i in range(len(items))]
+    left = [(key, module) for key, module in items.items() if key not in gone]
+    moved: dict[str, str] = {}
+    _keep(holder._modules, undo)
+    holder._modules.clear()
+    places = _places(list(items.values())) if numbered else []
+    for number, (key, module) in enumerate(left):
+        new = str(number) if numbered else key
+        holder._modules[new] = module
+        if new != key:
+            moved[f"{path}.{key}" if path else key] = f"{path}.{new}" if path else new
+            for inner, name in places:
+                part = module.get_submodule(inner)  # type: ignore[union-attr]
+                _keep(part.__dict__, undo)
+                part.__dict__[name] = number
+    return moved
+
+
+def _places(items: list[nn.Module | None]) -> list[tuple[str, str]]:
+    """The ints that tell each item of a list its number: path inside of the item, and attribute.
+
+    A layer's ``attention.layer_idx`` is 0 in the first layer, 1 in the second one, and so on.
+    """
+    if len(items) < 2:
+        return []
+    found: set[tuple[str, str]] | None = None
+    for number, item in enumerate(items):
+        here = {
+            (inner, name)
+            for inner, part in (item.named_modules() if item is not None else ())
+            for name, value in part.__dict__.items()
+            if type(value) is int and value == number
+        }
+        found = here if found is None else found & here
+    return sorted(found or ())
+
+
+def paths_of(moved: dict[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The new name of each of `names`, when modules have moved."""
+    found: dict[str, str] = {}
+    for name in names:
+        old = name.split(".")
+        steps = list(old)
+        for length in range(1, len(old) + 1):
+            path = ".".join(old[:length])
+            if path in moved:
+                steps[length - 1] = moved[path].rpartition(".")[2]
+        found[name] = ".".join(steps)
+    return found

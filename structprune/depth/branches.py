@@ -235,14 +235,40 @@ class Finder:
             pairs = [self._through(call, streams) for call in mine]
             if any(pair is None for pair in pairs):
                 continue
-            kept = [(y, x) for y, x in pairs if y is not x]  # type: ignore[misc]
-            dead = self._dead(
-                [(y, user.meta["index"]) for y, _ in kept for user in self._users[y]], [x for _, x in kept]
-            )
-            block = self._described(path, "block", dead, all(n in dead for call in mine for n in self._ops(call)))
-            if kept and self._is_layer(dead) and (path, block.tensors) not in alone:
-                skipped = tuple((y.meta["index"], x.meta["index"]) for y, x in kept)
-                yield Found(block, (), skipped, frozenset(dead))
+            found = self._block(path, mine, [(y, x) for y, x in pairs if y is not x], branches)  # type: ignore[misc]
+            if found is not None and (path, found.branch.tensors) not in alone:
+                yield found
+
+    def _block(
+        self, path: str, calls: list[ModuleCall], pairs: list[tuple[fx.Node, fx.Node]], branches: list[Found]
+    ) -> Found | None:
+        """The block that gives back each second tensor for the first one; None if it has no layers of its own."""
+        # Where the block is what its branches add to what it gets, it goes by its branches.
+        chains = [self._chain(y, x, branches) for y, x in pairs]
+        off = tuple(edge for chain in chains for edge in chain or ())
+        ends = [(self._terms(self._trace.nodes[n])[p], n) for n, p in off]
+        if not all(chains):
+            off, ends = (), [(y, user.meta["index"]) for y, _ in pairs for user in self._users[y]]
+        dead = self._dead(ends, [x for _, x in pairs])
+        if not self._is_layer(dead):
+            return None
+        adding = {self._trace.nodes[n] for n, _ in off}
+        whole = all(n in dead or n in adding for call in calls for n in self._ops(call))
+        skipped = () if off else tuple((y.meta["index"], x.meta["index"]) for y, x in pairs)
+        return Found(self._described(path, "block", dead, whole), off, skipped, frozenset(dead))
+
+    def _chain(self, result: fx.Node, given: fx.Node, branches: list[Found]) -> list[Edge] | None:
+        """The terms that make `result` out of `given`, if nothing but sums stands between them."""
+        edges = {number: position for found in branches for number, position in found.off}
+        chain: list[Edge] = []
+        while result is not given:
+            number = result.meta["index"]
+            terms = self._terms(result)
+            if len(terms) != 2 or number not in edges or stacked(result) is not None:
+                return None
+            chain.append((number, edges[number]))
+            result = terms[1 - edges[number]]
+        return chain
 
     def _ops(self, call: ModuleCall) -> list[fx.Node]:
         """What a call of a module computes, with the modules in it."""

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from structprune.cost import Cost, cost
+from structprune.channels.propagate import propagate
+from structprune.cost import Cost, count_cost
 from structprune.depth.branches import Branch, Found, find
 from structprune.depth.check import Comparison, zeros_of
 from structprune.depth.config import repair_config
 from structprune.depth.cut import Cut
-from structprune.depth.surgery import WAYS, Planner, Steps, Undo, Way, carry_out, paths_of
+from structprune.depth.surgery import WAYS, Planner, Steps, Undo, carry_out, paths_of
 from structprune.errors import PlanError, StructpruneError, SurgeryError
 from structprune.ops import op_of
 from structprune.plan import KINDS, SCHEMA, plans_of, remember_plan
@@ -29,6 +30,7 @@ from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable, rewrapped
 
 KIND = "branches"
+Done = tuple[dict[str, str], Trace]
 
 
 @dataclass(frozen=True)
@@ -173,14 +175,18 @@ def _removed(model: nn.Module, example_inputs: ExampleInputs, names: tuple[str, 
     chosen = chosen_of(find(inner, recorded), names)
     if not chosen:
         return model if inplace else rewrapped(model, copy.deepcopy(inner, _memo(held_tensors(inner), {})))
-    before = cost(inner, example_inputs)
     whole, cut = Cut(recorded), cut_of(recorded, chosen)
     planner = Planner(inner, example_inputs, whole, cut)
     slim = inner if inplace else _copied(inner, whole, cut)
-    notes = _carried_out(slim, example_inputs, planner, cut)
-    removal = Removal(names, specify(example_inputs), before, cost(slim, example_inputs), notes)
+    before = _cost(inner, recorded)
+    notes, made = _carried_out(slim, example_inputs, planner, cut)
+    removal = Removal(names, specify(example_inputs), before, _cost(slim, made), notes)
     remember_plan(slim, (*plans_of(inner), removal))
     return model if inplace else rewrapped(model, slim)
+
+
+def _cost(model: nn.Module, recorded: Trace) -> Cost:
+    return count_cost(model, recorded, propagate(recorded), lambda row: row.size)
 
 
 def _copied(model: nn.Module, whole: Cut, cut: Cut) -> nn.Module:
@@ -192,8 +198,8 @@ def _copied(model: nn.Module, whole: Cut, cut: Cut) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _carried_out(slim: nn.Module, example_inputs: ExampleInputs, planner: Planner, cut: Cut) -> dict[str, str]:
-    """Change `slim` in the first way that gives what was meant; what is to be noted of it."""
+def _carried_out(slim: nn.Module, example_inputs: ExampleInputs, planner: Planner, cut: Cut) -> Done:
+    """Change `slim` in the first way that gives what was meant; what is to be noted of it, and its trace."""
     reasons: list[str] = []
     tried: list[Any] = []
     for way in WAYS:
@@ -205,23 +211,16 @@ def _carried_out(slim: nn.Module, example_inputs: ExampleInputs, planner: Planne
                 continue
             tried.append(done)
             return _tried(slim, example_inputs, steps, cut, undo)
-        except PlanError:
-            _back(undo)
-            raise
         except StructpruneError as error:
             _back(undo)
-            reasons.append(_reason(way, str(error)))
+            reasons.append(str(error).removeprefix("This cannot be removed: ").rstrip("."))
         except Exception as error:  # a forward may raise anything once a module is gone; another way is tried
             _back(undo)
-            reasons.append(_reason(way, f"then the forward raises {type(error).__name__}: {error}"))
+            reasons.append(f"without it the forward raises {type(error).__name__}: {error}")
         except BaseException:
             _back(undo)
             raise
     raise PlanError("This cannot be removed: " + "; or ".join(dict.fromkeys(reasons)) + ".")
-
-
-def _reason(way: Way, text: str) -> str:
-    return text.rstrip(".")
 
 
 def _back(undo: Undo) -> None:
@@ -229,7 +228,7 @@ def _back(undo: Undo) -> None:
         step()
 
 
-def _tried(slim: nn.Module, example_inputs: ExampleInputs, steps: Steps, cut: Cut, undo: Undo) -> dict[str, str]:
+def _tried(slim: nn.Module, example_inputs: ExampleInputs, steps: Steps, cut: Cut, undo: Undo) -> Done:
     names = list(held_tensors(slim))
     lengths = {path: list(slim.get_submodule(path)._modules) for path in steps.shortened}
     moved = carry_out(slim, steps, install, undo)
@@ -241,7 +240,7 @@ def _tried(slim: nn.Module, example_inputs: ExampleInputs, steps: Steps, cut: Cu
     zero = zeros_of(made, frozenset(new_paths[path] for path in steps.emptied))
     Comparison(cut, Cut(made, zero=zero), new_paths).run()
     _check_training(cut, made, slim, new_paths)
-    return {"config": f"unchanged: {config}"} if config else {}
+    return ({"config": f"unchanged: {config}"} if config else {}), made
 
 
 def _check_training(cut: Cut, made: Trace, slim: nn.Module, new_paths: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +75,10 @@ class _Left(Change):
         return self._planner.lives(node) or (node not in self._planner.whole.live and not self._planner.hurt(node))
 
     def calls(self, child: ModuleCall) -> bool:
-        return not self._planner.gone(child)
+        if self._planner.did(child)[0]:
+            return not self._planner.gone(child)
+        # One that does nothing in eval mode goes with the branch that it is in.
+        return all(self.value(node) is not None for node in nodes_in((child.args, child.kwargs)))
 
     def reads(self, node: fx.Node) -> bool:
         return node in self._planner.read
@@ -118,12 +122,12 @@ class Planner:
         value = self.cut.value[node]
         return value is not None and (value in self.cut.live or node not in self.whole.live)
 
-    def _did(self, call: ModuleCall) -> tuple[bool, bool]:
+    def did(self, call: ModuleCall) -> tuple[bool, bool]:
         """Whether a call, with those in it, computed something that mattered, and whether some of that is left."""
         number = self._numbers[id(call)]
         if number not in self._kind:
             own = [node for node in self._own.get(number, ()) if node in self.whole.live]
-            inner = [self._did(child) for child in self._children.get(number, ())]
+            inner = [self.did(child) for child in self._children.get(number, ())]
             did = bool(own) or any(a for a, _ in inner)
             left = any(self.lives(node) for node in own) or any(b for _, b in inner)
             self._kind[number] = did, left
@@ -131,7 +135,7 @@ class Planner:
 
     def gone(self, call: ModuleCall) -> bool:
         """Whether nothing is left of a call of a module."""
-        did, left = self._did(call)
+        did, left = self.did(call)
         return did and not left
 
     def _passes(self, call: ModuleCall) -> bool:
@@ -159,7 +163,7 @@ class Planner:
 
     def _check_alike(self, path: str) -> None:
         """A module that is called several times has one forward."""
-        calls = [call for call in self._by_path[path] if self._did(call)[0]]
+        calls = [call for call in self._by_path[path] if self.did(call)[0]]
         kinds = {(self.gone(call), self._changes(call), len(self._kept_own(call))) for call in calls}
         if len(kinds) > 1:
             raise PlanError(
@@ -169,7 +173,7 @@ class Planner:
 
     def _goes(self, child: ModuleCall) -> bool:
         """Whether nothing is left of any call of a module."""
-        return all(self.gone(call) for call in self._by_path[child.path] if self._did(call)[0])
+        return all(self.gone(call) for call in self._by_path[child.path] if self.did(call)[0])
 
     def _kept_own(self, call: ModuleCall) -> list[fx.Node]:
         return [node for node in self._own.get(self._numbers[id(call)], ()) if self.lives(node)]
@@ -184,7 +188,7 @@ class Planner:
             if self.gone(child):
                 if not self._passes(child):
                     return True
-            elif self._did(child)[0] and any(not self._has(n) for n in nodes_in((child.args, child.kwargs))):
+            elif self.did(child)[0] and any(not self._has(n) for n in nodes_in((child.args, child.kwargs))):
                 return True
         return False
 
@@ -202,9 +206,10 @@ class Planner:
             found.dropped += [child.path for child in children if self._goes(child)]
             found.dropped += self._own_tensors(call)
         for child in children:
-            if self.gone(child) and not rewrite:
-                self._leave(child, way, found, done)
-            elif not self.gone(child) and self._did(child)[0]:
+            if self.gone(child):
+                if not rewrite:
+                    self._leave(child, way, found, done)
+            elif self.did(child)[0]:
                 self._visit(child, way, found, done)
 
     def _leave(self, call: ModuleCall, way: Way, found: Steps, done: set[str]) -> None:
@@ -218,6 +223,10 @@ class Planner:
         listed = isinstance(holder, _LISTS) and type(holder).forward in (nn.Sequential.forward, nn.Module.forward)
         if listed and self._passes(call) and (way.shorten or isinstance(holder, nn.Sequential)):
             found.shortened.setdefault(parent, []).append(key)
+            return
+        if self._passes(call) and not self._changes(call):
+            done.remove(call.path)
+            self._visit(call, way, found, done)
             return
         found.forwards[call.path] = self._forward(call, zeros=True)
         found.emptied.append(call.path)
@@ -239,6 +248,10 @@ class Planner:
         A forward that was given a flag, a cache or no mask may do something else with another one: it stays as written.
         """
         taken = [*_leaves((call.args, tuple(call.kwargs.values())))]
+        parameters = inspect.signature(type(call.module).forward).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if len(named) - 1 > len(call.args) + len(call.kwargs):
+            return False  # one has its default
         return all(isinstance(item, (fx.Node, Tensor)) for item in taken) and self._same_in_training(call)
 
     @cached_property

@@ -166,7 +166,7 @@ class _Builder:
             default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
             made = self._graph.create_node("placeholder", parameter.name, default, {}, parameter.name)
             if isinstance(value, fx.Node):
-                self._made[value] = made
+                self._remember(value, made)
             elif self._changed:
                 self._unpack(value, made)
             elif isinstance(value, (tuple, list, dict)) and value:
@@ -178,8 +178,8 @@ class _Builder:
             if output in self._made:
                 return self._made[output]
             return self._zeros(output) if self._change.zeros and self._change.reads(output) else None
-        if isinstance(output, dict):
-            return {key: self._result(item) for key, item in output.items()}
+        if isinstance(output, dict) and self._changed:
+            raise self._fail("returns a mapping of a kind of its own")
         if isinstance(output, (tuple, list)) and self._changed:
             return type(output)(self._result(item) for item in output)
         return self._map(output)
@@ -203,7 +203,7 @@ class _Builder:
 
     def _unpack(self, output: Any, made: fx.Node) -> None:
         if isinstance(output, fx.Node):
-            self._made[output] = made
+            self._remember(output, made)
         elif isinstance(output, dict):
             for key, item in output.items():
                 self._unpack(item, self._item(made, key))
@@ -212,6 +212,12 @@ class _Builder:
                 self._unpack(item, self._item(made, position))
         elif self._changed and not _is_plain(output):
             self._objects.setdefault(id(output), made)
+
+    def _remember(self, node: fx.Node, made: fx.Node) -> None:
+        self._made[node] = made
+        value = self._change.value(node)
+        if value is not None:
+            self._made.setdefault(value, made)
 
     def _item(self, made: fx.Node, key: Any) -> fx.Node:
         found = self._graph.call_function(operator.getitem, (made, key))

@@ -25,7 +25,10 @@ def is_built_from_config(model: nn.Module) -> bool:
 
 
 def repair_config(
-    model: nn.Module, shortened: Mapping[str, tuple[int, Sequence[int]]], undo: list[Callable[[], None]]
+    model: nn.Module,
+    shortened: Mapping[str, tuple[int, Sequence[int]]],
+    thinner: Sequence[str],
+    undo: list[Callable[[], None]],
 ) -> str:
     """Make the settings of `model` say that its lists are shorter, if they can.
 
@@ -36,13 +39,18 @@ def repair_config(
     Args:
         model: the smaller model.
         shortened: length before, and places that are left, of each list that lost items, by its path.
+        thinner: paths of modules that lost tensors of their own, which no configuration can say.
         undo: gets what takes the change back.
 
     Returns:
         Why the configuration had to stay as it is; empty if it did not.
     """
-    if not is_built_from_config(model):
+    if not is_built_from_config(model) or not (shortened or thinner):
         return ""
+    inside = tuple(f"{path}." for path in thinner)
+    lacks = f"a model built from it has what {', '.join(thinner[:3])} lost; structprune.save and load keep it"
+    if not shortened:
+        return lacks
     config: Any = model.config
     wanted = _shapes(model)
     with preserved_random_state():
@@ -54,11 +62,14 @@ def repair_config(
                 built = _built(type(model), changed)
             except _UnknownError:
                 continue
-            if _shapes(built) == wanted and _alike(built, model):
+            found = _shapes(built)
+            more = found.keys() - wanted.keys()
+            same = all(found.get(name) == shape for name, shape in wanted.items())
+            if same and all(f"{name}.".startswith(inside) for name in more) and _alike(built, model, inside):
                 for one in _all_configs(model):
                     _keep(one, undo)
                     _set(one, settings)
-                return ""
+                return lacks if more else ""
     return "no numbers in it give a model with these layers left; structprune.save and load keep them"
 
 
@@ -115,15 +126,15 @@ def _all_configs(model: nn.Module) -> Iterator[Any]:
                     yield one
 
 
-def _alike(built: nn.Module, model: nn.Module) -> bool:
+def _alike(built: nn.Module, model: nn.Module, inside: tuple[str, ...]) -> bool:
     """Whether the modules of two models have the same names, and the same numbers and texts as attributes."""
     ours, theirs = dict(built.named_modules()), dict(model.named_modules())
-    if ours.keys() != theirs.keys():
+    if theirs.keys() - ours.keys() or not all(f"{path}.".startswith(inside) for path in ours.keys() - theirs.keys()):
         return False
     numbers = {place: value for place, value in _numbers(model).items() if "config" not in place[1]}
     others = {place: value for place, value in _numbers(built).items() if "config" not in place[1]}
     shared = numbers.keys() & others.keys()
-    texts = all(_texts(theirs[path]) == _texts(module) for path, module in ours.items())
+    texts = all(_texts(ours[path]) == _texts(module) for path, module in theirs.items())
     return texts and all(numbers[place] == others[place] for place in shared)
 
 

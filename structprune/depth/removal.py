@@ -23,6 +23,7 @@ from structprune.ops import op_of
 from structprune.plan import KINDS, SCHEMA, plans_of, remember_plan
 from structprune.schema import FormError, inputs, record, settings, texts
 from structprune.surgery.apply import _memo
+from structprune.surgery.edits import Rescale, Thinning
 from structprune.surgery.rewrite import install
 from structprune.tracing.specification import specify, unspecify
 from structprune.tracing.state import collection_paused, held_tensors
@@ -30,7 +31,7 @@ from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable, rewrapped
 
 KIND = "branches"
-Done = tuple[dict[str, str], Trace]
+Done = tuple[dict[str, str], Trace, dict[str, str | None]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Removal:
         inputs: shapes and types of the example inputs.
         before: cost of the model before.
         after: cost of the model after.
+        names: for each tensor of the model before that has another name now, that name; None if it went.
         settings: ``"config"``: why a configuration could not say what the model is, if it could not.
     """
 
@@ -49,12 +51,35 @@ class Removal:
     inputs: Any
     before: Cost
     after: Cost
+    names: Mapping[str, str | None]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """SHA-256 of what is removed, in hexadecimal: equal for removals that make the same model."""
         return hashlib.sha256(json.dumps([KIND, self.branches, self.inputs], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def thinnings(self) -> tuple[Thinning, ...]:
+        """No tensor is sliced."""
+        return ()
+
+    @property
+    def rescales(self) -> tuple[Rescale, ...]:
+        """No tensor is scaled."""
+        return ()
+
+    @staticmethod
+    def of(model: nn.Module) -> Removal:
+        """The last removal of branches that a model went through, for `structprune.remap_optimizer`.
+
+        Raises:
+            PlanError: there was none.
+        """
+        found = [plan for plan in plans_of(model) if isinstance(plan, Removal)]
+        if not found:
+            raise PlanError("No branch was removed from this model. Give what structprune.remove_branches returned.")
+        return found[-1]
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """The model without the branches.
@@ -82,10 +107,16 @@ class Removal:
         try:
             return cls(
                 texts(data["branches"]), inputs(data["inputs"]), record(Cost, data["before"]),
-                record(Cost, data["after"]), settings(data["settings"]),
+                record(Cost, data["after"]), _names(data["names"]), settings(data["settings"]),
             )  # fmt: skip
         except (FormError, KeyError, TypeError) as error:
             raise PlanError(f"This removal of branches cannot be used: {error}. Pass what to_json returned.") from error
+
+
+def _names(data: Any) -> dict[str, str | None]:
+    if not isinstance(data, dict) or not all(x is None or isinstance(x, str) for x in (*data, *data.values())):
+        raise FormError(f"names of tensors are {data!r:.60}")
+    return data
 
 
 KINDS[KIND] = Removal.from_data
@@ -179,8 +210,12 @@ def _removed(model: nn.Module, example_inputs: ExampleInputs, names: tuple[str, 
     planner = Planner(inner, example_inputs, whole, cut)
     slim = inner if inplace else _copied(inner, whole, cut)
     before = _cost(inner, recorded)
-    notes, made = _carried_out(slim, example_inputs, planner, cut)
-    removal = Removal(names, specify(example_inputs), before, _cost(slim, made), notes)
+    held = list(held_tensors(inner))
+    notes, made, paths = _carried_out(slim, example_inputs, planner, cut)
+    left = held_tensors(slim)
+    now = {name: paths[name] if paths.get(name) in left else None for name in held}
+    renamed = {name: new for name, new in now.items() if new != name}
+    removal = Removal(names, specify(example_inputs), before, _cost(slim, made), renamed, notes)
     remember_plan(slim, (*plans_of(inner), removal))
     return model if inplace else rewrapped(model, slim)
 
@@ -232,21 +267,28 @@ def _tried(slim: nn.Module, example_inputs: ExampleInputs, steps: Steps, cut: Cu
     names = list(held_tensors(slim))
     lengths = {path: list(slim.get_submodule(path)._modules) for path in steps.shortened}
     moved = carry_out(slim, steps, install, undo)
-    new_paths = paths_of(moved, [*names, *steps.emptied])
+    new_paths: dict[str, str | None] = {**paths_of(moved, [*names, *steps.emptied, *steps.dropped])}
+    taken = [f"{path}.{key}." if path else f"{key}." for path, keys in steps.shortened.items() for key in keys]
+    new_paths |= dict.fromkeys(name for name in names if name.startswith(tuple(taken)))
     left = {path: [i for i, key in enumerate(lengths[path]) if key not in gone] for path, gone in steps.shortened.items()}
     shortened = {path: (len(lengths[path]), places) for path, places in left.items()}
-    config = repair_config(slim, shortened, undo)
+    config = repair_config(slim, shortened, _thinner(steps, new_paths), undo)
     made = trace(slim, example_inputs, operations=op_of)
-    zero = zeros_of(made, frozenset(new_paths[path] for path in steps.emptied))
+    zero = zeros_of(made, frozenset(now for path in steps.emptied if (now := new_paths[path]) is not None))
     Comparison(cut, Cut(made, zero=zero), new_paths).run()
     _check_training(cut, made, slim, new_paths)
-    return ({"config": f"unchanged: {config}"} if config else {}), made
+    return ({"config": f"unchanged: {config}"} if config else {}), made, new_paths
 
 
-def _check_training(cut: Cut, made: Trace, slim: nn.Module, new_paths: Mapping[str, str]) -> None:
+def _thinner(steps: Steps, new_paths: Mapping[str, str | None]) -> list[str]:
+    """Modules, and names of tensors, that are gone without being items of a list."""
+    return [now for path in (*steps.emptied, *steps.dropped) if (now := new_paths.get(path, path)) is not None]
+
+
+def _check_training(cut: Cut, made: Trace, slim: nn.Module, new_paths: Mapping[str, str | None]) -> None:
     """Parameters that only the forward in training mode uses must still be used there."""
     end = len(cut.trace.nodes)
     trained = {str(n.target) for n in cut.trace.everything[end:] if n.meta["name"] == "parameter"}
-    lost = {new_paths[name] for name in trained} & made.unreached(slim)
+    lost = {name for new in trained if (name := new_paths[new]) is not None} & made.unreached(slim)
     if lost or (trained and not made.training_outputs):
         raise SurgeryError(f"in training mode {', '.join(sorted(lost)[:3]) or 'the rest'} would no longer be used")

@@ -217,7 +217,8 @@ class Planner:
         if call.path in done:
             return
         done.add(call.path)
-        self._check_alike(call.path)
+        if not self._goes(call):
+            return  # it is shared with what lives, and stays as it is
         parent, _, key = call.path.rpartition(".")
         holder = self._model.get_submodule(parent)
         listed = isinstance(holder, _LISTS) and type(holder).forward in (nn.Sequential.forward, nn.Module.forward)

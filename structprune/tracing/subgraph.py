@@ -179,7 +179,10 @@ class _Builder:
                 return self._made[output]
             return self._zeros(output) if self._change.zeros and self._change.reads(output) else None
         if isinstance(output, dict) and self._changed:
-            raise self._fail("returns a mapping of a kind of its own")
+            kind = self._call.mapping if output is self._call.output else None
+            if kind is None or not all(isinstance(key, str) for key in output):
+                raise self._fail("returns a mapping of a kind of its own")
+            return self._graph.call_function(kind, (), {key: self._result(item) for key, item in output.items()})
         if isinstance(output, (tuple, list)) and self._changed:
             return type(output)(self._result(item) for item in output)
         return self._map(output)

@@ -5,8 +5,8 @@ from structprune.api import plan, prune
 from structprune.benchmark import Benchmark, benchmark, layer_times
 from structprune.cost import Cost, cost
 from structprune.dependency_graph import DependencyGraph
-from structprune.depth.branches import Branch, branches
-from structprune.depth.removal import Removal, remove_branches
+from structprune.depth import Branch, Removal, branches, remove_branches
+from structprune.depth import choose as choose_branches
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
 from structprune.groups import Group, Member
@@ -51,6 +51,7 @@ __all__ = [
     "Sensitivity",
     "benchmark",
     "branches",
+    "choose_branches",
     "cost",
     "export_onnx",
     "kept",

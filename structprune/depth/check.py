@@ -19,7 +19,7 @@ from structprune.tracing.trace import describe, part_of
 def zeros_of(cut_trace: Any, paths: frozenset[str]) -> list[int]:
     """The numbers of the operations by which modules at `paths` give zeros in place of a branch."""
     found = [node for path in paths for node in cut_trace.own.get(path, ())]
-    return [node.meta["index"] for node in found if node.meta["name"] == "zeros_like"]
+    return [node.meta["index"] for node in found if node.meta["name"] in ("zeros_like", "new_zeros")]
 
 
 class Comparison:

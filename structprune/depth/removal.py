@@ -24,7 +24,6 @@ from structprune.plan import KINDS, SCHEMA, plans_of, remember_plan
 from structprune.schema import FormError, inputs, record, settings, texts
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Rescale, Thinning
-from structprune.surgery.rewrite import install
 from structprune.tracing.specification import specify, unspecify
 from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
@@ -249,10 +248,7 @@ def _carried_out(slim: nn.Module, example_inputs: ExampleInputs, planner: Planne
         except StructpruneError as error:
             _back(undo)
             reasons.append(str(error).removeprefix("This cannot be removed: ").rstrip("."))
-        except Exception as error:  # a forward may raise anything once a module is gone; another way is tried
-            _back(undo)
-            reasons.append(f"without it the forward raises {type(error).__name__}: {error}")
-        except BaseException:
+        except BaseException:  # an interrupt too must leave the model as it was; raised again
             _back(undo)
             raise
     raise PlanError("This cannot be removed: " + "; or ".join(dict.fromkeys(reasons)) + ".")
@@ -266,18 +262,34 @@ def _back(undo: Undo) -> None:
 def _tried(slim: nn.Module, example_inputs: ExampleInputs, steps: Steps, cut: Cut, undo: Undo) -> Done:
     names = list(held_tensors(slim))
     lengths = {path: list(slim.get_submodule(path)._modules) for path in steps.shortened}
-    moved = carry_out(slim, steps, install, undo)
+    moved = carry_out(slim, steps, undo)
     new_paths: dict[str, str | None] = {**paths_of(moved, [*names, *steps.emptied, *steps.dropped])}
     taken = [f"{path}.{key}." if path else f"{key}." for path, keys in steps.shortened.items() for key in keys]
     new_paths |= dict.fromkeys(name for name in names if name.startswith(tuple(taken)))
-    left = {path: [i for i, key in enumerate(lengths[path]) if key not in gone] for path, gone in steps.shortened.items()}
+    left = {
+        path: [i for i, key in enumerate(lengths[path]) if key not in gone] for path, gone in steps.shortened.items()
+    }
     shortened = {path: (len(lengths[path]), places) for path, places in left.items()}
     config = repair_config(slim, shortened, _thinner(steps, new_paths), undo)
-    made = trace(slim, example_inputs, operations=op_of)
+    made = _traced(slim, example_inputs)
     zero = zeros_of(made, frozenset(now for path in steps.emptied if (now := new_paths[path]) is not None))
     Comparison(cut, Cut(made, zero=zero), new_paths).run()
     _check_training(cut, made, slim, new_paths)
     return ({"config": f"unchanged: {config}"} if config else {}), made, new_paths
+
+
+def _traced(slim: nn.Module, example_inputs: ExampleInputs) -> Trace:
+    """The trace of the smaller model.
+
+    Raises:
+        SurgeryError: it does not run.
+    """
+    try:
+        return trace(slim, example_inputs, operations=op_of)
+    except StructpruneError:
+        raise
+    except Exception as error:  # a forward may raise anything once a module is gone
+        raise SurgeryError(f"without it the forward raises {type(error).__name__}: {error}") from error
 
 
 def _thinner(steps: Steps, new_paths: Mapping[str, str | None]) -> list[str]:

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from structprune.depth.branches import nodes_in
 from structprune.depth.cut import Cut
 from structprune.depth.sums import is_itself
-from structprune.errors import PlanError, TraceError
+from structprune.errors import PlanError
 from structprune.ops import op_of
-from structprune.surgery.rewrite import Rewritten, _rewritten
+from structprune.surgery.rewrite import Rewritten, _rewritten, install
 from structprune.tracing.recording import ModuleCall
 from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import Change, changed_graph
@@ -291,7 +291,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 Undo = list[Callable[[], None]]
 
 
-def carry_out(model: nn.Module, steps: Steps, install: Callable[[nn.Module, Rewritten, Undo], None], undo: Undo) -> dict[str, str]:
+def carry_out(model: nn.Module, steps: Steps, undo: Undo) -> dict[str, str]:
     """Change `model`, and note how to take it back.
 
     Returns:

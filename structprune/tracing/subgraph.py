@@ -188,13 +188,15 @@ class _Builder:
         return self._map(output)
 
     def _zeros(self, output: fx.Node) -> fx.Node:
-        """Zeros in the shape of an argument, one of the shape of `output` if there is one."""
+        """Zeros: in the shape of an argument like `output`, else of one entry, which does for a sum of any shape."""
         given = [(n, made) for n, made in self._made.items() if isinstance(n.meta.get("shape"), tuple)]
-        alike = [made for n, made in given if n.meta["shape"] == output.meta["shape"]]
         if not given:
             raise self._fail("takes no tensor")
-        source = (alike or [made for _, made in given])[0]
-        return self._graph.call_function(torch.zeros_like, (source,), {"dtype": output.meta["dtype"]})
+        shape, dtype = output.meta["shape"], output.meta["dtype"]
+        for node, made in given:
+            if node.meta["shape"] == shape:
+                return self._graph.call_function(torch.zeros_like, (made,), {"dtype": dtype})
+        return self._graph.call_method("new_zeros", (given[0][1], (1,) * len(shape)), {"dtype": dtype})
 
     def _child(self, child: ModuleCall) -> None:
         if not child.path.startswith(self._prefix):

@@ -117,12 +117,13 @@ class Finder:
 
     def _place(self, found: Found) -> tuple[int, int]:
         sums = [number for number, _ in (*found.off, *found.skipped)]
-        return min(sums), found.branch.kind == "block"
+        return min(sums), found.branch.kind != "block"
 
     # -- branches ------------------------------------------------------------------------------------------------
 
     def _branches(self) -> Iterator[Found]:
         groups: dict[Any, list[int]] = {}
+        seen: set[tuple[str, tuple[str, ...]]] = set()
         for number, key in self._trace.keys.items():
             node = self._trace.nodes[number]
             if node in self._whole.live and len(self._terms(node)) > 1:
@@ -131,7 +132,9 @@ class Finder:
         for numbers in groups.values():
             for position in range(len(self._terms(self._trace.nodes[numbers[0]]))):
                 found = self._branch([(number, position) for number in numbers])
-                if found is not None:
+                if found is not None and (found.branch.module, found.branch.tensors) not in seen:
+                    # A sum of the branch and what goes on beside it is no other branch.
+                    seen.add((found.branch.module, found.branch.tensors))
                     yield found
 
     def _branch(self, edges: list[Edge]) -> Found | None:
@@ -193,7 +196,19 @@ class Finder:
         sources = {n for d in dead for n in self._takes(d)} - dead or {term}
         shared = [n for n in sources if is_float(n) and n.meta["name"] not in ("parameter", "constant")]
         shared.sort(key=lambda n: -n.meta["index"])
-        return any(self._reaches(source, rest) for source in shared)
+        if any(self._reaches(source, rest) for source in shared):
+            return True
+        return not self._origins(shared).isdisjoint(self._origins(rest))
+
+    def _origins(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """The floating tensors that these are computed from, and themselves."""
+        pending, seen = list(nodes), set[fx.Node]()
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending += self._takes(node)
+        return {node for node in seen if is_float(node) and node.meta["name"] not in ("parameter", "constant")}
 
     def _reaches(self, source: fx.Node, targets: list[fx.Node]) -> bool:
         first = source.meta["index"]

@@ -18,7 +18,7 @@ from structprune.depth.reference import branches_off
 from structprune.depth.removal import cut_of
 from structprune.depth.sums import stacked
 from structprune.errors import PlanError
-from structprune.importance.data import Batches, Forward, Loss
+from structprune.importance.data import Batches, Forward, Loss, size_of
 from structprune.ops import op_of
 from structprune.tracing.replay import FoundCall, Hook, Replay
 from structprune.tracing.state import collection_paused, held_tensors, lent, shield
@@ -168,8 +168,8 @@ class _Scorer:
 
     def _loss(self, off: Sequence[Found]) -> float:
         with self._running(), branches_off(self.model, self.trace, off):
-            losses = [float(self._batches.loss(self.model, batch)) for batch in self.data()]
-        return sum(losses) / len(losses)
+            losses = [(float(self._batches.value(self.model, batch)), size_of(batch)) for batch in self.data()]
+        return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 
     # -- what is saved -------------------------------------------------------------------------------------------
 

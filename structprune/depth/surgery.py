@@ -49,12 +49,14 @@ class Steps:
         emptied: modules of which all tensors and children go.
         dropped: modules that go, or the names of tensors that do.
         shortened: items that are taken out of lists, by the path of the list.
+        kept: names of tensors that stay even where the module that holds them goes, since others use them.
     """
 
     forwards: dict[str, Rewritten]
     emptied: list[str]
     dropped: list[str]
     shortened: dict[str, list[str]]
+    kept: frozenset[str] = frozenset()
 
 
 class _Left(Change):
@@ -159,7 +161,19 @@ class Planner:
         (root,) = self._children[-1]
         done: set[str] = set()
         self._visit(root, way, found, done)
+        found.kept = self._still_used(found)
         return found
+
+    def _still_used(self, steps: Steps) -> frozenset[str]:
+        """Names of tensors in modules that go which something else uses, and which no other module holds."""
+        inside = tuple(f"{path}." for path in (*steps.emptied, *steps.dropped))
+        used = [str(n.target) for n in self.cut.live if n.meta["name"] == "parameter"]
+        found: set[str] = set()
+        for name in used:
+            names = self._trace.tensors[name]
+            if all(f"{one}.".startswith(inside) for one in names):
+                found.update(names)
+        return frozenset(found)
 
     def _check_alike(self, path: str) -> None:
         """A module that is called several times has one forward."""
@@ -300,9 +314,9 @@ def carry_out(model: nn.Module, steps: Steps, undo: Undo) -> dict[str, str]:
     for path, forward in steps.forwards.items():
         install(model.get_submodule(path), forward, undo)
     for path in steps.emptied:
-        _empty(model.get_submodule(path), undo)
+        _empty(model.get_submodule(path), path, steps.kept, undo)
     for path in steps.dropped:
-        _drop(model, path, undo)
+        _drop(model, path, steps.kept, undo)
     moved: dict[str, str] = {}
     # Inner lists first, while the paths around them are what they were.
     for path, keys in sorted(steps.shortened.items(), key=lambda item: -item[0].count(".")):
@@ -320,14 +334,25 @@ def _keep(store: dict[str, Any], undo: Undo) -> None:
     undo.append(restore)
 
 
-def _empty(module: nn.Module, undo: Undo) -> None:
-    for store in (module._parameters, module._buffers, module._modules):
+def _empty(module: nn.Module, path: str, kept: frozenset[str], undo: Undo) -> None:
+    for store in (module._parameters, module._buffers):
         _keep(store, undo)
         for name in store:
-            store[name] = None
+            if f"{path}.{name}" not in kept:
+                store[name] = None
+    _keep(module._modules, undo)
+    for name, child in module._modules.items():
+        inner = f"{path}.{name}"
+        if child is not None and any(one.startswith(f"{inner}.") for one in kept):
+            _empty(child, inner, kept, undo)
+        else:
+            module._modules[name] = None
 
 
-def _drop(model: nn.Module, path: str, undo: Undo) -> None:
+def _drop(model: nn.Module, path: str, kept: frozenset[str], undo: Undo) -> None:
+    if any(one.startswith(f"{path}.") for one in kept):
+        _empty(model.get_submodule(path), path, kept, undo)
+        return
     parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
     for store in (holder._parameters, holder._buffers, holder._modules):

@@ -1,0 +1,32 @@
+"""What removing branches is judged by: the original on the same input, with the branches at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from support import oracle
+from torch import nn
+
+import structprune
+from structprune.depth.branches import find
+from structprune.depth.reference import branches_off
+from structprune.depth.removal import chosen_of
+from structprune.ops import op_of
+from structprune.tracing.trace import trace
+
+
+def with_branches_off(model: nn.Module, inputs: Any, names: Iterable[str]) -> Any:
+    """Outputs of `model`, which computes its branches and takes them as zero; and its blocks, and gives on their input."""
+    recorded = trace(model, inputs, operations=op_of)
+    with torch.no_grad(), branches_off(model, recorded, chosen_of(find(model, recorded), names)):
+        return oracle.call(model, inputs)
+
+
+def error_without(model: nn.Module, inputs: Any, names: list[str]) -> tuple[nn.Module, float]:
+    """The model without these branches, and its relative error against the original with them at zero."""
+    slim = structprune.remove_branches(model, inputs, names)
+    with torch.no_grad():
+        got = oracle.call(slim, inputs)
+    return slim, oracle.relative_error(got, with_branches_off(model, inputs, names))

@@ -73,8 +73,8 @@ class _Left(Change):
         if node.meta["name"] == "part":
             return self.value(node) is node
         if is_itself(node):
-            return self.value(node) is not None
-        return self._planner.lives(node) or (node not in self._planner.whole.live and not self._planner.hurt(node))
+            return not self.zeros and self.value(node) is not None
+        return self._planner.lives(node)
 
     def calls(self, child: ModuleCall) -> bool:
         if self._planner.did(child)[0]:
@@ -115,10 +115,6 @@ class Planner:
     def lives(self, node: fx.Node) -> bool:
         """Whether an operation is still run."""
         return node in self.cut.live
-
-    def hurt(self, node: fx.Node) -> bool:
-        """Whether an operation takes something that nothing computes any more."""
-        return any(not self._has(n) for n in self.whole.operands(node))
 
     def _has(self, node: fx.Node) -> bool:
         value = self.cut.value[node]

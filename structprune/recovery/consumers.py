@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ def kept_of(graph: ChannelGraph, dead: Mask, row: Row) -> Ids | None:
     return np.flatnonzero(~gone) if gone.any() else None
 
 
-def affected(graph: ChannelGraph, dead: Mask) -> set[fx.Node]:
+def affected(graph: ChannelGraph, dead: Mask, begins: Collection[fx.Node] = ()) -> set[fx.Node]:
     """The operations whose surviving channels differ from the original's, or may.
 
     It begins where thinned channels are summed over: they come in and do not go out, or a norm runs over them.
@@ -74,7 +74,7 @@ def affected(graph: ChannelGraph, dead: Mask) -> set[fx.Node]:
     over = {survivors.node for survivors in graph.channels.relations.survivors}
     for node in graph.trace.nodes:
         sources = node.all_input_nodes
-        if any(source in found for source in sources):
+        if node in begins or any(source in found for source in sources):
             found.add(node)
             continue
         gone = [_gone(graph, dead, source) for source in sources]
@@ -95,13 +95,22 @@ def _gone(graph: ChannelGraph, dead: Mask, node: fx.Node) -> set[int]:
     return found
 
 
-def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
-    """The layers to solve once the components marked in `dead` are gone, in the order of the forward."""
-    changed = affected(graph, dead)
+def consumers(
+    graph: ChannelGraph, dead: Mask, begins: Collection[fx.Node] = (), without: Collection[fx.Node] = ()
+) -> list[Consumer]:
+    """The layers to solve once the components marked in `dead` are gone, in the order of the forward.
+
+    Args:
+        graph: of the original.
+        dead: marks the components that are gone.
+        begins: operations whose results are others though no channel of theirs is gone.
+        without: operations that are gone themselves.
+    """
+    changed = affected(graph, dead, begins)
     found: list[Consumer] = []
     claimed: dict[int, int] = {}  # sums, and the last layer that ends in each
     for node in graph.trace.nodes:
-        if layer_of(node.meta["name"]) is None:
+        if layer_of(node.meta["name"]) is None or node in without:
             continue
         consumer = as_consumer(graph, node)
         if consumer is not None and graph.trace.nodes[consumer.target] in changed:
@@ -110,7 +119,8 @@ def consumers(graph: ChannelGraph, dead: Mask) -> list[Consumer]:
     # Of several layers that end in one sum the last corrects it; the others meet their own results.
     found = [c if claimed[c.target] == c.node else _shortened(graph, c) for c in found]
     taken = {number for consumer in found for number in consumer.norms}
-    found += [norm for norm in _norms(graph, changed) if norm.node not in taken]
+    norms = [norm for norm in _norms(graph, changed) if graph.trace.nodes[norm.node] not in without]
+    found += [norm for norm in norms if norm.node not in taken]
     return sorted(found, key=lambda c: c.node)
 
 

@@ -17,6 +17,7 @@ from structprune.inputs import device_of
 from structprune.ranks import failing_together, nobody_failed
 from structprune.recovery.consumers import consumers
 from structprune.recovery.lockstep import Event, Lane, Side, lanes
+from structprune.recovery.depth import Shorter
 from structprune.recovery.report import RecoveryReport, keep_report
 from structprune.recovery.solving import Layer
 from structprune.surgery.apply import _memo
@@ -68,6 +69,9 @@ def recover(
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); the targets are corrected for all that comes before.
 
+    A model without some of its branches (`structprune.remove_branches`) is solved where what is left meets the original,
+    if that is all that was done to it; the report then names layers as the original does.
+
     Models in half precision run and are solved in float32, on widened copies of their weights and of the data, and the
     weights found are rounded at the end; so `recover` takes the memory of float32 models for as long as it runs.
 
@@ -110,15 +114,20 @@ def _recovered(
     if not batches:
         raise RecoveryError("data holds no batch, so there is nothing to solve the layers on.")
     nobody_failed()
-    removed = removed_between(slim, original)
-    recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
+    shorter = Shorter.of(slim, original, batches[0])
+    removed = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
+    recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {})) if shorter is None else shorter.aligned
     with _widened(original, recovered) as wide:
         batches = [map_tensors(_wide, batch) for batch in batches] if wide else batches
         graph = ChannelGraph(original, batches[0])
         dead = dead_components(graph, removed)
-        layers = [Layer(graph, dead, consumer, rows, seed, rounds) for consumer in consumers(graph, dead)]
+        begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
+        found = consumers(graph, dead, begins, without)
+        layers = [Layer(graph, dead, consumer, rows, seed, rounds) for consumer in found]
         with preserved_random_state(), torch.no_grad():
             solved = _sequential(recovered, original, batches, graph, layers)
+    if shorter is not None:
+        recovered = shorter.shortened(slim)
     keep_report(recovered, RecoveryReport(tuple(solved), _skipped(layers)))
     return recovered
 

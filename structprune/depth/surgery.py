@@ -31,13 +31,17 @@ class Way:
     Attributes:
         rewrite: forwards that lose a part are rewritten, where they are not, the modules of that part give zeros.
         shorten: modules are taken out of lists, where they are not, they give back what they get.
+        guard: forwards that may depend on flags are rewritten too, and then refuse other flags.
     """
 
     rewrite: bool
     shorten: bool
+    guard: bool = False
 
 
-WAYS = (Way(True, True), Way(False, True), Way(True, False), Way(False, False))
+WAYS = (
+    Way(True, True), Way(False, True), Way(True, False), Way(False, False), Way(True, True, True), Way(True, False, True),
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -62,8 +66,8 @@ class Steps:
 class _Left(Change):
     """The change of a forward to what a cut leaves of it."""
 
-    def __init__(self, planner: Planner, zeros: bool = False) -> None:
-        self._planner, self.zeros = planner, zeros
+    def __init__(self, planner: Planner, zeros: bool, guarded: bool) -> None:
+        self._planner, self.zeros, self.guarded = planner, zeros, guarded
 
     def value(self, node: fx.Node) -> fx.Node | None:
         value = self._planner.cut.value[node]
@@ -209,10 +213,10 @@ class Planner:
         done.add(call.path)
         children = self._children.get(self._numbers[id(call)], [])
         changes = self._changes(call)
-        rewrite = changes and way.rewrite and self._may_be_rewritten(call)
+        rewrite = changes and way.rewrite and self._may_be_rewritten(call, way.guard)
         if rewrite:
             self._check_alike(call.path)
-            found.forwards[call.path] = self._forward(call)
+            found.forwards[call.path] = self._forward(call, zeros=False, guarded=way.guard)
             found.dropped += [child.path for child in children if self._goes(child)]
             found.dropped += self._own_tensors(call)
         for child in children:
@@ -239,11 +243,11 @@ class Planner:
             done.remove(call.path)
             self._visit(call, way, found, done)
             return
-        found.forwards[call.path] = self._forward(call, zeros=True)
+        found.forwards[call.path] = self._forward(call, zeros=True, guarded=False)
         found.emptied.append(call.path)
 
-    def _forward(self, call: ModuleCall, zeros: bool = False) -> Rewritten:
-        graph = changed_graph(self._trace, call, _Left(self, zeros))
+    def _forward(self, call: ModuleCall, zeros: bool, guarded: bool) -> Rewritten:
+        graph = changed_graph(self._trace, call, _Left(self, zeros, guarded))
         return _rewritten(self._model.get_submodule(call.path), call.path, graph)
 
     def _own_tensors(self, call: ModuleCall) -> list[str]:
@@ -253,17 +257,20 @@ class Planner:
 
     # -- what may be rewritten -----------------------------------------------------------------------------------
 
-    def _may_be_rewritten(self, call: ModuleCall) -> bool:
+    def _may_be_rewritten(self, call: ModuleCall, guard: bool) -> bool:
         """Whether a forward does the same whatever its arguments and in both modes, as far as the trace can tell.
 
-        A forward that was given a flag, a cache or no mask may do something else with another one: it stays as written.
+        A forward that was given a flag, a cache or no mask may do something else with another one: it stays as written,
+        unless it is guarded.
         """
-        taken = [*_leaves((call.args, tuple(call.kwargs.values())))]
         parameters = inspect.signature(type(call.module).forward).parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        if len(named) - 1 > len(call.args) + len(call.kwargs):
+        given = (*call.args, *call.kwargs.values())
+        if guard:
+            given = tuple(item for item in given if not (item is None or isinstance(item, (bool, int, float, str))))
+        elif len(named) - 1 > len(given):
             return False  # one has its default
-        return all(isinstance(item, (fx.Node, Tensor)) for item in taken) and self._same_in_training(call)
+        return all(isinstance(item, (fx.Node, Tensor)) for item in _leaves(given)) and self._same_in_training(call)
 
     @cached_property
     def _training(self) -> dict[str, list[list[str]]]:

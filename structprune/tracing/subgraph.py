@@ -19,7 +19,16 @@ from torch import fx, nn
 
 from structprune.errors import TraceError
 from structprune.tracing.opaque import opaque_call
-from structprune.tracing.provenance import Arithmetic, Attribute, Constant, Dim, Expression, SizeFloat, SizeInt
+from structprune.tracing.provenance import (
+    Arithmetic,
+    Attribute,
+    Constant,
+    Dim,
+    Expression,
+    SizeFloat,
+    SizeInt,
+    plain,
+)
 from structprune.tracing.recording import ModuleCall
 from structprune.tracing.trace import Trace
 
@@ -37,9 +46,11 @@ class Change:
     Attributes:
         zeros: whether a tensor that nothing computes any more is given back as zeros, in the shape of an argument,
             rather than as None.
+        guarded: whether the forward refuses other plain arguments (flags, None) than it was traced with.
     """
 
     zeros = False
+    guarded = False
 
     def value(self, node: fx.Node) -> fx.Node | None:
         """The tensor that takes the place of `node`; None where there is none."""
@@ -169,6 +180,8 @@ class _Builder:
                 self._remember(value, made)
             elif self._changed:
                 self._unpack(value, made)
+                if self._change.guarded and _is_plain(value):
+                    self._graph.call_function(as_traced, (made, plain(value), f"{parameter.name} of {self._call.path}"))
             elif isinstance(value, (tuple, list, dict)) and value:
                 raise self._fail("takes tensors in containers")
 
@@ -310,6 +323,19 @@ class _Builder:
             if isinstance(step, int):
                 value = self._graph.call_function(operator.getitem, (value, step))
         return value
+
+
+def as_traced(value: Any, traced: Any, what: str) -> None:
+    """Refuse an argument that a rewritten forward was not made for.
+
+    Raises:
+        TraceError: it is another than it was when the forward was traced.
+    """
+    if value is not traced and value != traced:
+        raise TraceError(
+            f"The argument {what} is {value!r:.60}, and its forward was rewritten for {traced!r}. Give example inputs with "
+            "which it is called like this when branches are removed."
+        )
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import fx, nn
 from structprune.channels.propagate import propagate
 from structprune.cost import node_macs
 from structprune.depth.cut import Cut
+from structprune.depth.records import Branch, Edge, Found, name_of, named_apart, nodes_in
 from structprune.depth.sums import is_float, repeats, stacked, stands_alone, terms_of
 from structprune.ops import op_of
 from structprune.tracing.recording import ModuleCall
@@ -19,55 +19,7 @@ from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable
 
-Edge = tuple[int, int]  # a sum, by its number in the trace, and the position of one of its terms
 _STACKS = (nn.Sequential, nn.ModuleList)
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """Something that can be taken out of a model by name. See `structprune.branches` for an example.
-
-    Attributes:
-        name: what to call it by.
-        kind: ``"branch"``: a term of a sum, which then counts as zero; ``"block"``: a module of a stack, whose result
-            is then what it got.
-        module: path of the module whose forward adds the branch, or of the block.
-        layers: paths of the modules whose tensors only it uses, in order.
-        tensors: names of the parameters and buffers that only it uses.
-        params: entries of those parameters.
-        macs: multiply-accumulates of what only it computes, on the example inputs.
-        identity: whether nothing is left to do for `module`: it gives back what it gets.
-    """
-
-    name: str
-    kind: str
-    module: str
-    layers: tuple[str, ...]
-    tensors: tuple[str, ...]
-    params: int
-    macs: int
-    identity: bool
-
-    def __str__(self) -> str:
-        """One line for a person."""
-        return f"{self.name}: {self.kind}, {self.params:,} parameters, {self.macs:,} MACs"
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A `Branch` with where it stands in the trace.
-
-    Attributes:
-        branch: what users see.
-        off: the terms that count as zero, as (sum, position).
-        skipped: the block's result and what it got, by number; one pair for each call of the block.
-        dead: what only it computes and uses.
-    """
-
-    branch: Branch
-    off: tuple[Edge, ...]
-    skipped: tuple[tuple[int, int], ...]
-    dead: frozenset[fx.Node]
 
 
 class Finder:
@@ -81,7 +33,7 @@ class Finder:
     def __init__(self, model: nn.Module, recorded: Trace) -> None:
         self._model, self._trace = model, recorded
         self._whole = Cut(recorded)
-        self._outputs = {self._whole.value[node] for node in recorded.outputs.values()}
+        self._outputs = {found for node in recorded.outputs.values() if (found := self._of(node)) is not None}
         self._held = held_tensors(model)
         self._users: dict[fx.Node, list[fx.Node]] = {node: [] for node in recorded.nodes}
         for node in recorded.nodes:
@@ -113,7 +65,7 @@ class Finder:
         branches = list(self._branches())
         blocks = list(self._blocks(branches))
         everything = sorted([*branches, *blocks], key=self._place)
-        return tuple(_named_apart(everything))
+        return tuple(named_apart(everything))
 
     def _place(self, found: Found) -> tuple[int, int]:
         sums = [number for number, _ in (*found.off, *found.skipped)]
@@ -317,54 +269,8 @@ class Finder:
             self._held[name].tensor.numel() for name in names if isinstance(self._held[name].tensor, nn.Parameter)
         )
         macs = sum(node_macs(n, self._channels, lambda row: row.size) for n in dead if n.op.startswith("call_"))
-        name = module if kind == "block" or identity else _name(module, layers)
+        name = module if kind == "block" or identity else name_of(module, layers)
         return Branch(name, kind, module, layers, names, params, macs, identity)
-
-
-def _name(module: str, layers: tuple[str, ...]) -> str:
-    """The smallest module around a branch, and the first and last of its layers.
-
-    Example:
-        >>> _name("block.output", ("block.attention.query", "block.attention.key", "block.output.dense"))
-        'block (attention.query ... output.dense)'
-    """
-    paths = [module.split("."), *(layer.split(".")[:-1] for layer in layers)]
-    steps: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        steps.append(parts[0])
-    prefix = ".".join(steps)
-    inner = [layer[len(prefix) + 1 :] if prefix else layer for layer in layers]
-    inner = list(dict.fromkeys(name for name in inner if name)) or [layer.rpartition(".")[2] for layer in layers]
-    text = inner[0] if len(inner) == 1 else f"{inner[0]} ... {inner[-1]}"
-    return f"{prefix} ({text})" if prefix else f"({text})"
-
-
-def _named_apart(found: list[Found]) -> Iterator[Found]:
-    """The same, with numbers behind names that more than one has."""
-    counts: dict[str, int] = {}
-    for item in found:
-        branch = item.branch
-        number = counts[branch.name] = counts.get(branch.name, 0) + 1
-        if number == 1:
-            yield item
-            continue
-        values = {field: getattr(branch, field) for field in Branch.__slots__}
-        named = Branch(**values | {"name": f"{branch.name} #{number}"})
-        yield Found(named, item.off, item.skipped, item.dead)
-
-
-def nodes_in(value: Any) -> Iterator[fx.Node]:
-    """The nodes in nested containers, in order."""
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from nodes_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from nodes_in(item)
 
 
 def find(model: nn.Module, recorded: Trace) -> tuple[Found, ...]:

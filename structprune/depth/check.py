@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class Comparison:
         names: the new name of each tensor that the model held before.
     """
 
-    def __init__(self, wanted: Cut, made: Cut, names: Mapping[str, str]) -> None:
+    def __init__(self, wanted: Cut, made: Cut, names: Mapping[str, str | None]) -> None:
         self._wanted, self._made = wanted, made
         self._aliases = {name: group for group in wanted.trace.tensors.values() for name in group}
         self._names = names
@@ -43,15 +42,17 @@ class Comparison:
         Raises:
             SurgeryError: they differ; the message says where.
         """
-        for one, other in zip_longest(_operations(self._wanted), _operations(self._made)):
-            if one is None or other is None:
-                node, cut = (one, self._wanted) if other is None else (other, self._made)
-                raise SurgeryError(f"it {'lacks' if other is None else 'still runs'} {describe(node, cut.trace)}")
+        wanted, made = _operations(self._wanted), _operations(self._made)
+        for one, other in zip(wanted, made, strict=False):
             if one.meta["name"] != other.meta["name"] or not self._same_call(one, other):
                 raise SurgeryError(
                     f"it runs {describe(other, self._made.trace)} where {describe(one, self._wanted.trace)} was meant"
                 )
             self._pairs[one] = other
+        if missing := wanted[len(made) :]:
+            raise SurgeryError(f"it lacks {describe(missing[0], self._wanted.trace)}")
+        if more := made[len(wanted) :]:
+            raise SurgeryError(f"it still runs {describe(more[0], self._made.trace)}")
         ours, theirs = self._wanted.trace.outputs, self._made.trace.outputs
         if list(ours) != list(theirs):
             raise SurgeryError(f"its outputs are {list(theirs)}, not {list(ours)}")

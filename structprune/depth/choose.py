@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from structprune.channels.propagate import Channels, propagate
 from structprune.cost import node_macs
-from structprune.depth.branches import Found, find
+from structprune.depth.branches import find
 from structprune.depth.cut import Cut
+from structprune.depth.records import Found
 from structprune.depth.reference import branches_off
 from structprune.depth.removal import cut_of
 from structprune.depth.sums import stacked
@@ -50,7 +51,7 @@ class _Scorer:
         return self._data
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> Generator[None]:
         with preserved_random_state(), torch.no_grad(), lent(self.model, shield, track=False):
             self.model.eval()
             yield
@@ -101,7 +102,7 @@ class _Scorer:
     @contextmanager
     def _looking(
         self, found: Sequence[Found], passing: Sequence[int], totals: list[float], counts: list[int]
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """Look at what goes into blocks that are no sum, and comes out of them."""
 
         def look(which: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

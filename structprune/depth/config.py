@@ -89,11 +89,13 @@ def _choices(config: Any, shortened: Mapping[str, tuple[int, Sequence[int]]]) ->
     lists: list[Setting] = []
     for length, left in dict.fromkeys((length, tuple(left)) for length, left in shortened.values()):
         for one in _configs(config):
-            for name, value in vars(one).items():
+            held: dict[str, Any] = vars(one)
+            for name, value in held.items():
                 if type(value) is int and value == length:
                     numbers.append((name, value, len(left)))
-                elif type(value) in (list, tuple) and len(value) == length:
-                    lists.append((name, value, type(value)(value[i] for i in left)))
+                elif isinstance(value, (list, tuple)) and len(value) == length:
+                    items: list[Any] = [value[place] for place in left]
+                    lists.append((name, value, items if isinstance(value, list) else tuple(items)))
     numbers = list(dict.fromkeys(numbers))
     for count in range(len(numbers) + 1):
         for chosen in combinations(numbers, count):

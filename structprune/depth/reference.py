@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.depth.branches import Found
 from structprune.depth.cut import Cut
+from structprune.depth.records import Found
 from structprune.depth.sums import stacked
 from structprune.ops.arguments import arguments
 from structprune.tracing.replay import FoundCall, Hook, Replay

@@ -13,11 +13,13 @@ from torch import nn
 
 from structprune.channels.propagate import propagate
 from structprune.cost import Cost, count_cost
-from structprune.depth.branches import Branch, Found, find
+from structprune.depth.branches import find
 from structprune.depth.check import Comparison, zeros_of
 from structprune.depth.config import repair_config
 from structprune.depth.cut import Cut
-from structprune.depth.surgery import WAYS, Planner, Steps, Undo, carry_out, paths_of
+from structprune.depth.records import Branch, Found
+from structprune.depth.steps import Steps, Undo, carry_out, paths_of
+from structprune.depth.surgery import WAYS, Planner
 from structprune.errors import PlanError, StructpruneError, SurgeryError
 from structprune.ops import op_of
 from structprune.plan import KINDS, SCHEMA, plans_of, remember_plan
@@ -263,7 +265,8 @@ def _tried(slim: nn.Module, example_inputs: ExampleInputs, steps: Steps, cut: Cu
     names = list(held_tensors(slim))
     lengths = {path: list(slim.get_submodule(path)._modules) for path in steps.shortened}
     moved = carry_out(slim, steps, undo)
-    new_paths: dict[str, str | None] = {**paths_of(moved, [*names, *steps.emptied, *steps.dropped])}
+    new_paths: dict[str, str | None] = {}
+    new_paths |= paths_of(moved, [*names, *steps.emptied, *steps.dropped])
     taken = [f"{path}.{key}." if path else f"{key}." for path, keys in steps.shortened.items() for key in keys]
     new_paths |= dict.fromkeys(name for name in names if name.startswith(tuple(taken)))
     left = {

@@ -16,8 +16,8 @@ from structprune.graph import ChannelGraph
 from structprune.inputs import device_of
 from structprune.ranks import failing_together, nobody_failed
 from structprune.recovery.consumers import consumers
-from structprune.recovery.lockstep import Event, Lane, Side, lanes
 from structprune.recovery.depth import Shorter
+from structprune.recovery.lockstep import Event, Lane, Side, lanes
 from structprune.recovery.report import RecoveryReport, keep_report
 from structprune.recovery.solving import Layer
 from structprune.surgery.apply import _memo
@@ -69,8 +69,8 @@ def recover(
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); the targets are corrected for all that comes before.
 
-    A model without some of its branches (`structprune.remove_branches`) is solved where what is left meets the original,
-    if that is all that was done to it; the report then names layers as the original does.
+    A model without some of its branches (`structprune.remove_branches`) is solved where what is left meets the
+    original, if that is all that was done to it; the report then names layers as the original does.
 
     Models in half precision run and are solved in float32, on widened copies of their weights and of the data, and the
     weights found are rounded at the end; so `recover` takes the memory of float32 models for as long as it runs.

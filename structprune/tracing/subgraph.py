@@ -333,8 +333,8 @@ def as_traced(value: Any, traced: Any, what: str) -> None:
     """
     if value is not traced and value != traced:
         raise TraceError(
-            f"The argument {what} is {value!r:.60}, and its forward was rewritten for {traced!r}. Give example inputs with "
-            "which it is called like this when branches are removed."
+            f"The argument {what} is {value!r:.60}, and its forward was rewritten for {traced!r}. Remove the branches "
+            "with example inputs for which it is called like this."
         )
 
 

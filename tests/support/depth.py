@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from support import oracle
 from torch import nn
 
 import structprune
@@ -15,10 +14,11 @@ from structprune.depth.reference import branches_off
 from structprune.depth.removal import chosen_of
 from structprune.ops import op_of
 from structprune.tracing.trace import trace
+from support import oracle
 
 
 def with_branches_off(model: nn.Module, inputs: Any, names: Iterable[str]) -> Any:
-    """Outputs of `model`, which computes its branches and takes them as zero; and its blocks, and gives on their input."""
+    """Outputs of `model`, which takes these branches as zero, and the inputs of these blocks as their results."""
     recorded = trace(model, inputs, operations=op_of)
     with torch.no_grad(), branches_off(model, recorded, chosen_of(find(model, recorded), names)):
         return oracle.call(model, inputs)

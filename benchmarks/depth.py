@@ -24,7 +24,6 @@ from harness import ROOT, cifar
 from harness.children import one_line
 from harness.environment import as_line, environment
 from harness.of_zoo import make_torchvision_importable
-from torch import nn
 
 RESULTS = ROOT / "benchmarks" / "results" / "depth"
 TOLERANCE = 1e-10
@@ -38,7 +37,7 @@ def exactness(key: str, most: int) -> dict[str, Any]:
     """One model of the zoo: branches alone, at most `most` drawn at random, and subsets of all."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support import oracle
-    from support.depth import error_without
+    from support.depth import error_without, removable
     from support.zoo import entry_of, zoo_check
 
     import structprune
@@ -49,7 +48,9 @@ def exactness(key: str, most: int) -> dict[str, Any]:
     names = [branch.name for branch in found]
     draw = random.Random(SEED)
     sets = [[name] for name in (names if len(names) <= most else draw.sample(names, most))]
-    sets += [subset(model, inputs, draw) for _ in range(SUBSETS if len(names) > 1 else 0)]
+    for _ in range(SUBSETS if len(names) > 1 else 0):
+        drawn = draw.sample(names, draw.randint(2, len(names)))
+        sets.append(removable(model, inputs, drawn))
     facts: dict[str, Any] = {"branches": len(names), "tried": len(sets), "exact": 0, "refused": {}, "wrong": {}}
     for chosen in sets:
         try:
@@ -62,27 +63,6 @@ def exactness(key: str, most: int) -> dict[str, Any]:
         else:
             facts["wrong"][", ".join(chosen)] = error
     return facts
-
-
-def subset(model: nn.Module, inputs: Any, draw: random.Random) -> list[str]:
-    """Branches in random order, each taken if something is left of every sum without it, up to a random number."""
-    from structprune.depth.branches import find
-    from structprune.depth.removal import cut_of
-    from structprune.errors import PlanError
-    from structprune.ops import op_of
-    from structprune.tracing.trace import trace
-
-    recorded = trace(model, inputs, operations=op_of)
-    found = list(find(model, recorded))
-    draw.shuffle(found)
-    chosen: list[Any] = []
-    for item in found[: draw.randint(2, len(found))]:
-        try:
-            cut_of(recorded, [*chosen, item])
-        except PlanError:
-            continue
-        chosen.append(item)
-    return [item.branch.name for item in chosen]
 
 
 def resnet56(share: float, write: Callable[[dict[str, Any]], None]) -> None:

@@ -221,6 +221,8 @@ class Finder:
             return None
         adding = {self._trace.nodes[n] for n, _ in off}
         whole = all(n in dead or n in adding for call in calls for n in self._ops(call))
+        if not off and not whole:
+            return None  # it computes something else besides, so it is more than a step from one tensor to the next
         skipped = () if off else tuple((y.meta["index"], x.meta["index"]) for y, x in pairs)
         return Found(self._described(path, "block", dead, whole), off, skipped, frozenset(dead))
 

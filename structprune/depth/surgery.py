@@ -62,8 +62,8 @@ class _Left(Change):
         return self._planner.lives(node)
 
     def calls(self, child: ModuleCall) -> bool:
-        if self._planner.did(child)[0]:
-            return not self._planner.gone(child)
+        if self.zeros or self._planner.did(child)[0]:
+            return not self.zeros and not self._planner.gone(child)
         # One that does nothing in eval mode goes with the branch that it is in.
         return all(self.value(node) is not None for node in nodes_in((child.args, child.kwargs)))
 

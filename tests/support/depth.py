@@ -11,7 +11,8 @@ from torch import nn
 import structprune
 from structprune.depth.branches import find
 from structprune.depth.reference import branches_off
-from structprune.depth.removal import chosen_of
+from structprune.depth.removal import chosen_of, cut_of
+from structprune.errors import PlanError
 from structprune.ops import op_of
 from structprune.tracing.trace import trace
 from support import oracle
@@ -30,3 +31,16 @@ def error_without(model: nn.Module, inputs: Any, names: list[str]) -> tuple[nn.M
     with torch.no_grad():
         got = oracle.call(slim, inputs)
     return slim, oracle.relative_error(got, with_branches_off(model, inputs, names))
+
+
+def removable(model: nn.Module, inputs: Any, names: Iterable[str]) -> list[str]:
+    """Those of `names`, in order, without which something is left of every sum."""
+    recorded = trace(model, inputs, operations=op_of)
+    chosen: list[Any] = []
+    for item in chosen_of(find(model, recorded), names):
+        try:
+            cut_of(recorded, [*chosen, item])
+        except PlanError:
+            continue
+        chosen.append(item)
+    return [item.branch.name for item in chosen]

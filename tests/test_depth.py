@@ -14,6 +14,7 @@ from support.depth import error_without
 from torch import Tensor, nn
 
 import structprune
+from structprune.depth import steps
 from structprune.errors import PlanError
 
 
@@ -329,6 +330,52 @@ def test_a_branch_whose_size_others_use_is_refused_and_nothing_changes():
         assert model.layer is not None
     if slim is not None:
         assert torch.allclose(slim(x), x.reshape(2, 6))
+
+
+def test_a_removal_that_does_not_do_what_was_meant_is_taken_back(monkeypatch: pytest.MonkeyPatch):
+    model, x = build(), x_of()
+    wanted, parts = model(x), [*model]
+
+    def too_little(model, steps, undo):
+        return {}
+
+    monkeypatch.setattr("structprune.depth.removal.carry_out", too_little)
+    with pytest.raises(PlanError, match=r"it (still )?runs"):
+        structprune.remove_branches(model, x, ["1"], inplace=True)
+
+    def too_much(model, steps, undo):
+        moved = carry_out(model, steps, undo)
+        del model._modules["1"]
+        return moved
+
+    carry_out = steps.carry_out
+    monkeypatch.setattr("structprune.depth.removal.carry_out", too_much)
+    with pytest.raises(PlanError, match=r"it (lacks|runs)"):
+        structprune.remove_branches(model, x, ["1"], inplace=True)
+    assert [*model] == parts
+    assert torch.equal(model(x), wanted)
+
+
+def test_wrappers_stay_around_the_model():
+    model, x = nn.DataParallel(build()), x_of()
+    slim = structprune.remove_branches(model, x, CHOSEN)
+    assert isinstance(slim, nn.DataParallel)
+    assert torch.equal(slim.module(x), structprune.remove_branches(model.module, x, CHOSEN)(x))
+
+
+def test_a_rewritten_forward_refuses_flags_that_it_was_not_made_for():
+    class Choosing(Convolved):
+        def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+            out = self.bn(self.conv(x))
+            out += self.shortcut(x)
+            return out * 2 if twice else out
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Choosing(3, 2)).double().eval(), x_of(2, 3, 8, 8)
+    slim, error = error_without(model, x, ["0 (conv ... bn)"])
+    assert error < 1e-12
+    with pytest.raises(structprune.errors.TraceError, match="argument twice of 0 is True"):
+        slim[0](x, twice=True)
 
 
 # -- around the model --------------------------------------------------------------------------------------------------

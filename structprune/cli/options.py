@@ -133,7 +133,10 @@ class PlanOptions:
         if self.plan_file is not None:
             if self.ratio or self.target:
                 raise typer.BadParameter("A plan says how much goes: give --plan alone, or --ratio or --target.")
-            return Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+            found = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+            if not isinstance(found, Plan):  # a removal of branches is read by the same door
+                raise typer.BadParameter(f"{self.plan_file} removes branches: it is no plan of channels.")
+            return found
         return plan(loaded.model, loaded.inputs, **self._options())
 
     def _options(self) -> Options:

@@ -37,7 +37,7 @@ Done = tuple[dict[str, str], Trace, dict[str, str | None]]
 
 @dataclass(frozen=True)
 class Removal:
-    """Branches and blocks that were removed from a model: what `structprune.save` keeps of it.
+    """What `structprune.save` keeps of branches that were removed. See `structprune.remove_branches` for an example.
 
     Attributes:
         branches: their names, in the model before.

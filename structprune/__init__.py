@@ -6,6 +6,8 @@ from structprune.api import plan, prune
 from structprune.benchmarking import Benchmark, benchmark, layer_times
 from structprune.costs import Cost, cost
 from structprune.dependency_graph import DependencyGraph
+from structprune.depth import Branch, Removal, branches, remove_branches
+from structprune.depth import choose as choose_branches
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
 from structprune.groups import Group, Member
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Benchmark",
+    "Branch",
     "Cost",
     "DependencyGraph",
     "Group",
@@ -44,9 +47,12 @@ __all__ = [
     "Random",
     "Reconstruction",
     "RecoveryReport",
+    "Removal",
     "Report",
     "Sensitivity",
     "benchmark",
+    "branches",
+    "choose_branches",
     "cost",
     "export_onnx",
     "kept",
@@ -67,6 +73,7 @@ __all__ = [
     "register_op",
     "register_rule",
     "remap_optimizer",
+    "remove_branches",
     "report",
     "save",
     "sensitivity",

@@ -134,7 +134,8 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
         raise LoadError(f"build_model returned a {type(model).__name__}; let it return the original model.")
     try:
         plans = [Plan.from_data(data) for data in record["plans"]]
-        numbers = [plan for plan in plans if plan.repairs or plan.rewrites]
+        # A removal of branches, read by the same door, has no numbers of its own.
+        numbers = [plan for plan in plans if isinstance(plan, Plan) and (plan.repairs or plan.rewrites)]
         before = _shapes(model, numbers[0]) if numbers else None
         for plan in plans:
             model = plan.apply(model, inplace=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,19 +35,40 @@ _FACTORED = {
 }
 
 
+class Renaming(Protocol):
+    """What was done to a model if it was something else than slicing tensors."""
+
+    @property
+    def names(self) -> Mapping[str, str | None]:
+        """The new name of each tensor that has another one now; None if it went."""
+        ...
+
+    @property
+    def thinnings(self) -> tuple[Thinning, ...]:
+        """What was sliced: nothing."""
+        ...
+
+    @property
+    def rescales(self) -> tuple[Rescale, ...]:
+        """What was scaled: nothing."""
+        ...
+
+
 @dataclass(slots=True)
 class _Change:
     """What the plan did to one parameter."""
 
     name: str
     old: Tensor
-    new: Tensor
+    new: Tensor | None  # None for one that went with a branch
     shape: tuple[int, ...]
     thinnings: list[Thinning] = field(default_factory=list)
     rescales: list[Rescale] = field(default_factory=list)
 
 
-def remap_optimizer(optimizer: O, plan: Edits, model: nn.Module | None = None, slim: nn.Module | None = None) -> O:
+def remap_optimizer(
+    optimizer: O, plan: Edits | Renaming, model: nn.Module | None = None, slim: nn.Module | None = None
+) -> O:
     """Let `optimizer` go on with the pruned model, keeping momentum and moving averages of what survives.
 
     The optimizer is changed in place, and returned: schedulers, hooks and gradient scalers that hold it keep working.
@@ -69,7 +90,8 @@ def remap_optimizer(optimizer: O, plan: Edits, model: nn.Module | None = None, s
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` over parameters of `model`.
-        plan: the plan that was applied.
+        plan: the plan that was applied, or the `structprune.Removal` of branches; after one in place, parameters that
+            are gone stay in the optimizer, without gradients.
         model: the model that the optimizer was made for, wrapped or not. It may be left out after pruning in place if
             the optimizer was made from ``named_parameters()``.
         slim: what ``plan.apply(model)`` returned; None if the model was pruned in place.
@@ -93,7 +115,8 @@ def remap_optimizer(optimizer: O, plan: Edits, model: nn.Module | None = None, s
     used = _innermost(optimizer)
     _check_kind(used)
     inplace = slim is None or slim is model
-    changes = _changes(plan, *_models(used, model, slim), inplace)
+    names: Mapping[str, str | None] = getattr(plan, "names", {})
+    changes = _changes(plan, *_models(used, model, slim), inplace, names)
     if not changes:
         return optimizer
     mine = {id(p) for group in used.param_groups for p in group["params"]}
@@ -112,10 +135,15 @@ def remap_optimizer(optimizer: O, plan: Edits, model: nn.Module | None = None, s
         }
     for parameter, entries in sliced.items():
         del state[parameter]
-        state[changes[id(parameter)].new] = entries
+        if (new := changes[id(parameter)].new) is not None:
+            state[new] = entries
     for group in used.param_groups:
         # The very list: LBFGS and wrappers of optimizers hold it.
-        group["params"][:] = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
+        kept = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
+        if "param_names" in group:
+            named = zip(group["param_names"], kept, strict=True)
+            group["param_names"][:] = [names.get(name) or name for name, p in named if p is not None]
+        group["params"][:] = [p for p in kept if p is not None]
     return optimizer
 
 
@@ -167,13 +195,19 @@ def _models(optimizer: Optimizer, model: nn.Module | None, slim: nn.Module | Non
     return named, named
 
 
-def _changes(plan: Edits, old: Tensors, new: Tensors, inplace: bool) -> dict[int, _Change]:
+def _changes(
+    plan: Edits | Renaming, old: Tensors, new: Tensors, inplace: bool, names: Mapping[str, str | None]
+) -> dict[int, _Change]:
     """What became of each parameter, by the ``id`` of the old one."""
     found: dict[int, _Change] = {}
     for name, tensor in old.items():
-        if name not in new:
+        now = name if inplace else names.get(name, name)
+        if now is None:
+            found.setdefault(id(tensor), _Change(name, tensor, None, tuple(tensor.shape)))
+            continue
+        if now not in new:
             raise SurgeryError(f"The pruned model has no tensor {name!r}. Give the model that plan.apply returned.")
-        found.setdefault(id(tensor), _Change(name, tensor, new[name], tuple(tensor.shape)))
+        found.setdefault(id(tensor), _Change(name, tensor, new[now], tuple(tensor.shape)))
     for thinning in plan.thinnings:
         if (tensor := old.get(thinning.tensor)) is not None:
             found[id(tensor)].thinnings.append(thinning)
@@ -187,6 +221,8 @@ def _changes(plan: Edits, old: Tensors, new: Tensors, inplace: bool) -> dict[int
 
 def _check_shapes(change: _Change, inplace: bool) -> None:
     """The plan fits both; `change.shape` becomes the shape before."""
+    if change.new is None:
+        return
     before, after = list(change.old.shape), list(change.old.shape)
     for thinning in change.thinnings:
         before[thinning.dim], after[thinning.dim] = thinning.size, thinning.size - len(thinning.removed)
@@ -262,6 +298,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _unknown(change: _Change, name: str, what: str) -> SurgeryError:
+    assert change.new is not None
     again = " (Was the optimizer remapped before?)" if what.endswith(str(list(change.new.shape))) else ""
     return SurgeryError(
         f"The optimizer keeps {name!r} of {change.name!r} as {what}, where the parameter had the shape "

@@ -93,7 +93,7 @@ class Evaluator:
         # A product of fewer factors is filled up with a last unknown, which is always 1: x0 * x1 of at most three
         # factors among two unknowns are the factors 0, 1, 2.
         factors = [[*p, *[unknowns] * (longest - len(p))] for found in terms for p in found]
-        self._factors = np.array(factors, dtype=np.int64).reshape(-1, longest)
+        self._factors = np.array(factors, dtype=np.int64).reshape(len(factors), longest)
         # Whole numbers of Python where those of 64 bits could overflow.
         large = sum(abs(full(value)) for value in values) >= 2**62
         self._kind: type = object if large else np.int64

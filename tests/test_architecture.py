@@ -37,7 +37,7 @@ ORDER = (
     ("benchmarking",),
     ("latency",),
     ("planning", "optimizers"),
-    ("dependency_graph",),
+    ("dependency_graph", "depth"),
     ("api",),
     ("pruner",),
     ("recovery",),

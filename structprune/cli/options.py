@@ -102,7 +102,10 @@ class PlanFlags:
         if self.plan_file is not None:
             if self._amount:
                 raise typer.BadParameter("A plan says how much goes: give --plan alone, or --ratio or --target.")
-            return Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+            found = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+            if not isinstance(found, Plan):  # a removal of branches is read by the same door
+                raise typer.BadParameter(f"{self.plan_file} removes branches: it is no plan of channels.")
+            return found
         given = {name: text for name, text in self.options.items() if text not in (None, [])}
         options: Any = {name: FORMS[OPTIONS[name].form].read(_flag(name), text) for name, text in given.items()}
         return plan(loaded.model, loaded.inputs, **options)

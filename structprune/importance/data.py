@@ -137,16 +137,26 @@ class Batches:
         Raises:
             PlanError: it is not.
         """
-        assert self._loss is not None
-        value = self._loss(model, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise PlanError(f"loss must return a scalar tensor, but it returned {shape}. Take its mean over the batch.")
+        value = self.value(model, batch)
         if not value.requires_grad:
             raise PlanError(
                 "The loss does not depend on the model through differentiable operations. Does loss= call the model "
                 "under torch.no_grad(), or detach its output?"
             )
+        return value
+
+    def value(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of a batch, after checking that it is a finite scalar.
+
+        Raises:
+            PlanError: it is not, or no loss was given.
+        """
+        if self._loss is None:
+            raise PlanError("The loss is asked for: pass loss=, a function of model and batch that returns a scalar.")
+        value = self._loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise PlanError(f"loss must return a scalar tensor, but it returned {shape}. Take its mean over the batch.")
         if not bool(torch.isfinite(value).all()):
             raise PlanError(f"The loss of a batch is {value.item()}. Check the data and the model's weights.")
         return value.reshape(())

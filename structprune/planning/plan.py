@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from typing import Any
@@ -27,6 +27,8 @@ SCHEMA = 2
 SHOWN = 20
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
 RECORD = "_structprune_plans"
+# What else may have been done to a model between two plans, by its kind: how it is made from the data of a file.
+KINDS: dict[str, Callable[[Any], Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ class Plan(Edits):
         """
         result = apply(model, self, inplace=inplace)
         if self.thinnings or self.repairs or self.rescales or self.rewrites:
-            remember(unwrapped(result), RECORD, (*plans_of(result), self), [])
+            remember_plan(unwrapped(result), (*plans_of(result), self))
         return result
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -240,6 +242,8 @@ class Plan(Edits):
         """
         try:
             data = up_to_date(data, SCHEMA, MIGRATIONS, "it")
+            if isinstance(kind := data.get("kind"), str) and kind in KINDS:
+                return KINDS[kind](data)
             return cls(
                 thinnings=tuple(record(Thinning, t) for t in data["thinnings"]),
                 repairs=tuple(record(Repair, r) for r in data["repairs"]),
@@ -271,6 +275,11 @@ def _read_settings(data: Any) -> Settings:
         raise FormError(f"the settings have the fields {sorted(found)!r:.200}, not {sorted(names)}")
     parts = {name: settings(found[name]) for name in names if name != "over_survivors"}
     return Settings(**parts, over_survivors=texts(found["over_survivors"]))
+
+
+def remember_plan(model: nn.Module, plans: tuple[Any, ...]) -> None:
+    """Let a model know what has been done to it, the first plan first."""
+    remember(model, RECORD, plans, [])
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:

@@ -8,7 +8,7 @@ makes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,22 @@ class Consumer:
         return self.weight.rpartition(".")[0] or self.weight
 
 
-def consumers(graph: ChannelGraph, removed: Mask) -> list[Consumer]:
-    """The layers to solve once the components marked in the mask `removed` are removed, in the order of the forward."""
-    changed = changed_operations(graph, removed)
+def consumers(
+    graph: ChannelGraph, removed: Mask, begins: Collection[fx.Node] = (), without: Collection[fx.Node] = ()
+) -> list[Consumer]:
+    """The layers to solve once channels or operations are removed, in the order of the forward.
+
+    Args:
+        graph: of the original.
+        removed: marks the components that are removed.
+        begins: operations whose results differ though no channel of theirs is removed.
+        without: operations that are removed themselves.
+    """
+    changed = changed_operations(graph, removed, begins)
     layers: list[Consumer] = []
     last_into: dict[int, int] = {}  # for each target, the last layer that goes into it
     for node in graph.trace.nodes:
-        if layer_of(node.meta["name"]) is None:
+        if layer_of(node.meta["name"]) is None or node in without:
             continue
         consumer = as_consumer(graph, node)
         if consumer is not None and graph.trace.nodes[consumer.target] in changed:
@@ -70,7 +79,8 @@ def consumers(graph: ChannelGraph, removed: Mask) -> list[Consumer]:
     # Of several layers that go into one sum the last one corrects it; the others meet their own results.
     layers = [c if last_into[c.target] == c.node else _without_sum(graph, c) for c in layers]
     covered = {number for consumer in layers for number in consumer.norms}
-    layers += [norm for norm in _scaling_layers(graph, changed) if norm.node not in covered]
+    scaling = [norm for norm in _scaling_layers(graph, changed) if graph.trace.nodes[norm.node] not in without]
+    layers += [norm for norm in scaling if norm.node not in covered]
     return sorted(layers, key=lambda c: c.node)
 
 
@@ -88,7 +98,7 @@ def kept_indices(graph: ChannelGraph, removed: Mask, row: Row) -> Ids | None:
     return np.flatnonzero(~lost) if lost.any() else None
 
 
-def changed_operations(graph: ChannelGraph, removed: Mask) -> set[fx.Node]:
+def changed_operations(graph: ChannelGraph, removed: Mask, begins: Collection[fx.Node] = ()) -> set[fx.Node]:
     """The operations whose kept channels differ from the original's, or may.
 
     The first ones sum over dimensions with removed channels, which their result does not have, or normalise over them.
@@ -97,7 +107,7 @@ def changed_operations(graph: ChannelGraph, removed: Mask) -> set[fx.Node]:
     normalising = {survivors.node for survivors in graph.channels.relations.survivors}
     for node in graph.trace.nodes:
         sources = node.all_input_nodes
-        if any(source in changed for source in sources):
+        if node in begins or any(source in changed for source in sources):
             changed.add(node)
             continue
         lost = set().union(*(_removed_components(graph, removed, source) for source in sources))

@@ -16,6 +16,7 @@ from structprune.errors import RecoveryError
 from structprune.graph import ChannelGraph
 from structprune.ranks import failing_together, nobody_failed
 from structprune.recovery.batches import Forward, batches_of
+from structprune.recovery.depth import Shorter
 from structprune.recovery.layer_solver import LayerSolver
 from structprune.recovery.layers import consumers
 from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
@@ -59,6 +60,9 @@ def recover(
 
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); here each layer also corrects the errors of the layers before it.
+
+    A model without some of its branches (`structprune.remove_branches`) is solved where what is left meets the
+    original, if that is all that was done to it; the report then names layers as the original does.
 
     Models in half precision run and are solved in float32, on widened copies of their weights and of the data, and the
     new weights are rounded at the end; so `recover` needs the memory of float32 models while it runs.
@@ -108,18 +112,22 @@ def _recovered(
     slim: nn.Module, original: nn.Module, batches: list[Any], rows: int, rounds: int, seed: int
 ) -> nn.Module:
     nobody_failed()
-    removed = removed_between(slim, original)
-    recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
+    shorter = Shorter.of(slim, original, batches[0])
+    removed = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
+    recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {})) if shorter is None else shorter.aligned
     with _widened(original, recovered) as wide:
         batches = [map_tensors(_wide, batch) for batch in batches] if wide else batches
         graph = ChannelGraph(original, batches[0])
         removed_components = dead_components(graph, removed)
+        begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
         solvers = [
             LayerSolver(graph, removed_components, consumer, rows, seed, rounds)
-            for consumer in consumers(graph, removed_components)
+            for consumer in consumers(graph, removed_components, begins, without)
         ]
         with preserved_random_state(), torch.no_grad():
             layers = _solve_in_order(recovered, original, batches, graph, solvers)
+    if shorter is not None:
+        recovered = shorter.shortened(slim)
     skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
     keep_report(recovered, RecoveryReport(tuple(layers), skipped))
     return recovered

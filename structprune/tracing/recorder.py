@@ -324,6 +324,7 @@ class Recorder(CallMode):
             self._stack.pop()
         entry.last = len(self.recording.nodes)
         entry.output = self._known_only(output)
+        entry.mapping = type(output) if isinstance(output, dict) else None
         return output
 
     def _leaf(

@@ -21,6 +21,7 @@ class ModuleCall:
     args: Any = ()
     kwargs: Any = field(default_factory=dict)
     output: Any = None
+    mapping: type | None = None  # of the output, if it is one: `output` is a plain dict
     parent: int = -1
 
 

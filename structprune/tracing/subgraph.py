@@ -19,12 +19,55 @@ from torch import fx, nn
 
 from structprune.errors import TraceError
 from structprune.tracing.opaque import opaque_call
-from structprune.tracing.provenance import Arithmetic, Attribute, Constant, Dim, Expression, SizeFloat, SizeInt
+from structprune.tracing.provenance import (
+    Arithmetic,
+    Attribute,
+    Constant,
+    Dim,
+    Expression,
+    SizeFloat,
+    SizeInt,
+    plain,
+)
 from structprune.tracing.recording import ModuleCall
 from structprune.tracing.scripted import scripted_call
 from structprune.tracing.trace import Trace
 
 Literal = Callable[[int, tuple[int | str, ...], int], int]
+
+
+def as_written(_number: int, _place: tuple[int | str, ...], old: int) -> int:
+    """The literal that keeps all numbers."""
+    return old
+
+
+class Change:
+    """What a forward that is cut out of a trace does otherwise than in the trace; as it stands, nothing.
+
+    Attributes:
+        zeros: whether a tensor that nothing computes any more is given back as zeros, in the shape of an argument,
+            rather than as None.
+        guarded: whether the forward refuses other plain arguments (flags, None) than it was traced with.
+    """
+
+    zeros = False
+    guarded = False
+
+    def value(self, node: fx.Node) -> fx.Node | None:
+        """The tensor that takes the place of `node`; None where there is none."""
+        return node
+
+    def runs(self, node: fx.Node) -> bool:
+        """Whether the module still runs this operation itself."""
+        return True
+
+    def calls(self, child: ModuleCall) -> bool:
+        """Whether it still calls this module."""
+        return True
+
+    def reads(self, node: fx.Node) -> bool:
+        """Whether something read this result of the module."""
+        return True
 
 
 def own_operations(trace: Trace, path: str) -> tuple[ModuleCall, list[fx.Node]]:
@@ -51,6 +94,19 @@ def layer_flow(trace: Trace) -> Iterator[tuple[str, frozenset[str]]]:
         reach[node] = frozenset(held) or before
 
 
+def changed_graph(trace: Trace, call: ModuleCall, change: Change) -> fx.Graph:
+    """The forward of a module, as `call` ran it, with a change.
+
+    Unlike `module_graph` it takes what the module takes, containers and any further arguments included.
+
+    Raises:
+        TraceError: the forward uses something that a graph cannot hold.
+    """
+    number = trace.calls.index(call)
+    own = [node for node in trace.own.get(call.path, []) if node.meta["call"] == number]
+    return _Builder(trace, call, own, as_written, change).build()
+
+
 def module_graph(trace: Trace, path: str, literal: Literal) -> fx.Graph:
     """The forward of the module at `path` as a graph.
 
@@ -68,8 +124,12 @@ def module_graph(trace: Trace, path: str, literal: Literal) -> fx.Graph:
 
 
 class _Builder:
-    def __init__(self, trace: Trace, call: ModuleCall, own: list[fx.Node], literal: Literal) -> None:
+    def __init__(
+        self, trace: Trace, call: ModuleCall, own: list[fx.Node], literal: Literal, change: Change | None = None
+    ) -> None:
         self._trace, self._call, self._own, self._literal = trace, call, own, literal
+        self._changed, self._change = change is not None, change or Change()
+        self._objects: dict[int, fx.Node] = {}
         self._graph = fx.Graph()
         self._made: dict[fx.Node, fx.Node] = {}
         self._prefix = f"{call.path}." if call.path else ""
@@ -83,11 +143,15 @@ class _Builder:
         events += [(child.first, 0, child) for child in children]
         place = {node: i for i, node in enumerate(self._own)}
         for _, _, event in sorted(events, key=lambda e: e[:2]):
-            if isinstance(event, fx.Node):
+            if not isinstance(event, fx.Node):
+                if self._change.calls(event):
+                    self._child(event)
+            elif self._change.runs(event):
                 self._operation(event, place[event])
-            else:
-                self._child(event)
-        self._graph.output(self._map(self._call.output))
+        self._graph.output(self._result(self._call.output))
+        for node in reversed(self._graph.nodes):
+            if node.target is operator.getitem and node.meta.get("unpacked") and not node.users:
+                self._graph.erase_node(node)
         self._graph.lint()
         return self._graph
 
@@ -103,8 +167,7 @@ class _Builder:
         parameters = list(signature.parameters.values())[1:]
         for parameter in parameters:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                if bound.arguments.get(parameter.name):
-                    raise self._fail("takes variable arguments")
+                self._variable(parameter, bound.arguments.get(parameter.name))
                 continue
             value = bound.arguments.get(parameter.name, parameter.default)
             default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
@@ -112,9 +175,48 @@ class _Builder:
             if isinstance(value, fx.Node) and value in self._made and not self._call.path:
                 raise self._fail("was given one tensor twice")  # other callers of the model may give two
             if isinstance(value, fx.Node):
-                self._made[value] = made
+                self._remember(value, made)
+            elif self._changed:
+                self._unpack(value, made)
+                if self._change.guarded and _is_plain(value):
+                    self._graph.call_function(as_traced, (made, plain(value), f"{parameter.name} of {self._call.path}"))
             elif isinstance(value, (tuple, list, dict)) and value:
                 raise self._fail("takes tensors in containers")
+
+    def _variable(self, parameter: inspect.Parameter, given: Any) -> None:
+        """A placeholder for ``*args`` or ``**kwargs``, which only a graph with a change can hold."""
+        if self._changed:
+            stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+            made = self._graph.create_node("placeholder", stars + parameter.name, (), {}, parameter.name)
+            self._unpack(given, made)
+        elif given:
+            raise self._fail("takes variable arguments")
+
+    def _result(self, output: Any) -> Any:
+        """What the module returns; with a change, a tensor that is gone is None, or zeros where they are asked for."""
+        if isinstance(output, fx.Node) and self._change.value(output) not in self._made and self._changed:
+            if output in self._made:
+                return self._made[output]
+            return self._zeros(output) if self._change.zeros and self._change.reads(output) else None
+        if isinstance(output, dict) and self._changed:
+            kind = self._call.mapping if output is self._call.output else None
+            if kind is None or not all(isinstance(key, str) for key in output):
+                raise self._fail("returns a mapping of a kind of its own")
+            return self._graph.call_function(kind, (), {key: self._result(item) for key, item in output.items()})
+        if isinstance(output, (tuple, list)) and self._changed:
+            return type(output)(self._result(item) for item in output)
+        return self._map(output)
+
+    def _zeros(self, output: fx.Node) -> fx.Node:
+        """Zeros: in the shape of an argument like `output`, else of one entry, which does for a sum of any shape."""
+        given = [(n, made) for n, made in self._made.items() if isinstance(n.meta.get("shape"), tuple)]
+        if not given:
+            raise self._fail("takes no tensor")
+        shape, dtype = output.meta["shape"], output.meta["dtype"]
+        for node, made in given:
+            if node.meta["shape"] == shape:
+                return self._graph.call_function(torch.zeros_like, (made,), {"dtype": dtype})
+        return self._graph.call_method("new_zeros", (given[0][1], (1,) * len(shape)), {"dtype": dtype})
 
     def _child(self, child: ModuleCall) -> None:
         if not child.path.startswith(self._prefix):
@@ -126,19 +228,34 @@ class _Builder:
 
     def _unpack(self, output: Any, made: fx.Node) -> None:
         if isinstance(output, fx.Node):
-            self._made[output] = made
+            self._remember(output, made)
         elif isinstance(output, dict):
             for key, item in output.items():
-                self._unpack(item, self._graph.call_function(operator.getitem, (made, key)))
+                self._unpack(item, self._item(made, key))
         elif isinstance(output, (tuple, list)):
             for position, item in enumerate(output):
-                self._unpack(item, self._graph.call_function(operator.getitem, (made, position)))
+                self._unpack(item, self._item(made, position))
+        elif self._changed and not _is_plain(output):
+            self._objects.setdefault(id(output), made)
+
+    def _remember(self, node: fx.Node, made: fx.Node) -> None:
+        self._made[node] = made
+        value = self._change.value(node)
+        if value is not None:
+            self._made.setdefault(value, made)
+
+    def _item(self, made: fx.Node, key: Any) -> fx.Node:
+        found = self._graph.call_function(operator.getitem, (made, key))
+        found.meta["unpacked"] = self._changed
+        return found
 
     def _operation(self, node: fx.Node, number: int) -> None:
         if node.meta["name"] == "batch_norm" or node.target in (setattr, opaque_call, scripted_call):
             raise self._fail(f"calls {node.meta['name']} itself")
         args = [self._argument(item, number, (i,)) for i, item in enumerate(node.args)]
         kwargs = {key: self._argument(item, number, (key,)) for key, item in node.kwargs.items()}
+        if node.meta["name"] == "stack" and self._changed:
+            args = [[item for item in part if item is not None] if isinstance(part, list) else part for part in args]
         if node.meta["name"] in ("dropout", "feature_dropout", "alpha_dropout") and args[-1] is False:
             args[-1] = self._graph.get_attr("training")
         self._made[node] = self._graph.create_node(node.op, node.target, tuple(args), kwargs)
@@ -164,15 +281,22 @@ class _Builder:
             return {key: self._map(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
             return type(value)(self._map(item) for item in value)
+        if id(value) in self._objects:
+            return self._objects[id(value)]
         if isinstance(value, torch.device) and self._made:
             # The trace ran elsewhere: tensors are made where the first argument is.
             return self._graph.call_function(getattr, (next(iter(self._made.values())), "device"))
-        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, slice, type(...))):
+        if _is_plain(value):
             return value
         raise self._fail(f"uses a {type(value).__name__}")
 
-    def _node(self, node: fx.Node) -> fx.Node:
+    def _node(self, node: fx.Node) -> fx.Node | None:
         made = self._made.get(node)
+        if made is None and self._changed:
+            value = self._change.value(node)
+            if value is None:
+                return None
+            node, made = value, self._made.get(value)
         if made is None:
             name = str(node.target)
             if node.meta["name"] != "parameter" or not name.startswith(self._prefix):
@@ -184,7 +308,10 @@ class _Builder:
         if isinstance(expression, Constant):
             return expression.value
         if isinstance(expression, Dim):
-            return self._graph.call_method("size", (self._node(self._trace.nodes[expression.node]), expression.dim))
+            sized = self._node(self._trace.nodes[expression.node])
+            if sized is None:
+                raise self._fail("uses the size of a tensor that is gone")
+            return self._graph.call_method("size", (sized, expression.dim))
         if isinstance(expression, Attribute):
             return self._attribute(expression)
         assert isinstance(expression, Arithmetic)
@@ -205,11 +332,28 @@ class _Builder:
         return value
 
 
+def as_traced(value: Any, traced: Any, what: str) -> None:
+    """Refuse an argument that a rewritten forward was not made for.
+
+    Raises:
+        TraceError: it is another than it was when the forward was traced.
+    """
+    if value is not traced and value != traced:
+        raise TraceError(
+            f"The argument {what} is {value!r:.60}, and its forward was rewritten for {traced!r}. Remove the branches "
+            "with example inputs for which it is called like this."
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, slice, type(...)))
+
+
 def rewritten_class(base: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
     """A subclass of `base` whose forward runs `graph`; it can be pickled, together with the graph."""
     targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
     made = fx.GraphModule(dict.fromkeys(targets), graph)
-    body = {"forward": type(made).forward, "__doc__": f"{base.__name__} with sizes that were literals changed.",
+    body = {"forward": type(made).forward, "__doc__": f"{base.__name__} with a changed forward.",
             "structprune_graph": graph, "__module__": base.__module__, "__qualname__": base.__qualname__}  # fmt: skip
     return _metaclass(type(base))(base.__name__, (base,), body)
 

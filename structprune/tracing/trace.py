@@ -314,6 +314,14 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup = 
     ) from second
 
 
+def in_both_modes(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup) -> Trace | None:
+    """A trace of the forward in eval mode and, behind it, in training mode; None where it cannot run so."""
+    try:
+        return _run(model, example_inputs, operations, meta=True, training=True)
+    except Exception:  # in training mode the user's forward may ask for more: labels, a larger batch
+        return None
+
+
 def _with_training(found: Trace, model: nn.Module, example_inputs: ExampleInputs, operations: Lookup) -> Trace:
     """`found`, or a trace of both modes if the forward in training mode reaches parameters that it does not."""
     missing = found.unreached(model)

@@ -12,6 +12,7 @@ import numpy as np
 from torch import fx, nn
 
 from structprune.axes import Roles, roles
+from structprune.channels.computed_weights import Normalised, normalised_weights
 from structprune.channels.fold import Fold
 from structprune.channels.fold_ahead import folds
 from structprune.channels.propagate import Channels, Invariant, propagate
@@ -79,6 +80,7 @@ class ChannelGraph:
         pin_caches(self.model, self.trace, self.channels)
         pin_unseen(self.trace, self.channels)
         pin_unreached(self.model, self.trace, self.channels)
+        self.normalised: list[Normalised] = normalised_weights(self.trace, self.channels)
         pin_what_is_not_zero(self.trace, self.channels)
         self.folds: list[Fold] = []
         scales = self.channels.relations.scales

@@ -350,3 +350,18 @@ def test_products_of_parameters_and_learnt_tokens_are_pruned_as_before() -> None
     plan, _ = pruned(oracle.jitter(Queries(), 0), torch.randn(2, 7, 4).double())
     assert len(plan.removed["queries"][1]) == 4
     assert plan.settings["over_survivors"] == ["norm (layer_norm)"]
+
+
+@pytest.mark.parametrize(
+    "reduced",
+    [
+        lambda y: y.sum(1),
+        lambda y: y.norm(dim=1),
+        lambda y: torch.linalg.matrix_norm(y, "nuc", dim=(1, 2)).unsqueeze(1).expand(-1, 4, 4),
+        lambda y: (y != 0).any(1).double() + y.count_nonzero(1),
+    ],
+)
+def test_what_zeros_do_not_change_is_not_named(reduced: Between) -> None:
+    model, x = oracle.jitter(Averaged(lambda y: reduced(y)), 0), image()
+    plan, _ = pruned(model, x)
+    assert "over_survivors" not in plan.settings

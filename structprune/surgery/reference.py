@@ -19,7 +19,10 @@ from structprune.tracing.replay import FoundCall
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
 _SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm", "softmax", "_softmax", "python.softmax"}
 # What these give does not change with channels that are zero.
-_PLAIN = frozenset({"sum", "nansum", "norm", "linalg_vector_norm", "frobenius_norm", "renorm"})
+_PLAIN = frozenset({
+    "sum", "nansum", "count_nonzero", "any", "norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm",
+    "frobenius_norm", "nuclear_norm", "renorm",
+})  # fmt: skip
 
 
 def thinned_norms(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:

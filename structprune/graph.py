@@ -12,13 +12,14 @@ import numpy as np
 from torch import fx, nn
 
 from structprune.axes import Roles, roles
+from structprune.channels.computed_weights import normalised_weights
 from structprune.channels.fold import Fold
 from structprune.channels.fold_ahead import folds
 from structprune.channels.origins import follows_inputs
 from structprune.channels.propagate import Channels, Invariant, propagate
 from structprune.channels.rehearsed import Rehearsals, described_row
-from structprune.channels.sizes import Sizes, SizeSolver
-from structprune.channels.solver import Components, Mask
+from structprune.channels.sizes import SizeSolver
+from structprune.channels.solver import Mask
 from structprune.channels.trials import Counter
 from structprune.channels.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
 from structprune.channels.zeros import pin_what_is_not_zero
@@ -77,6 +78,7 @@ class ChannelGraph:
         pin_caches(self.model, self.trace, self.channels)
         pin_unseen(self.trace, self.channels)
         pin_unreached(self.model, self.trace, self.channels)
+        self.normalised = normalised_weights(self.trace, self.channels)
         pin_what_is_not_zero(self.trace, self.channels)
         self.folds: list[Fold] = []
         scales = self.channels.relations.scales
@@ -90,8 +92,6 @@ class ChannelGraph:
         described = partial(described_row, self._modules, self.trace, self.channels)
         self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
         self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs, self.channels, self._sizes)
-        self.components: Components
-        self.sizes: Sizes
         self.components, self.sizes = self._sizes.solve()
 
     def settle(self, dead: Mask) -> bool:

@@ -212,7 +212,7 @@ def _changes(
         if (tensor := old.get(thinning.tensor)) is not None:
             found[id(tensor)].thinnings.append(thinning)
     for rescale in plan.rescales:
-        if (tensor := old.get(rescale.tensor)) is not None:
+        if isinstance(rescale, Rescale) and (tensor := old.get(rescale.tensor)) is not None:
             found[id(tensor)].rescales.append(rescale)
     for change in found.values():
         _check_shapes(change, inplace)

@@ -192,6 +192,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_text, value))
+
+
 def _is_int(value: Any) -> bool:
     return type(value) is int and abs(value) < LARGEST
 
@@ -242,6 +246,8 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "factor": _is_factor,
     "removed": _are_indices,
     "order": _are_indices_or_none,
+    "weight": _is_text,
+    "vectors": _are_texts,
     "positions": _are_indices_or_none,
     "chain": _is_chain,
     "place": _is_place,

@@ -1,7 +1,8 @@
-"""Means over channels count all of them: weights take up the factor, or the channels stay."""
+"""Means over channels, and norms of weights, are what they were: weights take up the change, or the channels stay."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from support import oracle
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations as P
+from torch.nn.utils import weight_norm as old_weight_norm
 
 import structprune
 
@@ -178,3 +181,187 @@ def test_norms_written_by_hand_run_over_what_is_left_and_are_named(norm: str) ->
     plan, _ = pruned(model, x)
     assert len(plan.removed["conv.weight"][0]) == 4
     assert all(name.startswith("the model (") for name in plan.settings["over_survivors"])
+
+
+# -- weights that are computed from others -----------------------------------------------------------------------------
+
+
+def _linear(change: Callable[[nn.Module], nn.Module]) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), change(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 3))
+
+
+def _convolution(change: Callable[[nn.Module], nn.Module], kind: type[nn.Module] = nn.Conv2d) -> nn.Sequential:
+    middle = change(kind(8, 8, 3, padding=1))
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+
+NORMALISED: dict[str, Callable[[], nn.Module]] = {
+    "weight norm, old": lambda: _linear(old_weight_norm),
+    "weight norm": lambda: _linear(P.weight_norm),
+    "weight norm of inputs": lambda: _linear(lambda layer: P.weight_norm(layer, dim=1)),
+    "weight norm of a convolution": lambda: _convolution(P.weight_norm),
+    "weight norm of a transposed one": lambda: _convolution(P.weight_norm, nn.ConvTranspose2d),
+    "spectral norm, old": lambda: _linear(nn.utils.spectral_norm),
+    "spectral norm": lambda: _linear(P.spectral_norm),
+    "spectral norm of a convolution": lambda: _convolution(P.spectral_norm),
+    "spectral norm of a transposed one": lambda: _convolution(P.spectral_norm, nn.ConvTranspose2d),
+}
+
+
+def effective_weights_off(model: nn.Module, plan: structprune.Plan, x: Tensor) -> Tensor:
+    """What `model` computes with the activations of removed channels zero: its weights stay what they are."""
+    gone = {
+        path: next(d[0] for name, d in plan.removed.items() if name.startswith(f"{path}.") and name.endswith("bias"))
+        for path in ("0", "2")
+    }
+    twin = copy.deepcopy(model)
+    for path, indices in gone.items():
+
+        def off(_: nn.Module, __: Any, y: Tensor, indices: Any = tuple(indices)) -> Tensor:
+            return y.index_fill(1, torch.tensor(indices), 0)
+
+        twin.get_submodule(path).register_forward_hook(off)
+    return twin(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", NORMALISED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_normalised_weights_are_what_they_were(name: str, inplace: bool) -> None:
+    torch.manual_seed(0)
+    model = NORMALISED[name]().double()
+    x = torch.randn(2, 6).double() if "of a" not in name else image()
+    with torch.no_grad():  # what a hook leaves on a layer can be copied
+        for _ in range(3):
+            model.train()(x)  # a spectral norm steps
+        model.eval()(x)
+    plan = structprune.plan(model, x, ratio=0.5, round_to=1)
+    assert len(plan.removed["0.weight"][0]) == 4
+    assert "over_survivors" not in plan.settings
+    plan = structprune.Plan.from_json(plan.to_json())
+    expected = effective_weights_off(model, plan, x)
+    if inplace:
+        slim = plan.apply(model, inplace=True)
+    else:
+        slim = plan.apply(model)
+        oracle.check(model, slim, plan, x)
+        assert structprune.verify(model, slim, plan, x).max_relative_error < 1e-12
+    torch.testing.assert_close(slim(x), expected, rtol=1e-10, atol=1e-12)
+    slim.train()(x).sum().backward()
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        dims = (1, 2, 3)
+        w = self.weight - self.weight.mean(dims, keepdim=True)
+        return F.conv2d(x, w / (w.pow(2).mean(dims, keepdim=True) + 1e-5).sqrt(), self.bias, padding=self.padding)
+
+
+class ByBatchNorm(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, momentum=0.0)
+        return F.conv2d(x, flat.reshape_as(self.weight), self.bias, padding=self.padding)
+
+
+def _weight(function: Callable[[Tensor], Tensor]) -> type[nn.Module]:
+    class Computed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, function(self.weight), self.bias)
+
+    return Computed
+
+
+class Afterwards(nn.Linear):
+    """The result is divided by the lengths of the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) / self.weight.norm(dim=1) + self.bias
+
+
+class SharedLength(nn.Linear):
+    """The lengths are used twice, so they make up for nothing."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__(size, out)
+        self.length = nn.Parameter(torch.rand(out, 1) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch._weight_norm(self.weight, self.length, 0), self.bias) + self.length[:, 0]
+
+
+COMPUTED: dict[str, tuple[type[nn.Module], tuple[Any, ...]]] = {
+    "standardised": (Standardised, (8, 8, 3, 1, 1)),
+    "standardised by a batch norm": (ByBatchNorm, (8, 8, 3, 1, 1)),
+    "normalize": (_weight(F.normalize), (8, 8)),
+    "over its length": (_weight(lambda w: w / w.norm(dim=1, keepdim=True)), (8, 8)),
+    "over its sum": (_weight(lambda w: w / w.abs().sum(1, keepdim=True)), (8, 8)),
+    "over all": (_weight(lambda w: w / w.abs().mean()), (8, 8)),
+    "centred": (_weight(lambda w: w - w.mean(1, keepdim=True)), (8, 8)),
+    "softmax": (_weight(lambda w: w.softmax(1)), (8, 8)),
+    "layer norm": (_weight(lambda w: F.layer_norm(w, w.shape[1:])), (8, 8)),
+    "afterwards": (Afterwards, (8, 8)),
+    "shared length": (SharedLength, (8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_inputs_of_other_normalised_weights_stay(name: str) -> None:
+    kind, sizes = COMPUTED[name]
+    first, last, x = nn.Linear(6, 8), nn.Linear(8, 3), torch.randn(2, 6).double()
+    if len(sizes) > 2:
+        first, last, x = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), image()
+    model = oracle.jitter(nn.Sequential(first, nn.ReLU(), kind(*sizes), nn.ReLU(), last), 0)
+    plan, _ = pruned(model, x)
+    assert "0.weight" not in plan.removed
+    reason = structprune.DependencyGraph(model, x).explain("0")
+    assert any(why in reason for why in ("normalised together", "averaged over", "compete", "number of its channels"))
+
+
+class LowRank(nn.Linear):
+    """A weight plus the product of two thin ones: what they sum over are channels of their own."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__(size, out)
+        self.down, self.up = nn.Parameter(torch.randn(4, size)), nn.Parameter(torch.randn(out, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.up @ self.down, self.bias)
+
+
+class Queries(nn.Module):
+    """Learnt queries pass a norm: they are activations, though no input has a part in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.norm = nn.Parameter(torch.randn(5, 8)), nn.LayerNorm(8)
+        self.q, self.k, self.out = nn.Linear(8, 6), nn.Linear(4, 6), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.queries)
+        weights = (self.q(tokens) @ self.k(x).transpose(-1, -2)).sum(-1, keepdim=True)
+        return self.out(tokens * weights)
+
+
+def test_products_of_parameters_and_learnt_tokens_are_pruned_as_before() -> None:
+    model = oracle.jitter(nn.Sequential(nn.Linear(6, 8), LowRank(8, 8), nn.Linear(8, 3)), 0)
+    plan, _ = pruned(model, torch.randn(2, 6).double())
+    assert {1} <= plan.removed["1.weight"].keys()
+    assert len(plan.removed["1.down"][0]) == 2
+    plan, _ = pruned(oracle.jitter(Queries(), 0), torch.randn(2, 7, 4).double())
+    assert len(plan.removed["queries"][1]) == 4
+    assert plan.settings["over_survivors"] == ["norm (layer_norm)"]
+
+
+@pytest.mark.parametrize(
+    "reduced",
+    [
+        lambda y: y.sum(1),
+        lambda y: y.norm(dim=1),
+        lambda y: torch.linalg.matrix_norm(y, "nuc", dim=(1, 2)).unsqueeze(1).expand(-1, 4, 4),
+        lambda y: (y != 0).any(1).double() + y.count_nonzero(1),
+    ],
+)
+def test_what_zeros_do_not_change_is_not_named(reduced: Between) -> None:
+    model, x = oracle.jitter(Averaged(lambda y: reduced(y)), 0), image()
+    plan, _ = pruned(model, x)
+    assert "over_survivors" not in plan.settings

@@ -194,7 +194,6 @@ NETWORKS = [
     SqueezeExcite,
     GroupNormNet,
     PaddedMean,
-    StandardisedWeights,
     Clamped,
     Pooled,
     Shares,
@@ -268,6 +267,12 @@ def test_sees_a_wrong_bias(network: type[nn.Module]) -> None:
 def test_a_mean_that_is_not_named_counts_all_channels(named: list[str]) -> None:
     model, inputs, plan = example(HandRms)
     plan.settings["over_survivors"] = named
+    with pytest.raises(AssertionError, match="relative error"):
+        oracle.check(model, hand_sliced(model), plan, inputs)
+
+
+def test_standardised_weights_over_fewer_inputs_are_others() -> None:
+    model, inputs, plan = example(StandardisedWeights)
     with pytest.raises(AssertionError, match="relative error"):
         oracle.check(model, hand_sliced(model), plan, inputs)
 

@@ -35,7 +35,7 @@ class Plain(nn.Module):
         first = self.first(x)
         left, right = F.relu(first).chunk(2, 1)
         x = self.second(torch.cat([left, right.sigmoid()], 1)) + first
-        return self.last((x * x.shape[0]).mean((2, 3))) + first.mean()
+        return self.last((x * x.shape[0]).mean((2, 3))) + first.sum()
 
 
 class InPlace(Plain):
@@ -50,7 +50,7 @@ class InPlace(Plain):
         late = other.view(len(other), -1)
         late.clamp_(max=1)
         x[:, 0] = 0.5
-        return self.last(F.relu(other, inplace=True).mean((2, 3))) + seen.mean() + x.mean()
+        return self.last(F.relu(other, inplace=True).mean((2, 3))) + seen.sum() + x.sum()
 
 
 class WritesItsInput(Plain):

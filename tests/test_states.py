@@ -123,7 +123,7 @@ class Nested(nn.Module):
     def forward(self, *, left: Tensor, extra: dict[str, Any], scale: float = 1.0, mask: Tensor | None = None) -> Any:
         x = F.relu(self.left(left) + scale * self.right(extra["right"][0]))
         x = self.mid(x if mask is None else x * mask)
-        return {"a": self.a(x), "rest": (self.b(x), [x.mean(-1, keepdim=True)]), "none": None, "scale": scale}
+        return {"a": self.a(x), "rest": (self.b(x), [x.sum(-1, keepdim=True)]), "none": None, "scale": scale}
 
 
 def test_keyword_inputs_nested_outputs_and_unused_parameters() -> None:

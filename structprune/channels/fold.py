@@ -43,7 +43,9 @@ class Fold:
 def scaling_of(node: fx.Node) -> Scaling:
     """How a factor passes an operation."""
     known = op_of(node.meta["name"])
-    return Scaling.NONE if known is None else known.scaling
+    if known is None or (known.scaling is Scaling.MOVES and len(_tensors(node)) > 1):
+        return Scaling.NONE  # where another tensor says where to, it cannot be followed
+    return known.scaling
 
 
 class NoCarrierError(Exception):

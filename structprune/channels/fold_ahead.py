@@ -139,7 +139,7 @@ class SearchAhead:
         return Carrier(str(weight.target), across, line_of(along))
 
     def _move(self, node: fx.Node, source: fx.Node) -> None:
-        moved = _run(node, {source: self._masks[source]})
+        moved = run_movement(node, {source: self._masks[source]})
         if not isinstance(moved, (tuple, list)):
             self._reach(node, moved)
             return
@@ -159,10 +159,10 @@ class SearchAhead:
             self._reach(node, self._cache.full(node.meta["shape"]))
             return
         nothing = {t: torch.zeros(t.meta["shape"], dtype=torch.bool) for t in terms if t not in self._masks}
-        self._reach(node, _run(node, nothing | {t: self._masks[t] for t in terms if t in self._masks}))
+        self._reach(node, run_movement(node, nothing | {t: self._masks[t] for t in terms if t in self._masks}))
 
 
-def _run(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
+def run_movement(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
     """Run a movement on other tensors of the same shapes."""
     args, kwargs = plain(fx.map_arg((node.args, node.kwargs), lambda held: values[held]))
     if node.op == "call_method":

@@ -225,4 +225,6 @@ def _renormed(z: zeros.ZeroContext) -> zeros.Zeros:
 @register_op("renorm", zeros=_renormed)
 def renorm(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """Each part along a dimension is scaled down to a largest norm; zeros add nothing to it."""
+    dims = dims_of(c.node, len(x.rows)) or ()
+    c.survivors(x, [at for at in range(len(x.rows)) if at not in dims])
     return x.rows

@@ -296,10 +296,10 @@ def searchsorted(c: Context, boundaries: Operand, x: Any, *_: Any, **named: Any)
 
 @register_op("python.embedding_bag", zeros=_last, contraction=Contraction("embedding", lambda _: ()))
 def embedding_bag(
-    c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *_: Any, **named: Any
+    c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *rest: Any, **named: Any
 ) -> Rows:
     """Sums or means of rows of the table."""
-    for operand in operands_in(offsets, named):
+    for operand in operands_in(offsets, rest, named):
         for row in operand.rows:
             c.pin(row, f"it counts the bags of {c.where()}")
     c.pin(weight.rows[0], "rows of an embedding table are looked up by data")

@@ -110,7 +110,7 @@ def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Rows:
     """``g * v / |v|``, with one norm for each index of `dim`."""
     if g.rows[v.dim(dim)].size > 1:
         c.same(v.rows[v.dim(dim)], g.rows[v.dim(dim)])
-    c.survivors(v, range(len(v.rows)))
+    c.survivors(v, [at for at in range(len(v.rows)) if at != v.dim(dim)])
     return v.rows
 
 

@@ -88,6 +88,8 @@ def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
                 mine = mine[:-1]
             _cell(c, GATES[name], inputs, hidden, state, mine)
         inputs = c.concatenated([state] * directions)
+    # Steps follow each other: none of them can go. Packed sequences have steps and samples in one dimension.
+    c.pin(x.rows[1 if not packed and bool(given[7]) else 0], f"it is a step of {c.where()}")
     numbers, batch = states[0].rows[0], states[0].rows[1:-1]
     c.pin(numbers, f"it numbers the layers of {c.where()}")
     for other in states[1:]:

@@ -13,6 +13,7 @@ from structprune.channels.solver import Mask
 from structprune.channels.trials import Counter
 from structprune.errors import PlanError
 from structprune.graph import ChannelGraph
+from structprune.ops.gains import Gain
 from structprune.ops.relations import Ids
 from structprune.planning.configuration import config_repairs
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
@@ -48,7 +49,7 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = N
     edits = Edits(
         thinnings=thinnings,
         repairs=repairs,
-        rescales=_rescales(graph, count, values),
+        rescales=(*_rescales(graph, count, values), *_gains(graph, thinnings)),
         rewrites=_rewrites(graph, count),
         caches=graph.trace.caches,
         inputs=specify(graph.example_inputs),
@@ -146,6 +147,17 @@ def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, in
         if factor != 1:
             found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in fold.carriers]
     return tuple(found)
+
+
+def _gains(graph: ChannelGraph, thinnings: tuple[Thinning, ...]) -> tuple[Gain, ...]:
+    """What makes up for the norms of weights that lose some of what the norms run over."""
+    thinned = {(thinning.tensor, thinning.dim) for thinning in thinnings}
+    found = dict.fromkeys(normalised.gain for normalised in graph.normalised)
+    return tuple(
+        gain
+        for gain in found
+        if any(tensor == gain.weight and (dim != gain.dim or gain.vectors) for tensor, dim in thinned)
+    )
 
 
 def _rewrites(graph: ChannelGraph, count: Counter) -> tuple[Rewrite, ...]:

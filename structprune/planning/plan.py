@@ -16,6 +16,7 @@ from torch import nn
 
 from structprune.costs import Cost
 from structprune.errors import PlanError
+from structprune.ops.gains import Gain
 from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
@@ -247,7 +248,7 @@ class Plan(Edits):
             return cls(
                 thinnings=tuple(record(Thinning, t) for t in data["thinnings"]),
                 repairs=tuple(record(Repair, r) for r in data["repairs"]),
-                rescales=tuple(record(Rescale, r) for r in data["rescales"]),
+                rescales=tuple(record(Gain if "weight" in r else Rescale, r) for r in data["rescales"]),
                 rewrites=tuple(record(Rewrite, r) for r in data["rewrites"]),
                 caches=tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
                 inputs=inputs(data["inputs"]),

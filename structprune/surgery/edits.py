@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from structprune.ops.gains import Gain
+
 
 @dataclass(frozen=True, slots=True)
 class Thinning:
@@ -61,7 +63,7 @@ class Edits:
 
     thinnings: tuple[Thinning, ...]
     repairs: tuple[Repair, ...]
-    rescales: tuple[Rescale, ...]
+    rescales: tuple[Rescale | Gain, ...]
     rewrites: tuple[Rewrite, ...]
     caches: tuple[tuple[str, str], ...]
     inputs: Any

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.channels.computed_weights import Normalised
 from structprune.channels.solver import Mask
 from structprune.graph import ChannelGraph
+from structprune.ops.gains import Gain, effective
 from structprune.ops.relations import Survivors
 from structprune.tracing.replay import FoundCall
 
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
 _SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm", "softmax", "_softmax", "python.softmax"}
 # What these give does not change with channels that are zero.
-SUMS = frozenset({"sum", "nansum", "norm", "linalg_vector_norm", "frobenius_norm"})
+SUMS = frozenset({
+    "sum", "nansum", "count_nonzero", "any", "norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm",
+    "frobenius_norm", "nuclear_norm", "renorm",
+})  # fmt: skip
 
 
 def thinned_norms(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
     """The norms and means that run over the channels that stay once `dead` is gone, with what lives of their rows."""
+    weights = {part.meta["index"] for normalised in graph.normalised for part in normalised.parts}
     for survivors in graph.channels.relations.survivors:
-        if graph.trace.everything[survivors.node].meta["name"] not in SUMS:
+        if survivors.node not in weights and graph.trace.everything[survivors.node].meta["name"] not in SUMS:
             masks = [~dead[graph.components.of(row)] for row in survivors.rows]
             if not all(mask.all() for mask in masks):
                 yield survivors, masks
@@ -60,12 +66,37 @@ def _group_norm(func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], k
     return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
 
 
+def weights_kept(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[int, Normalised, list[tuple[int, Mask]]]]:
+    """The operations that give weights which are normalised, by number, with what is dead of their dimensions."""
+    for normalised in graph.normalised:
+        rows = graph.channels.rows[normalised.node.meta["index"]]
+        gone = [(dim, dead[graph.components.of(row)]) for dim, row in enumerate(rows) if row.free]
+        if any(mask.any() for _, mask in gone):
+            yield normalised.node.meta["index"], normalised, gone
+
+
+def weight_kept(
+    gain: Gain, tensors: Mapping[str, Tensor], gone: list[tuple[int, Mask]], operation: FoundCall
+) -> Tensor:
+    """The weight that the original computes, with those of removed channels zero."""
+    like: Tensor = operation.args[0]
+    result = effective(gain, tensors).to(like.dtype)
+    for dim, mask in gone:
+        result.index_fill_(dim, torch.from_numpy(np.flatnonzero(mask)).to(like.device), 0)
+    return result
+
+
 def off_over_off(operation: FoundCall) -> Any:
     """A quotient in which nothing over nothing is nothing: both belong to a channel that is off."""
     result, operands = operation(), operation.args
     if operation.call.inplace or len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
         return result
     return torch.where((operands[0] == 0) & (operands[1] == 0), 0, result)
+
+
+def nothing_of_nothing(operation: FoundCall) -> Tensor:
+    """A weight over its norm, of which both are zero where the channel is off."""
+    return operation().nan_to_num(0.0)
 
 
 def _present(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> tuple[list[int], list[Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import SurgeryError
+from structprune.ops.gains import Gain, divisors
 from structprune.surgery.edits import Edits, Rescale, Thinning
 from structprune.tracing.state import Held
 
@@ -81,6 +82,29 @@ def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[Thinning
     return by_tensor
 
 
+def regained(
+    gain: Gain, old: dict[str, Tensor], new: dict[int, Tensor], thinnings: dict[str, list[Thinning]]
+) -> Tensor:
+    """The smaller `gain.tensor` that makes up for a smaller norm.
+
+    Args:
+        gain: which one.
+        old: the tensors of the original by name.
+        new: smaller tensors by the ``id`` of the old ones.
+        thinnings: what goes, by tensor.
+    """
+    smaller = {name: new.get(id(tensor), tensor.detach()) for name, tensor in old.items()}
+    before, after = divisors(gain, old), divisors(gain, smaller)
+    for thinning in thinnings.get(gain.weight, ()) if not gain.vectors else ():
+        if thinning.dim == gain.dim:
+            before = take(before, gain.dim, kept(thinning))
+    factor = before / after if gain.vectors else after / before
+    value = smaller[gain.tensor]
+    return (value * torch.where(factor.isfinite(), factor, 1).reshape(value.shape if factor.dim() else ())).to(
+        value.dtype
+    )
+
+
 def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
     """The new tensor for each tensor that the plan changes, by the ``id`` of the old one.
 
@@ -93,8 +117,13 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
         old = tensors[name].tensor
         result[id(old)] = _sliced(old, thinnings)
     for rescale in plan.rescales:
-        if rescale.tensor not in tensors:
-            raise SurgeryError(f"The plan rescales {rescale.tensor!r}, which this model does not have.")
+        for name in rescale.names if isinstance(rescale, Gain) else (rescale.tensor,):
+            if name not in tensors:
+                raise SurgeryError(f"The plan rescales {name!r}, which this model does not have.")
+        if isinstance(rescale, Gain):
+            gain = regained(rescale, {name: tensors[name].tensor for name in rescale.names}, result, by_tensor)
+            result[id(tensors[rescale.tensor].tensor)] = gain
+            continue
         old = tensors[rescale.tensor].tensor
         size = old.shape[rescale.dim] if rescale.dim < old.dim() else 0
         if any(position >= size for position in rescale.positions or ()):

@@ -15,7 +15,14 @@ from structprune.errors import VerificationError
 from structprune.graph import ChannelGraph
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
-from structprune.surgery.reference import off_over_off, over_survivors, thinned_norms
+from structprune.surgery.reference import (
+    nothing_of_nothing,
+    off_over_off,
+    over_survivors,
+    thinned_norms,
+    weight_kept,
+    weights_kept,
+)
 from structprune.surgery.streamed import streamed
 from structprune.tracing.replay import Hook, Replay
 from structprune.tracing.state import held_tensors
@@ -101,16 +108,22 @@ def _switched_off(
 ) -> tuple[Any, set[str]]:
     """Outputs of the graph's model with the channels that `edits` removes switched off, and what drew random numbers.
 
-    Every removed slice of a parameter or buffer is zero; norms over thinned axes run over the survivors.
+    Every removed slice of a parameter or buffer is zero; norms of activations over thinned axes run over the
+    survivors, and weights that are normalised over their inputs are what they were.
     """
     inputs = _inputs(graph.example_inputs, kind)
     off, mode = streamed(graph.model, edits.thinnings, kind)
+    tensors = {name: held.tensor for name, held in held_tensors(graph.model).items()}
     with preserved_random_state(), torch.no_grad(), mode:
         if kind is not None:
             # What a forward does may depend on the precision: operations are found in a trace of this one.
             graph, dead = ChannelGraph(off, inputs, outputs=edits.outputs), None
-        hooks: dict[int | str, Hook] = {"div": off_over_off}
-        for found, masks in thinned_norms(graph, dead_components(graph, edits) if dead is None else dead):
+        hooks: dict[int | str, Hook] = {"div": off_over_off, "_weight_norm": nothing_of_nothing}
+        dead = dead_components(graph, edits) if dead is None else dead
+        for number, normalised, gone in weights_kept(graph, dead):
+            if number in graph.trace.keys:
+                hooks[number] = partial(weight_kept, normalised.gain, tensors, gone)
+        for found, masks in thinned_norms(graph, dead):
             if found.node in graph.trace.keys:  # those of the forward in training mode have none
                 hooks[found.node] = partial(over_survivors, found.dims, masks)
         # Which experts run, or how often a loop does, may depend on what is switched off.

@@ -183,10 +183,18 @@ class CosineFeatures(nn.Module):
         x = F.normalize(self.fc1(x), dim=-1)
         x = x / (1 + x.norm(dim=-1, keepdim=True))
         x = x / (1 + torch.einsum("nc,nc->n", x, x)[:, None])
-        return F.linear(x, F.normalize(self.fc2.weight, dim=1))
+        return self.fc2(x)
 
 
-@case(image(), {"conv1.weight": 0, "conv2.weight": 1})
+@case(features(), pinned={"fc1": "the weights for it are normalised together"})
+class CosineClassifier(CosineFeatures):
+    """Weights of unit length too: with fewer inputs they would be longer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(self.fc1(x), dim=-1), F.normalize(self.fc2.weight, dim=1))
+
+
+@case(image(), pinned={"conv1": "averaged over"})
 class StandardisedConv(nn.Module):
     """Big-transfer's convolution: each filter is standardised over its inputs before use."""
 

@@ -1,9 +1,10 @@
 """What a pruned network must compute: the original with the removed channels switched off.
 
 The oracle shares nothing with the engine but ``plan.removed`` and the names of norms. It zeroes every removed slice
-of a copy of the original, runs the **unmodified** forward, and compares. Only a norm over a thinned axis cannot be
-had that way, as its count changes; there it runs over the survivors (``support.survivors``). A mean is part of such a
-norm only in a module for which ``plan.settings["over_survivors"]`` says so: everywhere else it counts all channels.
+of a copy of the original, runs the **unmodified** forward, and compares. Only a norm over a thinned axis cannot be had
+that way, as its count changes; there it runs over the survivors (``support.survivors``). A mean is part of such a norm
+only in a module for which ``plan.settings["over_survivors"]`` says so: everywhere else it counts all channels. Weights
+that are normalised over their inputs keep the norms of the original.
 
 Which elements of such a norm's input are dead is found by experiment, not by following the graph: an element is dead
 when it stays the same whatever values the surviving weights and the inputs take, and did change while nothing was
@@ -137,7 +138,9 @@ class Oracle:
             assert dead is None or dead.shape == x.shape, "the forward depends on its data"
             return dead
 
-        with Run(known, smooth=False, dtype=self.dtype, normalises=normalises) as run:
+        originals = floating_tensors(self.original)
+        whole = [(tensor, originals[name]) for name, tensor in floating_tensors(off).items() if name in originals]
+        with Run(known, smooth=False, dtype=self.dtype, normalises=normalises, whole=whole) as run:
             output = call(off, self.inputs)
         changed = relative_error(smooth, self._whole) if removed else 0.0
         return Expected(output, run.widened, changed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from support.randomize import map_tensors
-from support.survivors import DIVIDED, MEAN, MINUS, OVER_SURVIVORS, SMOOTH
+from support.survivors import DIVIDED, DOTS, MEAN, MINUS, NORMS_OF_WEIGHTS, OF_ACTIVATIONS, OVER_SURVIVORS, SMOOTH
 
 # For the input of a reduction: which of its elements belong to removed channels, if any do.
 DeadOf = Callable[[Tensor], Tensor | None]
@@ -71,7 +71,8 @@ class Run(TorchFunctionMode):
     """One forward with reductions over the survivors, in one precision throughout.
 
     With ``smooth``, activations that cut off are replaced by some that do not. A mean counts all channels, unless
-    `normalises` says that it is part of a norm.
+    `normalises` says that it is part of a norm. Norms of weights are those of the original weights: `whole` has the
+    tensors of a model with slices switched off, each with that of the original.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Run(TorchFunctionMode):
         smooth: bool,
         dtype: torch.dtype = torch.float64,
         normalises: Callable[[], bool] = lambda: False,
+        whole: Iterable[tuple[Tensor, Tensor]] = (),
     ) -> None:
         super().__init__()
+        self.whole = {id(off): (off, original) for off, original in whole}
         self.dead_of, self.smooth, self.dtype, self.normalises = dead_of, smooth, dtype, normalises
         self.means: list[tuple[Tensor, bool]] = []
         self.widened = False
@@ -90,6 +93,26 @@ class Run(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace a reduction, smooth an activation, keep the precision where a forward casts down."""
         args, kwargs = self._widen(args, dict(kwargs or {}))
+        return self._of_weights(func, args, kwargs, self._run(func, args, kwargs))
+
+    def _of_weights(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        """`result`, unless it is a norm of weights: these are computed from the original weights too."""
+        given: list[Tensor] = []
+        map_tensors((args, kwargs), given.append)
+        if func not in NORMS_OF_WEIGHTS or not all(id(tensor) in self.whole for tensor in given):
+            return result
+        original = func(*map_tensors(args, self._original), **map_tensors(kwargs, self._original))
+        if func is torch._weight_norm:
+            result = torch.where(result == 0, 0, original)
+        elif func in DOTS:  # what a spectral norm divides by
+            result = original
+        self.whole[id(result)] = result, original
+        return result
+
+    def _original(self, tensor: Tensor) -> Tensor:
+        return self.whole[id(tensor)][1]
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is Tensor.float:
             self.widened = True
             return args[0].to(self.dtype)
@@ -121,7 +144,8 @@ class Run(TorchFunctionMode):
         return tuple(map(wide, args)), {key: wide(value) for key, value in kwargs.items()}
 
     def _statistic(self, func: Any, args: Any, kwargs: Any) -> Any:
-        over = func not in MEAN or self.normalises()
+        of_weights = func not in OF_ACTIVATIONS and id(args[0] if args else kwargs["input"]) in self.whole
+        over = not of_weights and (func not in MEAN or self.normalises())
         result = self._reduce(func, args, kwargs, over)
         self.means += [(part, over) for part in (result if isinstance(result, tuple) else (result,))]
         return result

@@ -165,6 +165,8 @@ def _names(*names: str) -> list[Callable[..., Any]]:
 
 
 MEAN = frozenset(_names("mean"))
+# Of a parameter, these make learnt tokens, not weights.
+OF_ACTIVATIONS = frozenset(_names("layer_norm", "rms_norm", "group_norm"))
 OVER_SURVIVORS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys(MEAN, mean),
     **dict.fromkeys(_names("var"), var),
@@ -193,6 +195,11 @@ def centred(dead: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 MINUS: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys([*_names("sub"), Tensor.__sub__], centred)
 
 
+DOTS = frozenset(_names("dot", "vdot"))
+# How the norms of `torch.nn.utils` compute a weight from parameters.
+NORMS_OF_WEIGHTS = DOTS | frozenset(
+    [torch._weight_norm, *_names("reshape", "flatten", "view", "permute", "clone", "contiguous", "mv")]
+)
 DIVIDED = frozenset([
     *_names("div", "true_divide", "divide", "div_", "true_divide_", "divide_"),
     Tensor.__truediv__,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,10 +183,32 @@ def collection_paused() -> Generator[None]:
             gc.enable()
 
 
-def eager() -> AbstractContextManager[Any]:
-    """What is compiled runs as it is written, so that its operations are seen."""
+_stance_lock = threading.Lock()
+_stances: list[Any] = []  # the one that is set, and a place for each further trace that runs meanwhile
+
+
+@contextmanager
+def eager() -> Generator[None]:
+    """What is compiled runs as it is written, so that its operations are seen.
+
+    The stance is one for all threads: the first of several traces sets it, and the last one puts it back.
+    """
     # Nothing can be compiled before torch._dynamo is loaded, and loading it takes a second.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo.eval_frame" in sys.modules else nullcontext()
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        yield
+        return
+    with _stance_lock:
+        _stances.append(None if _stances else torch.compiler.set_stance("force_eager"))
+        if len(_stances) == 1:
+            _stances[0].__enter__()
+    try:
+        yield
+    finally:
+        with _stance_lock:
+            if len(_stances) > 1:
+                _stances.pop()
+            else:
+                _stances.pop().__exit__(None, None, None)
 
 
 def stand_in(tensor: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ class Roots:
         for lattice in components.lattices:
             cells = lattice.cells
             self.is_cell[cells.ravel()] = True
-            for axis, part in zip(lattice.axes, lattice.factors, strict=True):
-                along = part.reshape([-1 if i == axis else 1 for i in range(cells.ndim)])
+            for dim, part in zip(lattice.dims, lattice.factors, strict=True):
+                along = part.reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
                 left.append(cells.ravel())
                 right.append(np.broadcast_to(along, cells.shape).ravel())
         self._matrix: csr_array | None = None

@@ -62,7 +62,7 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
         if name == "input":
             rows.append(context.fresh(node.meta["shape"], "it is a dimension of the model's inputs"))
         elif name == "parameter":
-            rows.append(tuple(context.axis(size) for size in node.meta["shape"]))
+            rows.append(tuple(context.new_axis(size) for size in node.meta["shape"]))
         elif name == "constant":
             rows.append(context.fresh(node.meta["shape"], "it belongs to a constant that no module holds"))
         elif name == "part":

@@ -21,11 +21,11 @@ __all__ = ["Components", "Lattice", "Mask"]
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
-    """Components of the cells, shaped like the grid, and of each prunable factor with its axis in that shape."""
+    """Components of the cells, shaped like the grid, and of each prunable factor with its dim in that shape."""
 
     cells: Ids
     factors: tuple[Ids, ...]
-    axes: tuple[int, ...]
+    dims: tuple[int, ...]
 
 
 class Components:
@@ -63,14 +63,14 @@ class Components:
     # -- ids -----------------------------------------------------------------------------------------------------
 
     def _compact(self, ids: Ids) -> Ids:
-        axes = np.searchsorted(self._starts, ids, side="right") - 1
-        return self._offset[axes] + ids - self._starts[axes]
+        dims = np.searchsorted(self._starts, ids, side="right") - 1
+        return self._offset[dims] + ids - self._starts[dims]
 
     def of(self, row: Row) -> Ids:
         """Component of each channel of a free row, shape ``(size,)``."""
         if row.array is None:
-            axis = int(np.searchsorted(self._starts, row.start, side="right")) - 1
-            first = int(self._offset[axis] + row.start - self._starts[axis])
+            dim = int(np.searchsorted(self._starts, row.start, side="right")) - 1
+            first = int(self._offset[dim] + row.start - self._starts[dim])
             return self._component[first : first + row.size]
         return self._component[self._compact(row.array)]
 
@@ -132,8 +132,8 @@ class Components:
             prunable = [i for i, row in enumerate(factors) if row.free and not closed[i] and not self._all_pinned(row)]
             parts = tuple(self.of(factors[i]) for i in prunable)
             if len(prunable) == 1:
-                axis = prunable[0]
-                along = np.broadcast_to(parts[0].reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape)
+                dim = prunable[0]
+                along = np.broadcast_to(parts[0].reshape([-1 if i == dim else 1 for i in range(len(shape))]), shape)
                 if not np.array_equal(along, cells):
                     edges.append((cells.ravel(), along.ravel()))
                 continue
@@ -145,11 +145,11 @@ class Components:
             lattice = Lattice(cells, parts, tuple(prunable))
             by_cells, by_factors = (shape, cells.tobytes()), tuple(part.tobytes() for part in parts)
             twin = seen_cells.setdefault(by_cells, lattice)
-            if twin is not lattice and twin.axes == lattice.axes:
+            if twin is not lattice and twin.dims == lattice.dims:
                 edges += [(a, b) for a, b in zip(parts, twin.factors, strict=True) if not np.array_equal(a, b)]
                 continue
             twin = seen_factors.setdefault((shape, by_factors), lattice)
-            if twin is not lattice and twin.axes == lattice.axes:
+            if twin is not lattice and twin.dims == lattice.dims:
                 if not np.array_equal(twin.cells, cells):
                     edges.append((cells.ravel(), twin.cells.ravel()))
                 continue
@@ -167,15 +167,15 @@ class Components:
         pinned = self.pinned[cells]
         everywhere = np.ones(cells.shape, dtype=bool)
         reason = np.full(cells.shape, -1, dtype=np.int64)
-        for axis, row in enumerate(factors):
-            others = tuple(i for i in range(cells.ndim) if i != axis)
-            if not row.free or closed[axis]:
+        for dim, row in enumerate(factors):
+            others = tuple(i for i in range(cells.ndim) if i != dim)
+            if not row.free or closed[dim]:
                 continue
             part = self.of(row)
             if pinned.any():
                 hit = pinned.any(axis=others)
                 news |= self._spread(part[hit], np.where(pinned, self.reason[cells], -1).max(axis=others)[hit])
-            along = [-1 if i == axis else 1 for i in range(cells.ndim)]
+            along = [-1 if i == dim else 1 for i in range(cells.ndim)]
             everywhere &= self.pinned[part].reshape(along)
             reason = np.maximum(reason, self.reason[part].reshape(along))
         if everywhere.any():
@@ -203,18 +203,18 @@ class Components:
                     guilty.add(number)
         for number in guilty:
             lattice, closed = lattices[number]
-            left = [(self._classes(lattice.cells, axis), axis) for axis in lattice.axes]
+            left = [(self._classes(lattice.cells, dim), dim) for dim in lattice.dims]
             keep = max(left)[1]
-            for axis, part in zip(lattice.axes, lattice.factors, strict=True):
-                if axis != keep:
-                    closed[axis] = True
+            for dim, part in zip(lattice.dims, lattice.factors, strict=True):
+                if dim != keep:
+                    closed[dim] = True
                     reason = self._number("its channels are seen in groups of different sizes by different operations")
                     self._spread(part, np.full(len(part), reason))
         return bool(guilty)
 
-    def _classes(self, cells: Ids, axis: int) -> int:
-        """How many indices along `axis` would still go one by one if only they could."""
-        along = np.arange(cells.shape[axis]).reshape([-1 if i == axis else 1 for i in range(cells.ndim)])
+    def _classes(self, cells: Ids, dim: int) -> int:
+        """How many indices along `dim` would still go one by one if only they could."""
+        along = np.arange(cells.shape[dim]).reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
         _, compact = np.unique(cells, return_inverse=True)
         index = np.broadcast_to(along, cells.shape).ravel() + int(compact.max()) + 1
         joined = _components(int(index.max()) + 1, [(compact.ravel(), index)])
@@ -235,24 +235,24 @@ class Components:
         while before != (before := int(dead.sum())):
             for lattice in self.lattices:
                 cells = np.zeros(lattice.cells.shape, dtype=bool)
-                for axis, part in zip(lattice.axes, lattice.factors, strict=True):
-                    cells |= dead[part].reshape([-1 if i == axis else 1 for i in range(cells.ndim)])
+                for dim, part in zip(lattice.dims, lattice.factors, strict=True):
+                    cells |= dead[part].reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
                 dead[lattice.cells[cells]] = True
         return dead
 
 
 def _distinct(
-    cells: Ids, parts: tuple[Ids, ...], axes: list[int]
+    cells: Ids, parts: tuple[Ids, ...], dims: list[int]
 ) -> tuple[Ids, tuple[Ids, ...], list[tuple[Ids, Ids]]]:
     """The grid with each index of a factor once; cells of equal indices are to be joined."""
     edges: list[tuple[Ids, Ids]] = []
     result: list[Ids] = []
-    for axis, part in zip(axes, parts, strict=True):
+    for dim, part in zip(dims, parts, strict=True):
         _, first, inverse = np.unique(part, return_index=True, return_inverse=True)
         if len(first) < len(part):
             rank = np.argsort(np.argsort(first))
-            kept = cells.take(np.sort(first), axis)
-            again = kept.take(rank[inverse], axis)
+            kept = cells.take(np.sort(first), dim)
+            again = kept.take(rank[inverse], dim)
             if not np.array_equal(again, cells):
                 edges.append((again.ravel(), cells.ravel()))
             cells, part = kept, part[np.sort(first)]
@@ -261,7 +261,7 @@ def _distinct(
 
 
 def _aliased(relations: Relations) -> tuple[Ids, Ids, int]:
-    """Join axes that are the same as a whole: axis -> representative, axis -> first compact id, number of ids."""
+    """Join dims that are the same as a whole: dim -> representative, dim -> first compact id, number of ids."""
     starts = np.asarray(relations.starts, dtype=np.int64)
     sizes = np.asarray(relations.sizes, dtype=np.int64)
     count = len(starts)
@@ -284,7 +284,7 @@ def _is_whole(runs: Ids, a: Ids, b: Ids, starts: Ids, sizes: Ids) -> Mask:
 
 
 def _arrays(relations: Relations) -> Iterable[tuple[Ids, Ids]]:
-    """The relations that do not join whole axes, as arrays of ids."""
+    """The relations that do not join whole dims, as arrays of ids."""
     yield from relations.arrays
     yield from relations.loosened()
     if relations.runs:

@@ -110,7 +110,7 @@ def _protected(components: Components, chosen: Ids, ids: Ids) -> Mask:
     while before != (before := int(keep.sum())):
         for lattice in components.lattices:
             cells = keep[lattice.cells]
-            for axis, part in zip(lattice.axes, lattice.factors, strict=True):
-                others = tuple(i for i in range(cells.ndim) if i != axis)
+            for dim, part in zip(lattice.dims, lattice.factors, strict=True):
+                others = tuple(i for i in range(cells.ndim) if i != dim)
                 keep[part[cells.any(axis=others)]] = True
     return keep

@@ -54,8 +54,8 @@ def moved_states(node: fx.Node, states: dict[fx.Node, State], rows: list[Rows | 
     value = torch.cat([states[s].value.expand(s.meta["shape"]).reshape(-1) for s in sources])
     known = torch.cat([states[s].known.expand(s.meta["shape"]).reshape(-1) for s in sources])
     moved_to: list[State] = []
-    for first, second, axes in zip(*results, rows, strict=True):
-        if axes is None or not isinstance(first, Tensor) or first.dtype != torch.float64:
+    for first, second, dims in zip(*results, rows, strict=True):
+        if dims is None or not isinstance(first, Tensor) or first.dtype != torch.float64:
             return None
         a, b = first.round().long() - 1, second.round().long() - 1
         inside = (first == a + 1) & (second == b + 1) & (a >= 0) & (a < total) & (b >= 0) & (b < total)
@@ -64,7 +64,7 @@ def moved_states(node: fx.Node, states: dict[fx.Node, State], rows: list[Rows | 
         constant = ~entry & (first == second)
         if not bool((entry | constant).all()):
             return None
-        moved_to.append(collapse(torch.where(entry, value[place], first), constant | known[place], axes))
+        moved_to.append(collapse(torch.where(entry, value[place], first), constant | known[place], dims))
     return moved_to
 
 

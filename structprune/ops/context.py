@@ -35,7 +35,7 @@ class Context:
 
     def __init__(self, relations: Relations) -> None:
         self.relations = relations
-        self.axis = relations.axis
+        self.new_axis = relations.new_axis
         self.same = relations.same
         self.pin = relations.pin
         self.split = relations.split

@@ -24,7 +24,7 @@ def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
 def _constant(c: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
     given = kwargs.get("size") or args
     sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
-    rows = tuple(c.axis(size) for size in c.shape)
+    rows = tuple(c.new_axis(size) for size in c.shape)
     for size, row in zip(sizes, rows, strict=False):
         if isinstance(size, Operand):
             c.pin(row, f"its size is the value of a tensor in {c.where()}")

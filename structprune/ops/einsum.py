@@ -126,12 +126,12 @@ def product_macs(equation: Equation, operands: Sequence[fx.Node], rows: RowsOf, 
 
 def product_rows(c: Context, equation: Equation, operands: Sequence[Operand]) -> Rows:
     """Dimensions with the same label are the same channels; a single entry goes with any number of them."""
-    axes: dict[str, Row] = {}
+    by_label: dict[str, Row] = {}
     for term, operand in zip(equation.terms, operands, strict=True):
         for label, row in zip(term, operand.rows, strict=True):
-            known = axes.get(label, UNIT)
-            axes[label] = row if known.size == 1 else known if row.size == 1 else c.same(known, row)
-    return tuple(axes.get(label, UNIT) for label in equation.result)
+            known = by_label.get(label, UNIT)
+            by_label[label] = row if known.size == 1 else known if row.size == 1 else c.same(known, row)
+    return tuple(by_label.get(label, UNIT) for label in equation.result)
 
 
 def _pairs(node: fx.Node) -> Iterator[Pair]:

@@ -132,7 +132,7 @@ def expand(c: Context, x: Operand, sizes: Sequence[Any], *_: Any, **__: Any) -> 
     rows = (*([UNIT] * (len(sizes) - len(x.rows))), *x.rows)
     result: list[Row] = []
     for size, target, row in zip(sizes, c.shape, rows, strict=True):
-        new = row if row.size == target else c.axis(target)
+        new = row if row.size == target else c.new_axis(target)
         c.expect(size, new)
         result.append(new)
     return tuple(result)
@@ -151,7 +151,7 @@ def repeat(c: Context, x: Operand, times: Sequence[Any]) -> Rows:
     times = (*([1] * (len(rows) - len(times))), *times)
     result: list[Row] = []
     for count, row in zip(times, rows, strict=True):
-        copies = c.axis(int(count)) if row.free or row.size == 1 else Row(int(count), pin=row.pin)
+        copies = c.new_axis(int(count)) if row.free or row.size == 1 else Row(int(count), pin=row.pin)
         c.expect(count, copies)
         result.append(row if count == 1 else c.merged([copies, row]))
     return tuple(result)
@@ -168,7 +168,7 @@ def repeat_interleave(c: Context, x: Operand, repeats: Any, dim: int | None = No
         for counted in (row, *(each for operand in operands_in(repeats) for each in operand.rows)):
             c.pin(counted, reason)
         return (*rows[:at], *c.fresh(c.shape[at : at + 1], reason), *rows[at + 1 :])
-    copies = c.axis(int(repeats)) if row.free or row.size == 1 else Row(int(repeats), pin=row.pin)
+    copies = c.new_axis(int(repeats)) if row.free or row.size == 1 else Row(int(repeats), pin=row.pin)
     c.expect(repeats, copies)
     return (*rows[:at], c.merged([row, copies]), *rows[at + 1 :])
 

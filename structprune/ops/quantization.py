@@ -32,13 +32,13 @@ def _same(_: nn.Module, x: Any) -> Any:
 
 def _quantization(c: Context, m: Leaf, x: Operand) -> Rows:
     parts = [m, m.activation_post_process] if hasattr(m, "activation_post_process") else [m]
-    axis: int = getattr(m, "ch_axis", -1)
+    dim: int = getattr(m, "ch_axis", -1)
     for part in parts:
         for name in _PER_CHANNEL:
             statistic = getattr(part, name, None)
             # A single number, or one a channel; before the first forward there may be none.
             if isinstance(statistic, Operand) and statistic.rows and statistic.rows[0].size > 1:
-                c.same(x.rows[axis], statistic.rows[0])
+                c.same(x.rows[dim], statistic.rows[0])
     c.keeps_zeros(x)
     return x.rows
 

@@ -168,7 +168,7 @@ class Relations:
     _splits: dict[object, Rows] = field(default_factory=dict)
     _merges: dict[object, Row] = field(default_factory=dict)
 
-    def axis(self, size: int) -> Row:
+    def new_axis(self, size: int) -> Row:
         """A row of fresh channels."""
         if size == 1:
             return UNIT
@@ -247,7 +247,7 @@ class Relations:
         key = (row.key, tuple(sizes))
         known = self._splits.get(key)
         if known is None:
-            known = self._splits[key] = tuple(self.axis(size) for size in sizes)
+            known = self._splits[key] = tuple(self.new_axis(size) for size in sizes)
             self.grids.append(Grid(row, known))
             self._merges[tuple(factor.key if factor.free else factor.size for factor in known)] = row
         return known
@@ -265,7 +265,7 @@ class Relations:
         key = tuple(row.key if row.free else row.size for row in rows)
         known = self._merges.get(key)
         if known is None:
-            known = self._merges[key] = self.axis(size)
+            known = self._merges[key] = self.new_axis(size)
             self.grids.append(Grid(known, tuple(rows)))
             self.movements.append(self.grids[-1])
             self._splits[(known.key, tuple(row.size for row in rows))] = tuple(rows)

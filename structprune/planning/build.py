@@ -106,10 +106,10 @@ def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:
                 "least one; to remove a whole layer is another operation."
             )
         if gone.any():
-            removed = tuple(np.flatnonzero(gone).tolist())
+            indices = tuple(np.flatnonzero(gone).tolist())
             order = orders.get(parts.tobytes()) if orders else None
             places = None if order is None else tuple(order.tolist())
-            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, removed, places))
+            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, indices, places))
     return tuple(found)
 
 

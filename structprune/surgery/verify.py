@@ -91,15 +91,15 @@ class Report:
 def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
     """The components of `graph` that the edits remove."""
     dead = np.zeros(graph.components.count, dtype=bool)
-    removed = {(t.tensor, t.dim): t.removed for t in edits.thinnings}
+    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.thinnings}
     for slot in graph.slots:
-        indices = removed.get((slot.tensor, slot.dim))
+        indices = by_tensor.get((slot.tensor, slot.dim))
         if indices is not None:
             dead[graph.components.of(slot.row)[list(indices)]] = True
     for lattice in graph.components.lattices:
         cells = dead[lattice.cells]
-        for axis, part in zip(lattice.axes, lattice.factors, strict=True):
-            dead[part[cells.all(axis=tuple(i for i in range(cells.ndim) if i != axis))]] = True
+        for dim, part in zip(lattice.dims, lattice.factors, strict=True):
+            dead[part[cells.all(axis=tuple(i for i in range(cells.ndim) if i != dim))]] = True
     return graph.components.closure(dead)
 
 

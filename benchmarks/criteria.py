@@ -50,7 +50,7 @@ BEST = "thinet, mirrored / 0.3 power of mean"
 
 
 @dataclass(frozen=True)
-class Row:
+class Axis:
     """One plan of the table; `times` is how many times fewer MACs, `inside` whether residual streams stay whole."""
 
     tool: str
@@ -64,53 +64,53 @@ class Row:
         return f"{self.tool} {self.criterion} {self.scope} {self.times:g} {'inside' if self.inside else 'all'}"
 
     @property
-    def rival(self) -> Row | None:
+    def rival(self) -> Axis | None:
         """The row of torch-pruning that this one is compared with."""
         name = report.RIVALS.get(self.criterion, self.criterion)
         matched = self.tool == "structprune" and name in peer_criteria.CRITERIA and self.scope in report.SCOPES
         return replace(self, tool="torch-pruning", criterion=name) if matched else None
 
 
-def rows() -> Iterator[Row]:
+def rows() -> Iterator[Axis]:
     """The table, what matters most first."""
     named = report.NAMED
     strong = ("thinet", "flap + wanda_square", "flap", "wanda_square")
-    yield Row("structprune", BEST, "per_cost")
+    yield Axis("structprune", BEST, "per_cost")
     for name in ("thinet", "thinet / fourth root of mean", "thinet / root of mean"):
-        yield Row("structprune", name, "per_cost")
+        yield Axis("structprune", name, "per_cost")
     yield from _pairs(named, ("global", "local"))
     for name in strong:
-        yield Row("structprune", name, "per_cost")
-        yield Row("structprune", name, "global")
+        yield Axis("structprune", name, "per_cost")
+        yield Axis("structprune", name, "global")
     others = tuple(name for name in peer_criteria.CRITERIA if name not in named)
     yield from _pairs(others, ("global",))
     for times in (3.0, 1.5):
-        yield Row("structprune", BEST, "per_cost", times)
+        yield Axis("structprune", BEST, "per_cost", times)
         yield from _pairs(named, ("global",), times)
-    yield Row("structprune", "thinet", "sensitivity")
+    yield Axis("structprune", "thinet", "sensitivity")
     yield from _pairs(others, ("local",))
     more = ("wanda", "taylor", "kfac", "group_fisher")
     for name in more:
-        yield Row("structprune", name, "per_cost")
-        yield Row("structprune", name, "global")
+        yield Axis("structprune", name, "per_cost")
+        yield Axis("structprune", name, "global")
     yield from _pairs(("l2",), ("global", "local"), inside=False)
     yield from _pairs(named, ("isomorphic",))
     for name in ("thinet", "flap"):
-        yield Row("structprune", name, "local")
-        yield Row("structprune", name, "isomorphic")
+        yield Axis("structprune", name, "local")
+        yield Axis("structprune", name, "isomorphic")
     slow = ("obd_hutchinson", "obd_gates", "hrank", "snip", "tvs", "obs", "kfac_obs")
     for name in CRITERIA:
         if name not in (*named, *others, *strong, *more, *slow):
-            yield Row("structprune", name, "global")
+            yield Axis("structprune", name, "global")
 
 
 def _pairs(
     names: tuple[str, ...], scopes: tuple[str, ...], times: float = 2.0, *, inside: bool = True
-) -> Iterator[Row]:
+) -> Iterator[Axis]:
     """The same criterion and scope in both tools."""
     for name in names:
         for scope in scopes:
-            mine = Row("structprune", name, scope, times, inside)
+            mine = Axis("structprune", name, scope, times, inside)
             if mine.rival is not None:
                 yield mine.rival
             yield mine
@@ -167,7 +167,7 @@ def prepared(criterion: str) -> peer_criteria.Prepared:
     return peer_criteria.prepared(criterion, dense(), EXAMPLE, cifar.batches(*training("fit"), 64))
 
 
-def pruned(row: Row, goal: int | None = None) -> nn.Module:
+def pruned(row: Axis, goal: int | None = None) -> nn.Module:
     """The network that a row is about, with no more MACs than `goal`, or its share of the MACs if that is not given."""
     share = 1 / row.times
     if row.tool == "torch-pruning":
@@ -190,7 +190,7 @@ def both(slim: nn.Module, recalibrated: nn.Module, images: Tensor, labels: Tenso
     return {name: cifar.accuracy(model, images, labels, size=100) for name, model in models.items()}
 
 
-def measured(row: Row, images: int, goal: int | None) -> dict[str, Any]:
+def measured(row: Axis, images: int, goal: int | None) -> dict[str, Any]:
     """One row: cost and accuracies in percent, on the first `images` test images."""
     begin = time.process_time()
     slim = pruned(row, goal).to(memory_format=torch.channels_last)  # convolutions of few channels run faster so
@@ -204,7 +204,7 @@ def measured(row: Row, images: int, goal: int | None) -> dict[str, Any]:
     return found | both(slim, again, *(part[:images] for part in cifar.test_set()))
 
 
-def quoted(known: list[dict[str, Any]]) -> list[Row]:
+def quoted(known: list[dict[str, Any]]) -> list[Axis]:
     """What the text of the report quotes: ours, chosen on training images; same-named criteria at their best scope."""
     found = [row["key"] for row in report.chosen(known).values()]
     for name in report.NAMED:

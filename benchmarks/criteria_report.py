@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.environment import as_line
 
-Row = dict[str, Any]
+Axis = dict[str, Any]
 TOOLS = ("structprune", "torch-pruning")
 KINDS = ("raw", "recalibrated")
 # The criteria that both tools are quoted with, the scopes that both have, and what ours is called if not as theirs.
@@ -17,15 +17,15 @@ SCOPES = ("global", "local", "isomorphic")
 RIVALS = {"fpgm, filters alone": "fpgm"}
 
 
-def at(known: Iterable[Row], **asked: Any) -> list[Row]:
+def at(known: Iterable[Axis], **asked: Any) -> list[Axis]:
     """The rows that have all of these values."""
     return [row for row in known if all(row.get(name) == value for name, value in asked.items())]
 
 
-def chosen(known: Iterable[Row]) -> dict[str, Row]:
+def chosen(known: Iterable[Axis]) -> dict[str, Axis]:
     """Our plans at 2.0x that do best on the training images kept for choosing: raw, recalibrated, and both together."""
     mine = [row for row in at(known, tool="structprune", times=2.0, inside=True, goal=None) if "choose" in row]
-    ways: dict[str, Callable[[Row], float]] = {
+    ways: dict[str, Callable[[Axis], float]] = {
         "raw": lambda row: row["choose"]["raw"],
         "recalibrated": lambda row: row["choose"]["recalibrated"],
         "both": lambda row: row["choose"]["raw"] + row["choose"]["recalibrated"],
@@ -33,17 +33,17 @@ def chosen(known: Iterable[Row]) -> dict[str, Row]:
     return {name: max(mine, key=way) for name, way in ways.items()} if mine else {}
 
 
-def best_scopes(known: Iterable[Row], tool: str, criterion: str, times: float = 2.0) -> list[Row]:
+def best_scopes(known: Iterable[Axis], tool: str, criterion: str, times: float = 2.0) -> list[Axis]:
     """The rows with the scope that is best raw, and that is best recalibrated; of torch-pruning by the test images."""
     mine = at(known, tool=tool, criterion=criterion, times=times, inside=True)
     return [max(mine, key=lambda row, kind=kind: row[kind]) for kind in KINDS] if mine else []
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: Axis | None) -> str:
     return "-" if row is None else f"{row['raw']:.1f} / {row['recalibrated']:.1f}"
 
 
-def _named(known: list[Row]) -> list[str]:
+def _named(known: list[Axis]) -> list[str]:
     """Same-named criteria of both tools, scope by scope and the best of each."""
     theirs = dict.fromkeys(row["criterion"] for row in at(known, tool="torch-pruning", times=2.0))
     names = {name: name for name in theirs} | RIVALS
@@ -61,7 +61,7 @@ def _named(known: list[Row]) -> list[str]:
     return lines
 
 
-def _table(known: list[Row], before: int) -> list[str]:
+def _table(known: list[Axis], before: int) -> list[str]:
     lines = [
         "| times fewer MACs | tool | criterion | scope | MACs | raw | recalibrated | on training images | images |",
         "|---:|---|---|---|---:|---:|---:|---:|---:|",
@@ -76,7 +76,7 @@ def _table(known: list[Row], before: int) -> list[str]:
     return lines
 
 
-def _quoted(known: list[Row]) -> list[str]:
+def _quoted(known: list[Axis]) -> list[str]:
     lines = ["| what | criterion | scope | raw | recalibrated | images |", "|---|---|---|---:|---:|---:|"]
     found = [(f"ours, best {way} on training images", row) for way, row in chosen(known).items()]
     for name in NAMED:
@@ -173,9 +173,9 @@ def plot(state: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def _by_target(axis: Any, known: list[Row], colours: dict[str, str]) -> None:
+def _by_target(axis: Any, known: list[Axis], colours: dict[str, str]) -> None:
     """Accuracy over the target for the criteria that were tried at several."""
-    series: dict[tuple[str, str, str], dict[float, Row]] = {}
+    series: dict[tuple[str, str, str], dict[float, Axis]] = {}
     for row in at(known, inside=True):
         series.setdefault((row["tool"], row["criterion"], row["scope"]), {})[row["times"]] = row
     styles = iter(("-", "--", ":", "-.", "-", "--", ":", "-.") * 4)

@@ -72,7 +72,13 @@ def tried(entry: Entry, with_dense: bool) -> Callable[[Report], None]:
         model, inputs = built(entry)
         plan = structprune.plan(model, inputs, ratio=RATIO)
         slim = plan.apply(model)
-        report({"params": [parameters(slim), parameters(model)], "digest": plan.digest, "rewrites": len(plan.rewrites)})
+        report(
+            {
+                "params": [parameters(slim), parameters(model)],
+                "digest": plan.digest,
+                "literal_edits": len(plan.literal_edits),
+            }
+        )
         report({"saved": saved_and_loaded(entry, slim, inputs)})
         free = exported(slim, inputs)
         report({"slim": free})

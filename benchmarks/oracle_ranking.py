@@ -29,8 +29,8 @@ from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.importance.base import CRITERIA, fitted
 from structprune.planning.build import tensors_of
 

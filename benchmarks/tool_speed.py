@@ -73,7 +73,7 @@ def parts(model: nn.Module, inputs: Any, repeats: int) -> dict[str, float]:
         plan = structprune.plan(slim, inputs, ratio=RATIO, importance="l2")
         found["plan"].append(time.perf_counter() - start)
         found["surgery"].append(seconds(lambda slim=slim, plan=plan: plan.apply(slim, inplace=True)))
-        thinned = {thinning.tensor for thinning in plan.thinnings}
+        thinned = {sliced.tensor for sliced in plan.slices}
         held = {**dict(slim.named_parameters()), **dict(slim.named_buffers())}
         survivors = [tensor.detach() for name, tensor in held.items() if name in thinned]
         found["copy"].append(seconds(lambda survivors=survivors: [tensor.clone() for tensor in survivors]))

@@ -84,7 +84,7 @@ def prunable(graph: structprune.DependencyGraph) -> dict[str, Any]:
     for node in graph.trace.nodes:
         if node.meta["name"] != "parameter":
             continue
-        rows = graph.channels.rows[node.meta["index"]]
+        rows = graph.channels.axes[node.meta["index"]]
         for dim, row in enumerate(rows if len(rows) >= 2 else ()):
             if row.size == 1:
                 continue
@@ -201,7 +201,7 @@ def _at_ratio(
     slim = stages.run("applied", lambda: plan.apply(model))
     if stages.failed:
         return
-    stages.note(kept=parameters(slim) / parameters(model), removed=len(plan.thinnings))
+    stages.note(kept=parameters(slim) / parameters(model), removed=len(plan.slices))
     output = stages.run("runs slim", lambda: oracle.call(slim, inputs))
     stages.run("same shapes", lambda: _same_shapes(output, before))
     stages.run("saved and loaded", lambda: saved_exactly(entry, slim, inputs, output))

@@ -4,13 +4,13 @@ from structprune import masks as masks
 from structprune import training as training
 from structprune.api import plan, prune
 from structprune.benchmarking import Benchmark, benchmark, layer_times
-from structprune.costs import Cost, cost
+from structprune.coupling.costs import Cost, cost
+from structprune.coupling.groups import Group, Member
 from structprune.dependency_graph import DependencyGraph
 from structprune.depth import Branch, Removal, branches, remove_branches
 from structprune.depth import choose as choose_branches
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
-from structprune.groups import Group, Member
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.latency.measure import Latency

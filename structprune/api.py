@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
-from structprune.channels.solver import Mask
+from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
 from structprune.importance.base import fitted
 from structprune.planning.build import plan_removal
@@ -52,7 +52,7 @@ def _planned(
     decision = decide(graph, options)
     with collection_paused(), torch.no_grad():
         decided = plan_removal(graph, decision.chosen, decision.settings)
-        return graph, graph.components.dead(decision.chosen), decided
+        return graph, graph.components.removed(decision.chosen), decided
 
 
 def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> DependencyGraph:
@@ -69,7 +69,7 @@ def decide(graph: DependencyGraph, options: PlanOptions) -> Decision:
             ranking = Ranking(graph, score)
             decision = (decide_for_latency if options.times else decide_channels)(graph, options, ranking)
         # What the forward computes from its sizes may show more that has to stay.
-        if graph.settle(graph.components.dead(decision.chosen)):
+        if graph.settle(graph.components.removed(decision.chosen)):
             return decision
 
 
@@ -106,10 +106,10 @@ def prune(
         >>> structprune.prune(model, torch.randn(1, 4), ratio=0.5)[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    graph, dead, decided = _planned(model, example_inputs, PlanOptions(**options))
+    graph, removed, decided = _planned(model, example_inputs, PlanOptions(**options))
     if verify:
         slim = decided.apply(model)
-        verify_removal(graph, slim, decided, dead).raise_for_error()
+        verify_removal(graph, slim, decided, removed).raise_for_error()
         if not inplace:
             return slim
         del slim  # before the model itself is changed, so that there is never a third set of weights

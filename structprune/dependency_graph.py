@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from structprune.graph import ChannelGraph, Layer
-from structprune.groups import Group
+from structprune.coupling.graph import ChannelGraph, Layer
+from structprune.coupling.groups import Group
 from structprune.planning.build import plan_removal
 from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings

@@ -135,7 +135,7 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
     try:
         plans = [Plan.from_data(data) for data in record["plans"]]
         # A removal of branches, read by the same door, has no numbers of its own.
-        numbers = [plan for plan in plans if isinstance(plan, Plan) and (plan.repairs or plan.rewrites)]
+        numbers = [plan for plan in plans if isinstance(plan, Plan) and (plan.attribute_edits or plan.literal_edits)]
         before = _shapes(model, numbers[0]) if numbers else None
         for plan in plans:
             model = plan.apply(model, inplace=True)

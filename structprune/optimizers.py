@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from structprune.errors import SurgeryError
-from structprune.surgery.edits import Edits, Rescale, Thinning
+from structprune.surgery.edits import Edits, RemovedSlice, Rescale
 from structprune.surgery.slicing import kept, take
 from structprune.tracing.state import held_tensors
 from structprune.wrapping import unwrapped
@@ -44,8 +44,8 @@ class Renaming(Protocol):
         ...
 
     @property
-    def thinnings(self) -> tuple[Thinning, ...]:
-        """What was sliced: nothing."""
+    def slices(self) -> tuple[RemovedSlice, ...]:
+        """What was removed: nothing."""
         ...
 
     @property
@@ -62,7 +62,7 @@ class _Change:
     old: Tensor
     new: Tensor | None  # None for one that went with a branch
     shape: tuple[int, ...]
-    thinnings: list[Thinning] = field(default_factory=list)
+    slices: list[RemovedSlice] = field(default_factory=list)
     rescales: list[Rescale] = field(default_factory=list)
 
 
@@ -208,9 +208,9 @@ def _changes(
         if now not in new:
             raise SurgeryError(f"The pruned model has no tensor {name!r}. Give the model that plan.apply returned.")
         found.setdefault(id(tensor), _Change(name, tensor, new[now], tuple(tensor.shape)))
-    for thinning in plan.thinnings:
-        if (tensor := old.get(thinning.tensor)) is not None:
-            found[id(tensor)].thinnings.append(thinning)
+    for sliced in plan.slices:
+        if (tensor := old.get(sliced.tensor)) is not None:
+            found[id(tensor)].slices.append(sliced)
     for rescale in plan.rescales:
         if isinstance(rescale, Rescale) and (tensor := old.get(rescale.tensor)) is not None:
             found[id(tensor)].rescales.append(rescale)
@@ -224,8 +224,8 @@ def _check_shapes(change: _Change, inplace: bool) -> None:
     if change.new is None:
         return
     before, after = list(change.old.shape), list(change.old.shape)
-    for thinning in change.thinnings:
-        before[thinning.dim], after[thinning.dim] = thinning.size, thinning.size - len(thinning.removed)
+    for sliced in change.slices:
+        before[sliced.dim], after[sliced.dim] = sliced.size, sliced.size - len(sliced.removed)
     old = after if inplace else before
     if list(change.old.shape) != old or list(change.new.shape) != after:
         raise SurgeryError(
@@ -243,7 +243,7 @@ Factored = dict[str, tuple[int, bool]]
 
 
 def _sliced_state(change: _Change, entries: dict[str, Any], factored: Factored) -> dict[str, Any]:
-    if not (change.thinnings or change.rescales):
+    if not (change.slices or change.rescales):
         return entries
     return {name: _sliced(change, str(name), value, factored) for name, value in entries.items()}
 
@@ -267,9 +267,9 @@ def _sliced(change: _Change, name: str, value: Any, factored: Factored) -> Any:
     if list(value.shape) != sizes:
         raise _unknown(change, name, f"a tensor of shape {list(value.shape)}")
     result = value
-    for thinning in change.thinnings:
-        if thinning.dim in places:
-            result = take(result, places[thinning.dim], kept(thinning))
+    for sliced in change.slices:
+        if sliced.dim in places:
+            result = take(result, places[sliced.dim], kept(sliced))
     if result is not value:
         result = result.clone(memory_format=torch.contiguous_format)
     for rescale in change.rescales:
@@ -283,7 +283,7 @@ def _rescaled(value: Tensor, change: _Change, places: dict[int, int], rescale: R
         return value * factor
     if rescale.dim not in places:
         return value
-    left = next((kept(t) for t in change.thinnings if t.dim == rescale.dim), np.arange(change.shape[rescale.dim]))
+    left = next((kept(t) for t in change.slices if t.dim == rescale.dim), np.arange(change.shape[rescale.dim]))
     factors = torch.from_numpy(np.where(np.isin(left, rescale.positions), factor, 1.0))
     at = places[rescale.dim]
     return value * factors.to(value.device, value.dtype).view([-1 if dim == at else 1 for dim in range(value.dim())])

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from structprune.api import coupled_channels, decide
+from structprune.coupling.groups import Group
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
-from structprune.groups import Group
 from structprune.optimizers import remap_optimizer
 from structprune.planning.build import plan_removal
 from structprune.planning.options import PlanKeywords, PlanOptions, takes_options

@@ -17,15 +17,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # that has a place of its own stands there.
 ORDER = (
     ("errors", "files", "hardware"),
-    ("extras", "polynomials", "ranks"),
+    ("extras", "distributed"),
     ("wrapping",),
     ("tracing",),
     ("ops",),
-    ("channels",),
-    ("groups",),
-    ("axes",),
-    ("costs",),
-    ("graph",),
+    ("coupling",),
     ("importance",),
     ("surgery",),
     ("schema",),
@@ -112,9 +108,9 @@ def test_imports_run_one_way(file):
     [
         (
             "from structprune.planning.plan import Plan",
-            "line 1: graph imports planning.plan, which does not stand above it",
+            "line 1: coupling imports planning.plan, which does not stand above it",
         ),
-        ("def f():\n    import structprune.cli", "line 2: graph imports cli, which does not stand above it"),
+        ("def f():\n    import structprune.cli", "line 2: coupling imports cli, which does not stand above it"),
         ("import structprune", "line 1: imports the package's own __init__"),
         ("from structprune import prune", "line 1: imports the package's own __init__"),
         ("from .plan import Plan", "line 1: relative import .plan"),
@@ -123,13 +119,13 @@ def test_imports_run_one_way(file):
     ],
 )
 def test_an_arrow_that_runs_up_is_seen(source, fault):
-    (found,) = faults("graph", source)
+    (found,) = faults("coupling", source)
     assert found.startswith(fault)
 
 
 def test_arrows_that_run_down_are_accepted():
-    source = "import torch\nfrom structprune.errors import PlanError\nfrom structprune.graph.parts import Part"
-    assert faults("graph", source) == []
+    source = "import torch\nfrom structprune.errors import PlanError\nfrom structprune.coupling.graph.parts import Part"
+    assert faults("coupling", source) == []
 
 
 def test_every_place_is_taken():

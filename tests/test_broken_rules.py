@@ -20,7 +20,7 @@ all_cases()
 
 def untied(c: Any, x: Any, *_: Any, **__: Any) -> Any:
     """The second operand of an elementwise operation is forgotten."""
-    return x.rows
+    return x.axes
 
 
 def swapped(c: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def swapped(c: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
 
 def unmoved(c: Any, x: Any, *_: Any, **__: Any) -> Any:
     """A permutation of the channels is overlooked."""
-    return x.rows
+    return x.axes
 
 
 RULES_AS_THEY_ARE = dict(OPS)

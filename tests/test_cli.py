@@ -68,7 +68,7 @@ def test_options_are_those_of_plan(folder, options, settings):
 def test_layers_can_be_left_whole_and_criteria_be_ones_own(folder):
     layers = as_json("plan", "own:pair", "--ignore", "0", "--importance", "own:last_first", "--round-to", 1)["layers"]
     assert layers == [{"layer": "2", "before": 32, "after": 16}]
-    removed = as_json("plan", "own:pair", "--importance", "own:last_first", "--round-to", 1)["thinnings"][0]["removed"]
+    removed = as_json("plan", "own:pair", "--importance", "own:last_first", "--round-to", 1)["slices"][0]["removed"]
     assert removed == list(range(8, 16))
 
 
@@ -107,7 +107,7 @@ def test_weights_of_transformers_beside_the_config_are_loaded(tmp_path):
     plan = as_json("plan", f"hf:{tmp_path / 'bert'}", "--ratio", 0.5)
     inputs = {"input_ids": torch.zeros(1, 16, dtype=torch.int64)}
     own = structprune.plan(model.eval(), inputs, ratio=0.5)
-    assert [t["removed"] for t in plan["thinnings"]] == [list(t.removed) for t in own.thinnings]
+    assert [t["removed"] for t in plan["slices"]] == [list(t.removed) for t in own.slices]
 
 
 def test_weights_from_a_file(folder):
@@ -119,7 +119,7 @@ def test_weights_from_a_file(folder):
     torch.save(model.state_dict(), folder / "w.pt")
     for file in ("w.safetensors", "w.pt"):
         plan = as_json("plan", "own:pair", "--weights", file, "--round-to", 1)
-        assert plan["thinnings"][0]["removed"] == list(range(0, 16, 2))
+        assert plan["slices"][0]["removed"] == list(range(0, 16, 2))
 
 
 def test_inputs_by_shape():

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import structprune
+from structprune.coupling.groups import Group
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
-from structprune.groups import Group
 from structprune.importance import PerLayer
 from structprune.planning.scopes import savings
 
@@ -224,7 +224,7 @@ def test_heads_are_feasible_whatever_their_number_and_head_sizes_are_multiples()
     sizes = exact(Transformer(), IDS, structprune.plan(Transformer(), IDS, ratio=0.3, axes="head_size", round_to=8))
     assert sizes.q.out_features == 8 * 8  # 11.2 of 16 was wanted: 8 is nearer than 16
     whole = structprune.plan(Transformer(), IDS, ratio=0.3, axes="head_size", round_to=32)
-    assert not whole.thinnings  # no multiple of 32 below 16, so it stays
+    assert not whole.slices  # no multiple of 32 below 16, so it stays
 
 
 def test_flattened_channels_are_rounded_before_they_are_flattened() -> None:

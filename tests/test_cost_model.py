@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import structprune
-from structprune.costs import node_macs
-from structprune.polynomials import Evaluator, Polynomial, total
+from structprune.coupling.costs import node_macs
+from structprune.coupling.polynomials import Evaluator, Polynomial, total
 
 
 class Attention(nn.Module):
@@ -87,7 +87,7 @@ def test_a_target_counts_each_operation_once(monkeypatch: pytest.MonkeyPatch) ->
         counted.append(node)
         return node_macs(node, channels, count)
 
-    monkeypatch.setattr(sys.modules["structprune.costs"], "node_macs", counting)
+    monkeypatch.setattr(sys.modules["structprune.coupling.costs"], "node_macs", counting)
     plan = structprune.plan(convolutions(), torch.randn(2, 3, 8, 8), target={"macs": 0.5, "params": 0.6}, round_to=1)
     assert plan.after.macs <= 0.5 * plan.before.macs
     assert counted
@@ -97,9 +97,9 @@ def test_a_target_counts_each_operation_once(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_graph_counts_anew_once_it_was_pruned() -> None:
     model, x = convolutions(), torch.randn(2, 3, 8, 8)
     graph = structprune.DependencyGraph(model, x)
-    before = graph.costs.at(lambda row: row.size)
+    before = graph.costs.at(lambda axis: axis.size)
     plan = graph.prune_group("0", [0, 3])
-    assert (before, graph.costs.at(lambda row: row.size)) == (plan.before, plan.after)
+    assert (before, graph.costs.at(lambda axis: axis.size)) == (plan.before, plan.after)
 
 
 def test_polynomials_are_evaluated_together() -> None:

@@ -58,9 +58,9 @@ def assert_close(model: Callable[..., Any], reference: nn.Module, inputs: Any) -
 
 def test_the_models_need_what_is_tested() -> None:
     plans = {name: structprune.plan(made(name)[0](), made(name)[1], ratio=0.5, round_to=1) for name in NAMES}
-    assert all(plan.thinnings for plan in plans.values())
-    assert plans["Frozen"].rewrites
-    assert any(plan.repairs for name, plan in plans.items() if name != "Frozen")
+    assert all(plan.slices for plan in plans.values())
+    assert plans["Frozen"].literal_edits
+    assert any(plan.attribute_edits for name, plan in plans.items() if name != "Frozen")
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["pruned", "loaded"])
@@ -99,7 +99,7 @@ def test_a_compiled_model_is_pruned_and_runs_compiled(tmp_path: Path) -> None:
     torch.compiler.reset()
     compiled = torch.compile(build(), backend="aot_eager")
     slim = structprune.prune(compiled, inputs, ratio=0.5)
-    assert plans_of(slim)[0].rewrites
+    assert plans_of(slim)[0].literal_edits
     again = structprune.load(build, structprune.save(slim._orig_mod, tmp_path))
     assert_close(slim, again, inputs)
 

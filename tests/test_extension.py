@@ -107,7 +107,7 @@ def test_an_operation_of_two_results(overload: bool) -> None:
 
     @structprune.register_op("structprune_test::swap")
     def swap(c: Any, x: Any, y: Any) -> Any:
-        return [y.rows, x.rows]
+        return [y.axes, x.axes]
 
     check(Swapped(overload), inputs, "a.weight", "b.weight", "c.weight", "d.weight")
 
@@ -131,8 +131,8 @@ def test_an_operation_without_a_shape_function_is_traced_on_real_values() -> Non
 
     @structprune.register_op("structprune_test::halve")
     def halve(c: Any, x: Any) -> Any:
-        first, _ = c.sections(x.rows[-1], 2)
-        return (*x.rows[:-1], first)
+        first, _ = c.sections(x.axes[-1], 2)
+        return (*x.axes[:-1], first)
 
     check(Halved(), inputs, "up.weight", "down.weight", "out.weight")
 
@@ -140,7 +140,7 @@ def test_an_operation_without_a_shape_function_is_traced_on_real_values() -> Non
 def test_rows_that_a_rule_of_an_operation_does_not_ask_for_stay_whole() -> None:
     @structprune.register_op("structprune_test::swap")
     def swap(c: Any, x: Any, y: Any) -> Any:
-        return [(*y.rows[:-1], c.axis(10)), x.rows]
+        return [(*y.axes[:-1], c.new_axis(10)), x.axes]
 
     pinned = structprune.DependencyGraph(Swapped(False), normal(3, 6)).pinned()
     assert pinned["b.weight, dim 0"] == "the rule for structprune_test::swap does not say what it is"
@@ -150,8 +150,8 @@ def test_rows_that_a_rule_of_an_operation_does_not_ask_for_stay_whole() -> None:
 def test_a_wrong_rule_is_noticed() -> None:
     @structprune.register_op("structprune_test::halve")
     def halve(c: Any, x: Any) -> Any:
-        c.sections(x.rows[-1], 2)
-        return (*x.rows[:-1], c.axis(x.rows[-1].size // 2))  # the result has channels of its own, it says
+        c.sections(x.axes[-1], 2)
+        return (*x.axes[:-1], c.new_axis(x.axes[-1].size // 2))  # the result has channels of its own, it says
 
     model, inputs = oracle.jitter(Halved(), seed=0), normal(3, 6).double()
     plan = structprune.plan(model, inputs, ratio=0.5, importance=structprune.Random(0))
@@ -162,12 +162,12 @@ def test_a_wrong_rule_is_noticed() -> None:
 def test_rules_of_the_wrong_size_and_rules_that_fail_are_named() -> None:
     @structprune.register_op("structprune_test::swap")
     def swap(c: Any, x: Any, y: Any) -> Any:
-        return [x.rows, y.rows]
+        return [x.axes, y.axes]
 
-    with pytest.raises(RuleError, match=r"gives rows of sizes \[3, 8\].*, in structprune_test::swap in the model"):
+    with pytest.raises(RuleError, match=r"gives axes of sizes \[3, 8\].*, in structprune_test::swap in the model"):
         structprune.plan(Swapped(False), normal(3, 6))
 
-    OPS["structprune_test::swap"] = dataclasses.replace(OPS["structprune_test::swap"], coupling=lambda c, x: x.rows)
+    OPS["structprune_test::swap"] = dataclasses.replace(OPS["structprune_test::swap"], coupling=lambda c, x: x.axes)
     with pytest.raises(RuleError, match="failed on structprune_test::swap in the model"):
         structprune.plan(Swapped(False), normal(3, 6))
 
@@ -212,15 +212,15 @@ class Outer(nn.Module):
 def declare(shape: Any = None) -> None:
     @structprune.register_module_rule(Gate, shape=shape)
     def gate(c: Any, m: Any, x: Any, scale: Any = 1.0) -> Any:
-        c.same(x.rows[-1], m.proj.weight.rows[1])
-        first, _ = c.sections(m.proj.weight.rows[0], 2)
+        c.same(x.axes[-1], m.proj.weight.axes[1])
+        first, _ = c.sections(m.proj.weight.axes[0], 2)
         if m.proj.bias is not None:
-            c.same(m.proj.weight.rows[0], m.proj.bias.rows[0])
+            c.same(m.proj.weight.axes[0], m.proj.bias.axes[0])
         if hasattr(m, "shift"):  # a hook's, which is traced: there is nothing to say, but it is seen
-            _ = m.shift.rows[0]
-        c.expect(m.sizes[0], m.proj.weight.rows[1])
-        c.expect(m.sizes[1], m.proj.weight.rows[0])
-        rows = (*x.rows[:-1], first)
+            _ = m.shift.axes[0]
+        c.expect(m.sizes[0], m.proj.weight.axes[1])
+        c.expect(m.sizes[1], m.proj.weight.axes[0])
+        rows = (*x.axes[:-1], first)
         return [rows, rows]
 
 
@@ -240,7 +240,7 @@ def test_what_a_rule_does_not_ask_for_stays_whole() -> None:
 
     @structprune.register_module_rule(Table)
     def table(c: Any, m: Any, x: Any) -> Any:
-        return (*x.rows[:-1], m.weight.rows[0])
+        return (*x.axes[:-1], m.weight.axes[0])
 
     model = nn.Sequential(nn.Linear(6, 6), Table(), nn.Linear(8, 4))
     pinned = structprune.DependencyGraph(model.double(), normal(3, 6).double()).pinned()
@@ -318,7 +318,7 @@ def test_refusals() -> None:
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"x": x}
 
-    structprune.register_module_rule(Named)(lambda c, m, x: x.rows)
+    structprune.register_module_rule(Named)(lambda c, m, x: x.axes)
     with pytest.raises(TraceError, match="Named is taken as a whole, but gives a dict"):
         structprune.plan(Named(), normal(3, 6))
 
@@ -334,6 +334,6 @@ def test_two_classes_of_one_name() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     for position in (1, 3):
         kind = make()
-        structprune.register_module_rule(kind, shape=lambda m, x: torch.empty_like(x))(lambda c, m, x: x.rows)
+        structprune.register_module_rule(kind, shape=lambda m, x: torch.empty_like(x))(lambda c, m, x: x.axes)
         model.insert(position, kind())
     check(model, normal(3, 6).double(), "0.weight")

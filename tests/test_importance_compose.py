@@ -11,9 +11,9 @@ from support.snapshot import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import structprune
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.base import fitted
 from structprune.importance.compose import CostPenalty, PerLayer, Product, Sum, macs_of_channels
 from structprune.importance.data import Batches, call_on_batch, samples_of

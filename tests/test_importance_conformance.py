@@ -11,9 +11,9 @@ from support.snapshot import assert_untouched, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.base import CRITERIA, fitted
 from structprune.importance.compose import CostPenalty, PerLayer, Product, Sum
 from structprune.importance.data import Batches

@@ -24,8 +24,8 @@ from support.importance_nets import (
 )
 from torch import Tensor, nn
 
+from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
 from structprune.importance.activation import APoZ, L2Activation
 from structprune.importance.base import fitted
 from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian, geometric_median

@@ -8,9 +8,9 @@ from support.importance_nets import Chain
 from support.ranks import needs_distributed, on_two_ranks
 
 import structprune
+from structprune.distributed import all_summed
 from structprune.importance.base import fitted
 from structprune.planning.build import tensors_of
-from structprune.ranks import all_summed
 
 # One of each way of gathering: activations, classes, gates, weights, single samples, second moments.
 NAMES = ("flap", "thinet", "tvs", "taylor", "weight_taylor", "obd_fisher", "obd_gates", "obs", "kfac")

@@ -39,8 +39,8 @@ def first_plan(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda record: record["plans"][0].update(changes)
 
 
-def thinning(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda record: record["plans"][0]["thinnings"][0].update(changes)
+def sliced(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record["plans"][0]["slices"][0].update(changes)
 
 
 def added(kind: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
@@ -52,7 +52,7 @@ def example_inputs(data: Any) -> Callable[[dict[str, Any]], None]:
 
     def change(record: dict[str, Any]) -> None:
         first_plan(inputs=data)(record)
-        added("rewrites", module="", operation=0, place=[1], old=2, new=1)(record)
+        added("literal_edits", module="", operation=0, place=[1], old=2, new=1)(record)
 
     return change
 
@@ -73,31 +73,33 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "plans that are no list": (lambda r: r.update(plans="x"), "is not whole"),
     "another digest": (lambda r: r["weights"].update(sha256="0" * 64), "missing, truncated or was changed"),
     "an alias of nothing": (lambda r: r["weights"]["aliases"].update({"a": "b"}), "not among the tensors"),
-    "a channel that is not there": (lambda r: r["plans"][0]["thinnings"][0].update(removed=[99]), "does not fit"),
-    "channels that are no numbers": (lambda r: r["plans"][0]["thinnings"][0].update(removed=["x"]), "does not fit"),
-    "another tensor": (lambda r: r["plans"][0]["thinnings"][0].update(tensor="9.weight"), "does not fit"),
-    "one thinning less": (lambda r: r["plans"][0]["thinnings"].pop(), r"does not fit|has the shape"),
+    "a channel that is not there": (lambda r: r["plans"][0]["slices"][0].update(removed=[99]), "does not fit"),
+    "channels that are no numbers": (lambda r: r["plans"][0]["slices"][0].update(removed=["x"]), "does not fit"),
+    "another tensor": (lambda r: r["plans"][0]["slices"][0].update(tensor="9.weight"), "does not fit"),
+    "one removed slice less": (lambda r: r["plans"][0]["slices"].pop(), r"does not fit|has the shape"),
     "an attribute that calls": (
-        lambda r: r["plans"][0]["repairs"].append({"module": "0", "chain": ["forward"], "old": 1, "new": 2}),
+        lambda r: r["plans"][0]["attribute_edits"].append({"module": "0", "chain": ["forward"], "old": 1, "new": 2}),
         "does not fit",
     ),
     "an attribute that is a path": (
-        lambda r: r["plans"][0]["repairs"].append({"module": "0", "chain": ["__class__", "x"], "old": 1, "new": 2}),
+        lambda r: r["plans"][0]["attribute_edits"].append(
+            {"module": "0", "chain": ["__class__", "x"], "old": 1, "new": 2}
+        ),
         "does not fit",
     ),
     "defaults of a function": (
-        added("repairs", module="0", chain=["forward", "__func__", "__defaults__", 0], old=1, new=2),
-        "Repair.chain is",
+        added("attribute_edits", module="0", chain=["forward", "__func__", "__defaults__", 0], old=1, new=2),
+        "AttributeEdit.chain is",
     ),
-    "a size that is no size": (thinning(size=10**18), "from 1000000000000000000 entries"),
-    "a channel beyond all numbers": (thinning(removed=[10**30]), "Thinning.removed is"),
-    "a channel twice": (thinning(removed=[1, 1]), "Thinning.removed is"),
-    "an order of other channels": (thinning(order=[0, 1, 99, 3]), "does not fit what goes"),
-    "a dimension from the end": (thinning(dim=-1), "Thinning.dim is -1"),
-    "all channels": (thinning(removed=list(range(8))), "has the shape"),
-    "a field too many": (thinning(tesnor="0.weight"), "Thinning.tesnor is"),
-    "a field too few": (lambda r: r["plans"][0]["thinnings"][0].pop("size"), "does not fit .*'size'"),
-    "a thinning twice": (lambda r: r["plans"][0]["thinnings"].append(r["plans"][0]["thinnings"][0]), "twice"),
+    "a size that is no size": (sliced(size=10**18), "from 1000000000000000000 entries"),
+    "a channel beyond all numbers": (sliced(removed=[10**30]), "RemovedSlice.removed is"),
+    "a channel twice": (sliced(removed=[1, 1]), "RemovedSlice.removed is"),
+    "an order of other channels": (sliced(order=[0, 1, 99, 3]), "does not fit what goes"),
+    "a dimension from the end": (sliced(dim=-1), "RemovedSlice.dim is -1"),
+    "all channels": (sliced(removed=list(range(8))), "has the shape"),
+    "a field too many": (sliced(tesnor="0.weight"), "RemovedSlice.tesnor is"),
+    "a field too few": (lambda r: r["plans"][0]["slices"][0].pop("size"), "does not fit .*'size'"),
+    "a removed slice twice": (lambda r: r["plans"][0]["slices"].append(r["plans"][0]["slices"][0]), "twice"),
     "a cost that is no number": (lambda r: r["plans"][0]["before"].update(params=float("nan")), "Cost.params is nan"),
     "a width that is no number": (lambda r: r["plans"][0]["layers"][0].update(after="x"), "LayerWidth.after is 'x'"),
     "settings that are none": (first_plan(settings=[1]), "the settings are"),
@@ -114,7 +116,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "Rescale.factor is inf",
     ),
     "a literal that is not there": (
-        added("rewrites", module="", operation=0, place=[1], old=2, new=1),
+        added("literal_edits", module="", operation=0, place=[1], old=2, new=1),
         "no longer holds the literals",
     ),
     "inputs of no type": (example_inputs({"tensor": [2, 4], "dtype": "load"}), "type 'load'"),
@@ -148,7 +150,7 @@ def frozen_save(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["repairs", "rewrites"])
+@pytest.mark.parametrize("kind", ["attribute_edits", "literal_edits"])
 @pytest.mark.parametrize("new", [0, -1, 10**18, 97])
 def test_a_number_that_counts_no_channels_is_refused(tmp_path: Path, kind: str, new: int) -> None:
     folder = frozen_save(tmp_path, lambda record: record["plans"][-1][kind][0].update(new=new))
@@ -179,7 +181,7 @@ def test_a_repair_of_anything_but_a_number_of_a_module_is_refused(
     monkeypatch.setattr(kind, "note", "8", raising=False)
     monkeypatch.setattr(kind, "size", property(lambda self: 8), raising=False)
     monkeypatch.setattr(kind, "named", collections.namedtuple("Named", "x")(8), raising=False)
-    edit = added("repairs", module=module, chain=chain, old=8, new=1)
+    edit = added("attribute_edits", module=module, chain=chain, old=8, new=1)
     with pytest.raises(LoadError, match=r"is not there|cannot be set|where the plan expects"):
         structprune.load(frozen.build, frozen_save(tmp_path, edit))
     assert kind.forward.calls == 8

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import structprune
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.latency import cache
 from structprune.latency.eager import call_of, shapes, time_eager
 from structprune.latency.ort import read_profile, time_onnxruntime
@@ -386,7 +386,7 @@ def test_shares_count_as_the_channels_do(name):
     graph = ChannelGraph(seeded(build), x)
     groups = graph.groups()
     widths = Widths(graph, groups)
-    rows = [row for rows in graph.channels.rows if isinstance(rows, tuple) for row in rows]
+    rows = [axis for axes in graph.channels.axes if isinstance(axes, tuple) for axis in axes]
     assert [widths.counter([1.0] * len(groups))(row) for row in rows] == [row.size for row in rows]
     for number, group in enumerate(groups):
         shares = [0.5 if i == number else 1.0 for i in range(len(groups))]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import structprune
-from structprune.channels.rehearsed import Rehearsals
+from structprune.coupling.rehearsed import Rehearsals
 from structprune.errors import PlanError
 
 WIDTH = 8
@@ -129,7 +129,7 @@ def test_the_result_is_exact(name: str, ratio: float) -> None:
     torch.manual_seed(0)
     model, x = _Net(BETWEEN[name]).double().eval(), torch.randn(2, 5, 6).double()
     plan = _check(model, x, ratio=ratio)
-    assert plan.thinnings  # what has nothing to do with the number goes all the same
+    assert plan.slices  # what has nothing to do with the number goes all the same
 
 
 def test_the_reason_names_the_line_and_what_happens_there() -> None:
@@ -177,7 +177,7 @@ def test_a_forward_that_is_never_twice_the_same_is_pruned_by_what_is_known() -> 
 
     model, x = Net(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval(), torch.randn(2, 6).double()
     plan = _check(model, x, ratio=0.5)
-    assert plan.thinnings
+    assert plan.slices
     assert "two runs of the forward differ" in plan.settings["rehearsal"]
     assert "not checked there" in plan.settings["rehearsal"]
     assert "two runs of the forward differ" in str(plan).replace("\n", " ")
@@ -192,7 +192,7 @@ def test_a_number_beside_a_counter_is_found_on_the_same_line() -> None:
 
     torch.manual_seed(0)
     model, x = Net(nn.Linear(6, 8), nn.Linear(8, 3)).double().eval(), torch.randn(2, 6).double()
-    assert not _check(model, x, ratio=0.5).thinnings
+    assert not _check(model, x, ratio=0.5).slices
 
 
 def test_a_forward_that_takes_other_ways_says_from_where_on_nothing_is_checked() -> None:
@@ -205,7 +205,7 @@ def test_a_forward_that_takes_other_ways_says_from_where_on_nothing_is_checked()
     model, x = Net(nn.Linear(6, 8), nn.Linear(8, 3)).double().eval(), torch.randn(2, 6).double()
     _Calls.count = 0
     plan = structprune.plan(model, x, ratio=0.5, round_to=1)
-    assert plan.thinnings
+    assert plan.slices
     assert "there and from there on" in plan.settings["rehearsal"]
     assert "rehearsal" not in structprune.plan(nn.Sequential(*model), x, ratio=0.5).settings
 

@@ -1,4 +1,4 @@
-"""The oracle itself, on networks sliced by hand: it accepts what is right and sees each kind of error."""
+"""The oracle itself, on networks pruned by hand: it accepts what is right and sees each kind of error."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_an_operation_alone_is_right_or_whole(name: str) -> None:
 
 def test_a_broken_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reversal that is overlooked gives a network that runs and computes something else."""
-    broken = dataclasses.replace(OPS["flip"], coupling=lambda c, x, dims: x.rows)
+    broken = dataclasses.replace(OPS["flip"], coupling=lambda c, x, dims: x.axes)
     monkeypatch.setitem(OPS, "flip", broken)
     torch.manual_seed(0)
     assert judge(("gain", "flip", "gain"), 0).verdict == "wrong numbers"

@@ -12,9 +12,9 @@ from support.ranks import needs_distributed, on_two_ranks
 from torch import nn
 
 import structprune
+from structprune.distributed import all_reduced, failing_together, several
 from structprune.errors import PlanError, RecoveryError
 from structprune.importance.base import fitted
-from structprune.ranks import all_reduced, failing_together, several
 
 
 class Network(nn.Module):

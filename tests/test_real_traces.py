@@ -26,7 +26,7 @@ def test_a_plan_for_a_trace_on_real_numbers_is_applied() -> None:
     model, x = _Copied().double().eval(), torch.randn(2, 5, 6).double()
     assert structprune.DependencyGraph(model, x).trace.real
     plan = structprune.plan(model, x, ratio=0.5, round_to=1)
-    assert not plan.rewrites
+    assert not plan.literal_edits
     slim = structprune.Plan.from_json(plan.to_json()).apply(model)
     assert (slim.a.out_features, slim.c.out_features) == (8, 4)
     assert structprune.verify(model, slim, plan, x).ok

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import structprune
+from structprune.coupling.graph import ChannelGraph
 from structprune.errors import RecoveryError
-from structprune.graph import ChannelGraph
 from structprune.recovery import parallel_forward
 from structprune.recovery.parallel_forward import (
     BatchRun,

@@ -18,8 +18,8 @@ from torch import nn
 
 import structprune
 from structprune.benchmarking import Benchmark, Explanation, Timing
-from structprune.costs import count_layers
-from structprune.graph import ChannelGraph
+from structprune.coupling.costs import count_layers
+from structprune.coupling.graph import ChannelGraph
 from structprune.planning.sensitivities import GroupCurve, Sensitivity
 from structprune.reporting.charts import _ticks
 from structprune.reporting.layers import blocks, counts, layer_rows
@@ -213,8 +213,8 @@ def test_the_page_holds_the_plan(case):
     assert "it is a dimension of the model's output" in pins
     assert not any("site-packages" in reason for reason in pins)
     assert case.plan.digest in case.text
-    for repair in case.plan.repairs:
-        assert f"{repair.old} → {repair.new}" in case.text
+    for edit in case.plan.attribute_edits:
+        assert f"{edit.old} → {edit.new}" in case.text
 
 
 def test_without_a_plan_the_model_is_shown_as_it_is(tmp_path):

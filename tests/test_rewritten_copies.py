@@ -66,7 +66,7 @@ COPIES: dict[str, Any] = {
 @pytest.mark.parametrize("inplace", [False, True])
 def test_copies_compute_the_same_and_know_their_plans(kind: str, how: str, inplace: bool) -> None:
     model = structprune.prune(MODELS[kind](), INPUTS, ratio=0.5, inplace=inplace)
-    assert plans_of(model)[0].rewrites
+    assert plans_of(model)[0].literal_edits
     twin = COPIES[how](model)
     assert torch.equal(twin(INPUTS), model(INPUTS))
     assert structprune.kept(twin) == structprune.kept(model) != {}

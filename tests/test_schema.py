@@ -25,11 +25,12 @@ def test_a_save_of_every_schema_is_read(schema: int) -> None:
     folder = DATA / f"schema_{schema}"
     record = json.loads((folder / "plan.json").read_text())
     assert {found["schema"] for found in record["plans"]} == {schema}
-    for kind in ("thinnings", "repairs", "rescales", "rewrites", "layers", "axes"):
-        assert record["plans"][0][kind], "the save holds some of everything"
-    assert any(thinning["order"] for thinning in record["plans"][0]["thinnings"])
     expected = json.loads((folder / "expected.json").read_text())
     model = structprune.load(frozen.build, folder)
+    first = plans_of(model)[0]
+    for kind in ("slices", "attribute_edits", "rescales", "literal_edits", "layers", "axes"):
+        assert getattr(first, kind), "the save holds some of everything"
+    assert any(sliced.order for sliced in first.slices)
     assert [found.digest for found in plans_of(model)] == expected["digests"]
     assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == expected["shapes"]
     assert model.head.weight is model.embed.weight
@@ -66,7 +67,7 @@ def test_every_older_schema_has_a_step_to_the_next(module: Any) -> None:
 @pytest.mark.parametrize(
     ("module", "old_form"),
     [
-        (plan, lambda record: [found.update(cuts=found.pop("thinnings")) for found in record["plans"]]),
+        (plan, lambda record: [found.update(cuts=found.pop("slices")) for found in record["plans"]]),
         (io, lambda record: record.update(rounds=record.pop("plans"))),
     ],
 )
@@ -76,7 +77,7 @@ def test_an_older_form_is_lifted_step_by_step(
     """As if what is written now were of schema 3 or 4, and schema 1 had had another name for a field."""
 
     def renamed(data: dict[str, Any]) -> dict[str, Any]:
-        new = {"cuts": "thinnings", "rounds": "plans"}
+        new = {"cuts": "slices", "rounds": "plans"}
         return {new.get(key, key): value for key, value in data.items()}
 
     source = DATA / "schema_1"

@@ -50,12 +50,12 @@ def test_shuffled_channels_go_to_other_places(name: str, ratio: float) -> None:
     """Behind a shuffle the survivors stand in another order, and the weights that read them follow."""
     model, inputs = jittered(name)
     plan = structprune.plan(model, inputs, ratio=ratio, importance=structprune.Random(0))
-    assert any(thinning.order is not None for thinning in plan.thinnings)
+    assert any(sliced.order is not None for sliced in plan.slices)
     again = structprune.Plan.from_json(plan.to_json())
     assert again == plan
     oracle.check(model, again.apply(model), plan, inputs)
     assert structprune.verify(model, again.apply(model), plan, inputs).ok
-    unordered = dataclasses.replace(plan, thinnings=tuple(dataclasses.replace(t, order=None) for t in plan.thinnings))
+    unordered = dataclasses.replace(plan, slices=tuple(dataclasses.replace(t, order=None) for t in plan.slices))
     with pytest.raises(AssertionError, match="relative error"):
         oracle.check(model, unordered.apply(model), plan, inputs)
 

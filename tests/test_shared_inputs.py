@@ -93,7 +93,7 @@ def test_a_plan_in_a_file_knows_which_inputs_are_one() -> None:
     torch.manual_seed(0)
     model, x = _Literal().double().eval(), torch.randn(2, 6).double()
     plan = structprune.plan(model, ((x, x),), ratio=0.5, round_to=1)
-    assert plan.rewrites
+    assert plan.literal_edits
     slim = structprune.Plan.from_json(plan.to_json()).apply(model)
     assert structprune.verify(model, slim, plan, ((x, x),)).ok
 

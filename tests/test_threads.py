@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.tracing.shadow import shadow_of
-from structprune.tracing.state import stand_in
+from structprune.tracing.state import meta_like
 from structprune.tracing.trace import trace
 
 
@@ -100,7 +100,7 @@ def test_a_shadow_shares_no_module_with_the_model() -> None:
     model.b.register_forward_hook(lambda module, args, output: model.b.weight.mean() + output)
     model.c.forward = MethodType(nn.Linear.forward, model.c)  # type: ignore[method-assign]
     model.a.forward = functools.partial(nn.Linear.forward, model.a)  # type: ignore[method-assign]
-    shadow = shadow_of(model, lambda _, tensor: stand_in(tensor)).model
+    shadow = shadow_of(model, lambda _, tensor: meta_like(tensor)).model
     assert shadow.later[0] is shadow.b
     assert shadow.b is not model.b
     assert shadow.c.forward.__self__ is shadow.c

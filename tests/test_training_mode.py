@@ -64,10 +64,10 @@ def test_in_training_mode_it_computes_what_the_original_does_with_the_channels_o
     plan = structprune.plan(model, oracle.double(X), ratio=0.5)
     slim = plan.apply(model)
     with torch.no_grad():
-        for thinning in plan.thinnings:
-            tensor = model.get_parameter(thinning.tensor) if "running" not in thinning.tensor else None
+        for sliced in plan.slices:
+            tensor = model.get_parameter(sliced.tensor) if "running" not in sliced.tensor else None
             if tensor is not None:
-                tensor.index_fill_(thinning.dim, torch.tensor(thinning.removed), 0)
+                tensor.index_fill_(sliced.dim, torch.tensor(sliced.removed), 0)
     batch = oracle.double(torch.randn(6, 3, 8, 8))
     for ours, theirs in zip(slim.train()(batch), model.train()(batch), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-10)
@@ -83,7 +83,7 @@ def test_the_cost_is_that_of_inference() -> None:
 def test_a_forward_that_cannot_run_in_training_mode_is_told_of() -> None:
     plan = structprune.plan(NeedsLabels(), X, ratio=0.5)
     assert "labels are needed" in str(plan.settings["training"])
-    assert not any(t.tensor.startswith("aux") for t in plan.thinnings)
+    assert not any(t.tensor.startswith("aux") for t in plan.slices)
     assert "training" not in structprune.plan(WithHead(), X, ratio=0.5).settings
 
 

@@ -186,7 +186,7 @@ def test_a_size_of_heads_that_rotates_cannot_be_loaded_and_says_so() -> None:
     network, inputs = made(MODELS["llama"])
     plan = structprune.plan(network, inputs, ratio=0.5, axes=["head_size"])
     assert "'model.rotary_emb.inv_freq' is not saved" in plan.settings["config"]
-    assert not any("config" in repair.chain for repair in plan.repairs)
+    assert not any("config" in edit.chain for edit in plan.attribute_edits)
 
 
 def test_attributes_that_the_forward_does_not_read_tell_the_truth_too() -> None:
@@ -215,11 +215,11 @@ def test_masks_and_positions_need_no_weights(name: str) -> None:
     network, inputs = made(MODELS[name])
     for given in (inputs, {**inputs, "use_cache": False} if name in CAUSAL else inputs):
         assert not trace(network, given, operations=op_of).real
-    wanted = [(t.tensor, t.dim, len(t.removed)) for t in structprune.plan(network, inputs).thinnings]
+    wanted = [(t.tensor, t.dim, len(t.removed)) for t in structprune.plan(network, inputs).slices]
     with torch.device("meta"):
         empty = type(network)(network.config)
     planned = structprune.plan(empty, inputs, importance="random")
-    assert [(t.tensor, t.dim, len(t.removed)) for t in planned.thinnings] == wanted
+    assert [(t.tensor, t.dim, len(t.removed)) for t in planned.slices] == wanted
 
 
 def test_a_mask_with_padding_takes_the_other_branch() -> None:

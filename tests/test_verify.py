@@ -207,7 +207,7 @@ def test_what_the_mode_does_not_see_is_no_proof(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_prune_traces_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = sys.modules["structprune.graph"]
+    graphs = sys.modules["structprune.coupling.graph"]
     traced: list[object] = []
 
     def counting(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

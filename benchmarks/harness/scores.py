@@ -8,7 +8,7 @@ from torch import Tensor
 
 import structprune
 from harness import cifar
-from structprune.groups import Group
+from structprune.coupling.groups import Group
 from structprune.importance import fitted
 from structprune.importance.base import comparable
 

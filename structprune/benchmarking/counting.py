@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from structprune.channels.propagate import Channels, propagate
-from structprune.costs import is_view, node_macs
+from structprune.coupling.costs import is_view, node_macs
+from structprune.coupling.propagate import Channels, propagate
 from structprune.ops import op_of
 from structprune.tracing.trace import ExampleInputs, trace
 from structprune.wrapping import prunable
@@ -64,7 +64,7 @@ def count_model(model: nn.Module, inputs: ExampleInputs) -> dict[str, Counted]:
             continue
         call = node.meta["call"]
         path = recorded.calls[call].path if call >= 0 else ""
-        macs[path] = macs.get(path, 0) + node_macs(node, channels, lambda row: row.size)
+        macs[path] = macs.get(path, 0) + node_macs(node, channels, lambda axis: axis.size)
         moved[path] = moved.get(path, 0) + sum(_bytes(each, channels) for each in (node, *node.all_input_nodes))
         kind, mine = _KINDS.get(name, "other"), kinds.setdefault(path, {})
         mine[kind] = mine.get(kind, 0) + 1
@@ -72,7 +72,7 @@ def count_model(model: nn.Module, inputs: ExampleInputs) -> dict[str, Counted]:
 
 
 def _bytes(node: fx.Node, channels: Channels) -> int:
-    rows = channels.rows[node.meta["index"]]
+    rows = channels.axes[node.meta["index"]]
     dtype = node.meta.get("dtype")
     if not isinstance(rows, tuple) or dtype is None or not isinstance(node.meta.get("shape"), tuple):
         return 0  # several results at once: each is counted where it is used

@@ -15,8 +15,8 @@ import torch
 from rich.table import Table
 
 from structprune.cli.output import costs
+from structprune.coupling.graph import ChannelGraph
 from structprune.export.metadata import OnnxInfo
-from structprune.graph import ChannelGraph
 from structprune.hardware import processor
 from structprune.reporting.text import places
 

@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from structprune.costs import Cost
+from structprune.coupling.costs import Cost
 from structprune.errors import ExportError, MissingExtraError, StructpruneError, VerificationError
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.channels.propagate import Channels, propagate
-from structprune.costs import node_macs
+from structprune.coupling.costs import node_macs
+from structprune.coupling.propagate import Channels, propagate
 from structprune.depth.cut import Cut
 from structprune.depth.finding import find
 from structprune.depth.records import Found
@@ -22,7 +22,7 @@ from structprune.errors import PlanError
 from structprune.importance.data import Batches, Forward, Loss, size_of
 from structprune.ops import op_of
 from structprune.tracing.replay import FoundCall, Hook, Replay
-from structprune.tracing.state import collection_paused, held_tensors, lent, shield
+from structprune.tracing.state import collection_paused, copy_buffer, held_tensors, lent
 from structprune.tracing.trace import ExampleInputs, Trace, preserved_random_state, tensors_in, trace
 from structprune.wrapping import prunable
 
@@ -52,7 +52,7 @@ class _Scorer:
 
     @contextmanager
     def _running(self) -> Generator[None]:
-        with preserved_random_state(), torch.no_grad(), lent(self.model, shield, track=False):
+        with preserved_random_state(), torch.no_grad(), lent(self.model, copy_buffer, track=False):
             self.model.eval()
             yield
 
@@ -129,7 +129,7 @@ class _Scorer:
 
     def _cosine(self, node: fx.Node, before: Tensor, after: Tensor) -> Tensor:
         """The cosine over the channels of two tensors, one for each position."""
-        rows = self._channels.rows[node.meta["index"]]
+        rows = self._channels.axes[node.meta["index"]]
         dims = [dim for dim, row in enumerate(rows) if row.free] if isinstance(rows, tuple) else []
         dims = dims or list(range(1, before.dim()))
         before, after = before.double(), after.double()
@@ -178,7 +178,7 @@ class _Scorer:
         """How many parameters or multiply-accumulates go with what a cut leaves out."""
         dead = whole.live - cut.live
         if what == "macs":
-            return sum(node_macs(n, self._channels, lambda row: row.size) for n in dead if n.op.startswith("call_"))
+            return sum(node_macs(n, self._channels, lambda axis: axis.size) for n in dead if n.op.startswith("call_"))
         held = held_tensors(self.model)
         names = [str(n.target) for n in dead if n.meta["name"] == "parameter"]
         return sum(held[name].tensor.numel() for name in names if isinstance(held[name].tensor, nn.Parameter))
@@ -186,7 +186,7 @@ class _Scorer:
     def total(self, what: str) -> int:
         """All of them."""
         if what == "macs":
-            return sum(node_macs(n, self._channels, lambda row: row.size) for n in self.trace.nodes)
+            return sum(node_macs(n, self._channels, lambda axis: axis.size) for n in self.trace.nodes)
         return sum(p.numel() for p in self.model.parameters())
 
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from torch import fx
 
-from structprune.costs import is_view
+from structprune.coupling.costs import is_view
 from structprune.depth.sums import is_itself, passes_zero, repeats, stacked, stands_alone, terms_of
 from structprune.errors import PlanError
 from structprune.ops.arguments import tensors

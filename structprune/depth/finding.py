@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from structprune.channels.propagate import propagate
-from structprune.costs import node_macs
+from structprune.coupling.costs import node_macs
+from structprune.coupling.propagate import propagate
 from structprune.depth.cut import Cut
 from structprune.depth.records import Branch, Edge, Found, name_of, named_apart, nodes_in
 from structprune.depth.sums import is_float, repeats, stacked, stands_alone, terms_of
@@ -270,7 +270,7 @@ class Finder:
         params = sum(
             self._held[name].tensor.numel() for name in names if isinstance(self._held[name].tensor, nn.Parameter)
         )
-        macs = sum(node_macs(n, self._channels, lambda row: row.size) for n in dead if n.op.startswith("call_"))
+        macs = sum(node_macs(n, self._channels, lambda axis: axis.size) for n in dead if n.op.startswith("call_"))
         name = module if kind == "block" or identity else name_of(module, layers)
         return Branch(name, kind, module, layers, names, params, macs, identity)
 

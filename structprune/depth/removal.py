@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from structprune.channels.propagate import propagate
-from structprune.costs import Cost, count_cost
+from structprune.coupling.costs import Cost, count_cost
+from structprune.coupling.propagate import propagate
 from structprune.depth.check import Comparison, zeros_of
 from structprune.depth.config import repair_config
 from structprune.depth.cut import Cut
@@ -25,7 +25,7 @@ from structprune.ops import op_of
 from structprune.planning.plan import KINDS, SCHEMA, plans_of, remember_plan
 from structprune.schema import FormError, inputs, record, settings, texts
 from structprune.surgery.apply import _memo
-from structprune.surgery.edits import Rescale, Thinning
+from structprune.surgery.edits import RemovedSlice, Rescale
 from structprune.tracing.specification import specify, unspecify
 from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
@@ -61,7 +61,7 @@ class Removal:
         return hashlib.sha256(json.dumps([KIND, self.branches, self.inputs], sort_keys=True).encode()).hexdigest()
 
     @property
-    def thinnings(self) -> tuple[Thinning, ...]:
+    def slices(self) -> tuple[RemovedSlice, ...]:
         """No tensor is sliced."""
         return ()
 
@@ -222,7 +222,7 @@ def _removed(model: nn.Module, example_inputs: ExampleInputs, names: tuple[str, 
 
 
 def _cost(model: nn.Module, recorded: Trace) -> Cost:
-    return count_cost(model, recorded, propagate(recorded), lambda row: row.size)
+    return count_cost(model, recorded, propagate(recorded), lambda axis: axis.size)
 
 
 def _copied(model: nn.Module, whole: Cut, cut: Cut) -> nn.Module:
@@ -303,7 +303,7 @@ def _thinner(steps: Steps, new_paths: Mapping[str, str | None]) -> list[str]:
 def _check_training(cut: Cut, made: Trace, slim: nn.Module, new_paths: Mapping[str, str | None]) -> None:
     """Parameters that only the forward in training mode uses must still be used there."""
     end = len(cut.trace.nodes)
-    trained = {str(n.target) for n in cut.trace.everything[end:] if n.meta["name"] == "parameter"}
+    trained = {str(n.target) for n in cut.trace.all_nodes[end:] if n.meta["name"] == "parameter"}
     lost = {name for new in trained if (name := new_paths[new]) is not None} & made.unreached(slim)
     if lost or (trained and not made.training_outputs):
         raise SurgeryError(f"in training mode {', '.join(sorted(lost)[:3]) or 'the rest'} would no longer be used")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.costs import is_view
+from structprune.coupling.costs import is_view
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments, tensors
 from structprune.ops.op import Scaling

@@ -261,7 +261,7 @@ class Planner:
         if both is None:
             return {}
         own: dict[int, list[str]] = {}
-        for node in both.everything[len(both.nodes) :]:
+        for node in both.all_nodes[len(both.nodes) :]:
             if node.op.startswith("call_"):
                 own.setdefault(node.meta["call"], []).append(node.meta["name"])
         found: dict[str, list[list[str]]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from structprune.costs import Cost
+from structprune.coupling.costs import Cost
 from structprune.errors import LoadError
 from structprune.export.files import require
 from structprune.planning.plan import plans_of

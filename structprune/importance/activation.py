@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import look
 from structprune.importance.reduce import check_reduction, gathered, reduced
-from structprune.importance.seen import Seen, Sums
+from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 
 
@@ -68,7 +68,7 @@ class ActivationCriterion(ABC, Unfitted):
         check_reduction(self.reduce)
 
     @abstractmethod
-    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sums over the samples of a batch, by name; each of shape ``(positions,)``, or with a dimension before it."""
 
     @abstractmethod
@@ -86,7 +86,7 @@ class ActivationCriterion(ABC, Unfitted):
         sums: list[Sums] = [Sums() for _ in sites.taps]
         weights: list[Tensor | None] = [None] * len(sites.taps)
 
-        def visit(seen: Seen, batch: Any) -> None:
+        def visit(seen: Activation, batch: Any) -> None:
             for name, value in self.gather(seen, batch).items():
                 sums[seen.number].add(name, value)
             if self.weighted and weights[seen.number] is None and seen.weight is not None:
@@ -102,7 +102,7 @@ class ActivationCriterion(ABC, Unfitted):
         return SiteScores(sites, scores, self.reduce, self.mean, self.root)
 
 
-def columns(seen: Seen) -> Tensor:
+def columns(seen: Activation) -> Tensor:
     """The weight that sums a tap's channels away as ``(positions, rest)``: what each channel is multiplied with."""
     weight = seen.weight
     assert weight is not None
@@ -141,7 +141,7 @@ class MeanActivation(ActivationCriterion):
 
     reduce: str = "mean"
 
-    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of absolute values, and how many."""
         rows = wide(seen.rows())
         return {"sum": rows.abs().sum(0), "count": counted(rows)}
@@ -164,7 +164,7 @@ class L2Activation(ActivationCriterion):
     reduce: str = "mean"
     root = True
 
-    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
         rows = wide(seen.rows())
         return {"sum": rows.square().sum(0), "count": counted(rows)}
@@ -189,7 +189,7 @@ class APoZ(ActivationCriterion):
     threshold: float = 0.0
     reduce: str = "mean"
 
-    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Number of entries above the threshold, and of all."""
         rows = seen.rows()
         return {"sum": (rows.abs() > self.threshold).sum(0), "count": counted(rows)}
@@ -213,7 +213,7 @@ class HRank(ActivationCriterion):
 
     reduce: str = "mean"
 
-    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of ranks over samples, and the number of matrices."""
         maps = wide(seen.maps())
         while maps.dim() < 4:
@@ -254,7 +254,7 @@ class Wanda(ActivationCriterion):
         if not self.n > 0:
             raise PlanError(f"n is {self.n}; the power must be above 0.")
 
-    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
         rows = wide(seen.rows())
         return {"square": rows.square().sum(0), "count": counted(rows)}
@@ -282,7 +282,7 @@ class FLAP(ActivationCriterion):
     weighted = True
     mean = False
 
-    def gather(self, seen: Seen, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum, sum of squares, and how many."""
         rows = wide(seen.rows())
         return {"sum": rows.sum(0), "square": rows.square().sum(0), "count": counted(rows)}

@@ -8,11 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
+from structprune.distributed import failing_together
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.data import Batches, Forward, Loss
-from structprune.ranks import failing_together
 
 
 @runtime_checkable

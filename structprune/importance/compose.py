@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structprune.channels.solver import Components
-from structprune.costs import node_macs
+from structprune.coupling.costs import node_macs
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
+from structprune.coupling.solve import Components
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.base import Fittable, Importance, check_scores, importance_of
 from structprune.importance.data import Batches
-from structprune.ops.relations import Ids, Row
+from structprune.ops.relations import Axis, Ids
 
 Part = str | Importance
 
@@ -224,9 +224,9 @@ def macs_of_channels(graph: ChannelGraph) -> Tensor:
     total = 0
     known: dict[object, tuple[Ids, Ids]] = {}
     for node in graph.trace.nodes:
-        rows: dict[object, Row] = {}
+        rows: dict[object, Axis] = {}
 
-        def full(row: Row, rows: dict[object, Row] = rows) -> int:
+        def full(row: Axis, rows: dict[object, Axis] = rows) -> int:
             if row.free:
                 rows[row.key] = row
             return row.size
@@ -249,11 +249,11 @@ def macs_of_channels(graph: ChannelGraph) -> Tensor:
     return torch.from_numpy(saved / max(1, total))
 
 
-def _left(row: Row, taken: Mapping[object, int]) -> int:
+def _left(row: Axis, taken: Mapping[object, int]) -> int:
     return row.size - taken.get(row.key, 0) if row.free else row.size
 
 
-def _multiplicity(graph: ChannelGraph, row: Row, known: dict[object, tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
+def _multiplicity(graph: ChannelGraph, row: Axis, known: dict[object, tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
     """The roots in a row, and how many positions each takes."""
     found = known.get(row.key)
     if found is None:

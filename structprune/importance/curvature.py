@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.gradient import EntryScores, Gates, gate_sums, weight_gradients
 from structprune.importance.observe import descend, losses, trained
 from structprune.importance.reduce import check_reduction
-from structprune.importance.seen import Seen, Sums
+from structprune.importance.seen import Activation, Sums
 
 
 def _probe(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
     gates, sums = Gates(graph), Sums()
     shared: list[Tensor] = []
 
-    def place(seen: Seen) -> Tensor:
+    def place(seen: Activation) -> Tensor:
         if not shared:
             kind = torch.promote_types(seen.x.dtype, torch.float32)
             shared.append(torch.ones(gates.count, dtype=kind, device=seen.x.device, requires_grad=True))

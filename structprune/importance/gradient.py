@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, losses, trained
 from structprune.importance.reduce import check_reduction, member_sums, reduced
-from structprune.importance.seen import Seen, Sums
+from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 from structprune.ops.relations import Ids
 
@@ -63,7 +63,7 @@ class _SampleGates:
         self._gates = gates
         self._placed: list[tuple[int, Tensor]] = []
 
-    def place(self, seen: Seen) -> Tensor:
+    def place(self, seen: Activation) -> Tensor:
         """The tapped tensor times a fresh gate."""
         kind = torch.promote_types(seen.x.dtype, torch.float32)
         gate = torch.ones(seen.samples, seen.x.shape[seen.dim], dtype=kind, device=seen.x.device, requires_grad=True)

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.activation import columns
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, look
 from structprune.importance.reduce import check_reduction, padded, reduced
-from structprune.importance.seen import Seen, Sums
+from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 
 _NAMES = {
@@ -33,7 +33,7 @@ _CHUNK = 1 << 22  # entries of patches that are held at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TappedLayer:
+class ObservedLayer:
     """A tapped layer: its weight by channel, and how its features are made.
 
     Attributes:
@@ -51,7 +51,7 @@ class TappedLayer:
     output_dim: int
 
     @staticmethod
-    def of(seen: Seen) -> TappedLayer:
+    def of(seen: Activation) -> ObservedLayer:
         """The layer at a tap.
 
         Raises:
@@ -68,16 +68,16 @@ class TappedLayer:
             groups = int(rest.pop("groups", 1))
             kernel = tuple(weight.shape[2:])
             by_channel = columns(seen).reshape(size, -1, prod(kernel))
-            return TappedLayer(by_channel, groups, rest, kernel, transposed, seen.dim)
+            return ObservedLayer(by_channel, groups, rest, kernel, transposed, seen.dim)
         if weight.dim() != 2 or name in ("bilinear", "python.einsum"):
             raise PlanError(
                 f"The second moments of {seen.where} are not known: it is neither a convolution nor a product with one "
                 "matrix. Name the layer in ignore=, or choose another criterion, such as 'wanda'."
             )
         # A weight on the left of its input gives its outputs in the dimension before the last.
-        return TappedLayer(columns(seen).unsqueeze(2), 1, None, (), False, -1 if seen.dim == -1 else -2)
+        return ObservedLayer(columns(seen).unsqueeze(2), 1, None, (), False, -1 if seen.dim == -1 else -2)
 
-    def moments(self, seen: Seen) -> tuple[Tensor, int]:
+    def moments(self, seen: Activation) -> tuple[Tensor, int]:
         """Sum of outer products of features, shape ``(groups, n, n)``, and how many."""
         total: Tensor | None = None
         count = 0
@@ -88,7 +88,7 @@ class TappedLayer:
         assert total is not None
         return total, count
 
-    def rows(self, seen: Seen, drawn: tuple[int, int] | None = None) -> Iterator[Tensor]:
+    def rows(self, seen: Activation, drawn: tuple[int, int] | None = None) -> Iterator[Tensor]:
         """Features by group and position, shape ``(groups, rows, n)``, in parts.
 
         Args:
@@ -108,7 +108,7 @@ class TappedLayer:
             features = features.double() if features.device.type != "mps" else features
             yield features.reshape(len(features), self.groups, -1).transpose(0, 1)
 
-    def _features(self, seen: Seen, x: Tensor, size: int) -> Tensor:
+    def _features(self, seen: Activation, x: Tensor, size: int) -> Tensor:
         """Shape ``(rows, positions * kernel)``."""
         if self.call is None:
             return x.movedim(seen.dim, -1).reshape(-1, size)
@@ -139,7 +139,7 @@ class _QuadraticScores:
     """For each channel ``trace(G W_S M W_S^T)`` over the columns S that it takes along."""
 
     sites: Sites
-    layers: list[TappedLayer]
+    layers: list[ObservedLayer]
     inputs: list[Tensor]
     outputs: list[Tensor] | None
     inverse: bool
@@ -243,16 +243,16 @@ class _Moments:
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
         self.sums = Sums()
-        self._layers: dict[int, TappedLayer] = {}
+        self._layers: dict[int, ObservedLayer] = {}
 
-    def layer(self, seen: Seen) -> TappedLayer:
+    def layer(self, seen: Activation) -> ObservedLayer:
         """The layer at a tap."""
         known = self._layers.get(seen.number)
         if known is None:
-            known = self._layers[seen.number] = TappedLayer.of(seen)
+            known = self._layers[seen.number] = ObservedLayer.of(seen)
         return known
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: Activation) -> None:
         """Count in what comes into a layer."""
         with torch.no_grad():
             found, count = self.layer(seen).moments(seen)
@@ -260,7 +260,7 @@ class _Moments:
         self.sums.add(("count", seen.number), torch.tensor(float(count)))
         self.sums.add(("samples", seen.number), torch.tensor(float(seen.samples)))
 
-    def layers(self) -> list[TappedLayer]:
+    def layers(self) -> list[ObservedLayer]:
         """The layers of all taps."""
         return [self._layers[number] for number in range(len(self.sites.taps))]
 
@@ -273,7 +273,7 @@ class _Moments:
 class KFAC(Unfitted):
     """A layer's curvature as a Kronecker product: second moments of inputs x second moments of output gradients.
 
-    Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015; Grosse and
+    Martens and Grosse, Optimizing Neural Networks with Kronecker-factored axis Approximate Curvature, 2015; Grosse and
     Martens, 2016, for convolutions (A sums over positions, G is their mean); used for channels by Wang et al.,
     EigenDamage, 2019. The loss changes by ``1/2 trace(G W_S A[S, S] W_S^T)`` (C-OBD), or with the
     remaining weights making up for it ``1/2 trace(G W_S ((A^-1)[S, S])^-1 W_S^T)`` (C-OBS). The paper takes a filter's
@@ -306,7 +306,7 @@ class KFAC(Unfitted):
         moments = _Moments(sites)
         shifts: list[tuple[int, int, Tensor]] = []
 
-        def shifted(seen: Seen, y: Tensor) -> Tensor:
+        def shifted(seen: Activation, y: Tensor) -> Tensor:
             shift = torch.zeros_like(y, requires_grad=True)
             shifts.append((seen.number, moments.layer(seen).output_dim, shift))
             return y + shift

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
 from structprune.importance.data import Batches, samples_of
-from structprune.importance.seen import Seen
-from structprune.importance.sites import Tap
+from structprune.importance.seen import Activation
+from structprune.importance.sites import Site
 from structprune.tracing.calls import tensors_taken
 from structprune.tracing.replay import FoundCall, Replay
 from structprune.tracing.state import lent
 from structprune.tracing.trace import Trace, map_tensors, preserved_random_state, tensors_in
 
-Visit = Callable[[Seen], Tensor | None]
-VisitResult = Callable[[Seen, Tensor], Tensor]
+Visit = Callable[[Activation], Tensor | None]
+VisitResult = Callable[[Activation, Tensor], Tensor]
 
 
 class Watch:
@@ -35,10 +35,10 @@ class Watch:
     """
 
     def __init__(
-        self, trace: Trace, taps: Iterable[Tap], visit: Visit, visit_result: VisitResult | None = None
+        self, trace: Trace, taps: Iterable[Site], visit: Visit, visit_result: VisitResult | None = None
     ) -> None:
         self._visit, self._visit_result = visit, visit_result
-        wanted: dict[int, list[tuple[int, Tap]]] = {}
+        wanted: dict[int, list[tuple[int, Site]]] = {}
         for number, tap in enumerate(taps):
             wanted.setdefault(tap.operation, []).append((number, tap))
         hooks = {operation: partial(self._operation, found) for operation, found in wanted.items()}
@@ -57,9 +57,9 @@ class Watch:
     def _begin(self, *inputs: Any) -> None:
         self.samples = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()), 1)
 
-    def _operation(self, wanted: list[tuple[int, Tap]], operation: FoundCall) -> Any:
+    def _operation(self, wanted: list[tuple[int, Site]], operation: FoundCall) -> Any:
         tensors = list(tensors_taken([operation.args, operation.kwargs]))
-        seen: list[Seen] = []
+        seen: list[Activation] = []
         for number, tap in wanted:
             if tap.operand >= 0:
                 seen.append(self._seen(number, tap, tensors[tap.operand], tensors, operation))
@@ -77,7 +77,7 @@ class Watch:
                 result = self._visit_result(one, result)
         return result
 
-    def _on_result(self, number: int, tap: Tap, result: Any, tensors: list[Tensor], operation: FoundCall) -> Any:
+    def _on_result(self, number: int, tap: Site, result: Any, tensors: list[Tensor], operation: FoundCall) -> Any:
         several = isinstance(result, (tuple, list))
         x = result[tap.part] if several else result
         changed = self._visit(self._seen(number, tap, x, tensors, operation))
@@ -89,14 +89,14 @@ class Watch:
         items[tap.part] = changed
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
-    def _seen(self, number: int, tap: Tap, x: Tensor, tensors: list[Tensor], operation: FoundCall) -> Seen:
+    def _seen(self, number: int, tap: Site, x: Tensor, tensors: list[Tensor], operation: FoundCall) -> Activation:
         if x.dim() < -tap.dim or x.shape[tap.dim] != tap.size:
             raise PlanError(
                 f"On the data a tensor of {tap.where} has the shape {list(x.shape)}, where dimension {tap.dim} should "
                 f"have {tap.size} channels as on the example inputs."
             )
         weight = tensors[tap.weight].detach() if tap.weight >= 0 else None
-        return Seen(number, x, tap.dim, weight, tap.weight_dim, self.samples, operation, tap.where)
+        return Activation(number, x, tap.dim, weight, tap.weight_dim, self.samples, operation, tap.where)
 
 
 def _replaced(value: Any, operand: int, new: Tensor) -> Any:
@@ -140,7 +140,7 @@ def borrowed(model: nn.Module, *, gradients: bool = False) -> Generator[None]:
         yield
 
 
-def look(graph: ChannelGraph, batches: Batches, taps: Iterable[Tap], visit: Callable[[Seen, Any], None]) -> None:
+def look(graph: ChannelGraph, batches: Batches, taps: Iterable[Site], visit: Callable[[Activation, Any], None]) -> None:
     """One pass over the data without gradients; `visit` is called with each tapped tensor and its batch.
 
     Raises:
@@ -186,7 +186,7 @@ def losses(
 def descend(
     graph: ChannelGraph,
     batches: Batches,
-    taps: Iterable[Tap],
+    taps: Iterable[Site],
     visit: Visit,
     visit_result: VisitResult | None,
     after: Callable[[Tensor, int], None],

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from structprune.coupling.groups import Group, Member
 from structprune.errors import PlanError
-from structprune.groups import Group, Member
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first")
 

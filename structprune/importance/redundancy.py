@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.groups import Group
 from structprune.importance.base import criterion
 from structprune.importance.reduce import floating, indices, padded
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from structprune.distributed import all_summed
 from structprune.errors import PlanError
-from structprune.ranks import all_summed
 from structprune.tracing.replay import FoundCall
 
 
@@ -54,7 +54,7 @@ class Sums:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Activation:
     """A tapped tensor in a real run.
 
     Attributes:

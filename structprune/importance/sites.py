@@ -17,18 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.ops import op_of
 from structprune.ops.arguments import tensors
 from structprune.ops.op import Pair
-from structprune.ops.relations import Ids, Row
+from structprune.ops.relations import Axis, Ids
 from structprune.tracing.trace import describe, part_of
 
 
 @dataclass(frozen=True, slots=True)
-class Tap:
+class Site:
     """A dimension of a tensor in the forward.
 
     Attributes:
@@ -55,7 +55,7 @@ class Tap:
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class SiteChannels:
     """What a group sees of a tap: position ``positions[i]`` of it belongs to channel ``channels[i]`` of the group."""
 
     tap: int
@@ -96,10 +96,10 @@ def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozen
             if source.meta["name"] != "parameter":
                 computed |= {str(n.target) for n in _ancestors(source) if n.meta["name"] == "parameter"}
                 continue
-            row = graph.channels.rows[weight.meta["index"]][c.weight_dim]
-            rows = graph.channels.rows[source.meta["index"]]
+            axis = graph.channels.axes[weight.meta["index"]][c.weight_dim]
+            axes = graph.channels.axes[source.meta["index"]]
             found |= {
-                (str(source.target), dim) for dim, r in enumerate(rows) if r.free and row.free and r.key == row.key
+                (str(source.target), dim) for dim, r in enumerate(axes) if r.free and axis.free and r.key == axis.key
             }
     return frozenset(found), frozenset(computed)
 
@@ -130,7 +130,7 @@ class Sites:
         self._seen: set[tuple[int, int]] = set()
         self._each_edge = each_edge
         self._entries: list[tuple[Ids, Ids]] = []
-        self.taps: list[Tap] = []
+        self.taps: list[Site] = []
         held = _held(graph)
         found = [(node, c) for node in graph.trace.nodes for c in _pairs(node)]
         for node, c in found:
@@ -148,25 +148,25 @@ class Sites:
 
     # -- finding -------------------------------------------------------------------------------------------------
 
-    def _row(self, node: fx.Node, operand: int, dim: int) -> tuple[fx.Node, Row, int] | None:
-        """The tensor, the row of its dimension and that dimension from the end; None if there is none that may go."""
+    def _row(self, node: fx.Node, operand: int, dim: int) -> tuple[fx.Node, Axis, int] | None:
+        """The tensor, the axis of its dimension and that dimension from the end; None if there is none that may go."""
         side = self._side(node, operand)
         if side is None:
             return None
-        rows = self._graph.channels.rows[side.meta["index"]]
-        if not -len(rows) <= dim < len(rows) or not rows[dim].free:
+        axes = self._graph.channels.axes[side.meta["index"]]
+        if not -len(axes) <= dim < len(axes) or not axes[dim].free:
             return None
-        return side, rows[dim], dim if dim < 0 else dim - len(rows)
+        return side, axes[dim], dim if dim < 0 else dim - len(axes)
 
-    def _members(self, row: Row, against: Row | None) -> tuple[Ids, Ids]:
-        """Positions of `row` and prunable roots there, those only that `against` has too."""
-        key = (row.key, against.key if against is not None and against.free else None)
+    def _members(self, axis: Axis, against: Axis | None) -> tuple[Ids, Ids]:
+        """Positions of `axis` and prunable roots there, those only that `against` has too."""
+        key = (axis.key, against.key if against is not None and against.free else None)
         known = self._rows.get(key)
         if known is None:
             components = self._graph.components
-            positions, roots = self._graph.roots.of(components.of(row))
+            positions, roots = self._graph.roots.of(components.of(axis))
             keep = components.roots[roots]
-            if against is not None and against is not row:
+            if against is not None and against is not axis:
                 ends = np.zeros(components.count, dtype=bool)
                 if against.free:
                     ends[self._graph.roots.of(components.of(against))[1]] = True
@@ -179,8 +179,8 @@ class Sites:
         other = self._row(node, c.weight, c.weight_dim)
         if found is None or other is None:
             return
-        side, row, dim = found
-        positions, roots = self._members(row, other[1])
+        side, axis, dim = found
+        positions, roots = self._members(axis, other[1])
         if _is_transposed(node):
             positions, roots = self._not_handed_on(node, c, positions, roots)
         if uncovered:
@@ -191,14 +191,14 @@ class Sites:
         if not self._each_edge and place in self._seen:
             return
         self._seen.add(place)
-        self._add(node, c.operand, 0, dim, row.size, side, positions, roots, c.weight, other[2])
+        self._add(node, c.operand, 0, dim, axis.size, side, positions, roots, c.weight, other[2])
 
     def _not_handed_on(self, node: fx.Node, c: Pair, positions: Ids, roots: Ids) -> tuple[Ids, Ids]:
         """Without the groups of a transposed convolution: its weight has them on the side that is summed away."""
-        out = self._graph.channels.rows[node.meta["index"]][c.dim]
+        out = self._graph.channels.axes[node.meta["index"]][c.dim]
         weight = self._side(node, c.weight)
         assert weight is not None
-        if not out.free or self._graph.channels.rows[weight.meta["index"]][1].size == out.size:
+        if not out.free or self._graph.channels.axes[weight.meta["index"]][1].size == out.size:
             return positions, roots
         keep = ~np.isin(roots, self._graph.roots.of(self._graph.components.of(out))[1])
         return positions[keep], roots[keep]
@@ -209,7 +209,7 @@ class Sites:
     ) -> None:  # fmt: skip
         where = describe(node, self._graph.trace)
         number, at = node.meta["index"], side.meta["index"]
-        self.taps.append(Tap(number, operand, part, dim, size, weight, weight_dim, at, where))
+        self.taps.append(Site(number, operand, part, dim, size, weight, weight_dim, at, where))
         self._entries.append((positions, roots))
 
     def _cover(self) -> None:
@@ -241,13 +241,13 @@ class Sites:
                 self._result(node)
 
     def _result(self, node: fx.Node) -> None:
-        rows = self._graph.channels.rows[node.meta["index"]]
+        axes = self._graph.channels.axes[node.meta["index"]]
         made, part = part_of(node) if node.meta["name"] == "part" else (node, 0)
-        for dim, row in enumerate(rows):
-            if row.free:
-                positions, roots = self._only_uncovered(*self._members(row, None))
+        for dim, axis in enumerate(axes):
+            if axis.free:
+                positions, roots = self._only_uncovered(*self._members(axis, None))
                 if len(roots):
-                    self._add(made, -1, part, dim - len(rows), row.size, node, positions, roots)
+                    self._add(made, -1, part, dim - len(axes), axis.size, node, positions, roots)
                     self._covered[roots] = True
 
     # -- looking up ----------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ class Sites:
         first = np.searchsorted(self._root, group.components, side="left")
         return bool((first < np.searchsorted(self._root, group.components, side="right")).any())
 
-    def of(self, group: Group) -> list[Reach]:
+    def of(self, group: Group) -> list[SiteChannels]:
         """What the group sees of each tap that it reaches, in the order of the model.
 
         Raises:
@@ -287,7 +287,7 @@ class Sites:
         numbers, starts = np.unique(taps[order], return_index=True)
         pieces = np.split(order, starts[1:])
         return [
-            Reach(int(number), self._position[entries[piece]], channels[piece])
+            SiteChannels(int(number), self._position[entries[piece]], channels[piece])
             for number, piece in zip(numbers, pieces, strict=True)
         ]
 

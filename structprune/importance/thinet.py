@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
-from structprune.importance.layer_curvature import TappedLayer
+from structprune.importance.layer_curvature import ObservedLayer
 from structprune.importance.observe import look
-from structprune.importance.seen import Seen, Sums
+from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 
 # Share of the channels left that may go in one step, where it comes to more than one.
@@ -66,12 +66,12 @@ class ThiNet(Unfitted):
         """
         batches = require_data(batches, self)
         sites = Sites(graph, each_edge=True, weighted=True)
-        layers: dict[int, TappedLayer] = {}
+        layers: dict[int, ObservedLayer] = {}
         sums = Sums()
 
-        def visit(seen: Seen, _: object) -> None:
+        def visit(seen: Activation, _: object) -> None:
             if seen.number not in layers:
-                layers[seen.number] = TappedLayer.of(seen)
+                layers[seen.number] = ObservedLayer.of(seen)
             for rows in layers[seen.number].rows(seen, self._drawn(seen)):
                 # With a one behind the features, the same product holds their sums and their number.
                 wide = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
@@ -81,10 +81,10 @@ class ThiNet(Unfitted):
         sums.reduce()
         return _Eliminated(sites, [self._products(layers[n], sums[n]) for n in range(len(sites.taps))])
 
-    def _drawn(self, seen: Seen) -> tuple[int, int] | None:
+    def _drawn(self, seen: Activation) -> tuple[int, int] | None:
         return None if self.positions is None else (self.positions, self.seed + seen.number)
 
-    def _products(self, layer: TappedLayer, sums: Tensor) -> Tensor:
+    def _products(self, layer: ObservedLayer, sums: Tensor) -> Tensor:
         """``E <z_p, z_q>`` for each two positions of a tap, summed over the layer's outputs."""
         moments = sums / sums[:, -1:, -1:]
         mean, moments = moments[:, :-1, -1], moments[:, :-1, :-1]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches
 from structprune.importance.reduce import check_reduction, floating, member_sums, reduced

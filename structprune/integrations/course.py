@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from structprune.costs import cost
+from structprune.coupling.costs import cost
 from structprune.errors import PlanError
 from structprune.optimizers import remap_optimizer
 from structprune.planning.options import PlanKeywords

@@ -10,13 +10,13 @@ from math import prod
 import numpy as np
 from torch import fx
 
-from structprune.channels.propagate import Channels
-from structprune.costs import is_view
+from structprune.coupling.costs import is_view
+from structprune.coupling.propagate import Channels
 from structprune.errors import PlanError
 from structprune.latency.specs import Count, Grouped, Use
 from structprune.latency.table import LatencyTable
 from structprune.latency.widths import Widths
-from structprune.ops.relations import Row
+from structprune.ops.relations import Axis
 from structprune.tracing.trace import Trace
 
 COARSER = 0.25
@@ -28,7 +28,7 @@ class Moved:
     """Bytes that elementwise operations, norms, pooling and the like read and write: a number times sizes of rows."""
 
     bytes: float
-    rows: tuple[Row, ...]
+    rows: tuple[Axis, ...]
 
     def __call__(self, count: Count) -> float:
         """How many bytes when `count` gives the living channels."""
@@ -47,7 +47,7 @@ def moved(recorded: Trace, channels: Channels, others: Iterable[fx.Node] = ()) -
             shape = tensor.meta.get("shape")
             if not isinstance(shape, tuple):
                 continue  # several results at once: each is counted where it is used
-            rows = channels.rows[tensor.meta["index"]]
+            rows = channels.axes[tensor.meta["index"]]
             free = tuple(row for row in rows if row.free)
             key = tuple(row.key for row in free)
             fixed = prod(row.size for row in rows if not row.free) * tensor.meta["dtype"].itemsize

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from structprune.channels.propagate import Channels
+from structprune.coupling.propagate import Channels
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments, tensors
 from structprune.ops.op import Contraction
-from structprune.ops.relations import Row
+from structprune.ops.relations import Axis
 from structprune.tracing.provenance import plain
 from structprune.tracing.trace import Trace
 
-Count = Callable[[Row], int]
-Rows = tuple[Row, ...]
+Count = Callable[[Axis], int]
+Axes = tuple[Axis, ...]
 # A table has two axes at most; what else changes counts in proportion.
 MOST_AXES = 2
 
@@ -91,7 +91,7 @@ class Use:
 
     node: fx.Node
     spec: OpSpec
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, Axes]
 
     def sizes(self, count: Count) -> dict[str, int]:
         """Lengths of its dimensions when `count` gives the living channels of each row."""
@@ -117,7 +117,7 @@ class Grouped(Use):
     """
 
     side: str
-    each: Row
+    each: Axis
 
     def sizes(self, count: Count) -> dict[str, int]:
         """As of any use; there are as many groups as a group's channels go into those of that side."""
@@ -138,11 +138,11 @@ def _kind(node: fx.Node) -> str:
     return "" if known is None or known.contraction is None else known.contraction.kind
 
 
-def _rows(channels: Channels, node: fx.Node) -> Rows:
-    return channels.rows[node.meta["index"]]
+def _rows(channels: Channels, node: fx.Node) -> Axes:
+    return channels.axes[node.meta["index"]]
 
 
-def _lengths(rows: Rows) -> int:
+def _lengths(rows: Axes) -> int:
     return prod(row.size for row in rows)
 
 
@@ -154,7 +154,7 @@ def _tuple(value: Any, dims: int) -> Any:
     return tuple(items * dims if len(items) == 1 else items)
 
 
-def _use(kind: str, rows: Mapping[str, Rows], wanted: tuple[str, ...], node: fx.Node, **more: Any) -> Use:
+def _use(kind: str, rows: Mapping[str, Axes], wanted: tuple[str, ...], node: fx.Node, **more: Any) -> Use:
     """A use whose axes are the first of `wanted` that channels can leave."""
     free = {name: held for name, held in rows.items() if any(row.free for row in held)}
     axes = tuple(name for name in wanted if name in free)[:MOST_AXES]
@@ -177,7 +177,7 @@ def _convolution(node: fx.Node, channels: Channels) -> Use:
         options["output_padding"] = _tuple(given["output_padding"], dims)
     inputs, outputs = x[-dims - 1], out[-dims - 1]
     groups = int(plain(given["groups"]))
-    rows: dict[str, Rows] = {"n": x[:1] if len(x) == dims + 2 else (), "in": (inputs,), "out": (outputs,)}
+    rows: dict[str, Axes] = {"n": x[:1] if len(x) == dims + 2 else (), "in": (inputs,), "out": (outputs,)}
     sizes = {"groups": groups, "in": inputs.size // groups, "out": outputs.size // groups}
     sizes |= {f"x{i}": row.size for i, row in enumerate(x[-dims:])}
     sizes |= {f"k{i}": row.size for i, row in enumerate(weight[2:])}
@@ -198,7 +198,7 @@ def _product(node: fx.Node, channels: Channels) -> Use | None:
         return None
     weight = right.meta["name"] == "parameter" or node.meta["name"] in ("linear", "addmm", "mm")
     if weight:
-        rows: dict[str, Rows] = {"rows": x[:-1], "in": x[-1:], "out": out[-1:]}
+        rows: dict[str, Axes] = {"rows": x[:-1], "in": x[-1:], "out": out[-1:]}
     else:
         rows = {"batch": out[:-2], "rows": out[-2:-1], "in": x[-1:], "out": out[-1:]}
     return _use("matmul", rows, ("out", "in", "batch", "rows"), node, weight=weight)
@@ -206,7 +206,7 @@ def _product(node: fx.Node, channels: Channels) -> Use | None:
 
 def _attention(node: fx.Node, channels: Channels) -> Use:
     query, key, value = (_rows(channels, n) for n in tensors(node)[:3])
-    rows: dict[str, Rows] = {
+    rows: dict[str, Axes] = {
         "batch": query[:1] if len(query) > 3 else (),
         "heads": query[1:-2] if len(query) > 3 else query[:-2],
         "query": query[-2:-1],

@@ -6,20 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
-from structprune.ops.relations import Row
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
+from structprune.ops.relations import Axis
 
 # So many channels of a row live while channels of these groups (by number) live.
 Term = tuple[int, tuple[int, ...]]
 
 
 class Widths:
-    """Rows as sums of products of the shares that groups keep.
+    """Axes as sums of products of the shares that groups keep.
 
     A row of a residual stream follows one group, one behind a concatenation several side by side; of a grid (heads x
     head size) it follows the product of both. Which channels go is not asked, so a row of a grid that loses channels
-    unevenly is told only nearly; `structprune.graph.ChannelGraph.counter` is exact.
+    unevenly is told only nearly; `structprune.coupling.graph.ChannelGraph.counter` is exact.
 
     Args:
         graph: the coupled channels.
@@ -35,14 +35,14 @@ class Widths:
         self._mark = np.append(np.random.default_rng(0).integers(1, 2**62, len(groups)), 0)
         self._terms: dict[object, tuple[Term, ...]] = {}
 
-    def terms(self, row: Row) -> tuple[Term, ...]:
+    def terms(self, row: Axis) -> tuple[Term, ...]:
         """The terms of a row."""
         found = self._terms.get(row.key) if row.free else ((row.size, ()),)
         if found is None:
             found = self._terms[row.key] = self._read(row)
         return found
 
-    def _read(self, row: Row) -> tuple[Term, ...]:
+    def _read(self, row: Axis) -> tuple[Term, ...]:
         positions, roots = self._graph.roots.of(self._graph.components.of(row))
         numbers = self._number[roots]
         sign = np.zeros(row.size, dtype=np.int64)
@@ -54,7 +54,7 @@ class Widths:
             terms.append((count, tuple(sorted(set(mine[mine >= 0].tolist())))))
         return tuple(terms)
 
-    def groups_of(self, rows: Iterable[Row]) -> frozenset[int]:
+    def groups_of(self, rows: Iterable[Axis]) -> frozenset[int]:
         """The groups (by number) that rows follow."""
         return frozenset(g for row in rows for _, groups in self.terms(row) for g in groups)
 
@@ -70,7 +70,7 @@ class Shares:
         self._widths = widths
         self._share = share
 
-    def __call__(self, row: Row) -> int:
+    def __call__(self, row: Axis) -> int:
         """How many channels of `row` live."""
         if not row.free:
             return row.size

@@ -126,15 +126,15 @@ def compaction(model: nn.Module, example_inputs: ExampleInputs) -> Compaction:
     slim = permanent(unwrapped(model))
     with collection_paused():
         graph, found, constants = _settled(slim, example_inputs)
-        for fold in found.folds:
-            if fold.tensor is None:
-                _give_bias(slim, fold)
-        if any(fold.tensor is None for fold in found.folds):
+        for compensation in found.compensations:
+            if compensation.tensor is None:
+                _give_bias(slim, compensation)
+        if any(compensation.tensor is None for compensation in found.compensations):
             graph, found, constants = _settled(slim, example_inputs)
         layers = _reports(graph, found, constants)
         if len(found.chosen):
             plan = plan_removal(graph, found.chosen, Settings(asked={"compact": True}))
-            _add(slim, found.folds)
+            _add(slim, found.compensations)
             plan.apply(slim, inplace=True)
         else:
             plan = None
@@ -162,40 +162,40 @@ def permanent(model: nn.Module) -> nn.Module:
     return remove(result)
 
 
-def _give_bias(model: nn.Module, fold: Fold) -> None:
-    module = model.get_submodule(fold.layer)
+def _give_bias(model: nn.Module, compensation: Fold) -> None:
+    module = model.get_submodule(compensation.layer)
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    bias = torch.zeros(len(fold.amount), dtype=weight.dtype, device=weight.device)
+    bias = torch.zeros(len(compensation.amount), dtype=weight.dtype, device=weight.device)
     module.register_parameter("bias", nn.Parameter(bias, requires_grad=weight.requires_grad))
 
 
-def _add(model: nn.Module, folds: list[Fold]) -> None:
+def _add(model: nn.Module, compensations: list[Fold]) -> None:
     held = held_tensors(model)
     with torch.no_grad():
-        for fold in folds:
-            assert fold.tensor is not None
-            tensor = held[fold.tensor].tensor
-            tensor.copy_((tensor.double().cpu() + fold.amount).to(tensor.dtype))
+        for compensation in compensations:
+            assert compensation.tensor is not None
+            tensor = held[compensation.tensor].tensor
+            tensor.copy_((tensor.double().cpu() + compensation.amount).to(tensor.dtype))
 
 
 def _reports(graph: DependencyGraph, found: Liveness, constants: Constants) -> tuple[LayerReport, ...]:
-    folded = {fold.layer: fold.channels for fold in found.folds}
+    folded = {compensation.layer: compensation.channels for compensation in found.compensations}
     reports: dict[str, LayerReport] = {}
     for node, layer in constants.layers.items():
-        row = constants.rows(node)[layer.result_dim]
+        axis = constants.axes(node)[layer.result_dim]
         path = str(layer.weight.target).rpartition(".")[0] or str(layer.weight.target)
-        if not row.free or path in reports:
+        if not axis.free or path in reports:
             continue
-        known = constants.of(node).known.movedim(layer.result_dim, 0).flatten(1).all(1).expand(row.size).numpy()
-        gone = found.off(row)
-        parts = graph.components.of(row)
+        known = constants.of(node).known.movedim(layer.result_dim, 0).flatten(1).all(1).expand(axis.size).numpy()
+        gone = found.off(axis)
+        parts = graph.components.of(axis)
         stays: dict[str, list[int]] = {}
         for index in np.flatnonzero(known & ~gone).tolist():
             stays.setdefault(_why(graph, found, int(parts[index])), []).append(index)
         reports[path] = LayerReport(
             path,
-            row.size,
+            axis.size,
             tuple(np.flatnonzero(known).tolist()),
             tuple(np.flatnonzero(gone).tolist()),
             folded.get(path, 0),

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.graph import ChannelGraph
+from structprune.coupling.graph import ChannelGraph
 from structprune.masks.layer_calls import Layer, layer, runs
 from structprune.masks.probing import may_move, moved_states, passed_state, passes
 from structprune.masks.states import FAILURES, State, call, collapse, collapsed, unknown
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments, tensors
-from structprune.ops.relations import Row, Rows
+from structprune.ops.relations import Axes, Axis
 from structprune.ops.zeros import gives_zero
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import part_of
@@ -52,26 +52,26 @@ class Constants:
         """What is known of a tensor."""
         return self._states[node]
 
-    def rows(self, node: fx.Node) -> Rows:
+    def axes(self, node: fx.Node) -> Axes:
         """The axes of a tensor."""
         return self._results(node)
 
     def _results(self, node: fx.Node) -> Any:
         """The axes of an operation's result; a list of them for several results."""
-        return self._graph.channels.rows[node.meta["index"]]
+        return self._graph.channels.axes[node.meta["index"]]
 
     def weight(self, node: fx.Node) -> Tensor:
         """A parameter in float64."""
         return self._tensors[str(node.target)].detach().double().cpu()
 
     def _nothing(self, node: fx.Node) -> Any:
-        rows = self._results(node)
-        if isinstance(rows, list):
-            return [unknown(part or ()) for part in rows]
-        return unknown(rows)
+        axes = self._results(node)
+        if isinstance(axes, list):
+            return [unknown(part or ()) for part in axes]
+        return unknown(axes)
 
     def _state(self, node: fx.Node) -> Any:
-        rows = self._results(node)
+        axes = self._results(node)
         name = node.meta["name"]
         if name == "part":
             parent, position = part_of(node)
@@ -79,20 +79,20 @@ class Constants:
         dtype = node.meta.get("dtype")
         if name == "parameter":
             if dtype is None or not dtype.is_floating_point:
-                return unknown(rows)
+                return unknown(axes)
             value = self.weight(node)
-            return collapse(value, torch.ones_like(value, dtype=torch.bool), rows)
+            return collapse(value, torch.ones_like(value, dtype=torch.bool), axes)
         known = op_of(name)
         if known is None or not node.op.startswith("call_") or not self._foreseen(node):
             return self._nothing(node)
         if (known.random and not _at_rest(node)) or known.creates:
             return self._nothing(node)
-        if isinstance(rows, list):
-            found = moved_states(node, self._states, rows) if may_move(node) else None
+        if isinstance(axes, list):
+            found = moved_states(node, self._states, axes) if may_move(node) else None
             if found is not None:
                 self.apart.add(node)
             return found or self._nothing(node)
-        found = self._single(node, rows)
+        found = self._single(node, axes)
         return self._nothing(node) if found is None else found
 
     def _foreseen(self, node: fx.Node) -> bool:
@@ -104,33 +104,33 @@ class Constants:
             and all(isinstance(self._states.get(source), State) for source in given)
         )
 
-    def _single(self, node: fx.Node, rows: Rows) -> State | None:
+    def _single(self, node: fx.Node, axes: Axes) -> State | None:
         known = op_of(node.meta["name"])
         assert known is not None
         if known.norm is not None:
-            return self._batch_norm(node, rows) if known.norm.statistics and known.elementwise else None
+            return self._batch_norm(node, axes) if known.norm.statistics and known.elementwise else None
         if known.contraction is not None:
-            return self._layer(node, rows)
+            return self._layer(node, axes)
         if may_move(node):
-            found = moved_states(node, self._states, [rows])
+            found = moved_states(node, self._states, [axes])
             if found is not None:
                 self.apart.add(node)
                 return found[0]
         if known.elementwise:
             self.apart.add(node)
-            return self._elementwise(node, rows)
+            return self._elementwise(node, axes)
         sources = set(tensors(node))
         if known.own and len(sources) == 1 and not self._over_survivors(node):
             (source,) = sources
-            if passes(node, self.rows(source), rows) is not None:
+            if passes(node, self.axes(source), axes) is not None:
                 self.apart.add(node)
-                return passed_state(self.of(source), self.rows(source), rows)
+                return passed_state(self.of(source), self.axes(source), axes)
         return None
 
     def _over_survivors(self, node: fx.Node) -> bool:
         return any(s.node == node.meta["index"] for s in self._graph.channels.relations.survivors)
 
-    def _batch_norm(self, node: fx.Node, rows: Rows) -> State | None:
+    def _batch_norm(self, node: fx.Node, axes: Axes) -> State | None:
         """``(x - mean) / sqrt(var + eps) * scale + shift``; where the scale is zero, `x` does not matter."""
         given = arguments(node)
         parts = {name: given.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
@@ -141,18 +141,18 @@ class Constants:
         self.apart.add(node)
         state = self.of(x)
         values: dict[fx.Node, Tensor] = {p: self.weight(p) for p in parts.values() if p is not None}
-        if state.value.shape[1] != rows[1].size:
+        if state.value.shape[1] != axes[1].size:
             return None
         value = call(node, {x: state.value, **values})
         known = state.known
         if parts["weight"] is not None:
-            shape = [-1 if dim == 1 else 1 for dim in range(len(rows))]
+            shape = [-1 if dim == 1 else 1 for dim in range(len(axes))]
             known = known | (values[parts["weight"]] == 0).view(shape)
         return State(torch.where(known, value, 0.0), known)
 
-    def _layer(self, node: fx.Node, rows: Rows) -> State | None:
+    def _layer(self, node: fx.Node, axes: Axes) -> State | None:
         """A result is constant where all that its weights read is."""
-        found = layer(node, self.rows)
+        found = layer(node, self.axes)
         if found is None:
             return None
         weight = self.weight(found.weight)
@@ -169,23 +169,23 @@ class Constants:
             added = added + self.weight(found.bias).view(
                 [-1 if d == found.result_dim % reached.dim() else 1 for d in range(reached.dim())]
             )
-        shape = collapsed(rows)
-        if not rows[found.result_dim].free:  # constants are told channel by channel
+        shape = collapsed(axes)
+        if not axes[found.result_dim].free:  # constants are told channel by channel
             return None
         return State(torch.where(known, added, 0.0).expand(shape), known.expand(shape))
 
-    def _elementwise(self, node: fx.Node, rows: Rows) -> State | None:
+    def _elementwise(self, node: fx.Node, axes: Axes) -> State | None:
         sources = tensors(node)
         dtype = node.meta.get("dtype")
-        if dtype is None or not dtype.is_floating_point or len(rows) != len(node.meta["shape"]):
+        if dtype is None or not dtype.is_floating_point or len(axes) != len(node.meta["shape"]):
             return None
         if any(not source.meta["dtype"].is_floating_point for source in sources):
             return None
-        shape = collapsed(rows)
+        shape = collapsed(axes)
         known: list[Tensor] = []
         zero: list[Tensor] = []
         for source in sources:
-            place = self._aligned(source, rows)
+            place = self._aligned(source, axes)
             if place is None:
                 return None
             known.append(self.of(source).known.view(place).expand(shape))
@@ -206,23 +206,23 @@ class Constants:
         constant = constant & value.isfinite()
         return State(torch.where(constant, value, 0.0), constant)
 
-    def _aligned(self, source: fx.Node, rows: Rows) -> list[int] | None:
+    def _aligned(self, source: fx.Node, axes: Axes) -> list[int] | None:
         """The shape by which the state of an argument is broadcast to the result; None if that cannot be told.
 
         A scale for each channel, (8,), of ``prelu`` stands at dimension 1 of a result (2, 8, 5, 5): (1, 8, 1, 1).
         """
-        mine = self.rows(source)
-        if len(mine) <= len(rows) and all(
-            self._alike(a, b) for a, b in zip(mine, rows[len(rows) - len(mine) :], strict=True)
+        mine = self.axes(source)
+        if len(mine) <= len(axes) and all(
+            self._alike(a, b) for a, b in zip(mine, axes[len(axes) - len(mine) :], strict=True)
         ):
-            return [1] * (len(rows) - len(mine)) + collapsed(mine)
+            return [1] * (len(axes) - len(mine)) + collapsed(mine)
         if len(mine) == 1 and mine[0].free:
-            places = [dim for dim, row in enumerate(rows) if row.free and self._alike(mine[0], row)]
+            places = [dim for dim, axis in enumerate(axes) if axis.free and self._alike(mine[0], axis)]
             if len(places) == 1:
-                return [mine[0].size if dim == places[0] else 1 for dim in range(len(rows))]
+                return [mine[0].size if dim == places[0] else 1 for dim in range(len(axes))]
         return None
 
-    def _alike(self, mine: Row, result: Row) -> bool:
+    def _alike(self, mine: Axis, result: Axis) -> bool:
         if not mine.free:
             return True
         parts = self._graph.components

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.channels.solver import Mask
-from structprune.graph import ChannelGraph
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.solve import Mask
 from structprune.masks.layer_calls import Layer
 from structprune.masks.states import State
 from structprune.ops.arguments import arguments
@@ -59,7 +59,7 @@ class Places:
             return f"it is a constant, and {where} has no bias that could take it"
         return None
 
-    def fold(self, layer: Layer, weight: Tensor, constants: Tensor, living: Tensor) -> Fold | None:
+    def compensation(self, layer: Layer, weight: Tensor, constants: Tensor, living: Tensor) -> Fold | None:
         """The constants of a layer's input as one for each channel of its result; None if they add nothing.
 
         Args:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from structprune.masks.states import FAILURES, ROUNDING, call
 from structprune.ops import layer_of
 from structprune.ops.arguments import arguments
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 from structprune.tracing.provenance import plain
 
 KINDS = frozenset({"convolution", "transposed", "linear", "product"})
@@ -110,12 +110,12 @@ class Layer:
         return uneven.view(groups, -1, weight.shape[1]).any(1).reshape(-1)
 
 
-def layer(node: fx.Node, rows_of: Callable[[fx.Node], Rows]) -> Layer | None:
+def layer(node: fx.Node, axes_of: Callable[[fx.Node], Axes]) -> Layer | None:
     """The call of a layer; None if the operation is none, or its weight is computed.
 
     Args:
         node: an operation.
-        rows_of: gives the axes of a tensor.
+        axes_of: gives the axes of a tensor.
     """
     known = layer_of(node.meta["name"])
     if known is None or known.kind not in KINDS or node.kwargs.keys() & {"alpha", "beta"}:
@@ -126,8 +126,8 @@ def layer(node: fx.Node, rows_of: Callable[[fx.Node], Rows]) -> Layer | None:
         return None
     if weight.meta["name"] != "parameter" or (bias is not None and not _is_vector(bias)):
         return None
-    rows = rows_of(x)
-    if known.kind == "product" and (len(weight.meta["shape"]) != 2 or len(rows) < 2):
+    axes = axes_of(x)
+    if known.kind == "product" and (len(weight.meta["shape"]) != 2 or len(axes) < 2):
         return None
     dim = -1 if known.kind == "product" else next(iter(known.pairs(node))).dim
     space = -1 - dim
@@ -136,9 +136,9 @@ def layer(node: fx.Node, rows_of: Callable[[fx.Node], Rows]) -> Layer | None:
     dilations = [dilations] * space if isinstance(dilations, int) else list(dilations) * (space // len(dilations))
     reach = [d * (int(k) - 1) for d, k in zip(dilations, kernel, strict=True)]
     sizes = [2 * r + 3 for r in reach]
-    ahead = [row.size if row.free else 1 for row in rows[: len(rows) + dim]]
+    ahead = [axis.size if axis.free else 1 for axis in axes[: len(axes) + dim]]
     options = {"stride": 1} if known.kind == "convolution" else {}
-    return Layer(node, x, weight, bias, dim, (*ahead, rows[dim].size, *sizes), options)
+    return Layer(node, x, weight, bias, dim, (*ahead, axes[dim].size, *sizes), options)
 
 
 def _is_vector(bias: object) -> bool:

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import fx
 
-from structprune.channels.solver import Mask
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
+from structprune.coupling.solve import Mask
 from structprune.masks.constants import Constants
 from structprune.masks.folding import Fold, Places, all_by_channel, by_channel, part_of_state
 from structprune.masks.layer_calls import KINDS, Layer
 from structprune.masks.states import along
 from structprune.ops import layer_of, op_of
 from structprune.ops.arguments import tensors
-from structprune.ops.relations import Ids, Row
+from structprune.ops.relations import Axis, Ids
 from structprune.surgery.reference import SUMS
 from structprune.tracing.trace import describe
 
@@ -37,7 +37,7 @@ class Liveness:
 
     Attributes:
         dead: for each component, whether it goes.
-        folds: what is added to biases once they are gone.
+        compensations: what is added to biases once they are gone.
         reasons: why a component stays, by its number.
     """
 
@@ -48,13 +48,15 @@ class Liveness:
         self._off = np.zeros(graph.components.count, dtype=bool)
         for group in graph.groups():
             self._off[group.components] = True
-        self._survivors: dict[int, list[Row]] = {}
+        self._survivors: dict[int, list[Axis]] = {}
         for survivors in graph.channels.relations.survivors:
-            self._survivors.setdefault(survivors.node, []).extend(survivors.rows)
+            self._survivors.setdefault(survivors.node, []).extend(survivors.axes)
         self._refresh()
         while self._sweep() or self._allow():
             pass
-        self.folds = [fold for found in constants.layers.values() if (fold := self._fold(found)) is not None]
+        self.compensations = [
+            compensation for found in constants.layers.values() if (compensation := self._fold(found)) is not None
+        ]
 
     @property
     def chosen(self) -> Ids:
@@ -64,15 +66,15 @@ class Liveness:
     # -- what must live ------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        self.dead: Mask = self._graph.components.dead(self.chosen)
+        self.dead: Mask = self._graph.components.removed(self.chosen)
 
-    def off(self, row: Row) -> Mask:
+    def off(self, axis: Axis) -> Mask:
         """Which indices of a dimension go."""
-        return self.dead[self._graph.components.of(row)] if row.free else np.zeros(row.size, dtype=bool)
+        return self.dead[self._graph.components.of(axis)] if axis.free else np.zeros(axis.size, dtype=bool)
 
-    def _keep(self, row: Row, which: Mask, why: str) -> bool:
-        """The channels `which` of a dimension live; whether that is news."""
-        parts = self._graph.components.of(row)[which & self.off(row)]
+    def _keep(self, axis: Axis, which: Mask, why: str) -> bool:
+        """The channels `which` of a dimension live; whether that is changed."""
+        parts = self._graph.components.of(axis)[which & self.off(axis)]
         if not len(parts):
             return False
         _, roots = self._graph.roots.of(parts)
@@ -84,17 +86,19 @@ class Liveness:
 
     def _sweep(self) -> bool:
         """Look at each operation once; whether any channel turned out to live."""
-        news = False
-        for node in reversed(self._graph.trace.everything):
+        changed = False
+        for node in reversed(self._graph.trace.all_nodes):
             if node.op.startswith("call_") and node.meta["name"] != "part" and self._gives(node):
-                news = self._look(node) or news
-        return news
+                changed = self._look(node) or changed
+        return changed
 
     def _gives(self, node: fx.Node) -> bool:
         """Whether anything of the result lives."""
-        rows = self._graph.channels.rows[node.meta["index"]]
-        results = rows if isinstance(rows, list) else [rows]
-        return any(part is not None and not any(self.off(row).all() and row.size for row in part) for part in results)
+        axes = self._graph.channels.axes[node.meta["index"]]
+        results = axes if isinstance(axes, list) else [axes]
+        return any(
+            part is not None and not any(self.off(axis).all() and axis.size for axis in part) for part in results
+        )
 
     def _look(self, node: fx.Node) -> bool:
         if node.meta["index"] >= len(self._graph.trace.nodes):
@@ -103,25 +107,25 @@ class Liveness:
             return False
         if node in self._constants.layers:
             return self._look_at_layer(self._constants.layers[node])
-        news = False
+        changed = False
         where = describe(node, self._graph.trace)
-        normalised = {row.key for row in self._survivors.get(node.meta["index"], ())}
+        normalised = {axis.key for axis in self._survivors.get(node.meta["index"], ())}
         summed = node.meta["name"] in SUMS
         checked = self._needed(node)
         for place, source in enumerate(tensors(node)):
-            for dim, row in enumerate(self._constants.rows(source)):
-                if not row.free or not self.off(row).any():
+            for dim, axis in enumerate(self._constants.axes(source)):
+                if not axis.free or not self.off(axis).any():
                     continue
                 zero = along(self._constants.of(source), dim).numpy()
-                if row.key in normalised and not summed:
-                    news = self._keep(row, ~np.zeros_like(zero), f"{where} normalises over it") or news
+                if axis.key in normalised and not summed:
+                    changed = self._keep(axis, ~np.zeros_like(zero), f"{where} normalises over it") or changed
                 elif checked is None:
-                    news = self._keep(row, ~zero, f"it is needed by {where}") or news
+                    changed = self._keep(axis, ~zero, f"it is needed by {where}") or changed
                 elif (place, dim) in checked:
                     other = checked[place, dim]
                     both = zero | other if other is not None and len(other) == len(zero) else zero
-                    news = self._keep(row, ~both, f"it is summed over by {where}") or news
-        return news
+                    changed = self._keep(axis, ~both, f"it is summed over by {where}") or changed
+        return changed
 
     def _needed(self, node: fx.Node) -> dict[tuple[int, int], Mask | None] | None:
         """The dimensions that an operation sums away, with the zeros of what they are multiplied by there.
@@ -140,7 +144,7 @@ class Liveness:
                 (pair.operand, pair.dim, pair.weight, pair.weight_dim),
                 (pair.weight, pair.weight_dim, pair.operand, pair.dim),
             ):
-                a, b = self._constants.rows(given[mine]), self._constants.rows(given[theirs])
+                a, b = self._constants.axes(given[mine]), self._constants.axes(given[theirs])
                 if -dim > len(a):
                     continue
                 zero = None
@@ -150,29 +154,29 @@ class Liveness:
         return found
 
     def _look_at_layer(self, layer: Layer) -> bool:
-        row = self._constants.rows(layer.x)[layer.dim]
-        if not self.off(row).any():
+        axis = self._constants.axes(layer.x)[layer.dim]
+        if not self.off(axis).any():
             return False
         where = describe(layer.node, self._graph.trace)
         weight = self._constants.weight(layer.weight)
-        living = torch.from_numpy(~self.off(self._constants.rows(layer.node)[layer.dim]))
+        living = torch.from_numpy(~self.off(self._constants.axes(layer.node)[layer.dim]))
         read = by_channel(layer.read(weight, living), layer.dim).numpy() != 0
         state = self._constants.of(layer.x)
-        known = all_by_channel(state.known, layer.dim, row.size).numpy()
-        zero = all_by_channel(state.zero, layer.dim, row.size).numpy()
-        news = self._keep(row, read & ~known, f"it is read by {where}")
-        bearing = read & known & ~zero & self.off(row)
+        known = all_by_channel(state.known, layer.dim, axis.size).numpy()
+        zero = all_by_channel(state.zero, layer.dim, axis.size).numpy()
+        changed = self._keep(axis, read & ~known, f"it is read by {where}")
+        bearing = read & known & ~zero & self.off(axis)
         if not bearing.any():
-            return news
+            return changed
         if (why := self._places.missing(layer)) is not None:
-            return self._keep(row, bearing, why) or news
+            return self._keep(axis, bearing, why) or changed
         _, uneven = layer.added(part_of_state(state, layer, bearing), weight)
         if bool((uneven.reshape(-1) & living).any()):
             blamed = bearing & layer.uneven_channels(weight, living).numpy()
             blamed = blamed if blamed.any() else bearing
             why = f"it is a constant that {where} adds unevenly: less at the border than inside"
-            news = self._keep(row, blamed, why) or news
-        return news
+            changed = self._keep(axis, blamed, why) or changed
+        return changed
 
     def _in_training(self, node: fx.Node) -> bool:
         """An operation of training mode alone (an auxiliary head): what its own weights read stays."""
@@ -182,44 +186,44 @@ class Liveness:
         given = tensors(node)
         if any(source.meta["name"] == "parameter" and source.target in used for source in given):
             return False
-        news = False
+        changed = False
         for source in given:
             if source.meta["name"] != "parameter":
-                for row in self._constants.rows(source):
-                    if row.free:
+                for axis in self._constants.axes(source):
+                    if axis.free:
                         why = f"it is read by {describe(node, self._graph.trace)} in training mode"
-                        news = self._keep(row, np.ones(row.size, dtype=bool), why) or news
-        return news
+                        changed = self._keep(axis, np.ones(axis.size, dtype=bool), why) or changed
+        return changed
 
     # -- what the sizes allow ------------------------------------------------------------------------------------
 
     def _allow(self) -> bool:
         """Channels that stay because no dimension may be empty, and sections have to fit; whether there are any."""
-        news = False
+        changed = False
         for slot in self._graph.slots:
-            if slot.row.size and self.off(slot.row).all():
-                one = np.arange(slot.row.size) == 0
-                news = self._keep(slot.row, one, "a layer keeps at least one channel") or news
+            if slot.axis.size and self.off(slot.axis).all():
+                one = np.arange(slot.axis.size) == 0
+                changed = self._keep(slot.axis, one, "a layer keeps at least one channel") or changed
         groups = self._graph.groups()
         for balanced in self._graph.balanced():
-            news = self._fit([groups[number] for number in balanced.groups], balanced.counts) or news
+            changed = self._fit([groups[number] for number in balanced.groups], balanced.counts) or changed
         for group in groups:
             least, step = self._graph.bounds(group)
             kept = int((~self._off[group.components]).sum())
             wanted = max(least, -(-kept // step) * step)
             if kept < group.channels and wanted > kept:
-                news = self._revive(group.components, wanted - kept, f"at least {least}, a multiple of {step}, stay")
-        return news
+                changed = self._revive(group.components, wanted - kept, f"at least {least}, a multiple of {step}, stay")
+        return changed
 
     def _fit(self, groups: Sequence[Group], counts: Ids) -> bool:
         """Sections keep the fewest that fit and are no fewer than live; whether that is more."""
         kept = np.array([int((~self._off[group.components]).sum()) for group in groups])
         enough = counts[(counts >= kept).all(1)]
         line = enough[enough.sum(1).argmin()]
-        news = False
+        changed = False
         for group, more in zip(groups, line - kept, strict=True):
-            news = self._revive(group.components, int(more), "sections of equal size keep equally many") or news
-        return news
+            changed = self._revive(group.components, int(more), "sections of equal size keep equally many") or changed
+        return changed
 
     def _revive(self, components: Ids, count: int, why: str) -> bool:
         chosen = components[self._off[components]][:count]
@@ -233,9 +237,9 @@ class Liveness:
 
     def _fold(self, layer: Layer) -> Fold | None:
         """The constant that the channels which go leave behind in the result of a layer."""
-        gone = self.off(self._constants.rows(layer.x)[layer.dim])
+        gone = self.off(self._constants.axes(layer.x)[layer.dim])
         if not gone.any():
             return None
-        living = torch.from_numpy(~self.off(self._constants.rows(layer.node)[layer.result_dim]))
+        living = torch.from_numpy(~self.off(self._constants.axes(layer.node)[layer.result_dim]))
         constants = part_of_state(self._constants.of(layer.x), layer, gone)
-        return self._places.fold(layer, self._constants.weight(layer.weight), constants, living)
+        return self._places.compensation(layer, self._constants.weight(layer.weight), constants, living)

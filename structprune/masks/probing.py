@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from structprune.masks.states import FAILURES, State, call, collapse
 from structprune.ops import op_of
 from structprune.ops.arguments import tensors
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 from structprune.ops.zeros import moved, moved_first
 
 _TWO = (1.5, -2.25)
@@ -24,7 +24,7 @@ def may_move(node: fx.Node) -> bool:
     return known is not None and (known.moves or known.views or known.zeros in (moved, moved_first))
 
 
-def moved_states(node: fx.Node, states: dict[fx.Node, State], rows: list[Rows | None]) -> list[State] | None:
+def moved_states(node: fx.Node, states: dict[fx.Node, State], axes: list[Axes | None]) -> list[State] | None:
     """The states of the results of a movement; None if the operation computes with what it is given.
 
     The operation runs twice, on entries that are numbered in two orders. If entry 7 of a result holds the number of
@@ -49,12 +49,12 @@ def moved_states(node: fx.Node, states: dict[fx.Node, State], rows: list[Rows | 
         except FAILURES:
             return None
         results.append(list(found) if isinstance(found, (tuple, list)) else [found])
-    if len(results[0]) != len(rows):
+    if len(results[0]) != len(axes):
         return None
     value = torch.cat([states[s].value.expand(s.meta["shape"]).reshape(-1) for s in sources])
     known = torch.cat([states[s].known.expand(s.meta["shape"]).reshape(-1) for s in sources])
     moved_to: list[State] = []
-    for first, second, dims in zip(*results, rows, strict=True):
+    for first, second, dims in zip(*results, axes, strict=True):
         if dims is None or not isinstance(first, Tensor) or first.dtype != torch.float64:
             return None
         a, b = first.round().long() - 1, second.round().long() - 1
@@ -68,23 +68,23 @@ def moved_states(node: fx.Node, states: dict[fx.Node, State], rows: list[Rows | 
     return moved_to
 
 
-def passes(node: fx.Node, source: Rows, result: Rows) -> list[int] | None:
+def passes(node: fx.Node, source: Axes, result: Axes) -> list[int] | None:
     """For each dimension of the result, that of its only tensor argument whose channels it holds; -1 where none.
 
     None if the operation mixes channels, or does not let a constant through as it is whatever the size of the image.
     Two channels along each dimension are enough to see both.
     """
-    keys = [row.key if row.free else None for row in source]
-    free = [row.key for row in result if row.free]
+    keys = [axis.key if axis.free else None for axis in source]
+    free = [axis.key for axis in result if axis.free]
     if len(set(free)) != len(free) or set(free) - set(keys) or len(free) != sum(key is not None for key in keys):
         return None
     (x,) = set(tensors(node))
     shape = [int(size) for size in x.meta["shape"]]
     for stretch in (False, True):
-        sizes = [2 if row.free else _stretched(n, stretch) for row, n in zip(source, shape, strict=True)]
+        sizes = [2 if axis.free else _stretched(n, stretch) for axis, n in zip(source, shape, strict=True)]
         given = torch.ones(sizes, dtype=torch.float64)
-        for dim, row in enumerate(source):
-            if row.free:
+        for dim, axis in enumerate(source):
+            if axis.free:
                 given = given * torch.tensor(_TWO, dtype=torch.float64).view(
                     [-1 if d == dim else 1 for d in range(len(sizes))]
                 )
@@ -94,27 +94,27 @@ def passes(node: fx.Node, source: Rows, result: Rows) -> list[int] | None:
             return None
         if not isinstance(found, Tensor) or found.dim() != len(result):
             return None
-        wanted = given.amax([d for d, row in enumerate(source) if not row.free], keepdim=True)
+        wanted = given.amax([d for d, axis in enumerate(source) if not axis.free], keepdim=True)
         wanted = _arranged(wanted, keys, result)
-        if any(found.shape[d] != 2 for d, row in enumerate(result) if row.free):
+        if any(found.shape[d] != 2 for d, axis in enumerate(result) if axis.free):
             return None
         if not torch.allclose(found, wanted.expand_as(found), rtol=1e-14, atol=0):
             return None
-    return [keys.index(row.key) if row.free else -1 for row in result]
+    return [keys.index(axis.key) if axis.free else -1 for axis in result]
 
 
 def _stretched(size: int, stretch: bool) -> int:
     return min(2 * size + 3, size + 16) if stretch and size > 0 else size
 
 
-def _arranged(x: Tensor, keys: list[object], result: Rows) -> Tensor:
+def _arranged(x: Tensor, keys: list[object], result: Axes) -> Tensor:
     """A state of the argument with the dimensions of the result."""
-    order = [keys.index(row.key) for row in result if row.free]
+    order = [keys.index(axis.key) for axis in result if axis.free]
     rest = [dim for dim in range(x.dim()) if dim not in order]
-    return x.permute([*order, *rest]).reshape([x.shape[keys.index(row.key)] if row.free else 1 for row in result])
+    return x.permute([*order, *rest]).reshape([x.shape[keys.index(axis.key)] if axis.free else 1 for axis in result])
 
 
-def passed_state(state: State, source: Rows, result: Rows) -> State:
+def passed_state(state: State, source: Axes, result: Axes) -> State:
     """The state of a result that `passes` found to hold the constants of the argument."""
-    keys: list[object] = [row.key if row.free else None for row in source]
+    keys: list[object] = [axis.key if axis.free else None for axis in source]
     return State(_arranged(state.value, keys, result), _arranged(state.known, keys, result))

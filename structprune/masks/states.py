@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from structprune.ops.arguments import arguments, positional
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 from structprune.tracing.provenance import plain
 
 # Sums of the same numbers in another order differ by rounding; relative to the sum of their magnitudes.
@@ -38,22 +38,22 @@ class State:
         return self.known & (self.value == 0)
 
 
-def unknown(rows: Rows) -> State:
+def unknown(axes: Axes) -> State:
     """A tensor of which nothing is known."""
-    shape = collapsed(rows)
+    shape = collapsed(axes)
     return State(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool))
 
 
-def collapsed(rows: Rows) -> list[int]:
+def collapsed(axes: Axes) -> list[int]:
     """The shape of a state."""
-    return [row.size if row.free else 1 for row in rows]
+    return [axis.size if axis.free else 1 for axis in axes]
 
 
-def collapse(value: Tensor, known: Tensor, rows: Rows) -> State:
+def collapse(value: Tensor, known: Tensor, axes: Axes) -> State:
     """The state of a tensor of which each entry is known or not."""
-    dims = [dim for dim, row in enumerate(rows) if not row.free]
+    dims = [dim for dim, axis in enumerate(axes) if not axis.free]
     if value.numel() == 0:
-        return unknown(rows)
+        return unknown(axes)
     if dims:
         low, high = value.amin(dims, keepdim=True), value.amax(dims, keepdim=True)
         known = known.to(torch.uint8).amin(dims, keepdim=True).bool() & (low == high)

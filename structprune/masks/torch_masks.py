@@ -70,20 +70,20 @@ def _masks(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
     parameters = masked_tensors(model)
     buffers = dict(model.named_buffers())
     found: dict[str, Tensor] = {}
-    for thinning in plan.thinnings:
-        name = thinning.tensor.removesuffix("_orig")
+    for sliced in plan.slices:
+        name = sliced.tensor.removesuffix("_orig")
         tensor = parameters.get(name)
         if tensor is None:
-            if thinning.tensor in buffers:  # statistics and masks: what is off is off without them
+            if sliced.tensor in buffers:  # statistics and masks: what is off is off without them
                 continue
-            raise SurgeryError(f"The plan thins {thinning.tensor!r}, which is no parameter of this model.")
-        if thinning.dim >= tensor.dim() or tensor.shape[thinning.dim] != thinning.size:
+            raise SurgeryError(f"The plan thins {sliced.tensor!r}, which is no parameter of this model.")
+        if sliced.dim >= tensor.dim() or tensor.shape[sliced.dim] != sliced.size:
             raise SurgeryError(
-                f"The plan thins dimension {thinning.dim} of {name!r} from {thinning.size} entries, but its shape is "
+                f"The plan thins dimension {sliced.dim} of {name!r} from {sliced.size} entries, but its shape is "
                 f"{list(tensor.shape)}. Make a new plan for this model."
             )
         mask = found.setdefault(name, torch.ones_like(tensor))
-        mask.index_fill_(thinning.dim, torch.tensor(thinning.removed, device=tensor.device), 0.0)
+        mask.index_fill_(sliced.dim, torch.tensor(sliced.removed, device=tensor.device), 0.0)
     return found
 
 

@@ -15,7 +15,7 @@ from structprune.ops import zeros
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Coupling, Indices, Result, register_op
-from structprune.ops.relations import UNIT, Rows
+from structprune.ops.relations import UNIT, Axes
 from structprune.tracing.provenance import plain
 
 Dims = tuple[int, ...]
@@ -40,11 +40,11 @@ def dimension(x: Operand, dim: Any) -> int | None:
     return x.dim(dim) if isinstance(dim, int) and not isinstance(dim, bool) else None
 
 
-def without(rows: Rows, dims: Sequence[int], rank: int) -> Rows:
-    """`rows` with those of `dims` gone, or of size 1 where the result keeps its `rank`."""
-    if rank == len(rows):
-        return tuple(UNIT if at in dims else row for at, row in enumerate(rows))
-    return tuple(row for at, row in enumerate(rows) if at not in dims)
+def without(axes: Axes, dims: Sequence[int], rank: int) -> Axes:
+    """`axes` with those of `dims` gone, or of size 1 where the result keeps its `rank`."""
+    if rank == len(axes):
+        return tuple(UNIT if at in dims else axis for at, axis in enumerate(axes))
+    return tuple(axis for at, axis in enumerate(axes) if at not in dims)
 
 
 def competing(c: Context, x: Operand, dims: int | Sequence[int] | None, reason: str = "") -> Result:
@@ -57,17 +57,17 @@ def competing(c: Context, x: Operand, dims: int | Sequence[int] | None, reason: 
         return c.pin_all([x], reason)
     gone = (dims,) if isinstance(dims, int) else tuple(dims)
     for at in gone:
-        c.pin(x.rows[at], reason)
+        c.pin(x.axes[at], reason)
 
-    def rows(shape: Sequence[int]) -> Rows:
-        if len(shape) != len(x.rows):
-            return without(x.rows, gone, len(shape))
+    def axes(shape: Sequence[int]) -> Axes:
+        if len(shape) != len(x.axes):
+            return without(x.axes, gone, len(shape))
         new = iter(c.fresh([shape[at] for at in gone], reason))
-        return tuple(next(new) if at in gone else row for at, row in enumerate(x.rows))
+        return tuple(next(new) if at in gone else axis for at, axis in enumerate(x.axes))
 
     if isinstance(c.shape, list):
-        return [None if shape is None else rows(shape) for shape in c.shape]
-    return rows(c.shape)
+        return [None if shape is None else axes(shape) for shape in c.shape]
+    return axes(c.shape)
 
 
 def _over(name: str = "dim", default: Any = None, reason: str = "") -> Coupling:
@@ -75,7 +75,7 @@ def _over(name: str = "dim", default: Any = None, reason: str = "") -> Coupling:
 
     def coupling(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
         """Every entry along the dimensions takes part in every other one."""
-        return competing(c, x, dims_of(c.node, len(x.rows), name, default), reason and f"{reason} {c.where()}")
+        return competing(c, x, dims_of(c.node, len(x.axes), name, default), reason and f"{reason} {c.where()}")
 
     return coupling
 
@@ -102,21 +102,21 @@ def safe_softmax(c: Context, x: Operand, dim: Any, *_: Any) -> Result:
 @register_op("quantile", "nanquantile")
 def quantile(c: Context, x: Operand, q: Any, *_: Any, **__: Any) -> Result:
     """Each of several quantiles is had alone; they stand in a dimension before the others."""
-    dims = dims_of(c.node, len(x.rows))
+    dims = dims_of(c.node, len(x.axes))
     if dims is None:
         return competing(c, x, None)
     for at in dims:
-        c.pin(x.rows[at], f"its channels compete in {c.where()}")
+        c.pin(x.axes[at], f"its channels compete in {c.where()}")
     keeps = bool(plain(arguments(c.node).get("keepdim")))
-    rest = without(x.rows, dims, len(x.rows) if keeps else -1)
-    return (*(q.rows if isinstance(q, Operand) else ()), *rest)
+    rest = without(x.axes, dims, len(x.axes) if keeps else -1)
+    return (*(q.axes if isinstance(q, Operand) else ()), *rest)
 
 
 def _running(z: zeros.ZeroContext) -> zeros.Zeros:
     """A sum up to each channel; what it runs over must be zero."""
     source = z.tensors[0]
     zero = list(z.of(source))
-    for at in dims_of(z.node, len(z.rows)) or ():
+    for at in dims_of(z.node, len(z.axes)) or ():
         if not zero[at]:
             z.summed(source, at)
         zero[at] = False
@@ -126,7 +126,7 @@ def _running(z: zeros.ZeroContext) -> zeros.Zeros:
 @register_op("cumsum", zeros=_running)
 def cumsum(c: Context, x: Operand, dim: Any = None, **_: Any) -> Result:
     """Sums up to each channel: those that are off add nothing, which the rule for zeros makes sure of."""
-    return competing(c, x, None) if dimension(x, dim) is None else x.rows
+    return competing(c, x, None) if dimension(x, dim) is None else x.axes
 
 
 # -- linear ones: where the others are zero, so is the result ----------------------------------------------------------
@@ -137,7 +137,7 @@ _TRANSFORMED = "it is transformed by"
 def _fourier(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """All dimensions, or the last ones if only their sizes are told."""
     sizes = arguments(c.node).get("s")
-    rank = len(x.rows)
+    rank = len(x.axes)
     dims = dims_of(c.node, rank)
     if arguments(c.node).get("dim") is None and isinstance(sizes, (tuple, list)):
         dims = tuple(range(rank - len(sizes), rank))
@@ -158,42 +158,42 @@ def _other_zeros(z: zeros.ZeroContext) -> zeros.Zeros:
     """Sums of neighbours along a dimension: zero where all that goes in is."""
     known = [z.of(tensor) for tensor in z.tensors]
     return tuple(
-        row.free and all(len(zero) == len(z.rows) and zero[at] for zero in known) for at, row in enumerate(z.rows)
+        axis.free and all(len(zero) == len(z.axes) and zero[at] for zero in known) for at, axis in enumerate(z.axes)
     )
 
 
 @register_op("diff", zeros=_other_zeros)
 def diff(c: Context, x: Operand, *_: Any, **named: Any) -> Result:
     """Differences of neighbours, with other tensors put before and behind."""
-    dims = dims_of(c.node, len(x.rows), default=-1)
+    dims = dims_of(c.node, len(x.axes), default=-1)
     before, behind = (arguments(c.node).get(name) for name in ("prepend", "append"))
     if dims is None:
         return c.pin_all([x, *operands_in(named)], f"its channels compete in {c.where()}")
     reason = f"its channels compete in {c.where()}"
     for node in (before, behind):
         if isinstance(node, fx.Node):
-            for at, (row, other) in enumerate(zip(x.rows, c.rows[node.meta["index"]], strict=True)):
+            for at, (axis, other) in enumerate(zip(x.axes, c.axes[node.meta["index"]], strict=True)):
                 if at in dims:
                     c.pin(other, reason)
                 else:
-                    c.same(row, other)
+                    c.same(axis, other)
     return competing(c, x, dims, reason)
 
 
 @register_op("trapezoid", "trapz", "cumulative_trapezoid", zeros=zeros.moved_first)
 def trapezoid(c: Context, y: Operand, x: Any = None, **_: Any) -> Result:
     """Integrates `y` along a dimension; `x` are places of the entries, in that dimension alone or everywhere."""
-    dims = dims_of(c.node, len(y.rows), default=-1)
+    dims = dims_of(c.node, len(y.axes), default=-1)
     if dims is None:
         return c.pin_all([y], f"its channels compete in {c.where()}")
     for places in operands_in(x):
-        if len(places.rows) == 1:
-            c.pin(places.rows[0], f"its entries are places in {c.where()}")
+        if len(places.axes) == 1:
+            c.pin(places.axes[0], f"its entries are places in {c.where()}")
         else:
             for at in dims:
-                c.pin(places.rows[at], f"its entries are places in {c.where()}")
-            ones = Operand(c.node, without(places.rows, dims, len(places.rows)))
-            c.broadcast([Operand(c.node, without(y.rows, dims, len(y.rows))), ones])
+                c.pin(places.axes[at], f"its entries are places in {c.where()}")
+            ones = Operand(c.node, without(places.axes, dims, len(places.axes)))
+            c.broadcast([Operand(c.node, without(y.axes, dims, len(y.axes))), ones])
     return competing(c, y, dims, f"it is summed over by {c.where()}")
 
 
@@ -202,12 +202,12 @@ def gradient(c: Context, x: Operand, *_: Any, **named: Any) -> Result:
     """Slopes along each dimension, one result for each."""
     reason = f"its channels compete in {c.where()}"
     places = list(operands_in(named))
-    dims = dims_of(c.node, len(x.rows))
-    if dims is None or len(places) > len(x.rows):
+    dims = dims_of(c.node, len(x.axes))
+    if dims is None or len(places) > len(x.axes):
         return c.pin_all([x, *places], reason)
     for operand in places:
-        for row in operand.rows:
-            c.pin(row, reason)
+        for axis in operand.axes:
+            c.pin(axis, reason)
     return competing(c, x, dims, reason)
 
 
@@ -225,6 +225,6 @@ def _renormed(z: zeros.ZeroContext) -> zeros.Zeros:
 @register_op("renorm", zeros=_renormed)
 def renorm(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """Each part along a dimension is scaled down to a largest norm; zeros add nothing to it."""
-    dims = dims_of(c.node, len(x.rows)) or ()
-    c.survivors(x, [at for at in range(len(x.rows)) if at not in dims])
-    return x.rows
+    dims = dims_of(c.node, len(x.axes)) or ()
+    c.survivors(x, [at for at in range(len(x.axes)) if at not in dims])
+    return x.axes

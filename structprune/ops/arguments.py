@@ -45,7 +45,7 @@ Place = tuple[str, Any]
 
 def _kind(value: Any) -> str:
     """A letter for each kind of value that overloads tell apart."""
-    if isinstance(value, (Tensor, fx.Node)) or hasattr(value, "rows"):
+    if isinstance(value, (Tensor, fx.Node)) or hasattr(value, "axes"):
         return "T"
     if isinstance(value, bool):
         return "b"

@@ -9,25 +9,30 @@ from typing import Any
 from torch import fx
 
 from structprune.ops.op import Indices, Result, op_of
-from structprune.ops.relations import UNIT, Bound, Expectation, Relations, Row, Rows, Scale, Survivors
+from structprune.ops.relations import UNIT, Axes, Axis, Bound, ReducesOver, Relations, Scale, SizeConstraint
 from structprune.tracing.provenance import Arithmetic, Constant, Dim, Literal, SizeInt, expression_of, leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operand:
-    """A tensor argument of an operation: its rows, one for each dimension."""
+    """A tensor argument of an operation: its axes, one for each dimension."""
 
     node: fx.Node
-    rows: Rows
+    axes: Axes
+
+    @property
+    def rows(self) -> Axes:
+        """The former name of `axes`."""
+        return self.axes
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the dimensions."""
-        return tuple(row.size for row in self.rows)
+        return tuple(axis.size for axis in self.axes)
 
     def dim(self, dim: int) -> int:
         """A dimension, counted from the front."""
-        return int(dim) % len(self.rows) if self.rows else 0
+        return int(dim) % len(self.axes) if self.axes else 0
 
 
 class Context:
@@ -46,36 +51,36 @@ class Context:
         self.node: fx.Node
         self.shape: Any = ()
         self.claimed: set[int] = set()
-        self.rows: list[Any] = []
+        self.axes: list[Any] = []
         self.unforeseen: set[int] = set()
-        self._numbers: dict[tuple[int, int | None], Row] = {}
+        self._numbers: dict[tuple[int, int | None], Axis] = {}
         self._counted: set[int] = set()
 
-    def expect(self, value: Any, row: Row) -> None:
-        """The int `value`, an argument of the call, must equal the number of living channels of `row`."""
+    def expect(self, value: Any, axis: Axis) -> None:
+        """The int `value`, an argument of the call, must equal the number of kept channels of `axis`."""
         if not isinstance(value, int) or value < 0:
             return
         self.claimed.add(id(value))
-        if row.free or isinstance(value, SizeInt):
+        if axis.free or isinstance(value, SizeInt):
             meta = self.node.meta
-            found = Expectation(expression_of(value), row, meta["index"], meta["where"])
-            self.relations.expectations.append(found)
+            found = SizeConstraint(expression_of(value), axis, meta["index"], meta["where"])
+            self.relations.constraints.append(found)
 
     def follows_input(self, value: Any) -> bool:
         """Whether `value` was computed from a size that the inputs decide."""
         return any(
-            isinstance(leaf, Dim) and not self.rows[leaf.node][leaf.dim].free for leaf in leaves(expression_of(value))
+            isinstance(leaf, Dim) and not self.axes[leaf.node][leaf.dim].free for leaf in leaves(expression_of(value))
         )
 
     def survivors(self, operand: Operand, dims: Sequence[int]) -> None:
         """The operation reduces or normalises `operand` over `dims`: over the survivors, where they are free."""
-        free = tuple(dim for dim in dims if operand.rows[dim].free)
+        free = tuple(dim for dim in dims if operand.axes[dim].free)
         if free:
-            rows = tuple(operand.rows[dim] for dim in free)
-            self.relations.survivors.append(Survivors(self.node.meta["index"], free, rows))
+            axes = tuple(operand.axes[dim] for dim in free)
+            self.relations.survivors.append(ReducesOver(self.node.meta["index"], free, axes))
 
-    def scale(self, argument: int, value: Any, row: Row, *, divides: bool = False) -> None:
-        """The operation multiplies (or divides) argument number `argument` by `value`, which depends on `row`'s size.
+    def scale(self, argument: int, value: Any, axis: Axis, *, divides: bool = False) -> None:
+        """The operation multiplies (or divides) argument number `argument` by `value`, which depends on `axis`'s size.
 
         A division by the argument counts as one of it: either way a factor on `value` is made up for by its inverse.
         """
@@ -83,20 +88,20 @@ class Context:
         expression = expression_of(value)
         if divides:
             expression = Arithmetic("**", pow, expression, Constant(-1))
-        self.relations.scales.append(Scale(self.node.meta["index"], argument, expression, row))
+        self.relations.scales.append(Scale(self.node.meta["index"], argument, expression, axis))
 
     def keeps_zeros(self, operand: Operand) -> None:
         """The result has the shape of `operand`, and is zero wherever that is: ``f(0) = 0``, entry by entry."""
         self.node.meta["keeps_zeros"] = operand.node
 
-    def bounded(self, row: Row, least: int = 1, step: int = 1) -> None:
-        """`row` must keep at least `least` channels, and a multiple of `step`."""
-        if row.free:
-            self.relations.bounds.append(Bound(row, self.where(), least, step))
+    def bounded(self, axis: Axis, least: int = 1, step: int = 1) -> None:
+        """`axis` must keep at least `least` channels, and a multiple of `step`."""
+        if axis.free:
+            self.relations.bounds.append(Bound(axis, self.where(), least, step))
 
-    def never_empty(self, row: Row) -> None:
-        """`row`, a piece of another, must keep a channel."""
-        self.relations.pieces.append((row, self.where()))
+    def never_empty(self, axis: Axis) -> None:
+        """`axis`, a piece of another, must keep a channel."""
+        self.relations.pieces.append((axis, self.where()))
 
     # -- tensors whose values are the numbers of channels ---------------------------------------------------------
 
@@ -104,12 +109,12 @@ class Context:
         """Whether `value` is an int that follows the channels: a size or an attribute, not a literal."""
         return isinstance(value, SizeInt) and not isinstance(value.expression, Literal)
 
-    def number(self, row: Row, part: int | None = None) -> None:
-        """The values of the result (of part number `part` of it) are positions in `row`."""
-        self._numbers[self.node.meta["index"], part] = row
+    def number(self, axis: Axis, part: int | None = None) -> None:
+        """The values of the result (of part number `part` of it) are positions in `axis`."""
+        self._numbers[self.node.meta["index"], part] = axis
 
-    def numbered(self, operand: Operand) -> Row | None:
-        """The row that the values of `operand` are positions in; None if they are other values."""
+    def numbered(self, operand: Operand) -> Axis | None:
+        """The axis that the values of `operand` are positions in; None if they are other values."""
         node = operand.node
         if node.meta["name"] == "part":
             parent, position = node.args
@@ -118,12 +123,12 @@ class Context:
             return self._numbers.get((parent.meta["index"], position))
         return self._numbers.get((node.meta["index"], None))
 
-    def counts(self, operand: Operand, row: Row) -> bool:
-        """The values of `operand` look up channels of `row`; whether they are positions in it, and follow it."""
+    def counts(self, operand: Operand, axis: Axis) -> bool:
+        """The values of `operand` look up channels of `axis`; whether they are positions in it, and follow it."""
         numbered = self.numbered(operand)
-        if numbered is None or numbered.size != row.size:
+        if numbered is None or numbered.size != axis.size:
             return False
-        self.same(numbered, row)
+        self.same(numbered, axis)
         self._counted.add(operand.node.meta["index"])
         return True
 
@@ -132,37 +137,37 @@ class Context:
         known = op_of(self.node.meta["name"])
         what = Indices.USED if known is None else known.indices
         for operand in operands:
-            row = self.numbered(operand)
-            if row is None or operand.node.meta["index"] in self._counted or what is Indices.ORDERED:
+            axis = self.numbered(operand)
+            if axis is None or operand.node.meta["index"] in self._counted or what is Indices.ORDERED:
                 continue
             if what is Indices.PASSED and operand is operands[0]:
-                self.number(row)
+                self.number(axis)
             elif what is Indices.PASSED_FIRST and operand is operands[0]:
-                self.number(row, part=0)
+                self.number(axis, part=0)
             else:
-                self.pin(row, f"the numbers of its channels are used as values by {self.where()}")
+                self.pin(axis, f"the numbers of its channels are used as values by {self.where()}")
         self._counted.clear()
 
-    def broadcast(self, operands: Sequence[Operand]) -> Rows:
-        """Rows of an elementwise result; dimensions of the same place are the same channels."""
+    def broadcast(self, operands: Sequence[Operand]) -> Axes:
+        """Axes of an elementwise result; dimensions of the same place are the same channels."""
         if len(operands) == 1:
-            return operands[0].rows
-        dims = max(len(operand.rows) for operand in operands)
+            return operands[0].axes
+        dims = max(len(operand.axes) for operand in operands)
         return tuple(self._joined(operands, -back) for back in range(dims, 0, -1))
 
-    def _joined(self, operands: Sequence[Operand], dim: int) -> Row:
+    def _joined(self, operands: Sequence[Operand], dim: int) -> Axis:
         result = UNIT
         for operand in operands:
-            if len(operand.rows) < -dim:
+            if len(operand.axes) < -dim:
                 continue
-            row = operand.rows[dim]
-            if row.size != 1:
-                result = row if result.size == 1 else self.same(result, row)
+            axis = operand.axes[dim]
+            if axis.size != 1:
+                result = axis if result.size == 1 else self.same(result, axis)
         return result
 
-    def fresh(self, shape: Sequence[int], reason: str) -> Rows:
-        """Pinned rows of these sizes."""
-        return tuple(UNIT if size == 1 else Row(int(size), pin=reason) for size in shape)
+    def fresh(self, shape: Sequence[int], reason: str) -> Axes:
+        """Pinned axes of these sizes."""
+        return tuple(UNIT if size == 1 else Axis(int(size), pin=reason) for size in shape)
 
     def where(self) -> str:
         """Operation and source line, for reasons."""
@@ -171,8 +176,8 @@ class Context:
     def pin_all(self, operands: Sequence[Operand], reason: str) -> Result:
         """Pin every channel of the operands; the result is pinned too."""
         for operand in operands:
-            for row in operand.rows:
-                self.pin(row, reason)
+            for axis in operand.axes:
+                self.pin(axis, reason)
         shape = self.shape
         if isinstance(shape, list):
             return [None if part is None else self.fresh(part, reason) for part in shape]

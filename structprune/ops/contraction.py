@@ -11,16 +11,16 @@ from torch import Tensor, fx
 
 from structprune.ops.arguments import tensors
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.op import Contraction, Count, Pair, RowsOf, Scaling, register_op
-from structprune.ops.relations import Row, Rows
+from structprune.ops.op import AxesOf, Contraction, Count, Pair, Scaling, register_op
+from structprune.ops.relations import Axes, Axis
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
 from structprune.tracing.provenance import plain
 
 # -- what else is known of a layer: where it is zero, what it costs, what it sums away -------------------------------
 
 
-def _volume(rows: Sequence[Row], count: Count) -> int:
-    return prod(count(row) for row in rows)
+def _volume(axes: Sequence[Axis], count: Count) -> int:
+    return prod(count(axis) for axis in axes)
 
 
 def _layer_zeros(at: int, across: int, out: int) -> Any:
@@ -31,32 +31,32 @@ def _layer_zeros(at: int, across: int, out: int) -> Any:
 
     def rule(z: ZeroContext) -> Zeros:
         x, weight, *bias = z.tensors
-        rows, zero, incoming = z.rows_of(x), z.of(weight), z.of(x)
+        axes, zero, incoming = z.axes_of(x), z.of(weight), z.of(x)
         # It sums over its input channels: removed ones must be zero in the input or in the weight.
-        if not (zero[min(across, len(zero) - 1)] or incoming[at % len(rows)]):
-            z.summed(x, at % len(rows))
-        place = at % len(z.rows) if len(zero) > 1 else -1
+        if not (zero[min(across, len(zero) - 1)] or incoming[at % len(axes)]):
+            z.summed(x, at % len(axes))
+        place = at % len(z.axes) if len(zero) > 1 else -1
         made = zero[out] and all(z.of(b)[0] for b in bias)
-        return tuple(made if d == place else not bias and d < len(incoming) and incoming[d] for d in range(len(z.rows)))
+        return tuple(made if d == place else not bias and d < len(incoming) and incoming[d] for d in range(len(z.axes)))
 
     return rule
 
 
-def _convolution_macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+def _convolution_macs(node: fx.Node, axes: AxesOf, count: Count) -> int:
     """Each entry of the result sums over the channels of a group and the kernel."""
-    return _volume(rows(node), count) * _volume(rows(tensors(node)[1])[1:], count)
+    return _volume(axes(node), count) * _volume(axes(tensors(node)[1])[1:], count)
 
 
-def _transposed_macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+def _transposed_macs(node: fx.Node, axes: AxesOf, count: Count) -> int:
     """Each entry of the input goes to the channels of a group and the kernel."""
     x, weight = tensors(node)[:2]
-    return _volume(rows(x), count) * _volume(rows(weight)[1:], count)
+    return _volume(axes(x), count) * _volume(axes(weight)[1:], count)
 
 
-def _product_macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+def _product_macs(node: fx.Node, axes: AxesOf, count: Count) -> int:
     """Each entry of the result sums over the last dimension of the first factor."""
     first = tensors(node)[_factors(node)]
-    return _volume(rows(node), count) * count(rows(first)[-1])
+    return _volume(axes(node), count) * count(axes(first)[-1])
 
 
 def _factors(node: fx.Node) -> int:
@@ -85,12 +85,12 @@ def _product_zeros(z: ZeroContext) -> Zeros:
     right: tuple[bool, ...] = z.of(b)
     if not (left[-1] or right[max(0, len(right) - 2)]):
         z.summed(a, len(left) - 1)
-    result = [False] * len(z.rows)
+    result = [False] * len(z.axes)
     if len(left) > 1 and len(right) > 1:
         result[-1], result[-2] = right[-1], left[-2]
-        for back in range(3, len(z.rows) + 1):
+        for back in range(3, len(z.axes) + 1):
             result[-back] = any(len(zero) >= back and zero[-back] for zero in (left, right))
-    elif z.rows:
+    elif z.axes:
         result[-1] = (left[:-1] if len(left) > 1 else right)[-1:] == (True,)
     if first:  # what is added must be zero too
         bias = z.tensors[0]
@@ -116,7 +116,7 @@ def _bilinear_zeros(z: ZeroContext) -> Zeros:
         if not (zero[across] or z.of(x)[-1]):
             z.summed(x, len(z.of(x)) - 1)
     made = zero[0] and all(z.of(b)[0] for b in z.tensors[3:])
-    return (False,) * (len(z.rows) - 1) + (made,)
+    return (False,) * (len(z.axes) - 1) + (made,)
 
 
 def _conv_shape(
@@ -165,9 +165,9 @@ def _convolution(dims: int, transposed: bool = False) -> dict[str, Any]:
 # -- how layers and products couple channels -------------------------------------------------------------------------
 
 
-def _bias(c: Context, bias: Operand | None, row: Row) -> None:
+def _bias(c: Context, bias: Operand | None, axis: Axis) -> None:
     if bias is not None:
-        c.same(row, bias.rows[0])
+        c.same(axis, bias.axes[0])
 
 
 def _pointwise(weight: Operand, stride: Any, padding: Any) -> bool:
@@ -176,13 +176,13 @@ def _pointwise(weight: Operand, stride: Any, padding: Any) -> bool:
     def every(value: Any, wanted: int) -> bool:
         return all(item == wanted for item in (value if isinstance(value, (tuple, list)) else (value,)))
 
-    return all(row.size == 1 for row in weight.rows[2:]) and every(stride, 1) and every(padding, 0)
+    return all(axis.size == 1 for axis in weight.axes[2:]) and every(stride, 1) and every(padding, 0)
 
 
-def _spatial(c: Context, weight: Operand, x_rows: Sequence[Row], shape: Sequence[int]) -> Rows:
+def _spatial(c: Context, weight: Operand, x_rows: Sequence[Axis], shape: Sequence[int]) -> Axes:
     reason = f"it is a position that {c.where()} slides over"
-    for row in (*weight.rows[2:], *x_rows):
-        c.pin(row, reason)
+    for axis in (*weight.axes[2:], *x_rows):
+        c.pin(axis, reason)
     return c.fresh(shape, reason)
 
 
@@ -192,23 +192,23 @@ def _spatial(c: Context, weight: Operand, x_rows: Sequence[Row], shape: Sequence
 def convolution(
     c: Context, x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
-) -> Rows:  # fmt: skip
-    """Weight ``(out, in / groups, *kernel)``: grouped, it is a grid of groups x channels in a group on both sides."""
-    at = len(x.rows) - (len(weight.rows) - 2) - 1
-    channels, out = x.rows[at], weight.rows[0]
+) -> Axes:  # fmt: skip
+    """Weight ``(out, in / groups, *kernel)``: grouped, a product of groups x channels in a group on both sides."""
+    at = len(x.axes) - (len(weight.axes) - 2) - 1
+    channels, out = x.axes[at], weight.axes[0]
     if groups == 1:
-        c.same(channels, weight.rows[1])
+        c.same(channels, weight.axes[1])
     else:
         count = int(groups)
         group_in, inside = c.split(channels, (count, channels.size // count))
         group_out, _ = c.split(out, (count, out.size // count))
         c.same(group_in, group_out)
-        c.same(inside, weight.rows[1])
+        c.same(inside, weight.axes[1])
         c.expect(groups, group_in)
     _bias(c, bias, out)
     if _pointwise(weight, stride, padding):
-        return (*x.rows[:at], out, *x.rows[at + 1 :])
-    return (*x.rows[:at], out, *_spatial(c, weight, x.rows[at + 1 :], c.shape[at + 1 :]))
+        return (*x.axes[:at], out, *x.axes[at + 1 :])
+    return (*x.axes[:at], out, *_spatial(c, weight, x.axes[at + 1 :], c.shape[at + 1 :]))
 
 
 @register_op("conv_transpose1d", **_convolution(1, transposed=True))
@@ -217,49 +217,49 @@ def convolution(
 def transposed_convolution(
     c: Context, x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> Rows:  # fmt: skip
+) -> Axes:  # fmt: skip
     """Weight ``(in, out / groups, *kernel)``."""
-    at = len(x.rows) - (len(weight.rows) - 2) - 1
-    c.same(x.rows[at], weight.rows[0])
-    out = weight.rows[1]
+    at = len(x.axes) - (len(weight.axes) - 2) - 1
+    c.same(x.axes[at], weight.axes[0])
+    out = weight.axes[1]
     if groups != 1:
         count = int(groups)
-        group, _ = c.split(weight.rows[0], (count, weight.rows[0].size // count))
+        group, _ = c.split(weight.axes[0], (count, weight.axes[0].size // count))
         c.expect(groups, group)
         out = c.merged([group, out])
     _bias(c, bias, out)
-    return (*x.rows[:at], out, *_spatial(c, weight, x.rows[at + 1 :], c.shape[at + 1 :]))
+    return (*x.axes[:at], out, *_spatial(c, weight, x.axes[at + 1 :], c.shape[at + 1 :]))
 
 
 @register_op(
     "linear", zeros=_layer_zeros(-1, 1, 0), macs=_product_macs, scaling=Scaling.LAYER, channel_dim=-1,
     contraction=Contraction("linear", _layer_pairs(-1, -1), "input", "weight", "bias"), shape=_linear_shape,
 )  # fmt: skip
-def linear(c: Context, x: Operand, weight: Operand, bias: Operand | None = None) -> Rows:
+def linear(c: Context, x: Operand, weight: Operand, bias: Operand | None = None) -> Axes:
     """Weight ``(out, in)``."""
-    c.same(x.rows[-1], weight.rows[-1])
-    if len(weight.rows) == 1:
-        return x.rows[:-1]
-    _bias(c, bias, weight.rows[0])
-    return (*x.rows[:-1], weight.rows[0])
+    c.same(x.axes[-1], weight.axes[-1])
+    if len(weight.axes) == 1:
+        return x.axes[:-1]
+    _bias(c, bias, weight.axes[0])
+    return (*x.axes[:-1], weight.axes[0])
 
 
-def _bilinear_macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+def _bilinear_macs(node: fx.Node, axes: AxesOf, count: Count) -> int:
     """Each entry of the result sums over both inputs."""
-    return _volume(rows(node), count) * _volume(rows(tensors(node)[2])[1:], count)
+    return _volume(axes(node), count) * _volume(axes(tensors(node)[2])[1:], count)
 
 
 @register_op(
     "bilinear", zeros=_bilinear_zeros, macs=_bilinear_macs,
     contraction=Contraction("bilinear", lambda _: (Pair(0, -1, 2, 1), Pair(1, -1, 2, 2))),
 )  # fmt: skip
-def bilinear(c: Context, left: Operand, right: Operand, weight: Operand, bias: Operand | None = None) -> Rows:
+def bilinear(c: Context, left: Operand, right: Operand, weight: Operand, bias: Operand | None = None) -> Axes:
     """Weight ``(out, in1, in2)``."""
-    c.same(left.rows[-1], weight.rows[1])
-    c.same(right.rows[-1], weight.rows[2])
-    _bias(c, bias, weight.rows[0])
-    batch = c.broadcast([Operand(left.node, left.rows[:-1]), Operand(right.node, right.rows[:-1])])
-    return (*batch, weight.rows[0])
+    c.same(left.axes[-1], weight.axes[1])
+    c.same(right.axes[-1], weight.axes[2])
+    _bias(c, bias, weight.axes[0])
+    batch = c.broadcast([Operand(left.node, left.axes[:-1]), Operand(right.node, right.axes[:-1])])
+    return (*batch, weight.axes[0])
 
 
 _PRODUCT: dict[str, Any] = {"zeros": _product_zeros, "macs": _product_macs}
@@ -274,28 +274,28 @@ _PRODUCT: dict[str, Any] = {"zeros": _product_zeros, "macs": _product_macs}
 )
 @register_op("bmm", **_PRODUCT, scaling=Scaling.CONTRACTION, contraction=Contraction("product", _product_pairs))
 @register_op("mv", "dot", "vdot", **_PRODUCT, contraction=Contraction("product", _product_pairs))
-def matmul(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
-    """Rows of `a` times columns of `b`; leading dimensions broadcast."""
+def matmul(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Axes:
+    """Axes of `a` times columns of `b`; leading dimensions broadcast."""
     return _product(c, a, b)
 
 
-def _product(c: Context, a: Operand, b: Operand) -> Rows:
-    c.same(a.rows[-1], b.rows[max(0, len(b.rows) - 2)])
-    batch = c.broadcast([Operand(a.node, a.rows[:-2]), Operand(b.node, b.rows[:-2])])
-    return (*batch, *a.rows[-2:-1], *(b.rows[-1:] if len(b.rows) > 1 else ()))
+def _product(c: Context, a: Operand, b: Operand) -> Axes:
+    c.same(a.axes[-1], b.axes[max(0, len(b.axes) - 2)])
+    batch = c.broadcast([Operand(a.node, a.axes[:-2]), Operand(b.node, b.axes[:-2])])
+    return (*batch, *a.axes[-2:-1], *(b.axes[-1:] if len(b.axes) > 1 else ()))
 
 
 @register_op("addmm", **_PRODUCT, contraction=Contraction("product", _product_pairs, "mat1", "mat2", "self"))
 @register_op("addmv", "baddbmm", **_PRODUCT, contraction=Contraction("product", _product_pairs))
-def addmm(c: Context, bias: Operand, *factors: Any, **named: Any) -> Rows:
+def addmm(c: Context, bias: Operand, *factors: Any, **named: Any) -> Axes:
     """A product plus a tensor that broadcasts to it."""
     a, b = operands_in(factors, named)
     return c.broadcast([Operand(c.node, _product(c, a, b)), bias])
 
 
 @register_op("cdist", zeros=_distance_zeros, macs=_product_macs)
-def cdist(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
+def cdist(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Axes:
     """Distances between the rows of two matrices: a sum over the last dimension."""
-    c.same(a.rows[-1], b.rows[-1])
-    batch = c.broadcast([Operand(a.node, a.rows[:-2]), Operand(b.node, b.rows[:-2])])
-    return (*batch, a.rows[-2], b.rows[-2])
+    c.same(a.axes[-1], b.axes[-1])
+    batch = c.broadcast([Operand(a.node, a.axes[:-2]), Operand(b.node, b.axes[:-2])])
+    return (*batch, a.axes[-2], b.axes[-2])

@@ -7,29 +7,29 @@ from typing import Any
 from structprune.ops import zeros
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Result, register_op
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 
 
 def _zeros_of(z: zeros.ZeroContext) -> zeros.Zeros:
-    return (z.node.meta["name"] in ("zeros", "new_zeros"),) * len(z.rows)
+    return (z.node.meta["name"] in ("zeros", "new_zeros"),) * len(z.axes)
 
 
 @register_op("zeros", "ones", "full", zeros=_zeros_of, creates=True)
 @register_op("empty", creates=True, random=True)
-def constant(c: Context, *args: Any, **kwargs: Any) -> Rows:
+def constant(c: Context, *args: Any, **kwargs: Any) -> Axes:
     """A constant: as many channels as are asked for, and any of them may go."""
     return _constant(c, args, kwargs)
 
 
-def _constant(c: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+def _constant(c: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes:
     given = kwargs.get("size") or args
     sizes = given[0] if given and isinstance(given[0], (tuple, list)) else given
-    rows = tuple(c.new_axis(size) for size in c.shape)
-    for size, row in zip(sizes, rows, strict=False):
+    axes = tuple(c.new_axis(size) for size in c.shape)
+    for size, axis in zip(sizes, axes, strict=False):
         if isinstance(size, Operand):
-            c.pin(row, f"its size is the value of a tensor in {c.where()}")
-        c.expect(size, row)
-    return rows
+            c.pin(axis, f"its size is the value of a tensor in {c.where()}")
+        c.expect(size, axis)
+    return axes
 
 
 @register_op("new_zeros", "new_ones", "new_full", zeros=_zeros_of, creates=True)
@@ -55,6 +55,6 @@ def positions(c: Context, *args: Any, **kwargs: Any) -> Result:
 
 
 @register_op("_assert", "_set_grad_enabled", "set_requires_grad", "set_data", "_assert_async", "manual_seed")
-def nothing(c: Context, *_: Any, **__: Any) -> Rows:
+def nothing(c: Context, *_: Any, **__: Any) -> Axes:
     """No tensor comes out."""
     return ()

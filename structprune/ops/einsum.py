@@ -17,8 +17,8 @@ from torch import fx
 
 from structprune.ops.arguments import tensors
 from structprune.ops.context import Context, Operand, operands_in
-from structprune.ops.op import Contraction, Count, Pair, Result, RowsOf, Scaling, register_op
-from structprune.ops.relations import UNIT, Row, Rows
+from structprune.ops.op import AxesOf, Contraction, Count, Pair, Result, Scaling, register_op
+from structprune.ops.relations import UNIT, Axes, Axis
 from structprune.ops.zeros import ZeroContext, Zeros
 
 Labels = tuple[str, ...]
@@ -100,8 +100,8 @@ def product_zeros(z: ZeroContext, equation: Equation, operands: Sequence[fx.Node
     whole: dict[str, bool] = {}
     places: dict[str, list[tuple[fx.Node, int]]] = {}
     for term, tensor in zip(equation.terms, operands, strict=True):
-        for dim, (label, row, off) in enumerate(zip(term, z.rows_of(tensor), z.of(tensor), strict=True)):
-            off = off and row.size > 1
+        for dim, (label, axis, off) in enumerate(zip(term, z.axes_of(tensor), z.of(tensor), strict=True)):
+            off = off and axis.size > 1
             zero[label] = zero.get(label, False) or off
             whole[label] = whole.get(label, True) and off
             places.setdefault(label, []).append((tensor, dim))
@@ -112,25 +112,25 @@ def product_zeros(z: ZeroContext, equation: Equation, operands: Sequence[fx.Node
     return tuple(zero.get(label, False) for label in equation.result)
 
 
-def product_macs(equation: Equation, operands: Sequence[fx.Node], rows: RowsOf, count: Count) -> int:
+def product_macs(equation: Equation, operands: Sequence[fx.Node], axes: AxesOf, count: Count) -> int:
     """One multiplication for each combination of the labels' values; none where there is a single factor."""
     if len(operands) < 2:
         return 0
-    sizes: dict[str, Row] = {}
+    sizes: dict[str, Axis] = {}
     for term, tensor in zip(equation.terms, operands, strict=True):
-        for label, row in zip(term, rows(tensor), strict=True):
+        for label, axis in zip(term, axes(tensor), strict=True):
             if label not in sizes or sizes[label].size == 1:
-                sizes[label] = row
-    return prod(count(row) for row in sizes.values())
+                sizes[label] = axis
+    return prod(count(axis) for axis in sizes.values())
 
 
-def product_rows(c: Context, equation: Equation, operands: Sequence[Operand]) -> Rows:
+def product_rows(c: Context, equation: Equation, operands: Sequence[Operand]) -> Axes:
     """Dimensions with the same label are the same channels; a single entry goes with any number of them."""
-    by_label: dict[str, Row] = {}
+    by_label: dict[str, Axis] = {}
     for term, operand in zip(equation.terms, operands, strict=True):
-        for label, row in zip(term, operand.rows, strict=True):
+        for label, axis in zip(term, operand.axes, strict=True):
             known = by_label.get(label, UNIT)
-            by_label[label] = row if known.size == 1 else known if row.size == 1 else c.same(known, row)
+            by_label[label] = axis if known.size == 1 else known if axis.size == 1 else c.same(known, axis)
     return tuple(by_label.get(label, UNIT) for label in equation.result)
 
 
@@ -150,7 +150,7 @@ def _pairs(node: fx.Node) -> Iterator[Pair]:
 @register_op(
     "python.einsum",
     zeros=lambda z: product_zeros(z, equation_of(z.node), z.tensors),
-    macs=lambda node, rows, count: product_macs(equation_of(node), tensors(node), rows, count),
+    macs=lambda node, axes, count: product_macs(equation_of(node), tensors(node), axes, count),
     contraction=Contraction("einsum", _pairs),
     scaling=Scaling.CONTRACTION,
 )

@@ -13,7 +13,7 @@ from structprune.ops import zeros
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Indices, Op, Result, Scaling, default_for_pointwise, like, register_op
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 from structprune.tracing.provenance import SizeFloat
 
 
@@ -34,8 +34,8 @@ def _joined_shape(x: Any, y: Any = None, **named: Any) -> Tensor | None:
 def elementwise(c: Context, *args: Any, **kwargs: Any) -> Result:
     """Tensors of broadcastable shape in, tied channels out."""
     operands = list(operands_in(args, kwargs))
-    rows = c.broadcast(operands)
-    return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
+    axes = c.broadcast(operands)
+    return [axes for _ in c.shape] if isinstance(c.shape, list) else axes
 
 
 @default_for_pointwise
@@ -59,9 +59,9 @@ register_op("neg", **_BY_VALUE, scaling=Scaling.HOMOGENEOUS)(elementwise)
 register_op("add", "sub", **_BY_VALUE, scaling=Scaling.SUM, shape=_joined_shape)(elementwise)
 
 
-def unary(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
+def unary(c: Context, x: Operand, *_: Any, **__: Any) -> Axes:
     """One tensor in, the same channels out; another tensor may say which type, with no tie to its channels."""
-    return x.rows
+    return x.axes
 
 
 _KEPT: dict[str, Any] = {"zeros": zeros.kept, "elementwise": True}
@@ -100,7 +100,7 @@ def product(c: Context, *args: Any, **kwargs: Any) -> Result:
     operands = list(operands_in(args, kwargs))
     for position, other in ((0, 1), (1, 0)):
         if len(args) > 1 and _follows(c, args[other]) and isinstance(args[position], Operand):
-            c.scale(position, args[other], operands[0].rows[-1], divides=c.node.meta["name"] == "div")
+            c.scale(position, args[other], operands[0].axes[-1], divides=c.node.meta["name"] == "div")
     return c.broadcast(operands)
 
 
@@ -119,43 +119,43 @@ def where(c: Context, *args: Any, **kwargs: Any) -> Result:
 
 
 @register_op("copy", zeros=zeros.by_value, elementwise=True)
-def copy(c: Context, target: Operand, source: Operand, *_: Any, **__: Any) -> Rows:
+def copy(c: Context, target: Operand, source: Operand, *_: Any, **__: Any) -> Axes:
     """`source` is written into `target`."""
     return c.broadcast([target, source])
 
 
 @register_op("prelu", zeros=zeros.kept, elementwise=True)
-def prelu(c: Context, x: Operand, weight: Operand) -> Rows:
+def prelu(c: Context, x: Operand, weight: Operand) -> Axes:
     """One slope a channel, or one for all."""
-    if weight.rows and weight.rows[0].size > 1:
-        c.same(x.rows[1], weight.rows[0])
-    return x.rows
+    if weight.axes and weight.axes[0].size > 1:
+        c.same(x.axes[1], weight.axes[0])
+    return x.axes
 
 
 def _zero_in_all(z: zeros.ZeroContext) -> zeros.Zeros:
     """What is known of several results is what holds for all of them."""
-    return tuple(all(z.whole(t, back) and z.of(t)[back] for t in z.tensors) for back in range(-len(z.rows), 0))
+    return tuple(all(z.whole(t, back) and z.of(t)[back] for t in z.tensors) for back in range(-len(z.axes), 0))
 
 
 @register_op("broadcast_tensors", zeros=_zero_in_all, views=True)
-def broadcast_tensors(c: Context, *tensors: Any) -> list[Rows | None]:
+def broadcast_tensors(c: Context, *tensors: Any) -> list[Axes | None]:
     """Each tensor expanded to the common shape."""
     operands = list(operands_in(tensors))
-    rows = c.broadcast(operands)
-    return [rows for _ in operands]
+    axes = c.broadcast(operands)
+    return [axes for _ in operands]
 
 
 @register_op("glu", zeros=zeros.moved)
-def glu(c: Context, x: Operand, dim: int = -1) -> Rows:
+def glu(c: Context, x: Operand, dim: int = -1) -> Axes:
     """First half times the sigmoid of the second."""
     at = x.dim(dim)
-    first, _ = c.sections(x.rows[at], 2)
-    return (*x.rows[:at], first, *x.rows[at + 1 :])
+    first, _ = c.sections(x.axes[at], 2)
+    return (*x.axes[:at], first, *x.axes[at + 1 :])
 
 
 @register_op("tril", "triu", zeros=zeros.kept)
-def triangle(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
+def triangle(c: Context, x: Operand, *_: Any, **__: Any) -> Axes:
     """What is zeroed depends on the position in the last two dimensions."""
-    for row in x.rows[-2:]:
-        c.pin(row, f"its position decides what {c.where()} zeroes")
-    return x.rows
+    for axis in x.axes[-2:]:
+        c.pin(axis, f"its position decides what {c.where()} zeroes")
+    return x.axes

@@ -14,7 +14,7 @@ class Gain:
     """`tensor` makes up for the smaller norm that what is left of `weight` is divided by.
 
     With no `vectors`, each index along `dim` of `weight` is divided by its own norm, and `tensor` holds the lengths
-    that they get instead (``g * v / |v|``). With two, `weight`, as a matrix with a row for each index of `dim`, is
+    that they get instead (``g * v / |v|``). With two, `weight`, as a matrix with an axis for each index of `dim`, is
     divided by ``vectors[0] @ weight @ vectors[1]``, and `tensor` is one of them. The factors are computed when a plan
     is applied, since they depend on the weights.
     """
@@ -45,7 +45,7 @@ def divisors(gain: Gain, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
-    """One row for each index of `dim`: of shape ``(out, in, 3, 3)`` and dimension 0, ``(out, 9 * in)``."""
+    """One axis for each index of `dim`: of shape ``(out, in, 3, 3)`` and dimension 0, ``(out, 9 * in)``."""
     return weight.movedim(dim, 0).reshape(weight.shape[dim], -1)
 
 

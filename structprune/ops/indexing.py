@@ -13,7 +13,7 @@ from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.cutting import cut
 from structprune.ops.movement import VIEWS
 from structprune.ops.op import Contraction, Indices, Result, Scaling, register_op
-from structprune.ops.relations import UNIT, Row, Rows
+from structprune.ops.relations import UNIT, Axes, Axis
 from structprune.tracing.provenance import plain
 
 MASKS = ("torch.bool", "torch.uint8")
@@ -21,15 +21,15 @@ MASKS = ("torch.bool", "torch.uint8")
 
 def _last(z: zeros.ZeroContext) -> zeros.Zeros:
     """Zero in the last dimension, whose parameters are removed."""
-    return (False,) * (len(z.rows) - 1) + (True,)
+    return (False,) * (len(z.axes) - 1) + (True,)
 
 
-def select_row(c: Context, row: Row, index: int) -> None:
-    """Index `index` of `row` is picked by number: it and all that count before it must stay."""
+def select_row(c: Context, axis: Axis, index: int) -> None:
+    """Index `index` of `axis` is picked by number: it and all that count before it must stay."""
     index = int(index)
     if index in (0, -1) and not c.node.users and c.node.meta["name"] != "setitem":
-        return  # only its other dimensions are asked for, and any row has a first and a last channel
-    counted = row[: index + 1] if index >= 0 else row[row.size + index :]
+        return  # only its other dimensions are asked for, and any axis has a first and a last channel
+    counted = axis[: index + 1] if index >= 0 else axis[axis.size + index :]
     c.pin(counted, f"it is picked by number in {c.where()}")
 
 
@@ -51,8 +51,8 @@ def _items(x: Operand, index: Any) -> list[Any] | None:
     if any(_holds_bool(item) for item in items) or not alone or (tensors and bounds):
         return None
     used = sum(item is not None and item is not Ellipsis for item in items)
-    used += sum(len(mask.rows) - 1 for mask in masks)
-    full = [slice(None)] * (len(x.rows) - used)
+    used += sum(len(mask.axes) - 1 for mask in masks)
+    full = [slice(None)] * (len(x.axes) - used)
     dots = next((at for at, item in enumerate(items) if item is Ellipsis), len(items))
     return [*items[:dots], *full, *items[dots + 1 :]]
 
@@ -70,24 +70,24 @@ def _has_tensor_bound(item: Any) -> bool:
     return isinstance(item, slice) and any(isinstance(b, Operand) for b in (item.start, item.stop, item.step))
 
 
-def indexed(c: Context, x: Operand, index: Any, shape: Sequence[int]) -> Rows | None:
-    """Rows of ``x[index]``, a tensor of `shape`; None where the index is too involved."""
+def indexed(c: Context, x: Operand, index: Any, shape: Sequence[int]) -> Axes | None:
+    """Axes of ``x[index]``, a tensor of `shape`; None where the index is too involved."""
     items = _items(x, index)
     if items is None:
         return None
     tensors = [item for item in items if isinstance(item, (Operand, list)) and not is_mask(item)]
-    result: list[Row] = []
+    result: list[Axis] = []
     places: list[int] = []
     at = 0
     for item in items:
-        covered = x.rows[at : at + _dims(item)]
+        covered = x.axes[at : at + _dims(item)]
         at += len(covered)
         if item is None:
             result.append(UNIT)
         elif is_mask(item) or _has_tensor_bound(item):
             reason = f"a tensor says how much of it is used, in {c.where()}"
-            for row in (*covered, *(item.rows if is_mask(item) else ())):
-                c.pin(row, reason)
+            for axis in (*covered, *(item.axes if is_mask(item) else ())):
+                c.pin(axis, reason)
             result += c.fresh(shape[len(result) : len(result) + 1], reason)
         elif isinstance(item, slice):
             result.append(cut(c, covered[0], item))
@@ -106,10 +106,10 @@ def indexed(c: Context, x: Operand, index: Any, shape: Sequence[int]) -> Rows | 
 
 def _dims(item: Any) -> int:
     """How many dimensions one entry of an index covers."""
-    return 0 if item is None else len(item.rows) if is_mask(item) else 1
+    return 0 if item is None else len(item.axes) if is_mask(item) else 1
 
 
-def _found(c: Context, tensors: Sequence[Any], shape: Sequence[int]) -> Rows:
+def _found(c: Context, tensors: Sequence[Any], shape: Sequence[int]) -> Axes:
     """The dimensions, of sizes `shape`, that tensors and lists of positions make together."""
     operands = [item for item in tensors if isinstance(item, Operand)]
     if len(operands) < len(tensors):
@@ -129,10 +129,10 @@ def tensors_of_index(index: Any) -> Iterator[Operand]:
 @register_op("getitem", **VIEWS)
 def getitem(c: Context, x: Operand, index: Any) -> Result:
     """Slices, single positions, and tensors of positions."""
-    rows = indexed(c, x, index, c.shape)
-    if rows is None:
+    axes = indexed(c, x, index, c.shape)
+    if axes is None:
         return c.pin_all([x, *tensors_of_index(index)], f"it is indexed by a mask in {c.where()}")
-    return rows
+    return axes
 
 
 @register_op("index", "_unsafe_index", zeros=zeros.moved)
@@ -154,7 +154,7 @@ def _place(x: Operand, index: Any, value: Any) -> Sequence[int] | None:
         if isinstance(value, Operand):
             return None  # what is written is counted off along the mask
         at = items.index(masks[0])
-        items[at : at + 1] = [slice(0, 1)] + [0] * (len(masks[0].rows) - 1)  # as many dimensions, of any size
+        items[at : at + 1] = [slice(0, 1)] + [0] * (len(masks[0].axes) - 1)  # as many dimensions, of any size
     return torch.empty(x.shape, device="meta")[tuple(alike(item) for item in items)].shape
 
 
@@ -167,7 +167,7 @@ def _written(z: zeros.ZeroContext) -> zeros.Zeros:
     if not isinstance(value, fx.Node):
         return before if isinstance(value, (int, float)) and value == 0 else _untouched(before, index)
     found = list(_untouched(before, index))
-    rows, given = z.rows_of(value), z.of(value)
+    axes, given = z.axes_of(value), z.of(value)
     dim, back = len(before), 0
     items: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis not in [item for item in items if not isinstance(item, fx.Node)]:
@@ -180,7 +180,7 @@ def _written(z: zeros.ZeroContext) -> zeros.Zeros:
         dim -= 1
         if isinstance(item, slice):
             back += 1
-            whole = back <= len(rows) and rows[-back].size > 1
+            whole = back <= len(axes) and axes[-back].size > 1
             found[dim] = before[dim] and whole and given[-back]
     return tuple(found)
 
@@ -198,20 +198,20 @@ def _untouched(before: zeros.Zeros, index: Any) -> zeros.Zeros:
 
 
 @register_op("setitem", zeros=_written)
-def setitem(c: Context, x: Operand, index: Any, value: Any) -> Rows:
+def setitem(c: Context, x: Operand, index: Any, value: Any) -> Axes:
     """A write into a slice: what is written has the channels of the place."""
     picking = list(tensors_of_index(index))
     shape = _place(x, index, value)
-    rows = None if shape is None else indexed(c, x, index, shape)
-    if rows is None:
+    axes = None if shape is None else indexed(c, x, index, shape)
+    if axes is None:
         c.pin_all([x, *picking, *operands_in(value)], f"it is written through a mask in {c.where()}")
-        return x.rows
+        return x.axes
     for operand in picking:
-        for row in operand.rows:
-            c.pin(row, f"it says where {c.where()} writes")
+        for axis in operand.axes:
+            c.pin(axis, f"it says where {c.where()} writes")
     if isinstance(value, Operand):
-        c.broadcast([Operand(x.node, rows), value])
-    return x.rows
+        c.broadcast([Operand(x.node, axes), value])
+    return x.axes
 
 
 @register_op("index_put", "_unsafe_index_put", "_index_put_impl", zeros=zeros.unknown)
@@ -221,40 +221,40 @@ def index_put(c: Context, x: Operand, indices: Sequence[Any], values: Operand, *
 
 
 @register_op("select", **VIEWS)
-def select(c: Context, x: Operand, dim: int, index: int) -> Rows:
+def select(c: Context, x: Operand, dim: int, index: int) -> Axes:
     """One position of a dimension."""
     at = x.dim(dim)
-    select_row(c, x.rows[at], index)
-    return (*x.rows[:at], *x.rows[at + 1 :])
+    select_row(c, x.axes[at], index)
+    return (*x.axes[:at], *x.axes[at + 1 :])
 
 
 @register_op("index_select", zeros=zeros.moved, indices=Indices.PASSED)
-def index_select(c: Context, x: Operand, dim: int, index: Operand) -> Rows:
+def index_select(c: Context, x: Operand, dim: int, index: Operand) -> Axes:
     """Positions from a tensor."""
     at = x.dim(dim)
-    if not c.counts(index, x.rows[at]):
-        c.pin(x.rows[at], f"it is indexed by a tensor in {c.where()}")
-    return (*x.rows[:at], *(index.rows or (UNIT,)), *x.rows[at + 1 :])
+    if not c.counts(index, x.axes[at]):
+        c.pin(x.axes[at], f"it is indexed by a tensor in {c.where()}")
+    return (*x.axes[:at], *(index.axes or (UNIT,)), *x.axes[at + 1 :])
 
 
 @register_op("gather", zeros=zeros.moved, indices=Indices.PASSED)
 def gather(c: Context, x: Operand, dim: int, index: Operand, **_: Any) -> Result:
     """One position for each entry of `index`, which may be shorter than `x` in the other dimensions."""
     reason = f"it is indexed by a tensor in {c.where()}"
-    if len(x.rows) != len(index.rows):
+    if len(x.axes) != len(index.axes):
         return c.pin_all([x, index], reason)
     at = x.dim(dim)
-    rows: list[Row] = []
-    for place, (mine, theirs) in enumerate(zip(x.rows, index.rows, strict=True)):
+    axes: list[Axis] = []
+    for place, (mine, theirs) in enumerate(zip(x.axes, index.axes, strict=True)):
         if place != at and mine.size == theirs.size:
-            rows.append(c.same(mine, theirs))
+            axes.append(c.same(mine, theirs))
             continue
         if place == at and c.counts(index, mine):
-            rows.append(theirs)
+            axes.append(theirs)
             continue
         c.pin(mine, reason)
-        rows.append(c.pin(theirs, reason))
-    return tuple(rows)
+        axes.append(c.pin(theirs, reason))
+    return tuple(axes)
 
 
 @register_op("take_along_dim", zeros=zeros.moved)
@@ -264,55 +264,55 @@ def take_along_dim(c: Context, x: Operand, index: Operand, dim: int | None = Non
     if dim is None:
         return c.pin_all([x, index], reason)
     at = x.dim(dim)
-    c.pin(x.rows[at], reason)
-    rows = list(c.broadcast([Operand(x.node, (*x.rows[:at], UNIT, *x.rows[at + 1 :])), index]))
-    rows[at] = c.pin(index.rows[at], reason)
-    return tuple(rows)
+    c.pin(x.axes[at], reason)
+    axes = list(c.broadcast([Operand(x.node, (*x.axes[:at], UNIT, *x.axes[at + 1 :])), index]))
+    axes[at] = c.pin(index.axes[at], reason)
+    return tuple(axes)
 
 
 @register_op("take")
-def take(c: Context, x: Operand, index: Operand) -> Rows:
+def take(c: Context, x: Operand, index: Operand) -> Axes:
     """Entries by their place in the flattened tensor."""
-    for row in x.rows:
-        c.pin(row, f"its entries are counted by {c.where()}")
-    return index.rows
+    for axis in x.axes:
+        c.pin(axis, f"its entries are counted by {c.where()}")
+    return index.axes
 
 
 @register_op("searchsorted", "bucketize")
-def searchsorted(c: Context, boundaries: Operand, x: Any, *_: Any, **named: Any) -> Rows:
+def searchsorted(c: Context, boundaries: Operand, x: Any, *_: Any, **named: Any) -> Axes:
     """How many of the sorted boundaries come before each value; each line of them has values of its own."""
     if c.node.meta["name"] == "bucketize":
         boundaries, x = x, boundaries
     reason = f"its entries are counted by {c.where()}"
     sorted_by = list(operands_in(named))
     for operand in (boundaries, *sorted_by):
-        c.pin(operand.rows[-1], reason)
-        if len(operand.rows) > 1:
+        c.pin(operand.axes[-1], reason)
+        if len(operand.axes) > 1:
             assert isinstance(x, Operand)
-            for mine, theirs in zip(x.rows[:-1], operand.rows[:-1], strict=True):
+            for mine, theirs in zip(x.axes[:-1], operand.axes[:-1], strict=True):
                 c.same(mine, theirs)
-    return x.rows if isinstance(x, Operand) else ()
+    return x.axes if isinstance(x, Operand) else ()
 
 
 @register_op("python.embedding_bag", zeros=_last, contraction=Contraction("embedding", lambda _: ()))
 def embedding_bag(
     c: Context, indices: Operand, weight: Operand, offsets: Operand | None = None, *rest: Any, **named: Any
-) -> Rows:
+) -> Axes:
     """Sums or means of rows of the table."""
     for operand in operands_in(offsets, rest, named):
-        for row in operand.rows:
-            c.pin(row, f"it counts the bags of {c.where()}")
-    c.pin(weight.rows[0], "rows of an embedding table are looked up by data")
-    for row in indices.rows:
-        c.pin(row, f"it numbers the entries of the bags of {c.where()}")
-    return (*c.fresh(c.shape[:-1], f"it numbers the bags of {c.where()}"), weight.rows[1])
+        for axis in operand.axes:
+            c.pin(axis, f"it counts the bags of {c.where()}")
+    c.pin(weight.axes[0], "rows of an embedding table are looked up by data")
+    for axis in indices.axes:
+        c.pin(axis, f"it numbers the entries of the bags of {c.where()}")
+    return (*c.fresh(c.shape[:-1], f"it numbers the bags of {c.where()}"), weight.axes[1])
 
 
 _TABLE = Contraction("embedding", lambda _: (), weight="weight")
 
 
 @register_op("embedding", zeros=_last, contraction=_TABLE, scaling=Scaling.LAYER, channel_dim=-1)
-def embedding(c: Context, weight: Operand, indices: Operand, *_: Any, **__: Any) -> Rows:
-    """A row of the table for each index."""
-    c.pin(weight.rows[0], "rows of an embedding table are looked up by data")
-    return (*indices.rows, weight.rows[1])
+def embedding(c: Context, weight: Operand, indices: Operand, *_: Any, **__: Any) -> Axes:
+    """An axis of the table for each index."""
+    c.pin(weight.axes[0], "rows of an embedding table are looked up by data")
+    return (*indices.axes, weight.axes[1])

@@ -21,7 +21,7 @@ from structprune.ops.along import competing, dims_of
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Coupling, Result, register_op
-from structprune.ops.relations import Row, Rows
+from structprune.ops.relations import Axes, Axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +76,31 @@ def _by_form(*forms: str, right: Sequence[str] = ()) -> Coupling:
         if found is None:
             raise RuleError(f"tensors of shapes {', '.join(map(str, shapes))}")
         c.node.meta["form"] = found
-        rows = [
+        axes = [
             _result(c, found, operands, letters, shape) for letters, shape in zip(found.results, results, strict=True)
         ]
-        return rows if isinstance(c.shape, list) else rows[0]
+        return axes if isinstance(c.shape, list) else axes[0]
 
     return coupling
 
 
-def _result(c: Context, form: Form, operands: list[Operand], letters: str, shape: Sequence[int] | None) -> Rows | None:
+def _result(c: Context, form: Form, operands: list[Operand], letters: str, shape: Sequence[int] | None) -> Axes | None:
     reason = f"it is a dimension of the matrices of {c.where()}"
-    free: dict[str, Row] = {}
+    free: dict[str, Axis] = {}
     batches: list[Operand] = []
     for term, operand in zip(form.terms, operands, strict=True):
-        first = len(operand.rows) - len(term)
-        batches.append(Operand(operand.node, operand.rows[:first]))
-        for letter, row in zip(term, operand.rows[first:], strict=True):
+        first = len(operand.axes) - len(term)
+        batches.append(Operand(operand.node, operand.axes[:first]))
+        for letter, axis in zip(term, operand.axes[first:], strict=True):
             if letter.isupper():
-                c.pin(row, reason)
+                c.pin(axis, reason)
             else:
-                free[letter] = c.same(free[letter], row) if letter in free else row
+                free[letter] = c.same(free[letter], axis) if letter in free else axis
     batch = c.broadcast(batches)
     if shape is None:
         return None
     new = c.fresh(shape[len(batch) :], reason)
-    return (*batch, *(free.get(letter, row) for letter, row in zip(letters, new, strict=True)))
+    return (*batch, *(free.get(letter, axis) for letter, axis in zip(letters, new, strict=True)))
 
 
 def _linear_in(place: int) -> zeros.ZeroRule:
@@ -110,8 +110,8 @@ def _linear_in(place: int) -> zeros.ZeroRule:
         form = z.node.meta["form"]
         source = z.tensors[place]
         zero, letters, results = z.of(source), form.terms[place], form.results[0]
-        batch, first = len(z.rows) - len(results), len(zero) - len(letters)
-        off = [d + first >= batch and z.whole(source, d - len(z.rows)) for d in range(batch)]
+        batch, first = len(z.axes) - len(results), len(zero) - len(letters)
+        off = [d + first >= batch and z.whole(source, d - len(z.axes)) for d in range(batch)]
         before = [good and zero[first - batch + d] for d, good in enumerate(off)]
         return (*before, *(x in letters and x.islower() and zero[first + letters.index(x)] for x in results))
 
@@ -147,22 +147,22 @@ register_op("linalg_solve_triangular", zeros=_linear_in(1))(_by_form("NN,Nk->Nk"
 
 
 @register_op("linalg_vander")
-def vandermonde(c: Context, x: Operand, N: Any = None, **_: Any) -> Rows:  # noqa: N803
+def vandermonde(c: Context, x: Operand, N: Any = None, **_: Any) -> Axes:  # noqa: N803
     """Powers of each entry, as many as it is told: by default one for each entry."""
     if N is None:
-        c.pin(x.rows[-1], f"the number of its channels is used by {c.where()}")
-    return (*x.rows, *c.fresh(c.shape[-1:], f"it counts the powers of {c.where()}"))
+        c.pin(x.axes[-1], f"the number of its channels is used by {c.where()}")
+    return (*x.axes, *c.fresh(c.shape[-1:], f"it counts the powers of {c.where()}"))
 
 
 @register_op("linalg_lstsq")
 def least_squares(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Result:
     """Solves for each column of `b` alone; residuals, rank and singular values may be left out (of size 0)."""
     reason = f"it is a dimension of the matrices of {c.where()}"
-    vector = len(b.rows) == 1 or (len(b.rows) == len(a.rows) - 1 and b.shape == a.shape[:-1])
-    batch, columns = (b.rows[:-1], ()) if vector else (b.rows[:-2], b.rows[-1:])
-    for row in (*a.rows[-2:], b.rows[-1 if vector else -2]):
-        c.pin(row, reason)
-    batch = c.broadcast([Operand(a.node, a.rows[:-2]), Operand(b.node, batch)])
+    vector = len(b.axes) == 1 or (len(b.axes) == len(a.axes) - 1 and b.shape == a.shape[:-1])
+    batch, columns = (b.axes[:-1], ()) if vector else (b.axes[:-2], b.axes[-1:])
+    for axis in (*a.axes[-2:], b.axes[-1 if vector else -2]):
+        c.pin(axis, reason)
+    batch = c.broadcast([Operand(a.node, a.axes[:-2]), Operand(b.node, batch)])
     behind = (columns, columns, (), ())
     return [
         None if part is None else _solution(c, part, batch, last, reason)
@@ -170,7 +170,7 @@ def least_squares(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Res
     ]
 
 
-def _solution(c: Context, shape: Sequence[int], batch: Rows, last: Rows, reason: str) -> Rows:
+def _solution(c: Context, shape: Sequence[int], batch: Axes, last: Axes, reason: str) -> Axes:
     """A batch of results, whose last dimensions are those of `last`; pinned if it is empty."""
     if 0 in shape:
         return c.fresh(shape, reason)
@@ -186,21 +186,21 @@ def tensors_as_matrices(c: Context, *args: Any, **named: Any) -> Result:
 def _of_either(z: zeros.ZeroContext) -> zeros.Zeros:
     """A product is zero where one of its factors is."""
     return tuple(
-        any(z.whole(tensor, back) and z.of(tensor)[back] for tensor in z.tensors) for back in range(-len(z.rows), 0)
+        any(z.whole(tensor, back) and z.of(tensor)[back] for tensor in z.tensors) for back in range(-len(z.axes), 0)
     )
 
 
 @register_op("cross", "linalg_cross", zeros=_of_either)
 def cross(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Result:
     """A product of vectors of three entries, in one dimension: by default in the first that has three."""
-    rows = c.broadcast([a, b])
-    dims = dims_of(c.node, len(rows))
+    axes = c.broadcast([a, b])
+    dims = dims_of(c.node, len(axes))
     if arguments(c.node).get("dim") is None:
-        first = next(at for at, row in enumerate(rows) if row.size == 3)
-        for row in rows[:first]:
-            c.pin(row, f"with three channels it would be taken for the coordinates in {c.where()}")
+        first = next(at for at, axis in enumerate(axes) if axis.size == 3)
+        for axis in axes[:first]:
+            c.pin(axis, f"with three channels it would be taken for the coordinates in {c.where()}")
         dims = (first,)
-    return competing(c, Operand(c.node, rows), dims, f"it is a coordinate in {c.where()}")
+    return competing(c, Operand(c.node, axes), dims, f"it is a coordinate in {c.where()}")
 
 
 def _observed(z: zeros.ZeroContext) -> zeros.Zeros:
@@ -208,15 +208,15 @@ def _observed(z: zeros.ZeroContext) -> zeros.Zeros:
     source = z.tensors[0]
     zero = z.of(source)
     off = len(zero) == 2 and zero[0] and z.node.meta["name"] == "cov"
-    return (off,) * len(z.rows)
+    return (off,) * len(z.axes)
 
 
 @register_op("cov", "corrcoef", zeros=_observed)
-def covariance(c: Context, x: Operand, *_: Any, **named: Any) -> Rows:
-    """A row for each variable, a column for each observation."""
-    for row in (*x.rows[-1:], *(row for operand in operands_in(named) for row in operand.rows)):
-        c.pin(row, f"its entries are observations in {c.where()}")
-    return (x.rows[0], x.rows[0]) if len(x.rows) == 2 else ()
+def covariance(c: Context, x: Operand, *_: Any, **named: Any) -> Axes:
+    """An axis for each variable, a column for each observation."""
+    for axis in (*x.axes[-1:], *(axis for operand in operands_in(named) for axis in operand.axes)):
+        c.pin(axis, f"its entries are observations in {c.where()}")
+    return (x.axes[0], x.axes[0]) if len(x.axes) == 2 else ()
 
 
 def _spectrum(window: bool) -> Coupling:

@@ -11,7 +11,7 @@ from structprune.ops import zeros
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import register_op
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 from structprune.ops.zeros import ZeroContext, Zeros
 from structprune.tracing.provenance import plain
 
@@ -22,14 +22,14 @@ def _reduction(node: fx.Node) -> Any:
     return plain(arguments(node).get("reduction"))
 
 
-def _reduced(c: Context, rows: Rows) -> Rows:
-    """The result, with a dimension for each of `rows` or with none: of a mean, all channels must stay."""
+def _reduced(c: Context, axes: Axes) -> Axes:
+    """The result, with a dimension for each of `axes` or with none: of a mean, all channels must stay."""
     reduction = _reduction(c.node)
     if reduction == _NONE:
-        return rows
+        return axes
     if reduction != _SUM:
-        for row in rows:
-            c.pin(row, f"it is averaged over by {c.where()}")
+        for axis in axes:
+            c.pin(axis, f"it is averaged over by {c.where()}")
     return ()
 
 
@@ -38,16 +38,16 @@ def _each_zeros(z: ZeroContext) -> Zeros:
     if _reduction(z.node) == _NONE:
         return zeros.by_value(z)
     if _reduction(z.node) == _SUM:
-        rank = max(len(z.rows_of(tensor)) for tensor in z.tensors)
+        rank = max(len(z.axes_of(tensor)) for tensor in z.tensors)
         for back in range(-rank, 0):
             _summed(z, back)
     return ()
 
 
 def _summed(z: ZeroContext, back: int) -> None:
-    having = [(at, tensor) for at, tensor in enumerate(z.tensors) if len(z.rows_of(tensor)) >= -back]
-    size = max(z.rows_of(tensor)[back].size for _, tensor in having)
-    off = frozenset(at for at, tensor in having if z.rows_of(tensor)[back].size == size and z.of(tensor)[back])
+    having = [(at, tensor) for at, tensor in enumerate(z.tensors) if len(z.axes_of(tensor)) >= -back]
+    size = max(z.axes_of(tensor)[back].size for _, tensor in having)
+    off = frozenset(at for at, tensor in having if z.axes_of(tensor)[back].size == size and z.of(tensor)[back])
     if not off or not zeros.gives_zero(z.node, off, {"reduction": _NONE}):
         for _, tensor in having:
             z.summed(tensor, back)
@@ -58,56 +58,56 @@ def _summed(z: ZeroContext, back: int) -> None:
     *["binary_cross_entropy_with_logits", "poisson_nll_loss", "hinge_embedding_loss", "margin_ranking_loss"],
     zeros=_each_zeros,
 )  # fmt: skip
-def each(c: Context, *args: Any, **named: Any) -> Rows:
+def each(c: Context, *args: Any, **named: Any) -> Axes:
     """A loss of each entry: inputs, targets and weights of the same place are the same channels."""
     return _reduced(c, c.broadcast(list(operands_in(args, named))))
 
 
-def _batch_of(c: Context, x: Operand, target: Operand, at: int) -> Rows:
+def _batch_of(c: Context, x: Operand, target: Operand, at: int) -> Axes:
     """All dimensions but that of the classes, which are those of the target."""
-    rest = tuple(row for place, row in enumerate(x.rows) if place != at)
-    return _tied(c, rest, target.rows)
+    rest = tuple(axis for place, axis in enumerate(x.axes) if place != at)
+    return _tied(c, rest, target.axes)
 
 
-def _tied(c: Context, rows: Rows, others: Sequence[Any]) -> Rows:
-    return tuple(c.same(row, other) for row, other in zip(rows, others, strict=True))
+def _tied(c: Context, axes: Axes, others: Sequence[Any]) -> Axes:
+    return tuple(c.same(axis, other) for axis, other in zip(axes, others, strict=True))
 
 
-def _whole(c: Context, rows: Rows) -> Rows:
+def _whole(c: Context, axes: Axes) -> Axes:
     """A sum of losses that are not zero where what goes in is: all of them must stay."""
     if _reduction(c.node) != _NONE:
-        for row in rows:
-            c.pin(row, f"the losses of all its entries are summed by {c.where()}")
-    return _reduced(c, rows)
+        for axis in axes:
+            c.pin(axis, f"the losses of all its entries are summed by {c.where()}")
+    return _reduced(c, axes)
 
 
 @register_op(
     "cross_entropy_loss", "nll_loss", "nll_loss2d", "nll_loss_nd", "multi_margin_loss", "multilabel_margin_loss"
 )
-def classes(c: Context, x: Operand, target: Operand, *args: Any, **named: Any) -> Rows:
+def classes(c: Context, x: Operand, target: Operand, *args: Any, **named: Any) -> Axes:
     """Classes compete, in dimension 1 or in the only one; targets count them, or have a number for each."""
-    at = min(1, len(x.rows) - 1)
+    at = min(1, len(x.axes) - 1)
     reason = f"its channels compete in {c.where()}"
-    c.pin(x.rows[at], reason)
+    c.pin(x.axes[at], reason)
     for weight in operands_in(args, named):
-        c.same(x.rows[at], weight.rows[0])
-    if len(target.rows) == len(x.rows):
-        target = Operand(target.node, _tied(c, x.rows, target.rows))
-        rows = tuple(row for place, row in enumerate(target.rows) if place != at)
+        c.same(x.axes[at], weight.axes[0])
+    if len(target.axes) == len(x.axes):
+        target = Operand(target.node, _tied(c, x.axes, target.axes))
+        axes = tuple(axis for place, axis in enumerate(target.axes) if place != at)
     else:
-        rows = _batch_of(c, x, target, at)
-    return _whole(c, rows)
+        axes = _batch_of(c, x, target, at)
+    return _whole(c, axes)
 
 
 @register_op("cosine_embedding_loss", "triplet_margin_loss")
-def embeddings(c: Context, *args: Any, **named: Any) -> Rows:
+def embeddings(c: Context, *args: Any, **named: Any) -> Axes:
     """Compares the last dimensions of vectors; a target says what each pair is to be."""
     operands = list(operands_in(args, named))
-    vectors = [x for x in operands if len(x.rows) == max(len(y.rows) for y in operands)]
-    rows = c.broadcast(vectors)
-    c.pin(rows[-1], f"it is summed over by {c.where()}")
+    vectors = [x for x in operands if len(x.axes) == max(len(y.axes) for y in operands)]
+    axes = c.broadcast(vectors)
+    c.pin(axes[-1], f"it is summed over by {c.where()}")
     targets = [x for x in operands if x not in vectors]
-    return _whole(c, c.broadcast([Operand(c.node, rows[:-1]), *targets]))
+    return _whole(c, c.broadcast([Operand(c.node, axes[:-1]), *targets]))
 
 
 @register_op("ctc_loss")

@@ -11,63 +11,63 @@ from structprune.ops import zeros
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Result, register_op
-from structprune.ops.relations import UNIT, Rows
+from structprune.ops.relations import UNIT, Axes
 
 
-def _pinned(c: Context, rows: Rows) -> None:
-    for row in rows:
-        c.pin(row, f"its statistics are a result of {c.where()}")
+def _pinned(c: Context, axes: Axes) -> None:
+    for axis in axes:
+        c.pin(axis, f"its statistics are a result of {c.where()}")
 
 
 @register_op("native_layer_norm")
 def native_layer_norm(c: Context, x: Operand, shape: Any, *affine: Any) -> Result:
     """Normalises over the last ``len(shape)`` dimensions."""
-    first = len(x.rows) - len(shape)
-    _pinned(c, x.rows[first:])
+    first = len(x.axes) - len(shape)
+    _pinned(c, x.axes[first:])
     for operand in operands_in(affine):
-        _pinned(c, operand.rows)
-    statistics = (*x.rows[:first], *[UNIT] * len(shape))
-    return [x.rows, statistics, statistics]
+        _pinned(c, operand.axes)
+    statistics = (*x.axes[:first], *[UNIT] * len(shape))
+    return [x.axes, statistics, statistics]
 
 
 def _scaled_zeros(z: zeros.ZeroContext) -> zeros.Zeros:
     """A channel whose scale and shift are removed is zero."""
     zero = [z.of(parameter)[-1] for parameter in z.tensors[1:]]
-    return tuple(place == 1 and bool(zero) and all(zero) for place in range(len(z.rows)))
+    return tuple(place == 1 and bool(zero) and all(zero) for place in range(len(z.axes)))
 
 
 @register_op("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", zeros=_scaled_zeros)
 def native_batch_norm(c: Context, x: Operand, *parts: Any, **named: Any) -> Result:
     """Weight, bias and statistics have one entry a channel; what a batch is averaged over must stay."""
     for operand in operands_in(parts, named):
-        c.same(x.rows[1], operand.rows[0])
+        c.same(x.axes[1], operand.axes[0])
     if arguments(c.node).get("training", True):
-        _pinned(c, (x.rows[0], *x.rows[2:]))
-    found: list[Rows | None] = [x.rows]
+        _pinned(c, (x.axes[0], *x.axes[2:]))
+    found: list[Axes | None] = [x.axes]
     for shape in c.shape[1:]:
-        each = shape is not None and tuple(shape) == (x.rows[1].size,)
-        found.append(None if shape is None else (x.rows[1],) if each else c.fresh(shape, f"it is kept by {c.where()}"))
+        each = shape is not None and tuple(shape) == (x.axes[1].size,)
+        found.append(None if shape is None else (x.axes[1],) if each else c.fresh(shape, f"it is kept by {c.where()}"))
     return found
 
 
 @register_op("native_group_norm")
 def native_group_norm(c: Context, x: Operand, weight: Any, bias: Any, n: Any, *_: Any) -> Result:
     """Normalises over groups of channels and all positions; it is told their numbers."""
-    _pinned(c, x.rows[1:])
+    _pinned(c, x.axes[1:])
     for operand in operands_in(weight, bias):
-        _pinned(c, operand.rows)
-    c.expect(n, x.rows[0])
+        _pinned(c, operand.axes)
+    c.expect(n, x.axes[0])
     groups = c.fresh(c.shape[1][1:], f"it counts the groups of {c.where()}")
-    return [x.rows, (x.rows[0], *groups), (x.rows[0], *groups)]
+    return [x.axes, (x.axes[0], *groups), (x.axes[0], *groups)]
 
 
 def _slope_zeros(z: zeros.ZeroContext) -> zeros.Zeros:
     """``y * (g - sum(g * y))``: zero where `y` is, and where `g` is along the dimensions that are not summed over."""
     grad, output = (z.of(tensor) for tensor in z.tensors[:2])
     dim = arguments(z.node).get("dim")
-    at = dim % len(z.rows) if isinstance(dim, int) else None
+    at = dim % len(z.axes) if isinstance(dim, int) else None
     if at is None or not (grad[at] or output[at]):
-        for place in range(len(z.rows)) if at is None else (at,):
+        for place in range(len(z.axes)) if at is None else (at,):
             z.summed(z.tensors[0], place)
     return tuple(y or (g and place != at) for place, (g, y) in enumerate(zip(grad, output, strict=True)))
 

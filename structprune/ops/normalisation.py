@@ -14,7 +14,7 @@ from structprune.ops.arguments import arguments
 from structprune.ops.by_hand import normalises
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Norm, Result, Scaling, like, register_op
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 from structprune.tracing.provenance import Arithmetic, Constant, Dim, plain
 
 
@@ -39,10 +39,10 @@ def _normalised(at: int, keeps: bool = False) -> zeros.ZeroRule:
 
     def rule(z: zeros.ZeroContext) -> zeros.Zeros:
         x, parameters = z.of(z.tensors[0]), z.tensors[1:]
-        place = at % len(z.rows)
+        place = at % len(z.axes)
         zero = x[place] if not parameters else all(z.of(p)[-1] for p in parameters)
         rest = keeps or not parameters
-        return tuple(zero if d == place else rest and x[d] for d in range(len(z.rows)))
+        return tuple(zero if d == place else rest and x[d] for d in range(len(z.axes)))
 
     return rule
 
@@ -55,16 +55,16 @@ _STATISTICS = Norm("weight", "bias", statistics=("running_mean", "running_var"))
     shape=_batch_norm_shape,
 )  # fmt: skip
 @register_op("instance_norm", zeros=_normalised(1), norm=_STATISTICS, over_kept=True)
-def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Rows:
+def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Axes:
     """Weight, bias, running mean and running variance have one entry a channel."""
     for operand in operands_in(statistics, named):
-        c.same(x.rows[1], operand.rows[0])
+        c.same(x.axes[1], operand.axes[0])
     given = arguments(c.node)
     if given.get("training", given.get("use_input_stats")):
         # Standardised weights are normalised over their input channels by a batch norm over "positions".
         first = 2 if c.node.meta["name"] == "instance_norm" else 0
-        c.survivors(x, [at for at in range(first, len(x.rows)) if at != 1])
-    return x.rows
+        c.survivors(x, [at for at in range(first, len(x.axes)) if at != 1])
+    return x.axes
 
 
 _SHAPED = Norm("weight", "bias", "normalized_shape")
@@ -78,40 +78,40 @@ _SHAPED = Norm("weight", "bias", "normalized_shape")
     "rms_norm", zeros=_normalised(-1, keeps=True), norm=Norm("weight", shape="normalized_shape"), scaling=Scaling.LAYER,
     channel_dim=-1, over_kept=True,
 )  # fmt: skip
-def layer_norm(c: Context, x: Operand, shape: Sequence[Any], *affine: Any, **named: Any) -> Rows:
+def layer_norm(c: Context, x: Operand, shape: Sequence[Any], *affine: Any, **named: Any) -> Axes:
     """Normalises over the last ``len(shape)`` dimensions; weight and bias have that shape."""
-    first = len(x.rows) - len(shape)
+    first = len(x.axes) - len(shape)
     for operand in operands_in(affine, named):
-        for row, other in zip(x.rows[first:], operand.rows, strict=True):
-            c.same(row, other)
-    for size, row in zip(shape, x.rows[first:], strict=True):
-        c.expect(size, row)
-    c.survivors(x, range(first, len(x.rows)))
-    return x.rows
+        for axis, other in zip(x.axes[first:], operand.axes, strict=True):
+            c.same(axis, other)
+    for size, axis in zip(shape, x.axes[first:], strict=True):
+        c.expect(size, axis)
+    c.survivors(x, range(first, len(x.axes)))
+    return x.axes
 
 
 @register_op("group_norm", zeros=_normalised(1), norm=Norm("weight", "bias"), over_kept=True)
-def group_norm(c: Context, x: Operand, groups: int, *affine: Any, **named: Any) -> Rows:
-    """Channels are a grid of groups x channels in a group."""
-    row = x.rows[1]
+def group_norm(c: Context, x: Operand, groups: int, *affine: Any, **named: Any) -> Axes:
+    """Channels are a product of groups x channels in a group."""
+    axis = x.axes[1]
     for operand in operands_in(affine, named):
-        c.same(row, operand.rows[0])
+        c.same(axis, operand.axes[0])
     if groups != 1:
-        outer, _ = c.split(row, (int(groups), row.size // int(groups)))
+        outer, _ = c.split(axis, (int(groups), axis.size // int(groups)))
         c.expect(groups, outer)
-    for position in x.rows[2:]:
+    for position in x.axes[2:]:
         c.pin(position, f"it is a position that {c.where()} averages over")
     c.survivors(x, (1,))
-    return x.rows
+    return x.axes
 
 
 @register_op("_weight_norm", zeros=zeros.everywhere, over_kept=True)
-def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Rows:
+def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Axes:
     """``g * v / |v|``, with one norm for each index of `dim`."""
-    if g.rows[v.dim(dim)].size > 1:
-        c.same(v.rows[v.dim(dim)], g.rows[v.dim(dim)])
-    c.survivors(v, [at for at in range(len(v.rows)) if at != v.dim(dim)])
-    return v.rows
+    if g.axes[v.dim(dim)].size > 1:
+        c.same(v.axes[v.dim(dim)], g.axes[v.dim(dim)])
+    c.survivors(v, [at for at in range(len(v.axes)) if at != v.dim(dim)])
+    return v.axes
 
 
 def _largest_or_reduced(z: zeros.ZeroContext) -> zeros.Zeros:
@@ -139,7 +139,7 @@ def largest(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     """``torch.max(a, b)`` compares entry by entry; else the largest along a dimension."""
     if args and isinstance(args[0], Operand):
         return c.broadcast([x, args[0]])
-    return competing(c, x, dims_of(c.node, len(x.rows)))
+    return competing(c, x, dims_of(c.node, len(x.axes)))
 
 
 @register_op("mean", "sum", **_SUMMED, scaling=Scaling.CONTRACTION)
@@ -150,34 +150,34 @@ def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
 
     A sum over the channels that stay is the sum with the others at zero. A mean is such a sum times a factor, which
     parameters take up; as a part of a norm that the forward writes out it runs over the channels that stay.
-    A norm of a matrix without rows and columns of zeros is what it was: they add no singular value but zero.
+    A norm of a matrix without axes and columns of zeros is what it was: they add no singular value but zero.
     """
     name = c.node.meta["name"]
-    dims = dims_of(c.node, len(x.rows), default=(-2, -1) if name == "linalg_matrix_norm" else None)
+    dims = dims_of(c.node, len(x.axes), default=(-2, -1) if name == "linalg_matrix_norm" else None)
     if dims is None or (name.endswith("norm") and not _adds_up(c.node)):
         return competing(c, x, dims)
     if name == "mean" and not normalises(c.node):
         for at in dims:
             size = Dim(x.node.meta["index"], at)
-            c.relations.scale_of(c.node.meta["index"], 0, Arithmetic("**", pow, size, Constant(-1)), x.rows[at])
+            c.relations.scale_of(c.node.meta["index"], 0, Arithmetic("**", pow, size, Constant(-1)), x.axes[at])
     else:
         c.survivors(x, dims)
-    return without(x.rows, dims, len(c.shape))
+    return without(x.axes, dims, len(c.shape))
 
 
 @register_op("var", "std", "var_mean", "std_mean", "nanmean", **_SUMMED)
 def spread(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The spread of what a forward normalises by it is over the survivors; any other counts all channels."""
-    dims = dims_of(c.node, len(x.rows))
+    dims = dims_of(c.node, len(x.axes))
     if dims is None or not normalises(c.node):
         return competing(c, x, dims, f"it is averaged over by {c.where()}")
     c.survivors(x, dims)
-    rows = without(x.rows, dims, len(c.shape[0] if isinstance(c.shape, list) else c.shape))
-    return [rows for _ in c.shape] if isinstance(c.shape, list) else rows
+    axes = without(x.axes, dims, len(c.shape[0] if isinstance(c.shape, list) else c.shape))
+    return [axes for _ in c.shape] if isinstance(c.shape, list) else axes
 
 
 @register_op("python.local_response_norm")
-def local_response_norm(c: Context, x: Operand, *_: Any, **__: Any) -> Rows:
+def local_response_norm(c: Context, x: Operand, *_: Any, **__: Any) -> Axes:
     """Every channel is divided by a norm over its neighbours."""
-    c.pin(x.rows[1], f"its neighbours take part in {c.where()}")
-    return x.rows
+    c.pin(x.axes[1], f"its neighbours take part in {c.where()}")
+    return x.axes

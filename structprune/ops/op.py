@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, fx
 
 from structprune.errors import RuleError
-from structprune.ops.relations import Row, Rows
+from structprune.ops.relations import Axes, Axis
 from structprune.ops.zeros import ZeroRule, unknown
 from structprune.tracing.vocabulary import canonical
 
-Result = Rows | list[Rows | None] | None
+Result = Axes | list[Axes | None] | None
 Coupling = Callable[..., Result]
-Count = Callable[[Row], int]
-RowsOf = Callable[[fx.Node], Rows]
-Macs = Callable[[fx.Node, RowsOf, Count], int]
+Count = Callable[[Axis], int]
+AxesOf = Callable[[fx.Node], Axes]
+Macs = Callable[[fx.Node, AxesOf, Count], int]
 Shape = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 
@@ -184,7 +184,7 @@ def register_op(*names: str, **facts: Any) -> Callable[[Coupling], Coupling]:
         facts: further fields of `structprune.ops.Op`. Left out, a field has a default that is safe.
 
     Returns:
-        A decorator for ``coupling(c, *arguments)``: tensors are operands with one axis for each dimension (``x.rows``),
+        A decorator for ``coupling(c, *arguments)``: tensors are operands with one axis for each dimension (``x.axes``),
         and it returns the axes of the result, or a list of them for a tuple of results.
 
     Raises:

@@ -23,8 +23,8 @@ def scripted(c: Context, *args: Any, **kwargs: Any) -> Result:
 class Leaf:
     """An opaque module as its rule sees it.
 
-    Attributes are those of the module, children included (``m.proj.weight``), but tensors are operands with rows, and
-    ints are tracked: what ``c.expect`` ties to a row is repaired in the pruned model.
+    Attributes are those of the module, children included (``m.proj.weight``), but tensors are operands with axes, and
+    ints are tracked: what ``c.expect`` ties to an axis is repaired in the pruned model.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ def register_module_rule(
 
     Returns:
         A decorator for ``rule(c, m, *args, **kwargs)``. `m` is the module with operands for tensors; tensor arguments
-        are operands too. It returns the rows of the result (a list of rows for a tuple of results). Dimensions of the
+        are operands too. It returns the axes of the result (a list of axes for a tuple of results). Dimensions of the
         module's tensors and of its arguments that it never asks for stay whole. What the module sums, sorts or
-        normalises over without weights of its own must be pinned: ``c.pin(row, reason)``.
+        normalises over without weights of its own must be pinned: ``c.pin(axis, reason)``.
 
     Raises:
         RuleError: `kind` is no class of modules, or has a rule already.
@@ -75,8 +75,8 @@ def register_module_rule(
         ...         return torch.from_numpy(x.numpy() @ self.weight.detach().numpy().T)
         >>> @structprune.register_module_rule(Kernel, shape=lambda m, x: x.new_empty(len(x), m.weight.shape[0]))
         ... def kernel(c, m, x):
-        ...     c.same(x.rows[1], m.weight.rows[1])
-        ...     return (x.rows[0], m.weight.rows[0])
+        ...     c.same(x.axes[1], m.weight.axes[1])
+        ...     return (x.axes[0], m.weight.axes[0])
         >>> model = torch.nn.Sequential(Kernel(), torch.nn.Linear(8, 2))
         >>> slim = structprune.prune(model, torch.randn(1, 4), ratio=0.5)
         >>> slim[0].weight.shape

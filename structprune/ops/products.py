@@ -16,7 +16,7 @@ from structprune.ops.arguments import arguments, tensors
 from structprune.ops.context import Context, Operand
 from structprune.ops.einsum import Equation, Labels, product_macs, product_rows, product_zeros
 from structprune.ops.op import Result, register_op
-from structprune.ops.relations import UNIT, Rows
+from structprune.ops.relations import UNIT, Axes
 from structprune.ops.zeros import ZeroContext, Zeros
 from structprune.tracing.provenance import plain
 
@@ -25,7 +25,7 @@ EquationOf = Callable[[fx.Node, Ranks], Equation]
 
 
 def _operands(c: Context, nodes: Iterable[fx.Node]) -> list[Operand]:
-    return [Operand(node, c.rows[node.meta["index"]]) for node in nodes]
+    return [Operand(node, c.axes[node.meta["index"]]) for node in nodes]
 
 
 def _ranks(nodes: Iterable[fx.Node]) -> list[int]:
@@ -61,22 +61,22 @@ def _product(*names: str, added: bool = False, every: bool = False) -> Callable[
         def coupling(c: Context, *_: Any, **__: Any) -> Result:
             """As the equation says; what is added broadcasts."""
             operands = _operands(c, tensors(c.node))
-            rows = product_rows(c, equation(c.node, of), operands[first:])
-            rows = rows if not added else c.broadcast([Operand(c.node, rows), operands[0]])
-            return without_units(rows, c.shape)
+            axes = product_rows(c, equation(c.node, of), operands[first:])
+            axes = axes if not added else c.broadcast([Operand(c.node, axes), operands[0]])
+            return without_units(axes, c.shape)
 
         register_op(
             *names, zeros=zero,
-            macs=lambda node, rows, count: product_macs(equation(node, of), tensors(node)[first:], rows, count),
+            macs=lambda node, axes, count: product_macs(equation(node, of), tensors(node)[first:], axes, count),
         )(coupling)  # fmt: skip
         return of
 
     return register
 
 
-def without_units(rows: Rows, shape: Sequence[int]) -> Rows:
-    """`rows`, or as many single entries in the place of those that were summed over and kept."""
-    return rows if len(rows) == len(shape) else (*rows, *[UNIT] * (len(shape) - len(rows)))
+def without_units(axes: Axes, shape: Sequence[int]) -> Axes:
+    """`axes`, or as many single entries in the place of those that were summed over and kept."""
+    return axes if len(axes) == len(shape) else (*axes, *[UNIT] * (len(shape) - len(axes)))
 
 
 def _named(rank: int, kind: str) -> Labels:
@@ -165,33 +165,33 @@ def _tensordot(node: fx.Node, ranks: Ranks) -> Equation:
 def _kronecker_zeros(z: ZeroContext) -> Zeros:
     """An index goes where that of either factor does, so each of them must make it zero."""
     return tuple(
-        all(len(z.of(t)) < -back or z.rows_of(t)[back].size == 1 or z.of(t)[back] for t in z.tensors)
-        for back in range(-len(z.rows), 0)
+        all(len(z.of(t)) < -back or z.axes_of(t)[back].size == 1 or z.of(t)[back] for t in z.tensors)
+        for back in range(-len(z.axes), 0)
     )
 
 
 @register_op("kron", zeros=_kronecker_zeros)
-def kron(c: Context, a: Operand, b: Operand) -> Rows:
-    """Each dimension of the result is a grid of those of both."""
-    rank = max(len(a.rows), len(b.rows))
-    left, right = ((*[UNIT] * (rank - len(x.rows)), *x.rows) for x in (a, b))
+def kron(c: Context, a: Operand, b: Operand) -> Axes:
+    """Each dimension of the result is a product of those of both."""
+    rank = max(len(a.axes), len(b.axes))
+    left, right = ((*[UNIT] * (rank - len(x.axes)), *x.axes) for x in (a, b))
     return tuple(c.merged([mine, theirs]) for mine, theirs in zip(left, right, strict=True))
 
 
 @register_op("pairwise_distance")
-def pairwise_distance(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Rows:
+def pairwise_distance(c: Context, a: Operand, b: Operand, *_: Any, **__: Any) -> Axes:
     """A distance with a constant in each entry, summed over the last dimension."""
-    rows = c.broadcast([a, b])
-    c.pin(rows[-1], f"it is summed over by {c.where()}")
-    return without_units(rows[:-1], c.shape)
+    axes = c.broadcast([a, b])
+    c.pin(axes[-1], f"it is summed over by {c.where()}")
+    return without_units(axes[:-1], c.shape)
 
 
 def _differences(z: ZeroContext) -> Zeros:
     """A sum over differences: all that it runs over must be zero in both."""
     for back in range(-max(len(z.of(t)) for t in z.tensors), 0):
         known = [len(z.of(t)) < -back or z.of(t)[back] for t in z.tensors]
-        size = max(z.rows_of(t)[back].size for t in z.tensors if len(z.of(t)) >= -back)
-        spread = any(len(z.of(t)) < -back or z.rows_of(t)[back].size < size for t in z.tensors)
+        size = max(z.axes_of(t)[back].size for t in z.tensors if len(z.of(t)) >= -back)
+        spread = any(len(z.of(t)) < -back or z.axes_of(t)[back].size < size for t in z.tensors)
         if spread or not all(known):
             for tensor in z.tensors:
                 if len(z.of(tensor)) >= -back:
@@ -199,16 +199,16 @@ def _differences(z: ZeroContext) -> Zeros:
     return ()
 
 
-def _whole_order(c: Context, rows: Rows) -> None:
+def _whole_order(c: Context, axes: Axes) -> None:
     """Zeros add nothing to a norm, unless it is of negative order."""
     order = plain(arguments(c.node).get("p", 2))
     if not isinstance(order, (int, float)) or order < 0:
-        for row in rows:
-            c.pin(row, f"its channels compete in {c.where()}")
+        for axis in axes:
+            c.pin(axis, f"its channels compete in {c.where()}")
 
 
 @register_op("dist", zeros=_differences)
-def dist(c: Context, a: Operand, b: Operand, *_: Any) -> Rows:
+def dist(c: Context, a: Operand, b: Operand, *_: Any) -> Axes:
     """The norm of all differences."""
     _whole_order(c, c.broadcast([a, b]))
     return ()
@@ -222,9 +222,9 @@ def _row_differences(z: ZeroContext) -> Zeros:
 
 
 @register_op("pdist", zeros=_row_differences)
-def pdist(c: Context, x: Operand, *_: Any) -> Rows:
+def pdist(c: Context, x: Operand, *_: Any) -> Axes:
     """Distances of all pairs of rows of a matrix."""
-    reason = f"its rows are paired in {c.where()}"
-    c.pin(x.rows[0], reason)
-    _whole_order(c, x.rows[1:])
+    reason = f"its axes are paired in {c.where()}"
+    c.pin(x.axes[0], reason)
+    _whole_order(c, x.axes[1:])
     return c.fresh(c.shape, reason)

@@ -15,7 +15,7 @@ from torch import nn
 
 from structprune.ops.context import Context, Operand
 from structprune.ops.opaque import Leaf, register_module_rule
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 
 _KINDS = (
     "MinMaxObserver", "MovingAverageMinMaxObserver", "PerChannelMinMaxObserver",
@@ -30,17 +30,17 @@ def _same(_: nn.Module, x: Any) -> Any:
     return torch.empty_like(x)
 
 
-def _quantization(c: Context, m: Leaf, x: Operand) -> Rows:
+def _quantization(c: Context, m: Leaf, x: Operand) -> Axes:
     parts = [m, m.activation_post_process] if hasattr(m, "activation_post_process") else [m]
     dim: int = getattr(m, "ch_axis", -1)
     for part in parts:
         for name in _PER_CHANNEL:
             statistic = getattr(part, name, None)
             # A single number, or one a channel; before the first forward there may be none.
-            if isinstance(statistic, Operand) and statistic.rows and statistic.rows[0].size > 1:
-                c.same(x.rows[dim], statistic.rows[0])
+            if isinstance(statistic, Operand) and statistic.axes and statistic.axes[0].size > 1:
+                c.same(x.axes[dim], statistic.axes[0])
     c.keeps_zeros(x)
-    return x.rows
+    return x.axes
 
 
 # torch means to give this package up: then there is nothing to register.

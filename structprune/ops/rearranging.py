@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from structprune.ops import zeros
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Result, register_op
-from structprune.ops.relations import UNIT, Row, Rows
+from structprune.ops.relations import UNIT, Axes, Axis
 from structprune.ops.scattering import diag_embed
 from structprune.tracing.provenance import plain
 
@@ -43,49 +43,49 @@ def rearranged(c: Context, *args: Any, **named: Any) -> Result:
     if any(0 in operand.shape for operand in operands):
         return c.pin_all(operands, "it is empty")
     parts = c.shape if isinstance(c.shape, list) else [c.shape]
-    drivers: list[list[list[Row]]] = [[[] for _ in shape] for shape in parts]
+    drivers: list[list[list[Axis]]] = [[[] for _ in shape] for shape in parts]
     reason = f"its position counts in {c.where()}"
     for number, operand in enumerate(operands):
-        for dim, row in enumerate(operand.rows):
-            if row.size == 1:
+        for dim, axis in enumerate(operand.axes):
+            if axis.size == 1:
                 continue
             for part, coordinates in enumerate(_run(c.node, operands, number, dim)):
-                runs = _runs_along(coordinates, row.size)
+                runs = _runs_along(coordinates, axis.size)
                 if runs is not None:
                     at, backwards = runs
-                    drivers[part][at].append(_reversed(row) if backwards else row)
+                    drivers[part][at].append(_reversed(axis) if backwards else axis)
                     continue
                 if not bool((coordinates == -1).all()):  # a piece of it, or shifted
-                    c.pin(row, reason)
+                    c.pin(axis, reason)
                     for at in _varies_along(coordinates):
-                        drivers[part][at].append(row)
-    result: list[Rows | None] = [_rows(c, shape, found, reason) for shape, found in zip(parts, drivers, strict=True)]
+                        drivers[part][at].append(axis)
+    result: list[Axes | None] = [_rows(c, shape, found, reason) for shape, found in zip(parts, drivers, strict=True)]
     return result if isinstance(c.shape, list) else result[0]
 
 
 @register_op("diag", zeros=zeros.moved)
 def diag(c: Context, x: Operand, diagonal: int = 0) -> Result:
     """The diagonal of a matrix, or a matrix with a diagonal."""
-    return diag_embed(c, x, diagonal) if len(x.rows) == 1 else rearranged(c, x)
+    return diag_embed(c, x, diagonal) if len(x.axes) == 1 else rearranged(c, x)
 
 
-def _rows(c: Context, shape: Sequence[int], drivers: list[list[Row]], reason: str) -> Rows:
-    rows: list[Row] = []
+def _rows(c: Context, shape: Sequence[int], drivers: list[list[Axis]], reason: str) -> Axes:
+    axes: list[Axis] = []
     for size, found in zip(shape, drivers, strict=True):
-        if found and all(row.size == size for row in found):
-            row = found[0]
+        if found and all(axis.size == size for axis in found):
+            axis = found[0]
             for other in found[1:]:
-                row = c.same(row, other)
+                axis = c.same(axis, other)
         else:
             for other in found:  # one of them does not run along it whole: none may shift
                 c.pin(other, reason)
-            row = UNIT if size == 1 else Row(int(size), pin=reason)
-        rows.append(row)
-    return tuple(rows)
+            axis = UNIT if size == 1 else Axis(int(size), pin=reason)
+        axes.append(axis)
+    return tuple(axes)
 
 
-def _reversed(row: Row) -> Row:
-    return Row(row.size, array=row.ids()[::-1].copy()) if row.free else row
+def _reversed(axis: Axis) -> Axis:
+    return Axis(axis.size, array=axis.ids()[::-1].copy()) if axis.free else axis
 
 
 def _runs_along(coordinates: Tensor, size: int) -> tuple[int, bool] | None:

@@ -10,34 +10,34 @@ import torch
 from torch import Tensor, fx
 
 from structprune.ops.context import Context, Operand
-from structprune.ops.op import Contraction, Count, RowsOf, like, register_op
-from structprune.ops.relations import Row, Rows
+from structprune.ops.op import AxesOf, Contraction, Count, like, register_op
+from structprune.ops.relations import Axes, Axis
 from structprune.ops.zeros import ZeroContext, Zeros
 from structprune.tracing.provenance import plain
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
-def _cell(c: Context, gates: int, inputs: Row, hidden: Row, state: Row, parameters: Sequence[Operand]) -> None:
+def _cell(c: Context, gates: int, inputs: Axis, hidden: Axis, state: Axis, parameters: Sequence[Operand]) -> None:
     """Tie one direction of one layer: weights ``(gates * hidden, in)`` and ``(gates * hidden, state)``, two biases."""
     into, again, *biases = parameters
-    c.same(inputs, into.rows[1])
-    c.same(state, again.rows[1])
+    c.same(inputs, into.axes[1])
+    c.same(state, again.axes[1])
     for parameter in (into, again, *biases):
-        c.same(c.sections(parameter.rows[0], gates)[0], hidden)
+        c.same(c.sections(parameter.axes[0], gates)[0], hidden)
 
 
 def _hidden(z: ZeroContext) -> Zeros:
     """Zero in the last dimension, whose gates are removed."""
-    return (False,) * (len(z.rows) - 1) + (True,)
+    return (False,) * (len(z.axes) - 1) + (True,)
 
 
-def _macs(node: fx.Node, rows: RowsOf, count: Count) -> int:
+def _macs(node: fx.Node, axes: AxesOf, count: Count) -> int:
     """Each step multiplies with all matrices of all layers."""
     x, *others = node.all_input_nodes
-    weights = [rows(n) for n in others if n.meta["name"] == "parameter"]
-    steps = prod(count(row) for row in rows(x)[:-1])
-    return steps * sum(prod(count(row) for row in matrix) for matrix in weights if len(matrix) == 2)
+    weights = [axes(n) for n in others if n.meta["name"] == "parameter"]
+    steps = prod(count(axis) for axis in axes(x)[:-1])
+    return steps * sum(prod(count(axis) for axis in matrix) for matrix in weights if len(matrix) == 2)
 
 
 def _stack_shape(x: Any, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, ...] | None:
@@ -62,7 +62,7 @@ _LAYERS = Contraction("recurrent", lambda _: ())
 
 
 @register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs, contraction=_LAYERS, shape=_stack_shape)
-def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
+def recurrent(c: Context, x: Operand, *args: Any) -> list[Axes | None]:
     """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
     name = c.node.meta["name"]
     packed = isinstance(args[0], Operand) and len(args) > 1 and isinstance(args[1], (Operand, tuple, list)) and (
@@ -71,64 +71,64 @@ def recurrent(c: Context, x: Operand, *args: Any) -> list[Rows | None]:
     given: list[Any] = list(args[1:] if packed else args)
     hx, parameters, has_biases, layers, bidirectional = (given[i] for i in (0, 1, 2, 3, 6))
     states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
-    hidden = states[-1].rows[-1]
-    state = states[0].rows[-1]
+    hidden = states[-1].axes[-1]
+    state = states[0].axes[-1]
     directions = 2 if bidirectional else 1
     projected = name == "lstm" and state.size != hidden.size
     each = 2 + (2 if has_biases else 0) + (1 if projected else 0)
-    inputs = x.rows[-1]
+    inputs = x.axes[-1]
     stack = list(parameters)
     for layer in range(int(layers)):
         for direction in range(directions):
             first = (layer * directions + direction) * each
             mine = stack[first : first + each]
             if projected:
-                c.same(mine[-1].rows[0], state)
-                c.same(mine[-1].rows[1], hidden)
+                c.same(mine[-1].axes[0], state)
+                c.same(mine[-1].axes[1], hidden)
                 mine = mine[:-1]
             _cell(c, GATES[name], inputs, hidden, state, mine)
         inputs = c.concatenated([state] * directions)
     # Steps follow each other: none of them can go. Packed sequences have steps and samples in one dimension.
-    c.pin(x.rows[1 if not packed and bool(given[7]) else 0], f"it is a step of {c.where()}")
-    numbers, batch = states[0].rows[0], states[0].rows[1:-1]
+    c.pin(x.axes[1 if not packed and bool(given[7]) else 0], f"it is a step of {c.where()}")
+    numbers, batch = states[0].axes[0], states[0].axes[1:-1]
     c.pin(numbers, f"it numbers the layers of {c.where()}")
     for other in states[1:]:
-        for a, b in zip(states[0].rows[:-1], other.rows[:-1], strict=True):
+        for a, b in zip(states[0].axes[:-1], other.axes[:-1], strict=True):
             c.same(a, b)
-    results: list[Rows | None] = [(*x.rows[:-1], inputs)]
-    results += [(numbers, *batch, row) for row in ((state, hidden) if name == "lstm" else (state,))]
+    results: list[Axes | None] = [(*x.axes[:-1], inputs)]
+    results += [(numbers, *batch, axis) for axis in ((state, hidden) if name == "lstm" else (state,))]
     return results
 
 
 @register_op("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zeros=_hidden, macs=_macs, contraction=_LAYERS)
-def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Rows | list[Rows | None]:
+def cell(c: Context, x: Operand, hx: Any, *parameters: Any) -> Axes | list[Axes | None]:
     """One step of a recurrent layer."""
     name = c.node.meta["name"].removesuffix("_cell")
     states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
-    hidden = states[0].rows[-1]
+    hidden = states[0].axes[-1]
     for other in states[1:]:
         c.broadcast([states[0], other])
-    _cell(c, GATES[name], x.rows[-1], hidden, hidden, [p for p in parameters if isinstance(p, Operand)])
-    rows = (*x.rows[:-1], hidden)
-    return [rows, rows] if name == "lstm" else rows
+    _cell(c, GATES[name], x.axes[-1], hidden, hidden, [p for p in parameters if isinstance(p, Operand)])
+    axes = (*x.axes[:-1], hidden)
+    return [axes, axes] if name == "lstm" else axes
 
 
 @register_op("_pack_padded_sequence")
-def pack(c: Context, x: Operand, lengths: Operand, *_: Any) -> list[Rows | None]:
+def pack(c: Context, x: Operand, lengths: Operand, *_: Any) -> list[Axes | None]:
     """``(batch, time, *channels)`` or ``(time, batch, *channels)`` to ``(steps of all samples, *channels)``."""
-    for row in x.rows[:2]:
-        c.pin(row, f"it is packed by the lengths of the sequences in {c.where()}")
-    for row in lengths.rows:
-        c.pin(row, f"it counts the sequences in {c.where()}")
+    for axis in x.axes[:2]:
+        c.pin(axis, f"it is packed by the lengths of the sequences in {c.where()}")
+    for axis in lengths.axes:
+        c.pin(axis, f"it counts the sequences in {c.where()}")
     c.node.meta["part_of_operand"] = {1: lengths.node}  # the sizes of the batches come from the lengths alone
     steps, sizes = (c.fresh(shape[:1], f"it is packed in {c.where()}") for shape in c.shape)
-    return [(*steps, *x.rows[2:]), sizes]
+    return [(*steps, *x.axes[2:]), sizes]
 
 
 @register_op("_pad_packed_sequence")
-def pad_packed(c: Context, data: Operand, batch_sizes: Operand, *_: Any) -> list[Rows | None]:
+def pad_packed(c: Context, data: Operand, batch_sizes: Operand, *_: Any) -> list[Axes | None]:
     """What `pack` does, undone."""
-    for row in (data.rows[0], *batch_sizes.rows):
-        c.pin(row, f"it is packed, and padded in {c.where()}")
+    for axis in (data.axes[0], *batch_sizes.axes):
+        c.pin(axis, f"it is packed, and padded in {c.where()}")
     padded, lengths = (c.fresh(shape, f"it is padded in {c.where()}") for shape in c.shape)
-    return [(*padded[:2], *data.rows[1:]), lengths]
+    return [(*padded[:2], *data.axes[1:]), lengths]

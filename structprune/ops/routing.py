@@ -1,7 +1,7 @@
 """Routing: experts that a router chooses by number, and products with the weights of the chosen ones.
 
-The numbers that a top-k gives are channels of the row that it looked through: they count experts. Where they only look
-up, count or sort by that row, a whole expert may go: the others are renumbered in order, and the router chooses among
+The numbers that a top-k gives are channels of the axis that it looked through: they count experts. Where they only look
+up, count or sort by that axis, a whole expert may go: the others are renumbered in order, and the router chooses among
 those that are left. Where a number is used in any other way, the experts are pinned.
 """
 
@@ -16,7 +16,7 @@ from structprune.ops.along import competing, dimension
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Contraction, Indices, Result, op_of, register_op
-from structprune.ops.relations import Rows
+from structprune.ops.relations import Axes
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
 
 
@@ -38,12 +38,12 @@ def _is_cast(node: fx.Node) -> bool:
 def _softened(z: ZeroContext) -> Zeros:
     """A channel that a softmax leaves out takes no share; in other dimensions zero becomes a share like any other."""
     dim = arguments(z.node).get("dim", -1)
-    return tuple(isinstance(dim, int) and place == dim % len(z.rows) for place in range(len(z.rows)))
+    return tuple(isinstance(dim, int) and place == dim % len(z.axes) for place in range(len(z.axes)))
 
 
 def _routed(z: ZeroContext) -> Zeros:
     """An expert that is removed takes no share, and no token."""
-    return tuple(row.free for row in z.rows)
+    return tuple(axis.free for axis in z.axes)
 
 
 def _grouped_zeros(z: ZeroContext) -> Zeros:
@@ -70,76 +70,76 @@ def _grouped_shape(x: Any, weight: Any, offs: Any = None, **named: Any) -> Tenso
 def softmax(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     """Channels compete; where experts do, to be chosen from, those that are removed take no share."""
     dim = dimension(x, kwargs.get("dim", args[0] if args else -1))
-    if dim is None or not x.rows[dim].free or not _chosen_from(c.node):
+    if dim is None or not x.axes[dim].free or not _chosen_from(c.node):
         return competing(c, x, dim)
     c.survivors(x, (dim,))
-    return x.rows
+    return x.axes
 
 
 @register_op("topk", over_kept=True)
 def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Result:
     """The largest along `dim`: their values, and their numbers, which count the channels of `dim`."""
     at = dimension(x, dim)
-    if at is None or not x.rows[at].free or not isinstance(k, int):
+    if at is None or not x.axes[at].free or not isinstance(k, int):
         return competing(c, x, at)
-    row = x.rows[at]
+    axis = x.axes[at]
     c.survivors(x, (at,))
-    c.bounded(row, least=int(k))
+    c.bounded(axis, least=int(k))
     chosen = c.fresh([int(k)], f"it numbers the choices of {c.where()}")
     c.expect(k, chosen[0])
-    rows = (*x.rows[:at], *chosen, *x.rows[at + 1 :])
-    c.number(row, part=1)
-    return [rows, rows]
+    axes = (*x.axes[:at], *chosen, *x.axes[at + 1 :])
+    c.number(axis, part=1)
+    return [axes, axes]
 
 
 @register_op("histc", zeros=_routed)
 def histc(c: Context, x: Operand, bins: Any = 100, min: Any = 0, max: Any = 0, **_: Any) -> Result:
     """How often each number occurs, where there is one bin for each channel that they number."""
-    row = c.numbered(x)
-    whole = row is not None and isinstance(max, int) and bins == row.size and min == 0 and max == row.size - 1
-    if row is None or not whole or not c.tracked(max):
+    axis = c.numbered(x)
+    whole = axis is not None and isinstance(max, int) and bins == axis.size and min == 0 and max == axis.size - 1
+    if axis is None or not whole or not c.tracked(max):
         return c.pin_all([x], f"its values are counted by {c.where()}")
-    c.counts(x, row)
-    c.expect(bins, row)
-    c.expect(max + 1, row)
+    c.counts(x, axis)
+    c.expect(bins, axis)
+    c.expect(max + 1, axis)
     c.claimed.add(id(max))
-    return (row,)
+    return (axis,)
 
 
 @register_op("bincount", zeros=_routed)
 def bincount(c: Context, x: Operand, weights: Any = None, minlength: Any = 0) -> Result:
     """How often each number occurs, where there is one bin for each channel that they number."""
-    row = c.numbered(x)
-    if row is None or weights is not None or minlength != row.size:
+    axis = c.numbered(x)
+    if axis is None or weights is not None or minlength != axis.size:
         return c.pin_all(list(operands_in(x, weights)), f"its values are counted by {c.where()}")
-    c.counts(x, row)
-    c.expect(minlength, row)
-    return (row,)
+    c.counts(x, axis)
+    c.expect(minlength, axis)
+    return (axis,)
 
 
 @register_op("one_hot", zeros=_routed)
 def one_hot(c: Context, x: Operand, num_classes: Any = -1) -> Result:
     """A new dimension with one entry for each channel that the numbers count."""
-    row = c.numbered(x)
-    if row is None or num_classes != row.size:
+    axis = c.numbered(x)
+    if axis is None or num_classes != axis.size:
         return c.pin_all([x], f"its values count positions, made by {c.where()}")
-    c.counts(x, row)
-    c.expect(num_classes, row)
-    return (*x.rows, row)
+    c.counts(x, axis)
+    c.expect(num_classes, axis)
+    return (*x.axes, axis)
 
 
 @register_op(
     "_grouped_mm", "transformers::grouped_mm_fallback", zeros=_grouped_zeros, shape=_grouped_shape,
     contraction=Contraction("grouped", lambda _: ()),
 )  # fmt: skip
-def grouped_mm(c: Context, x: Operand, weight: Operand, offs: Any = None, *rest: Any, **named: Any) -> Rows | Result:
+def grouped_mm(c: Context, x: Operand, weight: Operand, offs: Any = None, *rest: Any, **named: Any) -> Axes | Result:
     """Tokens ``(n, in)`` sorted by expert times ``(experts, in, out)``; `offs` says where each expert's tokens end."""
     others = list(operands_in(rest, named))
-    if not isinstance(offs, Operand) or len(x.rows) != 2 or len(weight.rows) != 3 or others:
+    if not isinstance(offs, Operand) or len(x.axes) != 2 or len(weight.axes) != 3 or others:
         given = list(operands_in(x, weight, offs, others))
         return c.pin_all(given, f"its groups are not those of tokens sorted by expert, in {c.where()}")
-    c.same(weight.rows[0], offs.rows[0])
-    c.same(x.rows[1], weight.rows[1])
-    for row in weight.rows[1:]:  # the kernel wants lines to begin at multiples of 16 bytes, in half precision too
-        c.bounded(row, step=8)
-    return (x.rows[0], weight.rows[2])
+    c.same(weight.axes[0], offs.axes[0])
+    c.same(x.axes[1], weight.axes[1])
+    for axis in weight.axes[1:]:  # the kernel wants lines to begin at multiples of 16 bytes, in half precision too
+        c.bounded(axis, step=8)
+    return (x.axes[0], weight.axes[2])

@@ -9,7 +9,7 @@ from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.cutting import cut
 from structprune.ops.indexing import select_row
 from structprune.ops.op import Result, register_op
-from structprune.ops.relations import Row, Rows
+from structprune.ops.relations import Axes, Axis
 
 
 def _added(z: zeros.ZeroContext) -> zeros.Zeros:
@@ -23,108 +23,108 @@ def _added(z: zeros.ZeroContext) -> zeros.Zeros:
 
 def _tied(c: Context, x: Operand, other: Operand, at: int, reason: str) -> None:
     """`other` runs along `x` in all dimensions but `at`; where it is shorter, it meets the first channels of `x`."""
-    for place, row in enumerate(other.rows):
-        if place == at or len(other.rows) != len(x.rows):
-            c.pin(row, reason)
-        elif row.size == x.rows[place].size:
-            c.same(x.rows[place], row)
+    for place, axis in enumerate(other.axes):
+        if place == at or len(other.axes) != len(x.axes):
+            c.pin(axis, reason)
+        elif axis.size == x.axes[place].size:
+            c.same(x.axes[place], axis)
         else:
-            c.pin(row, reason)
-            c.pin(x.rows[place][: row.size], reason)
+            c.pin(axis, reason)
+            c.pin(x.axes[place][: axis.size], reason)
 
 
 @register_op("scatter", "scatter_add", "scatter_reduce", zeros=_added)
-def scatter(c: Context, x: Operand, dim: int, index: Operand, *rest: Any, **named: Any) -> Rows:
+def scatter(c: Context, x: Operand, dim: int, index: Operand, *rest: Any, **named: Any) -> Axes:
     """Writes each entry of a source at the position that the index has there."""
     at = x.dim(dim)
     reason = f"it is written at positions from a tensor in {c.where()}"
-    if x.rows:
-        c.pin(x.rows[at], reason)
+    if x.axes:
+        c.pin(x.axes[at], reason)
     _tied(c, x, index, at, reason)
     for source in operands_in(rest, named):
         _tied(c, index, source, -1, reason)  # the source may be longer, and is then read in part
-        if source.rows and len(source.rows) == len(index.rows):
-            c.pin(source.rows[at], reason)
-    return x.rows
+        if source.axes and len(source.axes) == len(index.axes):
+            c.pin(source.axes[at], reason)
+    return x.axes
 
 
 @register_op("index_add", "index_copy", "index_reduce", zeros=_added)
-def index_add(c: Context, x: Operand, dim: int, index: Operand, source: Operand, *_: Any, **__: Any) -> Rows:
+def index_add(c: Context, x: Operand, dim: int, index: Operand, source: Operand, *_: Any, **__: Any) -> Axes:
     """Whole slices added to, or put in the place of, those that the index names."""
     at = x.dim(dim)
     reason = f"it is written at positions from a tensor in {c.where()}"
-    for row in (*x.rows[at : at + 1], *index.rows):
-        c.pin(row, reason)
+    for axis in (*x.axes[at : at + 1], *index.axes):
+        c.pin(axis, reason)
     _tied(c, x, source, at, reason)
-    return x.rows
+    return x.axes
 
 
 @register_op("index_fill")
-def index_fill(c: Context, x: Operand, dim: int, index: Operand, value: Any) -> Rows:
+def index_fill(c: Context, x: Operand, dim: int, index: Operand, value: Any) -> Axes:
     """One value in all slices that the index names."""
     at = x.dim(dim)
-    for row in (*x.rows[at : at + 1], *index.rows):
-        c.pin(row, f"it is written at positions from a tensor in {c.where()}")
-    return x.rows
+    for axis in (*x.axes[at : at + 1], *index.axes):
+        c.pin(axis, f"it is written at positions from a tensor in {c.where()}")
+    return x.axes
 
 
 @register_op("slice_scatter", zeros=_added)
 def slice_scatter(
     c: Context, x: Operand, source: Operand, dim: int = 0, start: Any = None, stop: Any = None, step: Any = 1
-) -> Rows:
+) -> Axes:
     """A copy with a slice written over."""
     at = x.dim(dim)
-    piece = cut(c, x.rows[at], slice(start, stop, step))
-    c.broadcast([Operand(x.node, (*x.rows[:at], piece, *x.rows[at + 1 :])), source])
-    return x.rows
+    piece = cut(c, x.axes[at], slice(start, stop, step))
+    c.broadcast([Operand(x.node, (*x.axes[:at], piece, *x.axes[at + 1 :])), source])
+    return x.axes
 
 
 @register_op("select_scatter")
-def select_scatter(c: Context, x: Operand, source: Operand, dim: int, index: int) -> Rows:
+def select_scatter(c: Context, x: Operand, source: Operand, dim: int, index: int) -> Axes:
     """A copy with one position of a dimension written over."""
     at = x.dim(dim)
-    select_row(c, x.rows[at], index)
-    c.pin(x.rows[at][:1] if index >= 0 else x.rows[at][-1:], f"it is written by number in {c.where()}")
-    c.broadcast([Operand(x.node, (*x.rows[:at], *x.rows[at + 1 :])), source])
-    return x.rows
+    select_row(c, x.axes[at], index)
+    c.pin(x.axes[at][:1] if index >= 0 else x.axes[at][-1:], f"it is written by number in {c.where()}")
+    c.broadcast([Operand(x.node, (*x.axes[:at], *x.axes[at + 1 :])), source])
+    return x.axes
 
 
 @register_op("diagonal_scatter")
-def diagonal_scatter(c: Context, x: Operand, source: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Rows:
+def diagonal_scatter(c: Context, x: Operand, source: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Axes:
     """A copy with a diagonal written over: channel i of both dimensions, if they have equally many."""
-    first, second = x.rows[x.dim(dim1)], x.rows[x.dim(dim2)]
+    first, second = x.axes[x.dim(dim1)], x.axes[x.dim(dim2)]
     line = _diagonal(c, first, second, int(offset))
     if line is None:
-        c.pin(source.rows[-1], f"it is written on a diagonal in {c.where()}")
+        c.pin(source.axes[-1], f"it is written on a diagonal in {c.where()}")
     else:
-        c.same(line, source.rows[-1])
-    rest = [row for at, row in enumerate(x.rows) if at not in (x.dim(dim1), x.dim(dim2))]
-    for mine, theirs in zip(rest, source.rows[:-1], strict=True):
+        c.same(line, source.axes[-1])
+    rest = [axis for at, axis in enumerate(x.axes) if at not in (x.dim(dim1), x.dim(dim2))]
+    for mine, theirs in zip(rest, source.axes[:-1], strict=True):
         c.same(mine, theirs)
-    return x.rows
+    return x.axes
 
 
-def _diagonal(c: Context, first: Row, second: Row, offset: int) -> Row | None:
+def _diagonal(c: Context, first: Axis, second: Axis, offset: int) -> Axis | None:
     """The two dimensions of a main diagonal, which keep the same channels; None where it is none, and they stay."""
     if offset == 0 and first.size == second.size:
         return c.same(first, second)
-    for row in (first, second):
-        c.pin(row, f"its position counts on the diagonal of {c.where()}")
+    for axis in (first, second):
+        c.pin(axis, f"its position counts on the diagonal of {c.where()}")
     return None
 
 
 @register_op("diag_embed", zeros=zeros.moved)
-def diag_embed(c: Context, x: Operand, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Rows:
+def diag_embed(c: Context, x: Operand, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Axes:
     """The last dimension on the diagonal of two, with zeros around."""
-    row = x.rows[-1]
+    axis = x.axes[-1]
     if offset:
         reason = f"its position counts on the diagonal of {c.where()}"
-        c.pin(row, reason)
-        row = Row(c.shape[int(dim1)], pin=reason)
-    rows = list(x.rows[:-1])
+        c.pin(axis, reason)
+        axis = Axis(c.shape[int(dim1)], pin=reason)
+    axes = list(x.axes[:-1])
     for at in sorted(int(dim) % len(c.shape) for dim in (dim1, dim2)):
-        rows.insert(at, row)
-    return tuple(rows)
+        axes.insert(at, axis)
+    return tuple(axes)
 
 
 @register_op(

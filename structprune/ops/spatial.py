@@ -8,7 +8,7 @@ from typing import Any
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
 from structprune.ops.op import Result, register_op
-from structprune.ops.relations import Row, Rows
+from structprune.ops.relations import Axes, Axis
 from structprune.ops.zeros import ZeroContext, Zeros, moved, moved_first, unknown
 
 POOLS = """
@@ -19,12 +19,12 @@ upsample_nearest{} reflection_pad{} replication_pad{}
 
 def _keep_channels(c: Context, x: Operand, dims: int) -> Result:
     reason = f"it is a position that {c.where()} slides over"
-    at = len(x.rows) - dims
-    for row in x.rows[at:]:
-        c.pin(row, reason)
+    at = len(x.axes) - dims
+    for axis in x.axes[at:]:
+        c.pin(axis, reason)
     if isinstance(c.shape, list):
-        return [None if shape is None else (*x.rows[:at], *c.fresh(shape[at:], reason)) for shape in c.shape]
-    return (*x.rows[:at], *c.fresh(c.shape[at:], reason))
+        return [None if shape is None else (*x.axes[:at], *c.fresh(shape[at:], reason)) for shape in c.shape]
+    return (*x.axes[:at], *c.fresh(c.shape[at:], reason))
 
 
 def _names(dims: int) -> list[str]:
@@ -61,13 +61,13 @@ def over_volumes(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
 @register_op("python.interpolate", zeros=moved_first)
 def interpolate(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """Everything but batch and channels is resized."""
-    return _keep_channels(c, x, len(x.rows) - 2)
+    return _keep_channels(c, x, len(x.axes) - 2)
 
 
 @register_op(*[f"max_unpool{dims}d" for dims in (1, 2, 3)], zeros=moved_first)
 def max_unpool(c: Context, x: Operand, indices: Operand, *_: Any, **__: Any) -> Result:
     """Each entry goes where the pooling found its maximum: the channels of both are the same."""
-    for mine, theirs in zip(x.rows, indices.rows, strict=True):
+    for mine, theirs in zip(x.axes, indices.axes, strict=True):
         c.same(mine, theirs)
     return _keep_channels(c, x, int(c.node.meta["name"][-2]))
 
@@ -79,90 +79,90 @@ def fractional_max_pool(
     """Pooling over windows that random samples place, for each image and channel."""
     dims = int(c.node.meta["name"][-2])
     if samples is not None:
-        c.pin(samples.rows[-1], f"it holds the coordinates of the windows of {c.where()}")
-        for mine, theirs in zip(x.rows[: len(x.rows) - dims][::-1], samples.rows[-2::-1], strict=False):
+        c.pin(samples.axes[-1], f"it holds the coordinates of the windows of {c.where()}")
+        for mine, theirs in zip(x.axes[: len(x.axes) - dims][::-1], samples.axes[-2::-1], strict=False):
             c.same(mine, theirs)
     return _keep_channels(c, x, dims)
 
 
 @register_op("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", zeros=moved_first)
-def grid_sample(c: Context, x: Operand, grid: Operand, *_: Any, **__: Any) -> Result:
+def grid_sample(c: Context, x: Operand, product: Operand, *_: Any, **__: Any) -> Result:
     """Positions are sampled where data says."""
-    for row in grid.rows[1:]:
-        c.pin(row, f"it is a position sampled by {c.where()}")
-    c.same(x.rows[0], grid.rows[0])
-    return _keep_channels(c, x, len(x.rows) - 2)
+    for axis in product.axes[1:]:
+        c.pin(axis, f"it is a position sampled by {c.where()}")
+    c.same(x.axes[0], product.axes[0])
+    return _keep_channels(c, x, len(x.axes) - 2)
 
 
 def _padded(z: ZeroContext) -> Zeros:
     """Padding with zeros keeps them."""
     x = z.of(z.tensors[0])
     value = arguments(z.node).get("value")
-    return x if not value and len(x) == len(z.rows) else unknown(z)
+    return x if not value and len(x) == len(z.axes) else unknown(z)
 
 
 @register_op("pad", "constant_pad_nd", zeros=_padded)
-def pad(c: Context, x: Operand, widths: Sequence[Any], mode: Any = "constant", *_: Any, **kwargs: Any) -> Rows:
+def pad(c: Context, x: Operand, widths: Sequence[Any], mode: Any = "constant", *_: Any, **kwargs: Any) -> Axes:
     """Constant channels before and after; in other modes the padded dimensions are positions."""
     constant = kwargs.get("mode", mode) == "constant" or not isinstance(mode, str)
-    rows = list(x.rows)
+    axes = list(x.axes)
     for pair in range(len(widths) // 2):
-        at = len(rows) - 1 - pair
+        at = len(axes) - 1 - pair
         before, after = widths[2 * pair], widths[2 * pair + 1]
-        row = rows[at]
+        axis = axes[at]
         if not before and not after:
             continue
-        if constant and before >= 0 and after >= 0 and row.free:
-            parts: list[Row] = []
+        if constant and before >= 0 and after >= 0 and axis.free:
+            parts: list[Axis] = []
             for width in (before, None, after):
                 if width is None:
-                    parts.append(row)
+                    parts.append(axis)
                 elif width:
                     # Even one padded channel gets ids: it may be tied to one that goes.
                     fresh = c.relations.run(int(width))
                     c.expect(width, fresh)
                     parts.append(fresh)
-            rows[at] = c.concatenated(parts)
+            axes[at] = c.concatenated(parts)
             continue
         reason = f"it is padded by {c.where()}"
-        c.pin(row, reason)
-        rows[at] = c.fresh([c.shape[at]], reason)[0]
-    return tuple(rows)
+        c.pin(axis, reason)
+        axes[at] = c.fresh([c.shape[at]], reason)[0]
+    return tuple(axes)
 
 
 @register_op("im2col", zeros=moved)
-def unfold(c: Context, x: Operand, kernel: Any, *_: Any, **__: Any) -> Rows:
+def unfold(c: Context, x: Operand, kernel: Any, *_: Any, **__: Any) -> Axes:
     """Channels x kernel positions, in one dimension."""
     reason = f"it is a position that {c.where()} slides over"
-    at = len(x.rows) - 3
-    for row in x.rows[at + 1 :]:
-        c.pin(row, reason)
-    block = Row(c.shape[at] // x.rows[at].size, pin=reason)
-    return (*x.rows[:at], c.merged([x.rows[at], block]), *c.fresh(c.shape[at + 1 :], reason))
+    at = len(x.axes) - 3
+    for axis in x.axes[at + 1 :]:
+        c.pin(axis, reason)
+    block = Axis(c.shape[at] // x.axes[at].size, pin=reason)
+    return (*x.axes[:at], c.merged([x.axes[at], block]), *c.fresh(c.shape[at + 1 :], reason))
 
 
 @register_op("col2im", zeros=moved)
-def fold(c: Context, x: Operand, output_size: Any, kernel: Any, *_: Any, **__: Any) -> Rows:
+def compensation(c: Context, x: Operand, output_size: Any, kernel: Any, *_: Any, **__: Any) -> Axes:
     """The reverse of `unfold`."""
     reason = f"it is a position that {c.where()} slides over"
-    at = len(x.rows) - 2
-    channels, block = c.split(x.rows[at], (c.shape[at], x.rows[at].size // c.shape[at]))
-    for row in (block, x.rows[-1]):
-        c.pin(row, reason)
-    return (*x.rows[:at], channels, *c.fresh(c.shape[at + 1 :], reason))
+    at = len(x.axes) - 2
+    channels, block = c.split(x.axes[at], (c.shape[at], x.axes[at].size // c.shape[at]))
+    for axis in (block, x.axes[-1]):
+        c.pin(axis, reason)
+    return (*x.axes[:at], channels, *c.fresh(c.shape[at + 1 :], reason))
 
 
 @register_op("unfold", zeros=moved)
-def windows(c: Context, x: Operand, dim: int, *_: Any) -> Rows:
+def windows(c: Context, x: Operand, dim: int, *_: Any) -> Axes:
     """``Tensor.unfold``: one dimension becomes windows and positions in a window."""
     reason = f"it is a position that {c.where()} slides over"
     at = x.dim(dim)
-    c.pin(x.rows[at], reason)
+    c.pin(x.axes[at], reason)
     windows, size = c.fresh([c.shape[at], c.shape[-1]], reason)
-    return (*x.rows[:at], windows, *x.rows[at + 1 :], size)
+    return (*x.axes[:at], windows, *x.axes[at + 1 :], size)
 
 
 @register_op("meshgrid", "python.meshgrid")
 def meshgrid(c: Context, *tensors: Any, **_: Any) -> Result:
-    """Coordinates of a grid."""
+    """Coordinates of a product."""
     return c.pin_all(list(operands_in(tensors)), f"it holds coordinates in {c.where()}")

@@ -7,22 +7,22 @@ from typing import Any, Self
 
 from structprune.ops.context import Context, Operand
 from structprune.ops.op import Result
-from structprune.ops.relations import Row, Rows
+from structprune.ops.relations import Axes, Axis
 
 
-class Watched(tuple[Row, ...]):
-    """Rows of an operand that note which of them a rule looked at."""
+class Watched(tuple[Axis, ...]):
+    """Axes of an operand that note which of them a rule looked at."""
 
     _seen: set[int]
 
-    def __new__(cls, rows: Rows) -> Self:
-        """Rows of which none has been asked for yet."""
-        made = super().__new__(cls, rows)
+    def __new__(cls, axes: Axes) -> Self:
+        """Axes of which none has been asked for yet."""
+        made = super().__new__(cls, axes)
         made._seen = set()
         return made
 
-    def unseen(self) -> list[Row]:
-        """The rows that nobody asked for."""
+    def unseen(self) -> list[Axis]:
+        """The axes that nobody asked for."""
         return [tuple.__getitem__(self, dim) for dim in range(len(self)) if dim not in self._seen]
 
     def __getitem__(self, at: Any) -> Any:
@@ -30,7 +30,7 @@ class Watched(tuple[Row, ...]):
         self._seen.update(places if isinstance(places, range) else [places])
         return super().__getitem__(at)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Axis]:
         self._seen.update(range(len(self)))
         return super().__iter__()
 
@@ -38,14 +38,14 @@ class Watched(tuple[Row, ...]):
 def call_watched(
     c: Context, function: Callable[..., Result], args: tuple[Any, ...], kwargs: dict[str, Any], name: str
 ) -> Result:
-    """What a rule says; rows of its operands that it neither looked at nor returned are pinned."""
+    """What a rule says; axes of its operands that it neither looked at nor returned are pinned."""
     seen: list[Watched] = []
 
     def watched(value: Any) -> Any:
         if isinstance(value, Operand):
-            rows = Watched(value.rows)
-            seen.append(rows)
-            return Operand(value.node, rows)
+            axes = Watched(value.axes)
+            seen.append(axes)
+            return Operand(value.node, axes)
         if isinstance(value, (tuple, list)):
             return type(value)(watched(item) for item in value)
         if isinstance(value, dict):
@@ -54,10 +54,10 @@ def call_watched(
 
     result = function(c, *watched(args), **watched(kwargs))
     if isinstance(result, list):
-        result = [None if rows is None else tuple(rows) for rows in result]
+        result = [None if axes is None else tuple(axes) for axes in result]
     elif result is not None:
         result = tuple(result)
-    for rows in seen:
-        for row in rows.unseen():
-            c.pin(row, f"the rule for {name} does not say what it is")
+    for axes in seen:
+        for axis in axes.unseen():
+            c.pin(axis, f"the rule for {name} does not say what it is")
     return result

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from structprune.ops.arguments import arguments, positional
 from structprune.ops.arguments import tensors as tensors_of
-from structprune.ops.relations import Row, Rows
+from structprune.ops.relations import Axes, Axis
 from structprune.tracing.provenance import plain
 
 Zeros = tuple[bool, ...]
@@ -29,15 +29,15 @@ class ZeroContext:
     """What a rule for zeros works with.
 
     Args:
-        rows: the axes of every node, by number.
+        axes: the axes of every node, by number.
         zeros: what is known of every node before this one, by number.
         pin: called with an axis that an operation sums over where a removed channel is not zero.
     """
 
-    def __init__(self, rows: list[Any], zeros: list[Any], pin: Callable[[Row, fx.Node], None]) -> None:
-        self._rows, self._zeros, self._pin = rows, zeros, pin
+    def __init__(self, axes: list[Any], zeros: list[Any], pin: Callable[[Axis, fx.Node], None]) -> None:
+        self._rows, self._zeros, self._pin = axes, zeros, pin
         self.node: fx.Node
-        self.rows: Rows = ()
+        self.axes: Axes = ()
 
     @property
     def tensors(self) -> list[fx.Node]:
@@ -48,20 +48,20 @@ class ZeroContext:
         """What is known of a tensor."""
         return self._zeros[node.meta["index"]]
 
-    def rows_of(self, node: fx.Node) -> Rows:
+    def axes_of(self, node: fx.Node) -> Axes:
         """The axes of a tensor."""
         return self._rows[node.meta["index"]]
 
     def summed(self, node: fx.Node, dim: int) -> None:
         """The operation sums over `dim` of `node`, whose removed channels are not zero there: they must stay."""
-        row = self.rows_of(node)[dim]
-        if row.free:
-            self._pin(row, self.node)
+        axis = self.axes_of(node)[dim]
+        if axis.free:
+            self._pin(axis, self.node)
 
     def whole(self, node: fx.Node, back: int) -> bool:
         """Whether `node` has all the channels of dimension `back` (counted from the end) of the result."""
-        rows = self.rows_of(node)
-        return len(rows) >= -back and rows[back].size == self.rows[back].size
+        axes = self.axes_of(node)
+        return len(axes) >= -back and axes[back].size == self.axes[back].size
 
 
 ZeroRule = Callable[[ZeroContext], Zeros]
@@ -69,19 +69,19 @@ ZeroRule = Callable[[ZeroContext], Zeros]
 
 def unknown(z: ZeroContext) -> Zeros:
     """Nothing is known: no entry is taken to be zero."""
-    return (False,) * len(z.rows)
+    return (False,) * len(z.axes)
 
 
 def everywhere(z: ZeroContext) -> Zeros:
     """All entries at removed indices are zero, whatever goes in."""
-    return (True,) * len(z.rows)
+    return (True,) * len(z.axes)
 
 
 def kept(z: ZeroContext) -> Zeros:
     """The zeros of the first tensor, entry by entry."""
     tensors = z.tensors
     zeros = z.of(tensors[0]) if tensors else ()
-    return zeros if len(zeros) == len(z.rows) else unknown(z)
+    return zeros if len(zeros) == len(z.axes) else unknown(z)
 
 
 def moved(z: ZeroContext) -> Zeros:
@@ -98,19 +98,19 @@ def _moved(z: ZeroContext, tensors: Sequence[fx.Node]) -> Zeros:
     known: dict[object, bool] = {}
     everything = True
     for tensor in tensors:
-        for row, zero in zip(z.rows_of(tensor), z.of(tensor), strict=True):
-            if row.free:
-                known[row.key] = known.get(row.key, True) and zero
+        for axis, zero in zip(z.axes_of(tensor), z.of(tensor), strict=True):
+            if axis.free:
+                known[axis.key] = known.get(axis.key, True) and zero
                 everything = everything and zero
-    return tuple(known.get(row.key, everything) if row.free else False for row in z.rows)
+    return tuple(known.get(axis.key, everything) if axis.free else False for axis in z.axes)
 
 
 def reduced(z: ZeroContext) -> Zeros:
     """A sum or a mean; what it runs over must be zero."""
     source = z.tensors[0]
-    kept_rows = {row.key for row in z.rows if row.free}
-    for dim, (row, zero) in enumerate(zip(z.rows_of(source), z.of(source), strict=True)):
-        if row.free and row.key not in kept_rows and not zero:
+    kept_rows = {axis.key for axis in z.axes if axis.free}
+    for dim, (axis, zero) in enumerate(zip(z.axes_of(source), z.of(source), strict=True)):
+        if axis.free and axis.key not in kept_rows and not zero:
             z.summed(source, dim)
     return moved_first(z)
 
@@ -123,8 +123,8 @@ def by_value(z: ZeroContext) -> Zeros:
     found: dict[frozenset[int], bool] = {}
     result: list[bool] = []
     tensors = z.tensors
-    for dim in range(len(z.rows)):
-        back = dim - len(z.rows)
+    for dim in range(len(z.axes)):
+        back = dim - len(z.axes)
         # A centred channel (``x - x.mean()``) takes no part where it is removed: norms run over the channels kept.
         off = frozenset(
             place
@@ -147,7 +147,7 @@ def _is_mean(z: ZeroContext, node: fx.Node, of: fx.Node, back: int) -> bool:
         node = parent
     if node.meta["name"] not in ("mean", "var_mean", "std_mean"):
         return False
-    source, mine = z.rows_of(tensors_of(node)[0]), z.rows_of(of)
+    source, mine = z.axes_of(tensors_of(node)[0]), z.axes_of(of)
     return len(source) >= -back and source[back].free and mine[back].free and source[back].key == mine[back].key
 
 
@@ -184,14 +184,14 @@ class _Tensor:
 
 
 def _run(node: fx.Node, tensors: list[fx.Node], off: frozenset[int], others: int, changed: Mapping[str, Any]) -> bool:
-    grids = iter(torch.meshgrid(*[torch.tensor(_ANY)] * others, indexing="ij")) if others else iter(())
+    products = iter(torch.meshgrid(*[torch.tensor(_ANY)] * others, indexing="ij")) if others else iter(())
     places = iter(range(len(tensors)))
     met_zero = torch.zeros([len(_ANY)] * others, dtype=torch.bool)
 
     def value(tensor: fx.Node) -> Tensor:
         nonlocal met_zero
         place = next(places)
-        given = torch.zeros([len(_ANY)] * others) if place in off else next(grids)
+        given = torch.zeros([len(_ANY)] * others) if place in off else next(products)
         dtype = tensor.meta["dtype"]
         given = given.to(torch.float64 if dtype.is_floating_point else dtype)
         if place not in off:

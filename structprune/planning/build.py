@@ -8,16 +8,16 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from structprune.axes import AXES
-from structprune.channels.solver import Mask
-from structprune.channels.trials import Counter
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.random_removals import Counter
+from structprune.coupling.roles import AXES
+from structprune.coupling.solve import Mask
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
 from structprune.ops.gains import Gain
 from structprune.ops.relations import Ids
-from structprune.planning.configuration import config_repairs
+from structprune.planning.configuration import config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
-from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale
 from structprune.surgery.reference import thinned_norms
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literal_for, literals
 from structprune.tracing.specification import specify
@@ -38,37 +38,37 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = N
     Raises:
         PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
     """
-    dead = graph.components.dead(chosen)
-    count = graph.counter(dead)
-    thinnings = _thinnings(graph, dead)
-    values = graph.check(dead)
-    repairs = tuple(
-        Repair(attribute.module, attribute.chain, graph.read(attribute), new)
+    removed = graph.components.removed(chosen)
+    count = graph.counter(removed)
+    slices = _thinnings(graph, removed)
+    values = graph.check(removed)
+    attribute_edits = tuple(
+        AttributeEdit(attribute.module, attribute.chain, graph.read(attribute), new)
         for attribute, new in sorted(values.items(), key=lambda item: str(item[0]))
     )
     edits = Edits(
-        thinnings=thinnings,
-        repairs=repairs,
-        rescales=(*_rescales(graph, count, values), *_gains(graph, thinnings)),
-        rewrites=_rewrites(graph, count),
+        slices=slices,
+        attribute_edits=attribute_edits,
+        rescales=(*_rescales(graph, count, values), *_gains(graph, slices)),
+        literal_edits=_rewrites(graph, count),
         caches=graph.trace.caches,
         inputs=specify(graph.example_inputs),
         outputs=tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
     )
-    more, unchanged = config_repairs(graph, edits, count) if config else ((), None)
+    more, unchanged = config_edits(graph, edits, count) if config else ((), None)
     return Plan(
-        thinnings=thinnings,
-        repairs=(*repairs, *more),
+        slices=slices,
+        attribute_edits=(*attribute_edits, *more),
         rescales=edits.rescales,
-        rewrites=edits.rewrites,
+        literal_edits=edits.literal_edits,
         caches=edits.caches,
         inputs=edits.inputs,
         outputs=edits.outputs,
-        layers=_layers(thinnings),
-        axes=_axes(graph, dead),
-        before=graph.costs.at(lambda row: row.size),
+        layers=_layers(slices),
+        axes=_axes(graph, removed),
+        before=graph.costs.at(lambda axis: axis.size),
         after=graph.costs.at(count),
-        settings=replace(settings or Settings(), left=_left(graph, unchanged), over_survivors=_norms(graph, dead)),
+        settings=replace(settings or Settings(), left=_left(graph, unchanged), over_survivors=_norms(graph, removed)),
     )
 
 
@@ -83,75 +83,75 @@ def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
     return found
 
 
-def _norms(graph: ChannelGraph, dead: Mask) -> tuple[str, ...]:
+def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
     """Where the smaller model does not compute what the original does with the channels switched off, by name."""
     found: dict[str, None] = {}
-    for survivors, _ in thinned_norms(graph, dead):
-        node = graph.trace.everything[survivors.node]
+    for survivors, _ in thinned_norms(graph, removed):
+        node = graph.trace.all_nodes[survivors.node]
         call = node.meta["call"]
         path = graph.trace.every_call[call].path if call >= 0 else ""
         found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
     return tuple(found)
 
 
-def _thinnings(graph: ChannelGraph, dead: Mask) -> tuple[Thinning, ...]:
-    found: list[Thinning] = []
-    orders = graph.components.balances.orders(dead)
+def _thinnings(graph: ChannelGraph, removed: Mask) -> tuple[RemovedSlice, ...]:
+    found: list[RemovedSlice] = []
+    orders = graph.components.splits.orders(removed)
     for slot in graph.slots:
-        parts = graph.components.of(slot.row)
-        gone = dead[parts]
+        parts = graph.components.of(slot.axis)
+        gone = removed[parts]
         if gone.all():
             raise PlanError(
-                f"This would remove all {slot.row.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep at "
+                f"This would remove all {slot.axis.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep at "
                 "least one; to remove a whole layer is another operation."
             )
         if gone.any():
             indices = tuple(np.flatnonzero(gone).tolist())
             order = orders.get(parts.tobytes()) if orders else None
             places = None if order is None else tuple(order.tolist())
-            found.append(Thinning(slot.tensor, slot.dim, slot.row.size, indices, places))
+            found.append(RemovedSlice(slot.tensor, slot.dim, slot.axis.size, indices, places))
     return tuple(found)
 
 
-def _layers(thinnings: tuple[Thinning, ...]) -> tuple[LayerWidth, ...]:
+def _layers(slices: tuple[RemovedSlice, ...]) -> tuple[LayerWidth, ...]:
     return tuple(
         LayerWidth(t.tensor.rpartition(".")[0] or t.tensor, t.size, t.size - len(t.removed))
-        for t in thinnings
+        for t in slices
         if t.dim == 0 and t.tensor.endswith("weight")
     )
 
 
-def _axes(graph: ChannelGraph, dead: Mask) -> tuple[AxisWidth, ...]:
+def _axes(graph: ChannelGraph, removed: Mask) -> tuple[AxisWidth, ...]:
     found: list[AxisWidth] = []
     for axis in AXES:
         mine = [group for group in graph.groups() if group.axis == axis]
         if mine:
             before = sum(group.channels for group in mine)
-            after = before - sum(int(np.count_nonzero(dead[group.components])) for group in mine)
+            after = before - sum(int(np.count_nonzero(removed[group.components])) for group in mine)
             found.append(AxisWidth(axis, len(mine), before, after))
     return tuple(found)
 
 
 def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, int]) -> tuple[Rescale, ...]:
     def before(leaf: Dim | Attribute) -> float:
-        return graph.channels.rows[leaf.node][leaf.dim].size if isinstance(leaf, Dim) else graph.read(leaf)
+        return graph.channels.axes[leaf.node][leaf.dim].size if isinstance(leaf, Dim) else graph.read(leaf)
 
     def after(leaf: Dim | Attribute) -> float:
         if isinstance(leaf, Dim):
-            return count(graph.channels.rows[leaf.node][leaf.dim])
+            return count(graph.channels.axes[leaf.node][leaf.dim])
         return values.get(leaf, graph.read(leaf))
 
     found: list[Rescale] = []
-    for fold in graph.folds:
-        factor = evaluate(fold.scale.expression, before) / evaluate(fold.scale.expression, after)
+    for compensation in graph.compensations:
+        factor = evaluate(compensation.scale.expression, before) / evaluate(compensation.scale.expression, after)
         if factor != 1:
-            found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in fold.carriers]
+            found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in compensation.scaled]
     return tuple(found)
 
 
-def _gains(graph: ChannelGraph, thinnings: tuple[Thinning, ...]) -> tuple[Gain, ...]:
+def _gains(graph: ChannelGraph, slices: tuple[RemovedSlice, ...]) -> tuple[Gain, ...]:
     """What makes up for the norms of weights that lose some of what the norms run over."""
-    thinned = {(thinning.tensor, thinning.dim) for thinning in thinnings}
+    thinned = {(sliced.tensor, sliced.dim) for sliced in slices}
     found = dict.fromkeys(normalised.gain for normalised in graph.normalised)
     return tuple(
         gain
@@ -160,16 +160,16 @@ def _gains(graph: ChannelGraph, thinnings: tuple[Thinning, ...]) -> tuple[Gain, 
     )
 
 
-def _rewrites(graph: ChannelGraph, count: Counter) -> tuple[Rewrite, ...]:
-    found: dict[tuple[str, int, tuple[int | str, ...]], Rewrite] = {}
-    for expectation in graph.sizes.literals:
-        (literal,) = literals(expectation.expression)
-        new = int(literal_for(expectation.expression, count(expectation.row)))
+def _rewrites(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ...]:
+    found: dict[tuple[str, int, tuple[int | str, ...]], LiteralEdit] = {}
+    for constraint in graph.sizes.literals:
+        (literal,) = literals(constraint.expression)
+        new = int(literal_for(constraint.expression, count(constraint.axis)))
         if new == literal.value:
             continue
         path, number = graph.literal_site(literal.node)
-        rewrite = Rewrite(path, number, literal.place, literal.value, new)
+        rewrite = LiteralEdit(path, number, literal.place, literal.value, new)
         known = found.setdefault((path, number, literal.place), rewrite)
         if known != rewrite:
-            raise PlanError(f"The literal {literal.value} at {expectation.where} would have to be two numbers at once.")
+            raise PlanError(f"The literal {literal.value} at {constraint.where} would have to be two numbers at once.")
     return tuple(found.values())

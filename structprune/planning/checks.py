@@ -13,9 +13,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from structprune.axes import AXES
+from structprune.coupling.graph import Layer
+from structprune.coupling.roles import AXES
 from structprune.errors import PlanError
-from structprune.graph import Layer
 from structprune.importance.base import Importance, importance_of
 from structprune.importance.data import Batches
 from structprune.latency.measure import Latency
@@ -89,7 +89,7 @@ def check_scope(name: str, given: Any) -> Scope | None:
 
 
 def check_axes(name: str, given: Any) -> tuple[str, ...] | None:
-    """Names of `structprune.axes.AXES`, one alone or several, as a sorted tuple; None for all."""
+    """Names of `structprune.coupling.roles.AXES`, one alone or several, as a sorted tuple; None for all."""
     if given is None:
         return None
     allowed = f"give any of {', '.join(map(repr, AXES))}"

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from structprune.channels.trials import Counter
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.random_removals import Counter
 from structprune.errors import StructpruneError
-from structprune.graph import ChannelGraph
-from structprune.ops.relations import Row
+from structprune.ops.relations import Axis
 from structprune.surgery.apply import apply
-from structprune.surgery.edits import Edits, Repair
+from structprune.surgery.edits import AttributeEdit, Edits
 from structprune.tracing.provenance import (
     Arithmetic,
     Attribute,
@@ -58,7 +58,7 @@ class _UnknownError(Exception):
     """The configuration cannot say what the pruned model is; the message says why."""
 
 
-def config_repairs(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[tuple[Repair, ...], str | None]:
+def config_edits(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[tuple[AttributeEdit, ...], str | None]:
     """What to set in ``model.config``, and in attributes that follow from it, so that they describe the pruned model.
 
     Args:
@@ -67,10 +67,10 @@ def config_repairs(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[t
         count: counts the channels that are left.
 
     Returns:
-        The repairs, and, where the configuration has to stay as it is, the reason.
+        The edits of attributes, and, where the configuration has to stay as it is, the reason.
     """
     config = getattr(graph.model, "config", None)
-    if not (edits.thinnings and is_config(config) and callable(getattr(config, "to_dict", None))):
+    if not (edits.slices and is_config(config) and callable(getattr(config, "to_dict", None))):
         return (), None
     try:
         with preserved_random_state():
@@ -94,8 +94,8 @@ class _Search:
         self._count = count
         self._read = _read_in(graph)
 
-    def run(self) -> tuple[Repair, ...]:
-        if self._edits.rewrites:
+    def run(self) -> tuple[AttributeEdit, ...]:
+        if self._edits.literal_edits:
             raise _UnknownError("a size is written as a number in a forward, which the class has from its source")
         self._compare_with_pruned()
         fixed = self._fixed()
@@ -203,16 +203,16 @@ class _Search:
     def _channels_left(self) -> dict[int, set[int]]:
         """How many channels are left of dimensions of each size."""
         found: dict[int, set[int]] = {}
-        for rows in self._graph.channels.rows:
-            for row in rows if isinstance(rows, tuple) else ():
-                if isinstance(row, Row) and row.free:
-                    found.setdefault(row.size, set()).add(self._count(row))
+        for axes in self._graph.channels.axes:
+            for axis in axes if isinstance(axes, tuple) else ():
+                if isinstance(axis, Axis) and axis.free:
+                    found.setdefault(axis.size, set()).add(self._count(axis))
         return found
 
     # -- the check -----------------------------------------------------------------------------------------------
 
-    def _checked(self, assignment: Assignment) -> tuple[Repair, ...]:
-        """The repairs for this assignment, if the class built from it is the pruned model."""
+    def _checked(self, assignment: Assignment) -> tuple[AttributeEdit, ...]:
+        """The edits of attributes for this assignment, if the class built from it is the pruned model."""
         config = copy.deepcopy(self._config)
         for leaf, value in assignment.items():
             if value != self._value(leaf):
@@ -220,22 +220,22 @@ class _Search:
         built = _built(type(self._model), config)
         self._check_shapes(_shapes(built))
         self._check_buffers()
-        repairs: list[Repair] = []
+        attribute_edits: list[AttributeEdit] = []
         for place, new in _numbers(built).items():
-            repairs += self._compared(place, plain(new))
-        return tuple(sorted(repairs, key=lambda repair: (repair.module, str(repair.chain))))
+            attribute_edits += self._compared(place, plain(new))
+        return tuple(sorted(attribute_edits, key=lambda edit: (edit.module, str(edit.chain))))
 
     def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
         for name, shape in self._shapes.items():
             if found.get(name) != shape:
-                used = any(node.op == "get_attr" and node.target == name for node in self._graph.trace.everything)
+                used = any(node.op == "get_attr" and node.target == name for node in self._graph.trace.all_nodes)
                 unused = "" if used else ", which the forward does not use on the example inputs"
                 raise _ShapesError(
                     f"it cannot give {name!r}{unused}, the shape {list(shape)} together with all others; a model built "
                     f"from it has {list(found.get(name, ()))} there"
                 )
 
-    def _compared(self, place: Place, new: Any) -> list[Repair]:
+    def _compared(self, place: Place, new: Any) -> list[AttributeEdit]:
         """One number of the class built anew, against what the pruned model has."""
         before, after = self._before.get(place), self._after.get(place)
         if new == after or (new == before and place not in self._known):
@@ -243,17 +243,17 @@ class _Search:
         name = ".".join([place[0] or "model", *map(str, place[1])])
         if place in self._read or place in self._known or type(new) is not int or type(after) is not int:
             raise _UnknownError(f"{name} is {after} in the pruned model, and would be {new} in one built from it")
-        return [Repair(*place, after, new)]
+        return [AttributeEdit(*place, after, new)]
 
     def _check_buffers(self) -> None:
         """Tensors that are not saved are computed anew when the model is loaded."""
         # Patterns of names that a model keeps out of its files, where it has such a list.
         omitted: Sequence[str] = getattr(self._model, "_keys_to_ignore_on_save", None) or ()
         saved = self._model.state_dict(keep_vars=True).keys()
-        for thinning in self._edits.thinnings:
-            if thinning.tensor not in saved or any(re.search(pattern, thinning.tensor) for pattern in omitted):
+        for sliced in self._edits.slices:
+            if sliced.tensor not in saved or any(re.search(pattern, sliced.tensor) for pattern in omitted):
                 raise _UnknownError(
-                    f"{thinning.tensor!r} is not saved but computed from it, which cannot leave out the entries that "
+                    f"{sliced.tensor!r} is not saved but computed from it, which cannot leave out the entries that "
                     "were pruned; name axes that leave it whole"
                 )
 
@@ -318,7 +318,7 @@ def _read_in(graph: ChannelGraph) -> set[Place]:
     expressions: list[Expression] = [e.expression for e in graph.trace.escapes]
     for c in graph.trace.comparisons:
         expressions += [c.left, c.right]
-    for node in graph.trace.everything:
+    for node in graph.trace.all_nodes:
         expressions += [number.expression for number in node.meta.get("tracked", ())]
     return {(leaf.module, leaf.chain) for e in expressions for leaf in leaves(e) if isinstance(leaf, Attribute)}
 

@@ -18,9 +18,9 @@ from math import sqrt
 import numpy as np
 import torch
 
-from structprune.axes import AXES
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
+from structprune.coupling.roles import AXES
 from structprune.importance.base import Importance, check_scores, comparable
 from structprune.latency.predict import TimeModel
 from structprune.latency.widths import Widths
@@ -177,7 +177,7 @@ def _left_whole(graph: ChannelGraph, thinned: Sequence[Group], axes: Collection[
 
 def _amounts(graph: ChannelGraph, ranking: Ranking, time: TimeModel | None, kept: Kept) -> dict[str, float]:
     """What there is of everything that a target may limit when each group keeps so many channels (all by default)."""
-    count = graph.counter(graph.components.dead(ranking.removed(kept)))
+    count = graph.counter(graph.components.removed(ranking.removed(kept)))
     found = amounts(graph.costs.at(count), sum(kept.get(group, group.channels) for group in graph.groups()))
     if time is not None:
         thinned = any(number < group.channels for group, number in kept.items())

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from structprune.benchmarking.timing import device_of
+from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
 from structprune.latency.measure import DeviceTimer, Latency, Timer
 from structprune.latency.predict import TimeModel, calibrated
 from structprune.latency.specs import uses
@@ -115,7 +115,7 @@ def _calibrate(time: TimeModel, times: NetworkTimes, options: PlanOptions, ranki
         for ratio in (goes, 1 - (1 - goes) * THINNER)
     ]
     removed = [np.zeros(0, dtype=np.int64), *(decision.chosen for decision in decisions)]
-    counts = [graph.counter(graph.components.dead(chosen)) for chosen in removed]
+    counts = [graph.counter(graph.components.removed(chosen)) for chosen in removed]
     measured = [times.whole, *times.measure(decisions)]
     time.calibration = calibrated([time.features(count) for count in counts], measured)
     time.whole = times.whole
@@ -129,7 +129,7 @@ def _attempts(
     found: list[Attempt] = []
     for _ in range(ATTEMPTS):
         decision = decide_channels(graph, options, ranking, time)
-        predicted = time.seconds(graph.counter(graph.components.dead(decision.chosen)))
+        predicted = time.seconds(graph.counter(graph.components.removed(decision.chosen)))
         (measured,) = times.measure([decision])
         found.append(Attempt(decision=decision, predicted=predicted, measured=measured))
         if abs(measured / predicted - 1) <= NEAR and not _misses(measured, limit):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 
-from structprune.axes import AXES
+from structprune.coupling.graph import ChannelGraph, Layer
+from structprune.coupling.roles import AXES
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph, Layer
 from structprune.importance.base import CRITERIA, Importance
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.latency.measure import LATENCY_BACKENDS, Latency
@@ -246,7 +246,9 @@ class PlanOptions:
                 "Both ratio and target are given. A ratio says what each group loses, a target what remains."
             )
         if self.target is None and isinstance(self.scope, Curves):
-            raise PlanError("Curves as a scope say what thinning costs, not how much is to go: give a target as well.")
+            raise PlanError(
+                "Curves as a scope say what removing channels costs, not how much is to go: give a target as well."
+            )
         if self.target is None and self.scope == "per_cost":
             raise PlanError("scope='per_cost' weighs importance against what is saved: give a target, not a ratio.")
         if self.latency is not None and not self.times:

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from structprune.costs import Cost
+from structprune.coupling.costs import Cost
 from structprune.errors import PlanError
 from structprune.ops.gains import Gain
 from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
 from structprune.surgery.apply import apply
-from structprune.surgery.edits import Edits, Repair, Rescale, Rewrite, Thinning
+from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale
 from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
-SCHEMA = 2
+SCHEMA = 3
 # So many of those norms are printed; the plan holds all of them.
 SHOWN = 20
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
@@ -43,7 +43,7 @@ class LayerWidth:
 
 @dataclass(frozen=True, slots=True)
 class AxisWidth:
-    """Channels of one axis (see `structprune.axes.AXES`), over all its groups, before and after."""
+    """Channels of one axis (see `structprune.coupling.roles.AXES`), over all its groups, before and after."""
 
     axis: str
     groups: int
@@ -102,7 +102,16 @@ def _split_settings(data: dict[str, Any]) -> dict[str, Any]:
 
 
 # For every older schema, what lifts a plan to the next one.
-MIGRATIONS: dict[int, Migration] = {1: _split_settings}
+# What the fields of a plan were called up to schema 2. Digests go by these names, so that they stay what they were.
+_RENAMED = {"thinnings": "slices", "repairs": "attribute_edits", "rewrites": "literal_edits"}
+
+
+def _rename_edits(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 had other names for the edits."""
+    return {_RENAMED.get(name, name): value for name, value in data.items()}
+
+
+MIGRATIONS: dict[int, Migration] = {1: _split_settings, 2: _rename_edits}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +119,10 @@ class Plan(Edits):
     """A decision that can be printed, costed, saved, compared and applied.
 
     Attributes:
-        thinnings: what is removed from which tensor.
-        repairs: attributes to set.
+        slices: what is removed from which tensor.
+        attribute_edits: attributes to set.
         rescales: factors that keep the function where a size changes it.
-        rewrites: literals in forwards to change.
+        literal_edits: literals in forwards to change.
         layers: output channels of each thinned layer.
         axes: channels by what they are to the network.
         before: cost of the model as it is.
@@ -145,8 +154,8 @@ class Plan(Edits):
     def removed(self) -> dict[str, dict[int, tuple[int, ...]]]:
         """Original indices that go, by tensor name and dimension."""
         found: dict[str, dict[int, tuple[int, ...]]] = {}
-        for thinning in self.thinnings:
-            found.setdefault(thinning.tensor, {})[thinning.dim] = thinning.removed
+        for sliced in self.slices:
+            found.setdefault(sliced.tensor, {})[sliced.dim] = sliced.removed
         return found
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -160,7 +169,7 @@ class Plan(Edits):
             SurgeryError: the plan does not fit the model; the model is as it was.
         """
         result = apply(model, self, inplace=inplace)
-        if self.thinnings or self.repairs or self.rescales or self.rewrites:
+        if self.slices or self.attribute_edits or self.rescales or self.literal_edits:
             remember_plan(unwrapped(result), (*plans_of(result), self))
         return result
 
@@ -194,9 +203,9 @@ class Plan(Edits):
             more = f" and {len(norms) - SHOWN} more" if len(norms) > SHOWN else ""
             text_of = ", ".join(norms[:SHOWN]) + more
             console.print(f"over the channels that stay: {text_of}", highlight=False, markup=False, soft_wrap=True)
-        for repair in self.repairs:
-            place = ".".join([repair.module or "model", *map(str, repair.chain)])
-            console.print(f"{place}: {repair.old} -> {repair.new}", highlight=False)
+        for edit in self.attribute_edits:
+            place = ".".join([edit.module or "model", *map(str, edit.chain)])
+            console.print(f"{place}: {edit.old} -> {edit.new}", highlight=False)
         return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
@@ -214,7 +223,9 @@ class Plan(Edits):
     @property
     def digest(self) -> str:
         """SHA-256 of what the plan changes, in hexadecimal: equal for plans that make the same model."""
-        changes = {key: value for key, value in asdict(self).items() if key not in ("settings", "before", "after")}
+        first = {new: old for old, new in _RENAMED.items()}
+        parts = {first.get(key, key): value for key, value in asdict(self).items()}
+        changes = {key: value for key, value in parts.items() if key not in ("settings", "before", "after")}
         return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -246,10 +257,10 @@ class Plan(Edits):
             if isinstance(kind := data.get("kind"), str) and kind in KINDS:
                 return KINDS[kind](data)
             return cls(
-                thinnings=tuple(record(Thinning, t) for t in data["thinnings"]),
-                repairs=tuple(record(Repair, r) for r in data["repairs"]),
+                slices=tuple(record(RemovedSlice, t) for t in data["slices"]),
+                attribute_edits=tuple(record(AttributeEdit, r) for r in data["attribute_edits"]),
                 rescales=tuple(record(Gain if "weight" in r else Rescale, r) for r in data["rescales"]),
-                rewrites=tuple(record(Rewrite, r) for r in data["rewrites"]),
+                literal_edits=tuple(record(LiteralEdit, r) for r in data["literal_edits"]),
                 caches=tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
                 inputs=inputs(data["inputs"]),
                 outputs=None if data["outputs"] is None else texts(data["outputs"]),

@@ -8,9 +8,9 @@ from numbers import Real
 
 from torch import nn
 
+from structprune.coupling.graph import ChannelGraph, Layer
+from structprune.coupling.groups import Group
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
-from structprune.graph import ChannelGraph, Layer
-from structprune.groups import Group
 
 Ratio = float | Mapping[Layer, float] | Callable[[Group], float]
 
@@ -62,7 +62,7 @@ class _Table:
             name = str(key) if pattern else graph.path_of(key)
             (self._patterns if pattern else self._names)[name] = check_ratio(share, f"ratio[{key!r}]")
         self._held = dict.fromkeys(
-            str(node.target) for node in graph.trace.everything if node.meta["name"] == "parameter"
+            str(node.target) for node in graph.trace.all_nodes if node.meta["name"] == "parameter"
         )
 
     def of(self, group: Group) -> float:

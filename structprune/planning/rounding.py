@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from structprune.axes import Roles
-from structprune.graph import ChannelGraph
-from structprune.groups import Group, Member
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group, Member
+from structprune.coupling.roles import Roles
 from structprune.hardware import step_of
 from structprune.latency.table import BELOW
 
@@ -135,9 +135,9 @@ def thinned_groups(
         missed = abs(wanted - nearest(feasible[groups[i]], wanted)) / size
         return share <= 0, missed, size < FEW, groups[i].axis == "head_size", i
 
-    for lattice in graph.components.lattices:
+    for factored in graph.components.factored_axes:
         factors: list[list[int]] = []
-        for part in lattice.factors:
+        for part in factored.factors:
             found = np.unique(number[np.unique(graph.roots.of(part)[1])])
             factors.append([int(i) for i in found if i >= 0])
         candidates = [i for factor in factors for i in factor if i not in blocked]

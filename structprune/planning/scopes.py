@@ -10,16 +10,16 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor, nn
 
-from structprune.axes import Roles
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
+from structprune.coupling.roles import Roles
 from structprune.errors import UnknownLayerError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.compose import macs_of_channels
 
 
 @runtime_checkable
 class Curves(Protocol):
-    """Knows what thinning a group costs, in a unit that is the same for all groups."""
+    """Knows what removing channels of a group costs, in a unit that is the same for all groups."""
 
     def depth(self, group: Group, kept: np.ndarray) -> np.ndarray:
         """What is lost when `group` keeps so many channels: never less for fewer; the shape of `kept`."""
@@ -193,7 +193,7 @@ def check_names(scope: Scope, graph: ChannelGraph) -> None:
     """
     if isinstance(scope, (str, Curves)):
         return
-    held = (str(node.target) for node in graph.trace.everything if node.meta["name"] == "parameter")
+    held = (str(node.target) for node in graph.trace.all_nodes if node.meta["name"] == "parameter")
     layers = {name.rpartition(".")[0] or name for name in held}
     for names in scope:
         for pattern in [names] if isinstance(names, str) else names:

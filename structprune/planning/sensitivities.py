@@ -16,11 +16,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from structprune.coupling.graph import ChannelGraph, Layer
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.extras import matplotlib_figure, save_figure
 from structprune.files import target_of, write_text
-from structprune.graph import ChannelGraph, Layer
-from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.planning.build import plan_removal, tensors_of
@@ -39,7 +39,7 @@ class GroupCurve:
 
     Attributes:
         group: its name.
-        axis: what its channels are (see `structprune.axes.AXES`).
+        axis: what its channels are (see `structprune.coupling.roles.AXES`).
         channels: how many there are.
         kept: how many were kept at each measurement, descending.
         metric: what the metric was, in the same order.

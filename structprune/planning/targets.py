@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from structprune.costs import Cost
+from structprune.coupling.costs import Cost
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.groups import Group
 from structprune.planning.scopes import Steps
 
 TARGETS = ("channels", "params", "macs", "memory", "latency")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.latency.predict import Moved, TimeModel
 from structprune.latency.specs import Use
 from structprune.latency.widths import Widths

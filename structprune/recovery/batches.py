@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from structprune.errors import RecoveryError
 from structprune.inputs import device_of
 from structprune.tracing.shadow import shadow_of
-from structprune.tracing.state import shield
+from structprune.tracing.state import copy_buffer
 from structprune.tracing.trace import as_call, map_tensors, preserved_random_state, tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -76,7 +76,7 @@ def _calls(model: nn.Module, batch: Any, forward: Forward) -> list[Any]:
         args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs))
         found.append(_one_form(model, args, kwargs))
 
-    shadow = shadow_of(model, lambda _, tensor: shield(tensor), tracked=False).model
+    shadow = shadow_of(model, lambda _, tensor: copy_buffer(tensor), tracked=False).model
     shadow.register_forward_pre_hook(note, with_kwargs=True)
     with preserved_random_state(), torch.no_grad():
         forward(shadow.eval(), batch)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.graph import ChannelGraph
+from structprune.coupling.graph import ChannelGraph
+from structprune.distributed import all_reduced
 from structprune.ops import layer_of, op_of
 from structprune.ops.arguments import arguments
-from structprune.ranks import all_reduced
 from structprune.recovery.layers import Consumer, as_consumer, uses_batch_statistics
 from structprune.recovery.linear_maps import LinearMap
 from structprune.tracing.provenance import plain

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from structprune.ranks import all_reduced
+from structprune.distributed import all_reduced
 from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain, Samples, linearised
 from structprune.recovery.preconditioner import ChannelBlocks, Preconditioner
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structprune.graph import ChannelGraph
+from structprune.coupling.graph import ChannelGraph
+from structprune.distributed import all_reduced
 from structprune.ops.arguments import arguments
-from structprune.ranks import all_reduced
 from structprune.recovery.chain import (
     Chain,
     ChainWeights,

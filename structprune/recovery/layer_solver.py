@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from structprune.channels.solver import Mask
-from structprune.graph import ChannelGraph
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.solve import Mask
+from structprune.distributed import all_reduced
 from structprune.ops.arguments import bind
-from structprune.ops.relations import Row
-from structprune.ranks import all_reduced
+from structprune.ops.relations import Axis
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
 from structprune.recovery.layers import Consumer, kept_indices, uses_batch_statistics
@@ -57,8 +57,8 @@ class LayerSolver:
         self._joint = None if isinstance(producers, str) else JointSolver(graph, producers, JOINT_ROWS * rows, rounds)
         self._name: str = graph.trace.nodes[consumer.node].meta["name"]
         self._target_name: str = graph.trace.nodes[consumer.target].meta["name"]
-        dims = graph.channels.rows[consumer.target]
-        self._kept = [kept_indices(graph, removed, row) for row in dims if isinstance(row, Row)]
+        dims = graph.channels.axes[consumer.target]
+        self._kept = [kept_indices(graph, removed, row) for row in dims if isinstance(row, Axis)]
         self._rows = rows
         self._random = torch.Generator().manual_seed(seed + consumer.node)
         self._pauses: list[Pause] = []

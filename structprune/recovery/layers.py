@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from structprune.channels.solver import Mask
-from structprune.graph import ChannelGraph
-from structprune.groups import Group, Member
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group, Member
+from structprune.coupling.solve import Mask
 from structprune.ops import layer_of, op_of
 from structprune.ops.arguments import arguments
 from structprune.ops.op import Norm
-from structprune.ops.relations import Ids, Row
+from structprune.ops.relations import Axis, Ids
 from structprune.recovery.linear_maps import argument
 
 
@@ -87,7 +87,7 @@ def consumers(
 # -- what has changed ------------------------------------------------------------------------------------------------
 
 
-def kept_indices(graph: ChannelGraph, removed: Mask, row: Row) -> Ids | None:
+def kept_indices(graph: ChannelGraph, removed: Mask, row: Axis) -> Ids | None:
     """Original indices that are kept along a dimension of channels, or None if all are.
 
     Of 4 channels in the components 7, 8, 9 and 9, with ``removed[8]`` set, it is [0, 2, 3].
@@ -118,10 +118,10 @@ def changed_operations(graph: ChannelGraph, removed: Mask, begins: Collection[fx
 
 def _removed_components(graph: ChannelGraph, removed: Mask, node: fx.Node) -> set[int]:
     """The removed components among the channels of a result."""
-    rows = graph.channels.rows[node.meta["index"]]
+    rows = graph.channels.axes[node.meta["index"]]
     components: set[int] = set()
     for row in rows if isinstance(rows, tuple) else ():
-        if isinstance(row, Row) and row.free:
+        if isinstance(row, Axis) and row.free:
             in_row = graph.components.of(row)
             components.update(in_row[removed[in_row]].tolist())
     return components

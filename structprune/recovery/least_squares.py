@@ -1,6 +1,6 @@
 """Least squares from second moments: a solution with the best ridge, and the order in which features are missed least.
 
-Rows of features ``x`` and targets ``y`` are streamed into float64 sums, so that no more than a chunk of them is held at
+Axes of features ``x`` and targets ``y`` are streamed into float64 sums, so that no more than a chunk of them is held at
 a time. With 18 features and 3 outputs the sums are ``x^T x`` (18, 18) and ``x^T y`` (18, 3), for however many rows.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from structprune.ranks import all_reduced
+from structprune.distributed import all_reduced
 
 RIDGES = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 

@@ -18,7 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from structprune.ranks import all_reduced
+from structprune.distributed import all_reduced
 from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain
 from structprune.recovery.linear_maps import LinearMap, with_intercept
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from structprune.distributed import all_reduced, failing_together, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments
-from structprune.ranks import all_reduced, failing_together, nobody_failed
 from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
 from structprune.surgery.apply import _memo
-from structprune.tracing.state import held_tensors, lent, shield
+from structprune.tracing.state import copy_buffer, held_tensors, lent
 from structprune.tracing.trace import Trace, preserved_random_state, trace
 
 
@@ -58,7 +58,7 @@ def _recalibrated(model: nn.Module, batches: list[Any]) -> nn.Module:
     traced = trace(result, batches[0], op_of)
     norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(traced)}
     own = {name: held.tensor for name, held in held_tensors(result).items()}
-    with preserved_random_state(), torch.no_grad(), lent(result, shield, track=False):
+    with preserved_random_state(), torch.no_grad(), lent(result, copy_buffer, track=False):
         result.eval()
         tensors = {name: held.tensor for name, held in held_tensors(result).items()}
         with parallel_runs(BatchRun, result, batches, traced, set(norms)) as runs:

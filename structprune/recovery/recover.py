@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
-from structprune.graph import ChannelGraph
-from structprune.ranks import failing_together, nobody_failed
 from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.depth import Shorter
 from structprune.recovery.layer_solver import LayerSolver
@@ -22,10 +22,10 @@ from structprune.recovery.layers import consumers
 from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report
 from structprune.surgery.apply import _memo
-from structprune.surgery.edits import Edits, Thinning
+from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept
 from structprune.surgery.verify import dead_components
-from structprune.tracing.state import held_tensors, lent, shield
+from structprune.tracing.state import copy_buffer, held_tensors, lent
 from structprune.tracing.trace import map_tensors, preserved_random_state
 
 HALF = (torch.float16, torch.bfloat16)
@@ -169,7 +169,7 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
         RecoveryError: by that record it was made of another model.
     """
     kept_indices, first = kept(slim), first_shapes(slim)
-    removed: list[Thinning] = []
+    removed: list[RemovedSlice] = []
     for name, held in held_tensors(original).items():
         shape = tuple(held.tensor.shape)
         if isinstance(held.tensor, nn.Parameter) and first.get(name) != shape:
@@ -181,7 +181,7 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
         for dim, indices in kept_indices.get(name, {}).items():
             lost = np.setdiff1d(np.arange(shape[dim]), indices)
             if len(lost):
-                removed.append(Thinning(name, dim, shape[dim], tuple(lost.tolist())))
+                removed.append(RemovedSlice(name, dim, shape[dim], tuple(lost.tolist())))
     return Edits(tuple(removed), (), (), (), (), None, None)
 
 
@@ -196,7 +196,7 @@ def _solve_in_order(
     schedule = _schedule(solvers)
     targets = {solver.target for solver in solvers}
     reports: list[LayerRecovery] = []
-    with lent(original, shield, track=False), lent(slim, shield, track=False):
+    with lent(original, copy_buffer, track=False), lent(slim, copy_buffer, track=False):
         original.eval()
         slim.eval()
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from structprune.channels.trials import Counter
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
+from structprune.coupling.random_removals import Counter
 from structprune.reporting.layout import HEIGHT, WIDTH, Layout, layered
 from structprune.reporting.network import Network, Node
 from structprune.reporting.text import element, kept, places, short
@@ -45,7 +45,7 @@ class Drawing:
         self._heaviest = max([1, *(macs for macs, _ in self._macs)])
         self._kinds = {path: type(m).__name__ for path, m in graph.model.named_modules(remove_duplicate=False)}
         self._params = {
-            str(node.target): graph.channels.rows[node.meta["index"]]
+            str(node.target): graph.channels.axes[node.meta["index"]]
             for node in graph.trace.nodes
             if node.meta["name"] == "parameter"
         }
@@ -86,7 +86,7 @@ class Drawing:
         """Output channels of the operation itself before and after: along the last dimension that could lose some."""
         if not node.operations:
             return None
-        rows = self._graph.channels.rows[node.operations[0].meta["index"]]
+        rows = self._graph.channels.axes[node.operations[0].meta["index"]]
         free = [row for row in rows if row.free] if isinstance(rows, tuple) else []
         chosen = [row for row in free if not self._graph.components.pinned[self._graph.components.of(row)].all()]
         row = (chosen or free or [None])[-1]
@@ -116,7 +116,7 @@ class Drawing:
 
     def _group_width(self, group: Group) -> tuple[int, int]:
         """Channels of a group before and after."""
-        return self._before.living(group.components), self._after.living(group.components)
+        return self._before.kept(group.components), self._after.kept(group.components)
 
     # -- Matplotlib ----------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from structprune.coupling.graph import ChannelGraph
 from structprune.extras import matplotlib_figure, save_figure
-from structprune.graph import ChannelGraph
 from structprune.planning.plan import Plan
 from structprune.reporting.charts import Point, Recovery
 from structprune.reporting.drawing import Drawing

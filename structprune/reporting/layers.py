@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from structprune.channels.trials import Counter
-from structprune.costs import Count, LayerCost, count_layers
+from structprune.coupling.costs import Count, LayerCost, count_layers
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.random_removals import Counter
 from structprune.errors import UnknownLayerError
-from structprune.graph import ChannelGraph
 from structprune.planning.plan import Plan
 from structprune.surgery.verify import dead_components
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import fx
 
-from structprune.costs import Count, node_macs
-from structprune.graph import ChannelGraph
+from structprune.coupling.costs import Count, node_macs
+from structprune.coupling.graph import ChannelGraph
 
 # Nodes that hold such a tensor make channels of their own; what holds vectors only (norms, scales, biases) does not.
 _MATRIX = 2
@@ -74,7 +74,7 @@ class _Groups:
 
     def of(self, node: fx.Node) -> int | None:
         """The largest group that channels of a result belong to."""
-        rows = self._graph.channels.rows[node.meta["index"]]
+        rows = self._graph.channels.axes[node.meta["index"]]
         found: set[int] = set()
         for row in rows if isinstance(rows, tuple) else ():
             if row.free:
@@ -130,7 +130,7 @@ class _Reader:
         before = list(dict.fromkeys(self._carrier[n] for n in computed))
         label = _owner(held)
         only = self.nodes[before[0]]
-        works = bool(node_macs(node, self._graph.channels, lambda row: row.size))
+        works = bool(node_macs(node, self._graph.channels, lambda axis: axis.size))
         if len(before) == 1 and (only.label == label if held else not works):
             only.tensors += [t for t in held if t not in only.tensors]
             only.operations.append(node)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from structprune.benchmarking import Benchmark
-from structprune.costs import Cost
+from structprune.coupling.costs import Cost
+from structprune.coupling.graph import ChannelGraph
 from structprune.files import write_text
-from structprune.graph import ChannelGraph
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity
 from structprune.reporting.charts import Point, Recovery, curve, heat_map, layers_table, recovery_table
@@ -244,19 +244,19 @@ def _settings(plan: Plan) -> str:
         for key, value in plan.settings.items()
         if value is not None
     )
-    repairs = "".join(
+    attributes = "".join(
         element(
             "li", element("code", escape(".".join([r.module or "model", *map(str, r.chain)]))), f": {r.old} → {r.new}"
         )
-        for r in plan.repairs
+        for r in plan.attribute_edits
     )
-    rewrites = "".join(
+    literals = "".join(
         element("li", f"a size in the forward of {element('code', escape(r.module or 'the model'))}: {r.old} → {r.new}")
-        for r in plan.rewrites
+        for r in plan.literal_edits
     )
-    changed = element("h3", "What the forward reads") + element("ul", repairs, rewrites, class_="changes")
+    changed = element("h3", "What the forward reads") + element("ul", attributes, literals, class_="changes")
     return element("dl", asked, element("dt", "digest"), element("dd", element("code", plan.digest))) + (
-        changed if repairs or rewrites else ""
+        changed if attributes or literals else ""
     )
 
 

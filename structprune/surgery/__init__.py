@@ -1,1 +1,1 @@
-"""Doing what a plan says: slices, repairs and rewrites, all or nothing; and checking the result."""
+"""Doing what a plan says: slices, attributes and literals, all or nothing; and checking the result."""

@@ -12,7 +12,7 @@ from torch.jit import ScriptModule
 
 from structprune.errors import SurgeryError
 from structprune.surgery.derived import refresh
-from structprune.surgery.edits import Edits, Repair
+from structprune.surgery.edits import AttributeEdit, Edits
 from structprune.surgery.history import record_kept
 from structprune.surgery.rewrite import Rewritten, install, rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
@@ -123,13 +123,13 @@ def _finish(
     model: nn.Module, plan: Edits, tensors: dict[str, Held], classes: Classes, undo: list[Callable[[], None]]
 ) -> None:
     """Everything but the tensors: attributes by provenance, descriptions of standard layers, literals, the record."""
-    thinned = {owner(thinning.tensor.rpartition(".")[0]) for thinning in plan.thinnings}
-    for repair in plan.repairs:
-        _repair(model, repair, undo)
+    thinned = {owner(sliced.tensor.rpartition(".")[0]) for sliced in plan.slices}
+    for edit in plan.attribute_edits:
+        _set_attribute(model, edit, undo)
     for path, name in plan.caches:
         _empty(model, path, name, undo)
     refresh(model, thinned, undo)
-    describe_layers(model, thinned | {repair.module for repair in plan.repairs}, undo)
+    describe_layers(model, thinned | {edit.module for edit in plan.attribute_edits}, undo)
     for path, new_class in classes.items():
         install(model.get_submodule(path), new_class, undo)
     record_kept(model, tensors, plan, undo)
@@ -154,22 +154,22 @@ def _check_numbers(plan: Edits) -> None:
     A literal counts channels from the start (8 becomes 5) or from the end (-4 becomes -2), and so comes closer to 0. An
     attribute that follows from others may grow, but to no more than a dimension has.
     """
-    largest = max((thinning.size for thinning in plan.thinnings), default=0)
-    for edit in (*plan.repairs, *plan.rewrites):
-        limit = max(abs(edit.old), largest) if isinstance(edit, Repair) else abs(edit.old)
+    largest = max((sliced.size for sliced in plan.slices), default=0)
+    for edit in (*plan.attribute_edits, *plan.literal_edits):
+        limit = max(abs(edit.old), largest) if isinstance(edit, AttributeEdit) else abs(edit.old)
         if abs(edit.new) > limit or (edit.new < 0) > (edit.old < 0) or (edit.new > 0) > (edit.old >= 0):
-            what = ".".join(map(str, edit.chain)) if isinstance(edit, Repair) else "a literal"
+            what = ".".join(map(str, edit.chain)) if isinstance(edit, AttributeEdit) else "a literal"
             raise SurgeryError(
                 f"The plan sets {what} of {edit.module or 'the model'} from {edit.old} to {edit.new}, which is no "
                 "number of channels. Make a new plan for this model."
             )
 
 
-def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) -> None:
-    what = f"The attribute {'.'.join(map(str, repair.chain))} of {repair.module or 'the model'!r}"
-    steps = list(repair.chain)
+def _set_attribute(model: nn.Module, edit: AttributeEdit, undo: list[Callable[[], None]]) -> None:
+    what = f"The attribute {'.'.join(map(str, edit.chain))} of {edit.module or 'the model'!r}"
+    steps = list(edit.chain)
     try:
-        owner: Any = model.get_submodule(repair.module)
+        owner: Any = model.get_submodule(edit.module)
         while len(steps) > 1 and isinstance(steps[1], str):
             owner = _held(owner, str(steps.pop(0)))
         name = str(steps[0])
@@ -178,10 +178,10 @@ def _repair(model: nn.Module, repair: Repair, undo: list[Callable[[], None]]) ->
     except (AttributeError, IndexError, TypeError, KeyError) as error:
         raise SurgeryError(f"{what} is not there. Make a new plan for this model.") from error
     # A plan may come from a file: it sets numbers that count channels, and nothing else.
-    if type(now) not in (int, SizeInt) or now not in (repair.old, repair.new):
-        raise SurgeryError(f"{what} is {now}, where the plan expects {repair.old}. Make a new plan for this model.")
+    if type(now) not in (int, SizeInt) or now not in (edit.old, edit.new):
+        raise SurgeryError(f"{what} is {now}, where the plan expects {edit.old}. Make a new plan for this model.")
     try:
-        set_attribute(owner, name, _replaced(old, steps[1:], repair.new), undo)
+        set_attribute(owner, name, _replaced(old, steps[1:], edit.new), undo)
     except AttributeError as error:
         raise SurgeryError(f"{what} cannot be set: {error}. Make a new plan for this model.") from error
 

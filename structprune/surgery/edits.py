@@ -9,7 +9,7 @@ from structprune.ops.gains import Gain
 
 
 @dataclass(frozen=True, slots=True)
-class Thinning:
+class RemovedSlice:
     """Indices `removed` of dimension `dim`, of `size` entries, of the tensor named `tensor` go.
 
     `order` holds the indices that stay as the smaller tensor has them; None where they keep their order.
@@ -23,7 +23,7 @@ class Thinning:
 
 
 @dataclass(frozen=True, slots=True)
-class Repair:
+class AttributeEdit:
     """The attribute at `chain` of the module `module` becomes `new`."""
 
     module: str
@@ -43,7 +43,7 @@ class Rescale:
 
 
 @dataclass(frozen=True, slots=True)
-class Rewrite:
+class LiteralEdit:
     """Literal `old`, at `place` in the arguments of operation number `operation` run directly by `module`, is `new`."""
 
     module: str
@@ -61,10 +61,10 @@ class Edits:
     `outputs` names the outputs that keep their shape; None if all do.
     """
 
-    thinnings: tuple[Thinning, ...]
-    repairs: tuple[Repair, ...]
+    slices: tuple[RemovedSlice, ...]
+    attribute_edits: tuple[AttributeEdit, ...]
     rescales: tuple[Rescale | Gain, ...]
-    rewrites: tuple[Rewrite, ...]
+    literal_edits: tuple[LiteralEdit, ...]
     caches: tuple[tuple[str, str], ...]
     inputs: Any
     outputs: tuple[str, ...] | None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from structprune.errors import SurgeryError
-from structprune.surgery.edits import Edits, Thinning
+from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.slicing import kept as kept_by
 from structprune.tracing.state import Held, held_tensors, join
 from structprune.wrapping import unwrapped
@@ -39,13 +39,13 @@ def _shape(module: nn.Module, key: str) -> tuple[int, ...] | None:
 
 
 def _composed(
-    record: tuple[int, Indices | None] | None, thinning: Thinning, left: Indices, now: int
+    record: tuple[int, Indices | None] | None, sliced: RemovedSlice, left: Indices, now: int
 ) -> tuple[int, Indices | None]:
-    """What is left of the first model's indices, when the dimension came out of the thinning with `now` entries."""
+    """What is left of the first model's indices, when the dimension came out of the slicing with `now` entries."""
     if record is None:
-        return thinning.size, left if len(left) == now else None
+        return sliced.size, left if len(left) == now else None
     first, before = record
-    fits = before is not None and len(before) == thinning.size and len(left) == now
+    fits = before is not None and len(before) == sliced.size and len(left) == now
     return first, before[left] if fits and before is not None else None
 
 
@@ -65,11 +65,11 @@ def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, und
     new: dict[int, tuple[nn.Module, Record]] = {}
     # Coupled tensors lose the same channels: they share one array.
     shared: dict[tuple[int, tuple[int, ...]], Indices] = {}
-    for thinning in edits.thinnings:
-        signature = thinning.size, thinning.removed
+    for sliced in edits.slices:
+        signature = sliced.size, sliced.removed
         if signature not in shared:
-            shared[signature] = kept_by(thinning)
-        for name in names[id(tensors[thinning.tensor].tensor)]:
+            shared[signature] = kept_by(sliced)
+        for name in names[id(tensors[sliced.tensor].tensor)]:
             path, _, key = name.rpartition(".")
             module = modules[path]
             if id(module) not in new:
@@ -78,7 +78,7 @@ def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, und
             dims = new[id(module)][1].setdefault(key, {})
             shape = _shape(module, key)
             if shape is not None:
-                dims[thinning.dim] = _composed(dims.get(thinning.dim), thinning, shared[signature], shape[thinning.dim])
+                dims[sliced.dim] = _composed(dims.get(sliced.dim), sliced, shared[signature], shape[sliced.dim])
     for module, record in new.values():
         remember(module, RECORD, record, undo)
 

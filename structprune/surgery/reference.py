@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structprune.channels.computed_weights import Normalised
-from structprune.channels.solver import Mask
-from structprune.graph import ChannelGraph
+from structprune.coupling.computed_weights import Normalised
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.solve import Mask
 from structprune.ops.gains import Gain, effective
-from structprune.ops.relations import Survivors
+from structprune.ops.relations import ReducesOver
 from structprune.tracing.replay import FoundCall
 
 _WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
@@ -25,12 +25,12 @@ SUMS = frozenset({
 })  # fmt: skip
 
 
-def thinned_norms(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[Survivors, list[Mask]]]:
-    """The norms and means that run over the channels that stay once `dead` is gone, with what lives of their rows."""
+def thinned_norms(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
+    """The norms and means that run over what stays once `removed` is gone, with what is kept of their axes."""
     weights = {part.meta["index"] for normalised in graph.normalised for part in normalised.parts}
     for survivors in graph.channels.relations.survivors:
-        if survivors.node not in weights and graph.trace.everything[survivors.node].meta["name"] not in SUMS:
-            masks = [~dead[graph.components.of(row)] for row in survivors.rows]
+        if survivors.node not in weights and graph.trace.all_nodes[survivors.node].meta["name"] not in SUMS:
+            masks = [~removed[graph.components.of(axis)] for axis in survivors.axes]
             if not all(mask.all() for mask in masks):
                 yield survivors, masks
 
@@ -66,11 +66,11 @@ def _group_norm(func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], k
     return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
 
 
-def weights_kept(graph: ChannelGraph, dead: Mask) -> Iterator[tuple[int, Normalised, list[tuple[int, Mask]]]]:
-    """The operations that give weights which are normalised, by number, with what is dead of their dimensions."""
+def weights_kept(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[int, Normalised, list[tuple[int, Mask]]]]:
+    """The operations that give weights which are normalised, by number, with what is removed of their dimensions."""
     for normalised in graph.normalised:
-        rows = graph.channels.rows[normalised.node.meta["index"]]
-        gone = [(dim, dead[graph.components.of(row)]) for dim, row in enumerate(rows) if row.free]
+        axes = graph.channels.axes[normalised.node.meta["index"]]
+        gone = [(dim, removed[graph.components.of(axis)]) for dim, axis in enumerate(axes) if axis.free]
         if any(mask.any() for _, mask in gone):
             yield normalised.node.meta["index"], normalised, gone
 

@@ -9,12 +9,12 @@ from torch import fx, nn
 
 from structprune.errors import StructpruneError, SurgeryError, TraceError
 from structprune.ops import op_of
-from structprune.surgery.edits import Edits, Rewrite
+from structprune.surgery.edits import Edits, LiteralEdit
 from structprune.tracing.specification import unspecify
 from structprune.tracing.subgraph import module_graph, rewritten_class
 from structprune.tracing.trace import trace
 
-Pending = dict[tuple[int, tuple[int | str, ...]], Rewrite]
+Pending = dict[tuple[int, tuple[int | str, ...]], LiteralEdit]
 # What makes a module's forward another: a subclass of its class, or the graph of a module that is run by one.
 Rewritten = type[nn.Module] | fx.Graph
 
@@ -38,9 +38,9 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:
     Raises:
         SurgeryError: the forward of this model is not the one that the plan was made for.
     """
-    by_module: dict[str, list[Rewrite]] = {}
-    for rewrite in edits.rewrites:
-        by_module.setdefault(rewrite.module, []).append(rewrite)
+    by_module: dict[str, list[LiteralEdit]] = {}
+    for edit in edits.literal_edits:
+        by_module.setdefault(edit.module, []).append(edit)
     if not by_module:
         return {}
     try:
@@ -53,8 +53,8 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:
             " Make a new plan for this model."
         ) from error
     classes: dict[str, Rewritten] = {}
-    for path, rewrites in by_module.items():
-        pending = {(r.operation, r.place): r for r in rewrites}
+    for path, literals in by_module.items():
+        pending = {(r.operation, r.place): r for r in literals}
 
         try:
             graph = module_graph(recorded, path, partial(_literal, path, pending))
@@ -62,7 +62,7 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:
             raise SurgeryError(f"A size in {path or 'the model'} cannot be rewritten: {error}.") from error
         if pending:
             raise SurgeryError(
-                f"The forward of {path or 'the model'} no longer holds the literals {[r.old for r in rewrites]} that "
+                f"The forward of {path or 'the model'} no longer holds the literals {[r.old for r in literals]} that "
                 "the plan rewrites. Make a new plan for this model."
             )
         classes[path] = _rewritten(model.get_submodule(path), path, graph)

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from structprune.errors import SurgeryError
 from structprune.ops.gains import Gain, divisors
-from structprune.surgery.edits import Edits, Rescale, Thinning
+from structprune.surgery.edits import Edits, RemovedSlice, Rescale
 from structprune.tracing.state import Held
 
 
-def kept(thinning: Thinning) -> np.ndarray:
+def kept(sliced: RemovedSlice) -> np.ndarray:
     """Original indices that stay, as the smaller tensor has them."""
-    mask = np.ones(thinning.size, dtype=bool)
-    mask[np.fromiter(thinning.removed, dtype=np.int64, count=len(thinning.removed))] = False
+    mask = np.ones(sliced.size, dtype=bool)
+    mask[np.fromiter(sliced.removed, dtype=np.int64, count=len(sliced.removed))] = False
     stays = np.flatnonzero(mask)
-    if thinning.order is None:
+    if sliced.order is None:
         return stays
-    order = np.array(thinning.order, dtype=np.int64)
+    order = np.array(sliced.order, dtype=np.int64)
     if not np.array_equal(np.sort(order), stays):
-        raise SurgeryError(f"The order of what stays of {thinning.tensor!r} does not fit what goes. Make a new plan.")
+        raise SurgeryError(f"The order of what stays of {sliced.tensor!r} does not fit what goes. Make a new plan.")
     return order
 
 
@@ -32,11 +32,11 @@ def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:
     return tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
 
 
-def _sliced(tensor: Tensor, thinnings: list[Thinning]) -> Tensor:
+def _sliced(tensor: Tensor, slices: list[RemovedSlice]) -> Tensor:
     result = tensor.detach()
     # The dimension that loses the largest share goes first: less is copied twice.
-    for thinning in sorted(thinnings, key=lambda t: -len(t.removed) / t.size):
-        result = take(result, thinning.dim, kept(thinning))
+    for sliced in sorted(slices, key=lambda t: -len(t.removed) / t.size):
+        result = take(result, sliced.dim, kept(sliced))
     return (
         result.clone(memory_format=torch.contiguous_format)
         if result.numel() == 0 or _shares(result, tensor)
@@ -48,42 +48,40 @@ def _shares(result: Tensor, tensor: Tensor) -> bool:
     return not result.is_meta and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
-def _rescaled(tensor: Tensor, rescale: Rescale, thinnings: list[Thinning]) -> Tensor:
+def _rescaled(tensor: Tensor, rescale: Rescale, slices: list[RemovedSlice]) -> Tensor:
     if rescale.positions is None:
         return tensor * rescale.factor
-    stays = next((kept(t) for t in thinnings if t.dim == rescale.dim), np.arange(tensor.shape[rescale.dim]))
+    stays = next((kept(t) for t in slices if t.dim == rescale.dim), np.arange(tensor.shape[rescale.dim]))
     factor = np.where(np.isin(stays, rescale.positions), rescale.factor, 1.0)
     shape = [-1 if dim == rescale.dim else 1 for dim in range(tensor.dim())]
     return tensor * torch.from_numpy(factor).to(tensor.device, tensor.dtype).view(shape)
 
 
-def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[Thinning]]:
+def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[RemovedSlice]]:
     """What the plan removes from each tensor, once it is known to fit."""
-    by_tensor: dict[str, list[Thinning]] = {}
-    for thinning in plan.thinnings:
-        held = tensors.get(thinning.tensor)
+    by_tensor: dict[str, list[RemovedSlice]] = {}
+    for sliced in plan.slices:
+        held = tensors.get(sliced.tensor)
         if held is None:
             raise SurgeryError(
-                f"The plan thins {thinning.tensor!r}, which this model does not have. Apply a plan to the model it was "
+                f"The plan thins {sliced.tensor!r}, which this model does not have. Apply a plan to the model it was "
                 "made for."
             )
         shape = tuple(held.tensor.shape)
-        inside = not thinning.removed or (min(thinning.removed) >= 0 and max(thinning.removed) < thinning.size)
-        if thinning.dim >= len(shape) or shape[thinning.dim] != thinning.size or not inside:
+        inside = not sliced.removed or (min(sliced.removed) >= 0 and max(sliced.removed) < sliced.size)
+        if sliced.dim >= len(shape) or shape[sliced.dim] != sliced.size or not inside:
             raise SurgeryError(
-                f"The plan thins dimension {thinning.dim} of {thinning.tensor!r} from {thinning.size} entries, but its "
+                f"The plan thins dimension {sliced.dim} of {sliced.tensor!r} from {sliced.size} entries, but its "
                 f"shape is {list(shape)}. Has the model been pruned since the plan was made? Make a new plan."
             )
-        by_tensor.setdefault(thinning.tensor, []).append(thinning)
-        if len({t.dim for t in by_tensor[thinning.tensor]}) < len(by_tensor[thinning.tensor]):
-            raise SurgeryError(
-                f"The plan thins dimension {thinning.dim} of {thinning.tensor!r} twice. Make a new plan."
-            )
+        by_tensor.setdefault(sliced.tensor, []).append(sliced)
+        if len({t.dim for t in by_tensor[sliced.tensor]}) < len(by_tensor[sliced.tensor]):
+            raise SurgeryError(f"The plan thins dimension {sliced.dim} of {sliced.tensor!r} twice. Make a new plan.")
     return by_tensor
 
 
 def regained(
-    gain: Gain, old: dict[str, Tensor], new: dict[int, Tensor], thinnings: dict[str, list[Thinning]]
+    gain: Gain, old: dict[str, Tensor], new: dict[int, Tensor], slices: dict[str, list[RemovedSlice]]
 ) -> Tensor:
     """The smaller `gain.tensor` that makes up for a smaller norm.
 
@@ -91,13 +89,13 @@ def regained(
         gain: which one.
         old: the tensors of the original by name.
         new: smaller tensors by the ``id`` of the old ones.
-        thinnings: what goes, by tensor.
+        slices: what goes, by tensor.
     """
     smaller = {name: new.get(id(tensor), tensor.detach()) for name, tensor in old.items()}
     before, after = divisors(gain, old), divisors(gain, smaller)
-    for thinning in thinnings.get(gain.weight, ()) if not gain.vectors else ():
-        if thinning.dim == gain.dim:
-            before = take(before, gain.dim, kept(thinning))
+    for sliced in slices.get(gain.weight, ()) if not gain.vectors else ():
+        if sliced.dim == gain.dim:
+            before = take(before, gain.dim, kept(sliced))
     factor = before / after if gain.vectors else after / before
     value = smaller[gain.tensor]
     return (value * torch.where(factor.isfinite(), factor, 1).reshape(value.shape if factor.dim() else ())).to(
@@ -113,9 +111,9 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
     """
     by_tensor = _by_tensor(plan, tensors)
     result: dict[int, Tensor] = {}
-    for name, thinnings in by_tensor.items():
+    for name, slices in by_tensor.items():
         old = tensors[name].tensor
-        result[id(old)] = _sliced(old, thinnings)
+        result[id(old)] = _sliced(old, slices)
     for rescale in plan.rescales:
         for name in rescale.names if isinstance(rescale, Gain) else (rescale.tensor,):
             if name not in tensors:

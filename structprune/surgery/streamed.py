@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from structprune.ops import op_of
 from structprune.surgery.draws import held_still
-from structprune.surgery.edits import Thinning
+from structprune.surgery.edits import RemovedSlice
 from structprune.tracing.opaque import opaque_of
 from structprune.tracing.scripted import watch_scripted
 from structprune.tracing.shadow import shadow_of
@@ -45,14 +45,14 @@ class Streamed(TorchFunctionMode):
     def __init__(self, kind: torch.dtype | None) -> None:
         super().__init__()
         self._kind = kind
-        self._sources: dict[int, tuple[Tensor, list[Thinning]]] = {}
+        self._sources: dict[int, tuple[Tensor, list[RemovedSlice]]] = {}
         self._made: dict[int, Tensor] = {}
         self._written: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
         self._opening: list[Call] = []
         self.drawn: set[str] = set()
 
-    def stand_in(self, tensor: Tensor, thinnings: list[Thinning], unseen: bool) -> Tensor:
+    def meta_like(self, tensor: Tensor, slices: list[RemovedSlice], unseen: bool) -> Tensor:
         """What the model holds in place of `tensor` during the run.
 
         A parameter that does not change is itself. A small one, one of a class of its own, and one that is used where
@@ -60,31 +60,31 @@ class Streamed(TorchFunctionMode):
         """
         parameter = isinstance(tensor, nn.Parameter)
         changes = (tensor.is_floating_point() or tensor.is_complex()) and (
-            bool(thinnings) or self._kind_of(tensor) != tensor.dtype
+            bool(slices) or self._kind_of(tensor) != tensor.dtype
         )
         if parameter and not changes:
             return tensor
         if not parameter or unseen or type(tensor) is not nn.Parameter or _bytes(tensor) <= SMALL:
-            made = self._changed(tensor, thinnings, fresh=True)
+            made = self._changed(tensor, slices, fresh=True)
             return nn.Parameter(made, requires_grad=False) if parameter else made
         # An operation that the mode does not see must not pass for right: with NaN, the comparison fails.
         nothing = torch.full((1,), float("nan"), dtype=self._kind_of(tensor), device=tensor.device)
         made = nn.Parameter(nothing.expand(tensor.shape), requires_grad=False)
-        self._sources[id(made)] = tensor, thinnings
+        self._sources[id(made)] = tensor, slices
         self._alive.append(made)
         return made
 
     def _kind_of(self, tensor: Tensor) -> torch.dtype:
         return self._kind if self._kind is not None and tensor.is_floating_point() else tensor.dtype
 
-    def _changed(self, tensor: Tensor, thinnings: Iterable[Thinning], fresh: bool = False) -> Tensor:
+    def _changed(self, tensor: Tensor, slices: Iterable[RemovedSlice], fresh: bool = False) -> Tensor:
         """`tensor` in the precision of the run, with the removed slices zero."""
         result = tensor.detach().to(self._kind_of(tensor))
-        removed = list(thinnings) if tensor.is_floating_point() or tensor.is_complex() else []
+        removed = list(slices) if tensor.is_floating_point() or tensor.is_complex() else []
         if (removed or fresh) and result.data_ptr() == tensor.data_ptr():
             result = result.clone()
-        for thinning in removed:
-            result.index_fill_(thinning.dim, torch.tensor(thinning.removed, device=result.device), 0)
+        for sliced in removed:
+            result.index_fill_(sliced.dim, torch.tensor(sliced.removed, device=result.device), 0)
         return result
 
     # -- the mode ------------------------------------------------------------------------------------------------
@@ -155,29 +155,29 @@ class Streamed(TorchFunctionMode):
         source = self._sources.get(id(args[at])) if at < len(args) else None
         if source is None or id(args[at]) in self._written:
             return None
-        weight, thinnings = source
+        weight, slices = source
         if weight.numel() * self._kind_of(weight).itemsize <= PIECE or weight.dim() != 2:
             return None
-        if call.name == "embedding" and all(thinning.dim for thinning in thinnings):
+        if call.name == "embedding" and all(sliced.dim for sliced in slices):
             found = func(weight, *map_tensors(self._weight, args[1:]), **kwargs).to(self._kind_of(weight))
-            for thinning in thinnings:
-                found.index_fill_(-1, torch.tensor(thinning.removed, device=found.device), 0)
+            for sliced in slices:
+                found.index_fill_(-1, torch.tensor(sliced.removed, device=found.device), 0)
             return found
         if call.name == "embedding":
             return None
         rest = [self._weight(t) if isinstance(t, Tensor) else t for t in (args[0], *args[2:], *kwargs.values())]
-        return self._linear(rest[0], weight, thinnings, next((b for b in rest[1:] if b is not None), None))
+        return self._linear(rest[0], weight, slices, next((b for b in rest[1:] if b is not None), None))
 
-    def _linear(self, x: Tensor, weight: Tensor, thinnings: list[Thinning], bias: Tensor | None) -> Tensor:
+    def _linear(self, x: Tensor, weight: Tensor, slices: list[RemovedSlice], bias: Tensor | None) -> Tensor:
         """A product with so many rows of the weight at a time as `PIECE` bytes hold."""
         kind = self._kind_of(weight)
         gone = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
-        columns: list[Thinning] = []
-        for thinning in thinnings:
-            if thinning.dim:
-                columns.append(thinning)
+        columns: list[RemovedSlice] = []
+        for sliced in slices:
+            if sliced.dim:
+                columns.append(sliced)
             else:
-                gone[list(thinning.removed)] = True
+                gone[list(sliced.removed)] = True
         rows = max(1, PIECE // (weight.shape[1] * kind.itemsize))
         result = x.new_empty((*x.shape[:-1], weight.shape[0]))
         for start in range(0, weight.shape[0], rows):
@@ -195,20 +195,20 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def streamed(
-    model: nn.Module, thinnings: Iterable[Thinning] = (), kind: torch.dtype | None = None
+    model: nn.Module, slices: Iterable[RemovedSlice] = (), kind: torch.dtype | None = None
 ) -> tuple[nn.Module, Streamed]:
-    """A shadow of `model` that computes as if `thinnings` were zero, and the mode that has to be active while it runs.
+    """A shadow of `model` that computes as if `slices` were zero, and the mode that has to be active while it runs.
 
     Args:
         model: the model; it is left as it was.
-        thinnings: slices of its tensors that are zero; a plan names a tied tensor once.
+        slices: slices of its tensors that are zero; a plan names a tied tensor once.
         kind: the type that floating tensors have; None leaves them as they are.
     """
     mode = Streamed(kind)
     held = held_tensors(model)
-    removed: dict[int, list[Thinning]] = {}
-    for thinning in thinnings:
-        removed.setdefault(id(held[thinning.tensor].tensor), []).append(thinning)
+    removed: dict[int, list[RemovedSlice]] = {}
+    for sliced in slices:
+        removed.setdefault(id(held[sliced.tensor].tensor), []).append(sliced)
     # What runs inside a module that is taken as a whole is not seen by a mode.
     unseen = {
         id(inside.tensor)
@@ -218,6 +218,6 @@ def streamed(
     }
 
     def replace(_: str, tensor: Tensor) -> Tensor:
-        return mode.stand_in(tensor, removed.get(id(tensor), []), id(tensor) in unseen)
+        return mode.meta_like(tensor, removed.get(id(tensor), []), id(tensor) in unseen)
 
     return shadow_of(model, replace, tracked=False).model, mode

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from structprune.channels.solver import Mask
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.solve import Mask
 from structprune.errors import VerificationError
-from structprune.graph import ChannelGraph
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
 from structprune.surgery.reference import (
@@ -90,21 +90,21 @@ class Report:
 
 def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
     """The components of `graph` that the edits remove."""
-    dead = np.zeros(graph.components.count, dtype=bool)
-    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.thinnings}
+    removed = np.zeros(graph.components.count, dtype=bool)
+    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.slices}
     for slot in graph.slots:
         indices = by_tensor.get((slot.tensor, slot.dim))
         if indices is not None:
-            dead[graph.components.of(slot.row)[list(indices)]] = True
-    for lattice in graph.components.lattices:
-        cells = dead[lattice.cells]
-        for dim, part in zip(lattice.dims, lattice.factors, strict=True):
-            dead[part[cells.all(axis=tuple(i for i in range(cells.ndim) if i != dim))]] = True
-    return graph.components.closure(dead)
+            removed[graph.components.of(slot.axis)[list(indices)]] = True
+    for factored in graph.components.factored_axes:
+        cells = removed[factored.cells]
+        for dim, part in zip(factored.dims, factored.factors, strict=True):
+            removed[part[cells.all(axis=tuple(i for i in range(cells.ndim) if i != dim))]] = True
+    return graph.components.closure(removed)
 
 
 def _switched_off(
-    graph: ChannelGraph, edits: Edits, dead: Mask | None, kind: torch.dtype | None
+    graph: ChannelGraph, edits: Edits, removed: Mask | None, kind: torch.dtype | None
 ) -> tuple[Any, set[str]]:
     """Outputs of the graph's model with the channels that `edits` removes switched off, and what drew random numbers.
 
@@ -112,18 +112,18 @@ def _switched_off(
     survivors, and weights that are normalised over their inputs are what they were.
     """
     inputs = _inputs(graph.example_inputs, kind)
-    off, mode = streamed(graph.model, edits.thinnings, kind)
+    off, mode = streamed(graph.model, edits.slices, kind)
     tensors = {name: held.tensor for name, held in held_tensors(graph.model).items()}
     with preserved_random_state(), torch.no_grad(), mode:
         if kind is not None:
             # What a forward does may depend on the precision: operations are found in a trace of this one.
-            graph, dead = ChannelGraph(off, inputs, outputs=edits.outputs), None
+            graph, removed = ChannelGraph(off, inputs, outputs=edits.outputs), None
         hooks: dict[int | str, Hook] = {"div": off_over_off, "_weight_norm": nothing_of_nothing}
-        dead = dead_components(graph, edits) if dead is None else dead
-        for number, normalised, gone in weights_kept(graph, dead):
+        removed = dead_components(graph, edits) if removed is None else removed
+        for number, normalised, gone in weights_kept(graph, removed):
             if number in graph.trace.keys:
                 hooks[number] = partial(weight_kept, normalised.gain, tensors, gone)
-        for found, masks in thinned_norms(graph, dead):
+        for found, masks in thinned_norms(graph, removed):
             if found.node in graph.trace.keys:  # those of the forward in training mode have none
                 hooks[found.node] = partial(over_survivors, found.dims, masks)
         # Which experts run, or how often a loop does, may depend on what is switched off.
@@ -202,14 +202,14 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: Ex
     return verify_removal(ChannelGraph(prunable(original), example_inputs, outputs=plan.outputs), slim, plan)
 
 
-def verify_removal(graph: ChannelGraph, slim: nn.Module, plan: Edits, dead: Mask | None = None) -> Report:
+def verify_removal(graph: ChannelGraph, slim: nn.Module, plan: Edits, removed: Mask | None = None) -> Report:
     """`verify` for a model whose channels are known.
 
     Args:
         graph: the coupled channels of the original.
         slim: what ``plan.apply`` returned.
         plan: the plan.
-        dead: the components of the graph that the plan removes; by default they are read off the plan.
+        removed: the components of the graph that the plan removes; by default they are read off the plan.
 
     Raises:
         VerificationError: the outputs differ in number, shape or type.
@@ -225,7 +225,7 @@ def verify_removal(graph: ChannelGraph, slim: nn.Module, plan: Edits, dead: Mask
     kind = torch.float32 if types & {torch.float16, torch.bfloat16} else None
     with fake_quantization_off(original, slim):
         ours = _kept_outputs(_outputs(slim, graph.example_inputs, kind), plan)
-        reference, drawn = _switched_off(graph, plan, dead, kind)
+        reference, drawn = _switched_off(graph, plan, removed, kind)
     errors = relative_errors(ours, _kept_outputs(reference, plan))
     tolerance = max(TOLERANCE.get(kind or held_kind, 1e-3) for held_kind in types)
     return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance, drawn=tuple(sorted(drawn)))

@@ -33,7 +33,7 @@ from structprune.tracing.provenance import (
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.recording import ModuleCall
 from structprune.tracing.shadow import Shadow, shadow_of
-from structprune.tracing.state import eager, held_tensors, stand_in
+from structprune.tracing.state import eager, held_tensors, meta_like
 from structprune.tracing.trace import (
     ExampleInputs,
     Trace,
@@ -108,7 +108,7 @@ def rehearse(
         operations: what is known of the operation of a name.
         widths: what is foreseen.
     """
-    parameters = {str(node.target): node for node in trace.everything if node.meta["name"] == "parameter"}
+    parameters = {str(node.target): node for node in trace.all_nodes if node.meta["name"] == "parameter"}
 
     thinner: set[str] = set()
 
@@ -116,7 +116,7 @@ def rehearse(
         node = parameters.get(name)
         shape = tensor.shape if node is None else widths.shape(node.meta["index"])
         if tuple(shape) == tuple(tensor.shape):
-            return stand_in(tensor)
+            return meta_like(tensor)
         thinner.add(owner(name.rpartition(".")[0]))
         thinned = torch.empty(shape, dtype=tensor.dtype, device="meta")
         return nn.Parameter(thinned, requires_grad=False) if isinstance(tensor, nn.Parameter) else thinned
@@ -171,17 +171,17 @@ class _Rehearsal(Recorder):
         self._model = model
         self.deviations: list[Deviation] = []
         self._trace, self._widths, self._shadow = trace, widths, shadow
-        self._steps = [n for n in trace.everything if n.op.startswith("call_") and n.meta["name"] != "part"]
+        self._steps = [n for n in trace.all_nodes if n.op.startswith("call_") and n.meta["name"] != "part"]
         self._place = {node: number for number, node in enumerate(self._steps)}
         self._at = 0
         self._first: dict[fx.Node, fx.Node] = {}
-        self._parameters = {str(n.target): n for n in trace.everything if n.meta["name"] == "parameter"}
+        self._parameters = {str(n.target): n for n in trace.all_nodes if n.meta["name"] == "parameter"}
         self._answered = 0
 
     @property
     def place(self) -> tuple[int | str, ...]:
         """How far the rehearsal came: the number of the operation that is due."""
-        return (self._steps[self._at].meta["index"] if self._at < len(self._steps) else len(self._trace.everything),)
+        return (self._steps[self._at].meta["index"] if self._at < len(self._steps) else len(self._trace.all_nodes),)
 
     def _buffer(self, name: str) -> Tensor | None:
         return buffer_of_indices(held_tensors(self._model)[name].tensor)
@@ -190,8 +190,8 @@ class _Rehearsal(Recorder):
         """Both forwards, if both were recorded."""
         args, kwargs = as_call(example_inputs)
         given = distinct_tensors((args, kwargs))
-        args, kwargs = map_tensors(stand_in, (args, kwargs))
-        inputs = iter([n for n in self._trace.everything if n.meta["name"] == "input"])
+        args, kwargs = map_tensors(meta_like, (args, kwargs))
+        inputs = iter([n for n in self._trace.all_nodes if n.meta["name"] == "input"])
         for training in (False, True) if self._trace.training_outputs else (False,):
             if training:
                 args, kwargs = map_tensors(two_samples, (args, kwargs))
@@ -378,7 +378,7 @@ class _Rehearsal(Recorder):
         source = self._known.get(id(args[0]))
         if source is None or len(call.args) != 1 or self._first.get(source) is not call.args[0]:
             return None
-        inside = self._trace.everything[call.first : call.last]
+        inside = self._trace.all_nodes[call.first : call.last]
         steps = [node for node in inside if node in self._place]
         if any("writes" in node.meta or node.meta["again"] is not None for node in steps):
             return None

@@ -211,13 +211,13 @@ def eager() -> Generator[None]:
                 _stances.pop().__exit__(None, None, None)
 
 
-def stand_in(tensor: Tensor) -> Tensor:
+def meta_like(tensor: Tensor) -> Tensor:
     """A tensor on the ``meta`` device of the same shape, type and class."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def shield(tensor: Tensor) -> Tensor:
+def copy_buffer(tensor: Tensor) -> Tensor:
     """The tensor itself if it is a parameter; else a copy, since forwards write into buffers."""
     return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 

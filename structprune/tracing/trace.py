@@ -18,7 +18,7 @@ from structprune.tracing.provenance import Comparison, Escape, plain, tracked_nu
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.recording import CallKey, Group, ModuleCall, equal_calls
 from structprune.tracing.shadow import shadow_of
-from structprune.tracing.state import caches, dictionaries, eager, held_tensors, shield, stand_in
+from structprune.tracing.state import caches, copy_buffer, dictionaries, eager, held_tensors, meta_like
 from structprune.tracing.vocabulary import Lookup, nothing_known
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -40,7 +40,7 @@ class Trace:
         escapes: tracked numbers that left for plain Python.
         caches: module and attribute of the dicts in which the forward keeps results.
         real: whether real numbers had to flow, because Python's control flow depends on them.
-        everything: `nodes` and, behind them, those of the forward in training mode, where only that one reaches some of
+        all_nodes: `nodes` and, behind them, those of the forward in training mode, where only that one reaches some of
             the parameters (an auxiliary head); ``node.meta["index"]`` counts in this tuple.
         every_call: the module calls of both.
         training_outputs: what the forward in training mode returns, where it was recorded.
@@ -60,7 +60,7 @@ class Trace:
     escapes: tuple[Escape, ...]
     caches: tuple[tuple[str, str], ...]
     real: bool
-    everything: tuple[fx.Node, ...]
+    all_nodes: tuple[fx.Node, ...]
     every_call: tuple[ModuleCall, ...]
     training_outputs: tuple[fx.Node, ...] = ()
     training_error: str = ""
@@ -95,7 +95,7 @@ class Trace:
 
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
-        reached = {str(node.target) for node in self.everything if node.meta["name"] == "parameter"}
+        reached = {str(node.target) for node in self.all_nodes if node.meta["name"] == "parameter"}
         first = {names[0] for names in self.tensors.values()}
         missing = first - reached
         held = held_tensors(model) if missing else {}
@@ -197,8 +197,8 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
     for name, held in names.items():
         aliases.setdefault(id(held.tensor), []).append(name)
     tensors = {group[0]: tuple(group) for group in aliases.values()}
-    replace: Callable[[Tensor], Tensor] = stand_in if meta else (lambda tensor: tensor.detach().clone())
-    lend = stand_in if meta else shield
+    replace: Callable[[Tensor], Tensor] = meta_like if meta else (lambda tensor: tensor.detach().clone())
+    lend = meta_like if meta else copy_buffer
     shadow = shadow_of(model, lambda _, tensor: lend(tensor))
     args, kwargs = as_call(inputs)
     given = distinct_tensors((args, kwargs))
@@ -245,7 +245,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         escapes=tuple(ledger.escapes.values()),
         caches=kept,
         real=not meta,
-        everything=tuple(recording.nodes),
+        all_nodes=tuple(recording.nodes),
         every_call=tuple(recording.calls),
         training_outputs=trained,
         operations=operations,
@@ -268,7 +268,7 @@ def buffer_of_indices(tensor: Tensor) -> Tensor | None:
 def run_once(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """The outputs of `model` in eval mode, without gradients; model, inputs and random state stay as they were."""
     args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), as_call(example_inputs))
-    shadow = shadow_of(model, lambda _, tensor: shield(tensor), tracked=False)
+    shadow = shadow_of(model, lambda _, tensor: copy_buffer(tensor), tracked=False)
     with preserved_random_state(), torch.no_grad():
         shadow.model.eval()
         return shadow.model(*args, **kwargs)

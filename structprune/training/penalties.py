@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.weight import norm_scales
 from structprune.surgery.edits import Edits
 from structprune.wrapping import unwrapped
@@ -236,10 +236,10 @@ class GrowingRegularisation:
                 raise PlanError(f"{name} is {value}; it must be above 0.")
         self.increment, self.ceiling, self.coefficient = increment, ceiling, 0.0
         self._stays: dict[str, dict[int, Tensor]] = {}
-        for thinning in plan.thinnings:
-            stays = torch.ones(thinning.size)
-            stays[list(thinning.removed)] = 0
-            self._stays.setdefault(thinning.tensor, {})[thinning.dim] = stays
+        for sliced in plan.slices:
+            stays = torch.ones(sliced.size)
+            stays[list(sliced.removed)] = 0
+            self._stays.setdefault(sliced.tensor, {})[sliced.dim] = stays
         if not self._stays:
             raise PlanError("The plan removes nothing, so there is nothing to penalise.")
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from structprune.api import coupled_channels, decide
+from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
 from structprune.importance.sites import summed_dims
 from structprune.ops.relations import Ids
 from structprune.planning.build import plan_removal
 from structprune.planning.options import PlanKeywords, PlanOptions, takes_options
 from structprune.planning.plan import Plan
-from structprune.surgery.edits import Thinning
+from structprune.surgery.edits import RemovedSlice
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs
 from structprune.wrapping import unwrapped
@@ -96,9 +96,9 @@ class SoftPruner:
             plan = plan_removal(graph, decision.chosen, decision.settings)
             zeroed = self._zeroed(graph, plan, decision.chosen)
             tensors = held_tensors(unwrapped(self.model))
-            for thinning in zeroed:
-                tensor = tensors[thinning.tensor].tensor
-                tensor.index_fill_(thinning.dim, torch.tensor(thinning.removed, device=tensor.device), 0)
+            for sliced in zeroed:
+                tensor = tensors[sliced.tensor].tensor
+                tensor.index_fill_(sliced.dim, torch.tensor(sliced.removed, device=tensor.device), 0)
         self.plan = plan
         return plan
 
@@ -117,23 +117,23 @@ class SoftPruner:
             raise PlanError("Nothing is switched off yet. Call step() first.")
         return self.plan.apply(self.model, inplace=inplace)
 
-    def _zeroed(self, graph: ChannelGraph, plan: Plan, chosen: Ids) -> list[Thinning]:
+    def _zeroed(self, graph: ChannelGraph, plan: Plan, chosen: Ids) -> list[RemovedSlice]:
         """The slices to set to zero, after checking that every group that loses channels has some."""
         summed, computed = summed_dims(graph)
         tensors = held_tensors(graph.model)
-        found: list[Thinning] = []
-        for thinning in plan.thinnings:
-            tensor = tensors[thinning.tensor].tensor
+        found: list[RemovedSlice] = []
+        for sliced in plan.slices:
+            tensor = tensors[sliced.tensor].tensor
             if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
                 continue
-            if thinning.tensor in computed:
+            if sliced.tensor in computed:
                 raise PlanError(
-                    f"A weight is computed from {thinning.tensor!r}, and what zeros in it do to that weight is not "
+                    f"A weight is computed from {sliced.tensor!r}, and what zeros in it do to that weight is not "
                     "known. Remove the parametrization or the mask while you train with SoftPruner."
                 )
-            if ((thinning.tensor, thinning.dim) in summed) == (self.places == "consumers"):
-                found.append(thinning)
-        self._require_all(graph, chosen, {(thinning.tensor, thinning.dim) for thinning in found})
+            if ((sliced.tensor, sliced.dim) in summed) == (self.places == "consumers"):
+                found.append(sliced)
+        self._require_all(graph, chosen, {(sliced.tensor, sliced.dim) for sliced in found})
         return found
 
     def _require_all(self, graph: ChannelGraph, chosen: Ids, zeroed: set[tuple[str, int]]) -> None:

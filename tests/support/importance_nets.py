@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.graph import ChannelGraph
-from structprune.groups import Group
 from structprune.importance.base import Importance, check_scores, fitted
 from structprune.importance.data import Batches
 from structprune.planning.build import tensors_of

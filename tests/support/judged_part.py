@@ -28,7 +28,7 @@ from support.operations import Case, cases, database
 def untied(c: Any, x: Any, *_: Any, **__: Any) -> Any:
     """The other operand is forgotten, a movement overlooked."""
     del c
-    return x.rows
+    return x.axes
 
 
 def reversed_list(rule: Any) -> Any:

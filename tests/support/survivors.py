@@ -208,11 +208,11 @@ DIVIDED = frozenset([
 
 
 def _smooth(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    def stand_in(x: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
+    def meta_like(x: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor:
         del args, kwargs
         return x.copy_(function(x)) if inplace else function(x)
 
-    return stand_in
+    return meta_like
 
 
 def _leaky(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""From relations to components: one search for what hangs together, and grids brought to a form that can be trusted.
+"""From relations to components: one search for what hangs together, and products brought to a form that can be trusted.
 
-The solution numbers the classes of channels that live and die together (components). What remains as a `Lattice` is a
-grid with at least two prunable factors: its cells follow from its factors. Every component that is a cell of no
-lattice is a root: a channel that one may choose to remove.
+The solution numbers the classes of channels that live and die together (components). What remains as a `FactoredAxis`
+is a product with at least two prunable factors: its cells follow from its factors. Every component that is a cell of no
+factored axis is a root: a channel that one may choose to remove.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from structprune.channels.balance import Balances, Mask
-from structprune.channels.joining import joined
-from structprune.ops.relations import Ids, Relations, Row
+from structprune.coupling.equal_splits import EqualSplits, Mask
+from structprune.ops.relations import Axis, Ids, Relations
 
-__all__ = ["Components", "Lattice", "Mask"]
+__all__ = ["Components", "FactoredAxis", "Mask"]
 
 
 @dataclass(frozen=True, slots=True)
-class Lattice:
-    """Components of the cells, shaped like the grid, and of each prunable factor with its dim in that shape."""
+class FactoredAxis:
+    """Components of the cells, shaped like the product, and of each prunable factor with its dim in that shape."""
 
     cells: Ids
     factors: tuple[Ids, ...]
@@ -35,9 +34,9 @@ class Components:
         ids: number of ids in the relations.
         count: number of components.
         pinned: for each component, whether it may not be removed.
-        lattices: the grids whose cells follow from two factors or more.
+        factored axes: the products whose cells follow from two factors or more.
         roots: for each component, whether it may be chosen for removal.
-        balances: which of them must be removed in equal numbers.
+        splits: which of them must be removed in equal numbers.
     """
 
     def __init__(self, relations: Relations) -> None:
@@ -50,14 +49,14 @@ class Components:
         self.reasons: list[str] = []
         self._pin_reason = np.full(total, -1, dtype=np.int64)
         numbers: dict[str, int] = {}
-        for row, reason in relations.all_pins():
+        for axis, reason in relations.all_pins():
             number = numbers.setdefault(reason, len(numbers))
-            ids = self._compact(row.ids())
+            ids = self._compact(axis.ids())
             fresh = self._pin_reason[ids] < 0
             self._pin_reason[ids[fresh]] = number
         self.reasons = list(numbers)
         self._relations = relations
-        self.balances = Balances()
+        self.splits = EqualSplits()
         self._fixpoint()
 
     # -- ids -----------------------------------------------------------------------------------------------------
@@ -66,33 +65,35 @@ class Components:
         dims = np.searchsorted(self._starts, ids, side="right") - 1
         return self._offset[dims] + ids - self._starts[dims]
 
-    def of(self, row: Row) -> Ids:
-        """Component of each channel of a free row, shape ``(size,)``."""
-        if row.array is None:
-            dim = int(np.searchsorted(self._starts, row.start, side="right")) - 1
-            first = int(self._offset[dim] + row.start - self._starts[dim])
-            return self._component[first : first + row.size]
-        return self._component[self._compact(row.array)]
+    def of(self, axis: Axis) -> Ids:
+        """Component of each channel of a free axis, shape ``(size,)``."""
+        if axis.array is None:
+            dim = int(np.searchsorted(self._starts, axis.start, side="right")) - 1
+            first = int(self._offset[dim] + axis.start - self._starts[dim])
+            return self._component[first : first + axis.size]
+        return self._component[self._compact(axis.array)]
 
     # -- solving -------------------------------------------------------------------------------------------------
 
     def _fixpoint(self) -> None:
-        grids = [(grid.cells, grid.factors, [False] * len(grid.factors)) for grid in self._relations.grids]
+        products = [
+            (product.cells, product.factors, [False] * len(product.factors)) for product in self._relations.products
+        ]
         while True:
             self.count = int(self._component.max()) + 1 if self._total else 0
             self._first = np.zeros(self.count, dtype=np.int64)
             self._first[self._component[::-1]] = np.arange(self._total)[::-1]
             self.pinned, self.reason = self._pins()
-            edges, lattices, conflicts = self._reduce(grids)
+            edges, factored_axes, conflicts = self._reduce(products)
             if not edges and not conflicts:
                 break
             if edges:
                 merged = _components(self.count, edges)
                 self._component = merged[self._component]
-        self.lattices = lattices
+        self.factored_axes = factored_axes
         self.roots = ~self.pinned
-        for lattice in lattices:
-            self.roots[lattice.cells.ravel()] = False
+        for factored in factored_axes:
+            self.roots[factored.cells.ravel()] = False
 
     def _pins(self) -> tuple[Mask, Ids]:
         reason = np.full(self.count, -1, dtype=np.int64)
@@ -101,11 +102,11 @@ class Components:
         return reason >= 0, reason
 
     def _spread(self, components: Ids, reason: Ids) -> bool:
-        """Pin these components, for these reasons; whether that is news."""
-        news = ~self.pinned[components]
-        if not news.any():
+        """Pin these components, for these reasons; whether that is changed."""
+        changed = ~self.pinned[components]
+        if not changed.any():
             return False
-        ids, numbers = components[news], reason[news]
+        ids, numbers = components[changed], reason[changed]
         self.pinned[ids] = True
         self.reason[ids] = numbers
         self._pin_reason[self._first[ids]] = numbers
@@ -117,19 +118,21 @@ class Components:
         return self.reasons.index(reason)
 
     def _reduce(
-        self, grids: list[tuple[Row, tuple[Row, ...], list[bool]]]
-    ) -> tuple[list[tuple[Ids, Ids]], list[Lattice], bool]:
-        """One round: spread pins, turn grids of a single free factor into ties, join equal grids, find conflicts."""
+        self, products: list[tuple[Axis, tuple[Axis, ...], list[bool]]]
+    ) -> tuple[list[tuple[Ids, Ids]], list[FactoredAxis], bool]:
+        """One round: spread pins, tie products of a single free factor, join equal products, find conflicts."""
         edges: list[tuple[Ids, Ids]] = []
-        lattices: list[tuple[Lattice, list[bool]]] = []
-        seen_cells: dict[object, Lattice] = {}
-        seen_factors: dict[object, Lattice] = {}
-        news = False
-        for cells_row, factors, closed in grids:
-            shape = tuple(row.size for row in factors)
+        factored_axes: list[tuple[FactoredAxis, list[bool]]] = []
+        seen_cells: dict[object, FactoredAxis] = {}
+        seen_factors: dict[object, FactoredAxis] = {}
+        changed = False
+        for cells_row, factors, closed in products:
+            shape = tuple(axis.size for axis in factors)
             cells = self.of(cells_row).reshape(shape)
-            news |= self._spread_pins(cells, factors, closed)
-            prunable = [i for i, row in enumerate(factors) if row.free and not closed[i] and not self._all_pinned(row)]
+            changed |= self._spread_pins(cells, factors, closed)
+            prunable = [
+                i for i, axis in enumerate(factors) if axis.free and not closed[i] and not self._all_pinned(axis)
+            ]
             parts = tuple(self.of(factors[i]) for i in prunable)
             if len(prunable) == 1:
                 dim = prunable[0]
@@ -142,109 +145,108 @@ class Components:
             cells, parts, repeats = _distinct(cells, parts, prunable)
             edges += repeats
             shape = cells.shape
-            lattice = Lattice(cells, parts, tuple(prunable))
+            factored = FactoredAxis(cells, parts, tuple(prunable))
             by_cells, by_factors = (shape, cells.tobytes()), tuple(part.tobytes() for part in parts)
-            twin = seen_cells.setdefault(by_cells, lattice)
-            if twin is not lattice and twin.dims == lattice.dims:
+            twin = seen_cells.setdefault(by_cells, factored)
+            if twin is not factored and twin.dims == factored.dims:
                 edges += [(a, b) for a, b in zip(parts, twin.factors, strict=True) if not np.array_equal(a, b)]
                 continue
-            twin = seen_factors.setdefault((shape, by_factors), lattice)
-            if twin is not lattice and twin.dims == lattice.dims:
+            twin = seen_factors.setdefault((shape, by_factors), factored)
+            if twin is not factored and twin.dims == factored.dims:
                 if not np.array_equal(twin.cells, cells):
                     edges.append((cells.ravel(), twin.cells.ravel()))
                 continue
-            lattices.append((lattice, closed))
-        if edges or news:
-            return edges, [], news
-        return [], [lattice for lattice, _ in lattices], self._conflicts(lattices)
+            factored_axes.append((factored, closed))
+        if edges or changed:
+            return edges, [], changed
+        return [], [factored for factored, _ in factored_axes], self._conflicts(factored_axes)
 
-    def _all_pinned(self, row: Row) -> bool:
-        return bool(self.pinned[self.of(row)].all())
+    def _all_pinned(self, axis: Axis) -> bool:
+        return bool(self.pinned[self.of(axis)].all())
 
-    def _spread_pins(self, cells: Ids, factors: tuple[Row, ...], closed: list[bool]) -> bool:
+    def _spread_pins(self, cells: Ids, factors: tuple[Axis, ...], closed: list[bool]) -> bool:
         """A pinned cell pins its indices; a cell with all its indices pinned is pinned."""
-        news = False
+        changed = False
         pinned = self.pinned[cells]
         everywhere = np.ones(cells.shape, dtype=bool)
         reason = np.full(cells.shape, -1, dtype=np.int64)
-        for dim, row in enumerate(factors):
+        for dim, axis in enumerate(factors):
             others = tuple(i for i in range(cells.ndim) if i != dim)
-            if not row.free or closed[dim]:
+            if not axis.free or closed[dim]:
                 continue
-            part = self.of(row)
+            part = self.of(axis)
             if pinned.any():
                 hit = pinned.any(axis=others)
-                news |= self._spread(part[hit], np.where(pinned, self.reason[cells], -1).max(axis=others)[hit])
+                changed |= self._spread(part[hit], np.where(pinned, self.reason[cells], -1).max(axis=others)[hit])
             along = [-1 if i == dim else 1 for i in range(cells.ndim)]
             everywhere &= self.pinned[part].reshape(along)
             reason = np.maximum(reason, self.reason[part].reshape(along))
         if everywhere.any():
             if (reason[everywhere] < 0).any():
                 reason[everywhere & (reason < 0)] = self._number("its position is fixed")
-            news |= self._spread(cells[everywhere], reason[everywhere])
-        return news
+            changed |= self._spread(cells[everywhere], reason[everywhere])
+        return changed
 
-    def _conflicts(self, lattices: list[tuple[Lattice, list[bool]]]) -> bool:
-        """Where grids of different shape share cells, or a grid holds a cell twice, only the finest factor may go."""
+    def _conflicts(self, factored_axes: list[tuple[FactoredAxis, list[bool]]]) -> bool:
+        """Where products of other shapes share cells, or one holds a cell twice, only the finest factor may go."""
         owner = np.full(self.count, -1, dtype=np.int64)
-        guilty: set[int] = set()
-        for number, (lattice, _) in enumerate(lattices):
-            flat = lattice.cells.ravel()
+        at_fault: set[int] = set()
+        for number, (factored, _) in enumerate(factored_axes):
+            flat = factored.cells.ravel()
             if len(np.unique(flat)) < len(flat):
-                guilty.add(number)
+                at_fault.add(number)
             others = owner[flat]
-            guilty.update(int(other) for other in np.unique(others[others >= 0]))
+            at_fault.update(int(other) for other in np.unique(others[others >= 0]))
             if (others >= 0).any():
-                guilty.add(number)
+                at_fault.add(number)
             owner[flat] = number
-            for part in lattice.factors:
-                # A factor that is also a cell of its own grid would decide about itself.
+            for part in factored.factors:
+                # A factor that is also a cell of its own product would decide about itself.
                 if np.isin(part, flat).any() or len(np.unique(part)) < len(part):
-                    guilty.add(number)
-        for number in guilty:
-            lattice, closed = lattices[number]
-            left = [(self._classes(lattice.cells, dim), dim) for dim in lattice.dims]
+                    at_fault.add(number)
+        for number in at_fault:
+            factored, closed = factored_axes[number]
+            left = [(self._classes(factored.cells, dim), dim) for dim in factored.dims]
             keep = max(left)[1]
-            for dim, part in zip(lattice.dims, lattice.factors, strict=True):
+            for dim, part in zip(factored.dims, factored.factors, strict=True):
                 if dim != keep:
                     closed[dim] = True
                     reason = self._number("its channels are seen in groups of different sizes by different operations")
                     self._spread(part, np.full(len(part), reason))
-        return bool(guilty)
+        return bool(at_fault)
 
     def _classes(self, cells: Ids, dim: int) -> int:
         """How many indices along `dim` would still go one by one if only they could."""
         along = np.arange(cells.shape[dim]).reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
         _, compact = np.unique(cells, return_inverse=True)
         index = np.broadcast_to(along, cells.shape).ravel() + int(compact.max()) + 1
-        joined = _components(int(index.max()) + 1, [(compact.ravel(), index)])
-        return len(np.unique(joined))
+        return len(np.unique(_components(int(index.max()) + 1, [(compact.ravel(), index)])))
 
     # -- removing ------------------------------------------------------------------------------------------------
 
-    def dead(self, chosen: Ids) -> Mask:
+    def removed(self, chosen: Ids) -> Mask:
         """Which components are gone once `chosen` and all that is coupled to them are; shape ``(count,)``."""
         mask = np.zeros(self.count, dtype=bool)
         mask[chosen] = True
         return self.closure(mask)
 
-    def closure(self, dead: Mask) -> Mask:
-        """Everything that dies with the components marked in `dead`, shape ``(count,)``."""
-        dead = dead.copy()
+    def closure(self, removed: Mask) -> Mask:
+        """Everything that dies with the components marked in `removed`, shape ``(count,)``."""
+        removed = removed.copy()
         before = -1
-        while before != (before := int(dead.sum())):
-            for lattice in self.lattices:
-                cells = np.zeros(lattice.cells.shape, dtype=bool)
-                for dim, part in zip(lattice.dims, lattice.factors, strict=True):
-                    cells |= dead[part].reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
-                dead[lattice.cells[cells]] = True
-        return dead
+        while before != (before := int(removed.sum())):
+            for factored in self.factored_axes:
+                cells = np.zeros(factored.cells.shape, dtype=bool)
+                for dim, part in zip(factored.dims, factored.factors, strict=True):
+                    cells |= removed[part].reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
+                removed[factored.cells[cells]] = True
+        return removed
 
 
 def _distinct(
     cells: Ids, parts: tuple[Ids, ...], dims: list[int]
 ) -> tuple[Ids, tuple[Ids, ...], list[tuple[Ids, Ids]]]:
-    """The grid with each index of a factor once; cells of equal indices are to be joined."""
+    """The product with each index of a factor once; cells of equal indices are to be joined."""
     edges: list[tuple[Ids, Ids]] = []
     result: list[Ids] = []
     for dim, part in zip(dims, parts, strict=True):
@@ -271,7 +273,7 @@ def _aliased(relations: Relations) -> tuple[Ids, Ids, int]:
         a = np.searchsorted(starts, runs[:, 0], side="right") - 1
         b = np.searchsorted(starts, runs[:, 1], side="right") - 1
         whole = _is_whole(runs, a, b, starts, sizes)
-        parent = joined(count, a[whole], b[whole])
+        parent = connected_components(count, a[whole], b[whole])
     _, first, inverse = np.unique(parent, return_index=True, return_inverse=True)
     length = sizes[first]
     offsets = np.concatenate([[0], np.cumsum(length)])
@@ -300,4 +302,19 @@ def _arrays(relations: Relations) -> Iterable[tuple[Ids, Ids]]:
 def _components(count: int, pairs: list[tuple[Ids, Ids]]) -> Ids:
     if not pairs:
         return np.arange(count)
-    return joined(count, np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]))
+    return connected_components(count, np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]))
+
+
+def connected_components(count: int, left: Ids, right: Ids) -> Ids:
+    """A number for each of `count` things, equal for those that the pairs of `left` and `right` join: shape (count,).
+
+    Example:
+        >>> import numpy as np
+        >>> connected_components(4, np.array([0, 2]), np.array([2, 3])).tolist()
+        [0, 1, 0, 0]
+    """
+    # Here, since importing them takes longer than solving most models.
+    from scipy.sparse import coo_array, csgraph
+
+    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+    return csgraph.connected_components(graph, directed=False)[1].astype(np.int64)

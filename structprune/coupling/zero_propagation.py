@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from structprune.channels.propagate import Channels
+from structprune.coupling.propagate import Channels
 from structprune.ops import op_of
 from structprune.ops.arguments import tensors
-from structprune.ops.relations import Row, Rows
+from structprune.ops.relations import Axes, Axis
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
 from structprune.tracing.trace import Trace, describe, part_of
 
@@ -24,13 +24,13 @@ def pin_what_is_not_zero(trace: Trace, channels: Channels) -> None:
     """Pin the channels that may not go, because an operation sums over them where they are not zero: one walk."""
     zeros: list[Any] = []
 
-    def pin(row: Row, node: fx.Node) -> None:
+    def pin(axis: Axis, node: fx.Node) -> None:
         where = describe(node, trace)
-        channels.relations.pin(row, f"a channel that is off is not zero there, and is summed over by {where}")
+        channels.relations.pin(axis, f"a channel that is off is not zero there, and is summed over by {where}")
 
-    context = ZeroContext(channels.rows, zeros, pin)
-    memory = Memory(channels.rows, zeros)
-    for node in trace.everything:
+    context = ZeroContext(channels.axes, zeros, pin)
+    memory = Memory(channels.axes, zeros)
+    for node in trace.all_nodes:
         zeros.append(_zeros(context, node, channels, zeros))
         memory.note(node)
 
@@ -39,12 +39,12 @@ class Memory:
     """Which tensors share memory: a write into one of them changes what is known of all.
 
     Args:
-        rows: the axes of every node, by number.
+        axes: the axes of every node, by number.
         zeros: what is known of every node so far, by number; changed in place.
     """
 
-    def __init__(self, rows: list[Any], zeros: list[Any]) -> None:
-        self._rows, self._zeros = rows, zeros
+    def __init__(self, axes: list[Any], zeros: list[Any]) -> None:
+        self._axes, self._zeros = axes, zeros
         self._owner: dict[int, int] = {}
         self._views: dict[int, list[int]] = {}
 
@@ -63,9 +63,9 @@ class Memory:
                 self._zeros[other] = tuple(
                     zero
                     and any(
-                        kept and _overlap(row, mine) for mine, kept in zip(self._rows[number], written, strict=True)
+                        kept and _overlap(axis, mine) for mine, kept in zip(self._axes[number], written, strict=True)
                     )
-                    for row, zero in zip(self._rows[other], self._zeros[other], strict=True)
+                    for axis, zero in zip(self._axes[other], self._zeros[other], strict=True)
                 )
 
 
@@ -80,7 +80,7 @@ def _shares_with(node: fx.Node) -> fx.Node | None:
     return sources[0] if sources else None
 
 
-def _overlap(a: Row, b: Row) -> bool:
+def _overlap(a: Axis, b: Axis) -> bool:
     """Whether two axes have channels in common."""
     if not a.free or not b.free:
         return False
@@ -91,23 +91,23 @@ def _overlap(a: Row, b: Row) -> bool:
 
 def _zeros(context: ZeroContext, node: fx.Node, channels: Channels, zeros: list[Any]) -> Any:
     """Zeros of a node's result, or a list of them for several results."""
-    rows = channels.rows[node.meta["index"]]
+    axes = channels.axes[node.meta["index"]]
     if node.meta["name"] == "part":
         parent, position = part_of(node)
         return zeros[parent.meta["index"]][position]
-    if not isinstance(rows, list):
-        return _single(context, node, rows, channels.unforeseen)
-    parts: list[Rows | None] = rows
+    if not isinstance(axes, list):
+        return _single(context, node, axes, channels.unforeseen)
+    parts: list[Axes | None] = axes
     single = _single(context, node, next((part for part in parts if part is not None), ()), channels.unforeseen)
     return [single if part is not None and len(part) == len(single) else (False,) * len(part or ()) for part in parts]
 
 
-def _single(context: ZeroContext, node: fx.Node, rows: Rows, unforeseen: frozenset[int]) -> Zeros:
-    context.node, context.rows = node, rows
+def _single(context: ZeroContext, node: fx.Node, axes: Axes, unforeseen: frozenset[int]) -> Zeros:
+    context.node, context.axes = node, axes
     name = node.meta["name"]
     if name == "parameter":
         dtype = node.meta["dtype"]
-        return (dtype.is_floating_point or dtype.is_complex,) * len(rows)
+        return (dtype.is_floating_point or dtype.is_complex,) * len(axes)
     source = node.meta.get("keeps_zeros")
     if source is not None:
         return context.of(source)

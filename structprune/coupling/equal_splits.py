@@ -4,10 +4,10 @@
 halves: both only count. Which numbers fit is found by carrying channels, numbered where they are made, through these
 movements as the smaller network would. The channels that reach the same sections in the end form a class, and each
 possible width of the network says how many channels of each class are kept. Where a shuffle pairs other channels than
-before, the rows behind it hold the survivors in another order, and so must the weights that read them.
+before, the axes behind it hold the survivors in another order, and so must the weights that read them.
 
-Where anything else looks at the sections (a grid of heads, a slice by number, a pinned channel), they are tied to keep
-the same channels.
+Where anything else looks at the sections (a product of heads, a slice by number, a pinned channel), they are tied
+to keep the same channels.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One movement between numbered rows.
+    """One movement between numbered axes.
 
-    ``"join"`` makes one row of several, ``"cut"`` equal sections of one, ``"shuffle"`` the sections and, last, the row
-    in which they are interleaved.
+    ``"join"`` makes one axis of several, ``"cut"`` equal sections of one, ``"shuffle"`` the sections and, last, the
+    axis in which they are interleaved.
     """
 
     kind: str
@@ -41,23 +41,23 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """Movements between numbered rows, for any width.
+class SplitProgram:
+    """Movements between numbered axes, for any width.
 
-    Rows that no step makes are `made`; at full width they have `sizes` channels.
+    Axes that no step makes are `made`; at full width they have `sizes` channels.
     """
 
     made: tuple[int, ...]
     sizes: tuple[int, ...]
     steps: tuple[Step, ...]
-    rows: int
+    axes: int
 
     def run(self, sizes: Sequence[int]) -> list[Ids] | None:
-        """The channels in each row, numbered in the order of the made rows; None where that cannot be."""
+        """The channels in each axis, numbered in the order of the made axes; None where that cannot be."""
         found: dict[int, Ids] = {}
         first = 0
-        for row, size in zip(self.made, sizes, strict=True):
-            found[row] = np.arange(first, first + size)
+        for axis, size in zip(self.made, sizes, strict=True):
+            found[axis] = np.arange(first, first + size)
             first += size
         for step in self.steps:
             if not found.keys() >= set(step.sources):
@@ -71,50 +71,50 @@ class Machine:
                 result = list(np.split(given[0], step.sections))
                 if step.kind == "shuffle":
                     result.append(given[0].reshape(step.sections, -1).T.ravel())
-            for target, row in zip(step.targets, result, strict=True):
-                if target in found and not np.array_equal(found[target], row):
+            for target, axis in zip(step.targets, result, strict=True):
+                if target in found and not np.array_equal(found[target], axis):
                     return None
-                found[target] = row
-        return [found[row] for row in range(self.rows)]
+                found[target] = axis
+        return [found[axis] for axis in range(self.axes)]
 
-    def reached(self, rows: list[Ids]) -> list[bytes]:
-        """For each channel, the row that made it and the rows that it reaches."""
-        total = max(int(row.max()) for row in rows) + 1
-        member = np.zeros((total, self.rows), dtype=bool)
-        for number, row in enumerate(rows):
-            member[row, number] = True
+    def reached(self, axes: list[Ids]) -> list[bytes]:
+        """For each channel, the axis that made it and the axes that it reaches."""
+        total = max(int(axis.max()) for axis in axes) + 1
+        member = np.zeros((total, self.axes), dtype=bool)
+        for number, axis in enumerate(axes):
+            member[axis, number] = True
         return [line.tobytes() for line in np.packbits(member, axis=1)]
 
     def widths(self) -> list[tuple[int, ...]]:
-        """Sizes of the made rows that keep their proportions, from the narrowest."""
+        """Sizes of the made axes that keep their proportions, from the narrowest."""
         step = reduce(gcd, self.sizes)
         return [tuple(size // step * level for size in self.sizes) for level in range(1, step + 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What a machine allows: for each channel at full width its class, and for each width the same and the counts."""
+    """What a program allows: for each channel at full width its class, and for each width the same and the counts."""
 
     classes: Ids
     counts: Ids
     widths: tuple[tuple[int, ...], ...]
 
 
-def table(machine: Machine) -> Table | None:
+def table(program: SplitProgram) -> Table | None:
     """The widths at which every channel belongs to a class of the full width; None if there is only the full one."""
-    full = machine.run(machine.sizes)
+    full = program.run(program.sizes)
     if full is None:
         return None
     numbers: dict[bytes, int] = {}
-    classes = np.array([numbers.setdefault(key, len(numbers)) for key in machine.reached(full)])
+    classes = np.array([numbers.setdefault(key, len(numbers)) for key in program.reached(full)])
     available = np.bincount(classes)
     counts: list[Ids] = []
     widths: list[tuple[int, ...]] = []
-    for sizes in machine.widths():
-        rows = machine.run(sizes)
-        if rows is None:
+    for sizes in program.widths():
+        axes = program.run(sizes)
+        if axes is None:
             continue
-        found = [numbers.get(key, -1) for key in machine.reached(rows)]
+        found = [numbers.get(key, -1) for key in program.reached(axes)]
         count = np.bincount(found, minlength=len(numbers)) if min(found) >= 0 else available + 1
         if (count <= available).all():
             counts.append(count)
@@ -123,30 +123,30 @@ def table(machine: Machine) -> Table | None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Region:
+class SplitGroup:
     """Channels whose numbers depend on each other.
 
     Attributes:
-        classes: the components of each class, in the order of the rows that make them.
+        classes: the components of each class, in the order of the axes that make them.
         counts: how many channels of each class may be kept, shape ``(choices, classes)``, from the fewest to all.
-        rows: the components of each row of the machine, distinct within it.
-        machine: the movements.
+        axes: the components of each axis of the program, distinct within it.
+        program: the movements.
         table: what they allow.
     """
 
     classes: tuple[Ids, ...]
     counts: Ids
-    rows: tuple[Ids, ...]
-    machine: Machine
+    axes: tuple[Ids, ...]
+    program: SplitProgram
     table: Table
 
-    def choice(self, dead: Mask) -> int:
-        """Which line of `counts` is kept when the components marked in `dead` go.
+    def choice(self, removed: Mask) -> int:
+        """Which line of `counts` is kept when the components marked in `removed` go.
 
         Raises:
             PlanError: none of them.
         """
-        kept = np.array([np.count_nonzero(~dead[ids]) for ids in self.classes])
+        kept = np.array([np.count_nonzero(~removed[ids]) for ids in self.classes])
         fits = np.flatnonzero((self.counts == kept).all(axis=1))
         if len(fits):
             return int(fits[0])
@@ -157,53 +157,53 @@ class Region:
             f"{near.tolist()}. DependencyGraph.balanced lists the groups and the numbers that they may keep together."
         )
 
-    def orders(self, dead: Mask) -> list[Ids]:
-        """The surviving components of each row of the machine, as the smaller network holds them."""
-        full, rows = self.machine.run(self.machine.sizes), self.machine.run(self.table.widths[self.choice(dead)])
+    def orders(self, removed: Mask) -> list[Ids]:
+        """The surviving components of each axis of the program, as the smaller network holds them."""
+        full, axes = self.program.run(self.program.sizes), self.program.run(self.table.widths[self.choice(removed)])
         assert full is not None
-        assert rows is not None
-        numbers = dict(zip(self.machine.reached(full), self.table.classes.tolist(), strict=True))
-        found = np.array([numbers[key] for key in self.machine.reached(rows)])
+        assert axes is not None
+        numbers = dict(zip(self.program.reached(full), self.table.classes.tolist(), strict=True))
+        found = np.array([numbers[key] for key in self.program.reached(axes)])
         survivors = np.empty(len(found), dtype=np.int64)
         for number, ids in enumerate(self.classes):
-            survivors[found == number] = ids[~dead[ids]]
-        return [survivors[row] for row in rows]
+            survivors[found == number] = ids[~removed[ids]]
+        return [survivors[axis] for axis in axes]
 
-    def draw(self, dead: Mask, share: float, generator: np.random.Generator) -> None:
-        """Mark random channels as dead, about `share` of them and as many as fit together."""
+    def draw(self, removed: Mask, share: float, generator: np.random.Generator) -> None:
+        """Mark random channels as removed, about `share` of them and as many as fit together."""
         line = self.counts[round((1 - share) * (len(self.counts) - 1))]
         for ids, keep in zip(self.classes, line, strict=True):
-            dead[ids] = True
-            dead[generator.permutation(ids)[:keep]] = False
+            removed[ids] = True
+            removed[generator.permutation(ids)[:keep]] = False
 
 
 @dataclass(frozen=True, slots=True)
-class Balances:
-    """All regions, and the rows joined from theirs: the components of the pieces and of the whole."""
+class EqualSplits:
+    """All split groups, and the axes joined from theirs: the components of the pieces and of the whole."""
 
-    regions: tuple[Region, ...] = ()
+    split_groups: tuple[SplitGroup, ...] = ()
     joins: tuple[tuple[tuple[Ids, ...], Ids], ...] = ()
 
-    def orders(self, dead: Mask) -> dict[bytes, Ids]:
-        """Surviving positions in their new order, by the components of a row; rows in their old order are left out.
+    def orders(self, removed: Mask) -> dict[bytes, Ids]:
+        """Surviving positions in their new order, by the components of an axis; axes in their old order are left out.
 
         Raises:
             PlanError: sections would keep different numbers of channels.
         """
         found: dict[bytes, Ids] = {}
 
-        def positions(row: Ids) -> Ids:
-            known = found.get(row.tobytes())
-            return np.flatnonzero(~dead[row]) if known is None else known
+        def positions(axis: Ids) -> Ids:
+            known = found.get(axis.tobytes())
+            return np.flatnonzero(~removed[axis]) if known is None else known
 
-        def note(row: Ids, order: Ids) -> None:
+        def note(axis: Ids, order: Ids) -> None:
             if not (np.diff(order) > 0).all():
-                found[row.tobytes()] = order
+                found[axis.tobytes()] = order
 
-        for region in self.regions:
-            for row, kept in zip(region.rows, region.orders(dead), strict=True):
-                by_number = np.argsort(row)
-                note(row, by_number[np.searchsorted(row, kept, sorter=by_number)])
+        for split_group in self.split_groups:
+            for axis, kept in zip(split_group.axes, split_group.orders(removed), strict=True):
+                by_number = np.argsort(axis)
+                note(axis, by_number[np.searchsorted(axis, kept, sorter=by_number)])
         for pieces, whole in self.joins:
             firsts = np.cumsum([0, *map(len, pieces[:-1])])
             note(whole, np.concatenate([first + positions(p) for first, p in zip(firsts, pieces, strict=True)]))

@@ -24,7 +24,7 @@ from structprune.tracing.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
-class Carrier:
+class ScaledParameter:
     """Entries of a parameter that are multiplied: those at `positions` of dimension `dim`, or all if that is None."""
 
     tensor: str
@@ -33,11 +33,11 @@ class Carrier:
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
+class Compensation:
     """Where the factor `scale` can be taken up."""
 
     scale: Scale
-    carriers: tuple[Carrier, ...]
+    scaled: tuple[ScaledParameter, ...]
 
 
 def scaling_of(node: fx.Node) -> Scaling:
@@ -48,21 +48,21 @@ def scaling_of(node: fx.Node) -> Scaling:
     return known.scaling
 
 
-class NoCarrierError(Exception):
+class NotCompensableError(Exception):
     """The factor cannot be carried further."""
 
 
-def carriers_before(trace: Trace, scale: Scale, masks: Masks) -> tuple[Carrier, ...]:
+def scaled_before(trace: Trace, scale: Scale, masks: Masks) -> tuple[ScaledParameter, ...]:
     """The parameters that make what `scale` multiplies, and nothing else.
 
     Raises:
-        NoCarrierError: there are none, or they feed something else too.
+        NotCompensableError: there are none, or they feed something else too.
     """
-    node = trace.everything[scale.node]
+    node = trace.all_nodes[scale.node]
     operands = _tensors(node)
     source = node.args[scale.argument] if len(node.args) > scale.argument else operands[0] if operands else None
     if not isinstance(source, fx.Node):
-        raise NoCarrierError
+        raise NotCompensableError
     return tuple(_Search(trace, node, masks).run(source))
 
 
@@ -146,16 +146,16 @@ class _Search:
         self._queue: list[int] = []
         self._source: fx.Node = consumer
 
-    def run(self, source: fx.Node) -> list[Carrier]:
-        carriers: list[Carrier] = []
+    def run(self, source: fx.Node) -> list[ScaledParameter]:
+        scaled: list[ScaledParameter] = []
         self._source = source
         self._ask(source, self._cache.full(source.meta["shape"]))
         while self._queue:
-            node = self._trace.everything[-heapq.heappop(self._queue)]
-            carriers += self._step(node, self._masks[node])
+            node = self._trace.all_nodes[-heapq.heappop(self._queue)]
+            scaled += self._step(node, self._masks[node])
         for node, mask in self._masks.items():
             self._check_users(node, mask)
-        return carriers
+        return scaled
 
     def _ask(self, node: fx.Node, mask: Tensor) -> None:
         known = self._masks.get(node)
@@ -165,10 +165,10 @@ class _Search:
         elif known is not mask:
             self._masks[node] = known | mask
 
-    def _step(self, node: fx.Node, mask: Tensor) -> list[Carrier]:
+    def _step(self, node: fx.Node, mask: Tensor) -> list[ScaledParameter]:
         name = node.meta["name"]
         if name == "parameter":
-            return [Carrier(str(node.target), *_line(mask))]
+            return [ScaledParameter(str(node.target), *_line(mask))]
         if name == "part" and isinstance(parent := node.args[0], fx.Node) and scaling_of(parent) is Scaling.MOVES:
             self._back(parent, node.args[1], mask)
             return []
@@ -184,7 +184,7 @@ class _Search:
         elif scaling is Scaling.LAYER:
             self._affine(node, mask)
         else:
-            raise NoCarrierError
+            raise NotCompensableError
         return []
 
     def _back(self, node: fx.Node, part: Any, mask: Tensor) -> None:
@@ -194,7 +194,7 @@ class _Search:
         """Scale all of a sum by scaling each term, all of a contraction by scaling its first factor."""
         tensors = _tensors(node)
         if not self._cache.is_full(mask) or (node.meta["name"] in ("add", "sub") and len(tensors) < 2):
-            raise NoCarrierError  # adding a number is not homogeneous
+            raise NotCompensableError  # adding a number is not homogeneous
         for tensor in tensors if scaling_of(node) is Scaling.SUM else tensors[:1]:
             self._ask(tensor, self._cache.full(tensor.meta["shape"]))
 
@@ -204,14 +204,14 @@ class _Search:
             t for t in tensors if t.meta["shape"] == node.meta["shape"]
         ]
         if not first or (node.meta["name"] == "div" and first[0] is not node.args[0]):
-            raise NoCarrierError
+            raise NotCompensableError
         chosen = first[0]
         while mask.dim() > len(chosen.meta["shape"]):
             if not torch.equal(mask.any(0), mask.all(0)):
-                raise NoCarrierError
+                raise NotCompensableError
             mask = mask.any(0)
         if tuple(mask.shape) != tuple(chosen.meta["shape"]):
-            raise NoCarrierError
+            raise NotCompensableError
         self._ask(chosen, mask)
 
     def _affine(self, node: fx.Node, mask: Tensor) -> None:
@@ -225,11 +225,11 @@ class _Search:
         parameters = [parameter for parameter in named if isinstance(parameter, fx.Node)]
         along = self._cache.along(mask, known.channel_dim)
         if along is None or not parameters:
-            raise NoCarrierError
+            raise NotCompensableError
         for parameter in parameters:
             shape = parameter.meta["shape"]
             if len(shape) > 1 and known.norm is not None:
-                raise NoCarrierError
+                raise NotCompensableError
             made = known.contraction is not None and known.contraction.kind == "embedding"  # by columns of a table
             self._ask(parameter, (along if made else along.view(-1, *[1] * (len(shape) - 1))).expand(shape))
 
@@ -242,16 +242,16 @@ class _Search:
     def _check_users(self, node: fx.Node, mask: Tensor) -> None:
         """Whatever else reads the tensor must read other entries of it."""
         if node in self._trace.outputs.values() or node in self._trace.training_outputs:
-            raise NoCarrierError
+            raise NotCompensableError
         for user in node.users:
             if user in self._masks or user.op == "output" or self._once(user, node):
                 continue
             if scaling_of(user) is not Scaling.MOVES or _tensors(user)[0] is not node:
-                raise NoCarrierError
+                raise NotCompensableError
             for place, reached in enumerate(self._cache.forward(user, mask)):
                 parts = [p for p in user.users if p.meta["name"] == "part" and p.args[1] == place]
                 if reached and (not parts or any(p not in self._masks and p.users for p in parts)):
-                    raise NoCarrierError
+                    raise NotCompensableError
 
 
 def _lines(mask: Tensor, dim: int) -> Tensor:
@@ -277,7 +277,7 @@ def _line(mask: Tensor) -> tuple[int, tuple[int, ...] | None]:
             if not torch.equal(line, flat.all(1)):
                 continue
         return dim, line_of(line)
-    raise NoCarrierError
+    raise NotCompensableError
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.channels.fold import Carrier, Fold, Masks, NoCarrierError, carriers_before, line_of, scaling_of
+from structprune.coupling.compensation import (
+    Compensation,
+    Masks,
+    NotCompensableError,
+    ScaledParameter,
+    line_of,
+    scaled_before,
+    scaling_of,
+)
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments, tensors
 from structprune.ops.op import Scaling
@@ -40,31 +48,31 @@ class SearchAhead:
         self._nodes: list[fx.Node] = []
         self._outputs = {*trace.outputs.values(), *trace.training_outputs}
 
-    def run(self, source: fx.Node) -> list[Carrier]:
+    def run(self, source: fx.Node) -> list[ScaledParameter]:
         """The weights that take up a factor on all of `source`.
 
         Raises:
-            NoCarrierError: some of what reads it cannot.
+            NotCompensableError: some of what reads it cannot.
         """
-        carriers: list[Carrier] = []
+        scaled: list[ScaledParameter] = []
         self._reach(source, self._cache.full(source.meta["shape"]))
         while self._queue:
-            carriers += self._step(self._nodes[heapq.heappop(self._queue)[1]])
-        return carriers
+            scaled += self._step(self._nodes[heapq.heappop(self._queue)[1]])
+        return scaled
 
     def _reach(self, node: fx.Node, mask: Tensor) -> None:
         """`node` is multiplied where `mask` holds, so all that reads it has to be looked at."""
         if node in self._outputs or "compared" in node.meta or "writes" in node.meta:
-            raise NoCarrierError
+            raise NotCompensableError
         self._masks[node] = mask
         for user in node.users:
             if user.op == "output":
-                raise NoCarrierError
+                raise NotCompensableError
             if user not in self._nodes:
                 heapq.heappush(self._queue, (user.meta["index"], len(self._nodes)))
                 self._nodes.append(user)
 
-    def _step(self, node: fx.Node) -> list[Carrier]:
+    def _step(self, node: fx.Node) -> list[ScaledParameter]:
         known = op_of(node.meta["name"])
         scaled = [t for t in tensors(node) if t in self._masks]
         first = tensors(node)[0]
@@ -79,14 +87,14 @@ class SearchAhead:
             self._sum(node)
         elif scaling is Scaling.PRODUCT and self._once(node, scaled):
             if node.meta["name"] == "div" and node.args[0] is not scaled[0]:
-                raise NoCarrierError
+                raise NotCompensableError
             self._reach(node, self._masks[scaled[0]].expand(node.meta["shape"]))
         elif (
             scaling is Scaling.CONTRACTION and self._once(node, scaled) and self._cache.is_full(self._masks[scaled[0]])
         ):
             self._reach(node, self._cache.full(node.meta["shape"]))
         else:
-            raise NoCarrierError
+            raise NotCompensableError
         return []
 
     def _once(self, node: fx.Node, scaled: list[fx.Node]) -> bool:
@@ -115,7 +123,7 @@ class SearchAhead:
             and weight not in self._outputs
         )
 
-    def _weight(self, node: fx.Node, source: fx.Node) -> Carrier:
+    def _weight(self, node: fx.Node, source: fx.Node) -> ScaledParameter:
         """The entries of a layer's weight that meet what is scaled."""
         known = op_of(node.meta["name"])
         assert known is not None
@@ -123,7 +131,7 @@ class SearchAhead:
         weight = arguments(node)[known.contraction.weight]
         mask, shape = self._masks[source], weight.meta["shape"]
         if self._cache.is_full(mask):
-            return Carrier(str(weight.target), 0, None)
+            return ScaledParameter(str(weight.target), 0, None)
         operands = tensors(node)
         pairs = [
             pair
@@ -131,12 +139,12 @@ class SearchAhead:
             if operands[pair.operand] is source and operands[pair.weight] is weight
         ]
         if len(pairs) != 1:
-            raise NoCarrierError
+            raise NotCompensableError
         at, across = pairs[0].dim % mask.dim(), pairs[0].weight_dim % len(shape)
         along = self._cache.along(mask, at)
         if along is None or len(along) != shape[across]:
-            raise NoCarrierError
-        return Carrier(str(weight.target), across, line_of(along))
+            raise NotCompensableError
+        return ScaledParameter(str(weight.target), across, line_of(along))
 
     def _move(self, node: fx.Node, source: fx.Node) -> None:
         moved = run_movement(node, {source: self._masks[source]})
@@ -145,7 +153,7 @@ class SearchAhead:
             return
         for part in node.users:
             if part.meta["name"] != "part" or not isinstance(part.args[1], int):
-                raise NoCarrierError
+                raise NotCompensableError
             if bool(moved[part.args[1]].any()):
                 self._reach(part, moved[part.args[1]])
 
@@ -155,7 +163,7 @@ class SearchAhead:
         terms = tensors(node)
         if known is not None and known.elementwise:
             if len(terms) < 2 or not all(map(self._whole, terms)):  # adding a number is not homogeneous
-                raise NoCarrierError
+                raise NotCompensableError
             self._reach(node, self._cache.full(node.meta["shape"]))
             return
         nothing = {t: torch.zeros(t.meta["shape"], dtype=torch.bool) for t in terms if t not in self._masks}
@@ -171,21 +179,21 @@ def run_movement(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
     return node.target(*args, **kwargs)
 
 
-def folds(trace: Trace, scales: Sequence[Scale]) -> list[Fold | None]:
+def compensations(trace: Trace, scales: Sequence[Scale]) -> list[Compensation | None]:
     """For each scale the parameters before or behind it that take it up; None where there are none."""
     masks = Masks()
     return [_fold(trace, scale, masks) for scale in scales]
 
 
-def _fold(trace: Trace, scale: Scale, masks: Masks) -> Fold | None:
+def _fold(trace: Trace, scale: Scale, masks: Masks) -> Compensation | None:
     try:
-        return Fold(scale, carriers_before(trace, scale, masks))
-    except NoCarrierError:
+        return Compensation(scale, scaled_before(trace, scale, masks))
+    except NotCompensableError:
         pass
-    node = trace.everything[scale.node]
+    node = trace.all_nodes[scale.node]
     if scaling_of(node) not in (Scaling.PRODUCT, Scaling.CONTRACTION) or scale.argument:
         return None  # the result is not the factor times the argument
     try:
-        return Fold(scale, tuple(SearchAhead(trace, masks).run(node)))
-    except NoCarrierError:
+        return Compensation(scale, tuple(SearchAhead(trace, masks).run(node)))
+    except NotCompensableError:
         return None

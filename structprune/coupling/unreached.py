@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx, nn
 
-from structprune.channels.propagate import Channels
-from structprune.ops.relations import Row
+from structprune.coupling.propagate import Channels
+from structprune.ops.relations import Axis
 from structprune.tracing.provenance import Dim, leaves
 from structprune.tracing.state import held_tensors, join
 from structprune.tracing.trace import Trace, describe, part_of
@@ -22,10 +22,10 @@ from structprune.tracing.vocabulary import HANDED_OUT
 def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
     """Pin all tensors of the modules at `paths`, or of these names."""
     for path in paths:
-        for node in trace.everything:
+        for node in trace.all_nodes:
             if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
-                for row in channels.rows[node.meta["index"]]:
-                    channels.relations.pin(row, f"{path} is ignored")
+                for axis in channels.axes[node.meta["index"]]:
+                    channels.relations.pin(axis, f"{path} is ignored")
 
 
 def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:
@@ -33,11 +33,11 @@ def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:
     held = held_tensors(model)
     for comparison in trace.comparisons:
         for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
-            node = trace.everything[leaf.node] if isinstance(leaf, Dim) else None
+            node = trace.all_nodes[leaf.node] if isinstance(leaf, Dim) else None
             if node is not None and node.meta["name"] == "parameter" and held[str(node.target)].temporary:
-                for row in channels.rows[node.meta["index"]]:
+                for axis in channels.axes[node.meta["index"]]:
                     reason = f"the forward checks its size at {comparison.where}, and may build it anew"
-                    channels.relations.pin(row, reason)
+                    channels.relations.pin(axis, reason)
 
 
 def pin_unseen(trace: Trace, channels: Channels) -> None:
@@ -49,17 +49,17 @@ def pin_unseen(trace: Trace, channels: Channels) -> None:
         return
     for node in trace.asked:
         _pin_sources(node, f"Python uses the value of {describe(node, trace)}, which is computed from it", channels)
-    exits = [n.meta["index"] for n in trace.everything if n.meta["name"] in HANDED_OUT]
-    for node in trace.everything:
+    exits = [n.meta["index"] for n in trace.all_nodes if n.meta["name"] in HANDED_OUT]
+    for node in trace.all_nodes:
         if node.meta["name"] == "constant" and node.meta["dtype"].is_floating_point:
             last = node.meta["index"]
             # What NumPy was given is pinned already, and comes back as a constant.
             first = max((number for number in exits if number < last), default=0)
-            for before in trace.everything[first:last]:
+            for before in trace.all_nodes[first:last]:
                 if before.op.startswith("call_"):
-                    for row in _rows(channels, before):
+                    for axis in _axes(channels, before):
                         reason = f"what becomes of it before {node.meta['where']} is not seen"
-                        channels.relations.pin(row, reason)
+                        channels.relations.pin(axis, reason)
 
 
 def _pin_sources(node: fx.Node, reason: str, channels: Channels) -> None:
@@ -67,9 +67,9 @@ def _pin_sources(node: fx.Node, reason: str, channels: Channels) -> None:
     pending = [node]
     while pending:
         found = pending.pop()
-        free = [row for row in _rows(channels, found) if row.free]
-        for row in free:
-            channels.relations.pin(row, reason)
+        free = [axis for axis in _axes(channels, found) if axis.free]
+        for axis in free:
+            channels.relations.pin(axis, reason)
         if not free:
             pending += _sources(found)
 
@@ -88,7 +88,7 @@ def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:
     if not trace.real:
         return  # no branch depends on weights: what did not run never runs
     reached = {call.path for call in trace.calls}
-    for node in trace.everything:
+    for node in trace.all_nodes:
         if node.meta["name"] == "parameter":
             parts = str(node.target).split(".")
             reached.update(".".join(parts[:n]) for n in range(1, len(parts)))
@@ -99,8 +99,8 @@ def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:
         )
         for call in trace.calls:
             if call.path in siblings:
-                for row in _rows(channels, (call.args, call.kwargs, call.output)):
-                    channels.relations.pin(row, reason)
+                for axis in _axes(channels, (call.args, call.kwargs, call.output)):
+                    channels.relations.pin(axis, reason)
 
 
 _Form = tuple[type[nn.Module], tuple[tuple[str, tuple[int, ...]], ...]]
@@ -125,13 +125,13 @@ def _form(module: nn.Module) -> _Form:
     return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
-def _rows(channels: Channels, value: object) -> Iterator[Row]:
+def _axes(channels: Channels, value: object) -> Iterator[Axis]:
     if isinstance(value, fx.Node):
-        rows = channels.rows[value.meta["index"]]
-        yield from (row for row in rows if isinstance(row, Row))
+        axes = channels.axes[value.meta["index"]]
+        yield from (axis for axis in axes if isinstance(axis, Axis))
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _rows(channels, item)
+            yield from _axes(channels, item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _rows(channels, item)
+            yield from _axes(channels, item)

@@ -1,6 +1,6 @@
 """Parameters, multiply-accumulates and memory, counted on the trace.
 
-Counting on the trace sees ``F.conv2d``, attention and bare matrix products as well as layers. Counts follow the rows of
+Counting on the trace sees ``F.conv2d``, attention and bare matrix products as well as layers. Counts follow the axes of
 the channel algebra, so the cost of a plan is known without building the smaller model.
 """
 
@@ -15,15 +15,15 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, fx, nn
 
-from structprune.channels.propagate import Channels, propagate
+from structprune.coupling.polynomials import Evaluator, Polynomial, total
+from structprune.coupling.propagate import Channels, propagate
 from structprune.ops import op_of
-from structprune.ops.relations import Row
-from structprune.polynomials import Evaluator, Polynomial, total
+from structprune.ops.relations import Axis
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable
 
-Count = Callable[[Row], int]
+Count = Callable[[Axis], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +67,20 @@ class LayerCost:
     macs: int
 
 
-def _rows(channels: Channels, node: Any) -> tuple[Row, ...]:
-    return channels.rows[node.meta["index"]]
+def _axes(channels: Channels, node: Any) -> tuple[Axis, ...]:
+    return channels.axes[node.meta["index"]]
 
 
-def _volume(rows: tuple[Row, ...], count: Count) -> int:
-    return prod(count(row) for row in rows)
+def _volume(axes: tuple[Axis, ...], count: Count) -> int:
+    return prod(count(axis) for axis in axes)
 
 
 def node_macs(node: fx.Node, channels: Channels, count: Count) -> int:
-    """Multiply-accumulates of one operation when `count` gives the number of living channels of each row."""
+    """Multiply-accumulates of one operation when `count` gives the number of kept channels of each axis."""
     known = op_of(node.meta["name"])
     if known is None or known.macs is None:
         return 0
-    return known.macs(node, lambda source: _rows(channels, source), count)
+    return known.macs(node, lambda source: _axes(channels, source), count)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -106,7 +106,7 @@ def _lifetimes(recorded: Trace, channels: Channels, count: Count) -> Iterator[tu
         for root in (*inputs, owner[node]):
             last[root] = index
         if not shares and isinstance(node.meta.get("shape"), tuple):
-            size[node] = _volume(_rows(channels, node), count) * node.meta["dtype"].itemsize, index
+            size[node] = _volume(_axes(channels, node), count) * node.meta["dtype"].itemsize, index
     for node in recorded.outputs.values():
         if node in owner:
             last[owner[node]] = len(recorded.nodes) - 1
@@ -114,9 +114,9 @@ def _lifetimes(recorded: Trace, channels: Channels, count: Count) -> Iterator[tu
 
 
 def _sizes(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Iterator[tuple[str, Tensor, int]]:
-    """Name, tensor and number of living entries of all that the model holds, each tied tensor once."""
+    """Name, tensor and number of kept entries of all that the model holds, each tied tensor once."""
     thinned = {
-        str(node.target): _rows(channels, node) for node in recorded.everything if node.meta["name"] == "parameter"
+        str(node.target): _axes(channels, node) for node in recorded.all_nodes if node.meta["name"] == "parameter"
     }
     seen: set[int] = set()
     for name, held in held_tensors(model).items():
@@ -152,8 +152,8 @@ class CostModel:
     Args:
         model: the traced model.
         recorded: its trace.
-        channels: the rows of the trace.
-        identity: equal for rows that always have equally many living channels; by default rows of the same ids.
+        channels: the axes of the trace.
+        identity: equal for axes that always have equally many kept channels; by default axes of the same ids.
     """
 
     def __init__(
@@ -161,9 +161,9 @@ class CostModel:
         model: nn.Module,
         recorded: Trace,
         channels: Channels,
-        identity: Callable[[Row], Hashable] = lambda row: row.key,
+        identity: Callable[[Axis], Hashable] = lambda axis: axis.key,
     ) -> None:
-        self._rows: list[Row] = []
+        self._axes: list[Axis] = []
         self._identity = identity
         self._known: dict[object, Polynomial] = {}
         self._by_key: dict[object, Polynomial] = {}
@@ -174,28 +174,28 @@ class CostModel:
         params = total(numel for tensor, numel in held if isinstance(tensor, nn.Parameter))
         weight_bytes = total(numel * tensor.element_size() for tensor, numel in held)
         macs = total(node_macs(node, channels, count) for node in recorded.nodes)
-        self._totals = Evaluator([params, macs, weight_bytes], len(self._rows))
-        self._results = Evaluator([number for number, _, _ in results], len(self._rows))
+        self._totals = Evaluator([params, macs, weight_bytes], len(self._axes))
+        self._results = Evaluator([number for number, _, _ in results], len(self._axes))
         self._made = np.array([made for _, made, _ in results], dtype=np.int64)
         self._last = np.array([last for _, _, last in results], dtype=np.int64)
         self._steps = len(recorded.nodes)
 
-    def _unknown(self, row: Row) -> int | Polynomial:
-        if not row.free:
-            return row.size
-        found = self._by_key.get(row.key)
+    def _unknown(self, axis: Axis) -> int | Polynomial:
+        if not axis.free:
+            return axis.size
+        found = self._by_key.get(axis.key)
         if found is None:
-            same = self._identity(row)
+            same = self._identity(axis)
             found = self._known.get(same)
             if found is None:
-                found = self._known[same] = Polynomial({(len(self._rows),): 1}, row.size)
-                self._rows.append(row)
-            self._by_key[row.key] = found
+                found = self._known[same] = Polynomial({(len(self._axes),): 1}, axis.size)
+                self._axes.append(axis)
+            self._by_key[axis.key] = found
         return found
 
     def at(self, count: Count) -> Cost:
-        """The cost when `count` gives the number of living channels of each row."""
-        numbers = [count(row) for row in self._rows]
+        """The cost when `count` gives the number of kept channels of each axis."""
+        numbers = [count(axis) for axis in self._axes]
         params, macs, weight_bytes = self._totals(numbers).tolist()
         sizes = self._results(numbers)
         # What is alive at a step: all that was made by then, less what was used for the last time before it.
@@ -207,7 +207,7 @@ class CostModel:
 
 
 def count_cost(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Cost:
-    """Cost of the traced model when `count` gives the number of living channels of each row."""
+    """Cost of the traced model when `count` gives the number of kept channels of each axis."""
     return CostModel(model, recorded, channels).at(count)
 
 
@@ -228,4 +228,4 @@ def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
     """
     model = prunable(model)
     recorded = trace(model, example_inputs, operations=op_of)
-    return count_cost(model, recorded, propagate(recorded), lambda row: row.size)
+    return count_cost(model, recorded, propagate(recorded), lambda axis: axis.size)

@@ -17,13 +17,13 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from structprune.channels.fold_ahead import run_movement
-from structprune.channels.propagate import Channels
+from structprune.coupling.compensation_ahead import run_movement
+from structprune.coupling.propagate import Channels
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments, tensors
 from structprune.ops.gains import Gain, as_matrix
 from structprune.ops.op import Pair
-from structprune.ops.relations import Row
+from structprune.ops.relations import Axis
 from structprune.tracing.provenance import plain
 from structprune.tracing.trace import Trace, describe
 
@@ -48,12 +48,12 @@ class Normalised:
 def normalised_weights(trace: Trace, channels: Channels) -> list[Normalised]:
     """Weights that are normalised over their inputs, where a parameter takes up the change; others are pinned."""
     computed = _Computed(trace, channels)
-    found = [(node, rows) for node, rows in computed.normalisations() if rows]
-    gains = [gain for node in trace.everything if (gain := computed.gain(node)) is not None] if found else []
+    found = [(node, axes) for node, axes in computed.normalisations() if axes]
+    gains = [gain for node in trace.all_nodes if (gain := computed.gain(node)) is not None] if found else []
     covered = {part for gain in gains for part in gain.parts}
-    for node, rows in found:
-        for row in rows if node not in covered else ():
-            channels.relations.pin(row, f"the weights for it are normalised together by {describe(node, trace)}")
+    for node, axes in found:
+        for axis in axes if node not in covered else ():
+            channels.relations.pin(axis, f"the weights for it are normalised together by {describe(node, trace)}")
     return gains
 
 
@@ -61,29 +61,29 @@ class _Computed:
     """What a forward computes from the model's own tensors alone."""
 
     def __init__(self, trace: Trace, channels: Channels) -> None:
-        self._trace, self._rows = trace, channels.rows
+        self._trace, self._axes = trace, channels.axes
         self._relations = channels.relations
         self._held: set[fx.Node] = set()
-        for node in trace.everything:
+        for node in trace.all_nodes:
             sources = node.all_input_nodes
             if node.meta["name"] in _HELD or (sources and all(source in self._held for source in sources)):
                 self._held.add(node)
         self._outputs = {*trace.outputs.values(), *trace.training_outputs}
 
-    def normalisations(self) -> Iterator[tuple[fx.Node, list[Row]]]:
+    def normalisations(self) -> Iterator[tuple[fx.Node, list[Axis]]]:
         """Operations that mix weights over channels that the weights have, with these channels."""
-        computed = [node for node in self._trace.everything if node in self._held and node.meta["name"] not in _HELD]
+        computed = [node for node in self._trace.all_nodes if node in self._held and node.meta["name"] not in _HELD]
         weights = self._weights if computed else set()
         for node in computed if weights else ():
-            rows = [row for row in self._mixed(node) if row.free]
-            if rows and self._sources(node) & weights and not self._only_way(node):
-                yield node, rows
+            axes = [axis for axis in self._mixed(node) if axis.free]
+            if axes and self._sources(node) & weights and not self._only_way(node):
+                yield node, axes
 
     @cached_property
     def _weights(self) -> set[fx.Node]:
         """The parameters, and products of such, that layers use as weights or compute these from."""
         found: set[fx.Node] = set()
-        for node in self._trace.everything:
+        for node in self._trace.all_nodes:
             if node in self._held:
                 continue
             operands = tensors(node)
@@ -100,24 +100,24 @@ class _Computed:
         return list(known.contraction.pairs(node))
 
     @cached_property
-    def _reduced(self) -> dict[int, list[Row]]:
+    def _reduced(self) -> dict[int, list[Axis]]:
         """The channels that each operation reduces or normalises over, by its number."""
-        found: dict[int, list[Row]] = {}
+        found: dict[int, list[Axis]] = {}
         for survivors in self._relations.survivors:
-            found.setdefault(survivors.node, []).extend(survivors.rows)
+            found.setdefault(survivors.node, []).extend(survivors.axes)
         for scale in self._relations.scales:
-            if self._trace.everything[scale.node].meta["name"] == "mean":
-                found.setdefault(scale.node, []).append(scale.row)
+            if self._trace.all_nodes[scale.node].meta["name"] == "mean":
+                found.setdefault(scale.node, []).append(scale.axis)
         return found
 
-    def _mixed(self, node: fx.Node) -> list[Row]:
+    def _mixed(self, node: fx.Node) -> list[Axis]:
         operands = tensors(node)
-        rows = list(self._reduced.get(node.meta["index"], ()))
+        axes = list(self._reduced.get(node.meta["index"], ()))
         for pair in self._pairs(node):
             for place, dim in ((pair.operand, pair.dim), (pair.weight, pair.weight_dim)):
-                mine = self._rows[operands[place].meta["index"]]
-                rows.append(mine[dim] if len(mine) > 1 else mine[0])
-        return rows
+                mine = self._axes[operands[place].meta["index"]]
+                axes.append(mine[dim] if len(mine) > 1 else mine[0])
+        return axes
 
     def _sources(self, node: fx.Node) -> set[fx.Node]:
         """All that `node` is computed from."""
@@ -158,8 +158,8 @@ class _Computed:
                 seen.add(user)
                 waiting.append(user)
         # Of what keeps the channels that it mixes, as a softmax does, all that is used is mixed.
-        kept = {row.key for rows in [self._rows[node.meta["index"]]] for row in rows if isinstance(row, Row)}
-        return not any(row.free and row.key in kept for row in self._reduced.get(node.meta["index"], ()))
+        kept = {axis.key for axes in [self._axes[node.meta["index"]]] for axis in axes if isinstance(axis, Axis)}
+        return not any(axis.free and axis.key in kept for axis in self._reduced.get(node.meta["index"], ()))
 
     # -- what can be made up for -----------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class _Computed:
         return numbers
 
     def _rows_of_matrix(self, weight: fx.Node, matrix: fx.Node, numbers: Tensor) -> int | None:
-        """The dimension of `weight` that numbers the rows of `matrix`, if that is `weight` with the others flat."""
+        """The dimension of `weight` that numbers the axes of `matrix`, if that is `weight` with the others flat."""
         if self._moved(matrix) is not weight:
             return None
         moved = self._replayed(weight, matrix, numbers)

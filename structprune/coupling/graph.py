@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from structprune.axes import Roles, roles
-from structprune.channels.computed_weights import normalised_weights
-from structprune.channels.fold import Fold
-from structprune.channels.fold_ahead import folds
-from structprune.channels.origins import follows_inputs
-from structprune.channels.propagate import Channels, Invariant, propagate
-from structprune.channels.rehearsed import Rehearsals, described_row
-from structprune.channels.sizes import SizeSolver
-from structprune.channels.solver import Mask
-from structprune.channels.trials import Counter
-from structprune.channels.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
-from structprune.channels.zeros import pin_what_is_not_zero
-from structprune.costs import CostModel
+from structprune.coupling.compensation import Compensation
+from structprune.coupling.compensation_ahead import compensations
+from structprune.coupling.computed_weights import normalised_weights
+from structprune.coupling.costs import CostModel
+from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
+from structprune.coupling.origins import follows_inputs
+from structprune.coupling.propagate import Channels, Invariant, propagate
+from structprune.coupling.random_removals import Counter
+from structprune.coupling.rehearsed import Rehearsals, described_row
+from structprune.coupling.roles import Roles, roles
+from structprune.coupling.size_constraints import SizeSolver
+from structprune.coupling.solve import Mask
+from structprune.coupling.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
+from structprune.coupling.zero_propagation import pin_what_is_not_zero
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
-from structprune.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
 from structprune.ops import op_of
-from structprune.ops.relations import Ids, Row
+from structprune.ops.relations import Axis, Ids
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.rehearsal import Deviation
 from structprune.tracing.state import collection_paused
@@ -80,31 +80,31 @@ class ChannelGraph:
         pin_unreached(self.model, self.trace, self.channels)
         self.normalised = normalised_weights(self.trace, self.channels)
         pin_what_is_not_zero(self.trace, self.channels)
-        self.folds: list[Fold] = []
+        self.compensations: list[Compensation] = []
         scales = self.channels.relations.scales
-        for scale, found in zip(scales, folds(self.trace, scales), strict=True):
-            if found is None or follows_inputs(scale.expression, self.channels.rows):
-                where = self.trace.everything[scale.node].meta["where"]
+        for scale, found in zip(scales, compensations(self.trace, scales), strict=True):
+            if found is None or follows_inputs(scale.expression, self.channels.axes):
+                where = self.trace.all_nodes[scale.node].meta["where"]
                 self.channels.invariants.append(Invariant(scale.expression, where))
             else:
-                self.folds.append(found)
+                self.compensations.append(found)
         self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
         described = partial(described_row, self._modules, self.trace, self.channels)
         self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
         self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs, self.channels, self._sizes)
         self.components, self.sizes = self._sizes.solve()
 
-    def settle(self, dead: Mask) -> bool:
-        """Whether the forward runs as foreseen at the widths that `dead` leaves.
+    def settle(self, removed: Mask) -> bool:
+        """Whether the forward runs as foreseen at the widths that `removed` leaves.
 
         Where it does not, the origin of a number is found, or what it depends on is pinned: ask for groups once more.
         """
         with collection_paused():
-            found = self._rehearsals.deviations(self.components, dead)
-            if found and self._rehearsals.trace_back(self.components, dead, found):
+            found = self._rehearsals.deviations(self.components, removed)
+            if found and self._rehearsals.trace_back(self.components, removed, found):
                 self._relate()
             elif found:
-                self._pin_deviating(dead, found[0])
+                self._pin_deviating(removed, found[0])
         return not found
 
     @property
@@ -112,10 +112,10 @@ class ChannelGraph:
         """What could not be rehearsed at other widths; empty if nothing, or if no rehearsal was in need of it."""
         return self._rehearsals.unchecked
 
-    def _pin_deviating(self, dead: Mask, found: Deviation) -> None:
+    def _pin_deviating(self, removed: Mask, found: Deviation) -> None:
         groups = [group.components for group in coupled_groups(self.components, self.slots)]
         before = int(self.components.pinned.sum())
-        self._rehearsals.pin_culprits(self.components, dead, groups, f"with fewer of its channels, {found}")
+        self._rehearsals.pin_culprits(self.components, removed, groups, f"with fewer of its channels, {found}")
         for name in ("_groups", "roles", "roots"):
             self.__dict__.pop(name, None)
         self.components, self.sizes = self._sizes.solve()
@@ -124,7 +124,7 @@ class ChannelGraph:
 
     def _rewritable(self, number: int) -> bool:
         """Whether the forward of the module that runs this node can be rebuilt with another literal in it."""
-        call = self.trace.everything[number].meta["call"]
+        call = self.trace.all_nodes[number].meta["call"]
         path = self.trace.calls[call].path if 0 <= call < len(self.trace.calls) else None
         if path is None:
             return False
@@ -172,11 +172,11 @@ class ChannelGraph:
     def slots(self) -> list[Slot]:
         """Every dimension of every tensor that the model holds and the forward uses, where channels may go."""
         found = []
-        for node in self.trace.everything:
+        for node in self.trace.all_nodes:
             if node.meta["name"] == "parameter":
-                for dim, row in enumerate(self.channels.rows[node.meta["index"]]):
-                    if row.free and row.size:
-                        found.append(Slot(str(node.target), dim, row))
+                for dim, axis in enumerate(self.channels.axes[node.meta["index"]]):
+                    if axis.free and axis.size:
+                        found.append(Slot(str(node.target), dim, axis))
         return found
 
     @cached_property
@@ -197,13 +197,13 @@ class ChannelGraph:
     @cached_property
     def costs(self) -> CostModel:
         """What the model costs at any widths."""
-        return CostModel(self.model, self.trace, self.channels, lambda row: self.components.of(row).tobytes())
+        return CostModel(self.model, self.trace, self.channels, lambda axis: self.components.of(axis).tobytes())
 
     def groups(self) -> tuple[Group, ...]:
         """All prunable groups, in the order of the model.
 
-        Where a dimension is a grid (heads x head size, groups x channels in a group), its factors are groups of their
-        own: a head is a channel of one, an index into every head a channel of another.
+        Where a dimension is a product (heads x head size, groups x channels in a group), its factors are groups of
+        their own: a head is a channel of one, an index into every head a channel of another.
         """
         return self._groups
 
@@ -216,12 +216,12 @@ class ChannelGraph:
         for i, group in enumerate(self.groups()):
             number[group.components] = i
         return tuple(
-            BalancedGroups(tuple(int(number[ids[0]]) for ids in region.classes), region.counts)
-            for region in self.components.balances.regions
+            BalancedGroups(tuple(int(number[ids[0]]) for ids in split_group.classes), split_group.counts)
+            for split_group in self.components.splits.split_groups
         )
 
-    def output_row(self, layer: Layer) -> tuple[str, Row]:
-        """The path of a layer and the row of its output channels.
+    def output_row(self, layer: Layer) -> tuple[str, Axis]:
+        """The path of a layer and the axis of its output channels.
 
         Raises:
             UnknownLayerError: there is no such layer, or it takes no part in the forward.
@@ -231,22 +231,22 @@ class ChannelGraph:
         for call in self.trace.every_call:
             if call.path == path:
                 nodes += _nodes_in(call.output)
-        nodes += [node for node in self.trace.everything if node.op == "get_attr" and node.target == path]
-        rows = [row for node in nodes for row in self.channels.rows[node.meta["index"]] if isinstance(row, Row)]
-        if not rows:
+        nodes += [node for node in self.trace.all_nodes if node.op == "get_attr" and node.target == path]
+        axes = [axis for node in nodes for axis in self.channels.axes[node.meta["index"]] if isinstance(axis, Axis)]
+        if not axes:
             raise UnknownLayerError(
                 f"The layer {path!r} takes no part in the forward on these example inputs, so it has no channels."
             )
-        free = [row for row in rows if row.free and not self.components.pinned[self.components.of(row)].all()]
-        free = free or [row for row in rows if row.free]
-        return path, (free or rows)[-1]
+        free = [axis for axis in axes if axis.free and not self.components.pinned[self.components.of(axis)].all()]
+        free = free or [axis for axis in axes if axis.free]
+        return path, (free or axes)[-1]
 
     def _layer_roots(self, layer: Layer) -> tuple[str, Ids]:
         """For each output channel of a layer, the component that decides about it (of a cell: the longest factor)."""
-        path, row = self.output_row(layer)
-        if not row.free or self.components.pinned[self.components.of(row)].all():
-            raise PinnedError(f"The channels of {path!r} may not be removed: {self._reason(row)}.")
-        parts = self.components.of(row)
+        path, axis = self.output_row(layer)
+        if not axis.free or self.components.pinned[self.components.of(axis)].all():
+            raise PinnedError(f"The channels of {path!r} may not be removed: {self._reason(axis)}.")
+        parts = self.components.of(axis)
         positions, found = self.roots.of(parts)
         sizes = np.zeros(self.components.count, dtype=np.int64)
         np.add.at(sizes, found, 1)
@@ -272,10 +272,10 @@ class ChannelGraph:
         (axis,) = {group.axis for group in self.groups() if np.isin(chosen, group.components).any()} or {"channels"}
         return Group(path, chosen, tuple(members), axis)
 
-    def _reason(self, row: Row) -> str:
-        if not row.free:
-            return row.pin or ""
-        parts = self.components.of(row)
+    def _reason(self, axis: Axis) -> str:
+        if not axis.free:
+            return axis.pin or ""
+        parts = self.components.of(axis)
         numbers = self.components.reason[parts]
         numbers = numbers[numbers >= 0]
         return self.components.reasons[int(numbers[0])] if len(numbers) else "nothing pins it"
@@ -290,21 +290,21 @@ class ChannelGraph:
             >>> print(graph.explain("1"))
             1: 2 channels, pinned: it is a dimension of the model's output
         """
-        path, row = self.output_row(layer)
-        pinned = self.components.pinned[self.components.of(row)] if row.free else np.ones(row.size, dtype=bool)
+        path, axis = self.output_row(layer)
+        pinned = self.components.pinned[self.components.of(axis)] if axis.free else np.ones(axis.size, dtype=bool)
         if pinned.all():
-            return f"{path}: {row.size} channels, pinned: {self._reason(row)}"
+            return f"{path}: {axis.size} channels, pinned: {self._reason(axis)}"
         text = str(self.group(layer))
         if pinned.any():
-            text += f"\n  {int(pinned.sum())} of {row.size} pinned: {self._reason(row)}"
+            text += f"\n  {int(pinned.sum())} of {axis.size} pinned: {self._reason(axis)}"
         return text
 
     def pinned(self) -> dict[str, str]:
         """Every dimension of a parameter whose channels may not be removed, and the reason."""
         found: dict[str, str] = {}
         for slot in self.slots:
-            if self.components.pinned[self.components.of(slot.row)].all():
-                found[f"{slot.tensor}, dim {slot.dim}"] = self._reason(slot.row)
+            if self.components.pinned[self.components.of(slot.axis)].all():
+                found[f"{slot.tensor}, dim {slot.dim}"] = self._reason(slot.axis)
         return found
 
     # -- removing ------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class ChannelGraph:
     def chosen(self, target: Group | Layer, indices: Sequence[int]) -> Ids:
         """Components of the channels `indices` of a group, or of the output channels of a layer.
 
-        Where a layer's channels are a grid (groups x channels in a group), whole rows and columns of it go as such.
+        Where a layer's channels are a product (groups x channels in a group), whole axes and columns of it go as such.
 
         Raises:
             PlanError: indices out of range or repeated.
@@ -334,11 +334,11 @@ class ChannelGraph:
             parts = self.components.of(self.output_row(target)[1])
             whole, rest = self.roots.taking(parts, picked)
             chosen = np.concatenate([whole, found[rest]])
-            if len(rest) and len(picked) < len(parts) and self.components.dead(chosen)[parts].all():
+            if len(rest) and len(picked) < len(parts) and self.components.removed(chosen)[parts].all():
                 raise PlanError(
-                    f"All {len(parts)} channels of {name!r} would go with {picked.tolist()}: they form a grid (groups "
-                    "or heads x channels in each), of which whole rows and columns go. Keep one; name, say, the first "
-                    "of each group."
+                    f"All {len(parts)} channels of {name!r} would go with {picked.tolist()}: they form a "
+                    "product (groups or heads x channels), of which rows and columns go whole. Keep one; name, say, "
+                    "the first of each group."
                 )
         held = chosen[~self.components.roots[chosen]]
         if len(held):
@@ -356,35 +356,35 @@ class ChannelGraph:
         """How many channels of `group` must be left at least, and the number that theirs must be a multiple of."""
         least, step = 1, 1
         for bound in self.channels.relations.bounds:
-            if not self.components.pinned[self.components.of(bound.row)].all() and self._rules(bound.row, group):
+            if not self.components.pinned[self.components.of(bound.axis)].all() and self._rules(bound.axis, group):
                 least, step = max(least, bound.least), lcm(step, bound.step)
         return least, step
 
-    def _rules(self, row: Row, group: Group) -> bool:
-        """Whether channels of `group` decide about those of `row`."""
-        _, found = self.roots.of(self.components.of(row))
+    def _rules(self, axis: Axis, group: Group) -> bool:
+        """Whether channels of `group` decide about those of `axis`."""
+        _, found = self.roots.of(self.components.of(axis))
         return bool(np.isin(found, group.components).any())
 
-    def counter(self, dead: Mask) -> Counter:
-        """Counts living channels of rows when the components marked in `dead` are gone."""
-        return Counter(self.components, dead)
+    def counter(self, removed: Mask) -> Counter:
+        """Counts kept channels of axes when the components marked in `removed` are gone."""
+        return Counter(self.components, removed)
 
-    def check(self, dead: Mask) -> dict[Attribute, int]:
-        """Values of the attributes that must change once `dead` is gone, after checking that every int will be right.
+    def check(self, removed: Mask) -> dict[Attribute, int]:
+        """Values of the attributes that must change once `removed` is gone, after a check that every int fits.
 
         Raises:
             PlanError: an int of the forward could not follow, or fewer channels are left than are chosen from them.
         """
-        count = self.counter(dead)
+        count = self.counter(removed)
         for bound in self.channels.relations.bounds:
-            left = count(bound.row)
-            if left < bound.row.size and (left < bound.least or left % bound.step):
+            left = count(bound.axis)
+            if left < bound.axis.size and (left < bound.least or left % bound.step):
                 raise PlanError(
-                    f"{left} channels would be left of {bound.row.size}, where at least {bound.least} and a multiple "
+                    f"{left} channels would be left of {bound.axis.size}, where at least {bound.least} and a multiple "
                     f"of {bound.step} are needed, by {bound.where}. Remove fewer, or give round_to={bound.step}."
                 )
         values = self._sizes.values(count)
-        for found in self._rehearsals.deviations(self.components, dead):
+        for found in self._rehearsals.deviations(self.components, removed):
             raise PlanError(f"With fewer channels, {found}, and nothing tells how it follows. Name it in ignore=.")
         return values
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from structprune.ops.relations import Row
+from structprune.ops.relations import Axis
 from structprune.tracing.provenance import Arithmetic, Constant, Dim, Expression, SizeFloat, evaluated, leaves
 from structprune.tracing.rehearsal import Deviation
 from structprune.tracing.trace import Trace
@@ -21,25 +21,25 @@ from structprune.tracing.trace import Trace
 _POWERS = (-0.5, 0.5, -1.0, 1.0)
 
 
-def trace_back(trace: Trace, rows: Sequence[Any], count: Callable[[Row], int], found: Deviation) -> bool:
+def trace_back(trace: Trace, axes: Sequence[Any], count: Callable[[Axis], int], found: Deviation) -> bool:
     """Give a factor in a product or quotient back its origin, in `trace`; whether that was possible.
 
     Args:
         trace: what was recorded.
-        rows: the rows of its nodes.
-        count: the living channels of a row in the rehearsal.
+        axes: the axes of its nodes.
+        count: the kept channels of an axis in the rehearsal.
         found: what the rehearsal found.
     """
     if found.numbers is None or len(found.place) != 3 or found.place[1] != "args":
         return False
-    node, position = trace.everything[int(found.place[0])], int(found.place[2])
+    node, position = trace.all_nodes[int(found.place[0])], int(found.place[2])
     args = list(node.args)
     plain = node.meta["name"] in ("mul", "div") and len(args) == 2 and type(args[position]) in (int, float)
     if not plain or not isinstance(args[1 - position], fx.Node):
         return False
-    for dim, row in _counted(rows, node.meta["index"]):
+    for dim, axis in _counted(axes, node.meta["index"]):
         for exponent in _POWERS:
-            sizes = row.size**exponent, count(row) ** exponent
+            sizes = axis.size**exponent, count(axis) ** exponent
             if all(isclose(a, b, rel_tol=1e-9) for a, b in zip(sizes, found.numbers, strict=True)):
                 origin = Arithmetic("**", power, dim, Constant(exponent))
                 args[position] = number = SizeFloat(found.numbers[0], origin)
@@ -49,23 +49,23 @@ def trace_back(trace: Trace, rows: Sequence[Any], count: Callable[[Row], int], f
     return False
 
 
-def _counted(rows: Sequence[Any], end: int) -> Iterator[tuple[Dim, Row]]:
+def _counted(axes: Sequence[Any], end: int) -> Iterator[tuple[Dim, Axis]]:
     """The dimensions whose channels may go of the tensors before node number `end`, the last ones first."""
     seen: set[object] = set()
     for number in range(end - 1, -1, -1):
-        made = rows[number]
-        for dim, row in enumerate(made if isinstance(made, tuple) else ()):
-            if row.free and row.key not in seen:
-                seen.add(row.key)
-                yield Dim(number, dim), row
+        made = axes[number]
+        for dim, axis in enumerate(made if isinstance(made, tuple) else ()):
+            if axis.free and axis.key not in seen:
+                seen.add(axis.key)
+                yield Dim(number, dim), axis
 
 
-def follows_inputs(expression: Expression, rows: Sequence[Any]) -> bool:
+def follows_inputs(expression: Expression, axes: Sequence[Any]) -> bool:
     """Whether what a factor becomes when channels go depends on the sizes of the inputs too: ``(tokens + c) ** -0.5``.
 
     Then no weight can make up for it. ``(tokens * c) ** -0.5`` is the same factor for all numbers of tokens.
     """
-    fixed = {leaf for leaf in leaves(expression) if isinstance(leaf, Dim) and not rows[leaf.node][leaf.dim].free}
+    fixed = {leaf for leaf in leaves(expression) if isinstance(leaf, Dim) and not axes[leaf.node][leaf.dim].free}
     if not fixed:
         return False
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from structprune.channels.solver import Components
-from structprune.ops.relations import Ids, Row
+from structprune.coupling.solve import Components
+from structprune.ops.relations import Axis, Ids
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -21,7 +21,7 @@ class Slot:
 
     tensor: str
     dim: int
-    row: Row
+    axis: Axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Group:
         channels: how many there are.
         components: for each channel, its number in the solved algebra; shape ``(channels,)``.
         members: the slices that go with them.
-        axis: what they are to the network, one of `structprune.axes.AXES`.
+        axis: what they are to the network, one of `structprune.coupling.roles.AXES`.
 
     Example:
         >>> import torch, structprune
@@ -96,7 +96,7 @@ class BalancedGroups:
 
 
 class Roots:
-    """For every component, the roots that it lives by: itself, or the factors of the grids that it is a cell of."""
+    """For every component, the roots that it lives by: itself, or the factors of the products that it is a cell of."""
 
     def __init__(self, components: Components) -> None:
         self._components = components
@@ -104,16 +104,16 @@ class Roots:
         self.is_cell = np.zeros(n, dtype=bool)
         left: list[Ids] = []
         right: list[Ids] = []
-        for lattice in components.lattices:
-            cells = lattice.cells
+        for factored in components.factored_axes:
+            cells = factored.cells
             self.is_cell[cells.ravel()] = True
-            for dim, part in zip(lattice.dims, lattice.factors, strict=True):
+            for dim, part in zip(factored.dims, factored.factors, strict=True):
                 along = part.reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
                 left.append(cells.ravel())
                 right.append(np.broadcast_to(along, cells.shape).ravel())
         self._matrix: csr_array | None = None
         if left:
-            # Here, as in `joined`.
+            # Here, as in `connected_components`.
             from scipy.sparse import csr_array
 
             pairs = np.concatenate(left), np.concatenate(right)
@@ -129,9 +129,9 @@ class Roots:
         """Positions in `components`, and a root for each: a cell appears once for each of its factors."""
         if self._matrix is None or not self.is_cell[components].any():
             return np.arange(len(components)), components
-        rows = self._matrix[components]
-        counts = np.diff(rows.indptr)
-        return np.repeat(np.arange(len(components)), counts), rows.indices.astype(np.int64)
+        axes = self._matrix[components]
+        counts = np.diff(axes.indptr)
+        return np.repeat(np.arange(len(components)), counts), axes.indices.astype(np.int64)
 
     def taking(self, components: Ids, picked: Ids) -> tuple[Ids, Ids]:
         """Roots that take none but the positions `picked` of `components` along, and those that none of them takes.
@@ -151,7 +151,7 @@ def coupled_groups(components: Components, slots: list[Slot]) -> list[Group]:
     roots = Roots(components)
     spans: dict[object, tuple[Ids, Ids, list[Slot]]] = {}
     for slot in slots:
-        parts = components.of(slot.row)
+        parts = components.of(slot.axis)
         key = parts.tobytes()
         if key not in spans:
             spans[key] = (*roots.of(parts), [])
@@ -199,11 +199,11 @@ def _signatures(components: Components, spans: dict[object, tuple[Ids, Ids, list
     for _, found, _ in spans.values():
         signature[np.unique(found)] ^= generator.integers(1, 2**62)
     reached = signature != 0
-    for lattice in components.lattices:
-        for part in lattice.factors:
+    for factored in components.factored_axes:
+        for part in factored.factors:
             signature[np.unique(part)] ^= generator.integers(1, 2**62)
-    for region in components.balances.regions:
-        for ids in region.classes:
+    for split_group in components.splits.split_groups:
+        for ids in split_group.classes:
             signature[ids] ^= generator.integers(1, 2**62)
     return np.where(reached, signature, 0)
 

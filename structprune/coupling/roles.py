@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from structprune.channels.propagate import Channels
-from structprune.channels.solver import Components
-from structprune.groups import Group, Roots
+from structprune.coupling.groups import Group, Roots
+from structprune.coupling.propagate import Channels
+from structprune.coupling.solve import Components
 from structprune.ops import op_of
 from structprune.ops.arguments import tensors
 from structprune.ops.op import Scaling
-from structprune.ops.relations import Row
+from structprune.ops.relations import Axis
 from structprune.tracing.trace import Trace
 
 AXES = ("hidden", "mlp", "channels", "groups", "heads", "head_size", "experts")
@@ -82,18 +82,18 @@ class _Reader:
         self._layers: dict[fx.Node, int] = {}
         self._count = 0
         self._made_of: dict[fx.Node, tuple[str, ...]] = {}
-        self._held: dict[str, tuple[Row, ...]] = {}
-        for node in recorded.everything:
+        self._held: dict[str, tuple[Axis, ...]] = {}
+        for node in recorded.all_nodes:
             self._read(node)
 
-    def _rows(self, node: fx.Node) -> tuple[Row, ...]:
-        rows = self._channels.rows[node.meta["index"]]
-        return rows if isinstance(rows, tuple) else ()
+    def _axes(self, node: fx.Node) -> tuple[Axis, ...]:
+        axes = self._channels.axes[node.meta["index"]]
+        return axes if isinstance(axes, tuple) else ()
 
-    def _mark(self, name: str, rows: Iterable[Row]) -> None:
-        for row in rows:
-            if row.free:
-                _, parts = self._roots.of(self._components.of(row))
+    def _mark(self, name: str, axes: Iterable[Axis]) -> None:
+        for axis in axes:
+            if axis.free:
+                _, parts = self._roots.of(self._components.of(axis))
                 self.level[parts] = np.maximum(self.level[parts], _LEVEL[name])
 
     def _read(self, node: fx.Node) -> None:
@@ -101,7 +101,7 @@ class _Reader:
         if name == "parameter":
             self.ranks[str(node.target)] = len(node.meta["shape"])
             self._made_of[node] = (str(node.target),)
-            self._held[str(node.target)] = self._rows(node)
+            self._held[str(node.target)] = self._axes(node)
             return
         inputs = tensors(node)
         known = op_of(name)
@@ -126,7 +126,7 @@ class _Reader:
     def _looked_up(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
         """Whether the result holds matrices of a stack of weights, chosen by the input.
 
-        Rows of a table that are looked up are activations.
+        Axes of a table that are looked up are activations.
         """
         return node.meta["name"] in _LOOK_UPS and any(self.ranks[t] > 2 for t in self._made_of.get(inputs[0], ()))
 
@@ -139,9 +139,9 @@ class _Reader:
     def attention(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Query, key and value: ``(..., heads, length, size)``."""
         for node in inputs[:3]:
-            rows = self._rows(node)
-            self._mark("heads", rows[:-2])
-            self._mark("head_size", rows[-1:])
+            axes = self._axes(node)
+            self._mark("heads", axes[:-2])
+            self._mark("head_size", axes[-1:])
 
     def sum(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Two results of the same shape added, each with a layer's channels of its own: they go on beside a block.
@@ -152,12 +152,12 @@ class _Reader:
         if len(both) == 2 and both[0].meta.get("shape") == both[1].meta.get("shape"):
             left, right = (self._layers[n] for n in both)
             if left & ~right and right & ~left:
-                self._mark("hidden", self._rows(node))
+                self._mark("hidden", self._axes(node))
 
     def product(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Attention if both factors depend on the input; experts if one is a stack of weights."""
         if len(inputs) > 1 and all(factor in self._layers for factor in inputs[-2:]):
-            a, b = (self._rows(factor) for factor in inputs[-2:])
+            a, b = (self._axes(factor) for factor in inputs[-2:])
             self._mark("heads", (*a[:-2], *b[:-2]))
             self._mark("head_size", (*a[-1:], *b[-2:]))
         else:
@@ -182,10 +182,12 @@ class _Reader:
     def _groups(self, node: fx.Node, x: fx.Node, weight: fx.Node) -> None:
         """Of a convolution in groups, what its input and its result share, and no channel in a group is."""
         dims = len(weight.meta["shape"]) - 1
-        rows = [self._rows(x)[-dims], self._rows(node)[-dims], self._rows(weight)[1]]
-        if rows[0].size != self._rows(weight)[_kind(node) == "convolution"].size and all(row.free for row in rows[:2]):
-            left, right = (self._roots.of(self._components.of(row))[1] for row in rows[:2])
-            inside = self._roots.of(self._components.of(rows[2]))[1] if rows[2].free else np.zeros(0, dtype=np.int64)
+        axes = [self._axes(x)[-dims], self._axes(node)[-dims], self._axes(weight)[1]]
+        if axes[0].size != self._axes(weight)[_kind(node) == "convolution"].size and all(
+            axis.free for axis in axes[:2]
+        ):
+            left, right = (self._roots.of(self._components.of(axis))[1] for axis in axes[:2])
+            inside = self._roots.of(self._components.of(axes[2]))[1] if axes[2].free else np.zeros(0, dtype=np.int64)
             shared = np.setdiff1d(np.intersect1d(left, right), inside)
             self.level[shared] = np.maximum(self.level[shared], _LEVEL["groups"])
 
@@ -198,11 +200,11 @@ class _Reader:
 
     def _made(self, node: fx.Node, tensor: str) -> Iterable[int]:
         """The dimensions of a weight whose channels are those of the result."""
-        results = {self._parts(row) for row in self._rows(node) if row.free}
-        return (dim for dim, row in enumerate(self._held[tensor]) if row.free and self._parts(row) in results)
+        results = {self._parts(axis) for axis in self._axes(node) if axis.free}
+        return (dim for dim, axis in enumerate(self._held[tensor]) if axis.free and self._parts(axis) in results)
 
-    def _parts(self, row: Row) -> bytes:
-        return self._components.of(row).tobytes()
+    def _parts(self, axis: Axis) -> bytes:
+        return self._components.of(axis).tobytes()
 
 
 _READERS: dict[str, Callable[[_Reader, fx.Node, list[fx.Node]], None]] = {

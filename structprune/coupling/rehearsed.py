@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from structprune.channels.origins import trace_back
-from structprune.channels.propagate import Channels
-from structprune.channels.sizes import SizeSolver
-from structprune.channels.solver import Components, Mask
-from structprune.channels.trials import Counter
+from structprune.coupling.origins import trace_back
+from structprune.coupling.propagate import Channels
+from structprune.coupling.random_removals import Counter
+from structprune.coupling.size_constraints import SizeSolver
+from structprune.coupling.solve import Components, Mask
 from structprune.errors import PlanError
 from structprune.ops import op_of
-from structprune.ops.relations import Ids, Row
+from structprune.ops.relations import Axis, Ids
 from structprune.tracing.describe import described_dim
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.rehearsal import Deviation, Widths, rehearse
@@ -32,7 +32,7 @@ class Rehearsals:
         model: the model that was traced.
         trace: what was recorded.
         example_inputs: those of the trace.
-        channels: the rows of the trace.
+        channels: the axes of the trace.
         sizes: what its ints become.
     """
 
@@ -44,17 +44,17 @@ class Rehearsals:
     _always: tuple[Deviation, ...] | None = None
     _settled: bytes = b""
 
-    def deviations(self, components: Components, dead: Mask) -> list[Deviation]:
-        """What the forward does that is not foreseen once `dead` is gone, other than what it does anyway."""
-        if not dead.any() or dead.tobytes() == self._settled:
+    def deviations(self, components: Components, removed: Mask) -> list[Deviation]:
+        """What the forward does that is not foreseen once `removed` is gone, other than what it does anyway."""
+        if not removed.any() or removed.tobytes() == self._settled:
             return []
-        found = self._at(components, dead)
+        found = self._at(components, removed)
         if found and self._always is None:
             # A forward that counts its calls, or draws numbers, is never twice the same: that says nothing of widths.
-            self._always = tuple(self._at(components, np.zeros_like(dead)))
+            self._always = tuple(self._at(components, np.zeros_like(removed)))
         always = {deviation.place for deviation in self._always or ()}
         found = [deviation for deviation in found if deviation.place not in always]
-        self._settled = b"" if found else dead.tobytes()
+        self._settled = b"" if found else removed.tobytes()
         return found
 
     @property
@@ -66,12 +66,12 @@ class Rehearsals:
         much = "there and from there on" if last.ends else "there"
         return f"two runs of the forward differ ({last}), so numbers of unknown origin were not checked {much}"
 
-    def _at(self, components: Components, dead: Mask) -> list[Deviation]:
-        count = Counter(components, dead)
-        rows = self.channels.rows
+    def _at(self, components: Components, removed: Mask) -> list[Deviation]:
+        count = Counter(components, removed)
+        axes = self.channels.axes
 
         def shape(number: int) -> Any:
-            found = rows[number]
+            found = axes[number]
             if isinstance(found, list):
                 return [None if part is None else tuple(map(count, part)) for part in found]
             return tuple(map(count, found))
@@ -83,49 +83,52 @@ class Rehearsals:
         widths = Widths(shape, self.sizes.valuation(count), values)
         return rehearse(self.model, self.trace, self.example_inputs, op_of, widths)
 
-    def trace_back(self, components: Components, dead: Mask, found: Sequence[Deviation]) -> bool:
+    def trace_back(self, components: Components, removed: Mask, found: Sequence[Deviation]) -> bool:
         """Whether numbers among `found` were given back their origin, so that channels have to be related anew."""
-        count = Counter(components, dead)
-        traced = [trace_back(self.trace, self.channels.rows, count, deviation) for deviation in found]
+        count = Counter(components, removed)
+        traced = [trace_back(self.trace, self.channels.axes, count, deviation) for deviation in found]
         return any(traced)
 
-    def pin_culprits(self, components: Components, dead: Mask, groups: Sequence[Ids], reason: str) -> None:
-        """Pin those of `groups` that make the forward deviate once `dead` is gone; balanced ones go together."""
-        units = [np.concatenate(region.classes) for region in components.balances.regions]
+    def pin_culprits(self, components: Components, removed: Mask, groups: Sequence[Ids], reason: str) -> None:
+        """Pin those of `groups` that make the forward deviate once `removed` is gone; balanced ones go together."""
+        units = [np.concatenate(split_group.classes) for split_group in components.splits.split_groups]
         together = {int(part) for unit in units for part in unit}
         units += [group for group in groups if int(group[0]) not in together]
-        culprits = self._culprits(components, dead, units) or units
-        every = components.of(Row(components.ids, array=np.arange(components.ids)))
+        culprits = self._culprits(components, removed, units) or units
+        every = components.of(Axis(components.ids, array=np.arange(components.ids)))
         found, first = np.unique(every, return_index=True)
         ids = first[np.isin(found, np.concatenate(culprits))].astype(np.int64)  # one of each component is enough
-        self.channels.relations.pin(Row(len(ids), array=ids), reason)
+        self.channels.relations.pin(Axis(len(ids), array=ids), reason)
 
-    def _culprits(self, components: Components, dead: Mask, units: Sequence[Ids]) -> list[Ids]:
+    def _culprits(self, components: Components, removed: Mask, units: Sequence[Ids]) -> list[Ids]:
         """Those of `units` (components that go together) that make the forward deviate when they go.
 
         Halves are looked at until single units are left, so that a few of many take few rehearsals. Where only units
         of both halves together make it deviate, the last one is named.
         """
-        part = np.zeros_like(dead)
+        part = np.zeros_like(removed)
         for unit in units:
-            part[unit] = dead[unit]
+            part[unit] = removed[unit]
         if not part.any() or not self.deviations(components, components.closure(part)):
             return []
         if len(units) == 1:
             return list(units)
         middle = len(units) // 2
-        found = [*self._culprits(components, dead, units[:middle]), *self._culprits(components, dead, units[middle:])]
+        found = [
+            *self._culprits(components, removed, units[:middle]),
+            *self._culprits(components, removed, units[middle:]),
+        ]
         return found or [units[-1]]
 
 
 def described_row(
     modules: Mapping[str, nn.Module], trace: Trace, channels: Channels, attribute: Attribute
-) -> Row | None:
-    """The row that an attribute of a standard layer counts by what the layer says of its own shape."""
+) -> Axis | None:
+    """The axis that an attribute of a standard layer counts by what the layer says of its own shape."""
     found = described_dim(modules[attribute.module], attribute.chain)
     if found is None:
         return None
     name = join(attribute.module, found[0])
     name = next((names[0] for names in trace.tensors.values() if name in names), name)
-    row = next((channels.rows[n.meta["index"]] for n in trace.everything if n.target == name), None)
-    return None if row is None else row[found[1]]
+    axis = next((channels.axes[n.meta["index"]] for n in trace.all_nodes if n.target == name), None)
+    return None if axis is None else axis[found[1]]

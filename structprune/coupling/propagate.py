@@ -12,7 +12,7 @@ from structprune.errors import RuleError, StructpruneError
 from structprune.ops import Context, Op, Operand, op_of
 from structprune.ops.arguments import positional
 from structprune.ops.context import operands_in
-from structprune.ops.relations import Relations, Row
+from structprune.ops.relations import Axis, Relations
 from structprune.ops.watch import call_watched
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Attribute, Expression, Literal, SizeInt
@@ -29,47 +29,47 @@ class Invariant:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """Rows of every node of a trace, and all that relates them; `held` are the numbers of the model's own tensors.
+    """Axes of every node of a trace, and all that relates them; `held` are the numbers of the model's own tensors.
 
     `unforeseen` are the operations whose record does not foresee the form of their call; their channels are pinned.
     """
 
-    rows: list[Any]
+    axes: list[Any]
     relations: Relations
     invariants: list[Invariant]
     held: tuple[int, ...]
     unforeseen: frozenset[int] = frozenset()
 
-    def every_row(self) -> Iterator[Row]:
-        """The rows of all tensors."""
-        for rows in self.rows:
-            for part in rows if isinstance(rows, list) else [rows]:
+    def every_row(self) -> Iterator[Axis]:
+        """The axes of all tensors."""
+        for axes in self.axes:
+            for part in axes if isinstance(axes, list) else [axes]:
                 yield from part or ()
 
 
 def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Channels:
-    """Rows for every node of `trace`: one pass, no arithmetic on tensors.
+    """Axes for every node of `trace`: one pass, no arithmetic on tensors.
 
     Args:
         trace: the recorded forward.
         outputs: names of the outputs that keep their shape; None for all.
     """
     context = Context(Relations())
-    rows = context.rows
+    axes = context.axes
     invariants: list[Invariant] = []
-    for node in trace.everything:
+    for node in trace.all_nodes:
         name = node.meta["name"]
         if name == "input":
-            rows.append(context.fresh(node.meta["shape"], "it is a dimension of the model's inputs"))
+            axes.append(context.fresh(node.meta["shape"], "it is a dimension of the model's inputs"))
         elif name == "parameter":
-            rows.append(tuple(context.new_axis(size) for size in node.meta["shape"]))
+            axes.append(tuple(context.new_axis(size) for size in node.meta["shape"]))
         elif name == "constant":
-            rows.append(context.fresh(node.meta["shape"], "it belongs to a constant that no module holds"))
+            axes.append(context.fresh(node.meta["shape"], "it belongs to a constant that no module holds"))
         elif name == "part":
             parent, position = part_of(node)
-            rows.append(rows[parent.meta["index"]][position])
+            axes.append(axes[parent.meta["index"]][position])
         else:
-            rows.append(_apply(context, node, trace))
+            axes.append(_apply(context, node, trace))
             for number in node.meta.get("tracked", ()):
                 # What an opaque module holds as a number is set by surgery where the module reads it.
                 held = node.target is opaque_call and isinstance(number.expression, Attribute)
@@ -77,41 +77,41 @@ def propagate(trace: Trace, outputs: Iterable[OutputName] | None = None) -> Chan
                     invariants.append(Invariant(number.expression, node.meta["where"]))
     _pin_outputs(context, trace, outputs)
     _pin_compared(context, trace)
-    held = tuple(node.meta["index"] for node in trace.everything if node.meta["name"] == "parameter")
-    return Channels(rows, context.relations, invariants, held, frozenset(context.unforeseen))
+    held = tuple(node.meta["index"] for node in trace.all_nodes if node.meta["name"] == "parameter")
+    return Channels(axes, context.relations, invariants, held, frozenset(context.unforeseen))
 
 
 def _pin_outputs(context: Context, trace: Trace, outputs: Iterable[OutputName] | None) -> None:
     """What the model returns keeps its shape and its values."""
-    rows = context.rows
+    axes = context.axes
     for name in chosen_names(trace.outputs, outputs):
         output = trace.outputs[name]
-        for row in rows[output.meta["index"]]:
-            context.pin(row, f"it is a dimension of the model's output{f' {name!r}' if name else ''}")
-        numbered = context.numbered(Operand(output, rows[output.meta["index"]]))
+        for axis in axes[output.meta["index"]]:
+            context.pin(axis, f"it is a dimension of the model's output{f' {name!r}' if name else ''}")
+        numbered = context.numbered(Operand(output, axes[output.meta["index"]]))
         if numbered is not None:
             context.pin(numbered, "the model returns the numbers of its channels")
     for output in trace.training_outputs:
-        for row in rows[output.meta["index"]]:
-            context.pin(row, "it is a dimension of what the model returns in training mode")
+        for axis in axes[output.meta["index"]]:
+            context.pin(axis, "it is a dimension of what the model returns in training mode")
 
 
 def _pin_compared(context: Context, trace: Trace) -> None:
     """Tensors that Python compares with one another as a whole keep their shape and their values."""
-    for node in trace.everything:
+    for node in trace.all_nodes:
         if "compared" in node.meta:
-            for row in context.rows[node.meta["index"]]:
-                context.pin(row, f"it is compared as a whole by {node.meta['compared']}")
+            for axis in context.axes[node.meta["index"]]:
+                context.pin(axis, f"it is compared as a whole by {node.meta['compared']}")
 
 
 def _apply(context: Context, node: fx.Node, trace: Trace) -> Any:
-    rows = context.rows
+    axes = context.axes
 
     number = node.meta["index"]
 
     def operand(value: Any, place: tuple[int | str, ...]) -> Any:
         if isinstance(value, fx.Node):
-            return Operand(value, rows[value.meta["index"]])
+            return Operand(value, axes[value.meta["index"]])
         if type(value) is int:
             return SizeInt(value, Literal(value, number, place))
         if isinstance(value, (tuple, list)):
@@ -172,12 +172,12 @@ def _shapes(args: list[Any]) -> str:
 
 
 def _check(result: Any, shape: Any, node: fx.Node) -> None:
-    """A rule must give one row of the right size for each dimension."""
+    """A rule must give one axis of the right size for each dimension."""
     if "shape" not in node.meta:
         return  # a write: no tensor of its own comes out
     pairs = zip(result, shape, strict=True) if isinstance(shape, list) else [(result, shape)]
-    for rows, sizes in pairs:
-        if sizes is not None and tuple(row.size for row in rows) != tuple(sizes):
+    for axes, sizes in pairs:
+        if sizes is not None and tuple(axis.size for axis in axes) != tuple(sizes):
             raise RuleError(
-                f"The rule gives rows of sizes {[row.size for row in rows]} for a tensor of shape {list(sizes)}"
+                f"The rule gives axes of sizes {[axis.size for axis in axes]} for a tensor of shape {list(sizes)}"
             )

@@ -9,12 +9,15 @@ from torch import nn
 
 from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
+from structprune.errors import PlanError
 from structprune.importance.base import fitted
+from structprune.joint.search import search
 from structprune.planning.build import plan_removal
 from structprune.planning.decide import Decision, Ranking, decide_channels
 from structprune.planning.latency_target import decide_for_latency
 from structprune.planning.options import PlanKeywords, PlanOptions, takes_options
 from structprune.planning.plan import Plan
+from structprune.surgery.verify import verify as check
 from structprune.surgery.verify import verify_removal
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs
@@ -41,7 +44,14 @@ def plan(model: nn.Module, example_inputs: ExampleInputs, **options: Unpack[Plan
         >>> structprune.plan(model, torch.randn(1, 4), ratio=0.25).layers
         (LayerWidth(layer='0', before=8, after=6),)
     """
-    return _planned(model, example_inputs, PlanOptions(**options))[-1]
+    return _plan(model, example_inputs, PlanOptions(**options))
+
+
+def _plan(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> Plan:
+    """The plan of channels; that of branches and channels where the options name them."""
+    if options.depth:
+        return search(model, example_inputs, options, _plan)
+    return _planned(model, example_inputs, options)[-1]
 
 
 def _planned(
@@ -56,7 +66,17 @@ def _planned(
 
 
 def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> DependencyGraph:
-    """The coupled channels of `model`, without those that the options leave whole."""
+    """The coupled channels of `model`, without those that the options leave whole.
+
+    Raises:
+        PlanError: the options name blocks or branches, which no graph of channels knows.
+    """
+    if options.depth:
+        named = " and ".join(sorted(options.depth))
+        raise PlanError(
+            f"axes names {named}, which go in one step: use structprune.plan or prune for them, and prune the channels "
+            "of what is left step by step."
+        )
     with collection_paused():
         return DependencyGraph(model, example_inputs, ignore=options.ignore, outputs=options.outputs)
 
@@ -106,7 +126,17 @@ def prune(
         >>> structprune.prune(model, torch.randn(1, 4), ratio=0.5)[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    graph, removed, decided = _planned(model, example_inputs, PlanOptions(**options))
+    asked = PlanOptions(**options)
+    if asked.depth:
+        decided = _plan(model, example_inputs, asked)
+        if verify:
+            slim = decided.apply(model)
+            check(model, slim, decided, example_inputs).raise_for_error()
+            if not inplace:
+                return slim
+            del slim
+        return decided.apply(model, inplace=inplace)
+    graph, removed, decided = _planned(model, example_inputs, asked)
     if verify:
         slim = decided.apply(model)
         verify_removal(graph, slim, decided, removed).raise_for_error()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ def branches_off(model: nn.Module, recorded: Trace, chosen: Iterable[Found]) -> 
     with ExitStack() as stack:
         for item in chosen:
             if item.skipped:
-                stack.enter_context(_passing(model, recorded, item))
+                stack.enter_context(passing(model, recorded, item, lambda given, _: given.clone()))
         if hooks:
             stack.enter_context(Replay(recorded, hooks, required=False).over(model))
         yield
@@ -68,8 +68,10 @@ def _zeroed(node: fx.Node, positions: list[int], operation: FoundCall) -> Any:
 
 
 @contextmanager
-def _passing(model: nn.Module, recorded: Trace, block: Found) -> Generator[None]:
-    """While the block runs, a module gives back what it gets."""
+def passing(
+    model: nn.Module, recorded: Trace, block: Found, combine: Callable[[Tensor, Tensor], Tensor]
+) -> Generator[None]:
+    """While the block runs, a module gives `combine` of what it got and what it computed, each of them one tensor."""
     calls = [call for call in recorded.calls if call.path == block.branch.module]
     whole = Cut(recorded)
     pairs = {recorded.nodes[y]: recorded.nodes[x] for y, x in block.skipped}
@@ -88,8 +90,11 @@ def _passing(model: nn.Module, recorded: Trace, block: Found) -> Generator[None]
         value: Any = (args, kwargs)
         for step in place[1]:
             value = value[step]
+        result = output
+        for step in place[0]:
+            result = result[step]
         assert isinstance(value, Tensor)
-        return _replaced(output, place[0], value.clone())
+        return _replaced(output, place[0], combine(value, result))
 
     def begin(module: nn.Module, args: Any) -> None:
         nonlocal count

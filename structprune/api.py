@@ -11,7 +11,7 @@ from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.importance.base import fitted
-from structprune.joint.search import search
+from structprune.joint.search import DecideForLatency, search
 from structprune.planning.build import plan_removal
 from structprune.planning.decide import Decision, Ranking, decide_channels
 from structprune.planning.latency_target import decide_for_latency
@@ -50,16 +50,19 @@ def plan(model: nn.Module, example_inputs: ExampleInputs, **options: Unpack[Plan
 def _plan(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> Plan:
     """The plan of channels; that of branches and channels where the options name them."""
     if options.depth:
-        return search(model, example_inputs, options, _plan)
+        return search(model, example_inputs, options, lambda *asked: _planned(*asked)[-1])
     return _planned(model, example_inputs, options)[-1]
 
 
 def _planned(
-    model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    options: PlanOptions,
+    for_latency: DecideForLatency = decide_for_latency,
 ) -> tuple[DependencyGraph, Mask, Plan]:
     """The coupled channels of `model`, those that go, and the plan that `plan` makes of them."""
     graph = coupled_channels(model, example_inputs, options)
-    decision = decide(graph, options)
+    decision = decide(graph, options, for_latency)
     with collection_paused(), torch.no_grad():
         decided = plan_removal(graph, decision.chosen, decision.settings)
         return graph, graph.components.removed(decision.chosen), decided
@@ -81,13 +84,15 @@ def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: P
         return DependencyGraph(model, example_inputs, ignore=options.ignore, outputs=options.outputs)
 
 
-def decide(graph: DependencyGraph, options: PlanOptions) -> Decision:
+def decide(
+    graph: DependencyGraph, options: PlanOptions, for_latency: DecideForLatency = decide_for_latency
+) -> Decision:
     """Which of the coupled channels go by the options of `plan`."""
     while True:
         score = fitted(options.importance, graph, options.data, options.loss, options.forward)
         with collection_paused(), torch.no_grad():
             ranking = Ranking(graph, score)
-            decision = (decide_for_latency if options.times else decide_channels)(graph, options, ranking)
+            decision = (for_latency if options.times else decide_channels)(graph, options, ranking)
         # What the forward computes from its sizes may show more that has to stay.
         if graph.settle(graph.components.removed(decision.chosen)):
             return decision

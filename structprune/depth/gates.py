@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structprune.depth.records import Found
-from structprune.depth.reference import passing
+from structprune.depth.reference import branches_off, passing
 from structprune.depth.sums import stacked
 from structprune.ops.arguments import arguments
-from structprune.tracing.replay import FoundCall, Hook, Replay
+from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.trace import Trace
 
 # Given the number of a branch and the sum that it goes into, its gate: ones that broadcast with that sum.
@@ -21,7 +21,9 @@ MakeGate = Callable[[int, Tensor], Tensor]
 
 
 @contextmanager
-def gated(model: nn.Module, recorded: Trace, found: Sequence[Found], make: MakeGate) -> Generator[None]:
+def gated(
+    model: nn.Module, recorded: Trace, found: Sequence[Found], make: MakeGate, off: Sequence[Found] = ()
+) -> Generator[None]:
     """While the block runs, what each branch adds is multiplied with a gate, which is one: nothing changes.
 
     The gradient with respect to the gate is the inner product of the sum's gradient with what the branch adds.
@@ -31,6 +33,7 @@ def gated(model: nn.Module, recorded: Trace, found: Sequence[Found], make: MakeG
         recorded: its trace.
         found: the branches and blocks.
         make: makes the gates; called anew for each sum of a branch and each forward.
+        off: branches that are zero meanwhile.
     """
     terms: dict[int, list[tuple[int, int]]] = {}
     for which, item in enumerate(found):
@@ -43,12 +46,10 @@ def gated(model: nn.Module, recorded: Trace, found: Sequence[Found], make: MakeG
     def through(which: int, given: Tensor, result: Tensor) -> Tensor:
         return result + (make(which, result) - 1) * (result - given).detach()
 
-    with ExitStack() as stack:
+    with branches_off(model, recorded, off, hooks), ExitStack() as stack:
         for which, item in enumerate(found):
             if item.skipped:
                 stack.enter_context(passing(model, recorded, item, partial(through, which)))
-        if hooks:
-            stack.enter_context(Replay(recorded, hooks, required=False).over(model))
         yield
 
 

@@ -23,7 +23,7 @@ from structprune.depth.sums import stacked
 from structprune.errors import PlanError
 from structprune.importance.data import Batches, size_of
 from structprune.planning.checks import BRANCH_SCORES
-from structprune.tracing.replay import FoundCall, Hook, Replay
+from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.state import copy_buffer, lent
 from structprune.tracing.trace import Trace, preserved_random_state, tensors_in
 
@@ -125,15 +125,13 @@ class Scorer:
             return result
 
         hooks: dict[int, Hook] = {number: partial(note, self.trace.nodes[number]) for number in sums}
-        with self.running(), branches_off(self.model, self.trace, off):
+        with self.running(), branches_off(self.model, self.trace, off, hooks), ExitStack() as stack:
+            for which, item in enumerate(found):
+                if item.skipped:
+                    stack.enter_context(passing(self.model, self.trace, item, partial(through, which)))
             for batch in self.data():
                 held.clear()
-                with ExitStack() as stack:
-                    stack.enter_context(Replay(self.trace, hooks, required=False).over(self.model))
-                    for which, item in enumerate(found):
-                        if item.skipped:
-                            stack.enter_context(passing(self.model, self.trace, item, partial(through, which)))
-                    self.batches.forward(self.model, batch)
+                self.batches.forward(self.model, batch)
                 yield batch
 
     def cosine(self, node: fx.Node, before: Tensor, after: Tensor) -> Tensor:
@@ -162,11 +160,7 @@ class Scorer:
             made.append((which, one))
             return one
 
-        with (
-            self.running(grad=True),
-            branches_off(self.model, self.trace, off),
-            gated(self.model, self.trace, found, gate),
-        ):
+        with self.running(grad=True), gated(self.model, self.trace, found, gate, off):
             for batch in self.data():
                 made, size = [], size_of(batch)
                 loss = self.batches.loss(self.model, batch)

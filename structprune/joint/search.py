@@ -16,8 +16,8 @@ For example, with a target that 5 of 12 blocks alone would meet::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -34,11 +34,15 @@ from structprune.depth.removal import Removal, cut_model
 from structprune.depth.scoring import Scorer
 from structprune.errors import PlanError
 from structprune.joint.amounts import Amounts, saved_by
+from structprune.joint.candidates import Candidate, best_of, between
 from structprune.joint.judge import batches_for, judge_of
+from structprune.joint.shares import shares_of
 from structprune.latency.measure import Latency
+from structprune.latency.predict import Calibration
 from structprune.ops import op_of
 from structprune.planning.build import plan_removal
-from structprune.planning.latency_target import NEAR
+from structprune.planning.decide import Decision, Ranking
+from structprune.planning.latency_target import NEAR, calibration_of, decide_by_prediction
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Plan, Settings, plans_of
 from structprune.planning.targets import target_of
@@ -47,31 +51,18 @@ from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, trace
 from structprune.wrapping import prunable
 
-PlanWidths = Callable[[nn.Module, ExampleInputs, PlanOptions], Plan]
+DecideForLatency = Callable[[ChannelGraph, PlanOptions, Ranking], Decision]
+# Plans the channels of a model; the last argument decides where the target is a time.
+PlanWidths = Callable[[nn.Module, ExampleInputs, PlanOptions, DecideForLatency], Plan]
 # So many numbers of branches are tried at first, evenly spread; then those between the best one and its neighbours,
 # up to so many in all.
 FIRST, MOST = 5, 9
 # By this share a limit may be missed for rounding.
 ROUNDING = 1e-9
+# So often a plan is made for a time that was missed.
+ATTEMPTS = 3
 # Scores that are differences of two whole networks: those that are left are scored anew after each choice.
 OF_NETWORKS = ("loss", "kl", "error")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What comes of a number of branches.
-
-    Attributes:
-        plan: of branches and channels; None if the target cannot be met so.
-        lost: what the network loses.
-        met: whether the target is met as measured.
-        reason: why there is no plan.
-    """
-
-    plan: Plan | None
-    lost: float | None = None
-    met: bool = True
-    reason: str = ""
 
 
 class Search:
@@ -105,10 +96,14 @@ class Search:
         if not self._units:
             named = " and ".join(sorted(options.depth))
             raise PlanError(f"axes names {named}, and the model has none that may go. See structprune.branches.")
+        # Blocks are made of branches, and stacks of blocks: a share of them is one of the parts that hold no other.
+        self._finest = [item for item in self._units if not any(other.dead < item.dead for other in self._units)]
         self._scorer = Scorer(self._model, recorded, batches)
         self._score = options.branch_score or ("loss" if batches.has_loss else "error")
         self._judge = judge_of(self._model, recorded, batches, options, self._score)
         self._refused: dict[str, str] = {}
+        self._calibration: Calibration | None = None
+        self._known: dict[tuple[str, ...], dict[str, float]] = {}
 
     def _is_ignored(self, item: Found) -> bool:
         """Whether a layer that is to stay whole would go with a branch."""
@@ -128,6 +123,13 @@ class Search:
             return False
         return True
 
+    def _left(self, chosen: Chosen, amounts: Amounts) -> dict[str, float]:
+        """The amounts of the model without some branches, counted and measured once."""
+        names = tuple(sorted(item.branch.name for item in chosen))
+        if names not in self._known:
+            self._known[names] = amounts.of(self._cut(chosen))
+        return self._known[names]
+
     def _cut(self, chosen: Chosen) -> nn.Module:
         """The model without some branches, on the same tensors."""
         names = [item.branch.name for item in chosen]
@@ -141,41 +143,18 @@ class Search:
         Raises:
             PlanError: a name in the ratio matches nothing, or so many cannot go.
         """
-        if len(self._options.depth) > 1:  # blocks are made of branches: a share of both is one of the branches
-            self._units = [item for item in self._units if item.branch.kind == "branch"]
         chosen: list[Found] = []
-        for share, units in self._shares().items():
+        for share, units in shares_of(self._finest, self._graph, self._options.ratio_or_default).items():
             count = int(min(share, self._options.max_ratio) * len(units) + 0.5)
             sets = list(islice(self._order(units, None), count))
             if len(sets) < count:
                 raise PlanError(f"ratio asks for {count} of {len(units)} to go, and no more than {len(sets)} can.")
             chosen += sets[-1] if sets else ()
-        if len(chosen) == len(self._units):
+        if len(chosen) == len(self._finest):
             raise PlanError(f"ratio asks for all {len(chosen)} that may go; at least one stays. Ask for less.")
         cut = self._cut(tuple(chosen))
         widths = self._planned(cut, self._of_widths())
-        return self._finished(_joined(cut, widths, len(chosen)), {}, {})
-
-    def _shares(self) -> dict[float, list[Found]]:
-        """The branches by the share of them that is to go."""
-        ratio: Any = self._options.ratio_or_default
-        if not isinstance(ratio, Mapping):
-            return {ratio: self._units}
-        shares: dict[str, float] = {
-            key if isinstance(key, str) and _is_pattern(key) else self._graph.path_of(key): share
-            for key, share in ratio.items()
-        }
-        found: dict[float, list[Found]] = {}
-        used: set[str] = set()
-        for item in self._units:
-            matching = [key for key in shares if _matches(item, key)]
-            if matching:
-                key = max(matching, key=lambda each: (not _is_pattern(each), len(each)))
-                used.add(key)
-                found.setdefault(shares[key], []).append(item)
-        if unused := [key for key in shares if key not in used]:
-            raise PlanError(f"ratio names {unused[0]!r}, in which there is no block or branch that may go.")
-        return found
+        return self._finished(_joined(cut, widths, len(chosen)), {}, {}, {})
 
     # -- a target ------------------------------------------------------------------------------------------------
 
@@ -195,42 +174,66 @@ class Search:
         first = {round(last * step / (FIRST - 1)) for step in range(FIRST)}
         for count in sorted(first) if self._options.width_axes != () else (last,):
             tried[count] = self._candidate(sets[count], amounts, limits)
-        while (count := _between(tried)) is not None and len(tried) < MOST:
+        while (count := between(tried)) is not None and len(tried) < MOST:
             tried[count] = self._candidate(sets[count], amounts, limits)
-        best = _best(tried)
+        best = best_of(tried)
         if best is None:
             why = f" Refused: {next(iter(self._refused.items()))}." if self._refused else ""
             raise PlanError(f"The target cannot be met. With {last} branches removed: {tried[last].reason}{why}")
-        plan = tried[best].plan
-        assert plan is not None
-        record = tuple(Tried(n, each.lost) for n, each in sorted(tried.items()))
+        plan, after = self._kept_to(limits, amounts, sets[best], tried[best])
         if isinstance(plan, DepthPlan):
-            plan = replace(plan, tried=record)
-        return self._finished(plan, before, limits)
+            plan = replace(plan, tried=tuple(Tried(n, each.lost) for n, each in sorted(tried.items())))
+        return self._finished(plan, before, limits, after)
+
+    def _kept_to(
+        self, limits: Mapping[str, float], amounts: Amounts, chosen: Chosen, found: Candidate
+    ) -> tuple[Plan, dict[str, float]]:
+        """The plan and the amounts of its network; planned anew with a smaller aim where it was measured to be slow."""
+        assert found.plan is not None
+        tried = [(found.plan, amounts.of(found.plan.apply(self._model)))]
+        aim = dict(limits)
+        while "latency" in limits and len(tried) < ATTEMPTS and self._options.width_axes != ():
+            missed = tried[-1][1]["latency"] / limits["latency"]
+            if missed <= 1 + NEAR:
+                break
+            aim["latency"] /= missed
+            again = self._candidate(chosen, amounts, aim).plan
+            if again is None:
+                break
+            tried.append((again, amounts.of(again.apply(self._model))))
+        return min(tried, key=lambda each: each[1].get("latency", 0.0))
 
     def _sets(self, amounts: Amounts, before: Mapping[str, float], limits: Mapping[str, float]) -> list[Chosen]:
         """What goes if no branch goes, if one goes, and so on: as many as meet the target alone, but never all."""
         seconds = amounts.times(self._scorer) if "latency" in limits else {}
         price = saved_by(self._scorer, limits, seconds)
-        most = min(len(self._units) - 1, int(self._options.max_ratio * len(self._units)))
+        most = min(len(self._finest) - 1, int(self._options.max_ratio * len(self._finest)))
         wanted = {kind: 1 - limit / before[kind] for kind, limit in limits.items()}
         sets: list[Chosen] = [()]
         if max(wanted.values()) <= 0:
             return sets
-        for chosen in islice(self._order(self._units, price), most):
+        for chosen in self._order(self._units, price):
+            gone = price.dead(chosen)
+            if sum(item.dead <= gone for item in self._finest) > most:
+                break
             sets.append(chosen)
             saved = price.shares(chosen)
             if all(saved[kind] >= share - NEAR for kind, share in wanted.items()):
-                left = amounts.of(self._cut(chosen))
-                if all(left[kind] <= limit * (1 + ROUNDING) for kind, limit in limits.items()):
+                left = self._left(chosen, amounts)
+                if _within(left, limits):
                     break
+        # Where savings are guessed, fewer may have been enough.
+        while len(sets) > 2 and {"latency", "memory"} & limits.keys():
+            if not _within(self._left(sets[-2], amounts), limits):
+                break
+            sets.pop()
         return sets
 
     def _candidate(self, chosen: Chosen, amounts: Amounts, limits: Mapping[str, float]) -> Candidate:
         """What comes of these branches with the channels that then have to go."""
         try:
             cut = self._cut(chosen)
-            left = amounts.of(cut)
+            left = self._left(chosen, amounts)
             shares = {kind: limit * (1 + ROUNDING) / left[kind] for kind, limit in limits.items() if left[kind]}
             target = {kind: share for kind, share in shares.items() if share < 1}
             if target and self._options.width_axes == ():
@@ -238,12 +241,11 @@ class Search:
                 return Candidate(None, reason=f"there remain {missed}, and no channels may go.")
             latency = self._options.latency if "latency" in target else None
             asked = self._of_widths(target=target, latency=latency) if target else None
-            plan = _joined(cut, self._planned(cut, asked), len(chosen))
+            widths = self._planned(cut, asked, left.get("latency", 0.0) / 1e3)
         except PlanError as error:
             return Candidate(None, reason=str(error))
-        widths = plan.widths if isinstance(plan, DepthPlan) else plan
         slim = widths.apply(cut) if widths.slices else cut
-        return Candidate(plan, self._judge.lost(slim), bool(widths.settings.measured.get("met", True)))
+        return Candidate(_joined(cut, widths, len(chosen)), self._judge.lost(slim))
 
     # -- both ----------------------------------------------------------------------------------------------------
 
@@ -252,8 +254,14 @@ class Search:
         axes = self._options.width_axes
         return None if axes == () else replace(self._options, axes=axes, branch_score=None, **changes)
 
-    def _planned(self, cut: nn.Module, asked: PlanOptions | None) -> Plan:
-        """The channels that go of a model without some branches; none if nothing is asked for."""
+    def _planned(self, cut: nn.Module, asked: PlanOptions | None, seconds: float = 0.0) -> Plan:
+        """The channels that go of a model without some branches; none if nothing is asked for.
+
+        Args:
+            cut: the model.
+            asked: what is asked for of its channels.
+            seconds: the time that it takes as it is, for a target of latency.
+        """
         if asked is None:
             with collection_paused(), torch.no_grad():
                 graph = ChannelGraph(cut, self._inputs, outputs=_tuple(self._options.outputs))
@@ -262,7 +270,18 @@ class Search:
         if isinstance(asked.importance, Reconstruction) and asked.target is not None and asked.scope is None:
             fitted = asked.importance.fit(ChannelGraph(cut, self._inputs), self._scorer.batches)
             asked = replace(asked, importance=fitted, scope=fitted)
-        return self._plan_widths(cut, self._inputs, asked)
+        return self._plan_widths(cut, self._inputs, asked, partial(self._by_prediction, seconds=seconds))
+
+    def _by_prediction(
+        self, graph: ChannelGraph, options: PlanOptions, ranking: Ranking, *, seconds: float
+    ) -> Decision:
+        """The channels that go so that the model is predicted to be as fast as asked; it takes `seconds` now.
+
+        Predictions are calibrated once, on the whole model, and scaled to what each smaller one takes.
+        """
+        if self._calibration is None:
+            self._calibration = calibration_of(graph, options, ranking)
+        return decide_by_prediction(graph, options, ranking, calibration=self._calibration, whole=seconds)
 
     def _ignored_in(self, cut: nn.Module) -> list[str]:
         """The layers that stay whole, by the names that they have without the branches."""
@@ -277,21 +296,21 @@ class Search:
                     found[now.removesuffix(name.removeprefix(path))] = None
         return list(found)
 
-    def _finished(self, plan: Plan, before: Mapping[str, float], limits: Mapping[str, float]) -> Plan:
+    def _finished(
+        self,
+        plan: Plan,
+        before: Mapping[str, float],
+        limits: Mapping[str, float],
+        after: Mapping[str, float],
+    ) -> Plan:
         """The plan with what was asked for, of the whole model, and what is reached."""
         settings = plan.settings
         left = {**settings.left, **(plan.removal.settings if isinstance(plan, DepthPlan) else {})}
         if self._refused:
             left["branches"] = "; ".join(f"{name} stays: {reason}" for name, reason in self._refused.items())
-        reached: dict[str, float] = {}
-        measured: Mapping[str, Any] = {}
-        if limits:
-            amounts = Amounts(self._model, self._inputs, limits, self._options.latency)
-            amounts.whole()
-            after = amounts.of(plan.apply(self._model))
-            reached = {kind: after[kind] / before[kind] for kind in limits}
-            if "latency" in limits:
-                measured = self._measured(before["latency"], limits["latency"], after["latency"])
+        reached = {kind: after[kind] / before[kind] for kind in limits}
+        timed = "latency" in limits
+        measured = self._measured(*(each["latency"] for each in (before, limits, after))) if timed else {}
         asked = self._asked.recorded(self._graph)
         return replace(
             plan,
@@ -317,14 +336,8 @@ def _tuple(given: Any) -> tuple[Any, ...] | None:
     return given
 
 
-def _is_pattern(key: str) -> bool:
-    return any(sign in key for sign in "*?[")
-
-
-def _matches(item: Found, key: str) -> bool:
-    """Whether a branch has this name or pattern, or is in a module that has it."""
-    module, name = item.branch.module, item.branch.name
-    return key in (module, name) or module.startswith(f"{key}.") or fnmatchcase(module, key) or fnmatchcase(name, key)
+def _within(amounts: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    return all(amounts[kind] <= limit * (1 + ROUNDING) for kind, limit in limits.items())
 
 
 def _removal_of(cut: nn.Module) -> Removal:
@@ -335,29 +348,6 @@ def _removal_of(cut: nn.Module) -> Removal:
 
 def _joined(cut: nn.Module, widths: Plan, count: int) -> Plan:
     return DepthPlan.of(_removal_of(cut), widths) if count else widths
-
-
-def _best(tried: Mapping[int, Candidate]) -> int | None:
-    """The number of branches with which least is lost; those that meet the target as measured come first."""
-    found = [(not each.met, each.lost, count) for count, each in tried.items() if each.lost is not None]
-    return min(found)[2] if found else None
-
-
-def _between(tried: Mapping[int, Candidate]) -> int | None:
-    """The number in the middle of the widest gap beside the best one; None if there is no gap.
-
-    Where no number meets the target, that is beside the largest one.
-
-    Example:
-        >>> _between({0: Candidate(None), 4: Candidate(None, 0.2), 8: Candidate(None, 0.1)})
-        6
-    """
-    best = _best(tried)
-    known = sorted(tried)
-    at = known.index(max(known) if best is None else best)
-    gaps = [(known[i + 1] - known[i], known[i]) for i in (at - 1, at) if 0 <= i < len(known) - 1]
-    width, start = max(gaps, default=(0, 0))
-    return start + width // 2 if width > 1 else None
 
 
 def search(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions, plan_widths: PlanWidths) -> Plan:

@@ -145,7 +145,7 @@ def test_batch_norms_are_judged_with_statistics_of_their_own():
 
 def test_layers_to_leave_whole_keep_their_blocks_and_their_widths():
     model, x = residuals()
-    plan = both(model, x, ignore=["2", model[5].up])
+    plan = both(model, x, ignore=["2", model[5].up], target={"macs": 0.6})
     assert "2" not in plan.removal.branches
     slim = plan.apply(model)
     names = plan.removal.names

@@ -106,29 +106,29 @@ def test_scores_of_the_loss_need_one(score):
         structprune.choose_branches(model, x, [x], count=1, score=score)
 
 
-def test_gates_of_one_change_nothing_and_their_gradient_is_the_slope_of_the_loss():
-    for network in NETWORKS.values():
-        model, x = network()
-        model, x = model.double(), x.double() if x.is_floating_point() else x
-        (batch,) = labelled(model, x, 1)
-        recorded = trace(model, x, operations=op_of)
-        found = find(model, recorded)
+@all_networks
+def test_gates_of_one_change_nothing_and_their_gradient_is_the_slope_of_the_loss(network):
+    model, x = network()
+    model, x = model.double(), x.double() if x.is_floating_point() else x
+    (batch,) = labelled(model, x, 1)
+    recorded = trace(model, x, operations=op_of)
+    found = find(model, recorded)
 
-        def loss_at(gates: list[float], model=model, batch=batch, recorded=recorded, found=found) -> float:
-            def gate(which, result):
-                return result.new_full((), gates[which])
+    def loss_at(gates: list[float]) -> float:
+        def gate(which, result):
+            return result.new_full((), gates[which])
 
-            with torch.no_grad(), gated(model, recorded, found, gate):
-                return float(cross_entropy(model, batch))
+        with torch.no_grad(), gated(model, recorded, found, gate):
+            return float(cross_entropy(model, batch))
 
-        ones = [1.0] * len(found)
-        assert loss_at(ones) == pytest.approx(cross_entropy(model, batch).item(), rel=1e-12)
-        scorer = Scorer(model, recorded, Batches([batch], loss=cross_entropy))
-        (gradients,) = scorer.gradients(found, ())
-        for which, gradient in enumerate(gradients):
-            up, down = ([*ones[:which], 1 + step, *ones[which + 1 :]] for step in (1e-5, -1e-5))
-            slope = (loss_at(up) - loss_at(down)) / 2e-5
-            assert float(gradient.mean()) == pytest.approx(slope, rel=1e-4, abs=1e-9)
+    ones = [1.0] * len(found)
+    assert loss_at(ones) == pytest.approx(cross_entropy(model, batch).item(), rel=1e-12)
+    scorer = Scorer(model, recorded, Batches([batch], loss=cross_entropy))
+    (gradients,) = scorer.gradients(found, ())
+    for which, gradient in enumerate(gradients):
+        up, down = ([*ones[:which], 1 + step, *ones[which + 1 :]] for step in (1e-5, -1e-5))
+        slope = (loss_at(up) - loss_at(down)) / 2e-5
+        assert float(gradient.mean()) == pytest.approx(slope, rel=1e-4, abs=1e-9)
 
 
 def test_consecutive_blocks_are_those_that_turn_the_stream_least_together():

@@ -49,7 +49,7 @@ class Liveness:
         for group in graph.groups():
             self._off[group.components] = True
         self._survivors: dict[int, list[Axis]] = {}
-        for survivors in graph.channels.relations.survivors:
+        for survivors in graph.channels.relations.reductions:
             self._survivors.setdefault(survivors.node, []).extend(survivors.axes)
         self._refresh()
         while self._sweep() or self._allow():

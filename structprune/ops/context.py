@@ -77,7 +77,7 @@ class Context:
         free = tuple(dim for dim in dims if operand.axes[dim].free)
         if free:
             axes = tuple(operand.axes[dim] for dim in free)
-            self.relations.survivors.append(ReducesOver(self.node.meta["index"], free, axes))
+            self.relations.reductions.append(ReducesOver(self.node.meta["index"], free, axes))
 
     def scale(self, argument: int, value: Any, axis: Axis, *, divides: bool = False) -> None:
         """The operation multiplies (or divides) argument number `argument` by `value`, which depends on `axis`'s size.

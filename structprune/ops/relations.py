@@ -160,7 +160,7 @@ class Relations:
     pins: list[tuple[Axis, str]] = field(default_factory=list)
     products: list[ProductRelation] = field(default_factory=list)
     constraints: list[SizeConstraint] = field(default_factory=list)
-    survivors: list[ReducesOver] = field(default_factory=list)
+    reductions: list[ReducesOver] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
     movements: list[Join | EqualSplit | ProductRelation] = field(default_factory=list)
     bounds: list[Bound] = field(default_factory=list)

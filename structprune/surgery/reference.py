@@ -28,7 +28,7 @@ SUMS = frozenset({
 def thinned_norms(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
     """The norms and means that run over what stays once `removed` is gone, with what is kept of their axes."""
     weights = {part.meta["index"] for normalised in graph.normalised for part in normalised.parts}
-    for survivors in graph.channels.relations.survivors:
+    for survivors in graph.channels.relations.reductions:
         if survivors.node not in weights and graph.trace.all_nodes[survivors.node].meta["name"] not in SUMS:
             masks = [~removed[graph.components.of(axis)] for axis in survivors.axes]
             if not all(mask.all() for mask in masks):

@@ -21,7 +21,7 @@ from structprune.coupling.propagate import Channels, Invariant, propagate
 from structprune.coupling.random_removals import Counter
 from structprune.coupling.rehearsed import Rehearsals, described_row
 from structprune.coupling.roles import Roles, roles
-from structprune.coupling.size_constraints import SizeSolver
+from structprune.coupling.size_solver import SizeSolver
 from structprune.coupling.solve import Mask
 from structprune.coupling.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
 from structprune.coupling.zero_propagation import pin_what_is_not_zero
@@ -68,7 +68,7 @@ class ChannelGraph:
             self._relate()
 
     def _relate(self) -> None:
-        for name in ("_groups", "costs", "roles", "roots", "slots"):
+        for name in ("costs", "slots"):
             self.__dict__.pop(name, None)
         self._modules = dict(self.model.named_modules())
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
@@ -90,9 +90,15 @@ class ChannelGraph:
                 self.compensations.append(found)
         self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
         described = partial(described_row, self._modules, self.trace, self.channels)
-        self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
-        self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs, self.channels, self._sizes)
-        self.components, self.sizes = self._sizes.solve()
+        self._solver = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
+        self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs)
+        self._solve()
+
+    def _solve(self) -> None:
+        for name in ("_groups", "roles", "roots"):
+            self.__dict__.pop(name, None)
+        self.sizes = self._solver.solve()
+        self.components = self.sizes.components
 
     def settle(self, removed: Mask) -> bool:
         """Whether the forward runs as foreseen at the widths that `removed` leaves.
@@ -100,8 +106,8 @@ class ChannelGraph:
         Where it does not, the origin of a number is found, or what it depends on is pinned: ask for groups once more.
         """
         with collection_paused():
-            found = self._rehearsals.deviations(self.components, removed)
-            if found and self._rehearsals.trace_back(self.components, removed, found):
+            found = self._rehearsals.deviations(self.sizes, removed)
+            if found and self._rehearsals.trace_back(self.sizes, removed, found):
                 self._relate()
             elif found:
                 self._pin_deviating(removed, found[0])
@@ -115,10 +121,8 @@ class ChannelGraph:
     def _pin_deviating(self, removed: Mask, found: Deviation) -> None:
         groups = [group.components for group in coupled_groups(self.components, self.slots)]
         before = int(self.components.pinned.sum())
-        self._rehearsals.pin_culprits(self.components, removed, groups, f"with fewer of its channels, {found}")
-        for name in ("_groups", "roles", "roots"):
-            self.__dict__.pop(name, None)
-        self.components, self.sizes = self._sizes.solve()
+        self._rehearsals.pin_deviating(self.sizes, removed, groups, f"with fewer of its channels, {found}")
+        self._solve()
         if int(self.components.pinned.sum()) <= before:
             raise PlanError(f"With fewer channels, {found}, and no channels are known that it depends on.")
 
@@ -383,8 +387,8 @@ class ChannelGraph:
                     f"{left} channels would be left of {bound.axis.size}, where at least {bound.least} and a multiple "
                     f"of {bound.step} are needed, by {bound.where}. Remove fewer, or give round_to={bound.step}."
                 )
-        values = self._sizes.values(count)
-        for found in self._rehearsals.deviations(self.components, removed):
+        values = self.sizes.values(count)
+        for found in self._rehearsals.deviations(self.sizes, removed):
             raise PlanError(f"With fewer channels, {found}, and nothing tells how it follows. Name it in ignore=.")
         return values
 

@@ -15,7 +15,7 @@ from structprune.coupling.compensation import Compensation
 from structprune.coupling.compensation_ahead import compensations
 from structprune.coupling.computed_weights import normalised_weights
 from structprune.coupling.costs import CostModel
-from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
+from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, group_numbers, restricted
 from structprune.coupling.origins import follows_inputs
 from structprune.coupling.propagate import Channels, Invariant, propagate
 from structprune.coupling.random_removals import Counter
@@ -216,9 +216,7 @@ class ChannelGraph:
 
         They come from forwards that cut a tensor into equal sections (``chunk``, a channel shuffle).
         """
-        number = np.full(self.components.count, -1, dtype=np.int64)
-        for i, group in enumerate(self.groups()):
-            number[group.components] = i
+        number = group_numbers(self.components, self.groups())
         return tuple(
             BalancedGroups(tuple(int(number[ids[0]]) for ids in split_group.classes), split_group.counts)
             for split_group in self.components.splits.split_groups
@@ -369,9 +367,9 @@ class ChannelGraph:
         _, found = self.roots.of(self.components.of(axis))
         return bool(np.isin(found, group.components).any())
 
-    def counter(self, removed: Mask) -> Counter:
-        """Counts kept channels of axes when the components marked in `removed` are gone."""
-        return Counter(self.components, removed)
+    def counter(self, removed: Mask | None = None) -> Counter:
+        """Counts kept channels of axes once the components marked in `removed` are removed; all channels by default."""
+        return Counter(self.components, np.zeros(self.components.count, dtype=bool) if removed is None else removed)
 
     def check(self, removed: Mask) -> dict[Attribute, int]:
         """Values of the attributes that must change once `removed` is gone, after a check that every int fits.

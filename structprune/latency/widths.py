@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from structprune.coupling.graph import ChannelGraph
-from structprune.coupling.groups import Group
+from structprune.coupling.groups import Group, group_numbers
 from structprune.ops.relations import Axis
 
-# So many channels of a row live while channels of these groups (by number) live.
+# So many channels of an axis are kept as long as channels of these groups (by number) are.
 Term = tuple[int, tuple[int, ...]]
 
 
@@ -29,9 +29,7 @@ class Widths:
     def __init__(self, graph: ChannelGraph, groups: Sequence[Group]) -> None:
         self.groups = groups
         self._graph = graph
-        self._number = np.full(graph.components.count, -1, dtype=np.int64)
-        for number, group in enumerate(groups):
-            self._number[group.components] = number
+        self._number = group_numbers(graph.components, groups)
         self._mark = np.append(np.random.default_rng(0).integers(1, 2**62, len(groups)), 0)
         self._terms: dict[object, tuple[Term, ...]] = {}
 

@@ -29,7 +29,7 @@ from structprune.planning.build import tensors_of
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
 from structprune.planning.ratios import ratio_of
-from structprune.planning.rounding import Rounding, thinned_groups
+from structprune.planning.rounding import Rounding, prunable_groups
 from structprune.planning.scopes import (
     CoupledGroups,
     Curves,
@@ -112,7 +112,7 @@ def decide_channels(
         for group, step in zip(groups, steps_measured, strict=True)
     }
     axes = None if options.axes is None else frozenset(options.axes)
-    thinned = thinned_groups(graph, ratio, feasible, axes)
+    thinned = prunable_groups(graph, ratio, feasible, axes)
     if scope != "local":
         ranking.rank(thinned)
     all_coupled = _coupled(graph, thinned, feasible)

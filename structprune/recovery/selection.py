@@ -226,10 +226,8 @@ class Reconstruction:
 
     def _saved(self, graph: ChannelGraph, group: Group) -> float:
         """What one channel of the group saves."""
-        removed = np.zeros(graph.components.count, dtype=bool)
-        full = graph.costs.at(graph.counter(removed))
-        removed[group.components[:1]] = True
-        less = graph.costs.at(graph.counter(graph.components.closure(removed)))
+        full = graph.costs.at(graph.counter())
+        less = graph.costs.at(graph.counter(graph.components.removed(group.components[:1])))
         return max(1.0, float(getattr(full, self.per) - getattr(less, self.per)))
 
     def _removals(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from structprune.coupling.costs import Count, LayerCost, count_layers
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.random_removals import Counter
@@ -45,8 +43,7 @@ class LayerRow:
 
 def counts(graph: ChannelGraph, plan: Plan | None) -> tuple[Counter, Counter]:
     """What counts the living channels of a row before and after `plan`."""
-    nothing = np.zeros(graph.components.count, dtype=bool)
-    before = graph.counter(nothing)
+    before = graph.counter()
     return before, before if plan is None else graph.counter(dead_components(graph, plan))
 
 

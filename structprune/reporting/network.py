@@ -10,6 +10,7 @@ from torch import fx
 
 from structprune.coupling.costs import Count, node_macs
 from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import group_numbers
 
 # Nodes that hold such a tensor make channels of their own; what holds vectors only (norms, scales, biases) does not.
 _MATRIX = 2
@@ -64,9 +65,7 @@ class _Groups:
 
     def __init__(self, graph: ChannelGraph) -> None:
         self._graph = graph
-        self._group_of = np.full(graph.components.count, -1, dtype=np.int64)
-        for number, group in enumerate(graph.groups()):
-            self._group_of[group.components] = number
+        self._group_of = group_numbers(graph.components, graph.groups())
         self.of_tensor: dict[str, set[int]] = {}
         for number, group in enumerate(graph.groups()):
             for member in group.members:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from structprune.errors import SurgeryError
 from structprune.surgery.edits import Edits, RemovedSlice, Rescale
 from structprune.surgery.slicing import kept, take
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.state import held_tensors
 from structprune.wrapping import unwrapped
 
@@ -251,7 +252,7 @@ def _sliced_state(change: _Change, entries: dict[str, Any], factored: Factored) 
 def _sliced(change: _Change, name: str, value: Any, factored: Factored) -> Any:
     """One entry of the state of one parameter."""
     if not isinstance(value, Tensor):
-        if _holds_tensors(value):
+        if any(True for _ in leaves_of(value, Tensor)):
             raise _unknown(change, name, f"a {type(value).__name__} of tensors")
         return value
     # Dimension of the parameter -> where the value has it.
@@ -287,14 +288,6 @@ def _rescaled(value: Tensor, change: _Change, places: dict[int, int], rescale: R
     factors = torch.from_numpy(np.where(np.isin(left, rescale.positions), factor, 1.0))
     at = places[rescale.dim]
     return value * factors.to(value.device, value.dtype).view([-1 if dim == at else 1 for dim in range(value.dim())])
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_tensors(item) for item in value.values())
-    if isinstance(value, (tuple, list)):
-        return any(_holds_tensors(item) for item in value)
-    return isinstance(value, Tensor)
 
 
 def _unknown(change: _Change, name: str, what: str) -> SurgeryError:

@@ -28,6 +28,7 @@ from structprune.coupling.zero_propagation import pin_what_is_not_zero
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
 from structprune.ops import op_of
 from structprune.ops.relations import Axis, Ids
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.rehearsal import Deviation
 from structprune.tracing.state import collection_paused
@@ -232,7 +233,7 @@ class ChannelGraph:
         nodes: list[fx.Node] = []
         for call in self.trace.every_call:
             if call.path == path:
-                nodes += _nodes_in(call.output)
+                nodes += leaves_of(call.output, fx.Node)
         nodes += [node for node in self.trace.all_nodes if node.op == "get_attr" and node.target == path]
         axes = [axis for node in nodes for axis in self.channels.axes[node.meta["index"]] if isinstance(axis, Axis)]
         if not axes:
@@ -389,14 +390,3 @@ class ChannelGraph:
         for found in self._rehearsals.deviations(self.sizes, removed):
             raise PlanError(f"With fewer channels, {found}, and nothing tells how it follows. Name it in ignore=.")
         return values
-
-
-def _nodes_in(value: Any) -> Iterable[fx.Node]:
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _nodes_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _nodes_in(item)

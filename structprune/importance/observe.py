@@ -15,7 +15,7 @@ from structprune.errors import PlanError
 from structprune.importance.data import Batches, samples_of
 from structprune.importance.seen import Activation
 from structprune.importance.sites import Site
-from structprune.tracing.calls import tensors_taken
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.replay import FoundCall, Replay
 from structprune.tracing.state import lent
 from structprune.tracing.trace import Trace, map_tensors, preserved_random_state, tensors_in
@@ -58,7 +58,7 @@ class Watch:
         self.samples = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()), 1)
 
     def _operation(self, wanted: list[tuple[int, Site]], operation: FoundCall) -> Any:
-        tensors = list(tensors_taken([operation.args, operation.kwargs]))
+        tensors = list(leaves_of([operation.args, operation.kwargs], Tensor, slices=True))
         seen: list[Activation] = []
         for number, tap in wanted:
             if tap.operand >= 0:

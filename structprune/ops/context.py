@@ -10,6 +10,7 @@ from torch import fx
 
 from structprune.ops.op import Indices, Result, op_of
 from structprune.ops.relations import UNIT, Axes, Axis, Bound, ReducesOver, Relations, Scale, SizeConstraint
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.provenance import Arithmetic, Constant, Dim, Literal, SizeInt, expression_of, leaves
 
 
@@ -185,11 +186,5 @@ class Context:
 
 
 def operands_in(*values: Any) -> Iterator[Operand]:
-    """The tensor arguments in `values`, in lists and tuples too."""
-    for value in values:
-        if isinstance(value, Operand):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from operands_in(*value)
-        elif isinstance(value, dict):
-            yield from operands_in(*value.values())
+    """The tensor arguments in `values`, in lists, tuples and dicts too."""
+    return leaves_of(values, Operand)

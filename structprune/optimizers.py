@@ -139,13 +139,17 @@ def remap_optimizer(
         if (new := changes[id(parameter)].new) is not None:
             state[new] = entries
     for group in used.param_groups:
-        # The very list: LBFGS and wrappers of optimizers hold it.
-        kept = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
-        if "param_names" in group:
-            named = zip(group["param_names"], kept, strict=True)
-            group["param_names"][:] = [names.get(name) or name for name, p in named if p is not None]
-        group["params"][:] = [p for p in kept if p is not None]
+        _regroup(group, changes, names)
     return optimizer
+
+
+def _regroup(group: dict[str, Any], changes: Mapping[int, _Change], names: Mapping[str, str | None]) -> None:
+    """Put the new parameters into a group, in place: LBFGS and wrappers of optimizers hold the very list."""
+    kept = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
+    if "param_names" in group:
+        named = zip(group["param_names"], kept, strict=True)
+        group["param_names"][:] = [names.get(name) or name for name, p in named if p is not None]
+    group["params"][:] = [p for p in kept if p is not None]
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:

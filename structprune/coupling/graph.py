@@ -230,19 +230,15 @@ class ChannelGraph:
             UnknownLayerError: there is no such layer, or it takes no part in the forward.
         """
         path = self.path_of(layer)
-        nodes: list[fx.Node] = []
-        for call in self.trace.every_call:
-            if call.path == path:
-                nodes += leaves_of(call.output, fx.Node)
+        nodes = [n for call in self.trace.every_call if call.path == path for n in leaves_of(call.output, fx.Node)]
         nodes += [node for node in self.trace.all_nodes if node.op == "get_attr" and node.target == path]
         axes = [axis for node in nodes for axis in self.channels.axes[node.meta["index"]] if isinstance(axis, Axis)]
         if not axes:
             raise UnknownLayerError(
                 f"The layer {path!r} takes no part in the forward on these example inputs, so it has no channels."
             )
-        free = [axis for axis in axes if axis.free and not self.components.pinned[self.components.of(axis)].all()]
-        free = free or [axis for axis in axes if axis.free]
-        return path, (free or axes)[-1]
+        free = [axis for axis in axes if axis.free]
+        return path, ([axis for axis in free if self.sizes.moves(axis)] or free or axes)[-1]
 
     def _layer_roots(self, layer: Layer) -> tuple[str, Ids]:
         """For each output channel of a layer, the component that decides about it (of a cell: the longest factor)."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -71,25 +72,28 @@ class Sections:
             for movements, group in zip(coupled, groups, strict=True)
             if group is not None
         ]
+        joins, elsewhere = self._around(components, candidates)
+        tied = [movements for movements, group in zip(coupled, groups, strict=True) if group is None]
+        tied += [candidate.movements for candidate in candidates if (candidate.inside & elsewhere).any()]
+        if not tied:
+            return EqualSplits(tuple(candidate.group for candidate in candidates), joins)
+        for movement in chain.from_iterable(tied):
+            if isinstance(movement, EqualSplit):
+                self._relations.tie(movement)
+        return None
+
+    def _around(
+        self, components: Components, candidates: Sequence[_Candidate]
+    ) -> tuple[tuple[tuple[tuple[Ids, ...], Ids], ...], Mask]:
+        """Axes joined behind the candidates, and the components that other axes hold in an order of their own."""
         touched = np.zeros(components.count, dtype=bool)
         for candidate in candidates:
             touched |= candidate.inside
-        known = {
-            components.of(axis).tobytes()
-            for candidate in candidates
-            for movement in candidate.movements
-            for axis in _axes_of(movement)
-        }
+        movements = chain.from_iterable(candidate.movements for candidate in candidates)
+        known = {components.of(axis).tobytes() for movement in movements for axis in _axes_of(movement)}
         joins = self._joined(components, candidates, touched, known)
         known |= {whole.tobytes() for _, whole in joins}
-        elsewhere = self._read_elsewhere(components, touched, known)
-        tied = [movements for movements, group in zip(coupled, groups, strict=True) if group is None]
-        tied += [candidate.movements for candidate in candidates if (candidate.inside & elsewhere).any()]
-        for movements in tied:
-            for movement in movements:
-                if isinstance(movement, EqualSplit):
-                    self._relations.tie(movement)
-        return None if tied else EqualSplits(tuple(candidate.group for candidate in candidates), joins)
+        return joins, self._read_elsewhere(components, touched, known)
 
     def _excluded(self, components: Components) -> Mask:
         """Components that take no part in a split group: pinned ones, those in products, those that no tensor holds."""

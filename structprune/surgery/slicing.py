@@ -115,23 +115,32 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
         old = tensors[name].tensor
         result[id(old)] = _sliced(old, slices)
     for rescale in plan.rescales:
-        for name in rescale.names if isinstance(rescale, Gain) else (rescale.tensor,):
-            if name not in tensors:
-                raise SurgeryError(f"The plan rescales {name!r}, which this model does not have.")
-        if isinstance(rescale, Gain):
-            gain = regained(rescale, {name: tensors[name].tensor for name in rescale.names}, result, by_tensor)
-            result[id(tensors[rescale.tensor].tensor)] = gain
-            continue
+        _check_rescale(rescale, tensors)
         old = tensors[rescale.tensor].tensor
-        size = old.shape[rescale.dim] if rescale.dim < old.dim() else 0
-        if any(position >= size for position in rescale.positions or ()):
-            raise SurgeryError(
-                f"The plan rescales dimension {rescale.dim} of {rescale.tensor!r}, whose shape {list(old.shape)} does "
-                "not have it. Make a new plan."
-            )
-        result[id(old)] = _rescaled(result.get(id(old), old.detach()), rescale, by_tensor.get(rescale.tensor, []))
+        if isinstance(rescale, Gain):
+            olds = {name: tensors[name].tensor for name in rescale.names}
+            result[id(old)] = regained(rescale, olds, result, by_tensor)
+        else:
+            smaller = result.get(id(old), old.detach())
+            result[id(old)] = _rescaled(smaller, rescale, by_tensor.get(rescale.tensor, []))
     for name in by_tensor.keys() | {rescale.tensor for rescale in plan.rescales}:
         old = tensors[name].tensor
         if isinstance(old, nn.Parameter) and old.grad is not None:
             result[id(old.grad)] = _sliced(old.grad, by_tensor.get(name, []))
     return result
+
+
+def _check_rescale(rescale: Rescale | Gain, tensors: dict[str, Held]) -> None:
+    """The tensors of a rescale must be there, and have the entries that it names."""
+    for name in rescale.names if isinstance(rescale, Gain) else (rescale.tensor,):
+        if name not in tensors:
+            raise SurgeryError(f"The plan rescales {name!r}, which this model does not have.")
+    if isinstance(rescale, Gain):
+        return
+    old = tensors[rescale.tensor].tensor
+    size = old.shape[rescale.dim] if rescale.dim < old.dim() else 0
+    if any(position >= size for position in rescale.positions or ()):
+        raise SurgeryError(
+            f"The plan rescales dimension {rescale.dim} of {rescale.tensor!r}, whose shape {list(old.shape)} does "
+            "not have it. Make a new plan."
+        )

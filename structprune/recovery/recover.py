@@ -25,7 +25,7 @@ from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept
 from structprune.surgery.verify import dead_components
-from structprune.tracing.state import copy_buffer, held_tensors, lent
+from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import map_tensors, preserved_random_state
 
 HALF = (torch.float16, torch.bfloat16)
@@ -153,7 +153,7 @@ def _widened(original: nn.Module, recovered: nn.Module) -> Generator[bool]:
     if all(tensor.dtype not in HALF for tensor in (*before.values(), *others)):
         yield False
         return
-    with lent(original, _wide, track=False), lent(recovered, _wide, track=False):
+    with swapped_tensors(original, _wide, track=False), swapped_tensors(recovered, _wide, track=False):
         yield True
         for name, held in held_tensors(recovered).items():
             if name in before and isinstance(before[name], nn.Parameter):
@@ -196,7 +196,7 @@ def _solve_in_order(
     schedule = _schedule(solvers)
     targets = {solver.target for solver in solvers}
     reports: list[LayerRecovery] = []
-    with lent(original, copy_buffer, track=False), lent(slim, copy_buffer, track=False):
+    with swapped_tensors(original, copy_buffer, track=False), swapped_tensors(slim, copy_buffer, track=False):
         original.eval()
         slim.eval()
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}

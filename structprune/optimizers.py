@@ -1,4 +1,4 @@
-"""`remap_optimizer`: an optimizer goes on with the state of the survivors."""
+"""`remap_optimizer`: an optimizer goes on with the state of the channels kept."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def remap_optimizer(
     groups keep their options and order. Parameters that the plan does not touch keep their state as it is; those that
     are in no model of the call stay what they are. Where a plan scales weights, so that a changed head size leaves the
     function as it was, their gradients' statistics are scaled along. Factored second moments (Adafactor) keep the rows
-    and columns that are left, each the average that it was; later steps average over the survivors.
+    and columns that are left, each the average that it was; later steps average over the channels kept.
 
     After ``slim = plan.apply(model)`` the parameters are new ones::
 

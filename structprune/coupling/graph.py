@@ -213,7 +213,7 @@ class ChannelGraph:
         return self._groups
 
     def balanced(self) -> tuple[BalancedGroups, ...]:
-        """Groups that may only be thinned together, in equal or otherwise fitting numbers.
+        """Groups that may only be pruned together, in equal or otherwise fitting numbers.
 
         They come from forwards that cut a tensor into equal sections (``chunk``, a channel shuffle).
         """
@@ -369,7 +369,7 @@ class ChannelGraph:
         return Counter(self.components, np.zeros(self.components.count, dtype=bool) if removed is None else removed)
 
     def check(self, removed: Mask) -> dict[Attribute, int]:
-        """Values of the attributes that must change once `removed` is gone, after a check that every int fits.
+        """Values of the attributes that must change once `removed` is removed, after a check that every int fits.
 
         Raises:
             PlanError: an int of the forward could not follow, or fewer channels are left than are chosen from them.

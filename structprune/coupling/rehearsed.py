@@ -41,7 +41,7 @@ class Rehearsals:
     _settled: bytes = b""
 
     def deviations(self, sizes: Sizes, removed: Mask) -> list[Deviation]:
-        """What the forward does that is not foreseen once `removed` is gone, other than what it does anyway."""
+        """What the forward does that is not foreseen once `removed` is removed, other than what it does anyway."""
         if not removed.any() or removed.tobytes() == self._settled:
             return []
         found = self._at(sizes, removed)
@@ -86,7 +86,7 @@ class Rehearsals:
         return any(traced)
 
     def pin_deviating(self, sizes: Sizes, removed: Mask, groups: Sequence[Ids], reason: str) -> None:
-        """Pin those of `groups` that make the forward deviate once `removed` is gone; balanced ones go together."""
+        """Pin those of `groups` that make the forward deviate once `removed` is removed; balanced ones go together."""
         components = sizes.components
         units = [np.concatenate(split_group.classes) for split_group in components.splits.split_groups]
         together = {int(part) for unit in units for part in unit}

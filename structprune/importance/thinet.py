@@ -1,4 +1,4 @@
-"""Channels taken out one after the other, by what the layers behind miss once all of those are gone."""
+"""Channels taken out one after the other, by what the layers behind miss once all of those are removed."""
 
 from __future__ import annotations
 

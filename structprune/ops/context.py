@@ -73,8 +73,8 @@ class Context:
             isinstance(leaf, Dim) and not self.axes[leaf.node][leaf.dim].free for leaf in leaves(expression_of(value))
         )
 
-    def survivors(self, operand: Operand, dims: Sequence[int]) -> None:
-        """The operation reduces or normalises `operand` over `dims`: over the survivors, where they are free."""
+    def reduces_over(self, operand: Operand, dims: Sequence[int]) -> None:
+        """The operation reduces or normalises `operand` over `dims`: over the channels kept, where they are free."""
         free = tuple(dim for dim in dims if operand.axes[dim].free)
         if free:
             axes = tuple(operand.axes[dim] for dim in free)

@@ -115,7 +115,7 @@ class SizeConstraint:
 
 @dataclass(frozen=True, slots=True)
 class ReducesOver:
-    """Node `node` reduces or normalises over free channels: over the survivors, once some are removed.
+    """Node `node` reduces or normalises over free channels: over the channels kept, once some are removed.
 
     `argument` counts in the node's tensor arguments, `dims` are the dimensions reduced and `axes` their channels.
     """

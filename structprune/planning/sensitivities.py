@@ -1,4 +1,4 @@
-"""`sensitivity`: how a metric falls when each group alone is thinned, at several ratios."""
+"""`sensitivity`: how a metric falls when each group alone is pruned, at several ratios."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def sensitivity(
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Sensitivity:
-    """Thin each group alone at a grid of ratios and measure.
+    """Prune each group alone at several ratios and measure.
 
     Args:
         model: any ``nn.Module`` whose forward can be traced; it is left as it was.
@@ -222,7 +222,7 @@ def _belongs(done: Sensitivity, todo: Sequence[tuple[Group, tuple[int, ...]]]) -
 
 
 def _balanced(graph: ChannelGraph, group: Group) -> tuple[list[Group], np.ndarray] | None:
-    """The groups that are thinned together with `group`, it among them, and the numbers that fit."""
+    """The groups that are pruned together with `group`, it among them, and the numbers that fit."""
     known = graph.groups()
     for balanced in graph.balanced():
         members = [known[number] for number in balanced.groups]

@@ -24,7 +24,7 @@ from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_repo
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept
-from structprune.surgery.verify import dead_components
+from structprune.surgery.verify import removed_components
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import map_tensors, preserved_random_state
 
@@ -113,16 +113,16 @@ def _recovered(
 ) -> nn.Module:
     nobody_failed()
     shorter = Shorter.of(slim, original, batches[0])
-    removed = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
+    edits = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {})) if shorter is None else shorter.aligned
     with _widened(original, recovered) as wide:
         batches = [map_tensors(_wide, batch) for batch in batches] if wide else batches
         graph = ChannelGraph(original, batches[0])
-        removed_components = dead_components(graph, removed)
+        removed = removed_components(graph, edits)
         begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
         solvers = [
-            LayerSolver(graph, removed_components, consumer, rows, seed, rounds)
-            for consumer in consumers(graph, removed_components, begins, without)
+            LayerSolver(graph, removed, consumer, rows, seed, rounds)
+            for consumer in consumers(graph, removed, begins, without)
         ]
         with preserved_random_state(), torch.no_grad():
             layers = _solve_in_order(recovered, original, batches, graph, solvers)

@@ -29,7 +29,7 @@ class Node:
         operations: all operations that are drawn as this node.
         merged: paths of norms and the like that follow directly and are drawn as part of it.
         channels: the group of its results' channels, by number; None if they are pinned.
-        groups: numbers of all groups that thin what it holds.
+        groups: numbers of all groups that slice what it holds.
     """
 
     label: str
@@ -43,7 +43,7 @@ class Node:
     groups: list[int] = field(default_factory=list)
 
     def macs(self, graph: ChannelGraph, count: Count) -> int:
-        """Multiply-accumulates of the node when `count` gives the living channels of each row."""
+        """Multiply-accumulates of the node when `count` gives the kept channels of each axis."""
         return sum(node_macs(operation, graph.channels, count) for operation in self.operations)
 
 

@@ -64,19 +64,19 @@ def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[RemovedS
         held = tensors.get(sliced.tensor)
         if held is None:
             raise SurgeryError(
-                f"The plan thins {sliced.tensor!r}, which this model does not have. Apply a plan to the model it was "
+                f"The plan slices {sliced.tensor!r}, which this model does not have. Apply a plan to the model it was "
                 "made for."
             )
         shape = tuple(held.tensor.shape)
         inside = not sliced.removed or (min(sliced.removed) >= 0 and max(sliced.removed) < sliced.size)
         if sliced.dim >= len(shape) or shape[sliced.dim] != sliced.size or not inside:
             raise SurgeryError(
-                f"The plan thins dimension {sliced.dim} of {sliced.tensor!r} from {sliced.size} entries, but its "
+                f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} from {sliced.size} entries, but its "
                 f"shape is {list(shape)}. Has the model been pruned since the plan was made? Make a new plan."
             )
         by_tensor.setdefault(sliced.tensor, []).append(sliced)
         if len({t.dim for t in by_tensor[sliced.tensor]}) < len(by_tensor[sliced.tensor]):
-            raise SurgeryError(f"The plan thins dimension {sliced.dim} of {sliced.tensor!r} twice. Make a new plan.")
+            raise SurgeryError(f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} twice. Make a new plan.")
     return by_tensor
 
 

@@ -1,7 +1,7 @@
 """What a model holds, and how to run it on other tensors without leaving a mark.
 
-`Holdings` lists the tensors of a model by name. `swapped_tensors` replaces them by empty ones on the ``meta`` device, or
-by copies where real values are needed, replaces int attributes by tracked ones, and puts everything back afterwards:
+`Holdings` lists the tensors of a model by name. `swapped_tensors` replaces them by empty ones on the ``meta`` device,
+or by copies where real values are needed, replaces int attributes by tracked ones, and puts everything back afterwards:
 attributes, buffers, caches, hooks, mode, random state.
 """
 

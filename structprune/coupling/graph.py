@@ -311,7 +311,7 @@ class ChannelGraph:
     def chosen(self, target: Group | Layer, indices: Sequence[int]) -> Ids:
         """Components of the channels `indices` of a group, or of the output channels of a layer.
 
-        Where a layer's channels are a product (groups x channels in a group), whole axes and columns of it go as such.
+        Where a layer's channels are a product (groups x channels in a group), whole rows and columns of it go as such.
 
         Raises:
             PlanError: indices out of range or repeated.
@@ -336,8 +336,8 @@ class ChannelGraph:
             if len(rest) and len(picked) < len(parts) and self.components.removed(chosen)[parts].all():
                 raise PlanError(
                     f"All {len(parts)} channels of {name!r} would go with {picked.tolist()}: they form a "
-                    "product (groups or heads x channels), of which rows and columns go whole. Keep one; name, say, "
-                    "the first of each group."
+                    "grid (groups or heads x channels in each), of which whole rows and columns go. Keep one; name, "
+                    "say, the first of each group."
                 )
         held = chosen[~self.components.roots[chosen]]
         if len(held):

@@ -150,7 +150,7 @@ def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
 
     A sum over the channels that stay is the sum with the others at zero. A mean is such a sum times a factor, which
     parameters take up; as a part of a norm that the forward writes out it runs over the channels that stay.
-    A norm of a matrix without axes and columns of zeros is what it was: they add no singular value but zero.
+    A norm of a matrix without rows and columns of zeros is what it was: they add no singular value but zero.
     """
     name = c.node.meta["name"]
     dims = dims_of(c.node, len(x.axes), default=(-2, -1) if name == "linalg_matrix_norm" else None)

@@ -164,8 +164,8 @@ def markdown(facts: dict[str, Any]) -> list[str]:
             "## ResNet-56 at a measured speed, without training", "",
             f"Dense {net['dense']:.2f}% of {TESTED_ON} test images (one standard error at 85% is 0.8 points). Planned "
             f"on {PLANNED_ON} training images without labels, one thread, channels by their L2 norm, blocks by "
-            f"influence; recovered on {RECOVERED_ON} images ({ROWS} rows, {ROUNDS} rounds of joint solving); one draw. The speed "
-            "is measured with the dense network in turns.", "",
+            f"influence; recovered on {RECOVERED_ON} images ({ROWS} rows, {ROUNDS} rounds of joint "
+            "solving); one draw. The speed is measured with the dense network in turns.", "",
             "| backend, batch | asked | may go | speed | blocks gone | MACs | as it is | new statistics | recovered |",
             "|---|--:|---|--:|--:|--:|--:|--:|--:|",
         ]  # fmt: skip

@@ -24,7 +24,7 @@ from structprune.errors import PlanError
 from structprune.importance.data import Batches, size_of
 from structprune.planning.checks import BRANCH_SCORES
 from structprune.tracing.replay import FoundCall, Hook
-from structprune.tracing.state import copy_buffer, lent
+from structprune.tracing.state import copy_buffer, swapped_tensors
 from structprune.tracing.trace import Trace, preserved_random_state, tensors_in
 
 # Called with the number of a branch, the last operation of it, and the stream before and behind it.
@@ -56,7 +56,11 @@ class Scorer:
     @contextmanager
     def running(self, grad: bool = False) -> Generator[None]:
         """The model in evaluation mode, as it is afterwards."""
-        with preserved_random_state(), torch.set_grad_enabled(grad), lent(self.model, copy_buffer, track=False):
+        with (
+            preserved_random_state(),
+            torch.set_grad_enabled(grad),
+            swapped_tensors(self.model, copy_buffer, track=False),
+        ):
             self.model.eval()
             yield
 

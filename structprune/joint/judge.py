@@ -15,7 +15,7 @@ from structprune.planning.options import PlanOptions
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.selection import Reconstruction
-from structprune.tracing.state import copy_buffer, held_tensors, lent
+from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, as_call, preserved_random_state
 
 # Where the criterion is the error that is left once layers are solved again, networks are judged after that.
@@ -69,7 +69,7 @@ class Judge:
         return True
 
     def _run(self, model: nn.Module) -> Iterable[Any]:
-        with preserved_random_state(), torch.no_grad(), lent(model, copy_buffer, track=False):
+        with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
             for batch in self._data:
                 yield self._batches.forward(model, batch)
@@ -88,7 +88,7 @@ class Judge:
         return sum(part for part, _ in parts) / max(sum(count for _, count in parts), 1e-30)
 
     def _loss(self, model: nn.Module) -> float:
-        with preserved_random_state(), torch.no_grad(), lent(model, copy_buffer, track=False):
+        with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
             losses = [(float(self._batches.value(model, batch)), size_of(batch)) for batch in self._data]
         return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)

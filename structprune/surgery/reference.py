@@ -25,18 +25,18 @@ SUMS = frozenset({
 })  # fmt: skip
 
 
-def thinned_norms(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
-    """The norms and means that run over what stays once `removed` is gone, with what is kept of their axes."""
+def norms_over_kept(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
+    """The norms and means that run over what stays once `removed` is removed, with what is kept of their axes."""
     weights = {part.meta["index"] for normalised in graph.normalised for part in normalised.parts}
-    for survivors in graph.channels.relations.survivors:
-        if survivors.node not in weights and graph.trace.all_nodes[survivors.node].meta["name"] not in SUMS:
-            masks = [~removed[graph.components.of(axis)] for axis in survivors.axes]
+    for reduction in graph.channels.relations.reductions:
+        if reduction.node not in weights and graph.trace.all_nodes[reduction.node].meta["name"] not in SUMS:
+            masks = [~removed[graph.components.of(axis)] for axis in reduction.axes]
             if not all(mask.all() for mask in masks):
-                yield survivors, masks
+                yield reduction, masks
 
 
-def over_survivors(dims: tuple[int, ...], masks: list[Mask], operation: FoundCall) -> Any:
-    """Run a norm or a mean over the survivors of thinned axes."""
+def over_kept_channels(dims: tuple[int, ...], masks: list[Mask], operation: FoundCall) -> Any:
+    """Run a norm or a mean over the channels kept of axes that lose channels."""
     args, kwargs, name = operation.args, operation.kwargs, operation.call.name
     x: Tensor = args[0] if args else kwargs["input"]
     keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.command_line import as_json
 from support.depth import with_branches_off
 from support.depth_nets import Residual, convolutional, cross_entropy, residuals, transformer
 from torch import nn
 
 import structprune
+from structprune.depth.paths import PathsAfter
 from structprune.depth.plan import DepthPlan
 from structprune.errors import PlanError, SurgeryError, UnknownLayerError
 from structprune.planning.plan import plans_of
+from structprune.reporting.layers import counts, layer_rows
 
 WIDE = {"axes": ("blocks", "widths"), "round_to": 1}
 
@@ -267,18 +270,26 @@ def test_verify_sees_a_wrong_network():
     assert not structprune.verify(model, structprune.remove_branches(model, x, ["1"]), removal, x).ok
 
 
-def test_an_optimizer_goes_on():
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
+def test_an_optimizer_goes_on(inplace):
     model, x = residuals()
     optimizer = torch.optim.Adam(model.parameters())
     model(x).sum().backward()
     optimizer.step()
     plan = both(model, x)
-    slim = plan.apply(model)
-    cut = plan.removal.apply(model)
-    structprune.remap_optimizer(optimizer, plan.removal, model, cut)
-    structprune.remap_optimizer(optimizer, plan.widths, cut, slim)
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in slim.parameters()}
-    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in slim.parameters())
+    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+    slim = plan.apply(model, inplace=inplace)
+    structprune.remap_optimizer(optimizer, plan, model, None if inplace else slim)
+    before = {now: name for name, now in plan.names.items()}
+    assert plan.slices
+    for name, parameter in slim.named_parameters():
+        wanted = moments[before.get(name, name)]
+        for sliced in plan.slices:
+            if sliced.tensor == name:
+                left = [i for i in range(sliced.size) if i not in sliced.removed]
+                wanted = wanted.index_select(sliced.dim, torch.tensor(left))
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], wanted)
+    optimizer.step()
 
 
 def test_both_steps_are_recovered_one_after_the_other():
@@ -293,6 +304,51 @@ def test_both_steps_are_recovered_one_after_the_other():
         slim[0].bias += 1
     with pytest.raises(structprune.errors.RecoveryError, match="more was done"):
         structprune.recover(slim, model, [x])
+
+
+def test_a_report_shows_what_went(tmp_path: Path):
+    model, x = residuals()
+    plan = both(model, x)
+    text = structprune.report(model, x, tmp_path / "report.html", plan=plan).read_text()
+    assert "Blocks and branches" in text
+    rows = layer_rows(graph := structprune.DependencyGraph(model, x), *counts(graph, plan), plan=plan)
+    by_path = {row.path: row for row in rows}
+    for name in plan.removal.branches:
+        assert by_path[f"{name}.up"].channels == (16, 0)
+        assert by_path[f"{name}.up"].params[1] == by_path[f"{name}.up"].macs[1] == 0
+    assert sum(row.params[1] for row in rows) == plan.after.params
+    assert sum(row.macs[1] for row in rows) == plan.after.macs
+
+
+def test_the_time_of_a_layer_is_found_under_its_new_name(tmp_path: Path):
+    model, x = residuals()
+    plan = both(model, x)
+    slim = plan.apply(model)
+    times = [structprune.layer_times(each, x) for each in (model, slim)]
+    graph = structprune.DependencyGraph(model, x)
+    rows = {row.path: row for row in layer_rows(graph, *counts(graph, plan), times, plan)}
+    now = PathsAfter(model, plan)
+    assert rows["6"].seconds == (times[0]["6"], times[1][now.of("6")])
+    assert rows[f"{plan.removal.branches[0]}.up"].seconds[1] == 0
+
+
+def test_the_command_line_plans_prunes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    model = ("support.depth_nets:residuals", "--axes", "blocks,mlp", "--round-to", "1", "--branch-score", "error")
+    data = as_json("plan", *model, "-t", "macs=0.4", "--out", "plan.json")
+    assert data["kind"] == "depth"
+    assert data["removal"]["branches"]
+    done = as_json("prune", "support.depth_nets:residuals", "--plan", "plan.json", "--out", "slim")
+    assert done["verification"]["ok"]
+    assert len(structprune.load(lambda: residuals()[0], "slim")) == 7 - len(data["removal"]["branches"])
+    assert as_json("report", "support.depth_nets:residuals", "page.html", "--plan", "plan.json")["verification"]["ok"]
+
+
+def test_masks_cannot_say_that_a_block_is_gone():
+    model, x = residuals()
+    with pytest.raises(SurgeryError, match="blocks or branches"):
+        structprune.masks.from_plan(both(model, x), model)
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from structprune.depth.cut import Cut
 from structprune.depth.records import Found
 from structprune.depth.removal import cut_of
 from structprune.depth.scoring import SCORES, Scorer
+from structprune.distributed import all_reduced
 from structprune.errors import PlanError
 from structprune.tracing.state import held_tensors
 
@@ -228,7 +229,8 @@ def _angles(scorer: Scorer, stacks: Sequence[Sequence[Found]]) -> list[NDArray[n
                 for j, (node, other) in enumerate(streams[i + 1 :], i + 1):
                     total[i, j] += _angle(scorer, node, one, other)
             start += len(stack)
-    return [total / max(count, 1) for total in sums]
+    batches = float(all_reduced(torch.tensor(float(max(count, 1)))))
+    return [all_reduced(torch.from_numpy(total)).numpy() / batches for total in sums]
 
 
 def _angle(scorer: Scorer, node: fx.Node, one: Tensor, other: Tensor) -> float:

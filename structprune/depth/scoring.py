@@ -20,6 +20,7 @@ from structprune.depth.gates import gated, operands
 from structprune.depth.records import Found
 from structprune.depth.reference import branches_off, passing
 from structprune.depth.sums import stacked
+from structprune.distributed import all_reduced
 from structprune.errors import PlanError
 from structprune.importance.data import Batches, size_of
 from structprune.planning.checks import BRANCH_SCORES
@@ -93,14 +94,12 @@ class Scorer:
         """
         if self._whole is None:
             self._whole = list(self.outputs(()))
-        parts = [of(dense, now) for dense, now in zip(self._whole, self.outputs(off), strict=True)]
-        return sum(part for part, _ in parts) / max(sum(count for _, count in parts), 1e-30)
+        return mean([of(dense, now) for dense, now in zip(self._whole, self.outputs(off), strict=True)])
 
     def loss(self, off: Sequence[Found]) -> float:
         """The mean loss with some branches off."""
         with self.running(), branches_off(self.model, self.trace, off):
-            losses = [(float(self.batches.value(self.model, batch)), size_of(batch)) for batch in self.data()]
-        return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
+            return mean([(float(self.batches.value(self.model, b)) * size_of(b), size_of(b)) for b in self.data()])
 
     # -- the stream before and behind each branch ----------------------------------------------------------------
 
@@ -191,6 +190,13 @@ def _sums_of(item: Found) -> list[tuple[int, int, bool]]:
     return [(number, at, item.branch.kind == "branch" or number == edges[-1][0]) for number, at in edges]
 
 
+def mean(parts: Sequence[tuple[float, float]]) -> float:
+    """The sum of the first numbers over that of the second ones, over the data of all ranks of `torch.distributed`."""
+    sums = torch.tensor([sum(part for part, _ in parts), sum(count for _, count in parts)], dtype=torch.float64)
+    total, count = all_reduced(sums).tolist()
+    return total / max(count, 1e-30)
+
+
 def floating(outputs: Any) -> list[Tensor]:
     """The floating tensors of nested outputs."""
     return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
@@ -228,7 +234,7 @@ def influence(scorer: Scorer, found: Sequence[Found], off: Sequence[Found]) -> l
 
     for _ in scorer.watched(found, off, see):
         pass
-    return [1 - total / max(count, 1) for total, count in zip(totals, counts, strict=True)]
+    return [1 - mean([part]) for part in zip(totals, counts, strict=True)]
 
 
 def angular(scorer: Scorer, found: Sequence[Found], off: Sequence[Found]) -> list[float]:
@@ -245,7 +251,7 @@ def angular(scorer: Scorer, found: Sequence[Found], off: Sequence[Found]) -> lis
 
     for _ in scorer.watched(found, off, see):
         pass
-    return [total / max(count, 1) for total, count in zip(totals, counts, strict=True)]
+    return [mean([part]) for part in zip(totals, counts, strict=True)]
 
 
 def kl(scorer: Scorer, found: Sequence[Found], off: Sequence[Found]) -> list[float]:
@@ -268,8 +274,9 @@ def taylor(scorer: Scorer, found: Sequence[Found], off: Sequence[Found]) -> list
 
     Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, section 3.1, for a gate on a branch.
     """
-    totals = torch.stack([torch.stack([g.sum() for g in each]) for each in scorer.gradients(found, off)]).sum(0)
-    return (totals / sum(size_of(batch) for batch in scorer.data())).abs().tolist()
+    sums = [torch.stack([gradient.sum() for gradient in each]) for each in scorer.gradients(found, off)]
+    samples = sum(size_of(batch) for batch in scorer.data())
+    return [abs(mean([(total, samples)])) for total in torch.stack(sums).sum(0).tolist()]
 
 
 def fisher(scorer: Scorer, found: Sequence[Found], off: Sequence[Found]) -> list[float]:
@@ -277,10 +284,9 @@ def fisher(scorer: Scorer, found: Sequence[Found], off: Sequence[Found]) -> list
 
     Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018, equation 7.
     """
-    totals = torch.stack([torch.stack([g.square().sum() for g in each]) for each in scorer.gradients(found, off)]).sum(
-        0
-    )
-    return (totals / (2 * sum(size_of(batch) for batch in scorer.data()))).tolist()
+    sums = [torch.stack([gradient.square().sum() for gradient in each]) for each in scorer.gradients(found, off)]
+    samples = sum(size_of(batch) for batch in scorer.data())
+    return [mean([(total, samples)]) / 2 for total in torch.stack(sums).sum(0).tolist()]
 
 
 Score = Callable[[Scorer, Sequence[Found], Sequence[Found]], list[float]]

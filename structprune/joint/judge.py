@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.depth.scoring import divergence, floating, squared_error
+from structprune.depth.scoring import divergence, floating, mean, squared_error
 from structprune.errors import PlanError, RecoveryError
 from structprune.importance.data import Batches, size_of
 from structprune.planning.options import PlanOptions
@@ -84,14 +84,12 @@ class Judge:
             return self._loss(slim) - self._loss(self._original)
         assert self._whole is not None
         of = divergence if self._measure == "kl" else squared_error
-        parts = [of(dense, floating(now)) for dense, now in zip(self._whole, self._run(slim), strict=True)]
-        return sum(part for part, _ in parts) / max(sum(count for _, count in parts), 1e-30)
+        return mean([of(dense, floating(now)) for dense, now in zip(self._whole, self._run(slim), strict=True)])
 
     def _loss(self, model: nn.Module) -> float:
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
-            losses = [(float(self._batches.value(model, batch)), size_of(batch)) for batch in self._data]
-        return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
+            return mean([(float(self._batches.value(model, b)) * size_of(b), size_of(b)) for b in self._data])
 
 
 def judge_of(original: nn.Module, recorded: Trace, batches: Batches, options: PlanOptions, score: str) -> Judge:

@@ -311,6 +311,10 @@ class Search:
         reached = {kind: after[kind] / before[kind] for kind in limits}
         timed = "latency" in limits
         measured = self._measured(*(each["latency"] for each in (before, limits, after))) if timed else {}
+        if timed and "latency" in settings.reached:
+            # Of the network without the branches a share was predicted to be left.
+            gone = plan.removal.branches if isinstance(plan, DepthPlan) else ()
+            measured["predicted_ms"] = settings.reached["latency"] * self._known[tuple(sorted(gone))]["latency"]
         asked = self._asked.recorded(self._graph)
         return replace(
             plan,

@@ -44,6 +44,18 @@ class DepthPlan(Plan):
     removal and the plan of channels (`widths`), so that `structprune.save`, `load` and all else know of both.
 
     Attributes:
+        slices: what is removed from which tensor of what is left.
+        attribute_edits: attributes of it to set.
+        rescales: factors that keep the function where a size changes it.
+        literal_edits: literals in its forwards to change.
+        caches: dicts of its modules in which the forward keeps results.
+        inputs: shapes and types of the example inputs, nested as they were given.
+        outputs: names of the outputs that keep their shape; None if all do.
+        layers: output channels of each layer that loses some.
+        axes: channels by what they are to the network, of what is left.
+        before: cost of the model as it is.
+        after: cost of the model that `apply` makes.
+        settings: what the plan was asked for, what is reached of the whole model, measured and left.
         removal: the branches, and what becomes of the names of tensors.
         tried: how many branches were tried, and what was lost with each.
 

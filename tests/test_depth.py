@@ -235,6 +235,26 @@ def test_a_forward_that_differs_in_training_stays_as_it_is_written():
     assert torch.equal(slim.train()(x), x * 2)
 
 
+def test_a_sum_in_place_is_rewritten_where_the_model_cannot_run_in_training_without_labels():
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Convolved(stride=2), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise ValueError("labels are needed")
+            return self.head(self.block(x))
+
+    torch.manual_seed(0)
+    model, x = Labelled().double().eval(), x_of(2, 4, 8, 8)
+    slim, error = error_without(model, x, ["block (conv ... bn)"])
+    assert error < 1e-12
+    assert slim.block.conv is None
+    # The block by itself can be trained.
+    assert slim.block.train()(x).shape == (2, 4, 4, 4)
+
+
 class Shared(nn.Module):
     """One block, run twice, and its weight once more."""
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from structprune.depth.cut import Cut
 from structprune.depth.records import nodes_in
 from structprune.depth.steps import LISTS, Steps
-from structprune.depth.sums import is_itself
+from structprune.depth.sums import is_float, is_itself
 from structprune.errors import PlanError
 from structprune.ops import op_of
 from structprune.surgery.rewrite import Rewritten, _rewritten
@@ -254,12 +255,12 @@ class Planner:
         return all(isinstance(item, (fx.Node, Tensor)) for item in _leaves(given)) and self._same_in_training(call)
 
     @cached_property
-    def _training(self) -> dict[str, list[list[str]]]:
-        """What each module runs itself in training mode, call by call; empty where that could not be recorded."""
+    def _training(self) -> dict[str, list[list[str]]] | None:
+        """What each module runs itself in training mode, call by call; None where that could not be recorded."""
         with collection_paused():
             both = in_both_modes(self._model, self._inputs, op_of)
         if both is None:
-            return {}
+            return None
         own: dict[int, list[str]] = {}
         for node in both.all_nodes[len(both.nodes) :]:
             if node.op.startswith("call_"):
@@ -272,7 +273,23 @@ class Planner:
     def _same_in_training(self, call: ModuleCall) -> bool:
         number = self._numbers[id(call)]
         here = [n.meta["name"] for n in self._trace.own.get(call.path, ()) if n.meta["call"] == number]
+        if self._training is None:  # in training mode the model as a whole asks for more: labels, say
+            return here == _alone_in_training(self._model.get_submodule(call.path), call)
         return here in self._training.get(call.path, ())
+
+
+def _alone_in_training(module: nn.Module, call: ModuleCall) -> list[str] | None:
+    """What a module runs itself in training mode on tensors like those of a call; None where that is not known."""
+    if call.kwargs or not all(isinstance(item, fx.Node) and is_float(item) for item in call.args):
+        return None
+    given = tuple(torch.empty(n.meta["shape"], dtype=n.meta["dtype"], device="meta") for n in call.args)
+    with collection_paused():
+        both = in_both_modes(module, given, op_of)
+    if both is None:
+        return None
+    behind = both.all_nodes[len(both.nodes) :]
+    own = [n for n in behind if n.op.startswith("call_") and n.meta["call"] >= 0]
+    return [n.meta["name"] for n in own if not both.every_call[n.meta["call"]].path]
 
 
 def _leaves(value: Any) -> Iterator[Any]:

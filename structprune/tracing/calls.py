@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from structprune.tracing.opaque import Opaque, opaque_of
 from structprune.tracing.scripted import scripted_call, source_of, watch_scripted
+from structprune.tracing.state import modules_of
 from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, Lookup, call_of
 
 MOVES = frozenset({"cpu", "cuda", "pin_memory"})  # a tensor on another device is the same tensor to a graph
@@ -97,7 +98,7 @@ class CallMode(TorchFunctionMode, ABC):
             live: the modules that those of `model` stand for, by ``id`` of the latter.
         """
         before: list[tuple[dict[str, Any], Any]] = []
-        for path, module in model.named_modules():
+        for path, module in modules_of(model):
             state = module.__dict__
             before.append((state, state.get(_CALL, _ABSENT)))
             # What ``nn.Module.__call__`` runs in place of ``_call_impl``: this module's own, so no other is touched.
@@ -116,16 +117,15 @@ class CallMode(TorchFunctionMode, ABC):
     def _module(self, path: str, module: nn.Module, live: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._away:
             return module._call_impl(*args, **kwargs)
-        with self._taken_whole(module, live):
+        opaque = opaque_of(module)
+        if opaque is None:
+            return self._called(path, module, live, args, kwargs)
+        with self._taken_whole(opaque, module, live):
             return self._called(path, module, live, args, kwargs)
 
     @contextmanager
-    def _taken_whole(self, module: nn.Module, live: nn.Module) -> Generator[None]:
+    def _taken_whole(self, opaque: Opaque, module: nn.Module, live: nn.Module) -> Generator[None]:
         """While the block runs, the forward of a module declared opaque is one operation, its hooks are others."""
-        opaque = opaque_of(module)
-        if opaque is None:
-            yield
-            return
         forward, own = module.forward, module.__dict__.get("forward")
 
         def whole(*args: Any, **kwargs: Any) -> Any:

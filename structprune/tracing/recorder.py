@@ -58,11 +58,10 @@ class Recorder(CallMode):
     # -- nodes ---------------------------------------------------------------------------------------------------
 
     def _node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
-        node = self.recording.graph.create_node(op, target, args, kwargs)
-        meta = node.meta
-        meta["index"] = len(self.recording.nodes)
-        meta["name"] = name
-        meta["call"] = self._stack[-1] if self._stack else -1
+        number = len(self.recording.nodes)
+        # Not by the graph's own methods: lists hold the order, and nobody asks for names that Python could take.
+        node = fx.Node(self.recording.graph, f"{name}_{number}", op, target, args, kwargs)
+        node.meta.update(index=number, name=name, call=self._stack[-1] if self._stack else -1)
         self.recording.nodes.append(node)
         return node
 
@@ -72,7 +71,7 @@ class Recorder(CallMode):
 
     def remember(self, tensor: Tensor, node: fx.Node) -> None:
         """From now on `tensor` is what `node` made."""
-        node.meta["shape"] = tuple(plain(list(tensor.shape)))
+        node.meta["shape"] = tuple(tensor.shape)
         node.meta["dtype"] = tensor.dtype
         node.meta["stride"] = tensor.stride()
         self._known[id(tensor)] = node

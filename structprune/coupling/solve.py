@@ -7,6 +7,7 @@ factored axis is a root: a channel that one may choose to remove.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Components:
 
     def __init__(self, relations: Relations) -> None:
         self._starts = np.asarray([*relations.starts], dtype=np.int64)
+        self._first_ids = [*relations.starts]  # of an axis that is a run, the place is looked up in plain Python
         self._axis_of, self._offset, total = _aliased(relations)
         self._total = total
         self.ids = relations.total
@@ -68,8 +70,8 @@ class Components:
     def of(self, axis: Axis) -> Ids:
         """Component of each channel of a free axis, shape ``(size,)``."""
         if axis.array is None:
-            dim = int(np.searchsorted(self._starts, axis.start, side="right")) - 1
-            first = int(self._offset[dim] + axis.start - self._starts[dim])
+            dim = bisect_right(self._first_ids, axis.start) - 1
+            first = int(self._offset[dim]) + axis.start - self._first_ids[dim]
             return self._component[first : first + axis.size]
         return self._component[self._compact(axis.array)]
 

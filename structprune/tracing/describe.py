@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from structprune.tracing.state import module_finder
+
 PARAMETRIZATIONS = "parametrizations"
 
 
@@ -87,8 +89,9 @@ def set_attribute(owner: Any, name: str, value: Any, undo: list[Callable[[], Non
 
 def describe_layers(model: nn.Module, paths: Iterable[str], undo: list[Callable[[], None]]) -> None:
     """Make the standard layers at `paths` describe the shapes that their tensors have now."""
+    find = module_finder(model)
     for path in sorted(paths):
-        module = model.get_submodule(path) if path else model
+        module = find(path)
         known = _description(type(module))
         if known is not None:
             with resting(module) if PARAMETRIZATIONS in module._modules else nullcontext():

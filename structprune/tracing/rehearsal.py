@@ -33,7 +33,7 @@ from structprune.tracing.provenance import (
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.recording import ModuleCall
 from structprune.tracing.shadow import Shadow, shadow_of
-from structprune.tracing.state import eager, held_tensors, meta_like
+from structprune.tracing.state import eager, held_tensors, meta_like, module_finder
 from structprune.tracing.trace import (
     ExampleInputs,
     Trace,
@@ -122,8 +122,9 @@ def rehearse(
         return nn.Parameter(thinned, requires_grad=False) if isinstance(tensor, nn.Parameter) else thinned
 
     shadow = shadow_of(model, replace, tracked=False)
+    find = module_finder(shadow.model)
     for attribute, value in widths.attributes.items():
-        _set(shadow.model.get_submodule(attribute.module), attribute.chain, value)
+        _set(find(attribute.module), attribute.chain, value)
     describe_layers(shadow.model, thinner, [])
     rehearsal = _Rehearsal(model, trace, shadow, operations, widths)
     with preserved_random_state(), torch.no_grad(), eager():

@@ -83,9 +83,10 @@ class _Copier:
         for path, module in written:
             state = self.memo[id(module)].__dict__
             state.update(module.__dict__)
+            same = _INERT if self.tracked else _PLAIN
             for key, value in module.__dict__.items():
                 kind = type(value)
-                if kind in _INERT:
+                if kind in same:
                     continue
                 if kind in _CONTAINERS and not value:  # most of what a module holds are dicts without hooks
                     state[key] = kind()
@@ -152,6 +153,8 @@ class _Copier:
         return new
 
     def _tuple(self, value: Any) -> Any:
+        if all(type(item) in _PLAIN for item in value):
+            return value
         items = [self.copied(item) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value

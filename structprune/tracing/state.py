@@ -55,18 +55,25 @@ def join(path: str, name: str) -> str:
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What ``model.named_modules()`` gives, whose nested generators take several times as long."""
     found: list[tuple[str, nn.Module]] = []
-    seen: set[nn.Module] = set()
-
-    def add(path: str, module: nn.Module) -> None:
-        if module not in seen:
-            seen.add(module)
+    seen: set[int] = set()
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
             found.append((path, module))
-            for name, child in module._modules.items():
-                if child is not None:
-                    add(f"{path}.{name}" if path else name, child)
-
-    add("", model)
+            if children := module._modules:
+                inside = [
+                    (f"{path}.{key}" if path else key, child) for key, child in children.items() if child is not None
+                ]
+                pending += reversed(inside)
     return found
+
+
+def module_finder(model: nn.Module) -> Callable[[str], nn.Module]:
+    """What ``model.get_submodule`` does, for the paths of many modules."""
+    modules = dict(modules_of(model))
+    return lambda path: modules[path] if path in modules else model.get_submodule(path)
 
 
 def held_tensors(model: nn.Module) -> dict[str, Held]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,17 @@ MOVES = frozenset({"cpu", "cuda", "pin_memory"})  # a tensor on another device i
 ASKED = VALUES - HANDED_OUT  # what Python asks for: no operation of a graph, unless it is answered with a tensor
 
 _CALL, _ABSENT = "_compiled_call_impl", object()
+
+
+class Leaf(NamedTuple):
+    """A call of a module that is declared opaque, which stands for `live`; `forward` is what its hooks stand around."""
+
+    opaque: Opaque
+    module: nn.Module
+    live: nn.Module
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class CallMode(TorchFunctionMode, ABC):
@@ -71,23 +82,16 @@ class CallMode(TorchFunctionMode, ABC):
     def _seen(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, or answer for the size of a tensor."""
 
-    @abstractmethod
     def _called(
         self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``module._call_impl``: the module of the model that was called, which stands for `live`."""
+        del path, live
+        return module._call_impl(*args, **kwargs)
 
-    @abstractmethod
-    def _leaf(
-        self,
-        opaque: Opaque,
-        module: nn.Module,
-        live: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Any,
-    ) -> Any:
+    def _leaf(self, leaf: Leaf) -> Any:
         """Run the forward of a module that is declared opaque: one operation."""
+        return leaf.forward(*leaf.args, **leaf.kwargs)
 
     @contextmanager
     def watching(self, model: nn.Module, live: Mapping[int, nn.Module] = MappingProxyType({})) -> Generator[None]:
@@ -130,7 +134,7 @@ class CallMode(TorchFunctionMode, ABC):
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():  # unlike calls of the torch API, this one arrives with the mode on
-                return self._leaf(opaque, module, live, forward, args, kwargs)
+                return self._leaf(Leaf(opaque, module, live, forward, args, kwargs))
 
         module.__dict__["forward"] = whole
         try:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, holds_tensor
-from structprune.tracing.opaque import Opaque, holdings, opaque_call, untracked
+from structprune.tracing.calls import ASKED, MOVES, CallMode, Leaf, holds_tensor
+from structprune.tracing.opaque import holdings, opaque_call, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.recording import ModuleCall, Recording
 from structprune.tracing.values import Values
@@ -326,16 +326,9 @@ class Recorder(CallMode):
         entry.mapping = type(output) if isinstance(output, dict) else None
         return output
 
-    def _leaf(
-        self,
-        opaque: Opaque,
-        module: nn.Module,
-        live: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Any,
-    ) -> Any:
+    def _leaf(self, leaf: Leaf) -> Any:
         """Run an opaque module, or what tells its results' shape, and write it down as one operation."""
+        opaque, module, live, forward, args, kwargs = leaf
         if self._meta:
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
         self._tracked = []

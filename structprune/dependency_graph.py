@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from structprune.coupling.graph import ChannelGraph, Layer
+from structprune.coupling.grouped_choices import grouped_choice
 from structprune.coupling.groups import Group
 from structprune.planning.build import plan_removal
 from structprune.planning.checks import check_ignore, check_outputs
@@ -84,7 +85,8 @@ class DependencyGraph(ChannelGraph):
 
         Args:
             target: a group of this graph, or a layer (module or dotted name) whose output channels are meant.
-            indices: channels of the group, or output channels of the layer, counted from 0.
+            indices: channels of the group, or output channels of the layer, counted from 0. In front of a grouped
+                convolution, and of the convolution itself, other channels of each group may go, equally many of each.
 
         Returns:
             The plan that was carried out.
@@ -94,9 +96,9 @@ class DependencyGraph(ChannelGraph):
             PinnedError: a channel may not be removed; the message says why.
             SurgeryError: the removal failed; the model is as it was.
         """
-        decided = plan_removal(
-            self, self.chosen(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
-        )
+        chosen = grouped_choice(self, target, indices)
+        chosen = self.chosen(target, indices) if chosen is None else chosen
+        decided = plan_removal(self, chosen, Settings(asked={"indices": [int(i) for i in indices]}))
         decided.apply(self.model, inplace=True)
         self._analyse()
         return decided

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
 from structprune.coupling.graph import ChannelGraph, Layer
-from structprune.coupling.grouped_choices import grouped_choice
+from structprune.coupling.grouped_choices import GroupedChoice, grouped_choice
 from structprune.coupling.groups import Group
+from structprune.ops.relations import Ids
 from structprune.planning.build import plan_removal
 from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings
@@ -96,9 +98,22 @@ class DependencyGraph(ChannelGraph):
             PinnedError: a channel may not be removed; the message says why.
             SurgeryError: the removal failed; the model is as it was.
         """
-        chosen = grouped_choice(self, target, indices)
-        chosen = self.chosen(target, indices) if chosen is None else chosen
-        decided = plan_removal(self, chosen, Settings(asked={"indices": [int(i) for i in indices]}))
+        decided = plan_removal(
+            self, self._settled(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
+        )
         decided.apply(self.model, inplace=True)
         self._analyse()
         return decided
+
+    def _settled(self, target: Group | Layer, indices: Sequence[int]) -> Ids | GroupedChoice:
+        """What `prune_group` removes, once every number in the forward that follows it is known to."""
+        while True:
+            grouped = grouped_choice(self, target, indices)
+            chosen = self.chosen(target, indices) if grouped is None else grouped
+            removed = self.components.removed(chosen) if isinstance(chosen, np.ndarray) else chosen.removed
+            emptied = any(removed[self.components.of(slot.axis)].all() for slot in self.slots)
+            if emptied or self.settle(removed, pin=False):
+                return chosen
+            if isinstance(target, Group):  # components are numbered anew
+                found = [group for group in self.groups() if str(group) == str(target)]
+                target = found[0] if len(found) == 1 else target.name

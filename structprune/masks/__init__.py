@@ -1,6 +1,7 @@
 """Masks and zeros: networks full of zeros made smaller, plans as masks, and saliency and masks as plain values."""
 
 from structprune.masks.compacting import Compaction, LayerReport, compact, compaction
+from structprune.masks.engine import PruningEngine, gradual
 from structprune.masks.mask import Comparison, Mask, TensorComparison
 from structprune.masks.saliency import Saliency
 from structprune.masks.sparsity_report import Gain, Sparsity, TensorSparsity, sparsity
@@ -14,6 +15,7 @@ __all__ = [
     "Gain",
     "LayerReport",
     "Mask",
+    "PruningEngine",
     "Saliency",
     "Sparsity",
     "TensorComparison",
@@ -22,6 +24,7 @@ __all__ = [
     "compaction",
     "fits_blocks",
     "from_plan",
+    "gradual",
     "remove",
     "semi_structured",
     "sparsity",

@@ -35,7 +35,13 @@ def grouped(names: Iterable[str], scope: str) -> list[list[str]]:
 
 
 def lowest(
-    parts: Mapping[str, tuple[Tensor, Tensor | None]], amount: float, dim: int | None, n: float, *, by_output: bool
+    parts: Mapping[str, tuple[Tensor, Tensor | None]],
+    amount: float,
+    dim: int | None,
+    n: float,
+    *,
+    by_output: bool,
+    cumulative: bool,
 ) -> dict[str, Tensor]:
     """Masks of some tensors without their lowest scores; of equal ones the later go.
 
@@ -45,15 +51,18 @@ def lowest(
         dim: slices along this dimension go as a whole; None for single entries.
         n: order of the norm of a slice.
         by_output: the amount is of each index of the first dimension instead.
+        cumulative: the amount is of everything, and what is gone already counts towards it.
 
     Raises:
         PlanError: `amount` is out of range.
     """
     if by_output:
-        return {name: _lowest_of_rows(name, scores, living, amount) for name, (scores, living) in parts.items()}
+        return {
+            name: _lowest_of_rows(name, scores, living, amount, cumulative) for name, (scores, living) in parts.items()
+        }
     flat = [_units(scores, living, dim, n) for scores, living in parts.values()]
     scores, living = torch.cat([unit[0] for unit in flat]), torch.cat([unit[1] for unit in flat])
-    count = _count(amount, int(living.sum()), list(parts))
+    count = _count(amount, int(living.sum()), len(living) if cumulative else None, list(parts))
     keep = _without_lowest(scores[None], living[None], count)[0]
     pieces = keep.split([len(unit[0]) for unit in flat])
     found: dict[str, Tensor] = {}
@@ -73,14 +82,13 @@ def _units(scores: Tensor, living: Tensor | None, dim: int | None, n: float) -> 
     return torch.linalg.vector_norm(rows, n, dim=1).cpu(), alive.movedim(dim, 0).flatten(1).any(1).cpu()
 
 
-def _lowest_of_rows(name: str, scores: Tensor, living: Tensor | None, amount: float) -> Tensor:
+def _lowest_of_rows(name: str, scores: Tensor, living: Tensor | None, amount: float, cumulative: bool) -> Tensor:
     rows = scores.reshape(len(scores), -1) if scores.dim() else scores.reshape(1, 1)
     alive = torch.ones_like(rows, dtype=torch.bool) if living is None else living.reshape(rows.shape).to(rows.device)
     each = alive.sum(1)
-    counts = [_count(amount, entries, [name]) for entries in each.unique().tolist()]
-    count_of = dict(zip(each.unique().tolist(), counts, strict=True))
     found = torch.empty_like(alive)
-    for entries, count in count_of.items():
+    for entries in each.unique().tolist():
+        count = _count(amount, entries, rows.shape[1] if cumulative else None, [name])
         these = each == entries
         found[these] = _without_lowest(rows[these], alive[these], count)
     return found.view(scores.shape)
@@ -115,12 +123,14 @@ def best_of_blocks(name: str, scores: Tensor, n: int, m: int) -> Tensor:
     return mask.flatten(-2).movedim(-1, 1).contiguous()
 
 
-def _count(amount: float, entries: int, names: list[str]) -> int:
+def _count(amount: float, living: int, total: int | None, names: list[str]) -> int:
+    """How many of the `living` entries go; of a total, those that are gone already are taken off."""
     where = ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")
+    entries = living if total is None else total
     whole = isinstance(amount, int) and not isinstance(amount, bool)
     if not 0 <= amount <= (entries if whole else 1):  # NaN is in no range
         raise PlanError(
             f"amount={amount} is out of range for {where}: give a fraction from 0.0 to 1.0, or a count from 0 to "
             f"{entries}."
         )
-    return int(amount) if whole else round(amount * entries)
+    return max(0, (int(amount) if whole else round(amount * entries)) - (entries - living))

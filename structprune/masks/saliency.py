@@ -227,6 +227,7 @@ class Saliency(NamedTensors):
         dim: int | None = None,
         n: float = 2.0,
         default_mask: Mask | None = None,
+        cumulative: bool = False,
     ) -> Mask:
         """The mask without the lowest scores; of equal ones the later go.
 
@@ -241,6 +242,7 @@ class Saliency(NamedTensors):
                 single entries.
             n: a slice has the Ln norm of its scores.
             default_mask: of an earlier round: what it lacks stays gone, and `amount` is of what it keeps.
+            cumulative: `amount` is of everything, and what `default_mask` lacks counts towards it.
 
         Raises:
             PlanError: `amount` is out of range, there is no such scope or dimension, or `default_mask` does not fit.
@@ -261,7 +263,7 @@ class Saliency(NamedTensors):
         found: dict[str, Tensor] = {}
         for names in self._groups(scope, dim):
             parts = {name: (self._tensors[name], living[name]) for name in names}
-            found |= lowest(parts, amount, dim, n, by_output=scope == "output")
+            found |= lowest(parts, amount, dim, n, by_output=scope == "output", cumulative=cumulative)
         return Mask({name: found[name] for name in self})
 
     def above(self, threshold: float | Mapping[str, float], *, default_mask: Mask | None = None) -> Mask:

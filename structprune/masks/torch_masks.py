@@ -77,11 +77,11 @@ def from_plan(plan: Plan, model: nn.Module) -> nn.Module:
         (16, Linear(in_features=4, out_features=4, bias=True))
     """
     inner = prunable(model, inplace=True)
-    put_on(inner, _masks(plan, inner))
+    put_on(inner, masks_of_plan(plan, inner))
     return model
 
 
-def _masks(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
+def masks_of_plan(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
     """The mask of each parameter that the plan thins: one where an entry stays."""
     parameters = masked_tensors(model)
     buffers = dict(model.named_buffers())

@@ -31,7 +31,7 @@ from structprune.ops.relations import Axis, Ids
 from structprune.tracing.containers import leaves_of
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.rehearsal import Deviation
-from structprune.tracing.state import collection_paused
+from structprune.tracing.state import collection_paused, modules_of
 from structprune.tracing.subgraph import can_be_rebuilt, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
@@ -71,7 +71,7 @@ class ChannelGraph:
     def _relate(self) -> None:
         for name in ("costs", "slots"):
             self.__dict__.pop(name, None)
-        self._modules = dict(self.model.named_modules())
+        self._modules = dict(modules_of(self.model))
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
@@ -89,7 +89,6 @@ class ChannelGraph:
                 self.channels.invariants.append(Invariant(scale.expression, where))
             else:
                 self.compensations.append(found)
-        self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
         described = partial(described_row, self._modules, self.trace, self.channels)
         self._solver = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
         self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs)
@@ -101,18 +100,20 @@ class ChannelGraph:
         self.sizes = self._solver.solve()
         self.components = self.sizes.components
 
-    def settle(self, removed: Mask) -> bool:
+    def settle(self, removed: Mask, *, pin: bool = True) -> bool:
         """Whether the forward runs as foreseen at the widths that `removed` leaves.
 
-        Where it does not, the origin of a number is found, or what it depends on is pinned: ask for groups once more.
+        Where it does not, the origin of a number is found, or what it depends on is pinned (without `pin`, left for
+        `check` to refuse): ask for groups once more.
         """
         with collection_paused():
             found = self._rehearsals.deviations(self.sizes, removed)
             if found and self._rehearsals.trace_back(self.sizes, removed, found):
                 self._relate()
-            elif found:
+                return False
+            if found and pin:
                 self._pin_deviating(removed, found[0])
-        return not found
+        return not found or not pin
 
     @property
     def unchecked(self) -> str:
@@ -145,7 +146,7 @@ class ChannelGraph:
         Raises:
             UnknownLayerError: the model has none such.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(modules_of(self.model))
         if isinstance(layer, nn.Module):
             for path, module in modules.items():
                 if module is layer:
@@ -361,8 +362,7 @@ class ChannelGraph:
 
     def _rules(self, axis: Axis, group: Group) -> bool:
         """Whether channels of `group` decide about those of `axis`."""
-        _, found = self.roots.of(self.components.of(axis))
-        return bool(np.isin(found, group.components).any())
+        return bool(np.isin(self.roots.of(self.components.of(axis))[1], group.components).any())
 
     def counter(self, removed: Mask | None = None) -> Counter:
         """Counts kept channels of axes once the components marked in `removed` are removed; all channels by default."""

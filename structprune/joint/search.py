@@ -188,20 +188,23 @@ class Search:
     def _kept_to(
         self, limits: Mapping[str, float], amounts: Amounts, chosen: Chosen, found: Candidate
     ) -> tuple[Plan, dict[str, float]]:
-        """The plan and the amounts of its network; planned anew with a smaller aim where it was measured to be slow."""
+        """The plan and the amounts of its network; planned anew where it was measured to be too slow, or too fast."""
         assert found.plan is not None
         tried = [(found.plan, amounts.of(found.plan.apply(self._model)))]
+        if "latency" not in limits:
+            return tried[0]
+
+        def ratio(each: tuple[Plan, dict[str, float]]) -> float:
+            return each[1]["latency"] / limits["latency"]
+
         aim = dict(limits)
-        while "latency" in limits and len(tried) < ATTEMPTS and self._options.width_axes != ():
-            missed = tried[-1][1]["latency"] / limits["latency"]
-            if missed <= 1 + NEAR:
-                break
-            aim["latency"] /= missed
+        while len(tried) < ATTEMPTS and tried[-1][0].slices and not 1 - 2 * NEAR <= ratio(tried[-1]) <= 1 + NEAR:
+            aim["latency"] /= ratio(tried[-1])
             again = self._candidate(chosen, amounts, aim).plan
             if again is None:
                 break
             tried.append((again, amounts.of(again.apply(self._model))))
-        return min(tried, key=lambda each: each[1].get("latency", 0.0))
+        return min(tried, key=lambda each: (ratio(each) > 1 + NEAR, abs(ratio(each) - 1)))
 
     def _sets(self, amounts: Amounts, before: Mapping[str, float], limits: Mapping[str, float]) -> list[Chosen]:
         """What goes if no branch goes, if one goes, and so on: as many as meet the target alone, but never all."""

@@ -166,7 +166,7 @@ def markdown(facts: dict[str, Any]) -> list[str]:
             f"on {PLANNED_ON} training images without labels, one thread, channels by their L2 norm, blocks by "
             f"influence; recovered on {RECOVERED_ON} images ({ROWS} rows, {ROUNDS} rounds of joint "
             "solving); one draw. The speed is measured with the dense network in turns.", "",
-            "| backend, batch | asked | may go | speed | blocks gone | MACs | as it is | new statistics | recovered |",
+            "| backend, batch | asked | may go | speed | blocks gone | MACs an image | as it is | new statistics | recovered |",
             "|---|--:|---|--:|--:|--:|--:|--:|--:|",
         ]  # fmt: skip
         for row in net["rows"]:
@@ -176,7 +176,7 @@ def markdown(facts: dict[str, Any]) -> list[str]:
                 continue
             parts = (f"{row[key]:.2f}%" for key in ("as it is", "recalibrated", "recovered"))
             lines.append(
-                f"{head}{row['speed']:.2f}x | {row['blocks removed']} | {row['macs'] / 1e6:.1f} M | "
+                f"{head}{row['speed']:.2f}x | {row['blocks removed']} | {row['macs'] / row['batch'] / 1e6:.1f} M | "
                 + " | ".join(parts)
                 + " |"
             )

@@ -24,6 +24,8 @@ from structprune.importance.observe import descend, look
 from structprune.importance.reduce import check_reduction, padded, reduced
 from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
+from structprune.ops import kind_of
+from structprune.ops.op import CONVOLUTIONS
 
 _NAMES = {
     False: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -60,8 +62,9 @@ class ObservedLayer:
         weight = seen.weight
         assert weight is not None
         size, name = seen.x.shape[seen.dim], seen.operation.call.name
-        if name.startswith("conv"):
-            transposed = name.startswith("conv_transpose")
+        kind = kind_of(name)
+        if kind in CONVOLUTIONS:
+            transposed = kind == "transposed"
             args, kwargs = seen.operation.args, seen.operation.kwargs
             given = {**dict(zip(_NAMES[transposed], args, strict=False)), **kwargs}
             rest = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
@@ -69,7 +72,7 @@ class ObservedLayer:
             kernel = tuple(weight.shape[2:])
             by_channel = columns(seen).reshape(size, -1, prod(kernel))
             return ObservedLayer(by_channel, groups, rest, kernel, transposed, seen.dim)
-        if weight.dim() != 2 or name in ("bilinear", "python.einsum"):
+        if weight.dim() != 2 or kind in ("bilinear", "einsum"):
             raise PlanError(
                 f"The second moments of {seen.where} are not known: it is neither a convolution nor a product with one "
                 "matrix. Name the layer in ignore=, or choose another criterion, such as 'wanda'."

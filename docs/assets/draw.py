@@ -167,7 +167,7 @@ def block() -> Picture:
     start = (xs["stem"] + extent(3) + xs["conv1"]) / 2
     picture.path(f"M{start} {middle}V56H{plus}V{middle - 15}")
     picture.text((start + plus) / 2, 46, "shortcut", "mid small")
-    picture.text(36, 28, "Axes of a weight are its output channels, columns its input channels.", "small")
+    picture.text(36, 28, "Rows of a weight are its output channels, columns its input channels.", "small")
     legend = top + size + 62
     picture.rect(36, legend - 11, CELL, CELL, "first")
     picture.text(58, legend, "channel 2 of conv1: a filter, its entries in the batch norm, and what conv2 reads of it")

@@ -109,7 +109,7 @@ def compact(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
 
 
 def compaction(model: nn.Module, example_inputs: ExampleInputs) -> Compaction:
-    """The same as `compact`, whose arguments and errors it has, with a report: what went, was folded or stayed, and why."""
+    """The same as `compact`, with a report: for each layer what went, what was folded, what stayed and why."""
     for name, held in held_tensors(prunable(model)).items():
         if held.tensor.is_meta:
             raise PlanError(f"{name!r} is on the meta device: its zeros cannot be seen. Load its weights first.")

@@ -47,9 +47,9 @@ class Liveness:
         self._off = np.zeros(graph.components.count, dtype=bool)
         for group in graph.groups():
             self._off[group.components] = True
-        self._survivors: dict[int, list[Axis]] = {}
-        for survivors in graph.channels.relations.survivors:
-            self._survivors.setdefault(survivors.node, []).extend(survivors.axes)
+        self._reduced: dict[int, list[Axis]] = {}
+        for reduction in graph.channels.relations.reductions:
+            self._reduced.setdefault(reduction.node, []).extend(reduction.axes)
         self._refresh()
         while self._sweep() or self._allow():
             pass
@@ -108,7 +108,7 @@ class Liveness:
             return self._look_at_layer(self._constants.layers[node])
         changed = False
         where = describe(node, self._graph.trace)
-        normalised = {axis.key for axis in self._survivors.get(node.meta["index"], ())}
+        normalised = {axis.key for axis in self._reduced.get(node.meta["index"], ())}
         known = op_of(node.meta["name"])
         summed = known is not None and known.over_kept is None
         checked = self._needed(node)

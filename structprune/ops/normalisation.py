@@ -1,4 +1,4 @@
-"""Normalisations and reductions: over thinned channels they run over the survivors."""
+"""Normalisations and reductions: over removed channels they run over the channels kept."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Axes:
     if given.get("training", given.get("use_input_stats")):
         # Standardised weights are normalised over their input channels by a batch norm over "positions".
         first = 2 if c.node.meta["name"] == "instance_norm" else 0
-        c.survivors(x, [at for at in range(first, len(x.axes)) if at != 1])
+        c.reduces_over(x, [at for at in range(first, len(x.axes)) if at != 1])
     return x.axes
 
 
@@ -87,7 +87,7 @@ def layer_norm(c: Context, x: Operand, shape: Sequence[Any], *affine: Any, **nam
             c.same(axis, other)
     for size, axis in zip(shape, x.axes[first:], strict=True):
         c.expect(size, axis)
-    c.survivors(x, range(first, len(x.axes)))
+    c.reduces_over(x, range(first, len(x.axes)))
     return x.axes
 
 
@@ -102,7 +102,7 @@ def group_norm(c: Context, x: Operand, groups: int, *affine: Any, **named: Any) 
         c.expect(groups, outer)
     for position in x.axes[2:]:
         c.pin(position, f"it is a position that {c.where()} averages over")
-    c.survivors(x, (1,))
+    c.reduces_over(x, (1,))
     return x.axes
 
 
@@ -111,7 +111,7 @@ def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Axes:
     """``g * v / |v|``, with one norm for each index of `dim`."""
     if g.axes[v.dim(dim)].size > 1:
         c.same(v.axes[v.dim(dim)], g.axes[v.dim(dim)])
-    c.survivors(v, [at for at in range(len(v.axes)) if at != v.dim(dim)])
+    c.reduces_over(v, [at for at in range(len(v.axes)) if at != v.dim(dim)])
     return v.axes
 
 
@@ -153,7 +153,7 @@ def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
 
     A sum over the channels that stay is the sum with the others at zero. A mean is such a sum times a factor, which
     parameters take up; as a part of a norm that the forward writes out it runs over the channels that stay.
-    A norm of a matrix without axes and columns of zeros is what it was: they add no singular value but zero.
+    A norm of a matrix without rows and columns of zeros is what it was: they add no singular value but zero.
     """
     name = c.node.meta["name"]
     dims = dims_of(c.node, len(x.axes), default=(-2, -1) if name == "linalg_matrix_norm" else None)
@@ -164,17 +164,17 @@ def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
             size = Dim(x.node.meta["index"], at)
             c.relations.scale_of(c.node.meta["index"], 0, Arithmetic("**", pow, size, Constant(-1)), x.axes[at])
     else:
-        c.survivors(x, dims)
+        c.reduces_over(x, dims)
     return without(x.axes, dims, len(c.shape))
 
 
 @register_op("var", "std", "var_mean", "std_mean", "nanmean", zeros=zeros.reduced)
 def spread(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
-    """The spread of what a forward normalises by it is over the survivors; any other counts all channels."""
+    """The spread of what a forward normalises by it is over the channels kept; any other counts all channels."""
     dims = dims_of(c.node, len(x.axes))
     if dims is None or not normalises(c.node):
         return competing(c, x, dims, f"it is averaged over by {c.where()}")
-    c.survivors(x, dims)
+    c.reduces_over(x, dims)
     axes = without(x.axes, dims, len(c.shape[0] if isinstance(c.shape, list) else c.shape))
     return [axes for _ in c.shape] if isinstance(c.shape, list) else axes
 

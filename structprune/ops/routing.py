@@ -73,7 +73,7 @@ def softmax(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     dim = dimension(x, kwargs.get("dim", args[0] if args else -1))
     if dim is None or not x.axes[dim].free or not _chosen_from(c.node):
         return competing(c, x, dim)
-    c.survivors(x, (dim,))
+    c.reduces_over(x, (dim,))
     return x.axes
 
 
@@ -84,7 +84,7 @@ def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> R
     if at is None or not x.axes[at].free or not isinstance(k, int):
         return competing(c, x, at)
     axis = x.axes[at]
-    c.survivors(x, (at,))
+    c.reduces_over(x, (at,))
     c.bounded(axis, least=int(k))
     chosen = c.fresh([int(k)], f"it numbers the choices of {c.where()}")
     c.expect(k, chosen[0])

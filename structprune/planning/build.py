@@ -18,7 +18,7 @@ from structprune.ops.relations import Ids
 from structprune.planning.configuration import config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
 from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale
-from structprune.surgery.reference import thinned_norms
+from structprune.surgery.reference import norms_over_kept
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literal_for, literals
 from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
@@ -86,8 +86,8 @@ def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
 def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
     """Where the smaller model does not compute what the original does with the channels switched off, by name."""
     found: dict[str, None] = {}
-    for survivors, _ in thinned_norms(graph, removed):
-        node = graph.trace.all_nodes[survivors.node]
+    for reduction, _ in norms_over_kept(graph, removed):
+        node = graph.trace.all_nodes[reduction.node]
         call = node.meta["call"]
         path = graph.trace.every_call[call].path if call >= 0 else ""
         found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
@@ -156,12 +156,12 @@ def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, in
 
 def _gains(graph: ChannelGraph, slices: tuple[RemovedSlice, ...]) -> tuple[Gain, ...]:
     """What makes up for the norms of weights that lose some of what the norms run over."""
-    thinned = {(sliced.tensor, sliced.dim) for sliced in slices}
+    sliced_dims = {(sliced.tensor, sliced.dim) for sliced in slices}
     found = dict.fromkeys(normalised.gain for normalised in graph.normalised)
     return tuple(
         gain
         for gain in found
-        if any(tensor == gain.weight and (dim != gain.dim or gain.vectors) for tensor, dim in thinned)
+        if any(tensor == gain.weight and (dim != gain.dim or gain.vectors) for tensor, dim in sliced_dims)
     )
 
 

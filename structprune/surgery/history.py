@@ -50,11 +50,11 @@ def _composed(
 
 
 def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, undo: list[Callable[[], None]]) -> None:
-    """Note, at the modules that hold them, what is left of the tensors that `edits` thinned.
+    """Note, at the modules that hold them, what is left of the tensors that `edits` sliced.
 
     Args:
-        model: the thinned model.
-        tensors: the tensors before they were thinned, by name; a tied one is noted under each of its names.
+        model: the pruned model.
+        tensors: the tensors before they were sliced, by name; a tied one is noted under each of its names.
         edits: what was removed.
         undo: how to take the notes back is added here.
     """
@@ -109,7 +109,7 @@ def _assign(target: dict[str, Any], key: str, value: Any, undo: list[Callable[[]
 
 
 def _records(model: nn.Module) -> Iterator[tuple[str, dict[int, tuple[int, Indices | None]], tuple[int, ...]]]:
-    """Name, record and shape of every thinned tensor that is still there."""
+    """Name, record and shape of every sliced tensor that is still there."""
     for path, module in unwrapped(model).named_modules():
         record: Record = recalled(module, RECORD, {})
         for key, dims in record.items():

@@ -19,19 +19,19 @@ from structprune.ops.relations import ReducesOver
 from structprune.tracing.replay import FoundCall, Hook
 
 
-def thinned_norms(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
-    """The norms and means that run over what stays once `removed` is gone, with what is kept of their axes."""
+def norms_over_kept(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
+    """The norms and means that run over what stays once `removed` is removed, with what is kept of their axes."""
     weights = {part.meta["index"] for normalised in graph.normalised for part in normalised.parts}
-    for survivors in graph.channels.relations.survivors:
-        known = op_of(graph.trace.all_nodes[survivors.node].meta["name"])
-        if survivors.node not in weights and (known is None or known.over_kept is not None):
-            masks = [~removed[graph.components.of(axis)] for axis in survivors.axes]
+    for reduction in graph.channels.relations.reductions:
+        known = op_of(graph.trace.all_nodes[reduction.node].meta["name"])
+        if reduction.node not in weights and (known is None or known.over_kept is not None):
+            masks = [~removed[graph.components.of(axis)] for axis in reduction.axes]
             if not all(mask.all() for mask in masks):
-                yield survivors, masks
+                yield reduction, masks
 
 
-def over_survivors(graph: ChannelGraph, found: ReducesOver, masks: list[Mask]) -> Hook:
-    """What runs a norm or a mean over the survivors of thinned axes: those that `masks` keep of each."""
+def over_kept_channels(graph: ChannelGraph, found: ReducesOver, masks: list[Mask]) -> Hook:
+    """What runs a norm or a mean over the channels kept: those that `masks` keep of each axis."""
     axes = graph.channels.axes[found.node]
     known = op_of(graph.trace.all_nodes[found.node].meta["name"])
     run = entries_kept if known is None or known.over_kept is None else known.over_kept

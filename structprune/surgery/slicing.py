@@ -86,7 +86,7 @@ def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[RemovedS
         held = tensors.get(sliced.tensor)
         if held is None:
             raise SurgeryError(
-                f"The plan thins {sliced.tensor!r}, which this model does not have. Apply a plan to the model it was "
+                f"The plan slices {sliced.tensor!r}, which this model does not have. Apply a plan to the model it was "
                 "made for."
             )
         shape = tuple(held.tensor.shape)
@@ -96,13 +96,13 @@ def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[RemovedS
         inside = not sliced.removed or (first >= 0 and last < sliced.size)
         if sliced.dim >= len(shape) or shape[sliced.dim] != sliced.size or not inside:
             raise SurgeryError(
-                f"The plan thins dimension {sliced.dim} of {sliced.tensor!r} from {sliced.size} entries, but its "
+                f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} from {sliced.size} entries, but its "
                 f"shape is {list(shape)}. Has the model been pruned since the plan was made? Make a new plan."
             )
         before = by_tensor.setdefault(sliced.tensor, [])
         before.append(sliced)
         if len(before) > 1 and len({t.dim for t in before}) < len(before):
-            raise SurgeryError(f"The plan thins dimension {sliced.dim} of {sliced.tensor!r} twice. Make a new plan.")
+            raise SurgeryError(f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} twice. Make a new plan.")
     return by_tensor
 
 
@@ -142,23 +142,32 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
         old = tensors[name].tensor
         result[id(old)] = _sliced(old, slices, stays)
     for rescale in plan.rescales:
-        for name in rescale.names if isinstance(rescale, Gain) else (rescale.tensor,):
-            if name not in tensors:
-                raise SurgeryError(f"The plan rescales {name!r}, which this model does not have.")
-        if isinstance(rescale, Gain):
-            gain = regained(rescale, {name: tensors[name].tensor for name in rescale.names}, result, by_tensor)
-            result[id(tensors[rescale.tensor].tensor)] = gain
-            continue
+        _check_rescale(rescale, tensors)
         old = tensors[rescale.tensor].tensor
-        size = old.shape[rescale.dim] if rescale.dim < old.dim() else 0
-        if any(position >= size for position in rescale.positions or ()):
-            raise SurgeryError(
-                f"The plan rescales dimension {rescale.dim} of {rescale.tensor!r}, whose shape {list(old.shape)} does "
-                "not have it. Make a new plan."
-            )
-        result[id(old)] = _rescaled(result.get(id(old), old.detach()), rescale, by_tensor.get(rescale.tensor, []))
+        if isinstance(rescale, Gain):
+            olds = {name: tensors[name].tensor for name in rescale.names}
+            result[id(old)] = regained(rescale, olds, result, by_tensor)
+        else:
+            smaller = result.get(id(old), old.detach())
+            result[id(old)] = _rescaled(smaller, rescale, by_tensor.get(rescale.tensor, []))
     for name in by_tensor.keys() | {rescale.tensor for rescale in plan.rescales}:
         old = tensors[name].tensor
         if isinstance(old, nn.Parameter) and old.grad is not None:
             result[id(old.grad)] = _sliced(old.grad, by_tensor.get(name, []), stays)
     return result
+
+
+def _check_rescale(rescale: Rescale | Gain, tensors: dict[str, Held]) -> None:
+    """The tensors of a rescale must be there, and have the entries that it names."""
+    for name in rescale.names if isinstance(rescale, Gain) else (rescale.tensor,):
+        if name not in tensors:
+            raise SurgeryError(f"The plan rescales {name!r}, which this model does not have.")
+    if isinstance(rescale, Gain):
+        return
+    old = tensors[rescale.tensor].tensor
+    size = old.shape[rescale.dim] if rescale.dim < old.dim() else 0
+    if any(position >= size for position in rescale.positions or ()):
+        raise SurgeryError(
+            f"The plan rescales dimension {rescale.dim} of {rescale.tensor!r}, whose shape {list(old.shape)} does "
+            "not have it. Make a new plan."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -143,19 +143,6 @@ class CallMode(TorchFunctionMode, ABC):
             del module.__dict__["forward"]
             if own is not None:
                 module.__dict__["forward"] = own
-
-
-def tensors_taken(value: Any) -> Iterator[Tensor]:
-    """The tensors in the arguments of an operation in order, with repeats."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_taken(item)
-    elif isinstance(value, dict):
-        yield from tensors_taken(list(value.values()))
-    elif isinstance(value, slice):
-        yield from tensors_taken((value.start, value.stop, value.step))
 
 
 def holds_tensor(result: Any) -> bool:

@@ -111,22 +111,22 @@ def rehearse(
     """
     parameters = {str(node.target): node for node in trace.all_nodes if node.meta["name"] == "parameter"}
 
-    thinner: set[str] = set()
+    changed: set[str] = set()
 
     def replace(name: str, tensor: Tensor) -> Tensor:
         node = parameters.get(name)
         shape = tensor.shape if node is None else widths.shape(node.meta["index"])
         if tuple(shape) == tuple(tensor.shape):
             return meta_like(tensor)
-        thinner.add(owner(name.rpartition(".")[0]))
-        thinned = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        return nn.Parameter(thinned, requires_grad=False) if isinstance(tensor, nn.Parameter) else thinned
+        changed.add(owner(name.rpartition(".")[0]))
+        smaller = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return nn.Parameter(smaller, requires_grad=False) if isinstance(tensor, nn.Parameter) else smaller
 
     shadow = shadow_of(model, replace, tracked=False)
     find = module_finder(shadow.model)
     for attribute, value in widths.attributes.items():
         _set(find(attribute.module), attribute.chain, value)
-    describe_layers(shadow.model, thinner, [])
+    describe_layers(shadow.model, changed, [])
     rehearsal = _Rehearsal(model, trace, shadow, operations, widths)
     with preserved_random_state(), torch.no_grad(), eager():
         try:

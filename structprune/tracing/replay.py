@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structprune.errors import StructpruneError, TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, Leaf, holds_tensor, tensors_taken
+from structprune.tracing.calls import ASKED, MOVES, CallMode, Leaf, holds_tensor
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.opaque import holdings, opaque_call
 from structprune.tracing.recording import CallKey, Group
 from structprune.tracing.state import held_tensors
@@ -208,7 +209,7 @@ class Replay(CallMode):
 
     def _among_equals(self, operation: FoundCall, taken: list[Any]) -> Any:
         """Run an operation that may be asked for; `taken` is what the trace has as its arguments."""
-        held = tuple(self._held[id(t)] for t in tensors_taken(taken) if id(t) in self._held)
+        held = tuple(self._held[id(t)] for t in leaves_of(taken, Tensor, slices=True) if id(t) in self._held)
         group: Group = (*self._stack[-1], operation.call.name, held)
         numbers, done = self._equals.get(group), self._done[group]
         if numbers is not None and done == len(numbers):

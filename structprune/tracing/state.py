@@ -1,7 +1,7 @@
-"""What a model holds, and how to lend it to a trace without leaving a mark.
+"""What a model holds, and how to run it on other tensors without leaving a mark.
 
-`Holdings` lists the tensors of a model by name. `lent` swaps them for stand-ins on the ``meta`` device (or shields
-them, where real values are needed), replaces int attributes by tracked ones, and puts everything back afterwards:
+`Holdings` lists the tensors of a model by name. `swapped_tensors` replaces them by empty ones on the ``meta`` device,
+or by copies where real values are needed, replaces int attributes by tracked ones, and puts everything back afterwards:
 attributes, buffers, caches, hooks, mode, random state.
 """
 
@@ -245,8 +245,10 @@ def copy_buffer(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True) -> Generator[dict[int, str]]:
-    """Lend `model` to a trace: its tensors replaced through `replace`, its int attributes tracked if `track`.
+def swapped_tensors(
+    model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True
+) -> Generator[dict[int, str]]:
+    """While the block runs, the tensors of `model` are replaced through `replace`, and its ints tracked if `track`.
 
     Yields the names of the replaced tensors by ``id``. Everything is put back at the end, whatever happens.
     """

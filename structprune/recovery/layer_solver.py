@@ -16,6 +16,7 @@ from torch import Tensor
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import all_reduced
+from structprune.ops import op_of
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
 from structprune.recovery.chain import producers_of
@@ -179,7 +180,8 @@ class LayerSolver:
         """The dimension of the target's channels."""
         if self._map is not None:
             return self._map.channel_dim
-        return -1 if self._name in ("layer_norm", "rms_norm", "mul") else 1
+        known = op_of(self._name)
+        return -1 if known is None or known.norm is None else known.channel_dim
 
     def _kept_part(self, tensor: Tensor) -> Tensor:
         """The kept channels of the original's result: (16, 8, 5, 5) becomes (16, 6, 5, 5) without two channels."""

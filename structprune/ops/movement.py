@@ -126,7 +126,7 @@ def transposed(c: Context, x: Operand, *_: Any) -> Axes:
     return (*x.axes[:-2], *x.axes[-2:][::-1])
 
 
-@register_op("expand", "broadcast_to", **VIEWS)
+@register_op("expand", "broadcast_to", **(VIEWS | {"zeros": zeros.repeated}))
 def expand(c: Context, x: Operand, sizes: Sequence[Any], *_: Any, **__: Any) -> Axes:
     """Dimensions of size 1 are repeated; the repeats are channels that may go."""
     axes = (*([UNIT] * (len(sizes) - len(x.axes))), *x.axes)
@@ -138,7 +138,7 @@ def expand(c: Context, x: Operand, sizes: Sequence[Any], *_: Any, **__: Any) -> 
     return tuple(result)
 
 
-@register_op("expand_as", zeros=zeros.kept, indices=Indices.PASSED, views=True)
+@register_op("expand_as", zeros=zeros.repeated, indices=Indices.PASSED, views=True)
 def expand_as(c: Context, x: Operand, other: Operand) -> Axes:
     """`x` repeated to the shape of `other`."""
     return c.broadcast([x, other])

@@ -276,7 +276,9 @@ def hold_pieces(channels: Channels, components: Components) -> bool:
         inside[parts] = True
         if components.pinned[parts].any() or any(inside[factor].all() for factor in factors):
             continue
-        if any(inside[components.of(held[at])].all() for at in np.flatnonzero(inside[firsts])):
+        # One of several roots is always kept; cells of one row all go with the index of the row.
+        holding = (components.of(held[at]) for at in np.flatnonzero(inside[firsts]))
+        if any(inside[part].all() and components.roots[part].any() for part in holding):
             continue
         channels.relations.pin(axis[:1], f"its piece may not be left without channels, in {where}")
         found = True

@@ -60,12 +60,14 @@ def test_a_sum_over_what_is_not_zero_pins_it(names: tuple[str, ...]) -> None:
         ("weights of heads", "log of size"),  # a pin that joins components
         ("two halves", "rest of size"),  # a factor that becomes 0
         ("linear", "rest of size"),  # and one that is 0
+        ("repeated by buffer", "softmax", "lstm"),  # the state and the cell have the same channels
+        ("size as bound", "matrix of all"),  # a repeat that is removed is not zero
         ("projected", "flip"),  # torch takes a state as wide as the cell for one that is not projected
         ("sigmoid", "some products"),  # all cells of one row are all that a layer reads
     ],
     ids=" then ".join,
 )
-def test_kinds_that_were_wrong_by_two_operations(names: tuple[str, ...]) -> None:
+def test_kinds_that_were_wrong_by_several_operations(names: tuple[str, ...]) -> None:
     for seed in range(3):
         assert not (judgement := judge(names, seed)).fault, judgement
 

@@ -144,7 +144,7 @@ def expand_as(c: Context, x: Operand, other: Operand) -> Axes:
     return c.broadcast([x, other])
 
 
-@register_op("repeat", "tile", zeros=zeros.moved, indices=Indices.PASSED)
+@register_op("repeat", "tile", zeros=zeros.repeated, indices=Indices.PASSED)
 def repeat(c: Context, x: Operand, times: Sequence[Any]) -> Axes:
     """Copies one after the other."""
     axes = (*([UNIT] * (len(c.shape) - len(x.axes))), *x.axes)
@@ -157,7 +157,7 @@ def repeat(c: Context, x: Operand, times: Sequence[Any]) -> Axes:
     return tuple(result)
 
 
-@register_op("repeat_interleave", zeros=zeros.moved)
+@register_op("repeat_interleave", zeros=zeros.repeated)
 def repeat_interleave(c: Context, x: Operand, repeats: Any, dim: int | None = None, **_: Any) -> Result:
     """Each channel several times in an axis."""
     axes = x.axes if dim is not None else (c.merged(x.axes),)

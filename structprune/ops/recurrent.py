@@ -77,6 +77,8 @@ def recurrent(c: Context, x: Operand, *args: Any) -> list[Axes | None]:
     projected = name == "lstm" and state.size != hidden.size
     if projected:
         c.bounded(hidden, state.size + 1)  # torch takes a state as wide as the cell for one that is not projected
+    else:
+        c.same(state, hidden)
     each = 2 + (2 if has_biases else 0) + (1 if projected else 0)
     inputs = x.axes[-1]
     stack = list(parameters)

@@ -107,10 +107,12 @@ def _moved(z: ZeroContext, tensors: Sequence[fx.Node]) -> Zeros:
 
 
 def repeated(z: ZeroContext) -> Zeros:
-    """The first tensor repeated along dimensions of size 1: each repeat holds what is there, removed or not."""
+    """The first tensor repeated along dimensions: where a repeat is removed, it holds what all of them hold."""
     source = z.tensors[0]
     axes, zeros = z.axes_of(source), z.of(source)
     lead = len(z.axes) - len(axes)
+    if lead < 0:
+        return unknown(z)
     return (False,) * lead + tuple(
         zero and axis.size == mine.size for axis, zero, mine in zip(axes, zeros, z.axes[lead:], strict=True)
     )

@@ -66,7 +66,7 @@ class DependencyGraph(ChannelGraph):
     def to_networkx(self) -> nx.DiGraph[str]:
         """The layers that hold tensors, with an edge where one's output reaches the next.
 
-        Node attributes: ``groups``, the numbers (in `groups`) of the groups that thin the layer.
+        Node attributes: ``groups``, the numbers (in `groups`) of the groups that slice the layer.
         """
         import networkx as nx  # it takes longer than most graphs
 

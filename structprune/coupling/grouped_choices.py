@@ -65,7 +65,7 @@ def grouped_choice(graph: ChannelGraph, target: Group | Layer, indices: Sequence
     if factored is None or not len(graph.roots.taking(parts, picked)[1]):
         return None
     lines = gone.reshape(factored.cells.shape)
-    whole = lines.all(axis=1)
+    whole = np.asarray(lines.all(axis=1))
     counts = (~lines[~whole]).sum(axis=1)
     if not len(counts) or counts.min() != counts.max() or not _seen_by_weights_alone(graph, factored):
         return None
@@ -102,7 +102,7 @@ def _seen_by_weights_alone(graph: ChannelGraph, factored: FactoredAxis) -> bool:
     relations = graph.channels.relations
     others = [part for f in graph.components.factored_axes if f is not factored for part in (f.cells, *f.factors)]
     counted = [c.axis for c in (*relations.constraints, *relations.bounds, *relations.scales)]
-    counted += [axis for axis, _ in relations.pieces] + [axis for s in relations.survivors for axis in s.axes]
+    counted += [axis for axis, _ in relations.pieces] + [axis for s in relations.reductions for axis in s.axes]
     if any(positions[part].any() for part in others) or any(map(holds, counted)):
         return False
     for node in graph.trace.all_nodes:

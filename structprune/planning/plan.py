@@ -123,7 +123,7 @@ class Plan(Edits):
         attribute_edits: attributes to set.
         rescales: factors that keep the function where a size changes it.
         literal_edits: literals in forwards to change.
-        layers: output channels of each thinned layer.
+        layers: output channels of each layer that loses some.
         axes: channels by what they are to the network.
         before: cost of the model as it is.
         after: cost of the model that `apply` makes.

@@ -156,8 +156,9 @@ def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, in
 
     found: list[Rescale] = []
     for compensation in graph.compensations:
-        factor = evaluate(compensation.scale.expression, before) / evaluate(compensation.scale.expression, after)
-        if factor != 1:
+        old, new = (evaluate(compensation.scale.expression, each) for each in (before, after))
+        if old != new:
+            factor = old / new
             found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in compensation.scaled]
     return tuple(found)
 

@@ -72,7 +72,13 @@ def _axes(channels: Channels, node: Any) -> tuple[Axis, ...]:
 
 
 def _volume(axes: tuple[Axis, ...], count: Count) -> int:
-    return prod(count(axis) for axis in axes)
+    plain, others = 1, []
+    for axis in axes:
+        if axis.free:
+            others.append(count(axis))
+        else:
+            plain *= axis.size
+    return prod(others[1:], start=others[0] * plain if plain != 1 else others[0]) if others else plain
 
 
 def node_macs(node: fx.Node, channels: Channels, count: Count) -> int:

@@ -31,7 +31,7 @@ from structprune.ops.relations import Axis, Ids
 from structprune.tracing.containers import leaves_of
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.rehearsal import Deviation
-from structprune.tracing.state import collection_paused
+from structprune.tracing.state import collection_paused, modules_of
 from structprune.tracing.subgraph import can_be_rebuilt, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
@@ -71,7 +71,7 @@ class ChannelGraph:
     def _relate(self) -> None:
         for name in ("costs", "slots"):
             self.__dict__.pop(name, None)
-        self._modules = dict(self.model.named_modules())
+        self._modules = dict(modules_of(self.model))
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
@@ -145,7 +145,7 @@ class ChannelGraph:
         Raises:
             UnknownLayerError: the model has none such.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(modules_of(self.model))
         if isinstance(layer, nn.Module):
             for path, module in modules.items():
                 if module is layer:

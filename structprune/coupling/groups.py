@@ -242,11 +242,11 @@ def _signatures(components: Components, spans: list[_Span]) -> Ids:
     generator = np.random.default_rng(0)
     signature = np.zeros(components.count, dtype=np.int64)
     for span in spans:
-        signature[np.unique(span.roots)] ^= generator.integers(1, 2**62)
+        signature[span.roots] ^= generator.integers(1, 2**62)  # once, however often a component is found
     decides = signature != 0
     for factored in components.factored_axes:
         for part in factored.factors:
-            signature[np.unique(part)] ^= generator.integers(1, 2**62)
+            signature[part] ^= generator.integers(1, 2**62)
     for split_group in components.splits.split_groups:
         for ids in split_group.classes:
             signature[ids] ^= generator.integers(1, 2**62)

@@ -17,6 +17,7 @@ Example: 6 channels, read by a layer whose weight numbers them anew, and viewed 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -45,6 +46,7 @@ class Components:
 
     def __init__(self, relations: Relations) -> None:
         self._starts = np.asarray([*relations.starts], dtype=np.int64)
+        self._first_ids = [*relations.starts]  # of an axis that is a run, the place is looked up in plain Python
         self._axis_of, self._offset, total = _aliased(relations)
         self._total = total
         self.ids = relations.total
@@ -76,8 +78,8 @@ class Components:
     def of(self, axis: Axis) -> Ids:
         """Component of each channel of a free axis, shape ``(size,)``."""
         if axis.array is None:
-            dim = int(np.searchsorted(self._starts, axis.start, side="right")) - 1
-            first = int(self._offset[dim] + axis.start - self._starts[dim])
+            dim = bisect_right(self._first_ids, axis.start) - 1
+            first = int(self._offset[dim]) + axis.start - self._first_ids[dim]
             return self._component[first : first + axis.size]
         return self._component[self._compact(axis.array)]
 

@@ -31,7 +31,7 @@ def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
 
 def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:
     """A tensor whose size the forward checks is built anew where it does not fit: it must stay as it would be."""
-    held = held_tensors(model)
+    held = held_tensors(model) if trace.comparisons else {}
     for comparison in trace.comparisons:
         for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
             node = trace.all_nodes[leaf.node] if isinstance(leaf, Dim) else None

@@ -24,7 +24,6 @@ from structprune.masks.states import along
 from structprune.ops import layer_of, op_of
 from structprune.ops.arguments import tensors
 from structprune.ops.relations import Axis, Ids
-from structprune.surgery.reference import SUMS
 from structprune.tracing.trace import describe
 
 
@@ -110,7 +109,8 @@ class Liveness:
         changed = False
         where = describe(node, self._graph.trace)
         normalised = {axis.key for axis in self._reduced.get(node.meta["index"], ())}
-        summed = node.meta["name"] in SUMS
+        known = op_of(node.meta["name"])
+        summed = known is not None and known.over_kept is None
         checked = self._needed(node)
         for place, source in enumerate(tensors(node)):
             for dim, axis in enumerate(self._constants.axes(source)):

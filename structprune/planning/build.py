@@ -97,18 +97,23 @@ def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
 def _thinnings(graph: ChannelGraph, removed: Mask) -> tuple[RemovedSlice, ...]:
     found: list[RemovedSlice] = []
     orders = graph.components.splits.orders(removed)
+    # Coupled tensors lose the same channels: they share one tuple of them.
+    shared: dict[bytes, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
     for slot in graph.slots:
         parts = graph.components.of(slot.axis)
-        gone = removed[parts]
-        if gone.all():
-            raise PlanError(
-                f"This would remove all {slot.axis.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep at "
-                "least one; to remove a whole layer is another operation."
-            )
-        if gone.any():
-            indices = tuple(np.flatnonzero(gone).tolist())
-            order = orders.get(parts.tobytes()) if orders else None
+        key = parts.tobytes()
+        if key not in shared:
+            gone = removed[parts]
+            if gone.all():
+                raise PlanError(
+                    f"This would remove all {slot.axis.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep "
+                    "at least one; to remove a whole layer is another operation."
+                )
+            order = orders.get(key) if orders and gone.any() else None
             places = None if order is None else tuple(order.tolist())
+            shared[key] = tuple(np.flatnonzero(gone).tolist()), places
+        indices, places = shared[key]
+        if indices:
             found.append(RemovedSlice(slot.tensor, slot.dim, slot.axis.size, indices, places))
     return tuple(found)
 

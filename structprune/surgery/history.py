@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from structprune.errors import SurgeryError
 from structprune.surgery.edits import Edits, RemovedSlice
-from structprune.surgery.slicing import kept as kept_by
-from structprune.tracing.state import Held, held_tensors, join
+from structprune.surgery.slicing import KeptIndices
+from structprune.tracing.state import Held, held_tensors, join, modules_of
 from structprune.wrapping import unwrapped
 
 # Of a module: the name of a tensor that it holds -> dimension -> (size in the first model, indices kept). The indices
@@ -61,14 +61,10 @@ def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, und
     names: dict[int, list[str]] = {}
     for name, held in tensors.items():
         names.setdefault(id(held.tensor), []).append(name)
-    modules = dict(model.named_modules())
+    modules = dict(modules_of(model))
     new: dict[int, tuple[nn.Module, Record]] = {}
-    # Coupled tensors lose the same channels: they share one array.
-    shared: dict[tuple[int, tuple[int, ...]], Indices] = {}
+    stays = KeptIndices()
     for sliced in edits.slices:
-        signature = sliced.size, sliced.removed
-        if signature not in shared:
-            shared[signature] = kept_by(sliced)
         for name in names[id(tensors[sliced.tensor].tensor)]:
             path, _, key = name.rpartition(".")
             module = modules[path]
@@ -78,7 +74,7 @@ def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, und
             dims = new[id(module)][1].setdefault(key, {})
             shape = _shape(module, key)
             if shape is not None:
-                dims[sliced.dim] = _composed(dims.get(sliced.dim), sliced, shared[signature], shape[sliced.dim])
+                dims[sliced.dim] = _composed(dims.get(sliced.dim), sliced, stays(sliced), shape[sliced.dim])
     for module, record in new.values():
         remember(module, RECORD, record, undo)
 

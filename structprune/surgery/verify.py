@@ -125,7 +125,7 @@ def _switched_off(
                 hooks[number] = partial(weight_kept, normalised.gain, tensors, gone)
         for found, masks in norms_over_kept(graph, removed):
             if found.node in graph.trace.keys:  # those of the forward in training mode have none
-                hooks[found.node] = partial(over_kept_channels, found.dims, masks)
+                hooks[found.node] = over_kept_channels(graph, found, masks)
         # Which experts run, or how often a loop does, may depend on what is switched off.
         replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
         with replay.over(off):

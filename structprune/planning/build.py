@@ -40,7 +40,7 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = N
     """
     removed = graph.components.removed(chosen)
     count = graph.counter(removed)
-    slices = _thinnings(graph, removed)
+    slices = _slices(graph, removed)
     values = graph.check(removed)
     attribute_edits = tuple(
         AttributeEdit(attribute.module, attribute.chain, graph.read(attribute), new)
@@ -50,7 +50,7 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = N
         slices=slices,
         attribute_edits=attribute_edits,
         rescales=(*_rescales(graph, count, values), *_gains(graph, slices)),
-        literal_edits=_rewrites(graph, count),
+        literal_edits=_literal_edits(graph, count),
         caches=graph.trace.caches,
         inputs=specify(graph.example_inputs),
         outputs=tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
@@ -94,7 +94,7 @@ def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _thinnings(graph: ChannelGraph, removed: Mask) -> tuple[RemovedSlice, ...]:
+def _slices(graph: ChannelGraph, removed: Mask) -> tuple[RemovedSlice, ...]:
     found: list[RemovedSlice] = []
     orders = graph.components.splits.orders(removed)
     # Coupled tensors lose the same channels: they share one tuple of them.
@@ -165,7 +165,7 @@ def _gains(graph: ChannelGraph, slices: tuple[RemovedSlice, ...]) -> tuple[Gain,
     )
 
 
-def _rewrites(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ...]:
+def _literal_edits(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ...]:
     found: dict[tuple[str, int, tuple[int | str, ...]], LiteralEdit] = {}
     for constraint in graph.sizes.literals:
         (literal,) = literals(constraint.expression)

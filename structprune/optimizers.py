@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from structprune.errors import SurgeryError
-from structprune.surgery.edits import Edits, RemovedSlice, Rescale
-from structprune.surgery.slicing import kept, take
+from structprune.surgery.edits import Edits, RemovedSlice, Rescale, SectionedSlice
+from structprune.surgery.slicing import kept, take, taken
 from structprune.tracing.containers import leaves_of
 from structprune.tracing.state import held_tensors
 from structprune.wrapping import unwrapped
@@ -271,15 +271,24 @@ def _sliced(change: _Change, name: str, value: Any, factored: Factored) -> Any:
         return value
     if list(value.shape) != sizes:
         raise _unknown(change, name, f"a tensor of shape {list(value.shape)}")
-    result = value
-    for sliced in change.slices:
-        if sliced.dim in places:
-            result = take(result, places[sliced.dim], kept(sliced))
+    result = _thinned(change, name, value, places)
     if result is not value:
         result = result.clone(memory_format=torch.contiguous_format)
     for rescale in change.rescales:
         result = _rescaled(result, change, places, rescale, rescale.factor ** -_GRADIENT_POWER.get(name, 0))
     return result
+
+
+def _thinned(change: _Change, name: str, value: Tensor, places: dict[int, int]) -> Tensor:
+    """What stays of an entry that has the dimensions of its parameter at `places`."""
+    if len(places) == len(change.shape):
+        return taken(value, change.slices)
+    if any(isinstance(sliced, SectionedSlice) for sliced in change.slices):
+        raise _unknown(change, name, "averages over dimensions of which each group lost other entries")
+    for sliced in change.slices:
+        if sliced.dim in places:
+            value = take(value, places[sliced.dim], kept(sliced))
+    return value
 
 
 def _rescaled(value: Tensor, change: _Change, places: dict[int, int], rescale: Rescale, factor: float) -> Tensor:

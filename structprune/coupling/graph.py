@@ -89,7 +89,6 @@ class ChannelGraph:
                 self.channels.invariants.append(Invariant(scale.expression, where))
             else:
                 self.compensations.append(found)
-        self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
         described = partial(described_row, self._modules, self.trace, self.channels)
         self._solver = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
         self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs)
@@ -101,18 +100,20 @@ class ChannelGraph:
         self.sizes = self._solver.solve()
         self.components = self.sizes.components
 
-    def settle(self, removed: Mask) -> bool:
+    def settle(self, removed: Mask, *, pin: bool = True) -> bool:
         """Whether the forward runs as foreseen at the widths that `removed` leaves.
 
-        Where it does not, the origin of a number is found, or what it depends on is pinned: ask for groups once more.
+        Where it does not, the origin of a number is found, or what it depends on is pinned (without `pin`, left for
+        `check` to refuse): ask for groups once more.
         """
         with collection_paused():
             found = self._rehearsals.deviations(self.sizes, removed)
             if found and self._rehearsals.trace_back(self.sizes, removed, found):
                 self._relate()
-            elif found:
+                return False
+            if found and pin:
                 self._pin_deviating(removed, found[0])
-        return not found
+        return not found or not pin
 
     @property
     def unchecked(self) -> str:
@@ -361,8 +362,7 @@ class ChannelGraph:
 
     def _rules(self, axis: Axis, group: Group) -> bool:
         """Whether channels of `group` decide about those of `axis`."""
-        _, found = self.roots.of(self.components.of(axis))
-        return bool(np.isin(found, group.components).any())
+        return bool(np.isin(self.roots.of(self.components.of(axis))[1], group.components).any())
 
     def counter(self, removed: Mask | None = None) -> Counter:
         """Counts kept channels of axes once the components marked in `removed` are removed; all channels by default."""

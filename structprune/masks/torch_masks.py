@@ -10,6 +10,7 @@ from torch.nn.utils import prune as torch_prune
 
 from structprune.errors import PlanError, SurgeryError
 from structprune.planning.plan import Plan
+from structprune.surgery.slicing import zero
 from structprune.tracing.state import join
 from structprune.wrapping import prunable, unwrapped
 
@@ -83,7 +84,7 @@ def _masks(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
                 f"{list(tensor.shape)}. Make a new plan for this model."
             )
         mask = found.setdefault(name, torch.ones_like(tensor))
-        mask.index_fill_(sliced.dim, torch.tensor(sliced.removed, device=tensor.device), 0.0)
+        zero(mask, sliced)
     return found
 
 

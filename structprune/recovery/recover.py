@@ -169,6 +169,7 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
         RecoveryError: by that record it was made of another model.
     """
     kept_indices, first = kept(slim), first_shapes(slim)
+    now = {name: held.tensor.shape for name, held in held_tensors(slim).items()}
     removed: list[RemovedSlice] = []
     for name, held in held_tensors(original).items():
         shape = tuple(held.tensor.shape)
@@ -178,7 +179,16 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
                 f"{name!r} has shape {list(shape)} in the original, but in the model that was pruned it was {before}. "
                 "Give the pruned model as structprune made it, and the model that it was made of."
             )
-        for dim, indices in kept_indices.get(name, {}).items():
+        dims = kept_indices.get(name, {})
+        if name in now and any(
+            before != after and dim not in dims
+            for dim, (before, after) in enumerate(zip(shape, now[name], strict=True))
+        ):
+            raise RecoveryError(
+                f"Each group of the convolution with {name!r} lost other inputs, for which no layer is solved again. "
+                "Remove the same positions of each group, or fine-tune."
+            )
+        for dim, indices in dims.items():
             lost = np.setdiff1d(np.arange(shape[dim]), indices)
             if len(lost):
                 removed.append(RemovedSlice(name, dim, shape[dim], tuple(lost.tolist())))

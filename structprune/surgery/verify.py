@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.errors import VerificationError
-from structprune.surgery.edits import Edits
+from structprune.surgery.edits import Edits, SectionedSlice
 from structprune.surgery.quantization import fake_quantization_off
 from structprune.surgery.reference import (
     norms_over_kept,
@@ -91,7 +91,8 @@ class Report:
 def removed_components(graph: ChannelGraph, edits: Edits) -> Mask:
     """The components of `graph` that the edits remove."""
     removed = np.zeros(graph.components.count, dtype=bool)
-    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.slices}
+    # Sections lose other indices each; what they belong to goes with the channels themselves.
+    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.slices if not isinstance(t, SectionedSlice)}
     for slot in graph.slots:
         indices = by_tensor.get((slot.tensor, slot.dim))
         if indices is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.tracing.calls import Leaf
-from structprune.tracing.comparing import alike, equal, items, known_layer
+from structprune.tracing.comparing import alike, equal, is_number, items, known_layer
 from structprune.tracing.describe import describe_layers, owner
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import (
@@ -310,7 +310,7 @@ class _Rehearsal(Recorder):
             self._all(items(recorded), items(now), node, way)
         elif isinstance(recorded, (SizeInt, SizeFloat)):
             self._number(self._widths.number(recorded.expression), now, node, way)
-        elif type(recorded) in (int, float):
+        elif is_number(recorded):
             self._number(recorded, now, node, way)
         elif not alike(recorded, now) and not (isinstance(now, str) and node.meta["kind"] is type(None)):
             what = f"an argument of {node.meta['name']} becomes {now} in place of {recorded}"
@@ -324,12 +324,13 @@ class _Rehearsal(Recorder):
 
     def _number(self, foreseen: float, now: Any, node: fx.Node, way: tuple[int | str, ...]) -> None:
         """A number that is another does not end the rehearsal: results have the shapes that are foreseen."""
-        alike = isinstance(now, (int, float)) and (
-            foreseen == now or isclose(foreseen, now, rel_tol=1e-9) or (isnan(foreseen) and isnan(now))
+        found = float(now) if is_number(now) else None
+        alike = found is not None and (
+            foreseen == found or isclose(foreseen, found, rel_tol=1e-9) or (isnan(foreseen) and isnan(found))
         )
         if not alike:
             what = f"a number in {node.meta['name']} becomes {now}, where {plain(foreseen)} is foreseen"
-            numbers = (foreseen, now) if isinstance(now, (int, float)) else None
+            numbers = None if found is None else (foreseen, found)
             self.deviations.append(Deviation(what, source_line(), (node.meta["index"], *way), numbers=numbers))
 
     def _is_recorded(self, now: Any, recorded: fx.Node) -> bool:

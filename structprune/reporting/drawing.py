@@ -53,7 +53,7 @@ class Drawing:
     # -- data ----------------------------------------------------------------------------------------------------
 
     def data(self) -> dict[str, Any]:
-        """What the page's script needs: nodes, groups, and who stands beside whom."""
+        """What the page's script needs: nodes, groups, and which nodes are neighbours."""
         nodes = [self._node(number, node) for number, node in enumerate(self._network.nodes)]
         return {
             "nodes": nodes,

@@ -1,7 +1,7 @@
 """Axes of channel ids, and the relations that operations put between them.
 
-Every dimension of every tensor in a trace is an `Axis`: one channel id for each index. Fresh ids come in runs, so that an
-axis is mostly a range, and relations between whole ranges cost the same for 8 channels as for 8,192. An axis whose
+Every dimension of every tensor in a trace is an `Axis`: one channel id for each index. Fresh ids come in runs, so that
+an axis is mostly a range, and relations between whole ranges cost the same for 8 channels as for 8,192. An axis whose
 channels may never be removed (batch, image and token positions) carries no ids at all, only the reason.
 """
 

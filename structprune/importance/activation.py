@@ -24,6 +24,7 @@ from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import look
 from structprune.importance.reduce import check_reduction, gathered, reduced
 from structprune.importance.sites import Sites
+from structprune.importance.weight_sites import weight_sites
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,6 +251,29 @@ class Wanda(ActivationCriterion):
         """Sum of the absolute weights times the root mean square, each to the power."""
         assert weight is not None
         return weight.abs().pow(self.n).sum(1) * (sums["square"] / sums["count"]).pow(self.n / 2)
+
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """Equation 1 for each weight of a layer; see `structprune.importance.base.WeightCriterion`.
+
+        Raises:
+            PlanError: there is no data, or it does not fit the model.
+        """
+        batches = require_data(batches, self)
+        sites, sums = weight_sites(graph), Sums()
+
+        def visit(seen: Activation, _: Any) -> None:
+            name = sites[seen.number].name
+            for key, value in self.gather(seen, None).items():
+                sums.add((name, key), value)
+
+        look(graph, batches, [site.tap for site in sites], visit)
+        sums.reduce()
+        found: dict[str, Tensor] = {}
+        for site in sites:
+            weight = wide(graph.model.get_parameter(site.name).detach())
+            spread = (sums[site.name, "square"] / sums[site.name, "count"]).sqrt()
+            found[site.name] = (weight.abs() * site.spread(spread, weight)).pow(self.n)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class SiteChannels:
     channels: Ids
 
 
-def _pairs(node: fx.Node) -> Iterable[Pair]:
+def pairs_of(node: fx.Node) -> Iterable[Pair]:
     """The pairs of dimensions that an operation sums away, both ways round where neither side is the weight as such."""
     known = op_of(node.meta["name"])
     return () if known is None or known.contraction is None else known.contraction.pairs(node)
@@ -80,12 +80,12 @@ def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozen
     The first are names and dimensions of weights that are used as they are, or transposed. The second (weight norms,
     masks) are in products with others before they are used, so that their dimensions are not listed.
     """
-    held = _held(graph)
+    held = held_nodes(graph)
     found: set[tuple[str, int]] = set()
     computed: set[str] = set()
     for node in graph.trace.nodes:
         arguments = tensors(node)
-        for c in _pairs(node):
+        for c in pairs_of(node):
             if max(c.operand, c.weight) >= len(arguments) or arguments[c.weight] not in held:
                 continue
             if arguments[c.operand] in held:
@@ -131,8 +131,8 @@ class Sites:
         self._each_edge = each_edge
         self._entries: list[tuple[Ids, Ids]] = []
         self.all: list[Site] = []
-        held = _held(graph)
-        found = [(node, c) for node in graph.trace.nodes for c in _pairs(node)]
+        held = held_nodes(graph)
+        found = [(node, c) for node in graph.trace.nodes for c in pairs_of(node)]
         for node, c in found:
             if self._side(node, c.weight) in held and self._side(node, c.operand) not in held:
                 self._end(node, c)
@@ -292,7 +292,7 @@ class Sites:
         ]
 
 
-def _held(graph: ChannelGraph) -> set[fx.Node]:
+def held_nodes(graph: ChannelGraph) -> set[fx.Node]:
     """Tensors that the model holds, and what is computed from them alone: the weights."""
     held: set[fx.Node] = set()
     for node in graph.trace.nodes:

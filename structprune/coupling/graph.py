@@ -198,7 +198,7 @@ class ChannelGraph:
 
     @cached_property
     def roots(self) -> Roots:
-        """The roots that each component lives by."""
+        """The roots that decide about each component."""
         return Roots(self.components)
 
     @cached_property

@@ -140,7 +140,7 @@ class Op:
         channel_dim: the dimension of the result that holds a layer's channels.
         indices: what it does to the numbers of channels.
         over_kept: what runs a call over the channels that are kept alone, as the smaller network does, where its rule
-            says that it reduces or normalises over some (`Context.survivors`); None where the others at zero change
+            says that it reduces or normalises over some (`Context.reduces_over`); None where the others at zero change
             nothing, as in a sum.
         random: whether its result is drawn at random.
         creates: whether it makes a tensor from sizes, so that it takes a device.

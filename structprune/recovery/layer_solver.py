@@ -21,7 +21,7 @@ from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
-from structprune.recovery.layers import Consumer, kept_indices, uses_batch_statistics
+from structprune.recovery.layers import Consumer, kept_indices, norm_scale, uses_batch_statistics
 from structprune.recovery.least_squares import NormalEquations, Solution, fit
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import Event, Pause, Side
@@ -98,8 +98,7 @@ class LayerSolver:
         if uses_batch_statistics(training, variance):
             self.refused = "the batch norm behind it takes its statistics from the batch"
             return
-        scale = (variance.double() + (1e-5 if eps is None else eps)).rsqrt()
-        scale = scale if weight is None else scale * weight.double()
+        scale = norm_scale(variance, eps, weight)
         self._scale = scale if self._scale is None else self._scale * scale
 
     def solve(self, ours: list[Tensor], goal: list[Tensor], tensors: Mapping[str, Tensor]) -> LayerRecovery | None:

@@ -165,8 +165,9 @@ def markdown(facts: dict[str, Any]) -> list[str]:
             f"Dense {net['dense']:.2f}% of {TESTED_ON} test images (one standard error at 85% is 0.8 points). Planned "
             f"on {PLANNED_ON} training images without labels, one thread, channels by their L2 norm, blocks by "
             f"influence; recovered on {RECOVERED_ON} images ({ROWS} rows, {ROUNDS} rounds of joint "
-            "solving); one draw. The speed is measured with the dense network in turns.", "",
-            "| backend, batch | asked | may go | speed | blocks gone | MACs an image | as it is | new statistics | recovered |",
+            "solving); one draw. The speed is measured with the dense network in turns, on a machine that others "
+            "used.", "",
+            "| backend, batch | asked | may go | speed | blocks gone | MACs each | as it is | new statistics | recovered |",
             "|---|--:|---|--:|--:|--:|--:|--:|--:|",
         ]  # fmt: skip
         for row in net["rows"]:
@@ -188,7 +189,8 @@ def markdown(facts: dict[str, Any]) -> list[str]:
             "## A Llama of 260 K parameters, without training", "",
             f"Dense: perplexity {dense['perplexity']:.3f}, {dense['params']:,} parameters, {dense['tokens_per_s']:.0f} "
             f"tokens a second of CPU time (greedy generation of {NEW_TOKENS} tokens with a cache, one thread, median "
-            f"of {REPEATS}). Planned and recovered on {CALIBRATED_ON} windows of {small_llama.WINDOW} tokens.", "",
+            f"of {REPEATS}; the machine was in use, and runs of one network differ by a quarter). Planned and recovered "
+            f"on {CALIBRATED_ON} windows of {small_llama.WINDOW} tokens.", "",
             "| asked | method | parameters | perplexity | recovered | tokens/s | removed |",
             "|--:|---|--:|--:|--:|--:|---|",
         ]  # fmt: skip

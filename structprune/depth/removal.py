@@ -170,15 +170,10 @@ def remove_branches(
 
     Example:
         >>> import torch, structprune
-        >>> class Residual(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = torch.nn.Linear(4, 4)
-        ...     def forward(self, x):
-        ...         return x + self.layer(x).relu()
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), Residual(), Residual())
-        >>> shallow = structprune.remove_branches(model, torch.randn(1, 4), ["1"])
-        >>> len(shallow), shallow[1].layer.weight.equal(model[2].layer.weight)
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        >>> shallow = structprune.remove_branches(model, torch.randn(1, 4, 8), ["layers.1"])
+        >>> len(shallow.layers), shallow.layers[1].linear1.weight.equal(model.layers[2].linear1.weight)
         (2, True)
     """
     names = tuple(dict.fromkeys(b.name if isinstance(b, Branch) else b for b in _listed(branches)))

@@ -78,9 +78,10 @@ def check_scope(name: str, given: Any) -> Scope | None:
         return given
     allowed = f"it is one of {', '.join(map(repr, SCOPES))}, or sets of layer names, such as [['layer1', 'layer2.*']]"
     if isinstance(given, str):
-        if given not in SCOPES:
+        known = next((scope for scope in SCOPES if scope == given), None)
+        if known is None:
             raise bad(name, given, allowed)
-        return given  # type: ignore[return-value]
+        return known
     if not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes, nn.Module)):
         raise bad(name, given, allowed)
     sets = list[list[str]]()

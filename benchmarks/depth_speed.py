@@ -167,7 +167,7 @@ def markdown(facts: dict[str, Any]) -> list[str]:
             f"influence; recovered on {RECOVERED_ON} images ({ROWS} rows, {ROUNDS} rounds of joint "
             "solving); one draw. The speed is measured with the dense network in turns, on a machine that others "
             "used.", "",
-            "| backend, batch | asked | may go | speed | blocks gone | MACs each | as it is | new statistics | recovered |",
+            "| backend, batch | asked | may go | speed | gone | MACs each | as it is | new norms | recovered |",
             "|---|--:|---|--:|--:|--:|--:|--:|--:|",
         ]  # fmt: skip
         for row in net["rows"]:
@@ -189,8 +189,8 @@ def markdown(facts: dict[str, Any]) -> list[str]:
             "## A Llama of 260 K parameters, without training", "",
             f"Dense: perplexity {dense['perplexity']:.3f}, {dense['params']:,} parameters, {dense['tokens_per_s']:.0f} "
             f"tokens a second of CPU time (greedy generation of {NEW_TOKENS} tokens with a cache, one thread, median "
-            f"of {REPEATS}; the machine was in use, and runs of one network differ by a quarter). Planned and recovered "
-            f"on {CALIBRATED_ON} windows of {small_llama.WINDOW} tokens.", "",
+            f"of {REPEATS}; the machine was in use, and runs of one network differ by a quarter). Planned and "
+            f"recovered on {CALIBRATED_ON} windows of {small_llama.WINDOW} tokens.", "",
             "| asked | method | parameters | perplexity | recovered | tokens/s | removed |",
             "|--:|---|--:|--:|--:|--:|---|",
         ]  # fmt: skip

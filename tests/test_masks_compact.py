@@ -134,6 +134,12 @@ def off_with_bias(model: nn.Module, channels: tuple[int, ...] = (1, 3)) -> nn.Mo
     return model
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_report_tells_what_is_off_behind_an_activation_in_place(inplace):
+    model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=inplace), nn.Conv2d(6, 4, 3)))
+    assert masks.compaction(model, torch.randn(1, 3, 9, 9, dtype=F64)).layers[0].off == (1, 3)
+
+
 def test_a_constant_goes_into_the_bias_where_no_border_is_seen():
     model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.Softplus(), nn.Conv2d(6, 4, 3)))
     found = masks.compaction(model, torch.randn(1, 3, 9, 9, dtype=F64))

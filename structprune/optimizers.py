@@ -1,4 +1,4 @@
-"""`remap_optimizer`: an optimizer goes on with the state of the survivors."""
+"""`remap_optimizer`: an optimizer goes on with the state of the channels kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from structprune.errors import SurgeryError
-from structprune.surgery.edits import Edits, RemovedSlice, Rescale
-from structprune.surgery.slicing import kept, take
+from structprune.surgery.edits import Edits, RemovedSlice, Rescale, SectionedSlice
+from structprune.surgery.slicing import kept, take, taken
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.state import held_tensors
 from structprune.wrapping import unwrapped
 
@@ -76,7 +77,7 @@ def remap_optimizer(
     groups keep their options and order. Parameters that the plan does not touch keep their state as it is; those that
     are in no model of the call stay what they are. Where a plan scales weights, so that a changed head size leaves the
     function as it was, their gradients' statistics are scaled along. Factored second moments (Adafactor) keep the rows
-    and columns that are left, each the average that it was; later steps average over the survivors.
+    and columns that are left, each the average that it was; later steps average over the channels kept.
 
     After ``slim = plan.apply(model)`` the parameters are new ones::
 
@@ -138,13 +139,17 @@ def remap_optimizer(
         if (new := changes[id(parameter)].new) is not None:
             state[new] = entries
     for group in used.param_groups:
-        # The very list: LBFGS and wrappers of optimizers hold it.
-        kept = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
-        if "param_names" in group:
-            named = zip(group["param_names"], kept, strict=True)
-            group["param_names"][:] = [names.get(name) or name for name, p in named if p is not None]
-        group["params"][:] = [p for p in kept if p is not None]
+        _regroup(group, changes, names)
     return optimizer
+
+
+def _regroup(group: dict[str, Any], changes: Mapping[int, _Change], names: Mapping[str, str | None]) -> None:
+    """Put the new parameters into a group, in place: LBFGS and wrappers of optimizers hold the very list."""
+    kept = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
+    if "param_names" in group:
+        named = zip(group["param_names"], kept, strict=True)
+        group["param_names"][:] = [names.get(name) or name for name, p in named if p is not None]
+    group["params"][:] = [p for p in kept if p is not None]
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
@@ -251,7 +256,7 @@ def _sliced_state(change: _Change, entries: dict[str, Any], factored: Factored) 
 def _sliced(change: _Change, name: str, value: Any, factored: Factored) -> Any:
     """One entry of the state of one parameter."""
     if not isinstance(value, Tensor):
-        if _holds_tensors(value):
+        if any(True for _ in leaves_of(value, Tensor)):
             raise _unknown(change, name, f"a {type(value).__name__} of tensors")
         return value
     # Dimension of the parameter -> where the value has it.
@@ -266,15 +271,24 @@ def _sliced(change: _Change, name: str, value: Any, factored: Factored) -> Any:
         return value
     if list(value.shape) != sizes:
         raise _unknown(change, name, f"a tensor of shape {list(value.shape)}")
-    result = value
-    for sliced in change.slices:
-        if sliced.dim in places:
-            result = take(result, places[sliced.dim], kept(sliced))
+    result = _thinned(change, name, value, places)
     if result is not value:
         result = result.clone(memory_format=torch.contiguous_format)
     for rescale in change.rescales:
         result = _rescaled(result, change, places, rescale, rescale.factor ** -_GRADIENT_POWER.get(name, 0))
     return result
+
+
+def _thinned(change: _Change, name: str, value: Tensor, places: dict[int, int]) -> Tensor:
+    """What stays of an entry that has the dimensions of its parameter at `places`."""
+    if len(places) == len(change.shape):
+        return taken(value, change.slices)
+    if any(isinstance(sliced, SectionedSlice) for sliced in change.slices):
+        raise _unknown(change, name, "averages over dimensions of which each group lost other entries")
+    for sliced in change.slices:
+        if sliced.dim in places:
+            value = take(value, places[sliced.dim], kept(sliced))
+    return value
 
 
 def _rescaled(value: Tensor, change: _Change, places: dict[int, int], rescale: Rescale, factor: float) -> Tensor:
@@ -287,14 +301,6 @@ def _rescaled(value: Tensor, change: _Change, places: dict[int, int], rescale: R
     factors = torch.from_numpy(np.where(np.isin(left, rescale.positions), factor, 1.0))
     at = places[rescale.dim]
     return value * factors.to(value.device, value.dtype).view([-1 if dim == at else 1 for dim in range(value.dim())])
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_tensors(item) for item in value.values())
-    if isinstance(value, (tuple, list)):
-        return any(_holds_tensors(item) for item in value)
-    return isinstance(value, Tensor)
 
 
 def _unknown(change: _Change, name: str, what: str) -> SurgeryError:

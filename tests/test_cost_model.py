@@ -75,7 +75,7 @@ def test_the_evaluated_cost_is_that_of_the_smaller_model(name: str, ratio: float
 def test_each_operation_is_counted_as_by_itself(name: str) -> None:
     make, shape = MODELS[name]
     graph = structprune.DependencyGraph(make(), torch.randn(shape))
-    dead = graph.components.dead(graph.groups()[0].components[:2])
+    dead = graph.components.removed(graph.groups()[0].components[:2])
     count = graph.counter(dead)
     assert graph.costs.at(count).macs == sum(node_macs(node, graph.channels, count) for node in graph.trace.nodes)
 

@@ -21,6 +21,7 @@ from torch import nn
 import structprune
 from structprune import io
 from structprune.errors import LoadError, PlanError
+from structprune.planning.plan import SCHEMA
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -139,7 +140,7 @@ def test_an_edited_plan_is_refused(slim: nn.Module, tmp_path: Path, what: str) -
         structprune.load(build, tmp_path)
 
 
-SAVED = Path(__file__).parent / "data" / "schema_1"
+SAVED = Path(__file__).parent / "data" / f"schema_{SCHEMA}"
 
 
 def frozen_save(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:

@@ -114,7 +114,7 @@ def test_operations_at_full_size_are_those_of_the_network(name):
     build, x = NETWORKS[name]
     graph = ChannelGraph(seeded(build), x)
     found = uses(graph.trace, graph.channels)
-    full = graph.counter(graph.components.dead(NONE))
+    full = graph.counter(graph.components.removed(NONE))
     assert all(use.point(full) == (use.spec.widths, 1.0) for use in found)
     assert {use.spec.kind for use in found} == (
         {"conv2d", "conv_transpose2d", "matmul"} if name == "convolutions" else {"matmul", "attention"}
@@ -133,7 +133,7 @@ def test_sizes_follow_the_channels_of_a_pruned_network(name, axis):
     for group in graph.groups():
         if group.axis != axis:
             continue
-        dead = graph.components.dead(group.components[: group.channels // 2])
+        dead = graph.components.removed(group.components[: group.channels // 2])
         before = uses(graph.trace, graph.channels)
         slim = seeded(build)
         other = structprune.DependencyGraph(slim, x)
@@ -341,12 +341,12 @@ def test_the_network_takes_the_sum_of_its_operations(name):
     build, x = NETWORKS[name]
     machine = Machine(rest=0)
     graph, time = time_model(seeded(build), x, machine)
-    operations, bytes_ = time.features(graph.counter(graph.components.dead(NONE)))
+    operations, bytes_ = time.features(graph.counter(graph.components.removed(NONE)))
     assert operations == pytest.approx(machine.networks([seeded(build)], x)[0])
     assert bytes_ > 0
-    assert time.seconds(graph.counter(graph.components.dead(NONE))) == operations
+    assert time.seconds(graph.counter(graph.components.removed(NONE))) == operations
     time.calibration = Calibration(2.0, 1e-9, 0.5)
-    assert time.seconds(graph.counter(graph.components.dead(NONE))) == pytest.approx(
+    assert time.seconds(graph.counter(graph.components.removed(NONE))) == pytest.approx(
         2 * operations + 1e-9 * bytes_ + 0.5
     )
 
@@ -354,9 +354,9 @@ def test_the_network_takes_the_sum_of_its_operations(name):
 def test_bytes_moved_beside_the_operations():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     graph, time = time_model(model, torch.randn(3, 4), Machine())
-    full = graph.counter(graph.components.dead(NONE))
+    full = graph.counter(graph.components.removed(NONE))
     assert sum(each(full) for each in time.moved) == 2 * 3 * 8 * 4  # the ReLU reads and writes
-    half = graph.counter(graph.components.dead(graph.groups()[0].components[:4]))
+    half = graph.counter(graph.components.removed(graph.groups()[0].components[:4]))
     assert sum(each(half) for each in time.moved) == 3 * 8 * 4
 
 
@@ -390,7 +390,7 @@ def test_shares_count_as_the_channels_do(name):
     assert [widths.counter([1.0] * len(groups))(row) for row in rows] == [row.size for row in rows]
     for number, group in enumerate(groups):
         shares = [0.5 if i == number else 1.0 for i in range(len(groups))]
-        exact = graph.counter(graph.components.dead(group.components[: group.channels // 2]))
+        exact = graph.counter(graph.components.removed(group.components[: group.channels // 2]))
         assert [widths.counter(shares)(row) for row in rows] == [exact(row) for row in rows]
 
 

@@ -135,7 +135,7 @@ def test_the_result_is_exact(name: str, ratio: float) -> None:
 def test_the_reason_names_the_line_and_what_happens_there() -> None:
     model, x = _Net(BETWEEN["log"]).double().eval(), torch.randn(2, 5, 6).double()
     graph = structprune.DependencyGraph(model, x)
-    dead = graph.components.dead(graph.chosen("a", [1, 2]))
+    dead = graph.components.removed(graph.chosen("a", [1, 2]))
     assert not graph.settle(dead)
     assert "a number in mul becomes" in graph.pinned()["a.weight, dim 0"]
     assert "test_numbers_from_sizes.py" in graph.pinned()["a.weight, dim 0"]

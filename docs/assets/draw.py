@@ -208,7 +208,7 @@ def grid() -> Picture:
     cells(770, 150, {(h, entry) for h in range(heads)}, "second", "a column of the grid")
     picture.path(f"M{520 + extent(columns) + 14} 178H712")
     picture.text(672, 168, "view", "mid mono")
-    said = "Query, key and value share the rows and columns of this grid, and the output projection reads its cells."
+    said = "Query, key and value share the rows and columns of this product, and the output projection reads its cells."
     picture.text(36, 346, said, "small")
     return picture
 

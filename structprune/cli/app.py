@@ -90,7 +90,7 @@ def sensitivity_command(
     restart: Annotated[bool, typer.Option("--restart", help="Measure anew whatever the file holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how a metric of yours falls when each group alone is thinned."""
+    """Measure how a metric of yours falls when each group alone is pruned."""
     with reporting(as_json) as output:
         if plot is not None:
             _require_matplotlib()  # before hours of measuring

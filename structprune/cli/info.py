@@ -10,7 +10,6 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
 
@@ -59,8 +58,7 @@ def _installed(name: str) -> bool:
 
 def describe_model(graph: ChannelGraph) -> dict[str, Any]:
     """Costs, groups and pinned axes of a model."""
-    nothing = np.zeros(graph.components.count, dtype=bool)
-    cost = graph.costs.at(graph.counter(nothing))
+    cost = graph.costs.at(graph.counter())
     groups = [
         {
             "name": group.name,

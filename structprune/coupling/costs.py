@@ -72,7 +72,13 @@ def _axes(channels: Channels, node: Any) -> tuple[Axis, ...]:
 
 
 def _volume(axes: tuple[Axis, ...], count: Count) -> int:
-    return prod(count(axis) for axis in axes)
+    plain, others = 1, []
+    for axis in axes:
+        if axis.free:
+            others.append(count(axis))
+        else:
+            plain *= axis.size
+    return prod(others[1:], start=others[0] * plain if plain != 1 else others[0]) if others else plain
 
 
 def node_macs(node: fx.Node, channels: Channels, count: Count) -> int:
@@ -115,14 +121,14 @@ def _lifetimes(recorded: Trace, channels: Channels, count: Count) -> Iterator[tu
 
 def _sizes(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Iterator[tuple[str, Tensor, int]]:
     """Name, tensor and number of kept entries of all that the model holds, each tied tensor once."""
-    thinned = {
+    axes_of = {
         str(node.target): _axes(channels, node) for node in recorded.all_nodes if node.meta["name"] == "parameter"
     }
     seen: set[int] = set()
     for name, held in held_tensors(model).items():
         if id(held.tensor) not in seen:
             seen.add(id(held.tensor))
-            yield name, held.tensor, _volume(thinned[name], count) if name in thinned else held.tensor.numel()
+            yield name, held.tensor, _volume(axes_of[name], count) if name in axes_of else held.tensor.numel()
 
 
 def count_layers(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> dict[str, LayerCost]:

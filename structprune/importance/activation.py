@@ -18,24 +18,24 @@ from torch import Tensor
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
+from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import look
 from structprune.importance.reduce import check_reduction, gathered, reduced
-from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 from structprune.importance.weight_sites import weight_sites
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteScores:
-    """Scores for each position of each tap, joined for the group that is asked about.
+    """Scores for each position of each site, joined for the group that is asked about.
 
     Attributes:
-        sites: the taps.
-        scores: for each tap, one score a position.
-        reduce: how the taps of a group are joined.
-        mean: whether the positions of a channel in a tap are averaged rather than summed.
+        sites: the sites.
+        scores: for each site, one score a position.
+        reduce: how the sites of a group are joined.
+        mean: whether the positions of a channel in a site are averaged rather than summed.
         root: whether the square root is taken of what that gives.
     """
 
@@ -48,17 +48,17 @@ class SiteScores:
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
         parts: list[tuple[Tensor, Tensor]] = []
-        for reach in self.sites.of(group):
-            values = self.scores[reach.tap]
-            positions = torch.from_numpy(reach.positions).to(values.device)
-            channels = torch.from_numpy(reach.channels).to(values.device)
+        for part in self.sites.of(group):
+            values = self.scores[part.site]
+            positions = torch.from_numpy(part.positions).to(values.device)
+            channels = torch.from_numpy(part.channels).to(values.device)
             total, here = gathered(values, positions, channels, group.channels, mean=self.mean)
             parts.append((total.sqrt() if self.root else total, here))
         return reduced(parts, self.reduce, group.channels)
 
 
 class ActivationCriterion(ABC, Unfitted):
-    """A statistic of each position of each tap, streamed over the data in sums."""
+    """A statistic of each position of each site, streamed over the data in sums."""
 
     reduce: str
     weighted = False
@@ -69,7 +69,7 @@ class ActivationCriterion(ABC, Unfitted):
         check_reduction(self.reduce)
 
     @abstractmethod
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sums over the samples of a batch, by name; each of shape ``(positions,)``, or with a dimension before it."""
 
     @abstractmethod
@@ -84,16 +84,16 @@ class ActivationCriterion(ABC, Unfitted):
         """
         batches = require_data(batches, self)
         sites = Sites(graph, each_edge=self.weighted, weighted=self.weighted)
-        sums: list[Sums] = [Sums() for _ in sites.taps]
-        weights: list[Tensor | None] = [None] * len(sites.taps)
+        sums: list[Sums] = [Sums() for _ in sites.all]
+        weights: list[Tensor | None] = [None] * len(sites.all)
 
-        def visit(seen: Activation, batch: Any) -> None:
-            for name, value in self.gather(seen, batch).items():
-                sums[seen.number].add(name, value)
-            if self.weighted and weights[seen.number] is None and seen.weight is not None:
-                weights[seen.number] = columns(seen)
+        def visit(activation: Activation, batch: Any) -> None:
+            for name, value in self.gather(activation, batch).items():
+                sums[activation.number].add(name, value)
+            if self.weighted and weights[activation.number] is None and activation.weight is not None:
+                weights[activation.number] = columns(activation)
 
-        look(graph, batches, sites.taps, visit)
+        look(graph, batches, sites.all, visit)
         for one in sums:
             one.reduce()
         scores = [
@@ -103,15 +103,15 @@ class ActivationCriterion(ABC, Unfitted):
         return SiteScores(sites, scores, self.reduce, self.mean, self.root)
 
 
-def columns(seen: Activation) -> Tensor:
-    """The weight that sums a tap's channels away as ``(positions, rest)``: what each channel is multiplied with."""
-    weight = seen.weight
+def columns(activation: Activation) -> Tensor:
+    """The weight that sums a site's channels away as ``(positions, rest)``: what each channel is multiplied with."""
+    weight = activation.weight
     assert weight is not None
-    size = seen.x.shape[seen.dim]
-    inside = weight.shape[seen.weight_dim]
+    size = activation.x.shape[activation.dim]
+    inside = weight.shape[activation.weight_dim]
     weight = weight.double() if weight.device.type != "mps" else weight.float()
     if inside == size:
-        return weight.movedim(seen.weight_dim, 0).reshape(size, -1)
+        return weight.movedim(activation.weight_dim, 0).reshape(size, -1)
     # A grouped convolution: (groups, outputs of each, inputs of each, kernel).
     groups = size // inside
     parts = weight.unflatten(0, (groups, weight.shape[0] // groups))
@@ -142,9 +142,9 @@ class MeanActivation(ActivationCriterion):
 
     reduce: str = "mean"
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of absolute values, and how many."""
-        rows = wide(seen.rows())
+        rows = wide(activation.rows())
         return {"sum": rows.abs().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
@@ -165,9 +165,9 @@ class L2Activation(ActivationCriterion):
     reduce: str = "mean"
     root = True
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
-        rows = wide(seen.rows())
+        rows = wide(activation.rows())
         return {"sum": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
@@ -190,9 +190,9 @@ class APoZ(ActivationCriterion):
     threshold: float = 0.0
     reduce: str = "mean"
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Number of entries above the threshold, and of all."""
-        rows = seen.rows()
+        rows = activation.rows()
         return {"sum": (rows.abs() > self.threshold).sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
@@ -214,13 +214,13 @@ class HRank(ActivationCriterion):
 
     reduce: str = "mean"
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of ranks over samples, and the number of matrices."""
-        maps = wide(seen.maps())
+        maps = wide(activation.maps())
         while maps.dim() < 4:
             maps = maps.unsqueeze(2)
         # The precision of the model's arithmetic decides, not that of this sum.
-        precision = max(torch.finfo(seen.x.dtype).eps, torch.finfo(torch.float32).eps)
+        precision = max(torch.finfo(activation.x.dtype).eps, torch.finfo(torch.float32).eps)
         ranks = torch.linalg.matrix_rank(maps, rtol=max(maps.shape[-2:]) * precision)
         ranks = ranks.movedim(1, -1).reshape(-1, maps.shape[1])
         return {"sum": ranks.sum(0), "count": counted(ranks)}
@@ -255,9 +255,9 @@ class Wanda(ActivationCriterion):
         if not self.n > 0:
             raise PlanError(f"n is {self.n}; the power must be above 0.")
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
-        rows = wide(seen.rows())
+        rows = wide(activation.rows())
         return {"square": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
@@ -272,20 +272,20 @@ class Wanda(ActivationCriterion):
             PlanError: there is no data, or it does not fit the model.
         """
         batches = require_data(batches, self)
-        sites, sums = weight_sites(graph), Sums()
+        uses, sums = weight_sites(graph), Sums()
 
-        def visit(seen: Activation, _: Any) -> None:
-            name = sites[seen.number].name
-            for key, value in self.gather(seen, None).items():
+        def visit(activation: Activation, _: Any) -> None:
+            name = uses[activation.number].name
+            for key, value in self.gather(activation, None).items():
                 sums.add((name, key), value)
 
-        look(graph, batches, [site.tap for site in sites], visit)
+        look(graph, batches, [use.site for use in uses], visit)
         sums.reduce()
         found: dict[str, Tensor] = {}
-        for site in sites:
-            weight = wide(graph.model.get_parameter(site.name).detach())
-            spread = (sums[site.name, "square"] / sums[site.name, "count"]).sqrt()
-            found[site.name] = (weight.abs() * site.spread(spread, weight)).pow(self.n)
+        for use in uses:
+            weight = wide(graph.model.get_parameter(use.name).detach())
+            spread = (sums[use.name, "square"] / sums[use.name, "count"]).sqrt()
+            found[use.name] = (weight.abs() * use.spread(spread, weight)).pow(self.n)
         return found
 
 
@@ -306,9 +306,9 @@ class FLAP(ActivationCriterion):
     weighted = True
     mean = False
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum, sum of squares, and how many."""
-        rows = wide(seen.rows())
+        rows = wide(activation.rows())
         return {"sum": rows.sum(0), "square": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:

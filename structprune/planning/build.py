@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.grouped_choices import GroupedChoice
 from structprune.coupling.random_removals import Counter
 from structprune.coupling.roles import AXES
 from structprune.coupling.solve import Mask
@@ -17,8 +18,8 @@ from structprune.ops.gains import Gain
 from structprune.ops.relations import Ids
 from structprune.planning.configuration import config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
-from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale
-from structprune.surgery.reference import thinned_norms
+from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
+from structprune.surgery.reference import norms_over_kept
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literal_for, literals
 from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
@@ -29,8 +30,10 @@ def tensors_of(graph: ChannelGraph) -> dict[str, Tensor]:
     return {name: held.tensor for name, held in held_tensors(graph.model).items()}
 
 
-def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = None, *, config: bool = True) -> Plan:
-    """The plan that removes the components `chosen` and all that is coupled to them.
+def plan_removal(
+    graph: ChannelGraph, chosen: Ids | GroupedChoice, settings: Settings | None = None, *, config: bool = True
+) -> Plan:
+    """The plan that removes the components `chosen` and all that is coupled to them, or other ones of each group.
 
     With `config`, a configuration that the model's class is built from is made to say what the smaller model is (see
     `structprune.planning.configuration`); it costs building the class on the ``meta`` device twice or more.
@@ -38,9 +41,9 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = N
     Raises:
         PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
     """
-    removed = graph.components.removed(chosen)
+    removed = chosen.removed if isinstance(chosen, GroupedChoice) else graph.components.removed(chosen)
     count = graph.counter(removed)
-    slices = _thinnings(graph, removed)
+    slices = _slices(graph, removed, chosen if isinstance(chosen, GroupedChoice) else None)
     values = graph.check(removed)
     attribute_edits = tuple(
         AttributeEdit(attribute.module, attribute.chain, graph.read(attribute), new)
@@ -86,29 +89,39 @@ def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
 def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
     """Where the smaller model does not compute what the original does with the channels switched off, by name."""
     found: dict[str, None] = {}
-    for survivors, _ in thinned_norms(graph, removed):
-        node = graph.trace.all_nodes[survivors.node]
+    for reduction, _ in norms_over_kept(graph, removed):
+        node = graph.trace.all_nodes[reduction.node]
         call = node.meta["call"]
         path = graph.trace.every_call[call].path if call >= 0 else ""
         found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
     return tuple(found)
 
 
-def _thinnings(graph: ChannelGraph, removed: Mask) -> tuple[RemovedSlice, ...]:
+def _slices(graph: ChannelGraph, removed: Mask, grouped: GroupedChoice | None) -> tuple[RemovedSlice, ...]:
     found: list[RemovedSlice] = []
     orders = graph.components.splits.orders(removed)
+    # Coupled tensors lose the same channels: they share one tuple of them.
+    shared: dict[bytes, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
     for slot in graph.slots:
         parts = graph.components.of(slot.axis)
-        gone = removed[parts]
-        if gone.all():
-            raise PlanError(
-                f"This would remove all {slot.axis.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep at "
-                "least one; to remove a whole layer is another operation."
-            )
-        if gone.any():
-            indices = tuple(np.flatnonzero(gone).tolist())
-            order = orders.get(parts.tobytes()) if orders else None
+        if grouped is not None and np.array_equal(parts, grouped.positions):
+            sections = tuple(tuple(kept.tolist()) for kept in grouped.kept)
+            last = tuple(range(grouped.kept.shape[1], slot.axis.size))
+            found.append(SectionedSlice(slot.tensor, slot.dim, slot.axis.size, last, None, sections))
+            continue
+        key = parts.tobytes()
+        if key not in shared:
+            gone = removed[parts]
+            if gone.all():
+                raise PlanError(
+                    f"This would remove all {slot.axis.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep "
+                    "at least one; to remove a whole layer is another operation."
+                )
+            order = orders.get(key) if orders and gone.any() else None
             places = None if order is None else tuple(order.tolist())
+            shared[key] = tuple(np.flatnonzero(gone).tolist()), places
+        indices, places = shared[key]
+        if indices:
             found.append(RemovedSlice(slot.tensor, slot.dim, slot.axis.size, indices, places))
     return tuple(found)
 
@@ -151,12 +164,12 @@ def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, in
 
 def _gains(graph: ChannelGraph, slices: tuple[RemovedSlice, ...]) -> tuple[Gain, ...]:
     """What makes up for the norms of weights that lose some of what the norms run over."""
-    thinned = {(sliced.tensor, sliced.dim) for sliced in slices}
+    sliced_dims = {(sliced.tensor, sliced.dim) for sliced in slices}
     found = dict.fromkeys(normalised.gain for normalised in graph.normalised)
     return tuple(
         gain
         for gain in found
-        if any(tensor == gain.weight and (dim != gain.dim or gain.vectors) for tensor, dim in thinned)
+        if any(tensor == gain.weight and (dim != gain.dim or gain.vectors) for tensor, dim in sliced_dims)
     )
 
 

@@ -19,7 +19,7 @@ from structprune.errors import PlanError
 from structprune.ops.gains import Gain
 from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
 from structprune.surgery.apply import apply
-from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale
+from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
 from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
@@ -123,7 +123,7 @@ class Plan(Edits):
         attribute_edits: attributes to set.
         rescales: factors that keep the function where a size changes it.
         literal_edits: literals in forwards to change.
-        layers: output channels of each thinned layer.
+        layers: output channels of each layer that loses some.
         axes: channels by what they are to the network.
         before: cost of the model as it is.
         after: cost of the model that `apply` makes.
@@ -152,9 +152,15 @@ class Plan(Edits):
 
     @property
     def removed(self) -> dict[str, dict[int, tuple[int, ...]]]:
-        """Original indices that go, by tensor name and dimension."""
+        """Original indices that go, by tensor name and dimension.
+
+        Where each group of a grouped convolution loses other inputs, no index of its weight goes as a whole: that
+        dimension is left out.
+        """
         found: dict[str, dict[int, tuple[int, ...]]] = {}
         for sliced in self.slices:
+            if isinstance(sliced, SectionedSlice):
+                continue
             found.setdefault(sliced.tensor, {})[sliced.dim] = sliced.removed
         return found
 
@@ -257,7 +263,7 @@ class Plan(Edits):
             if isinstance(kind := data.get("kind"), str) and kind in KINDS:
                 return KINDS[kind](data)
             return cls(
-                slices=tuple(record(RemovedSlice, t) for t in data["slices"]),
+                slices=tuple(record(SectionedSlice if "sections" in t else RemovedSlice, t) for t in data["slices"]),
                 attribute_edits=tuple(record(AttributeEdit, r) for r in data["attribute_edits"]),
                 rescales=tuple(record(Gain if "weight" in r else Rescale, r) for r in data["rescales"]),
                 literal_edits=tuple(record(LiteralEdit, r) for r in data["literal_edits"]),

@@ -1,4 +1,4 @@
-"""`sensitivity`: how a metric falls when each group alone is thinned, at several ratios."""
+"""`sensitivity`: how a metric falls when each group alone is pruned, at several ratios."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def sensitivity(
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Sensitivity:
-    """Thin each group alone at a grid of ratios and measure.
+    """Prune each group alone at several ratios and measure.
 
     Args:
         model: any ``nn.Module`` whose forward can be traced; it is left as it was.
@@ -180,44 +180,49 @@ def sensitivity(
     """
     if not callable(metric):
         raise PlanError(f"metric is a {type(metric).__name__}; give a function of model and loader.")
-    shares = tuple(ratios) if isinstance(ratios, Iterable) else ()
-    if (
-        isinstance(ratios, str)
-        or not shares
-        or any(not isinstance(share, Real) or not 0 < share < 1 for share in shares)
-    ):
-        raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
+    shares = _checked_ratios(ratios)
     graph = ChannelGraph(model, example_inputs, ignore=check_ignore("ignore", ignore))
     done = _resumed(checkpoint)
     score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
     counts = {group: _kept(group, shares, graph.bounds(group)) for group in graph.groups()}
-    groups = [group for group, kept in counts.items() if kept]
-    grid = [counts[group] for group in groups]
-    if done and [(c.group, c.kept) for c in done.curves] != [
-        (group.name, kept) for group, kept, _ in zip(groups, grid, done.curves, strict=False)
-    ]:
+    todo = [(group, kept) for group, kept in counts.items() if kept]
+    if done and not _belongs(done, todo):
         raise PlanError(f"{checkpoint} was written for another model or other ratios. Delete it, or name another file.")
     dense = done.dense if done else _measured(metric, model, loader)
     curves = list(done.curves) if done else []
-    todo = list(zip(groups, grid, strict=True))[len(curves) :]
-    for group, kept in track(todo, "measuring", disable=not progress, transient=True):
+    for group, kept in track(todo[len(curves) :], "measuring", disable=not progress, transient=True):
         orders = {
             member: member.components[np.argsort(check_scores(score(member, tensors), member).double().cpu().numpy())]
             for member in (group, *_partners(graph, group))
         }
-        found: list[float] = []
+        losses: list[float] = []
         for count in kept:
             plan = plan_removal(graph, _removed(graph, group, count, orders), config=False)
             # What balanced groups lose together is shared out among them.
-            found.append(dense - (dense - _measured(metric, plan.apply(model), loader)) / len(orders))
-        curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(found)))
+            losses.append(dense - (dense - _measured(metric, plan.apply(model), loader)) / len(orders))
+        curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(losses)))
         if checkpoint is not None:
             _write(Path(checkpoint), Sensitivity(dense, tuple(curves)))
     return Sensitivity(dense, tuple(curves))
 
 
+def _checked_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
+    shares = tuple(ratios) if isinstance(ratios, Iterable) else ()
+    shown = isinstance(ratios, str) or any(not isinstance(share, Real) or not 0 < share < 1 for share in shares)
+    if shown or not shares:
+        raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
+    return shares
+
+
+def _belongs(done: Sensitivity, todo: Sequence[tuple[Group, tuple[int, ...]]]) -> bool:
+    """Whether the curves of a checkpoint are the first of those that are to be measured."""
+    return [(curve.group, curve.kept) for curve in done.curves] == [
+        (group.name, kept) for group, kept in todo[: len(done.curves)]
+    ]
+
+
 def _balanced(graph: ChannelGraph, group: Group) -> tuple[list[Group], np.ndarray] | None:
-    """The groups that are thinned together with `group`, it among them, and the numbers that fit."""
+    """The groups that are pruned together with `group`, it among them, and the numbers that fit."""
     known = graph.groups()
     for balanced in graph.balanced():
         members = [known[number] for number in balanced.groups]

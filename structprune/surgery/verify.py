@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.errors import VerificationError
-from structprune.surgery.edits import Edits
+from structprune.surgery.edits import Edits, SectionedSlice
 from structprune.surgery.quantization import fake_quantization_off
 from structprune.surgery.reference import (
+    norms_over_kept,
     nothing_of_nothing,
     off_over_off,
-    over_survivors,
-    thinned_norms,
+    over_kept_channels,
     weight_kept,
     weights_kept,
 )
@@ -88,10 +88,11 @@ class Report:
             )
 
 
-def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
+def removed_components(graph: ChannelGraph, edits: Edits) -> Mask:
     """The components of `graph` that the edits remove."""
     removed = np.zeros(graph.components.count, dtype=bool)
-    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.slices}
+    # Sections lose other indices each; what they belong to goes with the channels themselves.
+    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.slices if not isinstance(t, SectionedSlice)}
     for slot in graph.slots:
         indices = by_tensor.get((slot.tensor, slot.dim))
         if indices is not None:
@@ -108,8 +109,8 @@ def _switched_off(
 ) -> tuple[Any, set[str]]:
     """Outputs of the graph's model with the channels that `edits` removes switched off, and what drew random numbers.
 
-    Every removed slice of a parameter or buffer is zero; norms of activations over thinned axes run over the
-    survivors, and weights that are normalised over their inputs are what they were.
+    Every removed slice of a parameter or buffer is zero; norms of activations over axes that lose channels run over the
+    channels kept, and weights that are normalised over their inputs are what they were.
     """
     inputs = _inputs(graph.example_inputs, kind)
     off, mode = streamed(graph.model, edits.slices, kind)
@@ -119,13 +120,13 @@ def _switched_off(
             # What a forward does may depend on the precision: operations are found in a trace of this one.
             graph, removed = ChannelGraph(off, inputs, outputs=edits.outputs), None
         hooks: dict[int | str, Hook] = {"div": off_over_off, "_weight_norm": nothing_of_nothing}
-        removed = dead_components(graph, edits) if removed is None else removed
+        removed = removed_components(graph, edits) if removed is None else removed
         for number, normalised, gone in weights_kept(graph, removed):
             if number in graph.trace.keys:
                 hooks[number] = partial(weight_kept, normalised.gain, tensors, gone)
-        for found, masks in thinned_norms(graph, removed):
+        for found, masks in norms_over_kept(graph, removed):
             if found.node in graph.trace.keys:  # those of the forward in training mode have none
-                hooks[found.node] = partial(over_survivors, found.dims, masks)
+                hooks[found.node] = over_kept_channels(graph, found, masks)
         # Which experts run, or how often a loop does, may depend on what is switched off.
         replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
         with replay.over(off):

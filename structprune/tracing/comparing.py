@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -36,7 +38,12 @@ def alike(recorded: Any, now: Any) -> bool:
     """Whether an argument that is no tensor, number or container is the same; what cannot be compared is."""
     if isinstance(recorded, np.ndarray):
         return np.array_equal(recorded, now)
-    return recorded == now if isinstance(recorded, (bool, str, torch.dtype, type(None))) else True
+    return recorded == now if isinstance(recorded, (bool, np.bool_, complex, str, torch.dtype, type(None))) else True
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether an argument is a real number, of Python, its ``fractions`` and ``decimal``, or NumPy."""
+    return isinstance(value, (int, float, Fraction, Decimal, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

@@ -18,7 +18,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.importance.weight import norm_scales
-from structprune.surgery.edits import Edits
+from structprune.surgery.edits import Edits, SectionedSlice
 from structprune.wrapping import unwrapped
 
 Sizes = dict[str, tuple[int, ...]]
@@ -237,6 +237,8 @@ class GrowingRegularisation:
         self.increment, self.ceiling, self.coefficient = increment, ceiling, 0.0
         self._stays: dict[str, dict[int, Tensor]] = {}
         for sliced in plan.slices:
+            if isinstance(sliced, SectionedSlice):
+                continue  # what makes these channels is penalised; here no index goes as a whole
             stays = torch.ones(sliced.size)
             stays[list(sliced.removed)] = 0
             self._stays.setdefault(sliced.tensor, {})[sliced.dim] = stays
@@ -262,7 +264,7 @@ class GrowingRegularisation:
         wanted = {
             name: tuple(stays[dim].numel() if dim in stays else size for dim, size in enumerate(parameters[name].shape))
             for name, stays in self._stays.items()
-            if name in parameters and _trainable(parameters[name])  # buffers are thinned too
+            if name in parameters and _trainable(parameters[name])  # buffers are sliced too
         }
         if not wanted:
             raise PlanError(f"{type(model).__name__} has none of the plan's parameters. Give the model of the plan.")

@@ -18,7 +18,7 @@ from harness.environment import as_line, environment
 from structprune.masks import Lottery, lottery
 from structprune.masks.tickets import Draw
 
-ROUNDS, EPOCHS, RATE = 12, 12, 1.2e-3
+ROUNDS, EPOCHS, RATE = 10, 30, 1.2e-3
 VARIANTS = ("ticket", "reinitialised", "random mask")
 
 

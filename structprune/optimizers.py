@@ -213,11 +213,15 @@ def _changes(
         if now not in new:
             raise SurgeryError(f"The pruned model has no tensor {name!r}. Give the model that plan.apply returned.")
         found.setdefault(id(tensor), _Change(name, tensor, new[now], tuple(tensor.shape)))
+    # A plan that removes branches first names what it slices as it is called without them.
+    before = {} if inplace else {now: name for name, now in names.items() if now is not None}
     for sliced in plan.slices:
-        if (tensor := old.get(sliced.tensor)) is not None:
+        if (tensor := old.get(before.get(sliced.tensor, sliced.tensor))) is not None:
             found[id(tensor)].slices.append(sliced)
     for rescale in plan.rescales:
-        if isinstance(rescale, Rescale) and (tensor := old.get(rescale.tensor)) is not None:
+        if not isinstance(rescale, Rescale):
+            continue
+        if (tensor := old.get(before.get(rescale.tensor, rescale.tensor))) is not None:
             found[id(tensor)].rescales.append(rescale)
     for change in found.values():
         _check_shapes(change, inplace)

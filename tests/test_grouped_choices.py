@@ -110,7 +110,7 @@ class Seen(nn.Module):
 
 
 def test_positions_that_something_else_sees_go_in_every_group() -> None:
-    with pytest.raises(PlanError, match="rows and columns go whole"):
+    with pytest.raises(PlanError, match="whole rows and columns go"):
         structprune.DependencyGraph(Seen(), IMAGE.float()).prune_group("a", [0, 3, 4, 7, 8, 11, 12, 15])
 
 

@@ -84,11 +84,12 @@ class ChannelGraph:
         self.compensations: list[Compensation] = []
         scales = self.channels.relations.scales
         for scale, found in zip(scales, compensations(self.trace, scales), strict=True):
+            factor = Invariant(scale.expression, self.trace.all_nodes[scale.node].meta["where"])
             if found is None or follows_inputs(scale.expression, self.channels.axes):
-                where = self.trace.all_nodes[scale.node].meta["where"]
-                self.channels.invariants.append(Invariant(scale.expression, where))
+                self.channels.invariants.append(factor)
             else:
                 self.compensations.append(found)
+                self.channels.factors.append(factor)
         described = partial(described_row, self._modules, self.trace, self.channels)
         self._solver = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
         self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs)
@@ -122,10 +123,10 @@ class ChannelGraph:
 
     def _pin_deviating(self, removed: Mask, found: Deviation) -> None:
         groups = [group.components for group in coupled_groups(self.components, self.slots)]
-        before = int(self.components.pinned.sum())
+        before = self.components.pinned_ids
         self._rehearsals.pin_deviating(self.sizes, removed, groups, f"with fewer of its channels, {found}")
         self._solve()
-        if int(self.components.pinned.sum()) <= before:
+        if self.components.pinned_ids <= before:
             raise PlanError(f"With fewer channels, {found}, and no channels are known that it depends on.")
 
     def _rewritable(self, number: int) -> bool:
@@ -197,7 +198,7 @@ class ChannelGraph:
 
     @cached_property
     def roots(self) -> Roots:
-        """The roots that each component lives by."""
+        """The roots that decide about each component."""
         return Roots(self.components)
 
     @cached_property
@@ -275,8 +276,7 @@ class ChannelGraph:
     def _reason(self, axis: Axis) -> str:
         if not axis.free:
             return axis.pin or ""
-        parts = self.components.of(axis)
-        numbers = self.components.reason[parts]
+        numbers = self.components.reason[self.components.of(axis)]
         numbers = numbers[numbers >= 0]
         return self.components.reasons[int(numbers[0])] if len(numbers) else "nothing pins it"
 

@@ -72,9 +72,12 @@ class ActivationCriterion(ABC, Unfitted):
     def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sums over the samples of a batch, by name; each of shape ``(positions,)``, or with a dimension before it."""
 
-    @abstractmethod
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """A score for each position, from the sums over all data; `weight` has shape ``(positions, rest)``."""
+        """A score for each position, from the sums over all data; `weight` has shape ``(positions, rest)``.
+
+        The mean, if the criterion does not say otherwise; with `root`, its root follows when positions are joined.
+        """
+        return sums["sum"] / sums["count"]
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.
@@ -147,10 +150,6 @@ class MeanActivation(ActivationCriterion):
         rows = wide(activation.rows())
         return {"sum": rows.abs().sum(0), "count": counted(rows)}
 
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The mean."""
-        return sums["sum"] / sums["count"]
-
 
 @dataclass(frozen=True, slots=True)
 class L2Activation(ActivationCriterion):
@@ -169,10 +168,6 @@ class L2Activation(ActivationCriterion):
         """Sum of squares, and how many."""
         rows = wide(activation.rows())
         return {"sum": rows.square().sum(0), "count": counted(rows)}
-
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The mean square; the root follows when the positions of a channel are joined."""
-        return sums["sum"] / sums["count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +189,6 @@ class APoZ(ActivationCriterion):
         """Number of entries above the threshold, and of all."""
         rows = activation.rows()
         return {"sum": (rows.abs() > self.threshold).sum(0), "count": counted(rows)}
-
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The share that is not zero."""
-        return sums["sum"] / sums["count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +215,6 @@ class HRank(ActivationCriterion):
         ranks = torch.linalg.matrix_rank(maps, rtol=max(maps.shape[-2:]) * precision)
         ranks = ranks.movedim(1, -1).reshape(-1, maps.shape[1])
         return {"sum": ranks.sum(0), "count": counted(ranks)}
-
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The mean rank."""
-        return sums["sum"] / sums["count"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ from structprune.importance.observe import descend, look
 from structprune.importance.reduce import check_reduction, padded, reduced
 from structprune.importance.sites import Sites
 from structprune.importance.weight_sites import weight_sites
+from structprune.ops import kind_of
+from structprune.ops.op import CONVOLUTIONS
 
 _NAMES = {
     False: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -60,9 +62,9 @@ class ObservedLayer:
         """
         weight = activation.weight
         assert weight is not None
-        size, name = activation.x.shape[activation.dim], activation.operation.call.name
-        if name.startswith("conv"):
-            transposed = name.startswith("conv_transpose")
+        size, kind = activation.x.shape[activation.dim], kind_of(activation.operation.call.name)
+        if kind in CONVOLUTIONS:
+            transposed = kind == "transposed"
             args, kwargs = activation.operation.args, activation.operation.kwargs
             given = {**dict(zip(_NAMES[transposed], args, strict=False)), **kwargs}
             rest = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
@@ -70,7 +72,7 @@ class ObservedLayer:
             kernel = tuple(weight.shape[2:])
             by_channel = columns(activation).reshape(size, -1, prod(kernel))
             return ObservedLayer(by_channel, groups, rest, kernel, transposed, activation.dim)
-        if weight.dim() != 2 or name in ("bilinear", "python.einsum"):
+        if weight.dim() != 2 or kind in ("bilinear", "einsum"):
             raise PlanError(
                 f"The second moments of {activation.where} are not known: it is neither a convolution nor a product "
                 "with one matrix. Name the layer in ignore=, or choose another criterion, such as 'wanda'."

@@ -20,7 +20,7 @@ from torch import fx
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.ops import op_of
+from structprune.ops import kind_of, op_of
 from structprune.ops.arguments import tensors
 from structprune.ops.op import Pair
 from structprune.ops.relations import Axis, Ids
@@ -67,11 +67,6 @@ def pairs_of(node: fx.Node) -> Iterable[Pair]:
     """The pairs of dimensions that an operation sums away, both ways round where neither side is the weight as such."""
     known = op_of(node.meta["name"])
     return () if known is None or known.contraction is None else known.contraction.pairs(node)
-
-
-def _is_transposed(node: fx.Node) -> bool:
-    known = op_of(node.meta["name"])
-    return known is not None and known.contraction is not None and known.contraction.kind == "transposed"
 
 
 def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozenset[str]]:
@@ -181,7 +176,7 @@ class Sites:
             return
         side, axis, dim = found
         positions, roots = self._members(axis, other[1])
-        if _is_transposed(node):
+        if kind_of(node.meta["name"]) == "transposed":
             positions, roots = self._not_handed_on(node, c, positions, roots)
         if uncovered:
             positions, roots = self._only_uncovered(positions, roots)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from structprune.depth.plan import DepthPlan
 from structprune.errors import PlanError, SurgeryError
 from structprune.planning.plan import Plan
 from structprune.surgery.slicing import zero
@@ -77,6 +78,11 @@ def from_plan(plan: Plan, model: nn.Module) -> nn.Module:
         >>> int(model[0].weight_mask.sum()), structprune.masks.compact(model, x)[0]
         (16, Linear(in_features=4, out_features=4, bias=True))
     """
+    if isinstance(plan, DepthPlan):
+        raise SurgeryError(
+            "The plan removes blocks or branches, which masks on weights cannot say. Apply plan.removal, and mask what "
+            "plan.widths removes of the result."
+        )
     inner = prunable(model, inplace=True)
     put_on(inner, masks_of_plan(plan, inner))
     return model

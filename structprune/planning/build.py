@@ -53,7 +53,7 @@ def plan_removal(
         slices=slices,
         attribute_edits=attribute_edits,
         rescales=(*_rescales(graph, count, values), *_gains(graph, slices)),
-        literal_edits=_rewrites(graph, count),
+        literal_edits=_literal_edits(graph, count),
         caches=graph.trace.caches,
         inputs=specify(graph.example_inputs),
         outputs=tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
@@ -156,8 +156,9 @@ def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, in
 
     found: list[Rescale] = []
     for compensation in graph.compensations:
-        factor = evaluate(compensation.scale.expression, before) / evaluate(compensation.scale.expression, after)
-        if factor != 1:
+        old, new = (evaluate(compensation.scale.expression, each) for each in (before, after))
+        if old != new:
+            factor = old / new
             found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in compensation.scaled]
     return tuple(found)
 
@@ -173,7 +174,7 @@ def _gains(graph: ChannelGraph, slices: tuple[RemovedSlice, ...]) -> tuple[Gain,
     )
 
 
-def _rewrites(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ...]:
+def _literal_edits(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ...]:
     found: dict[tuple[str, int, tuple[int | str, ...]], LiteralEdit] = {}
     for constraint in graph.sizes.literals:
         (literal,) = literals(constraint.expression)

@@ -262,7 +262,7 @@ class Plan(Edits):
             data = up_to_date(data, SCHEMA, MIGRATIONS, "it")
             if isinstance(kind := data.get("kind"), str) and kind in KINDS:
                 return KINDS[kind](data)
-            return cls(
+            return Plan(
                 slices=tuple(record(SectionedSlice if "sections" in t else RemovedSlice, t) for t in data["slices"]),
                 attribute_edits=tuple(record(AttributeEdit, r) for r in data["attribute_edits"]),
                 rescales=tuple(record(Gain if "weight" in r else Rescale, r) for r in data["rescales"]),
@@ -295,9 +295,9 @@ def _read_settings(data: Any) -> Settings:
     return Settings(**parts, over_survivors=texts(found["over_survivors"]))
 
 
-def remember_plan(model: nn.Module, plans: tuple[Any, ...]) -> None:
-    """Let a model know what has been done to it, the first plan first."""
-    remember(model, RECORD, plans, [])
+def remember_plan(model: nn.Module, plans: tuple[Any, ...], undo: list[Callable[[], None]] | None = None) -> None:
+    """Let a model know what has been done to it, the first plan first; how to take that back is added to `undo`."""
+    remember(model, RECORD, plans, [] if undo is None else undo)
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:

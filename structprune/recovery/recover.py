@@ -16,11 +16,11 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.recovery.batches import Forward, batches_of
-from structprune.recovery.depth import Shorter
+from structprune.recovery.depth import Shorter, stages
 from structprune.recovery.layer_solver import LayerSolver
 from structprune.recovery.layers import consumers
 from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
-from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report
+from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept
@@ -62,7 +62,8 @@ def recover(
     layers and of residual sums); here each layer also corrects the errors of the layers before it.
 
     A model without some of its branches (`structprune.remove_branches`) is solved where what is left meets the
-    original, if that is all that was done to it; the report then names layers as the original does.
+    original; the report then names layers as the original does. One that lost channels as well is made again step by
+    step, and each step is recovered, if its weights are still the original's.
 
     Models in half precision run and are solved in float32, on widened copies of their weights and of the data, and the
     new weights are rounded at the end; so `recover` needs the memory of float32 models while it runs.
@@ -105,7 +106,28 @@ def recover(
             if not isinstance(model, nn.Module):
                 raise RecoveryError(f"{name} is a {type(model).__name__}; give the model, an nn.Module.")
         batches = batches_of(original, data, forward, "is nothing to solve the layers on")
-        return _recovered(slim, original, batches, rows, rounds, seed)
+        done = stages(slim, original)
+        if len(done) < 2:
+            return _recovered(slim, original, batches, rows, rounds, seed)
+        return _in_stages(done, original, batches, rows, rounds, seed)
+
+
+def _in_stages(
+    done: list[tuple[Any, ...]], original: nn.Module, batches: list[Any], rows: int, rounds: int, seed: int
+) -> nn.Module:
+    """A model that lost branches and channels, made again step by step and recovered after each of them."""
+    layers: list[LayerRecovery] = []
+    skipped: dict[str, str] = {}
+    for plans in done:
+        smaller = original
+        for plan in plans:
+            smaller = plan.apply(smaller)
+        original = _recovered(smaller, original, batches, rows, rounds, seed)
+        report = recovery_report(original)
+        layers += report.layers
+        skipped |= report.skipped
+    keep_report(original, RecoveryReport(tuple(layers), skipped))
+    return original
 
 
 def _recovered(

@@ -81,3 +81,18 @@ class Edits:
     caches: tuple[tuple[str, str], ...]
     inputs: Any
     outputs: tuple[str, ...] | None
+
+    @property
+    def thinnings(self) -> tuple[RemovedSlice, ...]:
+        """The former name of `slices`."""
+        return self.slices
+
+    @property
+    def repairs(self) -> tuple[AttributeEdit, ...]:
+        """The former name of `attribute_edits`."""
+        return self.attribute_edits
+
+    @property
+    def rewrites(self) -> tuple[LiteralEdit, ...]:
+        """The former name of `literal_edits`."""
+        return self.literal_edits

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from structprune.tracing.provenance import OWN_DIRECTORY, TORCH_DIRECTORY
+
 
 def known_layer(module: nn.Module) -> bool:
     """Whether `module` is a layer of torch as torch made it, without others in it and without hooks."""
@@ -44,6 +46,17 @@ def alike(recorded: Any, now: Any) -> bool:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether an argument is a real number, of Python, its ``fractions`` and ``decimal``, or NumPy."""
     return isinstance(value, (int, float, Fraction, Decimal, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def raised_at(error: BaseException) -> str:
+    """The innermost line outside torch and this library that `error` came through."""
+    found, step = "unknown line", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, "<")):
+            found = f"{name}:{step.tb_lineno}"
+        step = step.tb_next
+    return found
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

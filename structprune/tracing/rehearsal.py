@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.tracing.calls import Leaf
-from structprune.tracing.comparing import alike, equal, is_number, items, known_layer
+from structprune.tracing.comparing import alike, equal, is_number, items, known_layer, raised_at
 from structprune.tracing.describe import describe_layers, owner
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import (
-    OWN_DIRECTORY,
-    TORCH_DIRECTORY,
     Attribute,
     Expression,
     SizeFloat,
@@ -48,6 +46,8 @@ from structprune.tracing.trace import (
     two_samples,
 )
 from structprune.tracing.vocabulary import HANDED_OUT, Call, Kind, Lookup
+
+_DEVICE: Any = Tensor.device.__get__
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def rehearse(
             rehearsal.deviations.append(Deviation(error.what, error.where, rehearsal.place, ends=True))
         except Exception as error:  # the user's forward may raise anything at other widths
             what = f"the forward raises {type(error).__name__} ({error})"
-            rehearsal.deviations.append(Deviation(what, _raised(error), rehearsal.place, ends=True))
+            rehearsal.deviations.append(Deviation(what, raised_at(error), rehearsal.place, ends=True))
     return rehearsal.deviations
 
 
@@ -154,17 +154,6 @@ def _replaced(old: Any, steps: list[str | int], new: int) -> Any:
     items = list(old)
     items[int(steps[0])] = _replaced(items[int(steps[0])], steps[1:], new)
     return type(old)(items)
-
-
-def _raised(error: BaseException) -> str:
-    """The innermost line outside torch and this library that `error` came through."""
-    found, step = "unknown line", error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, "<")):
-            found = f"{name}:{step.tb_lineno}"
-        step = step.tb_next
-    return found
 
 
 class _Rehearsal(Recorder):
@@ -245,6 +234,17 @@ class _Rehearsal(Recorder):
         return torch.empty([shape[dim] for dim in order], dtype=node.meta["dtype"], device="meta").permute(back)
 
     # -- the calls -----------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one call. A stand-in is where the tensor was that it stands for: packed sequences ask for that."""
+        known = self._known.get(id(args[0])) if func == _DEVICE else None
+        return (
+            self._first[known].meta["device"]
+            if known in self._first
+            else super().__torch_function__(func, types, args, kwargs)
+        )
 
     def _size(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)

@@ -86,8 +86,9 @@ def main() -> None:
     cases: dict[str, Callable[[], nn.Module]] = {
         "FPGM, 10% of the filters zeroed": lambda: fpgm_filters(model, 0.1),
         "FPGM, 30% of the filters zeroed": lambda: fpgm_filters(model, 0.3),
-        "FPGM, 30% of the channels": lambda: fpgm_channels(model, x, 0.3),
-        "TVSPrune, below 0.6 of the mean, 2 rounds": lambda: tvs_channels(model, x, data, 0.6, 2),
+        "FPGM, 10% of the channels": lambda: fpgm_channels(model, x, 0.1),
+        "TVSPrune, below 0.2 of the mean, 2 rounds": lambda: tvs_channels(model, x, data, 0.2, 2),
+        "TVSPrune, below 0.4 of the mean, 2 rounds": lambda: tvs_channels(model, x, data, 0.4, 2),
     }
     params = sum(p.numel() for p in model.parameters())
     dense = cifar.accuracy(model, images, labels)

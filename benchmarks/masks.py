@@ -56,6 +56,10 @@ def measured(key: str, kind: str, amount: float) -> dict[str, Any]:
     inputs = oracle.double(inputs)
     mask = Saliency.random(model, seed=1).mask(amount, "tensor", dim=0 if kind == "filters" else None)
     mask.apply(model)
+    try:
+        run_once(model, inputs)
+    except RuntimeError as error:
+        return {"error": f"the model itself does not run in float64: {one_line(error)}"}
     before = sum(p.numel() for p in model.parameters())
     began = time.perf_counter()
     found = masks.compaction(model, inputs)
@@ -111,7 +115,9 @@ def write(found: dict[str, Any]) -> None:
         f"{as_line(environment())}.",
         "",
         f"{right} of {len(found)} compacted networks compute what the masked ones compute, to {TOLERANCE:g} of the "
-        f"largest output; {len(refused)} were refused; {len(found) - right - len(refused)} differ.",
+        f"largest output; {len(refused)} could not be made; {len(found) - right - len(refused)} differ.",
+        "",
+        f"Measured so far: {len({name.rpartition(' ')[0].rpartition(' ')[0] for name in found})} of {len(MODELS)} models.",
         "",
         "Parameters that are gone, and (channels gone of those that the zeros switch off):",
         "",

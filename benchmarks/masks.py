@@ -117,7 +117,7 @@ def write(found: dict[str, Any]) -> None:
         f"{right} of {len(found)} compacted networks compute what the masked ones compute, to {TOLERANCE:g} of the "
         f"largest output; {len(refused)} could not be made; {len(found) - right - len(refused)} differ.",
         "",
-        f"Measured so far: {len({name.rpartition(' ')[0].rpartition(' ')[0] for name in found})} of {len(MODELS)} models.",
+        f"Measured so far: {len({name.split(' ')[0] for name in found})} of {len(MODELS)} models.",
         "",
         "Parameters that are gone, and (channels gone of those that the zeros switch off):",
         "",

@@ -370,7 +370,7 @@ def test_masks_cannot_say_that_a_block_is_gone():
         ({"axes": "blocks", "loss": cross_entropy}, "no data to compute it on"),
         ({"axes": "blocks", "ignore": ["1", "2", "3", "4", "5"]}, "has none that may go"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_cannot_be_is_refused_with_the_reason(options, message):
     model, x = residuals()

@@ -11,9 +11,8 @@ from torch import fx
 from structprune.errors import RuleError, StructpruneError
 from structprune.ops import Context, Op, Operand, op_of
 from structprune.ops.arguments import positional
-from structprune.ops.context import operands_in
+from structprune.ops.context import call_watched, operands_in
 from structprune.ops.relations import Axis, Relations
-from structprune.ops.watch import call_watched
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import Attribute, Expression, Literal, SizeInt
 from structprune.tracing.trace import OutputName, Trace, chosen_names, describe, part_of

@@ -316,3 +316,22 @@ def test_transposed_convolutions():
     slim = masks.compact(model, torch.randn(1, 3, 6, 6, dtype=F64))
     assert slim[2].in_channels == 5
     same(model, slim, (2, 3, 7, 7))
+
+
+@pytest.mark.parametrize("reduce", [torch.any, torch.all])
+def test_a_reduction_that_gives_bool_hands_no_constant_on(reduce):
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y * reduce(y, -1, keepdim=True))
+
+    torch.manual_seed(0)
+    model = Gated().double().eval()
+    with torch.no_grad():
+        model.first.weight[:2] = 0
+    shape = (1, 3, 8, 8)
+    same(model, masks.compact(model, torch.randn(shape, dtype=F64)), shape)

@@ -335,3 +335,19 @@ def test_a_reduction_that_gives_bool_hands_no_constant_on(reduce):
         model.first.weight[:2] = 0
     shape = (1, 3, 8, 8)
     same(model, masks.compact(model, torch.randn(shape, dtype=F64)), shape)
+
+
+def test_a_move_to_the_device_of_another_tensor_is_no_failure():
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x).to(x.device)) * torch.full((), 2.0, device=x.device))
+
+    torch.manual_seed(0)
+    model = Moved().double().eval()
+    with torch.no_grad():
+        model.first.weight[:2] = 0
+    same(model, masks.compact(model, torch.randn(2, 4, dtype=F64)), (2, 4))

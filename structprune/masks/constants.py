@@ -199,7 +199,7 @@ class Constants:
             value = call(node, given)
         except FAILURES:
             return None
-        if not isinstance(value, Tensor) or list(value.shape) != shape:
+        if not isinstance(value, Tensor) or value.is_meta or list(value.shape) != shape:
             return None
         value = value.double()
         constant = torch.stack(known).all(0)

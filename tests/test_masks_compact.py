@@ -134,6 +134,12 @@ def off_with_bias(model: nn.Module, channels: tuple[int, ...] = (1, 3)) -> nn.Mo
     return model
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_report_tells_what_is_off_behind_an_activation_in_place(inplace):
+    model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=inplace), nn.Conv2d(6, 4, 3)))
+    assert masks.compaction(model, torch.randn(1, 3, 9, 9, dtype=F64)).layers[0].off == (1, 3)
+
+
 def test_a_constant_goes_into_the_bias_where_no_border_is_seen():
     model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.Softplus(), nn.Conv2d(6, 4, 3)))
     found = masks.compaction(model, torch.randn(1, 3, 9, 9, dtype=F64))
@@ -310,3 +316,38 @@ def test_transposed_convolutions():
     slim = masks.compact(model, torch.randn(1, 3, 6, 6, dtype=F64))
     assert slim[2].in_channels == 5
     same(model, slim, (2, 3, 7, 7))
+
+
+@pytest.mark.parametrize("reduce", [torch.any, torch.all])
+def test_a_reduction_that_gives_bool_hands_no_constant_on(reduce):
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y * reduce(y, -1, keepdim=True))
+
+    torch.manual_seed(0)
+    model = Gated().double().eval()
+    with torch.no_grad():
+        model.first.weight[:2] = 0
+    shape = (1, 3, 8, 8)
+    same(model, masks.compact(model, torch.randn(shape, dtype=F64)), shape)
+
+
+def test_a_move_to_the_device_of_another_tensor_is_no_failure():
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x).to(x.device)) * torch.full((), 2.0, device=x.device))
+
+    torch.manual_seed(0)
+    model = Moved().double().eval()
+    with torch.no_grad():
+        model.first.weight[:2] = 0
+    same(model, masks.compact(model, torch.randn(2, 4, dtype=F64)), (2, 4))

@@ -139,6 +139,26 @@ def test_after_a_kill_it_goes_on_training_by_training(tmp_path):
         lottery(build, training, evaluate, 2, 1, amount=0.3, folder=tmp_path)
 
 
+def test_a_kill_while_it_writes_loses_no_more_than_that_training(tmp_path, monkeypatch):
+    whole = lottery(build, Training(), evaluate, 2, "learning_rate", amount=0.5, controls=())
+    written: list[str] = []
+
+    def dies(path, text):
+        if written:
+            raise KeyboardInterrupt
+        written.append(text)
+        path.write_text(text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("structprune.masks.tickets.write_text", dies)
+        with pytest.raises(KeyboardInterrupt):
+            lottery(build, Training(), evaluate, 2, "learning_rate", amount=0.5, controls=(), folder=tmp_path)
+    training = Training()
+    resumed = lottery(build, training, evaluate, 2, "learning_rate", amount=0.5, controls=(), folder=tmp_path)
+    assert len(training.starts) == 2
+    assert resumed.draws == whole.draws
+
+
 def test_the_random_state_is_as_it_was_and_the_table_and_plot_are_there(tmp_path):
     state = torch.get_rng_state()
     found = lottery(build, Training(), evaluate, 1)

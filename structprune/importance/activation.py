@@ -259,20 +259,20 @@ class Wanda(ActivationCriterion):
             PlanError: there is no data, or it does not fit the model.
         """
         batches = require_data(batches, self)
-        sites, sums = weight_sites(graph), Sums()
+        uses, sums = weight_sites(graph), Sums()
 
-        def visit(seen: Activation, _: Any) -> None:
-            name = sites[seen.number].name
-            for key, value in self.gather(seen, None).items():
+        def visit(activation: Activation, _: Any) -> None:
+            name = uses[activation.number].name
+            for key, value in self.gather(activation, None).items():
                 sums.add((name, key), value)
 
-        look(graph, batches, [site.tap for site in sites], visit)
+        look(graph, batches, [use.site for use in uses], visit)
         sums.reduce()
         found: dict[str, Tensor] = {}
-        for site in sites:
-            weight = wide(graph.model.get_parameter(site.name).detach())
-            spread = (sums[site.name, "square"] / sums[site.name, "count"]).sqrt()
-            found[site.name] = (weight.abs() * site.spread(spread, weight)).pow(self.n)
+        for use in uses:
+            weight = wide(graph.model.get_parameter(use.name).detach())
+            spread = (sums[use.name, "square"] / sums[use.name, "count"]).sqrt()
+            found[use.name] = (weight.abs() * use.spread(spread, weight)).pow(self.n)
         return found
 
 

@@ -248,25 +248,25 @@ class OBS(Unfitted):
             PlanError: there is no data, it does not fit the model, or a layer is neither convolution nor product.
         """
         batches = require_data(batches, self)
-        sites, sums = weight_sites(graph), Sums()
+        uses, sums = weight_sites(graph), Sums()
 
-        def visit(seen: Activation, _: Any) -> None:
-            moments, count = ObservedLayer.of(seen).moments(seen)
-            sums.add((sites[seen.number].name, "moments"), moments)
-            sums.add((sites[seen.number].name, "count"), torch.tensor(float(count)))
+        def visit(activation: Activation, _: Any) -> None:
+            moments, count = ObservedLayer.of(activation).moments(activation)
+            sums.add((uses[activation.number].name, "moments"), moments)
+            sums.add((uses[activation.number].name, "count"), torch.tensor(float(count)))
 
         with torch.no_grad():
-            look(graph, batches, [site.tap for site in sites], visit)
+            look(graph, batches, [use.site for use in uses], visit)
         sums.reduce()
         found: dict[str, Tensor] = {}
-        for site in sites:
-            weight = graph.model.get_parameter(site.name).detach()
-            moments = sums[site.name, "moments"] / float(sums[site.name, "count"])
+        for use in uses:
+            weight = graph.model.get_parameter(use.name).detach()
+            moments = sums[use.name, "moments"] / float(sums[use.name, "count"])
             diagonal = torch.diagonal(_inverse(moments, self.damping), dim1=1, dim2=2).reshape(-1)
             alive = torch.diagonal(moments, dim1=1, dim2=2).reshape(-1) > 0
             # What no input ever reaches costs nothing, whatever the damping.
             each = torch.where(alive, 1 / diagonal, 0)
-            found[site.name] = weight.to(each.dtype).square() * site.spread(each, weight)
+            found[use.name] = weight.to(each.dtype).square() * use.spread(each, weight)
         return found
 
 

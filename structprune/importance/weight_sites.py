@@ -22,12 +22,12 @@ class WeightSite:
 
     Attributes:
         name: of the parameter.
-        tap: the layer's input.
+        site: the layer's input.
         dim: the dimension of the weight, 0 or 1, that meets the input.
     """
 
     name: str
-    tap: Site
+    site: Site
     dim: int
 
     def spread(self, values: Tensor, weight: Tensor) -> Tensor:
@@ -41,14 +41,14 @@ class WeightSite:
             weight: of shape ``(outputs, channels of a group, *kernel)``, or with the first two exchanged.
         """
         kernel = weight.shape[2:]
-        if values.numel() == self.tap.size:
-            values = values.view(self.tap.size, *[1] * len(kernel))
+        if values.numel() == self.site.size:
+            values = values.view(self.site.size, *[1] * len(kernel))
         else:
-            values = values.view(self.tap.size, *kernel)
+            values = values.view(self.site.size, *kernel)
         inside = weight.shape[self.dim]
-        if inside == self.tap.size:
+        if inside == self.site.size:
             return values.unsqueeze(1 - self.dim).expand(weight.shape)
-        groups = self.tap.size // inside
+        groups = self.site.size // inside
         rows = values.unflatten(0, (groups, inside)).unsqueeze(1)
         return rows.expand(groups, weight.shape[0] // groups, inside, *kernel).reshape(weight.shape)
 
@@ -70,11 +70,11 @@ def weight_sites(graph: ChannelGraph) -> list[WeightSite]:
             if weight.meta["name"] != "parameter" or x in held or not _is_layer(node, len(shape)):
                 continue
             sizes = x.meta["shape"]
-            tap = Site(
+            site = Site(
                 node.meta["index"], pair.operand, 0, pair.dim if pair.dim < 0 else pair.dim - len(sizes),
                 int(sizes[pair.dim]), pair.weight, pair.weight_dim, x.meta["index"], describe(node, graph.trace),
             )  # fmt: skip
-            found.append(WeightSite(str(weight.target), tap, pair.weight_dim % len(shape)))
+            found.append(WeightSite(str(weight.target), site, pair.weight_dim % len(shape)))
     return found
 
 

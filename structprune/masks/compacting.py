@@ -177,7 +177,7 @@ def _reports(graph: DependencyGraph, found: Liveness, constants: Constants) -> t
         path = str(layer.weight.target).rpartition(".")[0] or str(layer.weight.target)
         if not axis.free or path in reports:
             continue
-        known = constants.of(node).known.movedim(layer.result_dim, 0).flatten(1).all(1).expand(axis.size).numpy()
+        known = constants.made[node].known.movedim(layer.result_dim, 0).flatten(1).all(1).expand(axis.size).numpy()
         gone = found.off(axis)
         parts = graph.components.of(axis)
         stays: dict[str, list[int]] = {}

@@ -31,6 +31,7 @@ class Constants:
 
     Attributes:
         layers: the layers whose weight the model holds, by node.
+        made: what is known of their results when they are made, before an activation in place overwrites them.
         apart: the operations of which it is known that they treat every channel alone: elementwise ones, movements,
             batch norms, pooling.
     """
@@ -39,12 +40,15 @@ class Constants:
         self._graph = graph
         self._tensors = {name: held.tensor for name, held in held_tensors(graph.model).items()}
         self.layers: dict[fx.Node, Layer] = {}
+        self.made: dict[fx.Node, State] = {}
         self.apart: set[fx.Node] = set()
         self._states: dict[fx.Node, Any] = {}
         views = _Memory()
         with torch.no_grad():
             for node in graph.trace.nodes:
                 self._states[node] = self._state(node)
+                if node in self.layers:
+                    self.made[node] = self._states[node]
                 for other in views.overwritten(node):
                     self._states[other] = self._nothing(other)
 
@@ -195,7 +199,7 @@ class Constants:
             value = call(node, given)
         except FAILURES:
             return None
-        if not isinstance(value, Tensor) or list(value.shape) != shape:
+        if not isinstance(value, Tensor) or value.is_meta or list(value.shape) != shape:
             return None
         value = value.double()
         constant = torch.stack(known).all(0)

@@ -133,6 +133,8 @@ def layer(node: fx.Node, axes_of: Callable[[fx.Node], Axes]) -> Layer | None:
         options = {"stride": 1} if known.kind == "convolution" else {}
     elif len(weight.meta["shape"]) != 2 or len(axes) < 2:
         return None
+    if any(axis.free for axis in axes[len(axes) + dim + 1 :]):  # positions that may go themselves
+        return None
     ahead = [axis.size if axis.free else 1 for axis in axes[: len(axes) + dim]]
     return Layer(node, x, weight, bias, dim, (*ahead, axes[dim].size, *_image(weight, given, -1 - dim)), options)
 

@@ -105,7 +105,7 @@ def _lets_through(node: fx.Node, x: fx.Node, given: Tensor, source: Axes, result
         found = call(node, {x: given})
     except FAILURES:
         return False
-    if not isinstance(found, Tensor) or found.dim() != len(result):
+    if not isinstance(found, Tensor) or found.dim() != len(result) or found.dtype != given.dtype:
         return False
     if any(found.shape[d] != 2 for d, axis in enumerate(result) if axis.free):
         return False

@@ -309,9 +309,9 @@ class _Drawing:
         if draw.variant == TICKET:  # the list comes last: what it names is there
             self._masks[draw.round + 1].save(self._folder / f"mask-{draw.round + 1}.safetensors")
             write(self._folder / f"start-{draw.round}.safetensors", "weights", self._start)
-            (self._folder / f"start-{draw.round - 1}.safetensors").unlink(missing_ok=True)
         record = {"asked": dict(self._asked), "draws": [asdict(d) for d in self._draws]}
         write_text(self._folder / "lottery.json", json.dumps(record, indent=1))
+        (self._folder / f"start-{draw.round - 1}.safetensors").unlink(missing_ok=True)
 
     def _recall(self, folder: Path) -> None:
         file = folder / "lottery.json"

@@ -37,8 +37,8 @@ def unit_graph(model: nn.Module, example_inputs: ExampleInputs, living: Mapping[
     graph = ChannelGraph(model, example_inputs)
     units = _Units(graph)
     dense: nx.DiGraph[Unit] = nx.DiGraph()
-    for site in weight_sites(graph):
-        for source, target, weights in units.edges(site, living.get(site.name)):
+    for use in weight_sites(graph):
+        for source, target, weights in units.edges(use, living.get(use.name)):
             if source == target:  # a depthwise convolution hands its channels on
                 continue
             known = dense.get_edge_data(source, target, {"weights": 0})["weights"]
@@ -69,25 +69,25 @@ class _Units:
         self._nodes = {node.meta["index"]: node for node in graph.trace.nodes}
         self._names: dict[object, Unit] = {}
         self._inputs = count()
-        for site in weight_sites(graph):  # the layers that make units name them
-            self._of(self._nodes[site.tap.operation], site.tap.dim, site.name.removesuffix(".weight"))
+        for use in weight_sites(graph):  # the layers that make units name them
+            self._of(self._nodes[use.site.operation], use.site.dim, use.name.removesuffix(".weight"))
 
-    def edges(self, site: WeightSite, living: Tensor | None) -> list[tuple[Unit, Unit, int]]:
+    def edges(self, use: WeightSite, living: Tensor | None) -> list[tuple[Unit, Unit, int]]:
         """Pairs of units with the number of weights left between them, zero included."""
-        node, weight = self._nodes[site.tap.operation], self._graph.model.get_parameter(site.name)
-        x = self._nodes[site.tap.node]
-        inside = weight.shape[site.dim]
+        node, weight = self._nodes[use.site.operation], self._graph.model.get_parameter(use.name)
+        x = self._nodes[use.site.node]
+        inside = weight.shape[use.dim]
         counts = np.ones(weight.shape, dtype=np.int64) if living is None else living.cpu().numpy().astype(np.int64)
-        table = np.moveaxis(counts, site.dim, 1).reshape(weight.shape[1 - site.dim], inside, -1).sum(2)
-        sources, targets = self._of(x, site.tap.dim), self._of(node, site.tap.dim)
-        groups, outputs = site.tap.size // inside, len(targets)
+        table = np.moveaxis(counts, use.dim, 1).reshape(weight.shape[1 - use.dim], inside, -1).sum(2)
+        sources, targets = self._of(x, use.site.dim), self._of(node, use.site.dim)
+        groups, outputs = use.site.size // inside, len(targets)
         found: list[tuple[Unit, Unit, int]] = []
-        if site.dim == 1:  # (outputs, channels of a group)
+        if use.dim == 1:  # (outputs, channels of a group)
             for out, row in enumerate(table):
                 start = out // (outputs // groups) * inside
                 found += [(sources[start + j], targets[out], int(c)) for j, c in enumerate(row)]
         else:  # (outputs of a group, channels), of a transposed convolution or a product
-            each = site.tap.size // (outputs // len(table))
+            each = use.site.size // (outputs // len(table))
             for out, row in enumerate(table):
                 found += [(sources[j], targets[j // each * len(table) + out], int(c)) for j, c in enumerate(row)]
         return found

@@ -7,6 +7,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from structprune.checking import FLAG, require
 from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
 from structprune.importance.base import fitted
@@ -58,7 +59,8 @@ def _planned(
 def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> DependencyGraph:
     """The coupled channels of `model`, without those that the options leave whole."""
     with collection_paused():
-        return DependencyGraph(model, example_inputs, ignore=options.ignore, outputs=options.outputs)
+        kept = {"ignore": options.ignore, "ignore_outputs": options.ignore_outputs}
+        return DependencyGraph(model, example_inputs, **kept, outputs=options.outputs)
 
 
 def decide(graph: DependencyGraph, options: PlanOptions) -> Decision:
@@ -106,6 +108,7 @@ def prune(
         >>> structprune.prune(model, torch.randn(1, 4), ratio=0.5)[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
+    require(locals(), inplace=FLAG, verify=FLAG)
     graph, removed, decided = _planned(model, example_inputs, PlanOptions(**options))
     if verify:
         slim = decided.apply(model)

@@ -28,6 +28,7 @@ class DependencyGraph(ChannelGraph):
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ignore: layers (modules or dotted names) to leave whole.
+        ignore_outputs: layers whose outputs stay whole; their inputs may lose channels.
         outputs: names of the outputs that keep their shape (see `structprune.plan`); None for all.
 
     Raises:
@@ -54,10 +55,15 @@ class DependencyGraph(ChannelGraph):
         example_inputs: ExampleInputs,
         *,
         ignore: Iterable[Layer] | Layer = (),
+        ignore_outputs: Iterable[Layer] | Layer = (),
         outputs: Iterable[OutputName] | OutputName | None = None,
     ) -> None:
         super().__init__(
-            model, example_inputs, ignore=check_ignore("ignore", ignore), outputs=check_outputs("outputs", outputs)
+            model,
+            example_inputs,
+            ignore=check_ignore("ignore", ignore),
+            ignore_outputs=check_ignore("ignore_outputs", ignore_outputs),
+            outputs=check_outputs("outputs", outputs),
         )
 
     def to_networkx(self) -> nx.DiGraph[str]:

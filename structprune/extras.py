@@ -58,8 +58,12 @@ def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int) -> Path:
 
     Raises:
         OSError: the folder cannot be written, or `path` is a device, a pipe or a folder.
+        ValueError: the ending is none of a format that Matplotlib writes.
     """
     file = Path(path)
     kind = file.suffix.removeprefix(".") or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if kind.lower() not in known:
+        raise ValueError(f"path ends in {file.suffix!r}; a figure can be written as {', '.join(sorted(known))}.")
     write_whole(file, lambda draft: figure.savefig(draft, dpi=dpi, format=kind))
     return file

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # that has a place of its own stands there.
 ORDER = (
     ("errors", "files", "hardware"),
+    ("checking",),
     ("extras", "distributed"),
     ("wrapping",),
     ("tracing",),
@@ -41,6 +42,7 @@ ORDER = (
     ("filling",),
     ("io", "reporting"),
     ("integrations",),
+    ("compat",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, fx, nn
 
+from structprune.checking import INPUTS, require
 from structprune.coupling.polynomials import Evaluator, Polynomial, total
 from structprune.coupling.propagate import Channels, propagate
 from structprune.ops import op_of
@@ -226,6 +227,7 @@ def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
         >>> structprune.cost(torch.nn.Linear(8, 4), torch.randn(1, 8)).macs
         32
     """
+    require(locals(), example_inputs=INPUTS)
     model = prunable(model)
     recorded = trace(model, example_inputs, operations=op_of)
     return count_cost(model, recorded, propagate(recorded), lambda axis: axis.size)

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from structprune.coupling.propagate import Channels
 from structprune.ops.relations import Axis
+from structprune.tracing.describe import nodes_in
 from structprune.tracing.provenance import Dim, leaves
 from structprune.tracing.state import held_tensors, join
 from structprune.tracing.trace import Trace, describe, part_of
@@ -26,6 +27,20 @@ def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
             if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
                 for axis in channels.axes[node.meta["index"]]:
                     channels.relations.pin(axis, f"{path} is ignored")
+
+
+def pin_outputs_of(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
+    """Pin what the modules at `paths`, and all in them, give; of a tensor of this name, all dimensions."""
+    for path in paths:
+        given = [node for call in trace.every_call if _inside(call.path, path) for node in nodes_in(call.output)]
+        given += [node for node in trace.all_nodes if node.op == "get_attr" and node.target == path]
+        for node in given:
+            for axis in _axes(channels, node):
+                channels.relations.pin(axis, f"the outputs of {path} are to stay, by ignore_outputs")
+
+
+def _inside(path: str, block: str) -> bool:
+    return f"{path}.".startswith(f"{block}." if block else "")
 
 
 def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:

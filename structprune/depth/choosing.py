@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from structprune.checking import FLAG, INPUTS, ON_BATCH, one_of, real, require, shown, whole
 from structprune.coupling.costs import node_macs
 from structprune.coupling.propagate import Channels, propagate
 from structprune.depth.cut import Cut
@@ -241,7 +243,10 @@ def choose(
         >>> structprune.choose_branches(model, x, [x], count=1)
         ('1',)
     """
-    _check(count, target, score, kind)
+    scores = {"score": one_of(SCORES), "kind": one_of(KINDS), "greedy": FLAG}
+    functions = {"loss": ON_BATCH.or_none, "forward": ON_BATCH.or_none}
+    require(locals(), example_inputs=INPUTS, count=whole(1).or_none, **scores, **functions)
+    _check(count, target)
     inner = prunable(model)
     with collection_paused():
         recorded = trace(inner, example_inputs, operations=op_of)
@@ -252,18 +257,16 @@ def choose(
     return _Choice(scorer, candidates, getattr(scorer, score), greedy).run(count, target)
 
 
-def _check(count: int | None, target: Mapping[str, float] | None, score: str, kind: str) -> None:
+def _check(count: int | None, target: Mapping[str, float] | None) -> None:
     if (count is None) == (target is None):
         raise PlanError("Give count, how many branches go, or target, what is to remain: one of them.")
-    if count is not None and count < 1:
-        raise PlanError(f"count is {count}; at least one branch must go.")
-    if target is not None and (len(target) != 1 or next(iter(target)) not in ("params", "macs")):
-        raise PlanError(f"target is {dict(target)}; give {{'params': ...}} or {{'macs': ...}}.")
-    if target is not None and next(iter(target.values())) <= 0:
-        raise PlanError(f"target is {dict(target)}; something must remain.")
-    for name, value, known in (("score", score, SCORES), ("kind", kind, KINDS)):
-        if value not in known:
-            raise PlanError(f"{name} is {value!r}; it is one of {', '.join(map(repr, known))}.")
+    if target is None:
+        return
+    given: object = target
+    if not isinstance(given, Mapping) or len(target) != 1 or next(iter(target)) not in ("params", "macs"):
+        raise PlanError(f"target is {shown(target)}; give {{'params': ...}} or {{'macs': ...}}.")
+    if not real(above=0).fits(next(iter(target.values()))):
+        raise PlanError(f"target is {shown(target)}; give a fraction of what there is, or an amount.")
 
 
 class _Choice:
@@ -289,11 +292,14 @@ class _Choice:
         while len(self._chosen) < count if count is not None else saved < goal:
             if self._greedy or not scores:
                 found = self._score(self._left, self._chosen if self._greedy else ())
+                if not np.isfinite(found).all():
+                    raise PlanError("A score of a branch is NaN or infinite on data. Check the data and the weights.")
                 scores = {f.branch.name: value for f, value in zip(self._left, found, strict=True)}
             best = self._best(scores, what, saved, per_cost=target is not None)
             if best is None:
                 raise PlanError(
-                    f"No more than {len(self._chosen)} can be removed"
+                    (f"count is {count}, but no" if count is not None else f"target is {shown(target)}, but no")
+                    + f" more than {len(self._chosen)} can be removed"
                     + (f", which leaves {total - saved:,} of {total:,} {what}" if target is not None else "")
                     + ". Ask for less, or let branches go too: kind='branches'."
                 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from structprune.checking import MODEL, instance, require
 from structprune.errors import PlanError, SurgeryError
 from structprune.planning.plan import Plan
 from structprune.tracing.state import join
@@ -60,6 +61,7 @@ def from_plan(plan: Plan, model: nn.Module) -> nn.Module:
         >>> int(model[0].weight_mask.sum()), structprune.masks.compact(model, x)[0]
         (16, Linear(in_features=4, out_features=4, bias=True))
     """
+    require(locals(), plan=instance(Plan, "give a structprune.Plan"), model=MODEL)
     inner = prunable(model, inplace=True)
     put_on(inner, _masks(plan, inner))
     return model
@@ -121,6 +123,7 @@ def remove(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
+    require(locals(), model=MODEL)
     for module in unwrapped(model).modules():
         for hook in hooks_of(module):
             name = hook._tensor_name

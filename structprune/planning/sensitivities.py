@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from structprune.checking import DATA, FLAG, ON_BATCH, PATH, function, real, require, several
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
@@ -28,6 +28,7 @@ from structprune.planning.checks import check_ignore
 from structprune.schema import json_of, up_to_date
 from structprune.tracing.trace import ExampleInputs
 
+_RATIOS = several(real(above=0, below=1), "shares of channels to remove, above 0 and below 1")
 Metric = Callable[[nn.Module, Any], float]
 RATIOS = (0.125, 0.25, 0.5, 0.75)
 SCHEMA = 1
@@ -178,15 +179,13 @@ def sensitivity(
         >>> [(curve.group, curve.kept) for curve in found.curves]
         [('0', (7, 6, 4, 2))]
     """
-    if not callable(metric):
-        raise PlanError(f"metric is a {type(metric).__name__}; give a function of model and loader.")
-    shares = tuple(ratios) if isinstance(ratios, Iterable) else ()
-    if (
-        isinstance(ratios, str)
-        or not shares
-        or any(not isinstance(share, Real) or not 0 < share < 1 for share in shares)
-    ):
-        raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
+    named = {"metric": function("model", "loader"), "ratios": _RATIOS, "progress": FLAG}
+    named |= {"data": DATA.or_none} if not isinstance(data, Batches) else {}
+    named |= {"loss": ON_BATCH.or_none, "forward": ON_BATCH.or_none, "checkpoint": PATH.or_none}
+    require(locals(), **named)
+    if checkpoint is not None:
+        target_of(Path(checkpoint))
+    shares = tuple(ratios)
     graph = ChannelGraph(model, example_inputs, ignore=check_ignore("ignore", ignore))
     done = _resumed(checkpoint)
     score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from structprune.checking import MODEL, require
 from structprune.errors import RecoveryError
 
 
@@ -95,9 +96,10 @@ def recovery_report(model: nn.Module) -> RecoveryReport:
         >>> [layer.layer for layer in structprune.recovery_report(slim).layers]
         ['2']
     """
+    require(locals(), RecoveryError, model=MODEL)
     if model not in _REPORTS:
         raise RecoveryError(
-            f"This {type(model).__name__} does not come from structprune.recover in this process, so there is no "
-            "report on it. Ask for the report of the very module that recover returned; a copy has none."
+            f"The model, a {type(model).__name__}, does not come from structprune.recover in this process, so there is "
+            "no report on it. Ask for the report of the very module that recover returned; a copy has none."
         )
     return _REPORTS[model]

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from structprune.checking import INPUTS, MODEL, PATH, one_of, pair, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.extras import matplotlib_figure, save_figure
 from structprune.planning.plan import Plan
-from structprune.reporting.charts import Point, Recovery
+from structprune.reporting.charts import POINTS, RECOVERY, Point, Recovery
 from structprune.reporting.drawing import Drawing
-from structprune.reporting.layers import LayerRow, Times, counts, layer_rows
+from structprune.reporting.layers import PLAN, TIMES, LayerRow, Times, counts, layer_rows
 from structprune.reporting.network import network_of
 from structprune.tracing.trace import ExampleInputs
 
@@ -44,6 +45,7 @@ def plot_widths(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     figure = structprune.plot_widths(model, torch.randn(1, 4), f"{folder}/figure.svg", plan=plan)
     """
+    require(locals(), model=MODEL, example_inputs=INPUTS, path=PATH, plan=PLAN)
     rows = [row for row in _rows(model, example_inputs, plan) if row.channels]
     return _drawn([(row.path, row.channels) for row in rows if row.channels], "channels", path)
 
@@ -79,8 +81,8 @@ def plot_costs(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     figure = structprune.plot_costs(model, torch.randn(1, 4), f"{folder}/figure.svg", plan=plan)
     """
-    if of not in ("macs", "params", "time"):
-        raise ValueError(f"of is {of!r}; it is 'macs', 'params' or 'time'.")
+    require(locals(), model=MODEL, example_inputs=INPUTS, path=PATH, plan=PLAN)
+    require(locals(), ValueError, of=one_of(("macs", "params", "time")), times=TIMES)
     if (of == "time") != bool(times):
         raise ValueError("of='time' needs times, and only it: what structprune.layer_times returns, in a list.")
     rows = _rows(model, example_inputs, plan, times)
@@ -110,6 +112,9 @@ def plot_curve(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     figure = structprune.plot_curve([(4.1, 0.76, "dense"), (2.0, 0.75)], f"{folder}/figure.svg")
     """
+    require(locals(), points=POINTS, path=PATH, axes=pair("what the two numbers of a point are"))
+    if not points:
+        raise ValueError("points is empty: there is nothing to draw.")
     figure = matplotlib_figure((4.6, 3.2))
     panel = figure.subplots()
     ordered = sorted(points, key=lambda point: point[0])
@@ -145,6 +150,7 @@ def plot_recovery(recovery: Recovery, path: str | os.PathLike[str]) -> Path:
         ...     figure.exists()
         True
     """
+    require(locals(), recovery=RECOVERY, path=PATH)
     return _drawn([(row.layer, (row.before, row.after)) for row in recovery.layers], "relative error", path)
 
 
@@ -170,6 +176,7 @@ def plot_graph(
         ...     plot_graph(model, torch.randn(1, 4), f"{folder}/graph.png").exists()
         True
     """
+    require(locals(), model=MODEL, example_inputs=INPUTS, path=PATH, plan=PLAN)
     graph = ChannelGraph(model, example_inputs, outputs=None if plan is None else plan.outputs)
     drawing = Drawing(graph, network_of(graph), *counts(graph, plan))
     figure = matplotlib_figure((drawing.size[0] / 90, drawing.size[1] / 90))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.checking import INPUTS, MODEL, instance, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.errors import VerificationError
@@ -199,6 +200,8 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: Ex
         >>> structprune.verify(model, plan.apply(model), plan, x).ok
         True
     """
+    planned = instance(Edits, "give the plan that slim was made by")
+    require(locals(), original=MODEL, slim=MODEL, plan=planned, example_inputs=INPUTS)
     return verify_removal(ChannelGraph(prunable(original), example_inputs, outputs=plan.outputs), slim, plan)
 
 

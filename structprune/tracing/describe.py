@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 PARAMETRIZATIONS = "parametrizations"
 
@@ -173,3 +173,15 @@ def resting(module: nn.Module) -> Generator[None]:
     finally:
         for part, mode in zip(parts, modes, strict=True):
             part.training = mode
+
+
+def nodes_in(value: Any) -> Iterator[fx.Node]:
+    """The nodes in nested arguments or results."""
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from nodes_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from nodes_in(item)

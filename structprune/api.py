@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Unpack
 
 import torch
@@ -49,11 +50,13 @@ def _planned(
     model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions
 ) -> tuple[DependencyGraph, Mask, Plan]:
     """The coupled channels of `model`, those that go, and the plan that `plan` makes of them."""
-    graph = coupled_channels(model, example_inputs, options)
-    decision = decide(graph, options)
-    with collection_paused(), torch.no_grad():
-        decided = plan_removal(graph, decision.chosen, decision.settings)
-        return graph, graph.components.removed(decision.chosen), decided
+    # Each pause ends in a search for garbage. Without data there is one pause for all; forwards on data make garbage.
+    with collection_paused() if options.data is None else nullcontext():
+        graph = coupled_channels(model, example_inputs, options)
+        decision = decide(graph, options)
+        with collection_paused(), torch.no_grad():
+            decided = plan_removal(graph, decision.chosen, decision.settings)
+            return graph, graph.components.removed(decision.chosen), decided
 
 
 def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> DependencyGraph:

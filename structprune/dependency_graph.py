@@ -9,6 +9,7 @@ from torch import nn
 
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.groups import Group
+from structprune.html import html_table
 from structprune.planning.build import plan_removal
 from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings
@@ -66,10 +67,20 @@ class DependencyGraph(ChannelGraph):
             outputs=check_outputs("outputs", outputs),
         )
 
+    def __repr__(self) -> str:
+        """How much is coupled and pinned; `groups`, `pinned` and `explain` tell more."""
+        name, pinned = type(self.model).__name__, len(self.pinned())
+        return f"DependencyGraph({name}: {len(self.groups())} groups, {pinned} pinned axes)"
+
+    def _repr_html_(self) -> str:
+        """The groups as a table for notebooks."""
+        lines = [[g.name, g.axis, str(g.channels), str(len(g.members))] for g in self.groups()]
+        return html_table(["group", "axis", "channels", "slices"], lines, repr(self))
+
     def to_networkx(self) -> nx.DiGraph[str]:
         """The layers that hold tensors, with an edge where one's output reaches the next.
 
-        Node attributes: ``groups``, the numbers (in `groups`) of the groups that thin the layer.
+        Node attributes: ``groups``, the numbers (in `groups`) of the groups that slice the layer.
         """
         import networkx as nx  # it takes longer than most graphs
 

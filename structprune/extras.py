@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def require(module: str, what: str, extra: str) -> Any:
         if error.name not in (package, module):
             raise
         raise missing_extra(what, package, extra) from error
+
+
+def installed(module: str) -> bool:
+    """Whether a module of an optional package can be imported; it is not."""
+    return importlib.util.find_spec(module) is not None
 
 
 def matplotlib_figure(size: tuple[float, float]) -> Any:

@@ -1,4 +1,4 @@
-"""`remap_optimizer`: an optimizer goes on with the state of the survivors."""
+"""`remap_optimizer`: an optimizer goes on with the state of the channels kept."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from structprune.checking import MODEL, OPTIMIZER, Check, require, shown
 from structprune.errors import SurgeryError
 from structprune.surgery.edits import Edits, RemovedSlice, Rescale
 from structprune.surgery.slicing import kept, take
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.state import held_tensors
 from structprune.wrapping import unwrapped
 
@@ -77,7 +78,7 @@ def remap_optimizer(
     groups keep their options and order. Parameters that the plan does not touch keep their state as it is; those that
     are in no model of the call stay what they are. Where a plan scales weights, so that a changed head size leaves the
     function as it was, their gradients' statistics are scaled along. Factored second moments (Adafactor) keep the rows
-    and columns that are left, each the average that it was; later steps average over the survivors.
+    and columns that are left, each the average that it was; later steps average over the channels kept.
 
     After ``slim = plan.apply(model)`` the parameters are new ones::
 
@@ -144,13 +145,17 @@ def remap_optimizer(
         if (new := changes[id(parameter)].new) is not None:
             state[new] = entries
     for group in used.param_groups:
-        # The very list: LBFGS and wrappers of optimizers hold it.
-        kept = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
-        if "param_names" in group:
-            named = zip(group["param_names"], kept, strict=True)
-            group["param_names"][:] = [names.get(name) or name for name, p in named if p is not None]
-        group["params"][:] = [p for p in kept if p is not None]
+        _regroup(group, changes, names)
     return optimizer
+
+
+def _regroup(group: dict[str, Any], changes: Mapping[int, _Change], names: Mapping[str, str | None]) -> None:
+    """Put the new parameters into a group, in place: LBFGS and wrappers of optimizers hold the very list."""
+    kept = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
+    if "param_names" in group:
+        named = zip(group["param_names"], kept, strict=True)
+        group["param_names"][:] = [names.get(name) or name for name, p in named if p is not None]
+    group["params"][:] = [p for p in kept if p is not None]
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
@@ -257,7 +262,7 @@ def _sliced_state(change: _Change, entries: dict[str, Any], factored: Factored) 
 def _sliced(change: _Change, name: str, value: Any, factored: Factored) -> Any:
     """One entry of the state of one parameter."""
     if not isinstance(value, Tensor):
-        if _holds_tensors(value):
+        if any(True for _ in leaves_of(value, Tensor)):
             raise _unknown(change, name, f"a {type(value).__name__} of tensors")
         return value
     # Dimension of the parameter -> where the value has it.
@@ -293,14 +298,6 @@ def _rescaled(value: Tensor, change: _Change, places: dict[int, int], rescale: R
     factors = torch.from_numpy(np.where(np.isin(left, rescale.positions), factor, 1.0))
     at = places[rescale.dim]
     return value * factors.to(value.device, value.dtype).view([-1 if dim == at else 1 for dim in range(value.dim())])
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_tensors(item) for item in value.values())
-    if isinstance(value, (tuple, list)):
-        return any(_holds_tensors(item) for item in value)
-    return isinstance(value, Tensor)
 
 
 def _unknown(change: _Change, name: str, what: str) -> SurgeryError:

@@ -137,6 +137,8 @@ def _reason_of_tensors(module: nn.Module) -> str | None:
 
 
 def _reason_of_tensor(name: str, tensor: Tensor) -> str | None:
+    if type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided and not tensor.is_quantized:
+        return None
     if is_lazy(tensor):
         return f"its {name} has no shape yet; run the model once on example inputs first"
     if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):

@@ -14,10 +14,10 @@ import structprune
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
+from structprune.importance.activations import Sums
 from structprune.importance.base import fitted
 from structprune.importance.compose import CostPenalty, PerLayer, Product, Sum, macs_of_channels
 from structprune.importance.data import Batches, call_on_batch, samples_of
-from structprune.importance.seen import Sums
 from structprune.importance.sites import Sites
 from structprune.planning.build import tensors_of
 
@@ -289,7 +289,7 @@ def test_the_channels_of_the_lowest_score_go() -> None:
 def ends(net: nn.Module, name: str, inputs: Tensor) -> list[str]:
     graph = ChannelGraph(net, inputs)
     sites = Sites(graph, each_edge=True)
-    return [sites.taps[reach.tap].where.split(" (")[0] for reach in sites.of(group_of(graph, name))]
+    return [sites.all[part.site].where.split(" (")[0] for part in sites.of(group_of(graph, name))]
 
 
 def test_a_depthwise_convolution_is_no_end() -> None:
@@ -300,7 +300,7 @@ def test_a_projection_of_a_query_ends_at_attention() -> None:
     graph = graph_of(build("attention"))
     sites = Sites(graph)
     found = {
-        tuple(sites.taps[r.tap].where.split(" (")[0] for r in sites.of(group)): group.channels
+        tuple(sites.all[r.site].where.split(" (")[0] for r in sites.of(group)): group.channels
         for group in graph.groups()
     }
     assert ("linear in out",) in found

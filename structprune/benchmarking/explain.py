@@ -18,9 +18,9 @@ POOR = 0.8
 
 _ADVICE = {
     "launch": "Use larger batches, or a backend that fuses operations (compile, onnxruntime).",
-    "memory": "Thin what carries these tensors too (the residual stream), or fuse elementwise operations.",
+    "memory": "Prune what carries these tensors too (the residual stream), or fuse elementwise operations.",
     "widths": "Let the plan round widths (round_to='auto'), or give a greater round_to.",
-    "untouched": "Allow these layers to be thinned, or take the rest of the network for what it is.",
+    "untouched": "Allow these layers to be pruned, or take the rest of the network for what it is.",
 }
 
 

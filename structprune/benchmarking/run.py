@@ -235,6 +235,23 @@ def _validate(
     batch_sizes: Sequence[int] | None,
     **counts: int | None,
 ) -> None:
+    _check_models(models)
+    # A string is a sequence too, of letters.
+    named = isinstance(backends, Sequence) and not isinstance(backends, str)
+    known = named and all(isinstance(backend, str) and backend in BACKENDS for backend in backends)
+    if not known or not backends or len({*backends}) < len(backends):
+        raise ValueError(
+            f"backends must be a sequence of different names out of {', '.join(BACKENDS)}; got {backends!r}"
+        )
+    _check_batch_sizes(batch_size, batch_sizes)
+    for name, least in (("runs", 2), ("warmup", 0), ("threads", 1)):
+        value = counts[name]
+        wanted = value is not None or name != "threads"
+        if wanted and not whole(least).fits(value):
+            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
+
+
+def _check_models(models: Mapping[str, nn.Module]) -> None:
     if not isinstance(models, Mapping):
         raise ValueError(f"models is a {type(models).__name__}; pass a dict of names and models: {{'pruned': model}}")
     for name, model in models.items():
@@ -243,13 +260,9 @@ def _validate(
             raise ValueError(f"models holds a {kinds}; pass a dict of names and models: {{'pruned': model}}")
     if not models:
         raise ValueError("there is no model to time; pass a dict of names and models")
-    # A string is a sequence too, of letters.
-    named = isinstance(backends, Sequence) and not isinstance(backends, str)
-    known = named and all(isinstance(backend, str) and backend in BACKENDS for backend in backends)
-    if not known or not backends or len({*backends}) < len(backends):
-        raise ValueError(
-            f"backends must be a sequence of different names out of {', '.join(BACKENDS)}; got {backends!r}"
-        )
+
+
+def _check_batch_sizes(batch_size: int | None, batch_sizes: Sequence[int] | None) -> None:
     sizes = () if batch_sizes is None else batch_sizes
     if not isinstance(sizes, Sequence) or not all(map(_is_size, (1 if batch_size is None else batch_size, *sizes))):
         raise ValueError(
@@ -263,11 +276,6 @@ def _validate(
             f"batch_sizes must be different sizes, and batch_size not be given as well; got {batch_sizes!r} and "
             f"{batch_size!r}"
         )
-    for name, least in (("runs", 2), ("warmup", 0), ("threads", 1)):
-        value = counts[name]
-        wanted = value is not None or name != "threads"
-        if wanted and not whole(least).fits(value):
-            raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
 
 
 def _is_size(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""The channel algebra: which channels of which tensors must live or die together."""
+"""The channel algebra: which channels of which tensors must be kept or removed together."""

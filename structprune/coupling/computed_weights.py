@@ -103,8 +103,8 @@ class _Computed:
     def _reduced(self) -> dict[int, list[Axis]]:
         """The channels that each operation reduces or normalises over, by its number."""
         found: dict[int, list[Axis]] = {}
-        for survivors in self._relations.survivors:
-            found.setdefault(survivors.node, []).extend(survivors.axes)
+        for reduction in self._relations.reductions:
+            found.setdefault(reduction.node, []).extend(reduction.axes)
         for scale in self._relations.scales:
             if self._trace.all_nodes[scale.node].meta["name"] == "mean":
                 found.setdefault(scale.node, []).append(scale.axis)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from structprune.checking import INPUTS, require
 from structprune.coupling.polynomials import Evaluator, Polynomial, total
 from structprune.coupling.propagate import Channels, propagate
+from structprune.html import html_table
 from structprune.ops import op_of
 from structprune.ops.relations import Axis
 from structprune.tracing.state import held_tensors
@@ -43,6 +44,10 @@ class Cost:
     macs: int
     weight_bytes: int
     peak_activation_bytes: int
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        return html_table(["", ""], [[name.replace("_", " "), f"{value:,}"] for name, value in asdict(self).items()])
 
     def __str__(self) -> str:
         return (
@@ -73,7 +78,13 @@ def _axes(channels: Channels, node: Any) -> tuple[Axis, ...]:
 
 
 def _volume(axes: tuple[Axis, ...], count: Count) -> int:
-    return prod(count(axis) for axis in axes)
+    plain, others = 1, []
+    for axis in axes:
+        if axis.free:
+            others.append(count(axis))
+        else:
+            plain *= axis.size
+    return prod(others[1:], start=others[0] * plain if plain != 1 else others[0]) if others else plain
 
 
 def node_macs(node: fx.Node, channels: Channels, count: Count) -> int:
@@ -116,14 +127,14 @@ def _lifetimes(recorded: Trace, channels: Channels, count: Count) -> Iterator[tu
 
 def _sizes(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Iterator[tuple[str, Tensor, int]]:
     """Name, tensor and number of kept entries of all that the model holds, each tied tensor once."""
-    thinned = {
+    axes_of = {
         str(node.target): _axes(channels, node) for node in recorded.all_nodes if node.meta["name"] == "parameter"
     }
     seen: set[int] = set()
     for name, held in held_tensors(model).items():
         if id(held.tensor) not in seen:
             seen.add(id(held.tensor))
-            yield name, held.tensor, _volume(thinned[name], count) if name in thinned else held.tensor.numel()
+            yield name, held.tensor, _volume(axes_of[name], count) if name in axes_of else held.tensor.numel()
 
 
 def count_layers(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> dict[str, LayerCost]:

@@ -4,7 +4,7 @@
 halves: both only count. Which numbers fit is found by carrying channels, numbered where they are made, through these
 movements as the smaller network would. The channels that reach the same sections in the end form a class, and each
 possible width of the network says how many channels of each class are kept. Where a shuffle pairs other channels than
-before, the axes behind it hold the survivors in another order, and so must the weights that read them.
+before, the axes behind it hold what is kept in another order, and so must the weights that read them.
 
 Where anything else looks at the sections (a product of heads, a slice by number, a pinned channel), they are tied
 to keep the same channels.
@@ -164,10 +164,10 @@ class SplitGroup:
         assert axes is not None
         numbers = dict(zip(self.program.reached(full), self.table.classes.tolist(), strict=True))
         found = np.array([numbers[key] for key in self.program.reached(axes)])
-        survivors = np.empty(len(found), dtype=np.int64)
+        kept = np.empty(len(found), dtype=np.int64)
         for number, ids in enumerate(self.classes):
-            survivors[found == number] = ids[~removed[ids]]
-        return [survivors[axis] for axis in axes]
+            kept[found == number] = ids[~removed[ids]]
+        return [kept[axis] for axis in axes]
 
     def draw(self, removed: Mask, share: float, generator: np.random.Generator) -> None:
         """Mark random channels as removed, about `share` of them and as many as fit together."""

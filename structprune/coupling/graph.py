@@ -16,24 +16,24 @@ from structprune.coupling.compensation import Compensation
 from structprune.coupling.compensation_ahead import compensations
 from structprune.coupling.computed_weights import normalised_weights
 from structprune.coupling.costs import CostModel
-from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, restricted
+from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, group_numbers, restricted
 from structprune.coupling.naming import Layer, path_of
 from structprune.coupling.origins import follows_inputs
 from structprune.coupling.propagate import Channels, Invariant, propagate
 from structprune.coupling.random_removals import Counter
 from structprune.coupling.rehearsed import Rehearsals, described_row
 from structprune.coupling.roles import Roles, roles
-from structprune.coupling.size_constraints import SizeSolver
+from structprune.coupling.size_solver import SizeSolver
 from structprune.coupling.solve import Mask
 from structprune.coupling.unreached import pin_caches, pin_ignored, pin_outputs_of, pin_unreached, pin_unseen
 from structprune.coupling.zero_propagation import pin_what_is_not_zero
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
 from structprune.ops import op_of
 from structprune.ops.relations import Axis, Ids
-from structprune.tracing.describe import nodes_in
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.provenance import Attribute
 from structprune.tracing.rehearsal import Deviation
-from structprune.tracing.state import collection_paused
+from structprune.tracing.state import collection_paused, modules_of
 from structprune.tracing.subgraph import can_be_rebuilt, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
@@ -73,9 +73,9 @@ class ChannelGraph:
             self._relate()
 
     def _relate(self) -> None:
-        for name in ("_groups", "costs", "roles", "roots", "slots"):
+        for name in ("costs", "slots"):
             self.__dict__.pop(name, None)
-        self._modules = dict(self.model.named_modules())
+        self._modules = dict(modules_of(self.model))
         self.outputs = chosen_names(self.trace.outputs, self._wanted)
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
@@ -96,9 +96,15 @@ class ChannelGraph:
                 self.compensations.append(found)
         self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
         described = partial(described_row, self._modules, self.trace, self.channels)
-        self._sizes = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
-        self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs, self.channels, self._sizes)
-        self.components, self.sizes = self._sizes.solve()
+        self._solver = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
+        self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs)
+        self._solve()
+
+    def _solve(self) -> None:
+        for name in ("_groups", "roles", "roots"):
+            self.__dict__.pop(name, None)
+        self.sizes = self._solver.solve()
+        self.components = self.sizes.components
 
     def settle(self, removed: Mask) -> bool:
         """Whether the forward runs as foreseen at the widths that `removed` leaves.
@@ -106,8 +112,8 @@ class ChannelGraph:
         Where it does not, the origin of a number is found, or what it depends on is pinned: ask for groups once more.
         """
         with collection_paused():
-            found = self._rehearsals.deviations(self.components, removed)
-            if found and self._rehearsals.trace_back(self.components, removed, found):
+            found = self._rehearsals.deviations(self.sizes, removed)
+            if found and self._rehearsals.trace_back(self.sizes, removed, found):
                 self._relate()
             elif found:
                 self._pin_deviating(removed, found[0])
@@ -121,10 +127,8 @@ class ChannelGraph:
     def _pin_deviating(self, removed: Mask, found: Deviation) -> None:
         groups = [group.components for group in coupled_groups(self.components, self.slots)]
         before = int(self.components.pinned.sum())
-        self._rehearsals.pin_culprits(self.components, removed, groups, f"with fewer of its channels, {found}")
-        for name in ("_groups", "roles", "roots"):
-            self.__dict__.pop(name, None)
-        self.components, self.sizes = self._sizes.solve()
+        self._rehearsals.pin_deviating(self.sizes, removed, groups, f"with fewer of its channels, {found}")
+        self._solve()
         if int(self.components.pinned.sum()) <= before:
             raise PlanError(f"With fewer channels, {found}, and no channels are known that it depends on.")
 
@@ -197,13 +201,11 @@ class ChannelGraph:
         return self._groups
 
     def balanced(self) -> tuple[BalancedGroups, ...]:
-        """Groups that may only be thinned together, in equal or otherwise fitting numbers.
+        """Groups that may only be pruned together, in equal or otherwise fitting numbers.
 
         They come from forwards that cut a tensor into equal sections (``chunk``, a channel shuffle).
         """
-        number = np.full(self.components.count, -1, dtype=np.int64)
-        for i, group in enumerate(self.groups()):
-            number[group.components] = i
+        number = group_numbers(self.components, self.groups())
         return tuple(
             BalancedGroups(tuple(int(number[ids[0]]) for ids in split_group.classes), split_group.counts)
             for split_group in self.components.splits.split_groups
@@ -216,19 +218,15 @@ class ChannelGraph:
             UnknownLayerError: there is no such layer, or it takes no part in the forward.
         """
         path = self.path_of(layer)
-        nodes: list[fx.Node] = []
-        for call in self.trace.every_call:
-            if call.path == path:
-                nodes += nodes_in(call.output)
+        nodes = [n for call in self.trace.every_call if call.path == path for n in leaves_of(call.output, fx.Node)]
         nodes += [node for node in self.trace.all_nodes if node.op == "get_attr" and node.target == path]
         axes = [axis for node in nodes for axis in self.channels.axes[node.meta["index"]] if isinstance(axis, Axis)]
         if not axes:
             raise UnknownLayerError(
                 f"The layer {path!r} takes no part in the forward on these example inputs, so it has no channels."
             )
-        free = [axis for axis in axes if axis.free and not self.components.pinned[self.components.of(axis)].all()]
-        free = free or [axis for axis in axes if axis.free]
-        return path, (free or axes)[-1]
+        free = [axis for axis in axes if axis.free]
+        return path, ([axis for axis in free if self.sizes.moves(axis)] or free or axes)[-1]
 
     def _layer_roots(self, layer: Layer) -> tuple[str, Ids]:
         """For each output channel of a layer, the component that decides about it (of a cell: the longest factor)."""
@@ -358,12 +356,12 @@ class ChannelGraph:
         _, found = self.roots.of(self.components.of(axis))
         return bool(np.isin(found, group.components).any())
 
-    def counter(self, removed: Mask) -> Counter:
-        """Counts kept channels of axes when the components marked in `removed` are gone."""
-        return Counter(self.components, removed)
+    def counter(self, removed: Mask | None = None) -> Counter:
+        """Counts kept channels of axes once the components marked in `removed` are removed; all channels by default."""
+        return Counter(self.components, np.zeros(self.components.count, dtype=bool) if removed is None else removed)
 
     def check(self, removed: Mask) -> dict[Attribute, int]:
-        """Values of the attributes that must change once `removed` is gone, after a check that every int fits.
+        """Values of the attributes that must change once `removed` is removed, after a check that every int fits.
 
         Raises:
             PlanError: an int of the forward could not follow, or fewer channels are left than are chosen from them.
@@ -376,7 +374,7 @@ class ChannelGraph:
                     f"{left} channels would be left of {bound.axis.size}, where at least {bound.least} and a multiple "
                     f"of {bound.step} are needed, by {bound.where}. Remove fewer, or give round_to={bound.step}."
                 )
-        values = self._sizes.values(count)
-        for found in self._rehearsals.deviations(self.components, removed):
+        values = self.sizes.values(count)
+        for found in self._rehearsals.deviations(self.sizes, removed):
             raise PlanError(f"With fewer channels, {found}, and nothing tells how it follows. Name it in ignore=.")
         return values

@@ -1,14 +1,24 @@
-"""Coupled groups: channels that are alike, with the slices of parameters that each of them takes along."""
+"""Coupled groups: channels that are alike, with the slices of parameters that each of them takes along.
+
+Example: two linear layers of 4 inputs, 3 channels and 2 outputs.
+    In: slots ("0.weight", dim 0), ("0.bias", dim 0), ("2.weight", dim 1), all of axes with components [5, 6, 7], which
+    are roots. ("0.weight", dim 1) and ("2.weight", dim 0) are pinned, so they take no part.
+    Out: one `Group` named "0" with components [5, 6, 7] and three members, each with positions [0, 1, 2] of its
+    dimension for channels [0, 1, 2]. Behind a flatten of 2 x 2 positions, "2.weight" has 12 columns: positions
+    [0, 1, ..., 11] for channels [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2].
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from structprune.coupling.factored import along
 from structprune.coupling.solve import Components
+from structprune.html import html_table
 from structprune.ops.relations import Axis, Ids
 
 if TYPE_CHECKING:
@@ -72,6 +82,16 @@ class Group:
         """Number of channels."""
         return len(self.components)
 
+    def __repr__(self) -> str:
+        """Name, kind and size; the members are in ``print(group)``."""
+        return f"Group({self.name!r}, {self.axis}, {self.channels} channels, {len(self.members)} slices)"
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks: a line for each slice."""
+        each = max(1, self.channels)
+        lines = [[m.tensor, str(m.dim), f"{len(m.positions) / each:g}"] for m in self.members]
+        return html_table(["tensor", "dim", "a channel"], lines, f"{self.name}: {self.channels} channels, {self.axis}")
+
     def __str__(self) -> str:
         """One line for the group, one for each member."""
         lines = [f"{self.name}: {self.channels} channels"]
@@ -96,29 +116,34 @@ class BalancedGroups:
 
 
 class Roots:
-    """For every component, the roots that it lives by: itself, or the factors of the products that it is a cell of."""
+    """For every component, the roots that decide about it: itself, or the factors of the products that it is a cell of.
+
+    Of 2 heads of 3 channels with cells [[0, 1, 2], [3, 4, 5]] and factors [6, 7] and [8, 9, 10], cell 4 has the roots 7
+    and 9: it is removed with head 1, and with position 1 of all heads. Component 7 has the root 7.
+    """
 
     def __init__(self, components: Components) -> None:
         self._components = components
         n = components.count
         self.is_cell = np.zeros(n, dtype=bool)
-        left: list[Ids] = []
-        right: list[Ids] = []
+        cell_of: list[Ids] = []
+        factor_of: list[Ids] = []
         for factored in components.factored_axes:
             cells = factored.cells
             self.is_cell[cells.ravel()] = True
             for dim, part in zip(factored.dims, factored.factors, strict=True):
-                along = part.reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
-                left.append(cells.ravel())
-                right.append(np.broadcast_to(along, cells.shape).ravel())
+                # Heads: cells 0 to 5 with [6, 6, 6, 7, 7, 7]; positions: cells 0 to 5 with [8, 9, 10, 8, 9, 10].
+                cell_of.append(cells.ravel())
+                factor_of.append(np.broadcast_to(along(part, dim, cells.ndim), cells.shape).ravel())
         self._matrix: csr_array | None = None
-        if left:
+        if cell_of:
             # Here, as in `connected_components`.
             from scipy.sparse import csr_array
 
-            pairs = np.concatenate(left), np.concatenate(right)
+            pairs = np.concatenate(cell_of), np.concatenate(factor_of)
             step = csr_array((np.ones(len(pairs[0]), dtype=np.int32), pairs), shape=(n, n))
             itself = np.flatnonzero(~self.is_cell)
+            # Row c of the sum holds the roots of component c. A factor may be a cell of another product, hence powers.
             total = csr_array((np.ones(len(itself), dtype=np.int32), (itself, itself)), shape=(n, n))
             power = total
             while (power := csr_array(step @ power)).nnz:
@@ -129,55 +154,82 @@ class Roots:
         """Positions in `components`, and a root for each: a cell appears once for each of its factors."""
         if self._matrix is None or not self.is_cell[components].any():
             return np.arange(len(components)), components
-        axes = self._matrix[components]
-        counts = np.diff(axes.indptr)
-        return np.repeat(np.arange(len(components)), counts), axes.indices.astype(np.int64)
+        rows = self._matrix[components]
+        counts = np.diff(rows.indptr)  # of components [4, 7] with roots {7, 9} and {7}: [2, 1]
+        return np.repeat(np.arange(len(components)), counts), rows.indices.astype(np.int64)  # [0, 0, 1], [7, 9, 7]
 
     def taking(self, components: Ids, picked: Ids) -> tuple[Ids, Ids]:
         """Roots that take none but the positions `picked` of `components` along, and those that none of them takes.
 
         Of 2 groups of 2 channels, positions 0 and 2 are the first channel of each group; 0 and 3 are no whole factor.
         """
-        positions, found = self.of(components)
+        positions, roots = self.of(components)
         mask = np.zeros(len(components), dtype=bool)
         mask[picked] = True
-        size = np.bincount(found)
-        whole = (size > 0) & (size == np.bincount(found[mask[positions]], minlength=len(size)))
-        return np.flatnonzero(whole), np.setdiff1d(picked, positions[whole[found]])
+        size = np.bincount(roots)
+        whole = (size > 0) & (size == np.bincount(roots[mask[positions]], minlength=len(size)))
+        return np.flatnonzero(whole), np.setdiff1d(picked, positions[whole[roots]])
+
+
+def group_numbers(components: Components, groups: Sequence[Group]) -> Ids:
+    """The position in `groups` of the group that each component is a channel of, -1 for none; shape ``(count,)``."""
+    number = np.full(components.count, -1, dtype=np.int64)
+    for position, group in enumerate(groups):
+        number[group.components] = position
+    return number
 
 
 def coupled_groups(components: Components, slots: list[Slot]) -> list[Group]:
     """The prunable channels of `slots`, those with the same slices in one group; in the order of the model."""
+    spans = _spans(components, slots)
+    signature = _signatures(components, spans)
+    chosen = np.flatnonzero(components.roots & (signature != 0))
+    if not len(chosen):
+        return []
+    # Groups are numbered by their first channel. With chosen [5, 6, 7, 8] of signatures [9, 9, 4, 9], of_chosen is
+    # [1, 1, 0, 1] and first [2, 0]; so rank is [1, 0], and the groups of the chosen are [0, 0, 1, 0].
+    _, first, of_chosen = np.unique(signature[chosen], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))
+    order = np.argsort(rank[of_chosen], kind="stable")  # [0, 1, 3, 2]
+    pieces = np.split(chosen[order], np.cumsum(np.bincount(of_chosen)[np.argsort(first)])[:-1])  # [5, 6, 8] and [7]
+    members = _members(components, spans, pieces)
+    return [Group(_name(parts), piece, tuple(parts)) for piece, parts in zip(pieces, members, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Slots with the same components: pairs of a position in them and a root that decides about it."""
+
+    positions: Ids
+    roots: Ids
+    slots: list[Slot]
+
+
+def _spans(components: Components, slots: list[Slot]) -> list[_Span]:
     roots = Roots(components)
-    spans: dict[object, tuple[Ids, Ids, list[Slot]]] = {}
+    spans: dict[bytes, _Span] = {}
     for slot in slots:
         parts = components.of(slot.axis)
         key = parts.tobytes()
         if key not in spans:
-            spans[key] = (*roots.of(parts), [])
-        spans[key][2].append(slot)
-    signature = _signatures(components, spans)
-    prunable = components.roots & (signature != 0)
-    chosen = np.flatnonzero(prunable)
-    if not len(chosen):
-        return []
-    _, first, group_of_chosen = np.unique(signature[chosen], return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))
-    group = np.full(components.count, -1, dtype=np.int64)
-    group[chosen] = rank[group_of_chosen]
-    place = np.full(components.count, -1, dtype=np.int64)
-    order = np.argsort(group[chosen], kind="stable")
-    counts = np.bincount(group[chosen])
-    place[chosen[order]] = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
-    members: list[list[Member]] = [[] for _ in counts]
-    for positions, found, attached in spans.values():
-        mine = group[found]
-        for number in np.unique(mine[mine >= 0]):
-            hit = mine == number
-            at, channels = positions[hit], place[found[hit]]
-            members[number] += [Member(slot.tensor, slot.dim, at, channels) for slot in attached]
-    pieces = np.split(chosen[order], np.cumsum(counts)[:-1])
-    return [Group(_name(parts), piece, tuple(parts)) for piece, parts in zip(pieces, members, strict=True)]
+            spans[key] = _Span(*roots.of(parts), [])
+        spans[key].slots.append(slot)
+    return [*spans.values()]
+
+
+def _members(components: Components, spans: list[_Span], pieces: Sequence[Ids]) -> list[list[Member]]:
+    """The members of the groups whose components are `pieces`."""
+    group, place = (np.full(components.count, -1, dtype=np.int64) for _ in range(2))
+    for number, piece in enumerate(pieces):
+        group[piece], place[piece] = number, np.arange(len(piece))
+    members: list[list[Member]] = [[] for _ in pieces]
+    for span in spans:
+        numbers = group[span.roots]
+        for number in np.unique(numbers[numbers >= 0]):
+            hit = numbers == number
+            at, channels = span.positions[hit], place[span.roots[hit]]
+            members[number] += [Member(slot.tensor, slot.dim, at, channels) for slot in span.slots]
+    return members
 
 
 def restricted(group: Group, chosen: Ids) -> Iterable[Member]:
@@ -192,20 +244,24 @@ def restricted(group: Group, chosen: Ids) -> Iterable[Member]:
         yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])
 
 
-def _signatures(components: Components, spans: dict[object, tuple[Ids, Ids, list[Slot]]]) -> Ids:
-    """A number for each component that depends on the slots that it reaches and how; 0 if it reaches none."""
+def _signatures(components: Components, spans: list[_Span]) -> Ids:
+    """A number for each component that depends on the slots in which it decides; 0 if there are none.
+
+    Each span has a random number; the signature is the exclusive or of those of all spans that the component is in. So
+    two channels have equal signatures if they are in the same spans, and by chance once in 2**62.
+    """
     generator = np.random.default_rng(0)
     signature = np.zeros(components.count, dtype=np.int64)
-    for _, found, _ in spans.values():
-        signature[np.unique(found)] ^= generator.integers(1, 2**62)
-    reached = signature != 0
+    for span in spans:
+        signature[span.roots] ^= generator.integers(1, 2**62)  # once, however often a component is found
+    decides = signature != 0
     for factored in components.factored_axes:
         for part in factored.factors:
-            signature[np.unique(part)] ^= generator.integers(1, 2**62)
+            signature[part] ^= generator.integers(1, 2**62)
     for split_group in components.splits.split_groups:
         for ids in split_group.classes:
             signature[ids] ^= generator.integers(1, 2**62)
-    return np.where(reached, signature, 0)
+    return np.where(decides, signature, 0)
 
 
 def _name(members: list[Member]) -> str:

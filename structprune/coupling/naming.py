@@ -6,6 +6,7 @@ from torch import nn
 
 from structprune.checking import LAYER, require
 from structprune.errors import UnknownLayerError
+from structprune.tracing.state import modules_of
 
 Layer = str | nn.Module
 
@@ -18,7 +19,7 @@ def path_of(model: nn.Module, layer: Layer) -> str:
         UnknownLayerError: the model has none such.
     """
     require(locals(), layer=LAYER)
-    modules = dict(model.named_modules())
+    modules = dict(modules_of(model))
     if isinstance(layer, nn.Module):
         for path, module in modules.items():
             if module is layer:

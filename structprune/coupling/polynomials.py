@@ -1,4 +1,4 @@
-"""Counts that are not known yet: polynomials in numbers of living channels, and many of them evaluated at once."""
+"""Counts that are not known yet: polynomials in numbers of kept channels, and many of them evaluated at once."""
 
 from __future__ import annotations
 

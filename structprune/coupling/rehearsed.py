@@ -12,8 +12,8 @@ from torch import nn
 from structprune.coupling.origins import trace_back
 from structprune.coupling.propagate import Channels
 from structprune.coupling.random_removals import Counter
-from structprune.coupling.size_constraints import SizeSolver
-from structprune.coupling.solve import Components, Mask
+from structprune.coupling.size_constraints import Sizes
+from structprune.coupling.solve import Mask
 from structprune.errors import PlanError
 from structprune.ops import op_of
 from structprune.ops.relations import Axis, Ids
@@ -32,26 +32,22 @@ class Rehearsals:
         model: the model that was traced.
         trace: what was recorded.
         example_inputs: those of the trace.
-        channels: the axes of the trace.
-        sizes: what its ints become.
     """
 
     model: nn.Module
     trace: Trace
     example_inputs: ExampleInputs
-    channels: Channels
-    sizes: SizeSolver
     _always: tuple[Deviation, ...] | None = None
     _settled: bytes = b""
 
-    def deviations(self, components: Components, removed: Mask) -> list[Deviation]:
-        """What the forward does that is not foreseen once `removed` is gone, other than what it does anyway."""
+    def deviations(self, sizes: Sizes, removed: Mask) -> list[Deviation]:
+        """What the forward does that is not foreseen once `removed` is removed, other than what it does anyway."""
         if not removed.any() or removed.tobytes() == self._settled:
             return []
-        found = self._at(components, removed)
+        found = self._at(sizes, removed)
         if found and self._always is None:
             # A forward that counts its calls, or draws numbers, is never twice the same: that says nothing of widths.
-            self._always = tuple(self._at(components, np.zeros_like(removed)))
+            self._always = tuple(self._at(sizes, np.zeros_like(removed)))
         always = {deviation.place for deviation in self._always or ()}
         found = [deviation for deviation in found if deviation.place not in always]
         self._settled = b"" if found else removed.tobytes()
@@ -66,9 +62,9 @@ class Rehearsals:
         much = "there and from there on" if last.ends else "there"
         return f"two runs of the forward differ ({last}), so numbers of unknown origin were not checked {much}"
 
-    def _at(self, components: Components, removed: Mask) -> list[Deviation]:
-        count = Counter(components, removed)
-        axes = self.channels.axes
+    def _at(self, sizes: Sizes, removed: Mask) -> list[Deviation]:
+        count = Counter(sizes.components, removed)
+        axes = sizes.channels.axes
 
         def shape(number: int) -> Any:
             found = axes[number]
@@ -77,30 +73,31 @@ class Rehearsals:
             return tuple(map(count, found))
 
         try:
-            values = self.sizes.values(count)
+            values = sizes.values(count)
         except PlanError as error:
             return [Deviation(str(error), "")]
-        widths = Widths(shape, self.sizes.valuation(count), values)
+        widths = Widths(shape, sizes.valuation(count), values)
         return rehearse(self.model, self.trace, self.example_inputs, op_of, widths)
 
-    def trace_back(self, components: Components, removed: Mask, found: Sequence[Deviation]) -> bool:
-        """Whether numbers among `found` were given back their origin, so that channels have to be related anew."""
-        count = Counter(components, removed)
-        traced = [trace_back(self.trace, self.channels.axes, count, deviation) for deviation in found]
+    def trace_back(self, sizes: Sizes, removed: Mask, deviations: Sequence[Deviation]) -> bool:
+        """Whether numbers in `deviations` were given back their origin, so that channels have to be related anew."""
+        count = Counter(sizes.components, removed)
+        traced = [trace_back(self.trace, sizes.channels.axes, count, deviation) for deviation in deviations]
         return any(traced)
 
-    def pin_culprits(self, components: Components, removed: Mask, groups: Sequence[Ids], reason: str) -> None:
-        """Pin those of `groups` that make the forward deviate once `removed` is gone; balanced ones go together."""
+    def pin_deviating(self, sizes: Sizes, removed: Mask, groups: Sequence[Ids], reason: str) -> None:
+        """Pin those of `groups` that make the forward deviate once `removed` is removed; balanced ones go together."""
+        components = sizes.components
         units = [np.concatenate(split_group.classes) for split_group in components.splits.split_groups]
         together = {int(part) for unit in units for part in unit}
         units += [group for group in groups if int(group[0]) not in together]
-        culprits = self._culprits(components, removed, units) or units
+        at_fault = self._at_fault(sizes, removed, units) or units
         every = components.of(Axis(components.ids, array=np.arange(components.ids)))
-        found, first = np.unique(every, return_index=True)
-        ids = first[np.isin(found, np.concatenate(culprits))].astype(np.int64)  # one of each component is enough
-        self.channels.relations.pin(Axis(len(ids), array=ids), reason)
+        numbers, first = np.unique(every, return_index=True)
+        ids = first[np.isin(numbers, np.concatenate(at_fault))].astype(np.int64)  # one of each component is enough
+        sizes.channels.relations.pin(Axis(len(ids), array=ids), reason)
 
-    def _culprits(self, components: Components, removed: Mask, units: Sequence[Ids]) -> list[Ids]:
+    def _at_fault(self, sizes: Sizes, removed: Mask, units: Sequence[Ids]) -> list[Ids]:
         """Those of `units` (components that go together) that make the forward deviate when they go.
 
         Halves are looked at until single units are left, so that a few of many take few rehearsals. Where only units
@@ -109,16 +106,13 @@ class Rehearsals:
         part = np.zeros_like(removed)
         for unit in units:
             part[unit] = removed[unit]
-        if not part.any() or not self.deviations(components, components.closure(part)):
+        if not part.any() or not self.deviations(sizes, sizes.components.closure(part)):
             return []
         if len(units) == 1:
             return list(units)
         middle = len(units) // 2
-        found = [
-            *self._culprits(components, removed, units[:middle]),
-            *self._culprits(components, removed, units[middle:]),
-        ]
-        return found or [units[-1]]
+        halves = (units[:middle], units[middle:])
+        return [unit for half in halves for unit in self._at_fault(sizes, removed, half)] or [units[-1]]
 
 
 def described_row(

@@ -1,46 +1,52 @@
 """From relations to components: one search for what hangs together, and products brought to a form that can be trusted.
 
-The solution numbers the classes of channels that live and die together (components). What remains as a `FactoredAxis`
-is a product with at least two prunable factors: its cells follow from its factors. Every component that is a cell of no
-factored axis is a root: a channel that one may choose to remove.
+The solution numbers the classes of channels that are removed or kept together (components). What remains as a
+`FactoredAxis` is a product with at least two prunable factors: its cells follow from its factors. Every component that
+is a cell of no factored axis is a root: a channel that one may choose to remove.
+
+Example: 6 channels, read by a layer whose weight numbers them anew, and viewed as 2 heads of 3 channels.
+    >>> relations = Relations()
+    >>> made, read = relations.new_axis(6), relations.new_axis(6)  # ids 0 to 5 and 6 to 11
+    >>> heads, sizes = relations.split(relations.same(made, read), (2, 3))  # ids 12 and 13, and 14 to 16
+    >>> solved = Components(relations)
+    >>> solved.of(read).tolist(), solved.of(heads).tolist(), solved.of(sizes).tolist()
+    ([0, 1, 2, 3, 4, 5], [6, 7], [8, 9, 10])
+    >>> np.flatnonzero(solved.roots).tolist(), np.flatnonzero(solved.removed(solved.of(heads)[1:])).tolist()
+    ([6, 7, 8, 9, 10], [3, 4, 5, 7])
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from structprune.coupling.equal_splits import EqualSplits, Mask
+from structprune.coupling.factored import FactoredAxis, along, distinct, followed, twins
 from structprune.ops.relations import Axis, Ids, Relations
 
 __all__ = ["Components", "FactoredAxis", "Mask"]
 
-
-@dataclass(frozen=True, slots=True)
-class FactoredAxis:
-    """Components of the cells, shaped like the product, and of each prunable factor with its dim in that shape."""
-
-    cells: Ids
-    factors: tuple[Ids, ...]
-    dims: tuple[int, ...]
+# (product, dim): factors that may not go one by one, since products of other shapes share their cells.
+Closed = frozenset[tuple[int, int]]
 
 
 class Components:
-    """Which channels live and die together.
+    """Which channels are removed or kept together.
 
     Attributes:
         ids: number of ids in the relations.
         count: number of components.
         pinned: for each component, whether it may not be removed.
-        factored axes: the products whose cells follow from two factors or more.
+        factored_axes: the products whose cells follow from two factors or more.
         roots: for each component, whether it may be chosen for removal.
         splits: which of them must be removed in equal numbers.
     """
 
     def __init__(self, relations: Relations) -> None:
         self._starts = np.asarray([*relations.starts], dtype=np.int64)
+        self._first_ids = [*relations.starts]  # of an axis that is a run, the place is looked up in plain Python
         self._axis_of, self._offset, total = _aliased(relations)
         self._total = total
         self.ids = relations.total
@@ -57,43 +63,55 @@ class Components:
         self.reasons = list(numbers)
         self._relations = relations
         self.splits = EqualSplits()
-        self._fixpoint()
+        self.factored_axes = self._settle()
+        self.roots = ~self.pinned
+        for factored in self.factored_axes:
+            self.roots[factored.cells.ravel()] = False
 
     # -- ids -----------------------------------------------------------------------------------------------------
 
     def _compact(self, ids: Ids) -> Ids:
+        """Ids without those of axes that equal another as a whole: in the example, 6 to 11 are 0 to 5, and 12 is 6."""
         dims = np.searchsorted(self._starts, ids, side="right") - 1
         return self._offset[dims] + ids - self._starts[dims]
 
     def of(self, axis: Axis) -> Ids:
         """Component of each channel of a free axis, shape ``(size,)``."""
         if axis.array is None:
-            dim = int(np.searchsorted(self._starts, axis.start, side="right")) - 1
-            first = int(self._offset[dim] + axis.start - self._starts[dim])
+            dim = bisect_right(self._first_ids, axis.start) - 1
+            first = int(self._offset[dim]) + axis.start - self._first_ids[dim]
             return self._component[first : first + axis.size]
         return self._component[self._compact(axis.array)]
 
     # -- solving -------------------------------------------------------------------------------------------------
 
-    def _fixpoint(self) -> None:
-        products = [
-            (product.cells, product.factors, [False] * len(product.factors)) for product in self._relations.products
-        ]
+    def _settle(self) -> list[FactoredAxis]:
+        """Pass over the products, from the first pass again wherever one changes something, until none does.
+
+        Pins spread; then cells and indices that follow from each other are joined; then conflicts are closed.
+        """
+        closed: Closed = frozenset()
         while True:
-            self.count = int(self._component.max()) + 1 if self._total else 0
-            self._first = np.zeros(self.count, dtype=np.int64)
-            self._first[self._component[::-1]] = np.arange(self._total)[::-1]
-            self.pinned, self.reason = self._pins()
-            edges, factored_axes, conflicts = self._reduce(products)
-            if not edges and not conflicts:
-                break
+            self._number_components()
+            while self._spread_pins(closed):
+                pass
+            products = self._prunable_products(closed)
+            several = [distinct(product) for product in products if len(product.factors) > 1]
+            again, factored_axes = twins([product for product, _ in several])
+            edges = [*followed(products), *(edge for _, repeats in several for edge in repeats), *again]
             if edges:
-                merged = _components(self.count, edges)
-                self._component = merged[self._component]
-        self.factored_axes = factored_axes
-        self.roots = ~self.pinned
-        for factored in factored_axes:
-            self.roots[factored.cells.ravel()] = False
+                self._component = _components(self.count, edges)[self._component]
+                continue
+            conflicts = self._conflicts(factored_axes)
+            if not conflicts:
+                return factored_axes
+            closed |= self._close(conflicts)
+
+    def _number_components(self) -> None:
+        self.count = int(self._component.max()) + 1 if self._total else 0
+        self._first = np.zeros(self.count, dtype=np.int64)
+        self._first[self._component[::-1]] = np.arange(self._total)[::-1]  # the first id is written last, and stays
+        self.pinned, self.reason = self._pins()
 
     def _pins(self) -> tuple[Mask, Ids]:
         reason = np.full(self.count, -1, dtype=np.int64)
@@ -117,153 +135,126 @@ class Components:
             self.reasons.append(reason)
         return self.reasons.index(reason)
 
-    def _reduce(
-        self, products: list[tuple[Axis, tuple[Axis, ...], list[bool]]]
-    ) -> tuple[list[tuple[Ids, Ids]], list[FactoredAxis], bool]:
-        """One round: spread pins, tie products of a single free factor, join equal products, find conflicts."""
-        edges: list[tuple[Ids, Ids]] = []
-        factored_axes: list[tuple[FactoredAxis, list[bool]]] = []
-        seen_cells: dict[object, FactoredAxis] = {}
-        seen_factors: dict[object, FactoredAxis] = {}
-        changed = False
-        for cells_row, factors, closed in products:
-            shape = tuple(axis.size for axis in factors)
-            cells = self.of(cells_row).reshape(shape)
-            changed |= self._spread_pins(cells, factors, closed)
-            prunable = [
-                i for i, axis in enumerate(factors) if axis.free and not closed[i] and not self._all_pinned(axis)
-            ]
-            parts = tuple(self.of(factors[i]) for i in prunable)
-            if len(prunable) == 1:
-                dim = prunable[0]
-                along = np.broadcast_to(parts[0].reshape([-1 if i == dim else 1 for i in range(len(shape))]), shape)
-                if not np.array_equal(along, cells):
-                    edges.append((cells.ravel(), along.ravel()))
-                continue
-            if not prunable:
-                continue
-            cells, parts, repeats = _distinct(cells, parts, prunable)
-            edges += repeats
-            shape = cells.shape
-            factored = FactoredAxis(cells, parts, tuple(prunable))
-            by_cells, by_factors = (shape, cells.tobytes()), tuple(part.tobytes() for part in parts)
-            twin = seen_cells.setdefault(by_cells, factored)
-            if twin is not factored and twin.dims == factored.dims:
-                edges += [(a, b) for a, b in zip(parts, twin.factors, strict=True) if not np.array_equal(a, b)]
-                continue
-            twin = seen_factors.setdefault((shape, by_factors), factored)
-            if twin is not factored and twin.dims == factored.dims:
-                if not np.array_equal(twin.cells, cells):
-                    edges.append((cells.ravel(), twin.cells.ravel()))
-                continue
-            factored_axes.append((factored, closed))
-        if edges or changed:
-            return edges, [], changed
-        return [], [factored for factored, _ in factored_axes], self._conflicts(factored_axes)
+    def _prunable_products(self, closed: Closed) -> list[FactoredAxis]:
+        """The products with those factors that may go, if there are any."""
+        products: list[FactoredAxis] = []
+        for number, product in enumerate(self._relations.products):
+            dims = tuple(
+                dim
+                for dim, axis in enumerate(product.factors)
+                if axis.free and (number, dim) not in closed and not self._all_pinned(axis)
+            )
+            if dims:
+                cells = self.of(product.cells).reshape([axis.size for axis in product.factors])
+                products.append(FactoredAxis(cells, tuple(self.of(product.factors[dim]) for dim in dims), dims, number))
+        return products
 
     def _all_pinned(self, axis: Axis) -> bool:
         return bool(self.pinned[self.of(axis)].all())
 
-    def _spread_pins(self, cells: Ids, factors: tuple[Axis, ...], closed: list[bool]) -> bool:
-        """A pinned cell pins its indices; a cell with all its indices pinned is pinned."""
+    def _spread_pins(self, closed: Closed) -> bool:
+        """One round of pins between the cells and the indices of each product; whether that pinned anything more."""
         changed = False
-        pinned = self.pinned[cells]
-        everywhere = np.ones(cells.shape, dtype=bool)
-        reason = np.full(cells.shape, -1, dtype=np.int64)
-        for dim, axis in enumerate(factors):
-            others = tuple(i for i in range(cells.ndim) if i != dim)
-            if not axis.free or closed[dim]:
-                continue
-            part = self.of(axis)
-            if pinned.any():
-                hit = pinned.any(axis=others)
-                changed |= self._spread(part[hit], np.where(pinned, self.reason[cells], -1).max(axis=others)[hit])
-            along = [-1 if i == dim else 1 for i in range(cells.ndim)]
-            everywhere &= self.pinned[part].reshape(along)
-            reason = np.maximum(reason, self.reason[part].reshape(along))
-        if everywhere.any():
-            if (reason[everywhere] < 0).any():
-                reason[everywhere & (reason < 0)] = self._number("its position is fixed")
-            changed |= self._spread(cells[everywhere], reason[everywhere])
+        for number, product in enumerate(self._relations.products):
+            cells = self.of(product.cells).reshape([axis.size for axis in product.factors])
+            factors = [
+                (dim, self.of(axis))
+                for dim, axis in enumerate(product.factors)
+                if axis.free and (number, dim) not in closed
+            ]
+            changed |= self._pin_indices(cells, factors)
+            changed |= self._pin_cells(cells, factors)
         return changed
 
-    def _conflicts(self, factored_axes: list[tuple[FactoredAxis, list[bool]]]) -> bool:
-        """Where products of other shapes share cells, or one holds a cell twice, only the finest factor may go."""
+    def _pin_indices(self, cells: Ids, factors: list[tuple[int, Ids]]) -> bool:
+        """A pinned cell pins its indices: of 2 heads of 3, cell 4 pins head 1 and position 1 of all heads."""
+        pinned = self.pinned[cells]
+        if not pinned.any():
+            return False
+        changed = False
+        for dim, part in factors:
+            others = tuple(i for i in range(cells.ndim) if i != dim)
+            hit = pinned.any(axis=others)
+            changed |= self._spread(part[hit], np.where(pinned, self.reason[cells], -1).max(axis=others)[hit])
+        return changed
+
+    def _pin_cells(self, cells: Ids, factors: list[tuple[int, Ids]]) -> bool:
+        """A cell with all its indices pinned is pinned."""
+        everywhere = np.ones(cells.shape, dtype=bool)
+        reason = np.full(cells.shape, -1, dtype=np.int64)
+        for dim, part in factors:
+            everywhere &= along(self.pinned[part], dim, cells.ndim)
+            reason = np.maximum(reason, along(self.reason[part], dim, cells.ndim))
+        if not everywhere.any():
+            return False
+        if (reason[everywhere] < 0).any():
+            reason[everywhere & (reason < 0)] = self._number("its position is fixed")
+        return self._spread(cells[everywhere], reason[everywhere])
+
+    def _conflicts(self, factored_axes: Sequence[FactoredAxis]) -> list[FactoredAxis]:
+        """Products that share cells with one of another shape, hold a cell twice, or decide about themselves."""
         owner = np.full(self.count, -1, dtype=np.int64)
         at_fault: set[int] = set()
-        for number, (factored, _) in enumerate(factored_axes):
+        for number, factored in enumerate(factored_axes):
             flat = factored.cells.ravel()
-            if len(np.unique(flat)) < len(flat):
-                at_fault.add(number)
             others = owner[flat]
             at_fault.update(int(other) for other in np.unique(others[others >= 0]))
-            if (others >= 0).any():
-                at_fault.add(number)
             owner[flat] = number
-            for part in factored.factors:
-                # A factor that is also a cell of its own product would decide about itself.
-                if np.isin(part, flat).any() or len(np.unique(part)) < len(part):
-                    at_fault.add(number)
-        for number in at_fault:
-            factored, closed = factored_axes[number]
-            left = [(self._classes(factored.cells, dim), dim) for dim in factored.dims]
-            keep = max(left)[1]
+            # A factor that is also a cell of its own product would decide about itself.
+            own = any(np.isin(part, flat).any() or len(np.unique(part)) < len(part) for part in factored.factors)
+            if own or (others >= 0).any() or len(np.unique(flat)) < len(flat):
+                at_fault.add(number)
+        return [factored_axes[number] for number in sorted(at_fault)]
+
+    def _close(self, conflicts: Sequence[FactoredAxis]) -> Closed:
+        """Pin all factors of these products but the finest; the pinned ones, which are closed from now on.
+
+        Of 12 channels seen as 2 x 6 by one operation and as 3 x 4 by another, the factors of 6 and 4 stay. The first
+        ties channel i to i + 6, the other to i + 4 and i + 8: the even channels go together, and so do the odd ones.
+        """
+        closed: set[tuple[int, int]] = set()
+        reason = self._number("its channels are seen in groups of different sizes by different operations")
+        for factored in conflicts:
+            _, finest = max((self._classes(factored.cells, dim), dim) for dim in factored.dims)
             for dim, part in zip(factored.dims, factored.factors, strict=True):
-                if dim != keep:
-                    closed[dim] = True
-                    reason = self._number("its channels are seen in groups of different sizes by different operations")
+                if dim != finest:
+                    closed.add((factored.product, dim))
                     self._spread(part, np.full(len(part), reason))
-        return bool(at_fault)
+        return frozenset(closed)
 
     def _classes(self, cells: Ids, dim: int) -> int:
         """How many indices along `dim` would still go one by one if only they could."""
-        along = np.arange(cells.shape[dim]).reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
         _, compact = np.unique(cells, return_inverse=True)
-        index = np.broadcast_to(along, cells.shape).ravel() + int(compact.max()) + 1
+        numbers = np.arange(cells.shape[dim]) + int(compact.max()) + 1
+        index = np.broadcast_to(along(numbers, dim, cells.ndim), cells.shape).ravel()
         return len(np.unique(_components(int(index.max()) + 1, [(compact.ravel(), index)])))
 
     # -- removing ------------------------------------------------------------------------------------------------
 
     def removed(self, chosen: Ids) -> Mask:
-        """Which components are gone once `chosen` and all that is coupled to them are; shape ``(count,)``."""
+        """Which components are removed once `chosen` and all that is coupled to them are; shape ``(count,)``."""
         mask = np.zeros(self.count, dtype=bool)
         mask[chosen] = True
         return self.closure(mask)
 
     def closure(self, removed: Mask) -> Mask:
-        """Everything that dies with the components marked in `removed`, shape ``(count,)``."""
+        """Everything that is removed with the components marked in `removed`, shape ``(count,)``."""
         removed = removed.copy()
         before = -1
         while before != (before := int(removed.sum())):
             for factored in self.factored_axes:
                 cells = np.zeros(factored.cells.shape, dtype=bool)
                 for dim, part in zip(factored.dims, factored.factors, strict=True):
-                    cells |= removed[part].reshape([-1 if i == dim else 1 for i in range(cells.ndim)])
+                    cells |= along(removed[part], dim, cells.ndim)
                 removed[factored.cells[cells]] = True
         return removed
 
 
-def _distinct(
-    cells: Ids, parts: tuple[Ids, ...], dims: list[int]
-) -> tuple[Ids, tuple[Ids, ...], list[tuple[Ids, Ids]]]:
-    """The product with each index of a factor once; cells of equal indices are to be joined."""
-    edges: list[tuple[Ids, Ids]] = []
-    result: list[Ids] = []
-    for dim, part in zip(dims, parts, strict=True):
-        _, first, inverse = np.unique(part, return_index=True, return_inverse=True)
-        if len(first) < len(part):
-            rank = np.argsort(np.argsort(first))
-            kept = cells.take(np.sort(first), dim)
-            again = kept.take(rank[inverse], dim)
-            if not np.array_equal(again, cells):
-                edges.append((again.ravel(), cells.ravel()))
-            cells, part = kept, part[np.sort(first)]
-        result.append(part)
-    return cells, tuple(result), edges
-
-
 def _aliased(relations: Relations) -> tuple[Ids, Ids, int]:
-    """Join dims that are the same as a whole: dim -> representative, dim -> first compact id, number of ids."""
+    """Join dims that are the same as a whole: dim -> representative, dim -> first compact id, number of ids.
+
+    Dims of 6, 6, 2 and 3 ids, of which the first two are the same, give [0, 0, 1, 2], [0, 0, 6, 8] and 11.
+    """
     starts = np.asarray(relations.starts, dtype=np.int64)
     sizes = np.asarray(relations.sizes, dtype=np.int64)
     count = len(starts)

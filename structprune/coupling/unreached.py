@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from structprune.coupling.propagate import Channels
 from structprune.ops.relations import Axis
-from structprune.tracing.describe import nodes_in
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.provenance import Dim, leaves
 from structprune.tracing.state import held_tensors, join
 from structprune.tracing.trace import Trace, describe, part_of
@@ -32,7 +32,9 @@ def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
 def pin_outputs_of(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
     """Pin what the modules at `paths`, and all in them, give; of a tensor of this name, all dimensions."""
     for path in paths:
-        given = [node for call in trace.every_call if _inside(call.path, path) for node in nodes_in(call.output)]
+        given = [
+            node for call in trace.every_call if _inside(call.path, path) for node in leaves_of(call.output, fx.Node)
+        ]
         given += [node for node in trace.all_nodes if node.op == "get_attr" and node.target == path]
         for node in given:
             for axis in _axes(channels, node):
@@ -45,7 +47,7 @@ def _inside(path: str, block: str) -> bool:
 
 def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:
     """A tensor whose size the forward checks is built anew where it does not fit: it must stay as it would be."""
-    held = held_tensors(model)
+    held = held_tensors(model) if trace.comparisons else {}
     for comparison in trace.comparisons:
         for leaf in (*leaves(comparison.left), *leaves(comparison.right)):
             node = trace.all_nodes[leaf.node] if isinstance(leaf, Dim) else None
@@ -141,12 +143,6 @@ def _form(module: nn.Module) -> _Form:
 
 
 def _axes(channels: Channels, value: object) -> Iterator[Axis]:
-    if isinstance(value, fx.Node):
-        axes = channels.axes[value.meta["index"]]
-        yield from (axis for axis in axes if isinstance(axis, Axis))
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _axes(channels, item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _axes(channels, item)
+    """The axes of all recorded tensors in `value`."""
+    for node in leaves_of(value, fx.Node):
+        yield from (axis for axis in channels.axes[node.meta["index"]] if isinstance(axis, Axis))

@@ -24,7 +24,7 @@ from structprune.errors import PlanError
 from structprune.importance.data import Batches, Forward, Loss, size_of
 from structprune.ops import op_of
 from structprune.tracing.replay import FoundCall, Hook, Replay
-from structprune.tracing.state import collection_paused, copy_buffer, held_tensors, lent
+from structprune.tracing.state import collection_paused, copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, preserved_random_state, tensors_in, trace
 from structprune.wrapping import prunable
 
@@ -54,7 +54,7 @@ class _Scorer:
 
     @contextmanager
     def _running(self) -> Generator[None]:
-        with preserved_random_state(), torch.no_grad(), lent(self.model, copy_buffer, track=False):
+        with preserved_random_state(), torch.no_grad(), swapped_tensors(self.model, copy_buffer, track=False):
             self.model.eval()
             yield
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from structprune.tracing.containers import leaves_of
+
 Edge = tuple[int, int]  # a sum, by its number in the trace, and the position of one of its terms
 
 
@@ -93,11 +95,4 @@ def named_apart(found: list[Found]) -> Iterator[Found]:
 
 def nodes_in(value: Any) -> Iterator[fx.Node]:
     """The nodes in nested containers, in order."""
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from nodes_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from nodes_in(item)
+    return leaves_of(value, fx.Node)

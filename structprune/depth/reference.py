@@ -14,10 +14,9 @@ from structprune.depth.cut import Cut
 from structprune.depth.records import Found
 from structprune.depth.sums import stacked
 from structprune.ops.arguments import arguments
+from structprune.tracing.containers import Path, located
 from structprune.tracing.replay import FoundCall, Hook, Replay
 from structprune.tracing.trace import Trace
-
-Path = tuple[Any, ...]
 
 
 @contextmanager
@@ -75,8 +74,8 @@ def _passing(model: nn.Module, recorded: Trace, block: Found) -> Generator[None]
     pairs = {recorded.nodes[y]: recorded.nodes[x] for y, x in block.skipped}
     places: list[tuple[Path, Path] | None] = []
     for call in calls:
-        outputs = {whole.value[node]: path for path, node in _leaves(call.output)}
-        given = {whole.value[node]: path for path, node in reversed(list(_leaves((call.args, call.kwargs))))}
+        outputs = {whole.value[node]: path for path, node in located(call.output, fx.Node)}
+        given = {whole.value[node]: path for path, node in reversed(list(located((call.args, call.kwargs), fx.Node)))}
         found = [(outputs[y], given[x]) for y, x in pairs.items() if y in outputs and x in given]
         places.append(found[0] if found else None)
     count = iter(places)
@@ -104,17 +103,6 @@ def _passing(model: nn.Module, recorded: Trace, block: Found) -> Generator[None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _leaves(value: Any, path: Path = ()) -> Iterable[tuple[Path, fx.Node]]:
-    if isinstance(value, fx.Node):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    elif isinstance(value, (tuple, list)):
-        for key, item in enumerate(value):
-            yield from _leaves(item, (*path, key))
 
 
 def _replaced(output: Any, path: Path, value: Tensor) -> Any:

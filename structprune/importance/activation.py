@@ -18,23 +18,23 @@ from torch import Tensor
 from structprune.checking import real, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import look
 from structprune.importance.reduce import REDUCTION, gathered, reduced
-from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteScores:
-    """Scores for each position of each tap, joined for the group that is asked about.
+    """Scores for each position of each site, joined for the group that is asked about.
 
     Attributes:
-        sites: the taps.
-        scores: for each tap, one score a position.
-        reduce: how the taps of a group are joined.
-        mean: whether the positions of a channel in a tap are averaged rather than summed.
+        sites: the sites.
+        scores: for each site, one score a position.
+        reduce: how the sites of a group are joined.
+        mean: whether the positions of a channel in a site are averaged rather than summed.
         root: whether the square root is taken of what that gives.
     """
 
@@ -47,17 +47,17 @@ class SiteScores:
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
         parts: list[tuple[Tensor, Tensor]] = []
-        for reach in self.sites.of(group):
-            values = self.scores[reach.tap]
-            positions = torch.from_numpy(reach.positions).to(values.device)
-            channels = torch.from_numpy(reach.channels).to(values.device)
+        for part in self.sites.of(group):
+            values = self.scores[part.site]
+            positions = torch.from_numpy(part.positions).to(values.device)
+            channels = torch.from_numpy(part.channels).to(values.device)
             total, here = gathered(values, positions, channels, group.channels, mean=self.mean)
             parts.append((total.sqrt() if self.root else total, here))
         return reduced(parts, self.reduce, group.channels)
 
 
 class ActivationCriterion(ABC, Unfitted):
-    """A statistic of each position of each tap, streamed over the data in sums."""
+    """A statistic of each position of each site, streamed over the data in sums."""
 
     reduce: str
     weighted = False
@@ -68,7 +68,7 @@ class ActivationCriterion(ABC, Unfitted):
         require({"reduce": self.reduce}, reduce=REDUCTION)
 
     @abstractmethod
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sums over the samples of a batch, by name; each of shape ``(positions,)``, or with a dimension before it."""
 
     @abstractmethod
@@ -83,16 +83,16 @@ class ActivationCriterion(ABC, Unfitted):
         """
         batches = require_data(batches, self)
         sites = Sites(graph, each_edge=self.weighted, weighted=self.weighted)
-        sums: list[Sums] = [Sums() for _ in sites.taps]
-        weights: list[Tensor | None] = [None] * len(sites.taps)
+        sums: list[Sums] = [Sums() for _ in sites.all]
+        weights: list[Tensor | None] = [None] * len(sites.all)
 
-        def visit(seen: Activation, batch: Any) -> None:
-            for name, value in self.gather(seen, batch).items():
-                sums[seen.number].add(name, value)
-            if self.weighted and weights[seen.number] is None and seen.weight is not None:
-                weights[seen.number] = columns(seen)
+        def visit(activation: Activation, batch: Any) -> None:
+            for name, value in self.gather(activation, batch).items():
+                sums[activation.number].add(name, value)
+            if self.weighted and weights[activation.number] is None and activation.weight is not None:
+                weights[activation.number] = columns(activation)
 
-        look(graph, batches, sites.taps, visit)
+        look(graph, batches, sites.all, visit)
         for one in sums:
             one.reduce()
         scores = [
@@ -102,15 +102,15 @@ class ActivationCriterion(ABC, Unfitted):
         return SiteScores(sites, scores, self.reduce, self.mean, self.root)
 
 
-def columns(seen: Activation) -> Tensor:
-    """The weight that sums a tap's channels away as ``(positions, rest)``: what each channel is multiplied with."""
-    weight = seen.weight
+def columns(activation: Activation) -> Tensor:
+    """The weight that sums a site's channels away as ``(positions, rest)``: what each channel is multiplied with."""
+    weight = activation.weight
     assert weight is not None
-    size = seen.x.shape[seen.dim]
-    inside = weight.shape[seen.weight_dim]
+    size = activation.x.shape[activation.dim]
+    inside = weight.shape[activation.weight_dim]
     weight = weight.double() if weight.device.type != "mps" else weight.float()
     if inside == size:
-        return weight.movedim(seen.weight_dim, 0).reshape(size, -1)
+        return weight.movedim(activation.weight_dim, 0).reshape(size, -1)
     # A grouped convolution: (groups, outputs of each, inputs of each, kernel).
     groups = size // inside
     parts = weight.unflatten(0, (groups, weight.shape[0] // groups))
@@ -141,9 +141,9 @@ class MeanActivation(ActivationCriterion):
 
     reduce: str = "mean"
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of absolute values, and how many."""
-        rows = wide(seen.rows())
+        rows = wide(activation.rows())
         return {"sum": rows.abs().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
@@ -164,9 +164,9 @@ class L2Activation(ActivationCriterion):
     reduce: str = "mean"
     root = True
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
-        rows = wide(seen.rows())
+        rows = wide(activation.rows())
         return {"sum": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
@@ -193,9 +193,9 @@ class APoZ(ActivationCriterion):
         given = {"threshold": self.threshold, "reduce": self.reduce}
         require(given, threshold=real(), reduce=REDUCTION)
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Number of entries above the threshold, and of all."""
-        rows = seen.rows()
+        rows = activation.rows()
         return {"sum": (rows.abs() > self.threshold).sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
@@ -217,13 +217,13 @@ class HRank(ActivationCriterion):
 
     reduce: str = "mean"
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of ranks over samples, and the number of matrices."""
-        maps = wide(seen.maps())
+        maps = wide(activation.maps())
         while maps.dim() < 4:
             maps = maps.unsqueeze(2)
         # The precision of the model's arithmetic decides, not that of this sum.
-        precision = max(torch.finfo(seen.x.dtype).eps, torch.finfo(torch.float32).eps)
+        precision = max(torch.finfo(activation.x.dtype).eps, torch.finfo(torch.float32).eps)
         ranks = torch.linalg.matrix_rank(maps, rtol=max(maps.shape[-2:]) * precision)
         ranks = ranks.movedim(1, -1).reshape(-1, maps.shape[1])
         return {"sum": ranks.sum(0), "count": counted(ranks)}
@@ -256,9 +256,9 @@ class Wanda(ActivationCriterion):
     def __post_init__(self) -> None:
         require({"reduce": self.reduce, "n": self.n}, reduce=REDUCTION, n=real(above=0))
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""
-        rows = wide(seen.rows())
+        rows = wide(activation.rows())
         return {"square": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
@@ -284,9 +284,9 @@ class FLAP(ActivationCriterion):
     weighted = True
     mean = False
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum, sum of squares, and how many."""
-        rows = wide(seen.rows())
+        rows = wide(activation.rows())
         return {"sum": rows.sum(0), "square": rows.square().sum(0), "count": counted(rows)}
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:

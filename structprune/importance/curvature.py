@@ -11,12 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from structprune.checking import SEED, one_of, require, whole
 from structprune.coupling.graph import ChannelGraph
+from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.gradient import EntryScores, Gates, gate_sums, weight_gradients
 from structprune.importance.observe import descend, losses, trained
 from structprune.importance.reduce import REDUCTION
-from structprune.importance.seen import Activation, Sums
 
 
 def _probe(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
@@ -69,17 +69,17 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
     gates, sums = Gates(graph), Sums()
     shared: list[Tensor] = []
 
-    def place(seen: Activation) -> Tensor:
+    def place(activation: Activation) -> Tensor:
         if not shared:
-            kind = torch.promote_types(seen.x.dtype, torch.float32)
-            shared.append(torch.ones(gates.count, dtype=kind, device=seen.x.device, requires_grad=True))
+            kind = torch.promote_types(activation.x.dtype, torch.float32)
+            shared.append(torch.ones(gates.count, dtype=kind, device=activation.x.device, requires_grad=True))
         z = shared[0]
         # Where several gates stand on one position (a head and its column), one plus the sum of what they differ by
         # has the derivatives of their product, but for mixed ones.
-        factor = z.new_ones(seen.x.shape[seen.dim])
-        for positions, channels in gates.reached[seen.number]:
+        factor = z.new_ones(activation.x.shape[activation.dim])
+        for positions, channels in gates.at[activation.number]:
             factor = factor.index_add(0, positions.to(z.device), (z - 1)[channels.to(z.device)])
-        return seen.gated(factor.expand(seen.samples, -1))
+        return activation.gated(factor.expand(activation.samples, -1))
 
     def after(value: Tensor, samples: int) -> None:
         (found,) = hessian_diagonal(value, shared, probes, seed)
@@ -88,7 +88,7 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
         shared.clear()
 
     with sdpa_kernel(SDPBackend.MATH):
-        descend(graph, batches, gates.sites.taps, place, None, after)
+        descend(graph, batches, gates.sites.all, place, None, after)
     sums.reduce()
     return gates, sums["sum"] / sums["count"]
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from structprune.checking import one_of, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, losses, trained
 from structprune.importance.reduce import REDUCTION, member_sums, reduced
-from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 from structprune.ops.relations import Ids
 
@@ -33,22 +33,22 @@ class Gates:
 
     Attributes:
         count: how many gates there are.
-        sites: the taps that they stand on.
-        reached: for each tap, pairs of its positions and the gates that stand there.
+        sites: the sites that they stand on.
+        at: for each site, pairs of its positions and the gates that stand there.
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.sites = Sites(graph, each_edge=True)
-        self.reached: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites.taps]
+        self.at: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites.all]
         self.count = 0
         self._of = np.full(graph.components.count, -1, dtype=np.int64)
         for group in graph.groups():
-            if not self.sites.sees(group):
+            if not self.sites.show(group):
                 continue
             self._of[group.components] = self.count + np.arange(group.channels)
-            for reach in self.sites.of(group):
-                channels = torch.from_numpy(reach.channels) + self.count
-                self.reached[reach.tap].append((torch.from_numpy(reach.positions), channels))
+            for part in self.sites.of(group):
+                channels = torch.from_numpy(part.channels) + self.count
+                self.at[part.site].append((torch.from_numpy(part.positions), channels))
             self.count += group.channels
 
     def scores(self, values: Tensor) -> Importance:
@@ -63,12 +63,18 @@ class _SampleGates:
         self._gates = gates
         self._placed: list[tuple[int, Tensor]] = []
 
-    def place(self, seen: Activation) -> Tensor:
-        """The tapped tensor times a fresh gate."""
-        kind = torch.promote_types(seen.x.dtype, torch.float32)
-        gate = torch.ones(seen.samples, seen.x.shape[seen.dim], dtype=kind, device=seen.x.device, requires_grad=True)
-        self._placed.append((seen.number, gate))
-        return seen.gated(gate)
+    def place(self, activation: Activation) -> Tensor:
+        """The observed tensor times a fresh gate."""
+        kind = torch.promote_types(activation.x.dtype, torch.float32)
+        gate = torch.ones(
+            activation.samples,
+            activation.x.shape[activation.dim],
+            dtype=kind,
+            device=activation.x.device,
+            requires_grad=True,
+        )
+        self._placed.append((activation.number, gate))
+        return activation.gated(gate)
 
     def derivatives(self, value: Tensor) -> Tensor:
         """Shape ``(samples, gates)``; the placed gates are forgotten."""
@@ -78,7 +84,7 @@ class _SampleGates:
         total = torch.zeros(samples, self._gates.count, dtype=torch.float64)
         for (number, _), gradient in zip(placed, found, strict=True):
             wide = gradient.detach().cpu().double()
-            for positions, channels in self._gates.reached[number]:
+            for positions, channels in self._gates.at[number]:
                 total[: len(wide)].index_add_(1, channels, wide[:, positions])
         return total
 
@@ -93,7 +99,7 @@ class GateScores:
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
-        self.sites.of(group)  # raises where there is nothing to see
+        self.sites.of(group)  # raises where no site shows the group
         return self.scores[torch.from_numpy(self.gate_of[group.components])]
 
 
@@ -114,7 +120,7 @@ def gate_sums(graph: ChannelGraph, batches: Batches, function: Callable[[Tensor]
         sums.add("sum", function(found).sum(0))
         sums.add("count", torch.tensor(float(samples)))
 
-    descend(graph, batches, gates.sites.taps, placed.place, None, after)
+    descend(graph, batches, gates.sites.all, placed.place, None, after)
     sums.reduce()
     return gates, sums["sum"] / sums["count"]
 

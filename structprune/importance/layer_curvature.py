@@ -19,11 +19,11 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.importance.activation import columns
+from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, look
 from structprune.importance.reduce import REDUCTION, padded, reduced
-from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 
 _NAMES = {
@@ -35,7 +35,7 @@ _CHUNK = 1 << 22  # entries of patches that are held at once
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ObservedLayer:
-    """A tapped layer: its weight by channel, and how its features are made.
+    """An observed layer: its weight by channel, and how its features are made.
 
     Attributes:
         weight: shape ``(positions, outputs of a group, kernel)``.
@@ -52,56 +52,56 @@ class ObservedLayer:
     output_dim: int
 
     @staticmethod
-    def of(seen: Activation) -> ObservedLayer:
-        """The layer at a tap.
+    def of(activation: Activation) -> ObservedLayer:
+        """The layer at a site.
 
         Raises:
             PlanError: it is neither a convolution nor a product with a matrix.
         """
-        weight = seen.weight
+        weight = activation.weight
         assert weight is not None
-        size, name = seen.x.shape[seen.dim], seen.operation.call.name
+        size, name = activation.x.shape[activation.dim], activation.operation.call.name
         if name.startswith("conv"):
             transposed = name.startswith("conv_transpose")
-            args, kwargs = seen.operation.args, seen.operation.kwargs
+            args, kwargs = activation.operation.args, activation.operation.kwargs
             given = {**dict(zip(_NAMES[transposed], args, strict=False)), **kwargs}
             rest = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
             groups = int(rest.pop("groups", 1))
             kernel = tuple(weight.shape[2:])
-            by_channel = columns(seen).reshape(size, -1, prod(kernel))
-            return ObservedLayer(by_channel, groups, rest, kernel, transposed, seen.dim)
+            by_channel = columns(activation).reshape(size, -1, prod(kernel))
+            return ObservedLayer(by_channel, groups, rest, kernel, transposed, activation.dim)
         if weight.dim() != 2 or name in ("bilinear", "python.einsum"):
             raise PlanError(
-                f"The second moments of {seen.where} are not known: it is neither a convolution nor a product with one "
-                "matrix. Name the layer in ignore=, or choose another criterion, such as 'wanda'."
+                f"The second moments of {activation.where} are not known: it is neither a convolution nor a product "
+                "with one matrix. Name the layer in ignore=, or choose another criterion, such as 'wanda'."
             )
         # A weight on the left of its input gives its outputs in the dimension before the last.
-        return ObservedLayer(columns(seen).unsqueeze(2), 1, None, (), False, -1 if seen.dim == -1 else -2)
+        return ObservedLayer(columns(activation).unsqueeze(2), 1, None, (), False, -1 if activation.dim == -1 else -2)
 
-    def moments(self, seen: Activation) -> tuple[Tensor, int]:
+    def moments(self, activation: Activation) -> tuple[Tensor, int]:
         """Sum of outer products of features, shape ``(groups, n, n)``, and how many."""
         total: Tensor | None = None
         count = 0
-        for rows in self.rows(seen):
+        for rows in self.rows(activation):
             found = rows.transpose(1, 2) @ rows
             total = found if total is None else total + found
             count += rows.shape[1]
         assert total is not None
         return total, count
 
-    def rows(self, seen: Activation, drawn: tuple[int, int] | None = None) -> Iterator[Tensor]:
+    def rows(self, activation: Activation, drawn: tuple[int, int] | None = None) -> Iterator[Tensor]:
         """Features by group and position, shape ``(groups, rows, n)``, in parts.
 
         Args:
-            seen: the tapped tensor.
+            activation: the observed tensor.
             drawn: take so many positions of each sample, the same of all, drawn by a generator of this seed.
         """
-        size = seen.x.shape[seen.dim]
+        size = activation.x.shape[activation.dim]
         step = size
-        if self.call is not None and seen.x.dim() == len(self.kernel) + 2:
-            step = max(1, _CHUNK * len(seen.x) // max(1, seen.x.numel() * prod(self.kernel)))
-        for piece in seen.x.detach().split(step) if self.call is not None else (seen.x.detach(),):
-            features = self._features(seen, piece, size)
+        if self.call is not None and activation.x.dim() == len(self.kernel) + 2:
+            step = max(1, _CHUNK * len(activation.x) // max(1, activation.x.numel() * prod(self.kernel)))
+        for piece in activation.x.detach().split(step) if self.call is not None else (activation.x.detach(),):
+            features = self._features(activation, piece, size)
             if drawn is not None and len(features) % len(piece) == 0 and len(features) > drawn[0] * len(piece):
                 by_sample = features.reshape(len(piece), -1, features.shape[1])
                 order = torch.randperm(by_sample.shape[1], generator=torch.Generator().manual_seed(drawn[1]))
@@ -109,20 +109,20 @@ class ObservedLayer:
             features = features.double() if features.device.type != "mps" else features
             yield features.reshape(len(features), self.groups, -1).transpose(0, 1)
 
-    def _features(self, seen: Activation, x: Tensor, size: int) -> Tensor:
+    def _features(self, activation: Activation, x: Tensor, size: int) -> Tensor:
         """Shape ``(rows, positions * kernel)``."""
         if self.call is None:
-            return x.movedim(seen.dim, -1).reshape(-1, size)
+            return x.movedim(activation.dim, -1).reshape(-1, size)
         # A kernel that is one at a single offset hands that offset on: its results are the patches.
-        taps = prod(self.kernel)
-        one = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(taps, 1, *self.kernel)
+        entries = prod(self.kernel)
+        one = torch.eye(entries, dtype=x.dtype, device=x.device).reshape(entries, 1, *self.kernel)
         eye = (
             one.transpose(0, 1).repeat(size, *[1] * (one.dim() - 1))
             if self.transposed
             else one.repeat(size, *[1] * (one.dim() - 1))
         )
-        patches: Tensor = seen.operation.func(x, eye, None, groups=size, **self.call)
-        return patches.movedim(seen.dim, -1).reshape(-1, size * taps)
+        patches: Tensor = activation.operation.func(x, eye, None, groups=size, **self.call)
+        return patches.movedim(activation.dim, -1).reshape(-1, size * entries)
 
     def full(self) -> Tensor:
         """The weight with a row for each output of the whole layer, shape ``(positions, outputs, kernel)``."""
@@ -157,14 +157,14 @@ class _QuadraticScores:
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
         parts: list[tuple[Tensor, Tensor]] = []
-        for reach in self.sites.of(group):
-            device = self.inputs[reach.tap].device
-            positions = torch.from_numpy(reach.positions).to(device)
-            table, real = padded(positions, torch.from_numpy(reach.channels).to(device), group.channels)
-            parts.append((self._tap(reach.tap, table, real) * self.factor, real.any(1)))
+        for part in self.sites.of(group):
+            device = self.inputs[part.site].device
+            positions = torch.from_numpy(part.positions).to(device)
+            table, real = padded(positions, torch.from_numpy(part.channels).to(device), group.channels)
+            parts.append((self._site(part.site, table, real) * self.factor, real.any(1)))
         return reduced(parts, self.reduce, group.channels)
 
-    def _tap(self, number: int, table: Tensor, real: Tensor) -> Tensor:
+    def _site(self, number: int, table: Tensor, real: Tensor) -> Tensor:
         layer, moments = self.layers[number], self.inputs[number]
         kernel = layer.weight.shape[2]
         inside = layer.weight.shape[0] // layer.groups
@@ -232,41 +232,41 @@ class OBS(Unfitted):
         batches = require_data(batches, self)
         sites = Sites(graph, each_edge=True, weighted=True)
         moments = _Moments(sites)
-        look(graph, batches, sites.taps, lambda seen, _: moments.add(seen))
+        look(graph, batches, sites.all, lambda activation, _: moments.add(activation))
         moments.sums.reduce()
         return _QuadraticScores(sites, moments.layers(), moments.inputs(), None, True, self.damping, 1.0, self.reduce)
 
 
 class _Moments:
-    """Second moments of the inputs of tapped layers."""
+    """Second moments of the inputs of observed layers."""
 
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
         self.sums = Sums()
         self._layers: dict[int, ObservedLayer] = {}
 
-    def layer(self, seen: Activation) -> ObservedLayer:
-        """The layer at a tap."""
-        known = self._layers.get(seen.number)
+    def layer(self, activation: Activation) -> ObservedLayer:
+        """The layer at a site."""
+        known = self._layers.get(activation.number)
         if known is None:
-            known = self._layers[seen.number] = ObservedLayer.of(seen)
+            known = self._layers[activation.number] = ObservedLayer.of(activation)
         return known
 
-    def add(self, seen: Activation) -> None:
+    def add(self, activation: Activation) -> None:
         """Count in what comes into a layer."""
         with torch.no_grad():
-            found, count = self.layer(seen).moments(seen)
-        self.sums.add(("input", seen.number), found)
-        self.sums.add(("count", seen.number), torch.tensor(float(count)))
-        self.sums.add(("samples", seen.number), torch.tensor(float(seen.samples)))
+            found, count = self.layer(activation).moments(activation)
+        self.sums.add(("input", activation.number), found)
+        self.sums.add(("count", activation.number), torch.tensor(float(count)))
+        self.sums.add(("samples", activation.number), torch.tensor(float(activation.samples)))
 
     def layers(self) -> list[ObservedLayer]:
-        """The layers of all taps."""
-        return [self._layers[number] for number in range(len(self.sites.taps))]
+        """The layers of all sites."""
+        return [self._layers[number] for number in range(len(self.sites.all))]
 
     def inputs(self, over: str = "count") -> list[Tensor]:
-        """Second moments of each tap: mean over rows (``"count"``), or over ``"samples"`` of the sum over rows."""
-        return [self.sums["input", number] / float(self.sums[over, number]) for number in range(len(self.sites.taps))]
+        """Second moments of each site: mean over rows (``"count"``), or over ``"samples"`` of the sum over rows."""
+        return [self.sums["input", number] / float(self.sums[over, number]) for number in range(len(self.sites.all))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,9 +307,9 @@ class KFAC(Unfitted):
         moments = _Moments(sites)
         shifts: list[tuple[int, int, Tensor]] = []
 
-        def shifted(seen: Activation, y: Tensor) -> Tensor:
+        def shifted(activation: Activation, y: Tensor) -> Tensor:
             shift = torch.zeros_like(y, requires_grad=True)
-            shifts.append((seen.number, moments.layer(seen).output_dim, shift))
+            shifts.append((activation.number, moments.layer(activation).output_dim, shift))
             return y + shift
 
         def after(value: Tensor, samples: int) -> None:
@@ -322,9 +322,9 @@ class KFAC(Unfitted):
                 moments.sums.add(("output", number), rows.T @ rows)
             shifts.clear()
 
-        descend(graph, batches, sites.taps, moments.add, shifted, after)
+        descend(graph, batches, sites.all, moments.add, shifted, after)
         moments.sums.reduce()
-        outputs = [moments.sums["output", n] / float(moments.sums["count", n]) for n in range(len(sites.taps))]
+        outputs = [moments.sums["output", n] / float(moments.sums["count", n]) for n in range(len(sites.all))]
         return _QuadraticScores(
             sites, moments.layers(), moments.inputs("samples"), outputs, self.inverse, self.damping, 0.5, self.reduce
         )

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
+from structprune.importance.activations import Activation
 from structprune.importance.data import Batches, samples_of
-from structprune.importance.seen import Activation
 from structprune.importance.sites import Site
-from structprune.tracing.calls import tensors_taken
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.replay import FoundCall, Replay
-from structprune.tracing.state import lent
+from structprune.tracing.state import swapped_tensors
 from structprune.tracing.trace import Trace, map_tensors, preserved_random_state, tensors_in
 
 Visit = Callable[[Activation], Tensor | None]
@@ -25,78 +25,80 @@ VisitResult = Callable[[Activation, Tensor], Tensor]
 
 
 class Watch:
-    """Hands the tensors of taps to `visit`, and puts what that returns, if anything, in their place.
+    """Hands the tensors of sites to `visit`, and puts what that returns, if anything, in their place.
 
     Args:
         trace: of the model.
-        taps: where to look.
-        visit: called with each tapped tensor.
-        visit_result: called with the result of each operation that has a tap on an argument.
+        sites: where to look.
+        visit: called with each observed tensor.
+        visit_result: called with the result of each operation that has a site on an argument.
     """
 
     def __init__(
-        self, trace: Trace, taps: Iterable[Site], visit: Visit, visit_result: VisitResult | None = None
+        self, trace: Trace, sites: Iterable[Site], visit: Visit, visit_result: VisitResult | None = None
     ) -> None:
         self._visit, self._visit_result = visit, visit_result
         wanted: dict[int, list[tuple[int, Site]]] = {}
-        for number, tap in enumerate(taps):
-            wanted.setdefault(tap.operation, []).append((number, tap))
+        for number, site in enumerate(sites):
+            wanted.setdefault(site.operation, []).append((number, site))
         hooks = {operation: partial(self._operation, found) for operation, found in wanted.items()}
         self._replay = Replay(trace, hooks, error=PlanError, begin=self._begin)
         self.samples = 1
 
     @property
     def forwards(self) -> int:
-        """How many forwards of the model were seen."""
+        """How many forwards of the model ran."""
         return self._replay.forwards
 
     def over(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """While the block runs, each forward of the model is seen."""
+        """While the block runs, each forward of the model is observed."""
         return self._replay.over(model)
 
     def _begin(self, *inputs: Any) -> None:
         self.samples = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()), 1)
 
     def _operation(self, wanted: list[tuple[int, Site]], operation: FoundCall) -> Any:
-        tensors = list(tensors_taken([operation.args, operation.kwargs]))
-        seen: list[Activation] = []
-        for number, tap in wanted:
-            if tap.operand >= 0:
-                seen.append(self._seen(number, tap, tensors[tap.operand], tensors, operation))
-                changed = self._visit(seen[-1])
+        tensors = list(leaves_of([operation.args, operation.kwargs], Tensor, slices=True))
+        activations: list[Activation] = []
+        for number, site in wanted:
+            if site.operand >= 0:
+                activations.append(self._activation(number, site, tensors[site.operand], tensors, operation))
+                changed = self._visit(activations[-1])
                 if changed is not None:
                     operation.args, operation.kwargs = _replaced(
-                        (operation.args, operation.kwargs), tap.operand, changed
+                        (operation.args, operation.kwargs), site.operand, changed
                     )
         result = operation()
-        for number, tap in wanted:
-            if tap.operand < 0:
-                result = self._on_result(number, tap, result, tensors, operation)
+        for number, site in wanted:
+            if site.operand < 0:
+                result = self._on_result(number, site, result, tensors, operation)
         if self._visit_result is not None:
-            for one in seen:
+            for one in activations:
                 result = self._visit_result(one, result)
         return result
 
-    def _on_result(self, number: int, tap: Site, result: Any, tensors: list[Tensor], operation: FoundCall) -> Any:
+    def _on_result(self, number: int, site: Site, result: Any, tensors: list[Tensor], operation: FoundCall) -> Any:
         several = isinstance(result, (tuple, list))
-        x = result[tap.part] if several else result
-        changed = self._visit(self._seen(number, tap, x, tensors, operation))
+        x = result[site.part] if several else result
+        changed = self._visit(self._activation(number, site, x, tensors, operation))
         if changed is None:
             return result
         if not several:
             return changed
         items = list(result)
-        items[tap.part] = changed
+        items[site.part] = changed
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
-    def _seen(self, number: int, tap: Site, x: Tensor, tensors: list[Tensor], operation: FoundCall) -> Activation:
-        if x.dim() < -tap.dim or x.shape[tap.dim] != tap.size:
+    def _activation(
+        self, number: int, site: Site, x: Tensor, tensors: list[Tensor], operation: FoundCall
+    ) -> Activation:
+        if x.dim() < -site.dim or x.shape[site.dim] != site.size:
             raise PlanError(
-                f"On the data a tensor of {tap.where} has the shape {list(x.shape)}, where dimension {tap.dim} should "
-                f"have {tap.size} channels as on the example inputs."
+                f"On the data a tensor of {site.where} has the shape {list(x.shape)}, where dimension {site.dim} "
+                f"should have {site.size} channels as on the example inputs."
             )
-        weight = tensors[tap.weight].detach() if tap.weight >= 0 else None
-        return Activation(number, x, tap.dim, weight, tap.weight_dim, self.samples, operation, tap.where)
+        weight = tensors[site.weight].detach() if site.weight >= 0 else None
+        return Activation(number, x, site.dim, weight, site.weight_dim, self.samples, operation, site.where)
 
 
 def _replaced(value: Any, operand: int, new: Tensor) -> Any:
@@ -105,7 +107,7 @@ def _replaced(value: Any, operand: int, new: Tensor) -> Any:
     return map_tensors(lambda tensor: new if next(counter) == operand else tensor, value)
 
 
-def _stand_in(tensor: Tensor, gradients: bool) -> Tensor:
+def _swapped(tensor: Tensor, gradients: bool) -> Tensor:
     """What the model computes with: a parameter that shares the memory, so that no gradient or hook of its own is met.
 
     Buffers are copied, since forwards write into them.
@@ -117,14 +119,14 @@ def _stand_in(tensor: Tensor, gradients: bool) -> Tensor:
 
 
 @contextmanager
-def borrowed(model: nn.Module, *, gradients: bool = False) -> Generator[None]:
-    """While the block runs, the model is in eval mode on stand-ins of its tensors.
+def on_swapped_tensors(model: nn.Module, *, gradients: bool = False) -> Generator[None]:
+    """While the block runs, the model is in eval mode, and other tensors with the same values are in it.
 
     Afterwards the model, its mode, buffers, gradients and flags, and the random state are as they were.
 
     Args:
         model: the model.
-        gradients: whether the parameters' stand-ins require gradients.
+        gradients: whether the parameters in it require gradients.
 
     Raises:
         PlanError: weights are on the ``meta`` device.
@@ -134,21 +136,23 @@ def borrowed(model: nn.Module, *, gradients: bool = False) -> Generator[None]:
             "The model's weights are on the meta device, so it cannot run on data. Load real weights, or choose "
             "importance='random'."
         )
-    replace = partial(_stand_in, gradients=gradients)
-    with torch.inference_mode(False), preserved_random_state(), lent(model, replace, track=False):
+    replace = partial(_swapped, gradients=gradients)
+    with torch.inference_mode(False), preserved_random_state(), swapped_tensors(model, replace, track=False):
         model.eval()
         yield
 
 
-def look(graph: ChannelGraph, batches: Batches, taps: Iterable[Site], visit: Callable[[Activation, Any], None]) -> None:
-    """One pass over the data without gradients; `visit` is called with each tapped tensor and its batch.
+def look(
+    graph: ChannelGraph, batches: Batches, sites: Iterable[Site], visit: Callable[[Activation, Any], None]
+) -> None:
+    """One pass over the data without gradients; `visit` is called with each observed tensor and its batch.
 
     Raises:
         PlanError: the data, or what the forward does on it, is not as it should be.
     """
     batch: Any = None
-    watch = Watch(graph.trace, taps, lambda seen: visit(seen, batch))
-    with borrowed(graph.model), torch.no_grad(), watch.over(graph.model):
+    watch = Watch(graph.trace, sites, lambda activation: visit(activation, batch))
+    with on_swapped_tensors(graph.model), torch.no_grad(), watch.over(graph.model):
         for batch in batches.once("looking at activations"):
             forwards = watch.forwards
             batches.forward(graph.model, batch)
@@ -186,26 +190,26 @@ def losses(
 def descend(
     graph: ChannelGraph,
     batches: Batches,
-    taps: Iterable[Site],
+    sites: Iterable[Site],
     visit: Visit,
     visit_result: VisitResult | None,
     after: Callable[[Tensor, int], None],
 ) -> None:
-    """One pass over the data with gradients at taps; parameters need none.
+    """One pass over the data with gradients at sites; parameters need none.
 
     Args:
         graph: the graph of the model.
         batches: data and loss.
-        taps: where to look.
-        visit: may put another tensor in place of a tapped one.
-        visit_result: the same for results of operations with a tap on an argument.
+        sites: where to look.
+        visit: may put another tensor in place of an observed one.
+        visit_result: the same for results of operations with a site on an argument.
         after: called with the sum of the losses of a batch's samples, and how many they are.
 
     Raises:
         PlanError: the data, the loss, or what the forward does on the data is not as it should be.
     """
-    watch = Watch(graph.trace, taps, visit, visit_result)
-    with borrowed(graph.model), torch.enable_grad(), watch.over(graph.model):
+    watch = Watch(graph.trace, sites, visit, visit_result)
+    with on_swapped_tensors(graph.model), torch.enable_grad(), watch.over(graph.model):
         for value, samples in losses(graph.model, batches, watch, "looking at gradients"):
             after(value, samples)
 
@@ -214,5 +218,5 @@ def descend(
 def trained(graph: ChannelGraph) -> Generator[tuple[dict[str, Tensor], Watch]]:
     """The model's parameters by name, so that losses can be derived by them, and a watch that only counts forwards."""
     watch = Watch(graph.trace, (), lambda _: None)
-    with borrowed(graph.model, gradients=True), torch.enable_grad(), watch.over(graph.model):
+    with on_swapped_tensors(graph.model, gradients=True), torch.enable_grad(), watch.over(graph.model):
         yield {name: p for name, p in graph.model.named_parameters() if p.requires_grad}, watch

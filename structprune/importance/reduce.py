@@ -1,4 +1,4 @@
-"""From entries of tensors and positions of taps to one score a channel."""
+"""From entries of tensors and positions of sites to one score a channel."""
 
 from __future__ import annotations
 

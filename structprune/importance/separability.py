@@ -13,9 +13,9 @@ from torch import Tensor
 from structprune.checking import function, one_of, require
 from structprune.errors import PlanError
 from structprune.importance.activation import ActivationCriterion, counted, wide
+from structprune.importance.activations import Activation
 from structprune.importance.base import criterion
 from structprune.importance.reduce import REDUCTION
-from structprune.importance.seen import Activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class TVSeparability(ActivationCriterion):
         given = {"reduce": self.reduce, "pairs": self.pairs, "labels": self.labels}
         require(given, reduce=REDUCTION, pairs=one_of(("min", "mean")), labels=function("batch").or_none)
 
-    def gather(self, seen: Activation, batch: Any) -> Mapping[str, Tensor]:
+    def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sums, squares and counts of each class, named by the class."""
-        means = wide(seen.by_sample()).mean(2)
+        means = wide(activation.by_sample()).mean(2)
         labels = self._labels(batch, len(means)).to(means.device)
         found: dict[str, Tensor] = {}
         for label in labels.unique().tolist():

@@ -56,9 +56,9 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class SiteChannels:
-    """What a group sees of a tap: position ``positions[i]`` of it belongs to channel ``channels[i]`` of the group."""
+    """What a site shows of a group: position ``positions[i]`` of it belongs to channel ``channels[i]`` of the group."""
 
-    tap: int
+    site: int
     positions: Ids
     channels: Ids
 
@@ -115,11 +115,11 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 class Sites:
-    """The taps of a graph, and which of their positions belong to which channel.
+    """The sites of a graph, and which of their positions belong to which channel.
 
     Args:
         graph: the coupled channels of a model.
-        each_edge: one tap for each operation that takes a tensor, rather than one for each tensor.
+        each_edge: one site for each operation that takes a tensor, rather than one for each tensor.
         weighted: only ends at a weight; a group without one then has no sites.
     """
 
@@ -127,10 +127,10 @@ class Sites:
         self._graph = graph
         self._covered = np.zeros(graph.components.count, dtype=bool)
         self._rows: dict[tuple[object, object], tuple[Ids, Ids]] = {}
-        self._seen: set[tuple[int, int]] = set()
+        self._places: set[tuple[int, int]] = set()
         self._each_edge = each_edge
         self._entries: list[tuple[Ids, Ids]] = []
-        self.taps: list[Site] = []
+        self.all: list[Site] = []
         held = _held(graph)
         found = [(node, c) for node in graph.trace.nodes for c in _pairs(node)]
         for node, c in found:
@@ -138,7 +138,7 @@ class Sites:
                 self._end(node, c)
         if not weighted:
             self._without_weight(found)
-            self._last_seen()
+            self._last_tensors()
         self._sort()
 
     @staticmethod
@@ -188,9 +188,9 @@ class Sites:
         if not len(roots):
             return
         place = (side.meta["index"], dim)
-        if not self._each_edge and place in self._seen:
+        if not self._each_edge and place in self._places:
             return
-        self._seen.add(place)
+        self._places.add(place)
         self._add(node, c.operand, 0, dim, axis.size, side, positions, roots, c.weight, other[2])
 
     def _not_handed_on(self, node: fx.Node, c: Pair, positions: Ids, roots: Ids) -> tuple[Ids, Ids]:
@@ -209,7 +209,7 @@ class Sites:
     ) -> None:  # fmt: skip
         where = describe(node, self._graph.trace)
         number, at = node.meta["index"], side.meta["index"]
-        self.taps.append(Site(number, operand, part, dim, size, weight, weight_dim, at, where))
+        self.all.append(Site(number, operand, part, dim, size, weight, weight_dim, at, where))
         self._entries.append((positions, roots))
 
     def _cover(self) -> None:
@@ -227,7 +227,7 @@ class Sites:
             if c.operand < c.weight:
                 self._end(node, c, uncovered=True)
 
-    def _last_seen(self) -> None:
+    def _last_tensors(self) -> None:
         """Channels that end at no contraction: the last tensor that carries them."""
         self._cover()
         wanted = np.zeros(self._graph.components.count, dtype=bool)
@@ -254,37 +254,37 @@ class Sites:
 
     def _sort(self) -> None:
         roots = [roots for _, roots in self._entries]
-        taps = [np.full(len(part), number) for number, part in enumerate(roots)]
+        sites = [np.full(len(part), number) for number, part in enumerate(roots)]
         root = np.concatenate([np.zeros(0, dtype=np.int64), *roots])
         order = np.argsort(root, kind="stable")
         self._root = root[order]
-        self._tap = np.concatenate([np.zeros(0, dtype=np.int64), *taps])[order]
+        self._site = np.concatenate([np.zeros(0, dtype=np.int64), *sites])[order]
         self._position = np.concatenate([np.zeros(0, dtype=np.int64), *(p for p, _ in self._entries)])[order]
 
-    def sees(self, group: Group) -> bool:
-        """Whether the group reaches a tap."""
+    def show(self, group: Group) -> bool:
+        """Whether any site shows channels of the group."""
         first = np.searchsorted(self._root, group.components, side="left")
         return bool((first < np.searchsorted(self._root, group.components, side="right")).any())
 
     def of(self, group: Group) -> list[SiteChannels]:
-        """What the group sees of each tap that it reaches, in the order of the model.
+        """What each site shows of the group, in the order of the model.
 
         Raises:
-            PlanError: there is nothing to see.
+            PlanError: no site shows any of it.
         """
         first = np.searchsorted(self._root, group.components, side="left")
         last = np.searchsorted(self._root, group.components, side="right")
         counts = last - first
         channels = np.repeat(np.arange(group.channels), counts)
         entries = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
-        taps = self._tap[entries]
-        if not len(taps):
+        sites = self._site[entries]
+        if not len(sites):
             raise PlanError(
                 f"The channels of {group.name!r} show in no tensor of the forward that this criterion can look at. "
                 "Name the layer in ignore=, or choose a criterion of weights, such as 'l2'."
             )
-        order = np.argsort(taps, kind="stable")
-        numbers, starts = np.unique(taps[order], return_index=True)
+        order = np.argsort(sites, kind="stable")
+        numbers, starts = np.unique(sites[order], return_index=True)
         pieces = np.split(order, starts[1:])
         return [
             SiteChannels(int(number), self._position[entries[piece]], channels[piece])

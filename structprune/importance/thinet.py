@@ -1,4 +1,4 @@
-"""Channels taken out one after the other, by what the layers behind miss once all of those are gone."""
+"""Channels taken out one after the other, by what the layers behind miss once all of those are removed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from structprune.checking import FLAG, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.layer_curvature import ObservedLayer
 from structprune.importance.observe import look
-from structprune.importance.seen import Activation, Sums
 from structprune.importance.sites import Sites
 
 # Share of the channels left that may go in one step, where it comes to more than one.
@@ -69,23 +69,23 @@ class ThiNet(Unfitted):
         layers: dict[int, ObservedLayer] = {}
         sums = Sums()
 
-        def visit(seen: Activation, _: object) -> None:
-            if seen.number not in layers:
-                layers[seen.number] = ObservedLayer.of(seen)
-            for rows in layers[seen.number].rows(seen, self._drawn(seen)):
+        def visit(activation: Activation, _: object) -> None:
+            if activation.number not in layers:
+                layers[activation.number] = ObservedLayer.of(activation)
+            for rows in layers[activation.number].rows(activation, self._drawn(activation)):
                 # With a one behind the features, the same product holds their sums and their number.
                 wide = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-                sums.add(seen.number, wide.transpose(1, 2) @ wide)
+                sums.add(activation.number, wide.transpose(1, 2) @ wide)
 
-        look(graph, batches, sites.taps, visit)
+        look(graph, batches, sites.all, visit)
         sums.reduce()
-        return _Eliminated(sites, [self._products(layers[n], sums[n]) for n in range(len(sites.taps))])
+        return _Eliminated(sites, [self._products(layers[n], sums[n]) for n in range(len(sites.all))])
 
-    def _drawn(self, seen: Activation) -> tuple[int, int] | None:
-        return None if self.positions is None else (self.positions, self.seed + seen.number)
+    def _drawn(self, activation: Activation) -> tuple[int, int] | None:
+        return None if self.positions is None else (self.positions, self.seed + activation.number)
 
     def _products(self, layer: ObservedLayer, sums: Tensor) -> Tensor:
-        """``E <z_p, z_q>`` for each two positions of a tap, summed over the layer's outputs."""
+        """``E <z_p, z_q>`` for each two positions of a site, summed over the layer's outputs."""
         moments = sums / sums[:, -1:, -1:]
         mean, moments = moments[:, :-1, -1], moments[:, :-1, :-1]
         if self.centred:
@@ -100,11 +100,11 @@ class ThiNet(Unfitted):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Eliminated:
-    """Scores from the products of what positions add to each tap's layer.
+    """Scores from the products of what positions add to each site's layer.
 
     Attributes:
-        sites: the taps.
-        products: for each tap, shape ``(positions, positions)``.
+        sites: the sites.
+        products: for each site, shape ``(positions, positions)``.
     """
 
     sites: Sites
@@ -113,10 +113,10 @@ class _Eliminated:
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
         total: Tensor | None = None
-        for reach in self.sites.of(group):
-            products = self.products[reach.tap]
-            positions = torch.from_numpy(reach.positions).to(products.device)
-            channels = torch.from_numpy(reach.channels).to(products.device)
+        for part in self.sites.of(group):
+            products = self.products[part.site]
+            positions = torch.from_numpy(part.positions).to(products.device)
+            channels = torch.from_numpy(part.channels).to(products.device)
             met = products.new_zeros(group.channels, len(products))
             met[channels, positions] = 1
             found = met @ products @ met.T

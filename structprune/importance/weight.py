@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from structprune.checking import FLAG, SEED, Check, is_number, require, some_of
 from structprune.coupling.graph import ChannelGraph
-from structprune.coupling.groups import Group
+from structprune.coupling.groups import Group, Member
 from structprune.errors import PlanError
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches
@@ -72,6 +73,7 @@ class LnNorm:
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``, in float32 or the weights' own type if that is wider."""
         total: Tensor | None = None
+        places: dict[tuple[int, int], tuple[Tensor, Tensor] | None] = {}
         for member in group.members:
             weight = tensors[member.tensor]
             if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
@@ -79,8 +81,17 @@ class LnNorm:
             sums = self._along(member.tensor, weight, member.dim)
             if total is None:
                 total = torch.zeros(group.channels, dtype=sums.dtype, device=sums.device)
-            channels = torch.from_numpy(member.channels).to(sums.device)
-            entries = sums[torch.from_numpy(member.positions).to(sums.device)].to(total.dtype)
+            # Most members of a group share their arrays, and most of these say that index i goes with channel i.
+            key = id(member.positions), id(member.channels)
+            if key not in places:
+                places[key] = _indices(member, group.channels, sums.device)
+            indices = places[key]
+            if indices is None:
+                entries = sums[: group.channels].to(total.dtype)
+                total = torch.maximum(total, entries) if math.isinf(self.n) else total.add_(entries)
+                continue
+            positions, channels = indices
+            entries = sums[positions].to(total.dtype)
             if math.isinf(self.n):
                 total.scatter_reduce_(0, channels, entries, "amax")
             else:
@@ -96,7 +107,7 @@ class LnNorm:
             powers = self._powers(weight.detach())
             version = _Version(weight)
             # One pass over the weight serves its first two dimensions, which are asked for one after the other.
-            for place in {dim, 0, 1} & set(range(weight.dim())):
+            for place in {dim, *range(min(2, weight.dim()))}:
                 self._sums[(name, place)] = version, self._reduced(powers, place)
             known = self._sums[(name, dim)]
         return known[1]
@@ -111,8 +122,13 @@ class LnNorm:
         return powers if self.n == 1 or math.isinf(self.n) else powers.pow_(self.n)
 
     def _workspace(self, like: Tensor) -> Tensor:
-        """Memory for one weight at a time: fresh memory for each costs more than the arithmetic."""
+        """Memory for one weight at a time: fresh memory for each costs more than the arithmetic.
+
+        Powers of a vector are the sums themselves, so they have memory of their own.
+        """
         dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
+        if like.dim() == 1:
+            return torch.empty(like.shape, dtype=dtype, device=like.device)
         key = (dtype, like.device)
         space = self._spaces.get(key)
         if space is None or space.numel() < like.numel():
@@ -120,11 +136,21 @@ class LnNorm:
         return space[: like.numel()].view(like.shape)
 
     def _reduced(self, powers: Tensor, dim: int) -> Tensor:
+        if powers.dim() == 1:
+            return powers
         if math.isinf(self.n):
-            return powers.amax([d for d in range(powers.dim()) if d != dim]) if powers.dim() > 1 else powers.clone()
+            return powers.amax([d for d in range(powers.dim()) if d != dim])
         if dim == 1:  # summing rows first keeps to the order of memory
             return powers.flatten(1).sum(0).view(powers.shape[1], math.prod(powers.shape[2:])).sum(1)
         return powers.movedim(dim, 0).reshape(powers.shape[dim], powers.numel() // max(powers.shape[dim], 1)).sum(1)
+
+
+def _indices(member: Member, count: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Positions and channels of a member; None if index i goes with channel i, for each of `count` channels."""
+    each = np.arange(count)
+    if np.array_equal(member.positions, each) and np.array_equal(member.channels, each):
+        return None
+    return torch.from_numpy(member.positions).to(device), torch.from_numpy(member.channels).to(device)
 
 
 @dataclass(frozen=True, slots=True)

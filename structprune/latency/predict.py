@@ -31,7 +31,7 @@ class Moved:
     rows: tuple[Axis, ...]
 
     def __call__(self, count: Count) -> float:
-        """How many bytes when `count` gives the living channels."""
+        """How many bytes when `count` gives the kept channels."""
         return self.bytes * prod(count(row) for row in self.rows)
 
 
@@ -111,7 +111,7 @@ def _coarsest(weights: dict[int, float]) -> int:
 
 
 class TimeModel:
-    """Predicts the time of a network from its living channels.
+    """Predicts the time of a network from its kept channels.
 
     Args:
         recorded: the trace of the network.
@@ -143,7 +143,7 @@ class TimeModel:
         return sum(self._of(use, count) for use in self.uses), sum(each(count) for each in self.moved)
 
     def seconds(self, count: Count) -> float:
-        """The time of the network when `count` gives the living channels of each row."""
+        """The time of the network when `count` gives the kept channels of each axis."""
         return self.calibration(*self.features(count))
 
     def share(self, part: Use | Moved, count: Count) -> float:

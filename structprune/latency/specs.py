@@ -94,7 +94,7 @@ class Use:
     rows: Mapping[str, Axes]
 
     def sizes(self, count: Count) -> dict[str, int]:
-        """Lengths of its dimensions when `count` gives the living channels of each row."""
+        """Lengths of its dimensions when `count` gives the kept channels of each axis."""
         return self.spec.full | {name: prod(count(row) for row in rows) for name, rows in self.rows.items()}
 
     def point(self, count: Count) -> tuple[tuple[int, ...], float]:

@@ -1,4 +1,4 @@
-"""Counts of channels while widths are still being chosen: how each row follows from the shares that groups keep."""
+"""Counts of channels while widths are still being chosen: how each axis follows from the shares that groups keep."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from structprune.coupling.graph import ChannelGraph
-from structprune.coupling.groups import Group
+from structprune.coupling.groups import Group, group_numbers
 from structprune.ops.relations import Axis
 
-# So many channels of a row live while channels of these groups (by number) live.
+# So many channels of an axis are kept as long as channels of these groups (by number) are.
 Term = tuple[int, tuple[int, ...]]
 
 
 class Widths:
     """Axes as sums of products of the shares that groups keep.
 
-    A row of a residual stream follows one group, one behind a concatenation several side by side; of a grid (heads x
-    head size) it follows the product of both. Which channels go is not asked, so a row of a grid that loses channels
-    unevenly is told only nearly; `structprune.coupling.graph.ChannelGraph.counter` is exact.
+    An axis of a residual stream follows one group, one behind a concatenation several side by side; of a product (heads
+    x head size) it follows the product of both. Which channels are removed is not asked, so an axis of a product that
+    loses channels unevenly is told only nearly; `structprune.coupling.graph.ChannelGraph.counter` is exact.
 
     Args:
         graph: the coupled channels.
@@ -29,23 +29,21 @@ class Widths:
     def __init__(self, graph: ChannelGraph, groups: Sequence[Group]) -> None:
         self.groups = groups
         self._graph = graph
-        self._number = np.full(graph.components.count, -1, dtype=np.int64)
-        for number, group in enumerate(groups):
-            self._number[group.components] = number
+        self._number = group_numbers(graph.components, groups)
         self._mark = np.append(np.random.default_rng(0).integers(1, 2**62, len(groups)), 0)
         self._terms: dict[object, tuple[Term, ...]] = {}
 
-    def terms(self, row: Axis) -> tuple[Term, ...]:
-        """The terms of a row."""
-        found = self._terms.get(row.key) if row.free else ((row.size, ()),)
+    def terms(self, axis: Axis) -> tuple[Term, ...]:
+        """The terms of an axis."""
+        found = self._terms.get(axis.key) if axis.free else ((axis.size, ()),)
         if found is None:
-            found = self._terms[row.key] = self._read(row)
+            found = self._terms[axis.key] = self._read(axis)
         return found
 
-    def _read(self, row: Axis) -> tuple[Term, ...]:
-        positions, roots = self._graph.roots.of(self._graph.components.of(row))
+    def _read(self, axis: Axis) -> tuple[Term, ...]:
+        positions, roots = self._graph.roots.of(self._graph.components.of(axis))
         numbers = self._number[roots]
-        sign = np.zeros(row.size, dtype=np.int64)
+        sign = np.zeros(axis.size, dtype=np.int64)
         np.bitwise_xor.at(sign, positions, self._mark[numbers])
         _, first, counts = np.unique(sign, return_index=True, return_counts=True)
         terms: list[Term] = []
@@ -54,28 +52,28 @@ class Widths:
             terms.append((count, tuple(sorted(set(mine[mine >= 0].tolist())))))
         return tuple(terms)
 
-    def groups_of(self, rows: Iterable[Axis]) -> frozenset[int]:
-        """The groups (by number) that rows follow."""
-        return frozenset(g for row in rows for _, groups in self.terms(row) for g in groups)
+    def groups_of(self, axes: Iterable[Axis]) -> frozenset[int]:
+        """The groups (by number) that axes follow."""
+        return frozenset(g for axis in axes for _, groups in self.terms(axis) for g in groups)
 
     def counter(self, share: Mapping[int, float] | Sequence[float]) -> Shares:
-        """Counts rows when each group keeps such a share of its channels."""
+        """Counts channels of axes when each group keeps such a share of its channels."""
         return Shares(self, share)
 
 
 class Shares:
-    """Counts of rows for given shares; see `Widths`."""
+    """Counts of channels for given shares; see `Widths`."""
 
     def __init__(self, widths: Widths, share: Mapping[int, float] | Sequence[float]) -> None:
         self._widths = widths
         self._share = share
 
-    def __call__(self, row: Axis) -> int:
-        """How many channels of `row` live."""
-        if not row.free:
-            return row.size
+    def __call__(self, axis: Axis) -> int:
+        """How many channels of `axis` are kept."""
+        if not axis.free:
+            return axis.size
         total = 0.0
-        for count, groups in self._widths.terms(row):
+        for count, groups in self._widths.terms(axis):
             part = float(count)
             for group in groups:
                 part *= self._share[group]

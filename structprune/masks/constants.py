@@ -128,7 +128,7 @@ class Constants:
         return None
 
     def _over_survivors(self, node: fx.Node) -> bool:
-        return any(s.node == node.meta["index"] for s in self._graph.channels.relations.survivors)
+        return any(s.node == node.meta["index"] for s in self._graph.channels.relations.reductions)
 
     def _batch_norm(self, node: fx.Node, axes: Axes) -> State | None:
         """``(x - mean) / sqrt(var + eps) * scale + shift``; where the scale is zero, `x` does not matter."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -126,19 +127,25 @@ def layer(node: fx.Node, axes_of: Callable[[fx.Node], Axes]) -> Layer | None:
         return None
     if weight.meta["name"] != "parameter" or (bias is not None and not _is_vector(bias)):
         return None
-    axes = axes_of(x)
-    if known.kind == "product" and (len(weight.meta["shape"]) != 2 or len(axes) < 2):
+    axes, dim, options = axes_of(x), -1, dict[str, Any]()
+    if known.kind != "product":
+        dim = next(iter(known.pairs(node))).dim
+        options = {"stride": 1} if known.kind == "convolution" else {}
+    elif len(weight.meta["shape"]) != 2 or len(axes) < 2:
         return None
-    dim = -1 if known.kind == "product" else next(iter(known.pairs(node))).dim
-    space = -1 - dim
+    ahead = [axis.size if axis.free else 1 for axis in axes[: len(axes) + dim]]
+    return Layer(node, x, weight, bias, dim, (*ahead, axes[dim].size, *_image(weight, given, -1 - dim)), options)
+
+
+def _image(weight: fx.Node, given: Mapping[str, Any], space: int) -> list[int]:
+    """The smallest image that shows each way in which the kernel can stand over the border.
+
+    A kernel of 3 x 3 with dilation 1 spans 3 positions: 7 x 7 have 2 on each side that it can hang over, and 3 inside.
+    """
     kernel = weight.meta["shape"][2:] if space else ()
     dilations = plain(given.get("dilation", 1))
     dilations = [dilations] * space if isinstance(dilations, int) else list(dilations) * (space // len(dilations))
-    reach = [d * (int(k) - 1) for d, k in zip(dilations, kernel, strict=True)]
-    sizes = [2 * r + 3 for r in reach]
-    ahead = [axis.size if axis.free else 1 for axis in axes[: len(axes) + dim]]
-    options = {"stride": 1} if known.kind == "convolution" else {}
-    return Layer(node, x, weight, bias, dim, (*ahead, axes[dim].size, *sizes), options)
+    return [2 * d * (int(k) - 1) + 3 for d, k in zip(dilations, kernel, strict=True)]
 
 
 def _is_vector(bias: object) -> bool:

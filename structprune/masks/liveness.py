@@ -24,7 +24,6 @@ from structprune.masks.states import along
 from structprune.ops import layer_of, op_of
 from structprune.ops.arguments import tensors
 from structprune.ops.relations import Axis, Ids
-from structprune.surgery.reference import SUMS
 from structprune.tracing.trace import describe
 
 
@@ -48,9 +47,9 @@ class Liveness:
         self._off = np.zeros(graph.components.count, dtype=bool)
         for group in graph.groups():
             self._off[group.components] = True
-        self._survivors: dict[int, list[Axis]] = {}
-        for survivors in graph.channels.relations.survivors:
-            self._survivors.setdefault(survivors.node, []).extend(survivors.axes)
+        self._reduced: dict[int, list[Axis]] = {}
+        for reduction in graph.channels.relations.reductions:
+            self._reduced.setdefault(reduction.node, []).extend(reduction.axes)
         self._refresh()
         while self._sweep() or self._allow():
             pass
@@ -109,8 +108,9 @@ class Liveness:
             return self._look_at_layer(self._constants.layers[node])
         changed = False
         where = describe(node, self._graph.trace)
-        normalised = {axis.key for axis in self._survivors.get(node.meta["index"], ())}
-        summed = node.meta["name"] in SUMS
+        normalised = {axis.key for axis in self._reduced.get(node.meta["index"], ())}
+        known = op_of(node.meta["name"])
+        summed = known is not None and known.over_kept is None
         checked = self._needed(node)
         for place, source in enumerate(tensors(node)):
             for dim, axis in enumerate(self._constants.axes(source)):

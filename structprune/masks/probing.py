@@ -6,6 +6,8 @@ whether a pooling or a mean lets constants through, and keeps channels apart, on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx
 
@@ -82,25 +84,34 @@ def passes(node: fx.Node, source: Axes, result: Axes) -> list[int] | None:
     shape = [int(size) for size in x.meta["shape"]]
     for stretch in (False, True):
         sizes = [2 if axis.free else _stretched(n, stretch) for axis, n in zip(source, shape, strict=True)]
-        given = torch.ones(sizes, dtype=torch.float64)
-        for dim, axis in enumerate(source):
-            if axis.free:
-                given = given * torch.tensor(_TWO, dtype=torch.float64).view(
-                    [-1 if d == dim else 1 for d in range(len(sizes))]
-                )
-        try:
-            found = call(node, {x: given})
-        except FAILURES:
-            return None
-        if not isinstance(found, Tensor) or found.dim() != len(result):
-            return None
-        wanted = given.amax([d for d, axis in enumerate(source) if not axis.free], keepdim=True)
-        wanted = _arranged(wanted, keys, result)
-        if any(found.shape[d] != 2 for d, axis in enumerate(result) if axis.free):
-            return None
-        if not torch.allclose(found, wanted.expand_as(found), rtol=1e-14, atol=0):
+        if not _lets_through(node, x, _two_values(sizes, source), source, result):
             return None
     return [keys.index(axis.key) if axis.free else -1 for axis in result]
+
+
+def _two_values(sizes: Sequence[int], axes: Axes) -> Tensor:
+    """A tensor whose two channels along each free axis differ, and that is constant along all others."""
+    given = torch.ones([*sizes], dtype=torch.float64)
+    for dim, axis in enumerate(axes):
+        if axis.free:
+            shape = [-1 if d == dim else 1 for d in range(len(sizes))]
+            given = given * torch.tensor(_TWO, dtype=torch.float64).view(shape)
+    return given
+
+
+def _lets_through(node: fx.Node, x: fx.Node, given: Tensor, source: Axes, result: Axes) -> bool:
+    """Whether the operation, run on `given`, gives the same constants along the axes of the result."""
+    try:
+        found = call(node, {x: given})
+    except FAILURES:
+        return False
+    if not isinstance(found, Tensor) or found.dim() != len(result):
+        return False
+    if any(found.shape[d] != 2 for d, axis in enumerate(result) if axis.free):
+        return False
+    keys: list[object] = [axis.key if axis.free else None for axis in source]
+    wanted = given.amax([d for d, axis in enumerate(source) if not axis.free], keepdim=True)
+    return torch.allclose(found, _arranged(wanted, keys, result).expand_as(found), rtol=1e-14, atol=0)
 
 
 def _stretched(size: int, stretch: bool) -> int:

@@ -68,7 +68,7 @@ def from_plan(plan: Plan, model: nn.Module) -> nn.Module:
 
 
 def _masks(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
-    """The mask of each parameter that the plan thins: one where an entry stays."""
+    """The mask of each parameter that The plan slices: one where an entry stays."""
     parameters = masked_tensors(model)
     buffers = dict(model.named_buffers())
     found: dict[str, Tensor] = {}
@@ -78,10 +78,10 @@ def _masks(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
         if tensor is None:
             if sliced.tensor in buffers:  # statistics and masks: what is off is off without them
                 continue
-            raise SurgeryError(f"The plan thins {sliced.tensor!r}, which is no parameter of this model.")
+            raise SurgeryError(f"The plan slices {sliced.tensor!r}, which is no parameter of this model.")
         if sliced.dim >= tensor.dim() or tensor.shape[sliced.dim] != sliced.size:
             raise SurgeryError(
-                f"The plan thins dimension {sliced.dim} of {name!r} from {sliced.size} entries, but its shape is "
+                f"The plan slices dimension {sliced.dim} of {name!r} from {sliced.size} entries, but its shape is "
                 f"{list(tensor.shape)}. Make a new plan for this model."
             )
         mask = found.setdefault(name, torch.ones_like(tensor))

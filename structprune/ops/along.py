@@ -222,9 +222,9 @@ def _renormed(z: zeros.ZeroContext) -> zeros.Zeros:
     return zero
 
 
-@register_op("renorm", zeros=_renormed)
+@register_op("renorm", zeros=_renormed, over_kept=None)
 def renorm(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """Each part along a dimension is scaled down to a largest norm; zeros add nothing to it."""
     dims = dims_of(c.node, len(x.axes)) or ()
-    c.survivors(x, [at for at in range(len(x.axes)) if at not in dims])
+    c.reduces_over(x, [at for at in range(len(x.axes)) if at not in dims])
     return x.axes

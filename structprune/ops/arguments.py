@@ -8,7 +8,7 @@ nothing else has to know the spellings.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -131,7 +131,17 @@ def _places(name: str, kinds: tuple[str, ...], keywords: tuple[tuple[str, str], 
 
 def _fit(signature: Signature, kinds: Sequence[str], keywords: Mapping[str, str]) -> tuple[Place | None, ...] | None:
     """Where each parameter of `signature` stands in a call of these kinds of values; None if it does not fit."""
-    positional = [p for p in signature if not p.keyword]
+    positions = _fit_positions([p for p in signature if not p.keyword], kinds)
+    named = None if positions is None else _fit_keywords(signature, keywords, positions.keys())
+    if positions is None or named is None:
+        return None
+    at = positions | named
+    if any(p.required and p.name not in at for p in signature):
+        return None
+    return tuple(at.get(p.name) for p in signature)
+
+
+def _fit_positions(positional: Sequence[Parameter], kinds: Sequence[str]) -> dict[str, Place] | None:
     at: dict[str, Place] = {}
     for number, kind in enumerate(kinds):
         if number >= len(positional):
@@ -143,15 +153,20 @@ def _fit(signature: Signature, kinds: Sequence[str], keywords: Mapping[str, str]
         if parameter.kind != "?" and not _takes(parameter, kind):
             return None
         at[parameter.name] = ("at", number)
+    return at
+
+
+def _fit_keywords(signature: Signature, keywords: Mapping[str, str], taken: Container[str]) -> dict[str, Place] | None:
+    at: dict[str, Place] = {}
     names = {p.name: p for p in signature}
     for key, kind in keywords.items():
         name = key if key in names else _keyword(key, names)
-        if name is None or name in at or (names[name].kind != "?" and not _takes(names[name], kind)):
+        if name is None or name in taken or name in at:
+            return None
+        if names[name].kind != "?" and not _takes(names[name], kind):
             return None
         at[name] = ("key", key)
-    if any(p.required and p.name not in at for p in signature):
-        return None
-    return tuple(at.get(p.name) for p in signature)
+    return at
 
 
 def _keyword(key: str, names: Mapping[str, Parameter]) -> str | None:

@@ -10,6 +10,7 @@ from torch import fx
 
 from structprune.ops.op import Indices, Result, op_of
 from structprune.ops.relations import UNIT, Axes, Axis, Bound, ReducesOver, Relations, Scale, SizeConstraint
+from structprune.tracing.containers import leaves_of
 from structprune.tracing.provenance import Arithmetic, Constant, Dim, Literal, SizeInt, expression_of, leaves
 
 
@@ -72,12 +73,12 @@ class Context:
             isinstance(leaf, Dim) and not self.axes[leaf.node][leaf.dim].free for leaf in leaves(expression_of(value))
         )
 
-    def survivors(self, operand: Operand, dims: Sequence[int]) -> None:
-        """The operation reduces or normalises `operand` over `dims`: over the survivors, where they are free."""
+    def reduces_over(self, operand: Operand, dims: Sequence[int]) -> None:
+        """The operation reduces or normalises `operand` over `dims`: over the channels kept, where they are free."""
         free = tuple(dim for dim in dims if operand.axes[dim].free)
         if free:
             axes = tuple(operand.axes[dim] for dim in free)
-            self.relations.survivors.append(ReducesOver(self.node.meta["index"], free, axes))
+            self.relations.reductions.append(ReducesOver(self.node.meta["index"], free, axes))
 
     def scale(self, argument: int, value: Any, axis: Axis, *, divides: bool = False) -> None:
         """The operation multiplies (or divides) argument number `argument` by `value`, which depends on `axis`'s size.
@@ -185,11 +186,5 @@ class Context:
 
 
 def operands_in(*values: Any) -> Iterator[Operand]:
-    """The tensor arguments in `values`, in lists and tuples too."""
-    for value in values:
-        if isinstance(value, Operand):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from operands_in(*value)
-        elif isinstance(value, dict):
-            yield from operands_in(*value.values())
+    """The tensor arguments in `values`, in lists, tuples and dicts too."""
+    return leaves_of(values, Operand)

@@ -46,23 +46,33 @@ def cut(c: Context, axis: Axis, piece: slice) -> Axis:
         if axis.free and c.tracked(piece.stop):
             c.expect(piece.stop, axis)
         return axis[start:stop:step]
+    if step != 1:
+        return _every(c, axis, plain(piece))
+    for bound in (piece.start, piece.stop):
+        if isinstance(bound, int) and (abs(bound) < axis.size or c.tracked(bound)):  # beyond the end it stays so
+            _count_bound(c, axis, bound)
+    return piece_of(c, axis, start, stop)
+
+
+def _every(c: Context, axis: Axis, piece: slice) -> Axis:
+    """Channels with a step: ``x[1::2]`` of 8 are those of 4 pairs, whose number in the pair stays."""
+    start, stop, step = piece.indices(axis.size)
+    reason = f"every {step}th channel is taken in {c.where()}"
     if step > 1 and axis.size % step == 0 and start < step and stop == axis.size:
         outer, inner = c.split(axis, (axis.size // step, step))
-        c.pin(inner, f"every {step}th channel is taken in {c.where()}")
+        c.pin(inner, reason)
         return outer
-    if step != 1:
-        c.pin(axis, f"every {step}th channel is taken in {c.where()}")
-        return axis[plain(piece)]
-    for bound in (piece.start, piece.stop):
-        if not isinstance(bound, int) or (abs(bound) >= axis.size and not c.tracked(bound)):
-            continue  # beyond the end it stays so
-        if c.follows_input(bound):
-            c.pin(axis, f"how much of it is used depends on the inputs, in {c.where()}")
-        if bound >= 0:
-            c.expect(bound, axis[: int(bound)])
-        else:
-            c.expect(-bound, piece_of(c, axis, int(bound), None))
-    return piece_of(c, axis, start, stop)
+    c.pin(axis, reason)
+    return axis[piece]
+
+
+def _count_bound(c: Context, axis: Axis, bound: int) -> None:
+    if c.follows_input(bound):
+        c.pin(axis, f"how much of it is used depends on the inputs, in {c.where()}")
+    if bound >= 0:
+        c.expect(bound, axis[: int(bound)])
+    else:
+        c.expect(-bound, piece_of(c, axis, int(bound), None))
 
 
 @register_op("slice", **VIEWS)

@@ -38,23 +38,33 @@ def _items(x: Operand, index: Any) -> list[Any] | None:
 
     A mask stands for all the dimensions that it covers, and alone among slices.
     """
+    items = _entries(index)
+    if _too_involved(items):
+        return None
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    used += sum(len(mask.axes) - 1 for mask in filter(is_mask, items))
+    full = [slice(None)] * (len(x.axes) - used)
+    dots = next((at for at, item in enumerate(items) if item is Ellipsis), len(items))
+    return [*items[:dots], *full, *items[dots + 1 :]]  # x[..., 0] of rank 3: [:, :, 0]
+
+
+def _entries(index: Any) -> list[Any]:
+    """The entries of an index, one for each of its commas; sequences of positions are lists."""
+    # A list of numbers is one entry, a list of slices and tensors is what NumPy took for a tuple.
     whole = isinstance(index, list) and not any(
         isinstance(item, (Operand, slice, list, tuple, type(None), type(Ellipsis))) for item in index
     )
     items = [index] if whole or not isinstance(index, (tuple, list)) else list(index)
-    items = [list(item) if isinstance(item, (tuple, range)) else item for item in items]
-    masks = [item for item in items if is_mask(item)]
-    tensors = [item for item in items if isinstance(item, (Operand, list))]
-    bounds = any(_has_tensor_bound(item) for item in items)
+    return [list(item) if isinstance(item, (tuple, range)) else item for item in items]
+
+
+def _too_involved(items: list[Any]) -> bool:
+    """Whether an index holds lists of truth values, a mask beside other positions, or tensors beside their bounds."""
+    looked_up = [item for item in items if isinstance(item, (Operand, list))]
+    if any(map(_holds_bool, items)) or (looked_up and any(map(_has_tensor_bound, items))):
+        return True
     numbers = any(isinstance(item, int) for item in items)  # beside a mask they are expanded to its positions
-    alone = not masks or (len(tensors) == 1 and not numbers)
-    if any(_holds_bool(item) for item in items) or not alone or (tensors and bounds):
-        return None
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    used += sum(len(mask.axes) - 1 for mask in masks)
-    full = [slice(None)] * (len(x.axes) - used)
-    dots = next((at for at, item in enumerate(items) if item is Ellipsis), len(items))
-    return [*items[:dots], *full, *items[dots + 1 :]]
+    return any(map(is_mask, items)) and (len(looked_up) != 1 or numbers)
 
 
 def is_mask(item: Any) -> TypeGuard[Operand]:
@@ -75,33 +85,45 @@ def indexed(c: Context, x: Operand, index: Any, shape: Sequence[int]) -> Axes | 
     items = _items(x, index)
     if items is None:
         return None
-    tensors = [item for item in items if isinstance(item, (Operand, list)) and not is_mask(item)]
+    tensors = [item for item in items if _looks_up(item)]
     result: list[Axis] = []
-    places: list[int] = []
+    places: list[int] = []  # where in the result each position that is looked up, or a number beside them, stood
     at = 0
     for item in items:
         covered = x.axes[at : at + _dims(item)]
         at += len(covered)
-        if item is None:
-            result.append(UNIT)
-        elif is_mask(item) or _has_tensor_bound(item):
-            reason = f"a tensor says how much of it is used, in {c.where()}"
-            for axis in (*covered, *(item.axes if is_mask(item) else ())):
-                c.pin(axis, reason)
-            result += c.fresh(shape[len(result) : len(result) + 1], reason)
-        elif isinstance(item, slice):
-            result.append(cut(c, covered[0], item))
-        elif isinstance(item, (Operand, list)):
-            if not (isinstance(item, Operand) and c.counts(item, covered[0])):
-                c.pin(covered[0], f"it is indexed by a tensor in {c.where()}")
+        if tensors and not (item is None or isinstance(item, slice) or is_mask(item)):
             places.append(len(result))
-        else:
-            select_row(c, covered[0], item)
-            places += [len(result)] if tensors else []
+        result += _axes_of_entry(c, covered, item, shape[len(result) : len(result) + 1])
     if tensors:
+        # x[:, [0, 2], i] has the positions in place of both dimensions, x[[0, 2], :, i] before all others.
         first = places[0] if all(place == places[0] for place in places) else 0
         result[first:first] = _found(c, tensors, shape[first : first + len(shape) - len(result)])
     return tuple(result)
+
+
+def _looks_up(item: Any) -> bool:
+    """Whether an entry of an index holds positions to look up."""
+    return isinstance(item, (Operand, list)) and not is_mask(item)
+
+
+def _axes_of_entry(c: Context, covered: Axes, item: Any, size: Sequence[int]) -> Axes:
+    """The dimensions that one entry of an index leaves of those that it covers; `size` is theirs if it is one."""
+    if item is None:
+        return (UNIT,)
+    if is_mask(item) or _has_tensor_bound(item):
+        reason = f"a tensor says how much of it is used, in {c.where()}"
+        for axis in (*covered, *(item.axes if is_mask(item) else ())):
+            c.pin(axis, reason)
+        return c.fresh(size, reason)
+    (axis,) = covered
+    if isinstance(item, slice):
+        return (cut(c, axis, item),)
+    if not isinstance(item, (Operand, list)):
+        select_row(c, axis, item)
+    elif not (isinstance(item, Operand) and c.counts(item, axis)):
+        c.pin(axis, f"it is indexed by a tensor in {c.where()}")
+    return ()
 
 
 def _dims(item: Any) -> int:
@@ -166,23 +188,28 @@ def _written(z: zeros.ZeroContext) -> zeros.Zeros:
     before = z.of(target)
     if not isinstance(value, fx.Node):
         return before if isinstance(value, (int, float)) and value == 0 else _untouched(before, index)
-    found = list(_untouched(before, index))
+    result = list(_untouched(before, index))
     axes, given = z.axes_of(value), z.of(value)
-    dim, back = len(before), 0
+    # x[i, :, 2:4] = v: from the end, dimension 2 of x is the last of v, dimension 1 the one before; i ends the walk.
+    back = 0
+    for dim, item in zip(range(-1, -len(before) - 1, -1), reversed(_per_dimension(index, len(before))), strict=False):
+        if not isinstance(item, (int, slice)):
+            break  # as far as the dimensions of the value are those of the place
+        if isinstance(item, slice):
+            back += 1
+            whole = back <= len(axes) and axes[-back].size > 1
+            result[dim] = before[dim] and whole and given[-back]
+    return tuple(result)
+
+
+def _per_dimension(index: Any, rank: int) -> list[Any]:
+    """The entries of an index, with a slice for each dimension that it does not name: [0] of rank 3 is [0, :, :]."""
     items: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis not in [item for item in items if not isinstance(item, fx.Node)]:
         items.append(Ellipsis)
     dots = next(at for at, item in enumerate(items) if item is Ellipsis)
-    items[dots : dots + 1] = [slice(None)] * (len(before) - sum(item is not None for item in items) + 1)
-    for item in reversed(items):  # as far as the dimensions of the value are those of the place
-        if item is None or not isinstance(item, (int, slice)):
-            break
-        dim -= 1
-        if isinstance(item, slice):
-            back += 1
-            whole = back <= len(axes) and axes[-back].size > 1
-            found[dim] = before[dim] and whole and given[-back]
-    return tuple(found)
+    items[dots : dots + 1] = [slice(None)] * (rank - sum(item is not None for item in items) + 1)
+    return items
 
 
 def _untouched(before: zeros.Zeros, index: Any) -> zeros.Zeros:

@@ -3,7 +3,7 @@
 A form names the last dimensions of each tensor and of each result: those in capitals must stay, those in small letters
 may go. All dimensions before them are a batch, which broadcasts: the operation treats each matrix of it alone.
 
-    "NN->NN"         an inverse: the matrices must stay, the batch may be thinned
+    "NN->NN"         an inverse: the matrices must stay, the batch may be pruned
     "NN,Nk->Nk"      solving A X = B: a column of B may go, and with it that of X
     "=NN,N->N"       solving for one vector: only where both have the same batch
 """

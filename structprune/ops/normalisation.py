@@ -1,4 +1,4 @@
-"""Normalisations and reductions: over thinned channels they run over the survivors."""
+"""Normalisations and reductions: over removed channels they run over the channels kept."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from structprune.ops.along import competing, dims_of, without
 from structprune.ops.arguments import arguments
 from structprune.ops.by_hand import normalises
 from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.kept import groups_kept, lengths_kept, shape_kept
 from structprune.ops.op import Norm, Result, Scaling, like, register_op
 from structprune.ops.relations import Axes
 from structprune.tracing.provenance import Arithmetic, Constant, Dim, plain
@@ -51,10 +52,10 @@ _STATISTICS = Norm("weight", "bias", statistics=("running_mean", "running_var"))
 
 
 @register_op(
-    "batch_norm", zeros=_normalised(1), norm=_STATISTICS, elementwise=True, scaling=Scaling.LAYER, over_kept=True,
+    "batch_norm", zeros=_normalised(1), norm=_STATISTICS, elementwise=True, scaling=Scaling.LAYER,
     shape=_batch_norm_shape,
 )  # fmt: skip
-@register_op("instance_norm", zeros=_normalised(1), norm=_STATISTICS, over_kept=True)
+@register_op("instance_norm", zeros=_normalised(1), norm=_STATISTICS)
 def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Axes:
     """Weight, bias, running mean and running variance have one entry a channel."""
     for operand in operands_in(statistics, named):
@@ -63,7 +64,7 @@ def batch_norm(c: Context, x: Operand, *statistics: Any, **named: Any) -> Axes:
     if given.get("training", given.get("use_input_stats")):
         # Standardised weights are normalised over their input channels by a batch norm over "positions".
         first = 2 if c.node.meta["name"] == "instance_norm" else 0
-        c.survivors(x, [at for at in range(first, len(x.axes)) if at != 1])
+        c.reduces_over(x, [at for at in range(first, len(x.axes)) if at != 1])
     return x.axes
 
 
@@ -71,12 +72,12 @@ _SHAPED = Norm("weight", "bias", "normalized_shape")
 
 
 @register_op(
-    "layer_norm", zeros=_normalised(-1), norm=_SHAPED, scaling=Scaling.LAYER, channel_dim=-1, over_kept=True,
+    "layer_norm", zeros=_normalised(-1), norm=_SHAPED, scaling=Scaling.LAYER, channel_dim=-1, over_kept=shape_kept,
     shape=_layer_norm_shape,
 )  # fmt: skip
 @register_op(
     "rms_norm", zeros=_normalised(-1, keeps=True), norm=Norm("weight", shape="normalized_shape"), scaling=Scaling.LAYER,
-    channel_dim=-1, over_kept=True,
+    channel_dim=-1, over_kept=shape_kept,
 )  # fmt: skip
 def layer_norm(c: Context, x: Operand, shape: Sequence[Any], *affine: Any, **named: Any) -> Axes:
     """Normalises over the last ``len(shape)`` dimensions; weight and bias have that shape."""
@@ -86,11 +87,11 @@ def layer_norm(c: Context, x: Operand, shape: Sequence[Any], *affine: Any, **nam
             c.same(axis, other)
     for size, axis in zip(shape, x.axes[first:], strict=True):
         c.expect(size, axis)
-    c.survivors(x, range(first, len(x.axes)))
+    c.reduces_over(x, range(first, len(x.axes)))
     return x.axes
 
 
-@register_op("group_norm", zeros=_normalised(1), norm=Norm("weight", "bias"), over_kept=True)
+@register_op("group_norm", zeros=_normalised(1), norm=Norm("weight", "bias"), over_kept=groups_kept)
 def group_norm(c: Context, x: Operand, groups: int, *affine: Any, **named: Any) -> Axes:
     """Channels are a product of groups x channels in a group."""
     axis = x.axes[1]
@@ -101,16 +102,16 @@ def group_norm(c: Context, x: Operand, groups: int, *affine: Any, **named: Any) 
         c.expect(groups, outer)
     for position in x.axes[2:]:
         c.pin(position, f"it is a position that {c.where()} averages over")
-    c.survivors(x, (1,))
+    c.reduces_over(x, (1,))
     return x.axes
 
 
-@register_op("_weight_norm", zeros=zeros.everywhere, over_kept=True)
+@register_op("_weight_norm", zeros=zeros.everywhere, over_kept=lengths_kept)
 def weight_norm(c: Context, v: Operand, g: Operand, dim: int = 0) -> Axes:
     """``g * v / |v|``, with one norm for each index of `dim`."""
     if g.axes[v.dim(dim)].size > 1:
         c.same(v.axes[v.dim(dim)], g.axes[v.dim(dim)])
-    c.survivors(v, [at for at in range(len(v.axes)) if at != v.dim(dim)])
+    c.reduces_over(v, [at for at in range(len(v.axes)) if at != v.dim(dim)])
     return v.axes
 
 
@@ -131,7 +132,8 @@ def _adds_up(node: fx.Node) -> bool:
     return order is None or isinstance(order, str) or (isinstance(order, (int, float)) and order >= 0)
 
 
-_SUMMED: dict[str, Any] = {"zeros": zeros.reduced, "over_kept": True}
+# Entries that are zero add nothing to these.
+_SUMMED: dict[str, Any] = {"zeros": zeros.reduced, "over_kept": None}
 
 
 @register_op("max", "min", zeros=_largest_or_reduced)
@@ -142,7 +144,8 @@ def largest(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     return competing(c, x, dims_of(c.node, len(x.axes)))
 
 
-@register_op("mean", "sum", **_SUMMED, scaling=Scaling.CONTRACTION)
+@register_op("mean", zeros=zeros.reduced, scaling=Scaling.CONTRACTION)
+@register_op("sum", **_SUMMED, scaling=Scaling.CONTRACTION)
 @register_op("nansum", "count_nonzero", "any", "frobenius_norm", "nuclear_norm", **_SUMMED)
 @register_op("norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm", **_SUMMED)
 def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
@@ -161,17 +164,17 @@ def reduction(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
             size = Dim(x.node.meta["index"], at)
             c.relations.scale_of(c.node.meta["index"], 0, Arithmetic("**", pow, size, Constant(-1)), x.axes[at])
     else:
-        c.survivors(x, dims)
+        c.reduces_over(x, dims)
     return without(x.axes, dims, len(c.shape))
 
 
-@register_op("var", "std", "var_mean", "std_mean", "nanmean", **_SUMMED)
+@register_op("var", "std", "var_mean", "std_mean", "nanmean", zeros=zeros.reduced)
 def spread(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
-    """The spread of what a forward normalises by it is over the survivors; any other counts all channels."""
+    """The spread of what a forward normalises by it is over the channels kept; any other counts all channels."""
     dims = dims_of(c.node, len(x.axes))
     if dims is None or not normalises(c.node):
         return competing(c, x, dims, f"it is averaged over by {c.where()}")
-    c.survivors(x, dims)
+    c.reduces_over(x, dims)
     axes = without(x.axes, dims, len(c.shape[0] if isinstance(c.shape, list) else c.shape))
     return [axes for _ in c.shape] if isinstance(c.shape, list) else axes
 

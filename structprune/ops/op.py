@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from structprune.errors import RuleError
+from structprune.ops.kept import OverKept, entries_kept
 from structprune.ops.relations import Axes, Axis
 from structprune.ops.zeros import ZeroRule, unknown
 from structprune.tracing.vocabulary import canonical
@@ -135,8 +136,9 @@ class Op:
         scaling: how a factor on the result can be had.
         channel_dim: the dimension of the result that holds a layer's channels.
         indices: what it does to the numbers of channels.
-        over_kept: whether it reduces or normalises over the channels that are kept, so that its result differs from the
-            original's with the others at zero.
+        over_kept: what runs a call over the channels that are kept alone, as the smaller network does, where its rule
+            says that it reduces or normalises over some (`Context.survivors`); None where the others at zero change
+            nothing, as in a sum.
         random: whether its result is drawn at random.
         creates: whether it makes a tensor from sizes, so that it takes a device.
         shape: the result on the ``meta`` device without running the operation; None where the operation has to say.
@@ -154,7 +156,7 @@ class Op:
     scaling: Scaling = Scaling.NONE
     channel_dim: int = 1
     indices: Indices = Indices.USED
-    over_kept: bool = False
+    over_kept: OverKept | None = entries_kept
     random: bool = False
     creates: bool = False
     shape: Shape | None = None

@@ -43,24 +43,31 @@ def rearranged(c: Context, *args: Any, **named: Any) -> Result:
     if any(0 in operand.shape for operand in operands):
         return c.pin_all(operands, "it is empty")
     parts = c.shape if isinstance(c.shape, list) else [c.shape]
+    # For each dimension of each result, the axes that run along it.
     drivers: list[list[list[Axis]]] = [[[] for _ in shape] for shape in parts]
     reason = f"its position counts in {c.where()}"
     for number, operand in enumerate(operands):
         for dim, axis in enumerate(operand.axes):
-            if axis.size == 1:
-                continue
-            for part, coordinates in enumerate(_run(c.node, operands, number, dim)):
-                runs = _runs_along(coordinates, axis.size)
-                if runs is not None:
-                    at, backwards = runs
-                    drivers[part][at].append(_reversed(axis) if backwards else axis)
-                    continue
-                if not bool((coordinates == -1).all()):  # a piece of it, or shifted
-                    c.pin(axis, reason)
-                    for at in _varies_along(coordinates):
-                        drivers[part][at].append(axis)
+            if axis.size > 1:
+                _follow(c, operands, number, dim, drivers, reason)
     result: list[Axes | None] = [_rows(c, shape, found, reason) for shape, found in zip(parts, drivers, strict=True)]
     return result if isinstance(c.shape, list) else result[0]
+
+
+def _follow(
+    c: Context, operands: list[Operand], number: int, dim: int, drivers: list[list[list[Axis]]], reason: str
+) -> None:
+    """Note along which dimensions of the results dimension `dim` of operand `number` runs, whole or in pieces."""
+    axis = operands[number].axes[dim]
+    for part, coordinates in enumerate(_run(c.node, operands, number, dim)):
+        runs = _runs_along(coordinates, axis.size)
+        if runs is not None:
+            at, backwards = runs
+            drivers[part][at].append(_reversed(axis) if backwards else axis)
+        elif not bool((coordinates == -1).all()):  # a piece of it, or shifted
+            c.pin(axis, reason)
+            for at in _varies_along(coordinates):
+                drivers[part][at].append(axis)
 
 
 @register_op("diag", zeros=zeros.moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -64,40 +65,71 @@ _LAYERS = Contraction("recurrent", lambda _: ())
 @register_op("lstm", "gru", "rnn_tanh", "rnn_relu", zeros=_hidden, macs=_macs, contraction=_LAYERS, shape=_stack_shape)
 def recurrent(c: Context, x: Operand, *args: Any) -> list[Axes | None]:
     """A stack of recurrent layers; one hidden size, so the same channels in all layers and directions."""
-    name = c.node.meta["name"]
-    packed = isinstance(args[0], Operand) and len(args) > 1 and isinstance(args[1], (Operand, tuple, list)) and (
-        isinstance(args[2], (tuple, list)) and not isinstance(args[2], bool)
-    )  # fmt: skip
+    given = _stack(c.node.meta["name"], args)
+    hidden, state = given.states[-1].axes[-1], given.states[0].axes[-1]
+    inputs = _layers(c, given, x.axes[-1], hidden, state)
+    # Steps follow each other: none of them can go. Packed sequences have steps and samples in one dimension.
+    c.pin(x.axes[1 if given.batch_first else 0], f"it is a step of {c.where()}")
+    numbers, batch = given.states[0].axes[0], given.states[0].axes[1:-1]
+    c.pin(numbers, f"it numbers the layers of {c.where()}")
+    for other in given.states[1:]:
+        for a, b in zip(given.states[0].axes[:-1], other.axes[:-1], strict=True):
+            c.same(a, b)
+    results: list[Axes | None] = [(*x.axes[:-1], inputs)]
+    results += [(numbers, *batch, axis) for axis in ((state, hidden) if given.name == "lstm" else (state,))]
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """The arguments of a stack of recurrent layers, however they were given."""
+
+    name: str
+    states: list[Operand]
+    parameters: list[Operand]
+    has_biases: bool
+    layers: int
+    directions: int
+    batch_first: bool
+
+
+def _stack(name: str, args: tuple[Any, ...]) -> _Stack:
+    """``(hx, parameters, has_biases, layers, dropout, train, bidirectional, batch_first)``.
+
+    Packed sequences hand over their lengths before these, and lack the last.
+    """
+    packed = (
+        isinstance(args[0], Operand)
+        and len(args) > 1
+        and isinstance(args[1], (Operand, tuple, list))
+        and isinstance(args[2], (tuple, list))
+    )
     given: list[Any] = list(args[1:] if packed else args)
     hx, parameters, has_biases, layers, bidirectional = (given[i] for i in (0, 1, 2, 3, 6))
     states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
-    hidden = states[-1].axes[-1]
-    state = states[0].axes[-1]
     directions = 2 if bidirectional else 1
-    projected = name == "lstm" and state.size != hidden.size
-    each = 2 + (2 if has_biases else 0) + (1 if projected else 0)
-    inputs = x.axes[-1]
-    stack = list(parameters)
-    for layer in range(int(layers)):
-        for direction in range(directions):
-            first = (layer * directions + direction) * each
-            mine = stack[first : first + each]
+    batch_first = not packed and bool(given[7])
+    return _Stack(name, states, list(parameters), bool(has_biases), int(layers), directions, batch_first)
+
+
+def _layers(c: Context, given: _Stack, inputs: Axis, hidden: Axis, state: Axis) -> Axis:
+    """Tie the parameters of all layers; what the last one gives.
+
+    Two layers in two directions with biases have 4 parameters each: those of layer 1, direction 0 are 8 to 11.
+    """
+    projected = given.name == "lstm" and state.size != hidden.size
+    each = 2 + (2 if given.has_biases else 0) + (1 if projected else 0)
+    for layer in range(given.layers):
+        for direction in range(given.directions):
+            first = (layer * given.directions + direction) * each
+            mine = given.parameters[first : first + each]
             if projected:
                 c.same(mine[-1].axes[0], state)
                 c.same(mine[-1].axes[1], hidden)
                 mine = mine[:-1]
-            _cell(c, GATES[name], inputs, hidden, state, mine)
-        inputs = c.concatenated([state] * directions)
-    # Steps follow each other: none of them can go. Packed sequences have steps and samples in one dimension.
-    c.pin(x.axes[1 if not packed and bool(given[7]) else 0], f"it is a step of {c.where()}")
-    numbers, batch = states[0].axes[0], states[0].axes[1:-1]
-    c.pin(numbers, f"it numbers the layers of {c.where()}")
-    for other in states[1:]:
-        for a, b in zip(states[0].axes[:-1], other.axes[:-1], strict=True):
-            c.same(a, b)
-    results: list[Axes | None] = [(*x.axes[:-1], inputs)]
-    results += [(numbers, *batch, axis) for axis in ((state, hidden) if name == "lstm" else (state,))]
-    return results
+            _cell(c, GATES[given.name], inputs, hidden, state, mine)
+        inputs = c.concatenated([state] * given.directions)
+    return inputs
 
 
 @register_op("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", zeros=_hidden, macs=_macs, contraction=_LAYERS)

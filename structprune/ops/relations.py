@@ -115,7 +115,7 @@ class SizeConstraint:
 
 @dataclass(frozen=True, slots=True)
 class ReducesOver:
-    """Node `node` reduces or normalises over free channels: over the survivors, once some are removed.
+    """Node `node` reduces or normalises over free channels: over the channels kept, once some are removed.
 
     `argument` counts in the node's tensor arguments, `dims` are the dimensions reduced and `axes` their channels.
     """
@@ -160,7 +160,7 @@ class Relations:
     pins: list[tuple[Axis, str]] = field(default_factory=list)
     products: list[ProductRelation] = field(default_factory=list)
     constraints: list[SizeConstraint] = field(default_factory=list)
-    survivors: list[ReducesOver] = field(default_factory=list)
+    reductions: list[ReducesOver] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
     movements: list[Join | EqualSplit | ProductRelation] = field(default_factory=list)
     bounds: list[Bound] = field(default_factory=list)

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from structprune.ops.along import competing, dimension
 from structprune.ops.arguments import arguments
 from structprune.ops.context import Context, Operand, operands_in
+from structprune.ops.kept import choices_kept
 from structprune.ops.op import Contraction, Indices, Result, op_of, register_op
 from structprune.ops.relations import Axes
 from structprune.ops.zeros import ZeroContext, Zeros, unknown
@@ -66,24 +67,24 @@ def _grouped_shape(x: Any, weight: Any, offs: Any = None, **named: Any) -> Tenso
     return torch.empty((x.shape[0], weight.shape[2]), dtype=x.dtype, device=x.device) if same else None
 
 
-@register_op("softmax", "_softmax", "python.softmax", zeros=_softened, over_kept=True)
+@register_op("softmax", "_softmax", "python.softmax", zeros=_softened)
 def softmax(c: Context, x: Operand, *args: Any, **kwargs: Any) -> Result:
     """Channels compete; where experts do, to be chosen from, those that are removed take no share."""
     dim = dimension(x, kwargs.get("dim", args[0] if args else -1))
     if dim is None or not x.axes[dim].free or not _chosen_from(c.node):
         return competing(c, x, dim)
-    c.survivors(x, (dim,))
+    c.reduces_over(x, (dim,))
     return x.axes
 
 
-@register_op("topk", over_kept=True)
+@register_op("topk", over_kept=choices_kept)
 def topk(c: Context, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Result:
     """The largest along `dim`: their values, and their numbers, which count the channels of `dim`."""
     at = dimension(x, dim)
     if at is None or not x.axes[at].free or not isinstance(k, int):
         return competing(c, x, at)
     axis = x.axes[at]
-    c.survivors(x, (at,))
+    c.reduces_over(x, (at,))
     c.bounded(axis, least=int(k))
     chosen = c.fresh([int(k)], f"it numbers the choices of {c.where()}")
     c.expect(k, chosen[0])

@@ -18,7 +18,7 @@ from structprune.ops.relations import Ids
 from structprune.planning.configuration import config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
 from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale
-from structprune.surgery.reference import thinned_norms
+from structprune.surgery.reference import norms_over_kept
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literal_for, literals
 from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
@@ -90,8 +90,8 @@ def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
 def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
     """Where the smaller model does not compute what the original does with the channels switched off, by name."""
     found: dict[str, None] = {}
-    for survivors, _ in thinned_norms(graph, removed):
-        node = graph.trace.all_nodes[survivors.node]
+    for reduction, _ in norms_over_kept(graph, removed):
+        node = graph.trace.all_nodes[reduction.node]
         call = node.meta["call"]
         path = graph.trace.every_call[call].path if call >= 0 else ""
         found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
@@ -101,18 +101,23 @@ def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
 def _thinnings(graph: ChannelGraph, removed: Mask) -> tuple[RemovedSlice, ...]:
     found: list[RemovedSlice] = []
     orders = graph.components.splits.orders(removed)
+    # Coupled tensors lose the same channels: they share one tuple of them.
+    shared: dict[bytes, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
     for slot in graph.slots:
         parts = graph.components.of(slot.axis)
-        gone = removed[parts]
-        if gone.all():
-            raise PlanError(
-                f"This would remove all {slot.axis.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep at "
-                "least one; to remove a whole layer is another operation."
-            )
-        if gone.any():
-            indices = tuple(np.flatnonzero(gone).tolist())
-            order = orders.get(parts.tobytes()) if orders else None
+        key = parts.tobytes()
+        if key not in shared:
+            gone = removed[parts]
+            if gone.all():
+                raise PlanError(
+                    f"This would remove all {slot.axis.size} channels of dimension {slot.dim} of {slot.tensor!r}. Keep "
+                    "at least one; to remove a whole layer is another operation."
+                )
+            order = orders.get(key) if orders and gone.any() else None
             places = None if order is None else tuple(order.tolist())
+            shared[key] = tuple(np.flatnonzero(gone).tolist()), places
+        indices, places = shared[key]
+        if indices:
             found.append(RemovedSlice(slot.tensor, slot.dim, slot.axis.size, indices, places))
     return tuple(found)
 
@@ -155,12 +160,12 @@ def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, in
 
 def _gains(graph: ChannelGraph, slices: tuple[RemovedSlice, ...]) -> tuple[Gain, ...]:
     """What makes up for the norms of weights that lose some of what the norms run over."""
-    thinned = {(sliced.tensor, sliced.dim) for sliced in slices}
+    sliced_dims = {(sliced.tensor, sliced.dim) for sliced in slices}
     found = dict.fromkeys(normalised.gain for normalised in graph.normalised)
     return tuple(
         gain
         for gain in found
-        if any(tensor == gain.weight and (dim != gain.dim or gain.vectors) for tensor, dim in thinned)
+        if any(tensor == gain.weight and (dim != gain.dim or gain.vectors) for tensor, dim in sliced_dims)
     )
 
 

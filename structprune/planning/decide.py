@@ -29,7 +29,7 @@ from structprune.planning.build import tensors_of
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
 from structprune.planning.ratios import ratio_of
-from structprune.planning.rounding import Rounding, thinned_groups
+from structprune.planning.rounding import Rounding, prunable_groups
 from structprune.planning.scopes import (
     CoupledGroups,
     Curves,
@@ -48,7 +48,7 @@ class Decision:
     """The channels to remove from a graph.
 
     Attributes:
-        kept: how many channels each group keeps; groups that may not be thinned are left out.
+        kept: how many channels each group keeps; groups that may not be chosen are left out.
         chosen: the components that go.
         settings: what was asked for and, with a target, what is reached and what was measured.
     """
@@ -79,9 +79,9 @@ class Ranking:
 
     def removed(self, kept: Kept) -> Ids:
         """The components that go, the least important ones of each group."""
-        thinned = [group for group, count in kept.items() if count < group.channels]
-        self.rank(thinned)
-        gone = [self._order[group][: group.channels - kept[group]] for group in thinned]
+        chosen = [group for group, count in kept.items() if count < group.channels]
+        self.rank(chosen)
+        gone = [self._order[group][: group.channels - kept[group]] for group in chosen]
         return np.concatenate([np.zeros(0, dtype=np.int64), *gone])
 
 
@@ -112,10 +112,10 @@ def decide_channels(
         for group, step in zip(groups, steps_measured, strict=True)
     }
     axes = None if options.axes is None else frozenset(options.axes)
-    thinned = thinned_groups(graph, ratio, feasible, axes)
+    chosen = prunable_groups(graph, ratio, feasible, axes)
     if scope != "local":
-        ranking.rank(thinned)
-    all_coupled = _coupled(graph, thinned, feasible)
+        ranking.rank(chosen)
+    all_coupled = _coupled(graph, chosen, feasible)
     steps: Steps
     if time is not None and (scope in ("global", "per_cost") or isinstance(scope, Curves)):
         relative = scope != "per_cost" and not ranking.comparable
@@ -127,19 +127,19 @@ def decide_channels(
     if target is None:
         kept = steps.kept_at(ratio)
     else:
-        ranking.rank(thinned)
+        ranking.rank(chosen)
         kept = kept_for(
             steps,
             target,
             lambda kept: _amounts(graph, ranking, time, kept),
-            lambda: _left_whole(graph, thinned, axes),
+            lambda: _left_whole(graph, chosen, axes),
         )
         after = _amounts(graph, ranking, time, kept)
         reached = {name: after[name] / before[name] for name in target.limits}
-    chosen = ranking.removed(kept)
-    left = {} if len(chosen) else {"nothing": _why_nothing(graph, options, thinned, feasible)}
+    gone = ranking.removed(kept)
+    left = {} if len(gone) else {"nothing": _why_nothing(graph, options, chosen, feasible)}
     return Decision(
-        kept=kept, chosen=chosen, settings=Settings(asked=options.recorded(graph), reached=reached, left=left)
+        kept=kept, chosen=gone, settings=Settings(asked=options.recorded(graph), reached=reached, left=left)
     )
 
 
@@ -163,7 +163,7 @@ def _normalisation(graph: ChannelGraph, options: PlanOptions, ranking: Ranking) 
 _NAMED = 5
 
 
-def _left_whole(graph: ChannelGraph, thinned: Sequence[Group], axes: Collection[str] | None) -> str:
+def _left_whole(graph: ChannelGraph, chosen: Sequence[Group], axes: Collection[str] | None) -> str:
     """What may not go, and why: the channels that layers make, and the groups on axes that were not asked for."""
     pinned = graph.pinned()
     weights = [slot for slot in graph.slots if (slot.tensor, slot.dim) in graph.roles.producers]
@@ -174,7 +174,7 @@ def _left_whole(graph: ChannelGraph, thinned: Sequence[Group], axes: Collection[
     parts = [*found[:_NAMED], *more, *([f"{' and '.join(others)}, as axes= asks"] if others else [])]
     if not parts:
         return ""
-    return f" {'Left whole are' if thinned else 'Nothing may go:'} {'; '.join(parts)}."
+    return f" {'Left whole are' if chosen else 'Nothing may go:'} {'; '.join(parts)}."
 
 
 def _why_nothing(
@@ -201,21 +201,21 @@ def _amounts(graph: ChannelGraph, ranking: Ranking, time: TimeModel | None, kept
     count = graph.counter(graph.components.removed(ranking.removed(kept)))
     found = amounts(graph.costs.at(count), sum(kept.get(group, group.channels) for group in graph.groups()))
     if time is not None:
-        thinned = any(number < group.channels for group, number in kept.items())
-        measured = None if thinned else time.whole
+        chosen = any(number < group.channels for group, number in kept.items())
+        measured = None if chosen else time.whole
         found["latency"] = 1e3 * (measured or time.seconds(count))
     return found
 
 
 def _coupled(graph: ChannelGraph, groups: Iterable[Group], feasible: Mapping[Group, np.ndarray]) -> list[CoupledGroups]:
-    """The groups one by one, and balanced ones together: none of those is thinned unless all of them are."""
-    known, thinned = graph.groups(), set(groups)
+    """The groups one by one, and balanced ones together: none of those is chosen unless all of them are."""
+    known, chosen = graph.groups(), set(groups)
     found: list[CoupledGroups] = []
     together: set[Group] = set()
     for balanced in graph.balanced():
         members = tuple(known[number] for number in balanced.groups)
         together.update(members)
-        if thinned.issuperset(members):
+        if chosen.issuperset(members):
             allowed = [np.isin(balanced.counts[:, i], feasible[group]) for i, group in enumerate(members)]
             found.append(CoupledGroups(members, _nested(balanced.counts, np.all(allowed, axis=0))))
     alone = [CoupledGroups((group,), feasible[group][:, None]) for group in groups if group not in together]

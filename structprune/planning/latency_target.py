@@ -25,9 +25,9 @@ from structprune.tracing.state import held_tensors
 # A plan that comes so near to the limit, as measured, is taken.
 NEAR = 0.05
 ATTEMPTS = 3
-# Predictions are calibrated by a uniformly thinned copy of about the time asked for and by one of this share of its
+# Predictions are calibrated by a uniformly pruned copy of about the time asked for and by one of this share of its
 # width: copies that differ little leave it to chance how much of the time is a constant, which no plan can save.
-THINNER = 1 / 3
+SMALLER = 1 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkTimes:
-    """Times a network and thinner copies of it, in seconds.
+    """Times a network and smaller copies of it, in seconds.
 
     Attributes:
         graph: the coupled channels of the network.
@@ -112,7 +112,7 @@ def _calibrate(time: TimeModel, times: NetworkTimes, options: PlanOptions, ranki
     goes = min(0.8, max(0.2, 1 - limit / times.whole))
     decisions = [
         decide_channels(graph, replace(options, target=None, latency=None, ratio=ratio, scope="local"), ranking, time)
-        for ratio in (goes, 1 - (1 - goes) * THINNER)
+        for ratio in (goes, 1 - (1 - goes) * SMALLER)
     ]
     removed = [np.zeros(0, dtype=np.int64), *(decision.chosen for decision in decisions)]
     counts = [graph.counter(graph.components.removed(chosen)) for chosen in removed]

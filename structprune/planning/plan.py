@@ -124,7 +124,7 @@ class Plan(Edits):
         attribute_edits: attributes to set.
         rescales: factors that keep the function where a size changes it.
         literal_edits: literals in forwards to change.
-        layers: output channels of each thinned layer.
+        layers: output channels of each layer that loses some.
         axes: channels by what they are to the network.
         before: cost of the model as it is.
         after: cost of the model that `apply` makes.
@@ -192,6 +192,12 @@ class Plan(Edits):
             share = f" ({after / before:.1%})" if before else ""
             table.add_row(name.replace("_", " "), f"{before:,}", f"{after:,}{share}")
         return table
+
+    def __repr__(self) -> str:
+        """What goes, in short; the table is in ``print(plan)``, all of it in the fields and in `to_json`."""
+        macs = f"{self.after.macs / self.before.macs:.1%} of the MACs" if self.before.macs else "no MACs"
+        params = f"{self.after.params / max(1, self.before.params):.1%} of the parameters"
+        return f"Plan({self.digest[:12]}: {len(self.layers)} weights thinned, {macs} and {params} remain)"
 
     def __str__(self) -> str:
         """The table as text."""

@@ -137,7 +137,7 @@ class _Table:
 
 
 def _places(groups: list[Group], tensors: list[str]) -> set[tuple[str, int, int]]:
-    """Where these tensors are thinned: of a grid (key-value heads x their query heads) one factor is enough."""
+    """Where these tensors are sliced: of a product (key-value heads x their query heads) one factor is enough."""
     members = [member for group in groups for member in group.members if member.tensor in tensors and member.dim == 0]
     return {(m.tensor, m.dim, position) for m in members for position in m.positions.tolist()}
 

@@ -87,7 +87,7 @@ class Steps:
     """Every step of coupled groups from one state to the next smaller one.
 
     Attributes:
-        all_coupled: the groups that may be thinned, those that go together as one.
+        all_coupled: the groups that may lose channels, those that go together as one.
         owner: for each step, the number of its coupled groups; shape ``(steps,)``.
         priority: when each step is taken, the lowest first: the share of the channels of all that compete that is gone
             once the step is half done; for the same coupled groups it rises from step to step.
@@ -132,7 +132,7 @@ def ordered_steps(
     they need a target.
 
     Args:
-        all_coupled: the groups that may be thinned, those that go together as one.
+        all_coupled: the groups that may lose channels, those that go together as one.
         scores: the scores of each group; not needed for the local scope.
         scope: one of `SCOPES`, sets of names, or curves.
         roles: what channels are to the network.

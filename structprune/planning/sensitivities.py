@@ -1,4 +1,4 @@
-"""`sensitivity`: how a metric falls when each group alone is thinned, at several ratios."""
+"""`sensitivity`: how a metric falls when each group alone is pruned, at several ratios."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.extras import matplotlib_figure, save_figure
 from structprune.files import target_of, write_text
+from structprune.html import html_table
 from structprune.importance.base import Importance, check_scores, fitted
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.planning.build import plan_removal, tensors_of
@@ -89,13 +90,28 @@ class Sensitivity:
 
     def table(self) -> Table:
         """A line for each group, most sensitive first: how far the metric falls at each ratio."""
+        headings, lines = self._lines()
+        table = Table(*headings)
+        for line in lines:
+            table.add_row(*line)
+        return table
+
+    def __repr__(self) -> str:
+        """How many groups were measured; the table is in `table`, all of it in the fields and in `to_json`."""
+        return f"Sensitivity(dense={self.dense:.6g}, {len(self.curves)} groups)"
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks."""
+        return html_table(*self._lines())
+
+    def _lines(self) -> tuple[list[str], list[list[str]]]:
         worst = sorted(self.curves, key=lambda c: -max(self.dense - value for value in c.metric))
-        width = max(len(curve.kept) for curve in self.curves)
-        table = Table("group", "axis", "channels", *[f"step {i + 1}" for i in range(width)])
+        lines: list[list[str]] = []
         for curve in worst:
             cells = [f"{m - self.dense:+.4g} ({k})" for k, m in zip(curve.kept, curve.metric, strict=True)]
-            table.add_row(curve.group, curve.axis, str(curve.channels), *cells)
-        return table
+            lines.append([curve.group, curve.axis, str(curve.channels), *cells])
+        steps = max((len(line) - 3 for line in lines), default=0)
+        return ["group", "axis", "channels", *(f"step {i + 1}" for i in range(steps))], lines
 
     def to_json(self) -> str:
         """All of it as JSON text."""
@@ -149,7 +165,7 @@ def sensitivity(
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Sensitivity:
-    """Thin each group alone at a grid of ratios and measure.
+    """Prune each group alone at several ratios and measure.
 
     Args:
         model: any ``nn.Module`` whose forward can be traced; it is left as it was.
@@ -190,33 +206,36 @@ def sensitivity(
     done = _resumed(checkpoint)
     score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
     counts = {group: _kept(group, shares, graph.bounds(group)) for group in graph.groups()}
-    groups = [group for group, kept in counts.items() if kept]
-    grid = [counts[group] for group in groups]
-    if done and [(c.group, c.kept) for c in done.curves] != [
-        (group.name, kept) for group, kept, _ in zip(groups, grid, done.curves, strict=False)
-    ]:
+    todo = [(group, kept) for group, kept in counts.items() if kept]
+    if done and not _belongs(done, todo):
         raise PlanError(f"{checkpoint} was written for another model or other ratios. Delete it, or name another file.")
     dense = done.dense if done else _measured(metric, model, loader)
     curves = list(done.curves) if done else []
-    todo = list(zip(groups, grid, strict=True))[len(curves) :]
-    for group, kept in track(todo, "measuring", disable=not progress, transient=True):
+    for group, kept in track(todo[len(curves) :], "measuring", disable=not progress, transient=True):
         orders = {
             member: member.components[np.argsort(check_scores(score(member, tensors), member).double().cpu().numpy())]
             for member in (group, *_partners(graph, group))
         }
-        found: list[float] = []
+        losses: list[float] = []
         for count in kept:
             plan = plan_removal(graph, _removed(graph, group, count, orders), config=False)
             # What balanced groups lose together is shared out among them.
-            found.append(dense - (dense - _measured(metric, plan.apply(model), loader)) / len(orders))
-        curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(found)))
+            losses.append(dense - (dense - _measured(metric, plan.apply(model), loader)) / len(orders))
+        curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(losses)))
         if checkpoint is not None:
             _write(Path(checkpoint), Sensitivity(dense, tuple(curves)))
     return Sensitivity(dense, tuple(curves))
 
 
+def _belongs(done: Sensitivity, todo: Sequence[tuple[Group, tuple[int, ...]]]) -> bool:
+    """Whether the curves of a checkpoint are the first of those that are to be measured."""
+    return [(curve.group, curve.kept) for curve in done.curves] == [
+        (group.name, kept) for group, kept in todo[: len(done.curves)]
+    ]
+
+
 def _balanced(graph: ChannelGraph, group: Group) -> tuple[list[Group], np.ndarray] | None:
-    """The groups that are thinned together with `group`, it among them, and the numbers that fit."""
+    """The groups that are pruned together with `group`, it among them, and the numbers that fit."""
     known = graph.groups()
     for balanced in graph.balanced():
         members = [known[number] for number in balanced.groups]

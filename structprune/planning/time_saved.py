@@ -36,7 +36,7 @@ def steps_by_time(
 
     Args:
         graph: the coupled channels.
-        all_coupled: the groups that may be thinned, those that go together as one.
+        all_coupled: the groups that may lose channels, those that go together as one.
         scores: the scores of each group; not needed for curves.
         scope: curves, which say themselves what is lost, or anything else.
         time: predicts the time of the network.
@@ -106,7 +106,7 @@ class Knapsack:
     """The greedy choice.
 
     Args:
-        all_coupled: the groups that may be thinned, those that go together as one.
+        all_coupled: the groups that may lose channels, those that go together as one.
         lost: for each, the importance lost in each state but the whole, the largest first.
         pieces: what takes time.
     """

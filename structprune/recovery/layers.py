@@ -104,7 +104,7 @@ def changed_operations(graph: ChannelGraph, removed: Mask, begins: Collection[fx
     The first ones sum over dimensions with removed channels, which their result does not have, or normalise over them.
     """
     changed: set[fx.Node] = set()
-    normalising = {survivors.node for survivors in graph.channels.relations.survivors}
+    normalising = {reduction.node for reduction in graph.channels.relations.reductions}
     for node in graph.trace.nodes:
         sources = node.all_input_nodes
         if node in begins or any(source in changed for source in sources):

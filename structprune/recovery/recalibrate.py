@@ -17,7 +17,7 @@ from structprune.ops.arguments import arguments
 from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
 from structprune.surgery.apply import _memo
-from structprune.tracing.state import copy_buffer, held_tensors, lent
+from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import Trace, preserved_random_state, trace
 
 
@@ -60,7 +60,7 @@ def _recalibrated(model: nn.Module, batches: list[Any]) -> nn.Module:
     traced = trace(result, batches[0], op_of)
     norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(traced)}
     own = {name: held.tensor for name, held in held_tensors(result).items()}
-    with preserved_random_state(), torch.no_grad(), lent(result, copy_buffer, track=False):
+    with preserved_random_state(), torch.no_grad(), swapped_tensors(result, copy_buffer, track=False):
         result.eval()
         tensors = {name: held.tensor for name, held in held_tensors(result).items()}
         with parallel_runs(BatchRun, result, batches, traced, set(norms)) as runs:

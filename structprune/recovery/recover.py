@@ -24,8 +24,8 @@ from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_repo
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept
-from structprune.surgery.verify import dead_components
-from structprune.tracing.state import copy_buffer, held_tensors, lent
+from structprune.surgery.verify import removed_components
+from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import map_tensors, preserved_random_state
 
 HALF = (torch.float16, torch.bfloat16)
@@ -109,16 +109,16 @@ def _recovered(
 ) -> nn.Module:
     nobody_failed()
     shorter = Shorter.of(slim, original, batches[0])
-    removed = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
+    edits = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {})) if shorter is None else shorter.aligned
     with _widened(original, recovered) as wide:
         batches = [map_tensors(_wide, batch) for batch in batches] if wide else batches
         graph = ChannelGraph(original, batches[0])
-        removed_components = dead_components(graph, removed)
+        removed = removed_components(graph, edits)
         begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
         solvers = [
-            LayerSolver(graph, removed_components, consumer, rows, seed, rounds)
-            for consumer in consumers(graph, removed_components, begins, without)
+            LayerSolver(graph, removed, consumer, rows, seed, rounds)
+            for consumer in consumers(graph, removed, begins, without)
         ]
         with preserved_random_state(), torch.no_grad():
             layers = _solve_in_order(recovered, original, batches, graph, solvers)
@@ -149,7 +149,7 @@ def _widened(original: nn.Module, recovered: nn.Module) -> Generator[bool]:
     if all(tensor.dtype not in HALF for tensor in (*before.values(), *others)):
         yield False
         return
-    with lent(original, _wide, track=False), lent(recovered, _wide, track=False):
+    with swapped_tensors(original, _wide, track=False), swapped_tensors(recovered, _wide, track=False):
         yield True
         for name, held in held_tensors(recovered).items():
             if name in before and isinstance(before[name], nn.Parameter):
@@ -192,7 +192,7 @@ def _solve_in_order(
     schedule = _schedule(solvers)
     targets = {solver.target for solver in solvers}
     reports: list[LayerRecovery] = []
-    with lent(original, copy_buffer, track=False), lent(slim, copy_buffer, track=False):
+    with swapped_tensors(original, copy_buffer, track=False), swapped_tensors(slim, copy_buffer, track=False):
         original.eval()
         slim.eval()
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}

@@ -12,6 +12,7 @@ from torch import nn
 
 from structprune.checking import MODEL, require
 from structprune.errors import RecoveryError
+from structprune.html import html_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,16 @@ class RecoveryReport:
 
     layers: tuple[LayerRecovery, ...]
     skipped: dict[str, str]
+
+    def __repr__(self) -> str:
+        """How many layers were solved; the table is in ``print(report)``."""
+        changed = sum(row.changed for row in self.layers)
+        return f"RecoveryReport({changed} of {len(self.layers)} layers changed, {len(self.skipped)} skipped)"
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks."""
+        lines = [[r.layer, r.operation, r.target, f"{r.before:.4f}", f"{r.after:.4f}"] for r in self.layers]
+        return html_table(["layer", "operation", "meets", "before", "after"], lines)
 
     def __str__(self) -> str:
         """The table as text."""

@@ -27,7 +27,7 @@ from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, PrefixCache, Side, output_of, parallel_runs
 from structprune.tracing.replay import FoundCall, Hook
-from structprune.tracing.state import copy_buffer, lent
+from structprune.tracing.state import copy_buffer, swapped_tensors
 from structprune.tracing.trace import preserved_random_state, tensors_in
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -210,7 +210,7 @@ class Reconstruction:
         )
         groups = {n: g for n, g in enumerate(graph.groups()) if self.axes is None or g.axis in self.axes}
         consumers = {number: members for number, group in groups.items() if (members := group_consumers(graph, group))}
-        with preserved_random_state(), torch.no_grad(), lent(model, copy_buffer, track=False):
+        with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
             removals = self._removals(graph, consumers, data)
             distances = self._distances(graph, consumers, removals, _first(data, self.probes))
@@ -227,10 +227,8 @@ class Reconstruction:
 
     def _saved(self, graph: ChannelGraph, group: Group) -> float:
         """What one channel of the group saves."""
-        removed = np.zeros(graph.components.count, dtype=bool)
-        full = graph.costs.at(graph.counter(removed))
-        removed[group.components[:1]] = True
-        less = graph.costs.at(graph.counter(graph.components.closure(removed)))
+        full = graph.costs.at(graph.counter())
+        less = graph.costs.at(graph.counter(graph.components.removed(group.components[:1])))
         return max(1.0, float(getattr(full, self.per) - getattr(less, self.per)))
 
     def _removals(

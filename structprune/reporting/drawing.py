@@ -30,7 +30,7 @@ class Drawing:
     Args:
         graph: the coupled channels.
         network: what is drawn.
-        before: counts living channels of rows of the model as it is.
+        before: counts kept channels of axes of the model as it is.
         after: the same for the model after the plan.
     """
 

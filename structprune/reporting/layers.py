@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from structprune.checking import Check, instance, is_number
 from structprune.coupling.costs import Count, LayerCost, count_layers
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.random_removals import Counter
 from structprune.errors import UnknownLayerError
 from structprune.planning.plan import Plan
-from structprune.surgery.verify import dead_components
+from structprune.surgery.verify import removed_components
 
 Pair = tuple[int, int]
 # Seconds by layer: of the model as it is and, if measured, of the smaller one.
@@ -56,10 +54,9 @@ class LayerRow:
 
 
 def counts(graph: ChannelGraph, plan: Plan | None) -> tuple[Counter, Counter]:
-    """What counts the living channels of a row before and after `plan`."""
-    nothing = np.zeros(graph.components.count, dtype=bool)
-    before = graph.counter(nothing)
-    return before, before if plan is None else graph.counter(dead_components(graph, plan))
+    """What counts the kept channels of an axis before and after `plan`."""
+    before = graph.counter()
+    return before, before if plan is None else graph.counter(removed_components(graph, plan))
 
 
 def layer_rows(graph: ChannelGraph, before: Count, after: Count, times: Times = ()) -> list[LayerRow]:
@@ -67,7 +64,7 @@ def layer_rows(graph: ChannelGraph, before: Count, after: Count, times: Times = 
 
     Args:
         graph: the coupled channels.
-        before: counts living channels of rows of the model as it is.
+        before: counts kept channels of axes of the model as it is.
         after: the same after the plan.
         times: seconds by layer of the model as it is and, if measured, of the smaller one.
     """

@@ -10,6 +10,7 @@ from torch import fx
 
 from structprune.coupling.costs import Count, node_macs
 from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.groups import group_numbers
 
 # Nodes that hold such a tensor make channels of their own; what holds vectors only (norms, scales, biases) does not.
 _MATRIX = 2
@@ -28,7 +29,7 @@ class Node:
         operations: all operations that are drawn as this node.
         merged: paths of norms and the like that follow directly and are drawn as part of it.
         channels: the group of its results' channels, by number; None if they are pinned.
-        groups: numbers of all groups that thin what it holds.
+        groups: numbers of all groups that slice what it holds.
     """
 
     label: str
@@ -42,7 +43,7 @@ class Node:
     groups: list[int] = field(default_factory=list)
 
     def macs(self, graph: ChannelGraph, count: Count) -> int:
-        """Multiply-accumulates of the node when `count` gives the living channels of each row."""
+        """Multiply-accumulates of the node when `count` gives the kept channels of each axis."""
         return sum(node_macs(operation, graph.channels, count) for operation in self.operations)
 
 
@@ -64,9 +65,7 @@ class _Groups:
 
     def __init__(self, graph: ChannelGraph) -> None:
         self._graph = graph
-        self._group_of = np.full(graph.components.count, -1, dtype=np.int64)
-        for number, group in enumerate(graph.groups()):
-            self._group_of[group.components] = number
+        self._group_of = group_numbers(graph.components, graph.groups())
         self.of_tensor: dict[str, set[int]] = {}
         for number, group in enumerate(graph.groups()):
             for member in group.members:

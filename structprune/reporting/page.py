@@ -204,7 +204,7 @@ def _card(label: str, before: int, after: int) -> str:
 def _graph(drawing: Drawing) -> str:
     data = drawing.data()
     help_text = (
-        "Lines and bands of one colour are channels that live and die together; grey ones are pinned. "
+        "Lines and bands of one colour are channels that are kept or removed together; grey ones are pinned. "
         "Hover over a node or focus it; arrow keys follow the graph, Enter keeps a node marked, Escape lets it go. "
         "Drag to move; Ctrl and the wheel, or + and -, zoom; 0 shows all."
     )

@@ -123,13 +123,13 @@ def _finish(
     model: nn.Module, plan: Edits, tensors: dict[str, Held], classes: Classes, undo: list[Callable[[], None]]
 ) -> None:
     """Everything but the tensors: attributes by provenance, descriptions of standard layers, literals, the record."""
-    thinned = {owner(sliced.tensor.rpartition(".")[0]) for sliced in plan.slices}
+    changed = {owner(sliced.tensor.rpartition(".")[0]) for sliced in plan.slices}
     for edit in plan.attribute_edits:
         _set_attribute(model, edit, undo)
     for path, name in plan.caches:
         _empty(model, path, name, undo)
-    refresh(model, thinned, undo)
-    describe_layers(model, thinned | {edit.module for edit in plan.attribute_edits}, undo)
+    refresh(model, changed, undo)
+    describe_layers(model, changed | {edit.module for edit in plan.attribute_edits}, undo)
     for path, new_class in classes.items():
         install(model.get_submodule(path), new_class, undo)
     record_kept(model, tensors, plan, undo)

@@ -15,6 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from structprune.tracing.state import module_finder
+
 # Class of a hook -> name of the attribute, and its value without any step of an iteration.
 _HOOKS: dict[type, tuple[Callable[[Any], str], Callable[[Any, nn.Module], Any]]] = {
     BasePruningMethod: (lambda hook: hook._tensor_name, lambda hook, module: hook.apply_mask(module)),
@@ -25,8 +27,9 @@ _HOOKS: dict[type, tuple[Callable[[Any], str], Callable[[Any, nn.Module], Any]]]
 
 def refresh(model: nn.Module, paths: Iterable[str], undo: list[Callable[[], None]]) -> None:
     """Compute anew what hooks of the layers at `paths` left on them, so that it has the shape of today."""
+    find = module_finder(model)
     for path in paths:
-        module = model.get_submodule(path)
+        module = find(path)
         for hook in module._forward_pre_hooks.values():
             for kind, (name_of, compute) in _HOOKS.items():
                 if isinstance(hook, kind):

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from structprune.checking import MODEL, require
 from structprune.errors import SurgeryError
 from structprune.surgery.edits import Edits, RemovedSlice
-from structprune.surgery.slicing import kept as kept_by
-from structprune.tracing.state import Held, held_tensors, join
+from structprune.surgery.slicing import KeptIndices
+from structprune.tracing.state import Held, held_tensors, join, modules_of
 from structprune.wrapping import unwrapped
 
 # Of a module: the name of a tensor that it holds -> dimension -> (size in the first model, indices kept). The indices
@@ -51,25 +51,21 @@ def _composed(
 
 
 def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, undo: list[Callable[[], None]]) -> None:
-    """Note, at the modules that hold them, what is left of the tensors that `edits` thinned.
+    """Note, at the modules that hold them, what is left of the tensors that `edits` sliced.
 
     Args:
-        model: the thinned model.
-        tensors: the tensors before they were thinned, by name; a tied one is noted under each of its names.
+        model: the pruned model.
+        tensors: the tensors before they were sliced, by name; a tied one is noted under each of its names.
         edits: what was removed.
         undo: how to take the notes back is added here.
     """
     names: dict[int, list[str]] = {}
     for name, held in tensors.items():
         names.setdefault(id(held.tensor), []).append(name)
-    modules = dict(model.named_modules())
+    modules = dict(modules_of(model))
     new: dict[int, tuple[nn.Module, Record]] = {}
-    # Coupled tensors lose the same channels: they share one array.
-    shared: dict[tuple[int, tuple[int, ...]], Indices] = {}
+    stays = KeptIndices()
     for sliced in edits.slices:
-        signature = sliced.size, sliced.removed
-        if signature not in shared:
-            shared[signature] = kept_by(sliced)
         for name in names[id(tensors[sliced.tensor].tensor)]:
             path, _, key = name.rpartition(".")
             module = modules[path]
@@ -79,7 +75,7 @@ def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, und
             dims = new[id(module)][1].setdefault(key, {})
             shape = _shape(module, key)
             if shape is not None:
-                dims[sliced.dim] = _composed(dims.get(sliced.dim), sliced, shared[signature], shape[sliced.dim])
+                dims[sliced.dim] = _composed(dims.get(sliced.dim), sliced, stays(sliced), shape[sliced.dim])
     for module, record in new.values():
         remember(module, RECORD, record, undo)
 
@@ -114,7 +110,7 @@ def _assign(target: dict[str, Any], key: str, value: Any, undo: list[Callable[[]
 
 
 def _records(model: nn.Module) -> Iterator[tuple[str, dict[int, tuple[int, Indices | None]], tuple[int, ...]]]:
-    """Name, record and shape of every thinned tensor that is still there."""
+    """Name, record and shape of every sliced tensor that is still there."""
     for path, module in unwrapped(model).named_modules():
         record: Record = recalled(module, RECORD, {})
         for key, dims in record.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,58 +12,38 @@ from torch import Tensor
 from structprune.coupling.computed_weights import Normalised
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
+from structprune.ops import op_of
 from structprune.ops.gains import Gain, effective
+from structprune.ops.kept import entries_kept
 from structprune.ops.relations import ReducesOver
-from structprune.tracing.replay import FoundCall
-
-_WITH_SHAPE = frozenset({"layer_norm", "rms_norm"})
-_SAME_SHAPE = _WITH_SHAPE | {"_weight_norm", "batch_norm", "instance_norm", "softmax", "_softmax", "python.softmax"}
-# What these give does not change with channels that are zero.
-SUMS = frozenset({
-    "sum", "nansum", "count_nonzero", "any", "norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm",
-    "frobenius_norm", "nuclear_norm", "renorm",
-})  # fmt: skip
+from structprune.tracing.replay import FoundCall, Hook
 
 
-def thinned_norms(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
-    """The norms and means that run over what stays once `removed` is gone, with what is kept of their axes."""
+def norms_over_kept(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
+    """The norms and means that run over what stays once `removed` is removed, with what is kept of their axes."""
     weights = {part.meta["index"] for normalised in graph.normalised for part in normalised.parts}
-    for survivors in graph.channels.relations.survivors:
-        if survivors.node not in weights and graph.trace.all_nodes[survivors.node].meta["name"] not in SUMS:
-            masks = [~removed[graph.components.of(axis)] for axis in survivors.axes]
+    for reduction in graph.channels.relations.reductions:
+        known = op_of(graph.trace.all_nodes[reduction.node].meta["name"])
+        if reduction.node not in weights and (known is None or known.over_kept is not None):
+            masks = [~removed[graph.components.of(axis)] for axis in reduction.axes]
             if not all(mask.all() for mask in masks):
-                yield survivors, masks
+                yield reduction, masks
 
 
-def over_survivors(dims: tuple[int, ...], masks: list[Mask], operation: FoundCall) -> Any:
-    """Run a norm or a mean over the survivors of thinned axes."""
-    args, kwargs, name = operation.args, operation.kwargs, operation.call.name
-    x: Tensor = args[0] if args else kwargs["input"]
-    keep = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
-    rest: list[Any] = list(args[1:])
-    if name == "group_norm":
-        return _group_norm(operation.func, x, rest, kwargs, keep[0])
-    small = _selected(x, dims, keep)
-    if name in _WITH_SHAPE:
-        first = x.dim() - len(rest[0])
-        rest[0] = tuple(small.shape[first:])
-        inner = [dim - first for dim in dims]
-        rest[1:3] = [_selected(t, inner, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
-    if name == "_weight_norm":
-        length: Tensor = args[1]
-        rest[0] = _selected(length, *_present(length, dims, keep))
-    result = operation.func(small, *rest, **{key: value for key, value in kwargs.items() if key != "input"})
-    if name == "topk":  # the choices are numbered as the original numbers them
-        return torch.return_types.topk((result[0], keep[0][result[1]]))
-    same = isinstance(result, Tensor) and result.dim() == x.dim() and name in _SAME_SHAPE
-    return _scattered(result, x, dims, keep) if same else result
+def over_kept_channels(graph: ChannelGraph, found: ReducesOver, masks: list[Mask]) -> Hook:
+    """What runs a norm or a mean over the channels kept: those that `masks` keep of each axis."""
+    axes = graph.channels.axes[found.node]
+    known = op_of(graph.trace.all_nodes[found.node].meta["name"])
+    run = entries_kept if known is None or known.over_kept is None else known.over_kept
 
+    def hook(operation: FoundCall) -> Any:
+        x: Tensor = operation.args[0] if operation.args else operation.kwargs["input"]
+        indices = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
+        # A reduction leaves size 1, or nothing, of what it runs over.
+        same = isinstance(axes, tuple) and len(axes) == x.dim() and all(axes[dim].free for dim in found.dims)
+        return run(operation, dict(zip(found.dims, indices, strict=True)), same)
 
-def _group_norm(func: Any, x: Tensor, rest: list[Any], kwargs: dict[str, Any], keep: Tensor) -> Tensor:
-    size = x.shape[1] // int(rest[0])
-    rest[0] = len(torch.unique(keep // size))
-    rest[1:3] = [t.index_select(0, keep) if isinstance(t, Tensor) else t for t in rest[1:3]]
-    return _scattered(func(x.index_select(1, keep), *rest, **kwargs), x, (1,), [keep])
+    return hook
 
 
 def weights_kept(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[int, Normalised, list[tuple[int, Mask]]]]:
@@ -97,23 +77,3 @@ def off_over_off(operation: FoundCall) -> Any:
 def nothing_of_nothing(operation: FoundCall) -> Tensor:
     """A weight over its norm, of which both are zero where the channel is off."""
     return operation().nan_to_num(0.0)
-
-
-def _present(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """Those of `dims` in which `x` is not broadcast."""
-    pairs = [(dim, index) for dim, index in zip(dims, keep, strict=True) if x.shape[dim] != 1]
-    return [dim for dim, _ in pairs], [index for _, index in pairs]
-
-
-def _selected(x: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
-    for dim, index in zip(dims, keep, strict=True):
-        x = x.index_select(dim, index)
-    return x
-
-
-def _scattered(small: Tensor, like: Tensor, dims: Sequence[int], keep: list[Tensor]) -> Tensor:
-    for dim, index in zip(dims, keep, strict=True):
-        shape = list(small.shape)
-        shape[dim] = like.shape[dim]
-        small = small.new_zeros(shape).index_copy(dim, index, small)
-    return small

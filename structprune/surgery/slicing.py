@@ -25,18 +25,39 @@ def kept(sliced: RemovedSlice) -> np.ndarray:
     return order
 
 
+class KeptIndices:
+    """`kept` for the slices of one plan, whose coupled tensors share what goes, and so the indices that stay."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], np.ndarray] = {}
+
+    def __call__(self, sliced: RemovedSlice) -> np.ndarray:
+        """Original indices that stay; not to be written into."""
+        # The very tuples first, since they may be long.
+        same = sliced.size, id(sliced.removed), id(sliced.order)
+        found = self._known.get(same)
+        if found is None:
+            equal = sliced.size, sliced.removed, sliced.order
+            found = self._known.get(equal)
+            if found is None:
+                found = self._known[equal] = kept(sliced)
+            self._known[same] = found
+        return found
+
+
 def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:
     """The entries `index` of dimension `dim`; a run is cut out without an index."""
-    if len(index) and bool((np.diff(index) == 1).all()):
+    run = len(index) and index[-1] - index[0] == len(index) - 1
+    if run and bool((np.diff(index) == 1).all()):
         return tensor.narrow(dim, int(index[0]), len(index))
     return tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
 
 
-def _sliced(tensor: Tensor, slices: list[RemovedSlice]) -> Tensor:
+def _sliced(tensor: Tensor, slices: list[RemovedSlice], stays: KeptIndices) -> Tensor:
     result = tensor.detach()
     # The dimension that loses the largest share goes first: less is copied twice.
     for sliced in sorted(slices, key=lambda t: -len(t.removed) / t.size):
-        result = take(result, sliced.dim, kept(sliced))
+        result = take(result, sliced.dim, stays(sliced))
     return (
         result.clone(memory_format=torch.contiguous_format)
         if result.numel() == 0 or _shares(result, tensor)
@@ -60,23 +81,28 @@ def _rescaled(tensor: Tensor, rescale: Rescale, slices: list[RemovedSlice]) -> T
 def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[RemovedSlice]]:
     """What the plan removes from each tensor, once it is known to fit."""
     by_tensor: dict[str, list[RemovedSlice]] = {}
+    limits: dict[int, tuple[int, int]] = {}  # by the ``id`` of what goes
     for sliced in plan.slices:
         held = tensors.get(sliced.tensor)
         if held is None:
             raise SurgeryError(
-                f"The plan thins {sliced.tensor!r}, which this model does not have. Apply a plan to the model it was "
+                f"The plan slices {sliced.tensor!r}, which this model does not have. Apply a plan to the model it was "
                 "made for."
             )
         shape = tuple(held.tensor.shape)
-        inside = not sliced.removed or (min(sliced.removed) >= 0 and max(sliced.removed) < sliced.size)
+        if id(sliced.removed) not in limits:
+            limits[id(sliced.removed)] = min(sliced.removed, default=0), max(sliced.removed, default=0)
+        first, last = limits[id(sliced.removed)]
+        inside = not sliced.removed or (first >= 0 and last < sliced.size)
         if sliced.dim >= len(shape) or shape[sliced.dim] != sliced.size or not inside:
             raise SurgeryError(
-                f"The plan thins dimension {sliced.dim} of {sliced.tensor!r} from {sliced.size} entries, but its "
+                f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} from {sliced.size} entries, but its "
                 f"shape is {list(shape)}. Has the model been pruned since the plan was made? Make a new plan."
             )
-        by_tensor.setdefault(sliced.tensor, []).append(sliced)
-        if len({t.dim for t in by_tensor[sliced.tensor]}) < len(by_tensor[sliced.tensor]):
-            raise SurgeryError(f"The plan thins dimension {sliced.dim} of {sliced.tensor!r} twice. Make a new plan.")
+        before = by_tensor.setdefault(sliced.tensor, [])
+        before.append(sliced)
+        if len(before) > 1 and len({t.dim for t in before}) < len(before):
+            raise SurgeryError(f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} twice. Make a new plan.")
     return by_tensor
 
 
@@ -110,28 +136,38 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
         SurgeryError: a tensor of the plan is missing or has another size.
     """
     by_tensor = _by_tensor(plan, tensors)
+    stays = KeptIndices()
     result: dict[int, Tensor] = {}
     for name, slices in by_tensor.items():
         old = tensors[name].tensor
-        result[id(old)] = _sliced(old, slices)
+        result[id(old)] = _sliced(old, slices, stays)
     for rescale in plan.rescales:
-        for name in rescale.names if isinstance(rescale, Gain) else (rescale.tensor,):
-            if name not in tensors:
-                raise SurgeryError(f"The plan rescales {name!r}, which this model does not have.")
-        if isinstance(rescale, Gain):
-            gain = regained(rescale, {name: tensors[name].tensor for name in rescale.names}, result, by_tensor)
-            result[id(tensors[rescale.tensor].tensor)] = gain
-            continue
+        _check_rescale(rescale, tensors)
         old = tensors[rescale.tensor].tensor
-        size = old.shape[rescale.dim] if rescale.dim < old.dim() else 0
-        if any(position >= size for position in rescale.positions or ()):
-            raise SurgeryError(
-                f"The plan rescales dimension {rescale.dim} of {rescale.tensor!r}, whose shape {list(old.shape)} does "
-                "not have it. Make a new plan."
-            )
-        result[id(old)] = _rescaled(result.get(id(old), old.detach()), rescale, by_tensor.get(rescale.tensor, []))
+        if isinstance(rescale, Gain):
+            olds = {name: tensors[name].tensor for name in rescale.names}
+            result[id(old)] = regained(rescale, olds, result, by_tensor)
+        else:
+            smaller = result.get(id(old), old.detach())
+            result[id(old)] = _rescaled(smaller, rescale, by_tensor.get(rescale.tensor, []))
     for name in by_tensor.keys() | {rescale.tensor for rescale in plan.rescales}:
         old = tensors[name].tensor
         if isinstance(old, nn.Parameter) and old.grad is not None:
-            result[id(old.grad)] = _sliced(old.grad, by_tensor.get(name, []))
+            result[id(old.grad)] = _sliced(old.grad, by_tensor.get(name, []), stays)
     return result
+
+
+def _check_rescale(rescale: Rescale | Gain, tensors: dict[str, Held]) -> None:
+    """The tensors of a rescale must be there, and have the entries that it names."""
+    for name in rescale.names if isinstance(rescale, Gain) else (rescale.tensor,):
+        if name not in tensors:
+            raise SurgeryError(f"The plan rescales {name!r}, which this model does not have.")
+    if isinstance(rescale, Gain):
+        return
+    old = tensors[rescale.tensor].tensor
+    size = old.shape[rescale.dim] if rescale.dim < old.dim() else 0
+    if any(position >= size for position in rescale.positions or ()):
+        raise SurgeryError(
+            f"The plan rescales dimension {rescale.dim} of {rescale.tensor!r}, whose shape {list(old.shape)} does "
+            "not have it. Make a new plan."
+        )

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+from torch.overrides import _pop_mode_temporarily
 
 from structprune.ops import op_of
 from structprune.surgery.draws import held_still
 from structprune.surgery.edits import RemovedSlice
+from structprune.tracing.calls import CallMode
 from structprune.tracing.opaque import opaque_of
 from structprune.tracing.scripted import watch_scripted
 from structprune.tracing.shadow import shadow_of
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import map_tensors
-from structprune.tracing.vocabulary import Call, Kind, call_of
+from structprune.tracing.vocabulary import Call, Kind
 
 # Smaller tensors are changed beforehand: they are many, and take little memory.
 SMALL = 2**16
@@ -32,7 +33,7 @@ KEPT = 2**24
 PIECE = 2**24
 
 
-class Streamed(TorchFunctionMode):
+class Streamed(CallMode):
     """Hands operations the weights that stand-ins stand for, and holds random draws still.
 
     Args:
@@ -43,13 +44,12 @@ class Streamed(TorchFunctionMode):
     """
 
     def __init__(self, kind: torch.dtype | None) -> None:
-        super().__init__()
+        super().__init__(op_of)
         self._kind = kind
         self._sources: dict[int, tuple[Tensor, list[RemovedSlice]]] = {}
         self._made: dict[int, Tensor] = {}
         self._written: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
-        self._opening: list[Call] = []
         self.drawn: set[str] = set()
 
     def meta_like(self, tensor: Tensor, slices: list[RemovedSlice], unseen: bool) -> Tensor:
@@ -105,23 +105,10 @@ class Streamed(TorchFunctionMode):
         with _pop_mode_temporarily():
             return function(*args, **kwargs)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _seen(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the torch API on the weights themselves."""
-        return self._seen(func, args, kwargs or {})
-
-    def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = call_of(func, op_of)
-        if call.kind in (Kind.QUERY, Kind.SIZE):
+        if call.kind is Kind.SIZE:
             return func(*args, **kwargs)
-        if call.inside is not None and call not in self._opening:
-            self._opening.append(call)
-            try:
-                with self:
-                    return call.inside(*args, **kwargs)
-            finally:
-                self._opening.pop()
         by_pieces = self._by_pieces(call, func, args, kwargs) if self._sources else None
         if by_pieces is not None:
             return by_pieces

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from structprune.errors import VerificationError
 from structprune.surgery.edits import Edits
 from structprune.surgery.quantization import fake_quantization_off
 from structprune.surgery.reference import (
+    norms_over_kept,
     nothing_of_nothing,
     off_over_off,
-    over_survivors,
-    thinned_norms,
+    over_kept_channels,
     weight_kept,
     weights_kept,
 )
@@ -70,6 +71,10 @@ class Report:
         """Whether the largest error is within the tolerance."""
         return self.max_relative_error <= self.tolerance
 
+    def _repr_html_(self) -> str:
+        """The same line for notebooks."""
+        return f"<p>{escape(str(self))}</p>"
+
     def __str__(self) -> str:
         what = f"max relative error {self.max_relative_error:.2e}" if self.numbers else "shapes equal"
         random = f", with {', '.join(self.drawn)} held still" if self.drawn else ""
@@ -89,7 +94,7 @@ class Report:
             )
 
 
-def dead_components(graph: ChannelGraph, edits: Edits) -> Mask:
+def removed_components(graph: ChannelGraph, edits: Edits) -> Mask:
     """The components of `graph` that the edits remove."""
     removed = np.zeros(graph.components.count, dtype=bool)
     by_tensor = {(t.tensor, t.dim): t.removed for t in edits.slices}
@@ -109,8 +114,8 @@ def _switched_off(
 ) -> tuple[Any, set[str]]:
     """Outputs of the graph's model with the channels that `edits` removes switched off, and what drew random numbers.
 
-    Every removed slice of a parameter or buffer is zero; norms of activations over thinned axes run over the
-    survivors, and weights that are normalised over their inputs are what they were.
+    Every removed slice of a parameter or buffer is zero; norms of activations over axes that lose channels run over the
+    channels kept, and weights that are normalised over their inputs are what they were.
     """
     inputs = _inputs(graph.example_inputs, kind)
     off, mode = streamed(graph.model, edits.slices, kind)
@@ -120,13 +125,13 @@ def _switched_off(
             # What a forward does may depend on the precision: operations are found in a trace of this one.
             graph, removed = ChannelGraph(off, inputs, outputs=edits.outputs), None
         hooks: dict[int | str, Hook] = {"div": off_over_off, "_weight_norm": nothing_of_nothing}
-        removed = dead_components(graph, edits) if removed is None else removed
+        removed = removed_components(graph, edits) if removed is None else removed
         for number, normalised, gone in weights_kept(graph, removed):
             if number in graph.trace.keys:
                 hooks[number] = partial(weight_kept, normalised.gain, tensors, gone)
-        for found, masks in thinned_norms(graph, removed):
+        for found, masks in norms_over_kept(graph, removed):
             if found.node in graph.trace.keys:  # those of the forward in training mode have none
-                hooks[found.node] = partial(over_survivors, found.dims, masks)
+                hooks[found.node] = over_kept_channels(graph, found, masks)
         # Which experts run, or how often a loop does, may depend on what is switched off.
         replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
         with replay.over(off):

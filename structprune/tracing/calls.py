@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,24 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from structprune.tracing.opaque import Opaque, opaque_of
 from structprune.tracing.scripted import scripted_call, source_of, watch_scripted
+from structprune.tracing.state import modules_of
 from structprune.tracing.vocabulary import HANDED_OUT, VALUES, Call, Kind, Lookup, call_of
 
 MOVES = frozenset({"cpu", "cuda", "pin_memory"})  # a tensor on another device is the same tensor to a graph
 ASKED = VALUES - HANDED_OUT  # what Python asks for: no operation of a graph, unless it is answered with a tensor
 
 _CALL, _ABSENT = "_compiled_call_impl", object()
+
+
+class Leaf(NamedTuple):
+    """A call of a module that is declared opaque, which stands for `live`; `forward` is what its hooks stand around."""
+
+    opaque: Opaque
+    module: nn.Module
+    live: nn.Module
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class CallMode(TorchFunctionMode, ABC):
@@ -70,23 +82,16 @@ class CallMode(TorchFunctionMode, ABC):
     def _seen(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, or answer for the size of a tensor."""
 
-    @abstractmethod
     def _called(
         self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run ``module._call_impl``: the module of the model that was called, which stands for `live`."""
+        del path, live
+        return module._call_impl(*args, **kwargs)
 
-    @abstractmethod
-    def _leaf(
-        self,
-        opaque: Opaque,
-        module: nn.Module,
-        live: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Any,
-    ) -> Any:
+    def _leaf(self, leaf: Leaf) -> Any:
         """Run the forward of a module that is declared opaque: one operation."""
+        return leaf.forward(*leaf.args, **leaf.kwargs)
 
     @contextmanager
     def watching(self, model: nn.Module, live: Mapping[int, nn.Module] = MappingProxyType({})) -> Generator[None]:
@@ -97,7 +102,7 @@ class CallMode(TorchFunctionMode, ABC):
             live: the modules that those of `model` stand for, by ``id`` of the latter.
         """
         before: list[tuple[dict[str, Any], Any]] = []
-        for path, module in model.named_modules():
+        for path, module in modules_of(model):
             state = module.__dict__
             before.append((state, state.get(_CALL, _ABSENT)))
             # What ``nn.Module.__call__`` runs in place of ``_call_impl``: this module's own, so no other is touched.
@@ -116,21 +121,20 @@ class CallMode(TorchFunctionMode, ABC):
     def _module(self, path: str, module: nn.Module, live: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._away:
             return module._call_impl(*args, **kwargs)
-        with self._taken_whole(module, live):
+        opaque = opaque_of(module)
+        if opaque is None:
+            return self._called(path, module, live, args, kwargs)
+        with self._taken_whole(opaque, module, live):
             return self._called(path, module, live, args, kwargs)
 
     @contextmanager
-    def _taken_whole(self, module: nn.Module, live: nn.Module) -> Generator[None]:
+    def _taken_whole(self, opaque: Opaque, module: nn.Module, live: nn.Module) -> Generator[None]:
         """While the block runs, the forward of a module declared opaque is one operation, its hooks are others."""
-        opaque = opaque_of(module)
-        if opaque is None:
-            yield
-            return
         forward, own = module.forward, module.__dict__.get("forward")
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():  # unlike calls of the torch API, this one arrives with the mode on
-                return self._leaf(opaque, module, live, forward, args, kwargs)
+                return self._leaf(Leaf(opaque, module, live, forward, args, kwargs))
 
         module.__dict__["forward"] = whole
         try:
@@ -139,19 +143,6 @@ class CallMode(TorchFunctionMode, ABC):
             del module.__dict__["forward"]
             if own is not None:
                 module.__dict__["forward"] = own
-
-
-def tensors_taken(value: Any) -> Iterator[Tensor]:
-    """The tensors in the arguments of an operation in order, with repeats."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_taken(item)
-    elif isinstance(value, dict):
-        yield from tensors_taken(list(value.values()))
-    elif isinstance(value, slice):
-        yield from tensors_taken((value.start, value.stop, value.step))
 
 
 def holds_tensor(result: Any) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
+
+from structprune.tracing.state import module_finder
 
 PARAMETRIZATIONS = "parametrizations"
 
@@ -25,8 +28,9 @@ def _first(*names: str) -> Callable[[Any], Any]:
 _weight = _first("weight")
 _norm = _first("weight", "running_mean")
 
-# class -> tensor that shows the shape, attribute -> what it must be
-DESCRIPTIONS: dict[type[nn.Module], tuple[Callable[[Any], Any], dict[str, Callable[[Any, Any], Any]]]] = {
+# The tensor that shows a layer's shape; attribute -> what it must be.
+Description = tuple[Callable[[Any], Any], dict[str, Callable[[Any, Any], Any]]]
+DESCRIPTIONS: dict[type[nn.Module], Description] = {
     nn.Linear: (_weight, {"out_features": lambda m, w: w.shape[0], "in_features": lambda m, w: w.shape[1]}),
     nn.Bilinear: (
         _weight,
@@ -85,12 +89,18 @@ def set_attribute(owner: Any, name: str, value: Any, undo: list[Callable[[], Non
 
 def describe_layers(model: nn.Module, paths: Iterable[str], undo: list[Callable[[], None]]) -> None:
     """Make the standard layers at `paths` describe the shapes that their tensors have now."""
+    find = module_finder(model)
     for path in sorted(paths):
-        module = model.get_submodule(path) if path else model
-        known = next((entry for kind, entry in DESCRIPTIONS.items() if isinstance(module, kind)), None)
+        module = find(path)
+        known = _description(type(module))
         if known is not None:
-            with resting(module):
+            with resting(module) if PARAMETRIZATIONS in module._modules else nullcontext():
                 _describe(module, *known, undo)
+
+
+@cache
+def _description(layer: type[nn.Module]) -> Description | None:
+    return next((entry for kind, entry in DESCRIPTIONS.items() if issubclass(layer, kind)), None)
 
 
 def _describe(
@@ -115,7 +125,7 @@ def described_dim(module: nn.Module, chain: tuple[str | int, ...]) -> tuple[str,
         >>> described_dim(nn.Linear(2, 3), ("in_features",))
         ('weight', 1)
     """
-    known = next((entry for kind, entry in DESCRIPTIONS.items() if isinstance(module, kind)), None)
+    known = _description(type(module))
     shape = None if known is None else known[1].get(str(chain[0]))
     if known is None or shape is None:
         return None
@@ -173,15 +183,3 @@ def resting(module: nn.Module) -> Generator[None]:
     finally:
         for part, mode in zip(parts, modes, strict=True):
             part.training = mode
-
-
-def nodes_in(value: Any) -> Iterator[fx.Node]:
-    """The nodes in nested arguments or results."""
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from nodes_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from nodes_in(item)

@@ -159,7 +159,9 @@ class Ledger:
 
 
 _ledger: ContextVar[Ledger | None] = ContextVar("structprune_ledger", default=None)
-_foreign_code: dict[Any, bool] = {}
+# For each code object that was seen, by ``id`` since hashing one takes long: the object itself, so that it stays that
+# one, and its lines by instruction; None for torch's and the library's own.
+_seen_code: dict[int, tuple[Any, dict[int, str] | None]] = {}
 
 
 def source_line() -> str:
@@ -167,13 +169,16 @@ def source_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        foreign = _foreign_code.get(code)
-        if foreign is None:
-            name = code.co_filename
-            foreign = name.startswith((TORCH_DIRECTORY, OWN_DIRECTORY)) or name.startswith("<")
-            _foreign_code[code] = foreign
-        if not foreign:
-            return f"{code.co_filename}:{frame.f_lineno}"
+        known = _seen_code.get(id(code))
+        if known is None:
+            own = code.co_filename.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, "<"))
+            known = _seen_code[id(code)] = code, None if own else {}
+        lines = known[1]
+        if lines is not None:
+            found = lines.get(frame.f_lasti)
+            if found is None:
+                found = lines[frame.f_lasti] = f"{code.co_filename}:{frame.f_lineno}"
+            return found
         frame = frame.f_back
     return "unknown line"
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, holds_tensor
-from structprune.tracing.opaque import Opaque, holdings, opaque_call, untracked
+from structprune.tracing.calls import ASKED, MOVES, CallMode, Leaf, holds_tensor
+from structprune.tracing.opaque import holdings, opaque_call, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
 from structprune.tracing.recording import ModuleCall, Recording
 from structprune.tracing.values import Values
@@ -58,11 +58,10 @@ class Recorder(CallMode):
     # -- nodes ---------------------------------------------------------------------------------------------------
 
     def _node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
-        node = self.recording.graph.create_node(op, target, args, kwargs)
-        meta = node.meta
-        meta["index"] = len(self.recording.nodes)
-        meta["name"] = name
-        meta["call"] = self._stack[-1] if self._stack else -1
+        number = len(self.recording.nodes)
+        # Not by the graph's own methods: lists hold the order, and nobody asks for names that Python could take.
+        node = fx.Node(self.recording.graph, f"{name}_{number}", op, target, args, kwargs)
+        node.meta.update(index=number, name=name, call=self._stack[-1] if self._stack else -1)
         self.recording.nodes.append(node)
         return node
 
@@ -72,7 +71,7 @@ class Recorder(CallMode):
 
     def remember(self, tensor: Tensor, node: fx.Node) -> None:
         """From now on `tensor` is what `node` made."""
-        node.meta["shape"] = tuple(plain(list(tensor.shape)))
+        node.meta["shape"] = tuple(tensor.shape)
         node.meta["dtype"] = tensor.dtype
         node.meta["stride"] = tensor.stride()
         self._known[id(tensor)] = node
@@ -327,16 +326,9 @@ class Recorder(CallMode):
         entry.mapping = type(output) if isinstance(output, dict) else None
         return output
 
-    def _leaf(
-        self,
-        opaque: Opaque,
-        module: nn.Module,
-        live: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Any,
-    ) -> Any:
+    def _leaf(self, leaf: Leaf) -> Any:
         """Run an opaque module, or what tells its results' shape, and write it down as one operation."""
+        opaque, module, live, forward, args, kwargs = leaf
         if self._meta:
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
         self._tracked = []

@@ -27,9 +27,10 @@ class ModuleCall:
 
 @dataclass(slots=True)
 class Recording:
-    """Everything that was seen: the graph, its nodes in order, the calls of modules around them.
+    """Everything that was seen: operations as nodes, in order, and the calls of modules around them.
 
-    `answers` are the values of tensors that Python was told, in order, and `asked` are those tensors.
+    `graph` is what the nodes belong to; it has no list of them. `answers` are the values of tensors that Python was
+    told, in order, and `asked` are those tensors.
     """
 
     graph: fx.Graph = field(default_factory=fx.Graph)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from structprune.tracing.calls import Leaf
 from structprune.tracing.comparing import alike, equal, items, known_layer
 from structprune.tracing.describe import describe_layers, owner
-from structprune.tracing.opaque import Opaque, opaque_call
+from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import (
     OWN_DIRECTORY,
     TORCH_DIRECTORY,
@@ -33,7 +34,7 @@ from structprune.tracing.provenance import (
 from structprune.tracing.recorder import Recorder
 from structprune.tracing.recording import ModuleCall
 from structprune.tracing.shadow import Shadow, shadow_of
-from structprune.tracing.state import eager, held_tensors, meta_like
+from structprune.tracing.state import eager, held_tensors, meta_like, module_finder
 from structprune.tracing.trace import (
     ExampleInputs,
     Trace,
@@ -110,21 +111,22 @@ def rehearse(
     """
     parameters = {str(node.target): node for node in trace.all_nodes if node.meta["name"] == "parameter"}
 
-    thinner: set[str] = set()
+    changed: set[str] = set()
 
     def replace(name: str, tensor: Tensor) -> Tensor:
         node = parameters.get(name)
         shape = tensor.shape if node is None else widths.shape(node.meta["index"])
         if tuple(shape) == tuple(tensor.shape):
             return meta_like(tensor)
-        thinner.add(owner(name.rpartition(".")[0]))
-        thinned = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        return nn.Parameter(thinned, requires_grad=False) if isinstance(tensor, nn.Parameter) else thinned
+        changed.add(owner(name.rpartition(".")[0]))
+        smaller = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return nn.Parameter(smaller, requires_grad=False) if isinstance(tensor, nn.Parameter) else smaller
 
     shadow = shadow_of(model, replace, tracked=False)
+    find = module_finder(shadow.model)
     for attribute, value in widths.attributes.items():
-        _set(shadow.model.get_submodule(attribute.module), attribute.chain, value)
-    describe_layers(shadow.model, thinner, [])
+        _set(find(attribute.module), attribute.chain, value)
+    describe_layers(shadow.model, changed, [])
     rehearsal = _Rehearsal(model, trace, shadow, operations, widths)
     with preserved_random_state(), torch.no_grad(), eager():
         try:
@@ -341,20 +343,12 @@ class _Rehearsal(Recorder):
                 raise _DeviatesError("a constant has other values")
         return known is recorded
 
-    def _leaf(
-        self,
-        opaque: Opaque,
-        module: nn.Module,
-        live: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Any,
-    ) -> Any:
-        call = Call(opaque.name, Kind.OPERATION, opaque_call, False)
-        args, kwargs = self._on_meta(args), self._on_meta(kwargs)
+    def _leaf(self, leaf: Leaf) -> Any:
+        call = Call(leaf.opaque.name, Kind.OPERATION, opaque_call, False)
+        args, kwargs = self._on_meta(leaf.args), self._on_meta(leaf.kwargs)
         before = [{}, {}, *(self._argument(value) for value in args)]
         keywords = {key: self._argument(value) for key, value in kwargs.items()}
-        result = self._execute(call, forward, args, kwargs)
+        result = self._execute(call, leaf.forward, args, kwargs)
         self._record(call, before, keywords, result)
         return result
 

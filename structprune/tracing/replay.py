@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structprune.errors import StructpruneError, TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, holds_tensor, tensors_taken
-from structprune.tracing.opaque import Opaque, holdings, opaque_call
+from structprune.tracing.calls import ASKED, MOVES, CallMode, Leaf, holds_tensor
+from structprune.tracing.containers import leaves_of
+from structprune.tracing.opaque import holdings, opaque_call
 from structprune.tracing.recording import CallKey, Group
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import Trace, describe
@@ -199,23 +200,16 @@ class Replay(CallMode):
             return self._among_equals(FoundCall(None, call, func, args, kwargs), [args, kwargs])
         return self._made(func(*args, **kwargs))
 
-    def _leaf(
-        self,
-        opaque: Opaque,
-        module: nn.Module,
-        live: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Any,
-    ) -> Any:
-        operation = FoundCall(None, Call(opaque.name, Kind.OPERATION, opaque_call, False), forward, args, kwargs)
-        return (
-            self._next(operation) if self._whole else self._among_equals(operation, [*holdings(module), args, kwargs])
-        )
+    def _leaf(self, leaf: Leaf) -> Any:
+        call = Call(leaf.opaque.name, Kind.OPERATION, opaque_call, False)
+        operation = FoundCall(None, call, leaf.forward, leaf.args, leaf.kwargs)
+        if self._whole:
+            return self._next(operation)
+        return self._among_equals(operation, [*holdings(leaf.module), leaf.args, leaf.kwargs])
 
     def _among_equals(self, operation: FoundCall, taken: list[Any]) -> Any:
         """Run an operation that may be asked for; `taken` is what the trace has as its arguments."""
-        held = tuple(self._held[id(t)] for t in tensors_taken(taken) if id(t) in self._held)
+        held = tuple(self._held[id(t)] for t in leaves_of(taken, Tensor, slices=True) if id(t) in self._held)
         group: Group = (*self._stack[-1], operation.call.name, held)
         numbers, done = self._equals.get(group), self._done[group]
         if numbers is not None and done == len(numbers):

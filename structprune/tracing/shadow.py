@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.jit import ScriptModule
 
 from structprune.tracing.provenance import SizeInt
 from structprune.tracing.scripted import copied_module
-from structprune.tracing.state import INTERNAL, held_tensors, is_config, track
+from structprune.tracing.state import INTERNAL, Held, held_tensors, is_config, modules_of, track
 
 _INERT = frozenset({float, bool, str, type(None)})
 _PLAIN = _INERT | {int, complex, bytes, SizeInt, type}
@@ -43,15 +43,21 @@ class Shadow:
     stands_for: dict[int, Tensor]
 
 
-def shadow_of(model: nn.Module, replace: Callable[[str, Tensor], Tensor], tracked: bool = True) -> Shadow:
+def shadow_of(
+    model: nn.Module,
+    replace: Callable[[str, Tensor], Tensor],
+    tracked: bool = True,
+    held: Mapping[str, Held] | None = None,
+) -> Shadow:
     """The shadow of `model`.
 
     Args:
         model: any module.
         replace: gives the stand-in of a tensor, from its name and itself.
         tracked: whether the int attributes of its modules and their settings remember where they came from.
+        held: the tensors of `model`, where they are known.
     """
-    return _Copier(tracked).run(model, replace)
+    return _Copier(tracked).run(model, replace, held_tensors(model) if held is None else held)
 
 
 @dataclass
@@ -60,27 +66,29 @@ class _Copier:
     memo: dict[int, Any] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
 
-    def run(self, model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Shadow:
+    def run(self, model: nn.Module, replace: Callable[[str, Tensor], Tensor], tensors: Mapping[str, Held]) -> Shadow:
         """Tensors first, then the modules, so that what leads to them finds their doubles."""
         names: dict[int, str] = {}
         stands_for: dict[int, Tensor] = {}
-        for name, held in held_tensors(model).items():
+        for name, held in tensors.items():
             if id(held.tensor) not in stands_for:
                 new = replace(name, held.tensor)
                 self.memo[id(held.tensor)] = stands_for[id(held.tensor)] = new
                 names[id(new)] = name
-        modules = list(model.named_modules())
+        modules = modules_of(model)
         self._copy_scripted(model, stands_for)
         written = [(path, module) for path, module in modules if not isinstance(module, ScriptModule)]
         for _, module in written:
             self.memo[id(module)] = object.__new__(type(module))
         for path, module in written:
             state = self.memo[id(module)].__dict__
+            state.update(module.__dict__)
+            same = _INERT if self.tracked else _PLAIN
             for key, value in module.__dict__.items():
                 kind = type(value)
-                if kind in _INERT:
-                    state[key] = value
-                elif kind in _CONTAINERS and not value:  # most of what a module holds are dicts without hooks
+                if kind in same:
+                    continue
+                if kind in _CONTAINERS and not value:  # most of what a module holds are dicts without hooks
                     state[key] = kind()
                 else:
                     state[key] = self.copied(value) if key in INTERNAL else self._attribute(path, (key,), value)
@@ -88,7 +96,7 @@ class _Copier:
         return Shadow(self.memo[id(model)], names, live, stands_for)
 
     def _copy_scripted(self, model: nn.Module, stands_for: dict[int, Tensor]) -> None:
-        for module in model.modules():
+        for _, module in modules_of(model):
             if isinstance(module, ScriptModule) and id(module) not in self.memo:
                 made = copied_module(module, lambda tensor: stands_for[id(tensor)])
                 self.memo.update((id(old), new) for old, new in zip(module.modules(), made.modules(), strict=True))
@@ -145,6 +153,8 @@ class _Copier:
         return new
 
     def _tuple(self, value: Any) -> Any:
+        if all(type(item) in _PLAIN for item in value):
+            return value
         items = [self.copied(item) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value

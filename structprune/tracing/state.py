@@ -1,7 +1,7 @@
-"""What a model holds, and how to lend it to a trace without leaving a mark.
+"""What a model holds, and how to run it on other tensors without leaving a mark.
 
-`Holdings` lists the tensors of a model by name. `lent` swaps them for stand-ins on the ``meta`` device (or shields
-them, where real values are needed), replaces int attributes by tracked ones, and puts everything back afterwards:
+`Holdings` lists the tensors of a model by name. `swapped_tensors` replaces them by empty ones on the ``meta`` device,
+or by copies where real values are needed, replaces int attributes by tracked ones, and puts everything back afterwards:
 attributes, buffers, caches, hooks, mode, random state.
 """
 
@@ -13,8 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,7 @@ INTERNAL = frozenset({
 _NO_TENSORS = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, tuple, list})
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """A tensor that a module holds under `name`: a parameter, a buffer or a plain attribute."""
 
     module: nn.Module
@@ -54,10 +52,34 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules()`` gives, whose nested generators take several times as long."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append((path, module))
+            if children := module._modules:
+                inside = [
+                    (f"{path}.{key}" if path else key, child) for key, child in children.items() if child is not None
+                ]
+                pending += reversed(inside)
+    return found
+
+
+def module_finder(model: nn.Module) -> Callable[[str], nn.Module]:
+    """What ``model.get_submodule`` does, for the paths of many modules."""
+    modules = dict(modules_of(model))
+    return lambda path: modules[path] if path in modules else model.get_submodule(path)
+
+
 def held_tensors(model: nn.Module) -> dict[str, Held]:
     """Every tensor that the modules of `model` hold, by dotted name; a tied one appears under each of its names."""
     found: dict[str, Held] = {}
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         state = module.__dict__
         for store in (module._parameters, module._buffers, state):
             for key, value in store.items():
@@ -104,7 +126,7 @@ def dictionaries(model: nn.Module) -> dict[tuple[str, str], frozenset[Any]]:
     """Keys of the plain dicts that modules hold, by module path and attribute."""
     return {
         (path, name): frozenset(value)
-        for path, module in model.named_modules()
+        for path, module in modules_of(model)
         for name, value in module.__dict__.items()
         if type(value) is dict and name not in INTERNAL
     }
@@ -223,8 +245,10 @@ def copy_buffer(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def lent(model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True) -> Generator[dict[int, str]]:
-    """Lend `model` to a trace: its tensors replaced through `replace`, its int attributes tracked if `track`.
+def swapped_tensors(
+    model: nn.Module, replace: Callable[[Tensor], Tensor], track: bool = True
+) -> Generator[dict[int, str]]:
+    """While the block runs, the tensors of `model` are replaced through `replace`, and its ints tracked if `track`.
 
     Yields the names of the replaced tensors by ``id``. Everything is put back at the end, whatever happens.
     """

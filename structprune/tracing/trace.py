@@ -33,8 +33,8 @@ class Trace:
     """A model as a graph of tensor operations.
 
     Attributes:
-        graph: the operations, as calls of the torch API; parameters, buffers and constants are ``get_attr`` nodes.
-        nodes: its nodes in order; `provenance.Dim.node` counts in this tuple.
+        nodes: the operations in order, as calls of the torch API; parameters, buffers and constants are ``get_attr``
+            nodes. `provenance.Dim.node` counts in this tuple.
         calls: the module calls in order; ``node.meta["call"]`` counts in this tuple.
         inputs: the nodes of the example inputs.
         outputs: the nodes of the tensors that the model returns, by name.
@@ -53,7 +53,6 @@ class Trace:
         asked: the tensors whose values they are.
     """
 
-    graph: fx.Graph
     nodes: tuple[fx.Node, ...]
     calls: tuple[ModuleCall, ...]
     inputs: tuple[fx.Node, ...]
@@ -202,7 +201,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
     tensors = {group[0]: tuple(group) for group in aliases.values()}
     replace: Callable[[Tensor], Tensor] = meta_like if meta else (lambda tensor: tensor.detach().clone())
     lend = meta_like if meta else copy_buffer
-    shadow = shadow_of(model, lambda _, tensor: lend(tensor))
+    shadow = shadow_of(model, lambda _, tensor: lend(tensor), held=names)
     args, kwargs = as_call(inputs)
     given = distinct_tensors((args, kwargs))
     args, kwargs = map_tensors(replace, (args, kwargs))
@@ -236,9 +235,8 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
             with recorder.watching(model, shadow.live), recorder:
                 result = model(*args, **kwargs)
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
-    recording.graph.output(tuple(outputs.values()))
+    fx.Node(recording.graph, "output", "output", "output", (tuple(outputs.values()),), {})  # it is a user of each
     return Trace(
-        graph=recording.graph,
         nodes=nodes,
         calls=calls,
         inputs=tuple(placeholders),

@@ -269,7 +269,7 @@ class GrowingRegularisation:
         wanted = {
             name: tuple(stays[dim].numel() if dim in stays else size for dim, size in enumerate(parameters[name].shape))
             for name, stays in self._stays.items()
-            if name in parameters and _trainable(parameters[name])  # buffers are thinned too
+            if name in parameters and _trainable(parameters[name])  # buffers are sliced too
         }
         if not wanted:
             raise PlanError(f"{type(model).__name__} has none of the plan's parameters. Give the model of the plan.")

@@ -55,10 +55,10 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A tapped tensor in a real run.
+    """An observed tensor in a real run.
 
     Attributes:
-        number: which tap.
+        number: which site.
         x: the tensor.
         dim: the dimension with the channels, counted from the end.
         weight: the tensor that sums the channels away, if there is one.

@@ -1,0 +1,200 @@
+"""Every int of a forward is made to follow the channels: by setting attributes, by tying channels, or by pinning them.
+
+Whether an int follows is decided by trial: random channels are removed on paper and both sides of each constraint are
+counted (`coupling/size_constraints.py`). What fails is mended, and all is solved and tried anew, until nothing fails.
+So planning knows before surgery.
+
+Example: ``y.view(2, 5, 4, n // 4)``, where n = 32 is the size of y's last dimension.
+    In: the constraints "4 counts the axis of heads" and "n // 4 counts the axis of sizes" (8 channels in each head).
+    Trial: with a head removed, 24 channels are left and n // 4 = 6, but each head still has 8. The second one fails.
+    Mended: the axis of heads is pinned, since a literal counts it. With a channel of every head removed, n // 4 = 7.
+    Out: one group of 8 channels, each of which takes 4 of the 32 along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from structprune.coupling.propagate import Channels, Invariant
+from structprune.coupling.sections import Sections, hold_pieces
+from structprune.coupling.size_constraints import Check, Sizes, moves
+from structprune.coupling.size_ties import SizeTies
+from structprune.coupling.solve import Components
+from structprune.ops.relations import Axis, Bound, SizeConstraint
+from structprune.tracing.provenance import Arithmetic, Attribute, Comparison, Dim, Expression, leaves
+
+_ROUNDS = 100  # of mending, after which what fails is pinned
+
+
+class SizeSolver:
+    """Makes every int of a trace follow the channels, by setting attributes, by tying or by pinning.
+
+    Args:
+        channels: axes and relations; ties and pins are added to its relations.
+        comparisons: what Python compared.
+        read: value of an attribute of the model.
+        rewritable: whether a literal in the arguments of this node can be rewritten.
+        described: the axis that an attribute of a standard layer counts, if it describes the layer's own shape.
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        comparisons: tuple[Comparison, ...],
+        read: Callable[[Attribute], int],
+        rewritable: Callable[[int], bool],
+        described: Callable[[Attribute], Axis | None],
+    ) -> None:
+        self._channels = channels
+        self._relations = channels.relations
+        self._comparisons = tuple(c for c in comparisons if any(True for x in (c.left, c.right) for _ in leaves(x)))
+        self._read = read
+        self._rewritable = rewritable
+        self._described = described
+        self._constraints = [*channels.relations.constraints, *self._promised()]
+        self._attempted: set[tuple[object, ...]] = set()
+        self._bounded: set[Comparison] = set()
+        held = (axis for number in channels.held for axis in channels.axes[number])
+        self._sections = Sections(self._relations, channels.every_row(), held)
+
+    def _promised(self) -> Iterator[SizeConstraint]:
+        """Comparisons that found two numbers equal, one of them a size: after pruning they must be equal still."""
+        for c in self._comparisons:
+            if (c.symbol, c.outcome) not in (("==", True), ("!=", False)):
+                continue
+            for size, other in ((c.left, c.right), (c.right, c.left)):
+                if isinstance(size, Dim) and (axis := self._channels.axes[size.node][size.dim]).free:
+                    yield SizeConstraint(other, axis, size.node, c.where)
+                    break
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def solve(self) -> Sizes:
+        """Components of channels whose removal leaves every int right, and what the ints become."""
+        before, rounds = None, 0
+        while True:
+            sizes = self._solved()
+            failures = sizes.failures(self._rewritable)
+            if not failures:
+                if hold_pieces(self._channels, sizes.components):
+                    continue
+                return sizes
+            self._mend(failures, sizes)
+            # Each round must join or pin something, or try a tie that was not tried yet.
+            progress = (sizes.components.count, int(sizes.components.pinned.sum()), len(self._attempted))
+            rounds += 1
+            if progress == before or rounds > _ROUNDS:
+                if not sizes.components.roots.any():
+                    return sizes  # nothing may go, so no int changes
+                self._pin_unsettled(failures[0].where)
+            before = progress
+
+    def _solved(self) -> Sizes:
+        """The components of the relations as they are, and the attributes that count axes."""
+        while True:
+            components = Components(self._relations)
+            splits = self._sections.settle(components)
+            if splits is not None:  # otherwise sections were tied
+                components.splits = splits
+                attributes = self._attribute_axes(components)
+                constraints = tuple(self._constraints)
+                return Sizes(self._channels, components, constraints, self._comparisons, attributes, self._read)
+
+    def _pin_unsettled(self, where: str) -> None:
+        """The ints that fail neither follow nor stand still with their axes: then nothing that is counted may go."""
+        for axis in self._channels.every_row():
+            self._relations.pin(axis, f"sizes that contradict each other are used at {where}")
+
+    def _attribute_axes(self, components: Components) -> dict[Attribute, Axis]:
+        """Attributes that stand alone as a size: each counts an axis."""
+        counted: dict[Attribute, Axis] = {}
+        for e in self._constraints:
+            if isinstance(e.expression, Attribute):
+                known = counted.get(e.expression)
+                if known is None or (not moves(components, known) and moves(components, e.axis)):
+                    counted[e.expression] = e.axis
+        for attribute in self._mentioned():
+            if attribute not in counted:
+                axis = self._described(attribute)
+                if axis is not None and moves(components, axis):
+                    counted[attribute] = axis
+        return counted
+
+    def _mentioned(self) -> list[Attribute]:
+        """The attributes that any number of the forward was computed from."""
+        numbers = [e.expression for e in self._constraints]
+        numbers += [side for c in self._comparisons for side in (c.left, c.right)]
+        numbers += [i.expression for i in self._channels.invariants]
+        numbers += [scale.expression for scale in self._relations.scales]
+        return [*dict.fromkeys(leaf for number in numbers for leaf in leaves(number) if isinstance(leaf, Attribute))]
+
+    # -- mending -------------------------------------------------------------------------------------------------
+
+    def _mend(self, failures: list[Check], sizes: Sizes) -> None:
+        """Tie what can be tied; only where nothing more can, pin: first sizes, then what Python compared."""
+        constraints = [failure for failure in failures if isinstance(failure, SizeConstraint)]
+        ties = SizeTies(sizes)
+        tied = self._tie(constraints, ties)
+        self._constraints += ties.adopted
+        if tied:
+            return
+        sizes = ties.sizes
+        for e in constraints:
+            self._pin(e.expression, e.where, sizes)
+            self._relations.pin(e.axis, f"{e.expression} counts it at {e.where} and cannot follow")
+        numbers = [failure for failure in failures if isinstance(failure, Invariant)]
+        for number in numbers:
+            self._pin(number.expression, number.where, sizes)
+        if constraints or numbers:
+            return
+        for failure in failures:
+            if isinstance(failure, Comparison) and not self._bound(failure, sizes):
+                self._pin(failure.left, failure.where, sizes)
+                self._pin(failure.right, failure.where, sizes)
+
+    def _tie(self, constraints: list[SizeConstraint], ties: SizeTies) -> bool:
+        """Make those of `constraints` true that say most about the order of channels; whether any could be."""
+        for vagueness in sorted({_vagueness(e.expression) for e in constraints}):
+            tied = [self._try_tie(e, ties) for e in constraints if _vagueness(e.expression) == vagueness]
+            if any(tied):
+                return True
+        return False
+
+    def _try_tie(self, e: SizeConstraint, ties: SizeTies) -> bool:
+        key = (e.expression, e.axis.key if e.axis.free else e.axis.size, e.node)
+        if key in self._attempted:
+            return False
+        self._attempted.add(key)
+        return ties.tie(e)
+
+    def _pin(self, expression: Expression, where: str, sizes: Sizes) -> None:
+        for leaf in leaves(expression):
+            axis = sizes.axis_of(leaf)
+            if axis is not None:
+                self._relations.pin(axis, f"the number of its channels is used at {where}, where it cannot change")
+
+    def _bound(self, c: Comparison, sizes: Sizes) -> bool:
+        """Make a comparison keep its outcome by keeping enough channels of the one axis that it counts.
+
+        ``if repeats == 1: return x``, with 4 repeats, stays false while 2 are left.
+        """
+        counted = {*leaves(c.left), *leaves(c.right)}
+        if c in self._bounded or len(counted) != 1:
+            return False
+        self._bounded.add(c)
+        (leaf,) = counted
+        axis = sizes.axis_of(leaf)
+        if axis is None or not axis.free or axis.size != sizes.now(leaf):
+            return False
+        least = c.fewest(axis.size)
+        if not 1 < least < axis.size:
+            return False
+        self._relations.bounds.append(Bound(axis, f"the comparison of its number at {c.where}", least))
+        return True
+
+
+def _vagueness(expression: Expression) -> int:
+    """How little a tie made from this expression says about the order of channels: plain sizes come first."""
+    if not isinstance(expression, Arithmetic):
+        return 0
+    return 1 if expression.symbol == "//" else 2

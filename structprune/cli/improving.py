@@ -78,7 +78,8 @@ def recover_command(
         output.step("solving the layers again")
         better = recover(slim, loaded.model, train)
         save(better, out)
-        told = {"folder": str(out), "before": before, "after": agreement(better, loaded.model, rest)}
+        told: dict[str, Any] = {"folder": str(out), "before": before}
+        told["after"] = agreement(better, loaded.model, rest)
         told["layers"] = [asdict(row) for row in recovery_report(better).layers]
         output.result(told, f"agreement with the dense model {before:.1f}% -> {told['after']:.1f}%\nsaved to {out}")
 

@@ -2,6 +2,8 @@
 
     python benchmarks/depth.py exact             # models of tests/test_zoo.py; --only for some, --most for all branches
     python benchmarks/depth.py resnet56          # needs the data, see `harness.cifar`
+    python benchmarks/depth.py speed             # the same at measured speeds: channels, blocks, both
+    python benchmarks/depth.py stories           # a small trained Llama
 
 Results go to ``results/depth.json`` and ``results/depth.md``. In the first part each branch alone and random subsets of
 them are removed, and the result is compared in float64 with the original that computes its branches and takes them as
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import depth_speed
 import torch
 from harness import ROOT, cifar
 from harness.children import one_line
@@ -125,13 +128,13 @@ def markdown(facts: dict[str, Any]) -> str:
                 lines.append(
                     f"| {score} | {len(row['removed'])} | {fewer} | {row['accuracy']:.2f}% | {row['recovered']:.2f}% |"
                 )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *depth_speed.markdown(facts)]).rstrip() + "\n"
 
 
 def main() -> None:
     """Run one part and write all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("exact", "resnet56"))
+    parser.add_argument("part", choices=("exact", "resnet56", "speed", "stories"))
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--most", type=int, default=8, help="branches of a model that are tried alone")
     parser.add_argument("--share", type=float, default=1 / 1.5, help="of the MACs of ResNet-56 that is to be left")
@@ -148,6 +151,13 @@ def main() -> None:
 
     if options.part == "resnet56":
         resnet56(options.share, lambda found: write(resnet56=found))
+        return
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if options.part == "speed":
+        depth_speed.resnet56(known.get("speed", {}), lambda found: write(speed=found))
+        return
+    if options.part == "stories":
+        depth_speed.stories({}, lambda found: write(stories=found))
         return
     sys.path.insert(0, str(ROOT / "tests"))
     from test_zoo import MODELS

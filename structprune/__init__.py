@@ -9,6 +9,7 @@ from structprune.coupling.groups import Group, Member
 from structprune.dependency_graph import DependencyGraph
 from structprune.depth import Branch, Removal, branches, remove_branches
 from structprune.depth import choose as choose_branches
+from structprune.depth.plan import DepthPlan
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
 from structprune.importance.weight import LnNorm, Random
@@ -36,6 +37,7 @@ __all__ = [
     "Branch",
     "Cost",
     "DependencyGraph",
+    "DepthPlan",
     "Group",
     "Latency",
     "LnNorm",

@@ -11,12 +11,15 @@ from torch import nn
 from structprune.checking import FLAG, require
 from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
+from structprune.errors import PlanError
 from structprune.importance.base import fitted
+from structprune.joint.search import DecideForLatency, search
 from structprune.planning.build import plan_removal
 from structprune.planning.decide import Decision, Ranking, decide_channels
 from structprune.planning.latency_target import decide_for_latency
 from structprune.planning.options import PlanKeywords, PlanOptions, takes_options
 from structprune.planning.plan import Plan
+from structprune.surgery.verify import verify as check
 from structprune.surgery.verify import verify_removal
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs
@@ -43,36 +46,58 @@ def plan(model: nn.Module, example_inputs: ExampleInputs, **options: Unpack[Plan
         >>> structprune.plan(model, torch.randn(1, 4), ratio=0.25).layers
         (LayerWidth(layer='0', before=8, after=6),)
     """
-    return _planned(model, example_inputs, PlanOptions(**options))[-1]
+    return _plan(model, example_inputs, PlanOptions(**options))
+
+
+def _plan(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> Plan:
+    """The plan of channels; that of branches and channels where the options name them."""
+    if options.depth:
+        return search(model, example_inputs, options, lambda *asked: _planned(*asked)[-1])
+    return _planned(model, example_inputs, options)[-1]
 
 
 def _planned(
-    model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    options: PlanOptions,
+    for_latency: DecideForLatency = decide_for_latency,
 ) -> tuple[DependencyGraph, Mask, Plan]:
     """The coupled channels of `model`, those that go, and the plan that `plan` makes of them."""
     # Each pause ends in a search for garbage. Without data there is one pause for all; forwards on data make garbage.
     with collection_paused() if options.data is None else nullcontext():
         graph = coupled_channels(model, example_inputs, options)
-        decision = decide(graph, options)
+        decision = decide(graph, options, for_latency)
         with collection_paused(), torch.no_grad():
             decided = plan_removal(graph, decision.chosen, decision.settings)
             return graph, graph.components.removed(decision.chosen), decided
 
 
 def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions) -> DependencyGraph:
-    """The coupled channels of `model`, without those that the options leave whole."""
+    """The coupled channels of `model`, without those that the options leave whole.
+
+    Raises:
+        PlanError: the options name blocks or branches, which no graph of channels knows.
+    """
+    if options.depth:
+        named = " and ".join(sorted(options.depth))
+        raise PlanError(
+            f"axes names {named}, which go in one step: use structprune.plan or prune for them, and prune the channels "
+            "of what is left step by step."
+        )
     with collection_paused():
         kept = {"ignore": options.ignore, "ignore_outputs": options.ignore_outputs}
         return DependencyGraph(model, example_inputs, **kept, outputs=options.outputs)
 
 
-def decide(graph: DependencyGraph, options: PlanOptions) -> Decision:
+def decide(
+    graph: DependencyGraph, options: PlanOptions, for_latency: DecideForLatency = decide_for_latency
+) -> Decision:
     """Which of the coupled channels go by the options of `plan`."""
     while True:
         score = fitted(options.importance, graph, options.data, options.loss, options.forward)
         with collection_paused(), torch.no_grad():
             ranking = Ranking(graph, score)
-            decision = (decide_for_latency if options.times else decide_channels)(graph, options, ranking)
+            decision = (for_latency if options.times else decide_channels)(graph, options, ranking)
         # What the forward computes from its sizes may show more that has to stay.
         if graph.settle(graph.components.removed(decision.chosen)):
             return decision
@@ -112,7 +137,17 @@ def prune(
         Linear(in_features=4, out_features=4, bias=True)
     """
     require(locals(), inplace=FLAG, verify=FLAG)
-    graph, removed, decided = _planned(model, example_inputs, PlanOptions(**options))
+    asked = PlanOptions(**options)
+    if asked.depth:
+        decided = _plan(model, example_inputs, asked)
+        if verify:
+            slim = decided.apply(model)
+            check(model, slim, decided, example_inputs).raise_for_error()
+            if not inplace:
+                return slim
+            del slim
+        return decided.apply(model, inplace=inplace)
+    graph, removed, decided = _planned(model, example_inputs, asked)
     if verify:
         slim = decided.apply(model)
         verify_removal(graph, slim, decided, removed).raise_for_error()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
 from structprune.coupling.graph import ChannelGraph, Layer
+from structprune.coupling.grouped_choices import GroupedChoice, grouped_choice
 from structprune.coupling.groups import Group
 from structprune.html import html_table
+from structprune.ops.relations import Ids
 from structprune.planning.build import plan_removal
 from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings
@@ -101,7 +104,8 @@ class DependencyGraph(ChannelGraph):
 
         Args:
             target: a group of this graph, or a layer (module or dotted name) whose output channels are meant.
-            indices: channels of the group, or output channels of the layer, counted from 0.
+            indices: channels of the group, or output channels of the layer, counted from 0. In front of a grouped
+                convolution, and of the convolution itself, other channels of each group may go, equally many of each.
 
         Returns:
             The plan that was carried out.
@@ -112,8 +116,21 @@ class DependencyGraph(ChannelGraph):
             SurgeryError: the removal failed; the model is as it was.
         """
         decided = plan_removal(
-            self, self.chosen(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
+            self, self._settled(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
         )
         decided.apply(self.model, inplace=True)
         self._analyse()
         return decided
+
+    def _settled(self, target: Group | Layer, indices: Sequence[int]) -> Ids | GroupedChoice:
+        """What `prune_group` removes, once every number in the forward that follows it is known to."""
+        while True:
+            grouped = grouped_choice(self, target, indices)
+            chosen = self.chosen(target, indices) if grouped is None else grouped
+            removed = self.components.removed(chosen) if isinstance(chosen, np.ndarray) else chosen.removed
+            emptied = any(removed[self.components.of(slot.axis)].all() for slot in self.slots)
+            if emptied or self.settle(removed, pin=False):
+                return chosen
+            if isinstance(target, Group):  # components are numbered anew
+                found = [group for group in self.groups() if str(group) == str(target)]
+                target = found[0] if len(found) == 1 else target.name

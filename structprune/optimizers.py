@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from structprune.checking import MODEL, OPTIMIZER, Check, require, shown
 from structprune.errors import SurgeryError
-from structprune.surgery.edits import Edits, RemovedSlice, Rescale
-from structprune.surgery.slicing import kept, take
+from structprune.surgery.edits import Edits, RemovedSlice, Rescale, SectionedSlice
+from structprune.surgery.slicing import kept, take, taken
 from structprune.tracing.containers import leaves_of
 from structprune.tracing.state import held_tensors
 from structprune.wrapping import unwrapped
@@ -219,11 +219,15 @@ def _changes(
         if now not in new:
             raise SurgeryError(f"slim has no tensor {name!r}. Give the model that plan.apply returned.")
         found.setdefault(id(tensor), _Change(name, tensor, new[now], tuple(tensor.shape)))
+    # A plan that removes branches first names what it slices as it is called without them.
+    before = {} if inplace else {now: name for name, now in names.items() if now is not None}
     for sliced in plan.slices:
-        if (tensor := old.get(sliced.tensor)) is not None:
+        if (tensor := old.get(before.get(sliced.tensor, sliced.tensor))) is not None:
             found[id(tensor)].slices.append(sliced)
     for rescale in plan.rescales:
-        if isinstance(rescale, Rescale) and (tensor := old.get(rescale.tensor)) is not None:
+        if not isinstance(rescale, Rescale):
+            continue
+        if (tensor := old.get(before.get(rescale.tensor, rescale.tensor))) is not None:
             found[id(tensor)].rescales.append(rescale)
     for change in found.values():
         _check_shapes(change, inplace)
@@ -277,15 +281,24 @@ def _sliced(change: _Change, name: str, value: Any, factored: Factored) -> Any:
         return value
     if list(value.shape) != sizes:
         raise _unknown(change, name, f"a tensor of shape {list(value.shape)}")
-    result = value
-    for sliced in change.slices:
-        if sliced.dim in places:
-            result = take(result, places[sliced.dim], kept(sliced))
+    result = _thinned(change, name, value, places)
     if result is not value:
         result = result.clone(memory_format=torch.contiguous_format)
     for rescale in change.rescales:
         result = _rescaled(result, change, places, rescale, rescale.factor ** -_GRADIENT_POWER.get(name, 0))
     return result
+
+
+def _thinned(change: _Change, name: str, value: Tensor, places: dict[int, int]) -> Tensor:
+    """What stays of an entry that has the dimensions of its parameter at `places`."""
+    if len(places) == len(change.shape):
+        return taken(value, change.slices)
+    if any(isinstance(sliced, SectionedSlice) for sliced in change.slices):
+        raise _unknown(change, name, "averages over dimensions of which each group lost other entries")
+    for sliced in change.slices:
+        if sliced.dim in places:
+            value = take(value, places[sliced.dim], kept(sliced))
+    return value
 
 
 def _rescaled(value: Tensor, change: _Change, places: dict[int, int], rescale: Rescale, factor: float) -> Tensor:

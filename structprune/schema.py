@@ -87,6 +87,14 @@ def json_of(what: str, raises: type[Exception]) -> Generator[None]:
         raise raises(f"This is not the JSON of {what}: {why}.") from error
 
 
+def _as_tuple(value: Any) -> Any:
+    """A list, and those that stand in it, as tuples."""
+    if not isinstance(value, list):
+        return value
+    items: list[Any] = value
+    return tuple(tuple(item) if isinstance(item, list) else item for item in items)
+
+
 def record(kind: Callable[..., E], data: Any) -> E:
     """A record from its JSON object, whose lists are tuples.
 
@@ -96,7 +104,7 @@ def record(kind: Callable[..., E], data: Any) -> E:
     name = getattr(kind, "__name__", "record")
     if not isinstance(data, dict):
         raise FormError(f"a {name} is {data!r:.60}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    values = {key: _as_tuple(value) for key, value in data.items()}
     for key, value in values.items():
         if key not in FIELDS or not FIELDS[key](value):
             raise FormError(f"{name}.{key} is {value!r:.60}")
@@ -216,6 +224,10 @@ def _are_indices_or_none(value: Any) -> bool:
     return value is None or _are_indices(value)
 
 
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_are_indices, value))
+
+
 def _is_place(value: Any) -> bool:
     """Numbers and names on the way to a value inside others."""
     return isinstance(value, tuple) and all(_is_int(step) or isinstance(step, str) for step in value)
@@ -246,6 +258,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "factor": _is_factor,
     "removed": _are_indices,
     "order": _are_indices_or_none,
+    "sections": _are_sections,
     "weight": _is_text,
     "vectors": _are_texts,
     "positions": _are_indices_or_none,

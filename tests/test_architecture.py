@@ -35,9 +35,10 @@ ORDER = (
     ("latency",),
     ("planning", "optimizers"),
     ("dependency_graph", "depth"),
+    ("recovery",),
+    ("joint",),
     ("api",),
     ("pruner",),
-    ("recovery",),
     ("training", "masks"),
     ("filling",),
     ("io", "reporting"),
@@ -160,6 +161,36 @@ def test_importing_loads_nothing_heavy(statement, heavy):
     code = f"{statement}\nprint(sorted(set({heavy!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+TESTS = Path(__file__).parent
+
+
+def names_of_modules(source: str) -> Iterator[str]:
+    """The modules that a file imports, by their full names."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def imports_a_test(source: str) -> list[str]:
+    """What a file imports of other test files."""
+    return [name for name in names_of_modules(source) if name.split(".")[0].startswith(("test_", "conftest", "tests"))]
+
+
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: str(file.relative_to(TESTS)))
+def test_tests_share_what_is_in_support_alone(file):
+    """A test file imports the package, other packages and ``support``, never another test file."""
+    assert imports_a_test(file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["from test_oracle import x", "import test_oracle", "from tests.support import cases"]
+)
+def test_an_import_of_a_test_is_found(source):
+    assert len(imports_a_test(source)) == 1
 
 
 NO_MODULE_IS_HIDDEN = f"""{IMPORT_ALL}

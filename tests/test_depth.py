@@ -524,7 +524,7 @@ def test_the_branches_that_matter_least_are_chosen(score, greedy):
         ({"target": {"params": -1}}, "something must remain"),
         ({"count": 1, "score": "size"}, "score is 'size'"),
         ({"count": 1, "kind": "heads"}, "kind is 'heads'"),
-        ({"count": 9}, "No more than 4"),
+        ({"count": 9}, "no more than 4"),
         ({"target": {"macs": 0.01}}, "which leaves"),
     ],
 )

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from torch import nn
 from typer.main import get_command
 
 import structprune.errors
+from structprune.benchmarking.backends import BACKENDS
 from structprune.cli.app import app
+from structprune.importance.base import CRITERIA
 from structprune.ops import OPS
 from structprune.tracing.opaque import OPAQUE
 
@@ -32,7 +35,9 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Tables of latency need not be good ones.
     monkeypatch.setattr("structprune.latency.measure.SECONDS", 1.0)
-    tables = [(table, dict(table)) for table in (OPS, OPAQUE)]
+    tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
+        (table, dict(table)) for table in (OPS, OPAQUE, CRITERIA, BACKENDS)
+    ]
     yield
     for table, before in tables:
         table.clear()

@@ -17,7 +17,9 @@ from support.snapshot import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import structprune
+from structprune.benchmarking.backends import BACKENDS
 from structprune.errors import RuleError, TraceError, VerificationError
+from structprune.importance.base import CRITERIA
 from structprune.ops import OPS
 from structprune.tracing.opaque import OPAQUE
 
@@ -27,19 +29,20 @@ PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 @pytest.fixture(autouse=True)
 def tables() -> Iterator[None]:
     """What a test registers is gone afterwards."""
-    rules, opaque = dict(OPS), dict(OPAQUE)
+    registries: list[dict[Any, Any]] = [OPS, OPAQUE, CRITERIA, BACKENDS]
+    tables = [(table, dict(table)) for table in registries]
     yield
-    for table, before in ((OPS, rules), (OPAQUE, opaque)):
+    for table, before in tables:
         table.clear()
         table.update(before)
 
 
-def check(model: nn.Module, inputs: Any, *thinned: str) -> nn.Module:
+def check(model: nn.Module, inputs: Any, *sliced: str) -> nn.Module:
     """Prune by half, at random, compare with the oracle; the tensors named must have lost channels."""
     model = oracle.jitter(model, seed=0)
     before = snapshot(model)
     plan = structprune.plan(model, inputs, ratio=0.5, importance=structprune.Random(1))
-    assert set(thinned) <= set(plan.removed), f"still whole: {set(thinned) - set(plan.removed)}"
+    assert set(sliced) <= set(plan.removed), f"still whole: {set(sliced) - set(plan.removed)}"
     slim = plan.apply(model)
     assert_untouched(model, before)
     oracle.check(model, slim, plan, inputs)
@@ -50,8 +53,10 @@ def check(model: nn.Module, inputs: Any, *thinned: str) -> nn.Module:
 def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     rules = [block for block in blocks if "@structprune.register" in block]
-    assert len(rules) == 2
-    assert all(len(block.strip().splitlines()) < 15 for block in rules)
+    assert len(rules) == 3
+    tasks = [block for block in blocks if re.match(r"# \w+\.py\n", block)]
+    assert len(tasks) == 4
+    assert all(len(block.strip().splitlines()) <= 15 for block in (*rules, *tasks))
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
         exec(block, names)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import oracle
 from support.cases import normal
-from test_wrapped import INPUTS, Network, network
+from support.networks import PIXELS, Named, named_network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as masks
@@ -21,16 +21,16 @@ import structprune
 
 
 def test_hooks_are_kept_and_run() -> None:
-    model, seen = network(), []
+    model, seen = named_network(), []
     model.conv1.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
     model.conv1.register_forward_hook(lambda m, args, out: torch.tanh(out[:, :, 1:-1]))
     model.conv2.register_forward_hook(lambda m, args, kwargs, out: seen.append(tuple(out.shape)), with_kwargs=True)
     model.norm.register_full_backward_hook(lambda m, before, after: seen.append("backward"))
-    plan = structprune.plan(model, INPUTS, ratio=0.5)
+    plan = structprune.plan(model, PIXELS, ratio=0.5)
     slim = plan.apply(model)
-    oracle.check(model, slim, plan, INPUTS)
+    oracle.check(model, slim, plan, PIXELS)
     seen.clear()
-    slim(INPUTS).sum().backward()
+    slim(PIXELS).sum().backward()
     assert seen == [(4, 6, 3, 5), "backward"]
 
 
@@ -44,7 +44,7 @@ def test_a_hook_that_ties_channels_is_seen() -> None:
     oracle.check(model, plan.apply(model), plan, inputs)
 
 
-def masked(model: Network) -> nn.Module:
+def masked(model: Named) -> nn.Module:
     masks.l1_unstructured(model.conv2, "weight", amount=0.5)
     masks.random_structured(model.conv2, "weight", amount=2, dim=0)
     masks.random_unstructured(model.conv1, "bias", amount=0.5)
@@ -79,14 +79,14 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 @pytest.mark.parametrize("kind", COMPUTED)
 def test_weights_that_are_computed(kind: str, inplace: bool) -> None:
-    model = COMPUTED[kind](Network())
+    model = COMPUTED[kind](Named())
     with torch.no_grad():
-        model(INPUTS.float())
+        model(PIXELS.float())
     twin = oracle.jitter(model, seed=0)
     with torch.no_grad():
-        twin(INPUTS)
+        twin(PIXELS)
     model = copy.deepcopy(twin).train()
-    plan = structprune.plan(model, INPUTS, ratio=0.5)
+    plan = structprune.plan(model, PIXELS, ratio=0.5)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     slim = plan.apply(model, inplace=inplace)
     assert (slim.conv2.in_channels, slim.conv2.out_channels, slim.head.in_features) == (4, 6, 6)
@@ -99,8 +99,8 @@ def test_weights_that_are_computed(kind: str, inplace: bool) -> None:
         assert tensor.shape == state[name].shape
         assert torch.equal(tensor, state[name]) == (name not in gains), name
     assert slim.eval().conv2.weight.shape == (6, 4, 3, 3), "up to date before the first forward"
-    oracle.check(twin, slim, plan, INPUTS)
-    slim.train()(INPUTS).sum().backward()
+    oracle.check(twin, slim, plan, PIXELS)
+    slim.train()(PIXELS).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in slim.parameters())
 
 
@@ -109,12 +109,12 @@ def test_weights_that_are_computed(kind: str, inplace: bool) -> None:
 @pytest.mark.parametrize("kind", ["masks", "weight norm hook", "spectral norm hook"])
 def test_computed_weights_with_a_graph_of_their_own(kind: str) -> None:
     """After a forward with gradients the weight on the module is no leaf, which ``copy.deepcopy`` refuses."""
-    model = COMPUTED[kind](Network()).eval()
-    model(INPUTS.float())
-    slim = structprune.prune(model, INPUTS.float(), ratio=0.5)
+    model = COMPUTED[kind](Named()).eval()
+    model(PIXELS.float())
+    slim = structprune.prune(model, PIXELS.float(), ratio=0.5)
     assert slim.conv2.weight.shape == (6, 4, 3, 3)
     assert model.conv2.weight.grad_fn is not None
-    model(INPUTS.float()).sum().backward()
+    model(PIXELS.float()).sum().backward()
 
 
 class HooksItself(nn.Module):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import structprune
 from structprune.errors import PlanError, UnsupportedModelError
+from structprune.masks import PruningEngine, Saliency
 from structprune.planning.plan import plans_of
 
 lightning = pytest.importorskip("lightning.pytorch", reason="needs the extra lightning")
@@ -25,7 +26,7 @@ from lightning.pytorch.callbacks import (  # noqa: E402, what it needs may be mi
 )
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402, what it needs may be missing
 
-from structprune.integrations.lightning import PruningCallback, restore  # noqa: E402, what it needs may be missing
+from structprune.integrations.lightning import MaskingCallback, PruningCallback, restore  # noqa: E402, what it needs may be missing
 
 pytestmark = [
     # Sixteen rows need no processes to load them.
@@ -296,3 +297,30 @@ def test_the_older_package_will_do_too(tmp_path) -> None:
     )  # fmt: skip
     run.fit(module, loader())
     assert module.model[0].out_features == 16
+
+
+def masked_fit(folder: Path, epochs: int, checkpoint: str | None = None) -> tuple[Module, PruningEngine]:
+    module = Module()
+    engine = PruningEngine(module.model, Saliency.magnitude, [0.2, 0.4, 0.6])
+    callbacks = [
+        MaskingCallback(engine, every=2),
+        ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True),
+    ]
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    fit = lightning.Trainer(max_epochs=epochs, callbacks=callbacks, **quiet)
+    fit.fit(module, loader(), ckpt_path=checkpoint)
+    return module, engine
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_masks_grow_while_it_trains_and_go_on_from_a_checkpoint(tmp_path):
+    whole, engine = masked_fit(tmp_path / "whole", 6)
+    assert engine.taken == 3
+    assert all(bool((whole.model.get_submodule(n[:1]).weight[~m] == 0).all()) for n, m in engine.mask.items())
+    masked_fit(tmp_path / "killed", 3)
+    resumed, other = masked_fit(tmp_path / "killed", 6, str(tmp_path / "killed" / "last.ckpt"))
+    assert other.taken == 3
+    assert other.mask.hamming(engine.mask) == 0
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    with pytest.raises(PlanError, match="every is 0"):
+        MaskingCallback(engine, every=0)

@@ -13,12 +13,14 @@ from torch.utils.data import Dataset
 
 import structprune
 from structprune.errors import LoadError, PlanError, UnsupportedModelError
+from structprune.masks import PruningEngine, Saliency
 from structprune.planning.plan import plans_of
 
 transformers = pytest.importorskip("transformers", reason="needs the extra models: transformers")
 pytest.importorskip("accelerate", reason="needs the extra models: accelerate, which the Trainer runs on")
 
 from structprune.integrations.transformers import (  # noqa: E402, what it needs may be missing
+    MaskingCallback,
     PruningCallback,
     restore,
     save_pruned,
@@ -191,3 +193,35 @@ def test_training_in_several_processes_is_refused(tmp_path, monkeypatch) -> None
     with pytest.raises(UnsupportedModelError, match="over processes"):
         run.callback_handler.on_train_begin(run.args, run.state, run.control)
     assert not plans_of(run.model)
+
+
+def engine_of(model: nn.Module) -> PruningEngine:
+    names = ["bert.encoder.layer.0.intermediate.dense.weight", "bert.encoder.layer.1.intermediate.dense.weight"]
+    return PruningEngine(model, lambda m: Saliency.magnitude(m, names), [0.2, 0.4, 0.6], names=names)
+
+
+def test_masks_grow_while_it_trains_and_go_on_from_a_checkpoint(tmp_path):
+    whole = network()
+    engine = engine_of(whole)
+    trainer(whole, MaskingCallback(engine), tmp_path / "whole").train()
+    assert engine.taken == 3
+    assert engine.mask.kept == round(0.4 * engine.mask.entries)
+    resumed = network()
+    other = engine_of(resumed)
+    callback = MaskingCallback(other)
+    checkpoint = tmp_path / "whole" / "checkpoint-8"  # after two of four epochs
+    callback.resume(checkpoint)
+    assert other.taken == 2
+    trainer(resumed, callback, tmp_path / "resumed").train(resume_from_checkpoint=str(checkpoint))
+    assert other.taken == 3
+    assert other.mask.hamming(engine.mask) == 0
+    assert torch.allclose(outputs(whole), outputs(resumed), atol=1e-6)
+
+
+def test_a_checkpoint_without_masks_is_refused(tmp_path):
+    callback = MaskingCallback(engine_of(network()))
+    with pytest.raises(LoadError, match="does not exist"):
+        callback.resume(tmp_path)
+    (tmp_path / "structprune_masks.pt").write_bytes(b"no state")
+    with pytest.raises(LoadError, match="damaged"):
+        callback.resume(tmp_path)

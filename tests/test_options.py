@@ -64,8 +64,15 @@ def test_a_layer_alone_is_left_whole() -> None:
 
 def test_what_is_asked_and_reached_is_recorded() -> None:
     plan = structprune.plan(net(), X, target={"macs": 0.5}, scope="global", round_to=1, max_ratio=0.75)
-    asked = {"target": {"macs": 0.5}, "scope": "global", "axes": None, "round_to": 1, "min_channels": 1}
-    asked |= {"max_ratio": 0.75, "importance": "l2", "ignore": None, "ignore_outputs": None, "outputs": None}
+    asked = {"target": {"macs": 0.5}, "scope": "global", "axes": None, "branch_score": None, "round_to": 1}
+    asked |= {
+        "min_channels": 1,
+        "max_ratio": 0.75,
+        "importance": "l2",
+        "ignore": None,
+        "ignore_outputs": None,
+        "outputs": None,
+    }
     assert plan.settings.asked == asked
     assert plan.settings.reached == {"macs": plan.after.macs / plan.before.macs}
     assert (plan.settings.measured, plan.settings.left, plan.settings.over_survivors) == ({}, {}, ())

@@ -73,3 +73,24 @@ def test_a_size_that_is_a_tensor_is_not_taken_for_the_next_one() -> None:
     inputs = (torch.randn(2, 5, 6).double(), torch.tensor([5, 3]))
     slim = structprune.prune(model, inputs, ratio=0.5, round_to=1)
     assert (slim.a.out_features, slim.width) == (4, 4)
+
+
+class _States(nn.Module):
+    """The state and the cell that an LSTM begins with come from layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.cell, self.a = nn.Linear(5, 8), nn.Linear(5, 8), nn.LSTM(5, 8, batch_first=True)
+        self.h = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = x.mean(1)
+        return self.h(self.a(x, (self.state(features)[None], self.cell(features)[None]))[0])
+
+
+def test_the_state_and_the_cell_lose_the_same_channels() -> None:
+    torch.manual_seed(0)
+    model, x = _States().double().eval(), torch.randn(3, 4, 5).double()
+    plan = structprune.plan(model, x, ratio=0.5)
+    assert plan.removed["state.weight"] == plan.removed["cell.weight"]
+    assert structprune.verify(model, plan.apply(model), plan, x).ok

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from support.cases import Case, all_cases
-from test_controls import IDS, IMAGE, Residual, Transformer
+from support.networks import IDS, IMAGE, Residual, Transformer
 from torch import nn
 
 import structprune

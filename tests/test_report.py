@@ -169,9 +169,9 @@ def test_nodes_do_not_overlap_and_edges_go_down_or_to_the_next_column(seed):
     assert not (overlap & ~np.eye(60, dtype=bool)).any()
     assert (at >= [WIDTH / 2, HEIGHT / 2]).all()
     assert (at <= [found.width - WIDTH / 2, found.height - HEIGHT / 2]).all()
-    for (start, end), path in zip(edges, found.paths, strict=True):
+    for (start, end), course in zip(edges, found.courses, strict=True):
         assert found.centres[end][1] > found.centres[start][1] or found.centres[end][0] > found.centres[start][0]
-        numbers = [float(n) for n in re.findall(r"-?[\d.]+", path)]
+        numbers = [number for _, points in course for point in points for number in point]
         assert numbers[0] == pytest.approx(found.centres[start][0], abs=0.1)
         assert numbers[-1] == pytest.approx(found.centres[end][1] - HEIGHT / 2, abs=0.1)
         assert max(numbers) <= max(found.width, found.height)

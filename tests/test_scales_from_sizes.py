@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,6 +104,9 @@ LOST: dict[str, Scale] = {
     "one over a root": lambda m, w, q: w * (1 / math.sqrt(int(q.shape[-1]))),
     "len": lambda m, w, q: w / len(m.q.weight),
     "in place": lambda m, w, q: w.mul_(int(q.shape[-1]) ** -0.5),
+    "float": lambda m, w, q: w * float(q.shape[-1]) ** -0.5,
+    "math.pow": lambda m, w, q: w * math.pow(q.shape[-1], -0.5),
+    "NumPy": lambda m, w, q: w / np.sqrt(int(q.shape[-1])),
 }
 
 
@@ -114,9 +120,25 @@ def test_a_power_of_a_lost_number_is_found_again(name: str, ratio: float) -> Non
     assert {rescale.tensor for rescale in plan.rescales} == {"q.weight", "q.bias"}
 
 
+def test_a_removal_by_hand_finds_it_too() -> None:
+    torch.manual_seed(0)
+    model, x = _Attention(LOST["int"]).double().eval(), torch.randn(2, 5, 6).double()
+    original = copy.deepcopy(model)
+    graph = structprune.DependencyGraph(model, x)
+    plan = graph.prune_group("q", [0, 5])
+    assert structprune.verify(original, model, plan, x).ok
+    assert {rescale.tensor for rescale in plan.rescales} == {"q.weight", "q.bias"}
+    (group,) = [group for group in graph.groups() if group.name == "q"]
+    graph.prune_group(group, [1])
+    assert model.q.out_features == 13
+
+
 OTHERS: dict[str, Scale] = {
     "inputs added": lambda m, w, q: w * (q.shape[1] + q.shape[-1]) ** -0.5,
     "inputs added, lost": lambda m, w, q: w * (int(q.shape[1]) + int(q.shape[-1])) ** -0.5,
+    "a logarithm of NumPy": lambda m, w, q: w / np.log(int(q.shape[-1])),
+    "a fraction": lambda m, w, q: w * Fraction(int(q.shape[-1]), 3).__float__(),
+    "a branch": lambda m, w, q: w * 2 if float(q.shape[-1]) > 8 else w,
     "a logarithm": lambda m, w, q: w / math.log(int(q.shape[-1])),
     "a tensor": lambda m, w, q: w / torch.tensor(int(q.shape[-1]), dtype=w.dtype).sqrt(),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_controls import IMAGE, Residual
+from support.networks import IMAGE, Residual
 from torch import nn
 
 import structprune

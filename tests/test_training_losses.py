@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_controls import IDS, IMAGE, Residual, Transformer
+from support.networks import IDS, IMAGE, Residual, Transformer
 from torch import Tensor, nn
 
 import structprune

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -223,23 +224,34 @@ def test_prune_traces_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(traced) == 1
 
 
-def _peak_bytes() -> int:
+# In a process of its own: what other tests hold or free moves the peak of this one.
+PEAK_OF_VERIFICATION = """
+from pathlib import Path
+import torch, structprune
+from torch import nn
+
+def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+torch.set_num_threads(1)
+with torch.no_grad():
+    layers = [nn.Linear(1536, 1536, dtype=torch.bfloat16) for _ in range(24)]
+model, x = nn.Sequential(*layers), torch.randn(2, 1536, dtype=torch.bfloat16)
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+plan = structprune.plan(model, x, ratio=0.5, importance="random")
+slim = plan.apply(model)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = peak()
+assert structprune.verify(model, slim, plan, x).ok
+print((peak() - before) / weights)
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_verifying_takes_little_memory_beyond_the_two_models() -> None:
-    with torch.no_grad():
-        layers = [nn.Linear(1536, 1536, dtype=torch.bfloat16) for _ in range(24)]
-    model, x = nn.Sequential(*layers), torch.randn(2, 1536, dtype=torch.bfloat16)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    plan = structprune.plan(model, x, ratio=0.5, importance="random")
-    slim = plan.apply(model)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _peak_bytes()
-    assert structprune.verify(model, slim, plan, x).ok
-    assert _peak_bytes() - before < 0.5 * weights
+    done = subprocess.run([sys.executable, "-c", PEAK_OF_VERIFICATION], capture_output=True, text=True, check=True)
+    assert 0 <= float(done.stdout) < 0.5
 
 
 # -- what is not plain zeroing is named ------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import pytest
 import timm.utils
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from support import oracle
 from support.cases import normal
+from support.networks import PIXELS, Named, named_network
 from support.snapshot import assert_untouched, snapshot
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -27,27 +27,6 @@ import structprune
 from structprune.errors import UnknownLayerError, UnsupportedModelError
 from structprune.planning.plan import plans_of
 from structprune.wrapping import WRAPPERS, rewrapped, unwrapped
-
-INPUTS = normal(4, 3, 7, 7).double()
-
-
-class Network(nn.Module):
-    """Layers by name, so that names inside a wrapper can be told from those outside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.head = nn.Conv2d(8, 12, 3), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.norm(self.conv1(x)))
-        return self.head(F.adaptive_avg_pool2d(F.gelu(self.conv2(x)), 1).flatten(1))
-
-
-def network() -> Network:
-    model = oracle.jitter(Network(), seed=0)
-    assert isinstance(model, Network)
-    return model
 
 
 @pytest.fixture
@@ -84,29 +63,29 @@ WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_pruned_through_the_wrapper(kind: str, inplace: bool) -> None:
-    twin = network()
-    wrapped = WRAPPED[kind](network())
-    plan = structprune.plan(wrapped, INPUTS, ratio=0.5, ignore=["head"])
+    twin = named_network()
+    wrapped = WRAPPED[kind](named_network())
+    plan = structprune.plan(wrapped, PIXELS, ratio=0.5, ignore=["head"])
     assert set(plan.removed) == {"conv1.weight", "conv1.bias", "norm.weight", "norm.bias", "norm.running_mean",
                                  "norm.running_var", "conv2.weight"}  # fmt: skip
-    assert plan.removed == structprune.plan(twin, INPUTS, ratio=0.5, ignore=["head"]).removed
-    slim = structprune.prune(wrapped, INPUTS, ratio=0.5, ignore=["head"], inplace=inplace)
+    assert plan.removed == structprune.plan(twin, PIXELS, ratio=0.5, ignore=["head"]).removed
+    slim = structprune.prune(wrapped, PIXELS, ratio=0.5, ignore=["head"], inplace=inplace)
     assert type(slim) is type(wrapped)
     assert (slim is wrapped) == inplace
-    oracle.check(twin, unwrapped(slim), plan, INPUTS)
-    assert oracle.relative_error(oracle.call(slim, INPUTS), oracle.call(unwrapped(slim), INPUTS)) < 1e-12
+    oracle.check(twin, unwrapped(slim), plan, PIXELS)
+    assert oracle.relative_error(oracle.call(slim, PIXELS), oracle.call(unwrapped(slim), PIXELS)) < 1e-12
     if not inplace:
         assert unwrapped(wrapped).conv1.out_channels == 8
-        assert oracle.relative_error(oracle.call(wrapped, INPUTS), oracle.call(twin, INPUTS)) < 1e-12
-    assert structprune.verify(wrapped if not inplace else twin, slim, plan, INPUTS).ok
-    assert structprune.cost(slim, INPUTS) == plan.after
-    assert plans_of(structprune.prune(slim, INPUTS, ratio=0.5))[0] == plan, "both rounds are known"
-    assert "8 channels" in structprune.DependencyGraph(WRAPPED[kind](twin), INPUTS).explain("conv1")
+        assert oracle.relative_error(oracle.call(wrapped, PIXELS), oracle.call(twin, PIXELS)) < 1e-12
+    assert structprune.verify(wrapped if not inplace else twin, slim, plan, PIXELS).ok
+    assert structprune.cost(slim, PIXELS) == plan.after
+    assert plans_of(structprune.prune(slim, PIXELS, ratio=0.5))[0] == plan, "both rounds are known"
+    assert "8 channels" in structprune.DependencyGraph(WRAPPED[kind](twin), PIXELS).explain("conv1")
 
 
 def test_names_of_the_wrapper_are_unknown_and_the_right_one_is_told() -> None:
     with pytest.raises(UnknownLayerError, match=r"has no layer 'module.conv1'. Did you mean 'conv1'"):
-        structprune.plan(nn.DataParallel(network()), INPUTS, ignore=["module.conv1"])
+        structprune.plan(nn.DataParallel(named_network()), PIXELS, ignore=["module.conv1"])
 
 
 def test_every_wrapper_that_is_known_exists() -> None:
@@ -121,36 +100,36 @@ def test_every_wrapper_that_is_known_exists() -> None:
 
 def test_a_compiled_model_keeps_its_options_and_compiles_anew() -> None:
     torch.compiler.reset()
-    model = compiled(network())
-    model(INPUTS)
-    slim = structprune.prune(model, INPUTS, ratio=0.5)
+    model = compiled(named_network())
+    model(PIXELS)
+    slim = structprune.prune(model, PIXELS, ratio=0.5)
     assert slim.get_compiler_config is not None
     assert slim.dynamo_ctx is model.dynamo_ctx
     before = _counting()[0]
-    slim(INPUTS)
+    slim(PIXELS)
     assert _counting()[0] == before + 1, "the same backend has compiled it"
     torch.compiler.reset()
-    model(INPUTS)
-    structprune.prune(model, INPUTS, ratio=0.25, inplace=True)
+    model(PIXELS)
+    structprune.prune(model, PIXELS, ratio=0.25, inplace=True)
     before = _counting()[0]
-    model(INPUTS)
+    model(PIXELS)
     assert _counting()[0] == before + 1, "guards on the old shapes have failed"
 
 
 def test_a_model_compiled_in_place() -> None:
     """In place it stays compiled; a copy is not, as ``copy.deepcopy`` of such a model is not."""
-    model, twin = network(), network()
+    model, twin = named_network(), named_network()
     model.compile(backend="eager", fullgraph=True)
-    model(INPUTS)
+    model(PIXELS)
     before = snapshot(model)
-    plan = structprune.plan(model, INPUTS, ratio=0.5)
+    plan = structprune.plan(model, PIXELS, ratio=0.5)
     slim = plan.apply(model)
     assert_untouched(model, before)
     assert slim._compiled_call_impl is None
-    oracle.check(twin, slim, plan, INPUTS)
+    oracle.check(twin, slim, plan, PIXELS)
     plan.apply(model, inplace=True)
     assert model._compiled_call_impl is not None
-    assert oracle.relative_error(oracle.call(model, INPUTS), oracle.call(slim, INPUTS)) < 1e-12
+    assert oracle.relative_error(oracle.call(model, PIXELS), oracle.call(slim, PIXELS)) < 1e-12
 
 
 class PartlyCompiled(nn.Module):
@@ -158,7 +137,7 @@ class PartlyCompiled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.out = Network(), nn.Linear(5, 6)
+        self.body, self.out = Named(), nn.Linear(5, 6)
         self.last = nn.Linear(6, 3)
 
     @torch.compile(backend="eager")
@@ -175,15 +154,15 @@ def test_compiled_parts_of_a_model() -> None:
     model = oracle.jitter(PartlyCompiled(), seed=0)
     twin = copy.deepcopy(model)
     model.body = torch.compile(model.body, backend="eager")
-    model(INPUTS)
-    plan = structprune.plan(model, INPUTS, ratio=0.5)
+    model(PIXELS)
+    plan = structprune.plan(model, PIXELS, ratio=0.5)
     slim = plan.apply(model)
     assert {"body._orig_mod.conv1.weight", "body._orig_mod.head.weight", "out.weight", "last.weight"} <= set(
         plan.removed
     )
-    oracle.check(model, slim, plan, INPUTS)
+    oracle.check(model, slim, plan, PIXELS)
     assert slim.body.conv1.out_channels == 4
-    assert oracle.relative_error(oracle.call(model, INPUTS), oracle.call(twin, INPUTS)) < 1e-12
+    assert oracle.relative_error(oracle.call(model, PIXELS), oracle.call(twin, PIXELS)) < 1e-12
 
 
 # -- several devices and processes -------------------------------------------------------------------------------------
@@ -197,52 +176,56 @@ def distributed(model: nn.Module, **options: Any) -> DistributedDataParallel:
 
 def test_distributed_data_parallel(process_group: None) -> None:
     model = distributed(
-        network(), find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=3
+        named_network(),
+        find_unused_parameters=True,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        bucket_cap_mb=3,
     )
     model.register_comm_hook(None, default_hooks.allreduce_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
-    model(INPUTS).square().mean().backward()
+    model(PIXELS).square().mean().backward()
     optimizer.step()
     twin = copy.deepcopy(model.module)
-    plan = structprune.plan(model, INPUTS, ratio=0.5)
+    plan = structprune.plan(model, PIXELS, ratio=0.5)
     slim = plan.apply(model)
     assert type(slim) is DistributedDataParallel
     options = ("find_unused_parameters", "gradient_as_bucket_view", "broadcast_buffers", "bucket_bytes_cap",
                "static_graph", "device_ids", "process_group", "_comm_hooks", "training")  # fmt: skip
     assert all(getattr(slim, name) == getattr(model, name) for name in options)
-    oracle.check(twin, slim.module, plan, INPUTS)
+    oracle.check(twin, slim.module, plan, PIXELS)
     structprune.remap_optimizer(optimizer, plan, model, slim)
     for p in slim.parameters():
         p.grad = None
-    slim(INPUTS).square().mean().backward()
+    slim(PIXELS).square().mean().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in slim.parameters())
     optimizer.step()
-    model(INPUTS).square().mean().backward()  # the original goes on too
+    model(PIXELS).square().mean().backward()  # the original goes on too
 
 
 def test_distributed_data_parallel_in_place_is_refused(process_group: None) -> None:
-    model = distributed(network())
+    model = distributed(named_network())
     before = snapshot(model.module)
     for call in (
-        lambda: structprune.prune(model, INPUTS, inplace=True),
-        lambda: structprune.plan(model, INPUTS).apply(model, inplace=True),
-        lambda: structprune.plan(model, INPUTS).apply(nn.Sequential(model), inplace=True),
+        lambda: structprune.prune(model, PIXELS, inplace=True),
+        lambda: structprune.plan(model, PIXELS).apply(model, inplace=True),
+        lambda: structprune.plan(model, PIXELS).apply(nn.Sequential(model), inplace=True),
     ):
         with pytest.raises(UnsupportedModelError, match=r"DistributedDataParallel.* reducer .* prune without inplace"):
             call()
     assert_untouched(model.module, before)
-    structprune.prune(model.module, INPUTS, inplace=True)
+    structprune.prune(model.module, PIXELS, inplace=True)
 
 
 def test_sharded_models_are_refused(process_group: None) -> None:
     mesh = init_device_mesh("cpu", (1,))
-    for model in (fully_shard(network(), mesh=mesh), nn.Sequential(fully_shard(network(), mesh=mesh))):
-        with pytest.raises(UnsupportedModelError, match=r"Network.* cannot be pruned: its parameters are spread over"):
-            structprune.prune(model, INPUTS)
-    sharded = network()
+    for model in (fully_shard(named_network(), mesh=mesh), nn.Sequential(fully_shard(named_network(), mesh=mesh))):
+        with pytest.raises(UnsupportedModelError, match=r"Named.* cannot be pruned: its parameters are spread over"):
+            structprune.prune(model, PIXELS)
+    sharded = named_network()
     sharded.head.weight = nn.Parameter(DTensor.from_local(sharded.head.weight.detach(), mesh))
     with pytest.raises(UnsupportedModelError, match="'head', a Linear, cannot be pruned: its weight is a DTensor"):
-        structprune.prune(sharded, INPUTS)
+        structprune.prune(sharded, PIXELS)
 
 
 def test_a_fully_sharded_wrapper_is_refused() -> None:
@@ -252,7 +235,7 @@ def test_a_fully_sharded_wrapper_is_refused() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"FullyShardedDataParallel cannot be pruned: .* before it is sharded"
     ):
-        structprune.plan(model, INPUTS)
+        structprune.plan(model, PIXELS)
 
 
 # -- what cannot be pruned ---------------------------------------------------------------------------------------------
@@ -261,11 +244,11 @@ def test_a_fully_sharded_wrapper_is_refused() -> None:
 # TorchScript is deprecated, and people still have models in it.
 @pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.* is not supported:DeprecationWarning")
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, INPUTS)], ids=["script", "trace"])
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, PIXELS)], ids=["script", "trace"])
 def test_torchscript_is_refused(make: Any) -> None:
-    scripted = make(network())
+    scripted = make(named_network())
     with pytest.raises(UnsupportedModelError, match="cannot be pruned: its forward is compiled TorchScript"):
-        structprune.prune(scripted, INPUTS)
+        structprune.prune(scripted, PIXELS)
 
 
 # torch says so of every lazy module that is made.
@@ -282,15 +265,15 @@ def test_lazy_modules_are_refused_until_they_have_run() -> None:
 
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"model is a function; give an nn.Module"):
-        structprune.prune(lambda x: x, INPUTS)  # pyright: ignore[reportArgumentType], what is refused
+        structprune.prune(lambda x: x, PIXELS)  # pyright: ignore[reportArgumentType], what is refused
 
 
 def test_rewrapping_shares_no_state() -> None:
-    average = AveragedModel(network())
+    average = AveragedModel(named_network())
     twin = rewrapped(average, copy.deepcopy(average.module))
-    twin.update_parameters(network())
+    twin.update_parameters(named_network())
     assert (int(twin.n_averaged), int(average.n_averaged)) == (1, 0)
-    ema = timm.utils.ModelEmaV3(network())
+    ema = timm.utils.ModelEmaV3(named_network())
     twin = rewrapped(ema, copy.deepcopy(ema.module))
     before = ema._sr_generator.get_state()
     torch.rand(3, generator=twin._sr_generator)

@@ -167,7 +167,7 @@ def block() -> Picture:
     start = (xs["stem"] + extent(3) + xs["conv1"]) / 2
     picture.path(f"M{start} {middle}V56H{plus}V{middle - 15}")
     picture.text((start + plus) / 2, 46, "shortcut", "mid small")
-    picture.text(36, 28, "Axes of a weight are its output channels, columns its input channels.", "small")
+    picture.text(36, 28, "Rows of a weight are its output channels, columns its input channels.", "small")
     legend = top + size + 62
     picture.rect(36, legend - 11, CELL, CELL, "first")
     picture.text(58, legend, "channel 2 of conv1: a filter, its entries in the batch norm, and what conv2 reads of it")
@@ -208,7 +208,7 @@ def grid() -> Picture:
     cells(770, 150, {(h, entry) for h in range(heads)}, "second", "a column of the grid")
     picture.path(f"M{520 + extent(columns) + 14} 178H712")
     picture.text(672, 168, "view", "mid mono")
-    said = "Query, key and value share the rows and columns of this product, and the output projection reads its cells."
+    said = "Query, key and value share the rows and columns of this grid, and the output projection reads its cells."
     picture.text(36, 346, said, "small")
     return picture
 

@@ -98,7 +98,7 @@ class SessionRun:
         if provider not in self._session.get_providers():
             raise ValueError(
                 f"ONNX Runtime offers {provider} but could not start it on {device}; its log says why (mostly a "
-                "library of the wrong version). AttributeEdit the installation, or leave it out of backends="
+                "library of the wrong version). Repair the installation, or leave it out of backends="
             )
         self._binding = None if device.type == "cpu" else bound(self._session, self._feed, device)
 

@@ -245,6 +245,7 @@ FORMS: dict[Form, TextForm] = {
     "scope": TextForm(list[str] | None, _scope),
     "words": TextForm(list[str] | None, lambda _, texts: [name for text in texts for name in text.split(",")]),
     "names": TextForm(list[str] | None, lambda _, texts: texts),
+    "word": TextForm(str | None, lambda _, text: text),
     "step": TextForm(str, _step),
     "count": TextForm(int, lambda _, number: number),
     "share": TextForm(float, lambda _, number: number),

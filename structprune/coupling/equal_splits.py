@@ -8,6 +8,14 @@ before, the axes behind it hold what is kept in another order, and so must the w
 
 Where anything else looks at the sections (a product of heads, a slice by number, a pinned channel), they are tied
 to keep the same channels.
+
+Example: 8 channels (axis 0) are cut into halves (axes 1 and 2), which a shuffle interleaves (axis 3).
+    >>> halves = SplitProgram(made=(0,), sizes=(8,), steps=(Step("shuffle", (0,), (1, 2, 3), 2),), axes=4)
+    >>> [axis.tolist() for axis in halves.run((8,))]
+    [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3], [4, 5, 6, 7], [0, 4, 1, 5, 2, 6, 3, 7]]
+    >>> allowed = table(halves)  # two classes, of which equally many are kept
+    >>> allowed.classes.tolist(), allowed.counts.tolist()
+    ([0, 0, 0, 0, 1, 1, 1, 1], [[1, 1], [2, 2], [3, 3], [4, 4]])
 """
 
 from __future__ import annotations
@@ -54,15 +62,15 @@ class SplitProgram:
 
     def run(self, sizes: Sequence[int]) -> list[Ids] | None:
         """The channels in each axis, numbered in the order of the made axes; None where that cannot be."""
-        found: dict[int, Ids] = {}
+        held: dict[int, Ids] = {}
         first = 0
         for axis, size in zip(self.made, sizes, strict=True):
-            found[axis] = np.arange(first, first + size)
+            held[axis] = np.arange(first, first + size)
             first += size
         for step in self.steps:
-            if not found.keys() >= set(step.sources):
+            if not held.keys() >= set(step.sources):
                 return None  # it is made of itself
-            given = [found[source] for source in step.sources]
+            given = [held[source] for source in step.sources]
             if step.kind == "join":
                 result = [np.concatenate(given)]
             elif len(given[0]) % step.sections:
@@ -72,13 +80,13 @@ class SplitProgram:
                 if step.kind == "shuffle":
                     result.append(given[0].reshape(step.sections, -1).T.ravel())
             for target, axis in zip(step.targets, result, strict=True):
-                if target in found and not np.array_equal(found[target], axis):
+                if target in held and not np.array_equal(held[target], axis):
                     return None
-                found[target] = axis
-        return [found[axis] for axis in range(self.axes)]
+                held[target] = axis
+        return [held[axis] for axis in range(self.axes)]
 
-    def reached(self, axes: list[Ids]) -> list[bytes]:
-        """For each channel, the axis that made it and the axes that it reaches."""
+    def holders(self, axes: list[Ids]) -> list[bytes]:
+        """For each channel, the axes that hold it, as bits: above, 0 and 1 and 3 for channels 0 to 3, else 0, 2, 3."""
         total = max(int(axis.max()) for axis in axes) + 1
         member = np.zeros((total, self.axes), dtype=bool)
         for number, axis in enumerate(axes):
@@ -106,7 +114,7 @@ def table(program: SplitProgram) -> Table | None:
     if full is None:
         return None
     numbers: dict[bytes, int] = {}
-    classes = np.array([numbers.setdefault(key, len(numbers)) for key in program.reached(full)])
+    classes = np.array([numbers.setdefault(key, len(numbers)) for key in program.holders(full)])
     available = np.bincount(classes)
     counts: list[Ids] = []
     widths: list[tuple[int, ...]] = []
@@ -114,8 +122,8 @@ def table(program: SplitProgram) -> Table | None:
         axes = program.run(sizes)
         if axes is None:
             continue
-        found = [numbers.get(key, -1) for key in program.reached(axes)]
-        count = np.bincount(found, minlength=len(numbers)) if min(found) >= 0 else available + 1
+        of_channel = [numbers.get(key, -1) for key in program.holders(axes)]
+        count = np.bincount(of_channel, minlength=len(numbers)) if min(of_channel) >= 0 else available + 1
         if (count <= available).all():
             counts.append(count)
             widths.append(sizes)
@@ -162,11 +170,13 @@ class SplitGroup:
         full, axes = self.program.run(self.program.sizes), self.program.run(self.table.widths[self.choice(removed)])
         assert full is not None
         assert axes is not None
-        numbers = dict(zip(self.program.reached(full), self.table.classes.tolist(), strict=True))
-        found = np.array([numbers[key] for key in self.program.reached(axes)])
-        kept = np.empty(len(found), dtype=np.int64)
+        numbers = dict(zip(self.program.holders(full), self.table.classes.tolist(), strict=True))
+        # At width 4 of the example with channels 1, 2, 4 and 7 kept, the smaller network numbers them 0 to 3. The first
+        # two are of class 0, which keeps [1, 2], the others of class 1, which keeps [4, 7]; axis 3 is [1, 4, 2, 7].
+        class_of = np.array([numbers[key] for key in self.program.holders(axes)])
+        kept = np.empty(len(class_of), dtype=np.int64)
         for number, ids in enumerate(self.classes):
-            kept[found == number] = ids[~removed[ids]]
+            kept[class_of == number] = ids[~removed[ids]]
         return [kept[axis] for axis in axes]
 
     def draw(self, removed: Mask, share: float, generator: np.random.Generator) -> None:
@@ -190,21 +200,21 @@ class EqualSplits:
         Raises:
             PlanError: sections would keep different numbers of channels.
         """
-        found: dict[bytes, Ids] = {}
+        orders: dict[bytes, Ids] = {}
 
         def positions(axis: Ids) -> Ids:
-            known = found.get(axis.tobytes())
+            known = orders.get(axis.tobytes())
             return np.flatnonzero(~removed[axis]) if known is None else known
 
         def note(axis: Ids, order: Ids) -> None:
             if not (np.diff(order) > 0).all():
-                found[axis.tobytes()] = order
+                orders[axis.tobytes()] = order
 
         for split_group in self.split_groups:
             for axis, kept in zip(split_group.axes, split_group.orders(removed), strict=True):
-                by_number = np.argsort(axis)
+                by_number = np.argsort(axis)  # the position of each component: of axis [7, 5, 6], 5 stands at 1
                 note(axis, by_number[np.searchsorted(axis, kept, sorter=by_number)])
         for pieces, whole in self.joins:
             firsts = np.cumsum([0, *map(len, pieces[:-1])])
             note(whole, np.concatenate([first + positions(p) for first, p in zip(firsts, pieces, strict=True)]))
-        return found
+        return orders

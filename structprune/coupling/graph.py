@@ -89,12 +89,12 @@ class ChannelGraph:
         self.compensations: list[Compensation] = []
         scales = self.channels.relations.scales
         for scale, found in zip(scales, compensations(self.trace, scales), strict=True):
+            factor = Invariant(scale.expression, self.trace.all_nodes[scale.node].meta["where"])
             if found is None or follows_inputs(scale.expression, self.channels.axes):
-                where = self.trace.all_nodes[scale.node].meta["where"]
-                self.channels.invariants.append(Invariant(scale.expression, where))
+                self.channels.invariants.append(factor)
             else:
                 self.compensations.append(found)
-        self.channels.invariants.extend(Invariant(e.expression, e.where) for e in self.trace.escapes)
+                self.channels.factors.append(factor)
         described = partial(described_row, self._modules, self.trace, self.channels)
         self._solver = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
         self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs)
@@ -106,18 +106,20 @@ class ChannelGraph:
         self.sizes = self._solver.solve()
         self.components = self.sizes.components
 
-    def settle(self, removed: Mask) -> bool:
+    def settle(self, removed: Mask, *, pin: bool = True) -> bool:
         """Whether the forward runs as foreseen at the widths that `removed` leaves.
 
-        Where it does not, the origin of a number is found, or what it depends on is pinned: ask for groups once more.
+        Where it does not, the origin of a number is found, or what it depends on is pinned (without `pin`, left for
+        `check` to refuse): ask for groups once more.
         """
         with collection_paused():
             found = self._rehearsals.deviations(self.sizes, removed)
             if found and self._rehearsals.trace_back(self.sizes, removed, found):
                 self._relate()
-            elif found:
+                return False
+            if found and pin:
                 self._pin_deviating(removed, found[0])
-        return not found
+        return not found or not pin
 
     @property
     def unchecked(self) -> str:
@@ -126,10 +128,10 @@ class ChannelGraph:
 
     def _pin_deviating(self, removed: Mask, found: Deviation) -> None:
         groups = [group.components for group in coupled_groups(self.components, self.slots)]
-        before = int(self.components.pinned.sum())
+        before = self.components.pinned_ids
         self._rehearsals.pin_deviating(self.sizes, removed, groups, f"with fewer of its channels, {found}")
         self._solve()
-        if int(self.components.pinned.sum()) <= before:
+        if self.components.pinned_ids <= before:
             raise PlanError(f"With fewer channels, {found}, and no channels are known that it depends on.")
 
     def _rewritable(self, number: int) -> bool:
@@ -184,7 +186,7 @@ class ChannelGraph:
 
     @cached_property
     def roots(self) -> Roots:
-        """The roots that each component lives by."""
+        """The roots that decide about each component."""
         return Roots(self.components)
 
     @cached_property
@@ -262,8 +264,7 @@ class ChannelGraph:
     def _reason(self, axis: Axis) -> str:
         if not axis.free:
             return axis.pin or ""
-        parts = self.components.of(axis)
-        numbers = self.components.reason[parts]
+        numbers = self.components.reason[self.components.of(axis)]
         numbers = numbers[numbers >= 0]
         return self.components.reasons[int(numbers[0])] if len(numbers) else "nothing pins it"
 
@@ -353,8 +354,7 @@ class ChannelGraph:
 
     def _rules(self, axis: Axis, group: Group) -> bool:
         """Whether channels of `group` decide about those of `axis`."""
-        _, found = self.roots.of(self.components.of(axis))
-        return bool(np.isin(found, group.components).any())
+        return bool(np.isin(self.roots.of(self.components.of(axis))[1], group.components).any())
 
     def counter(self, removed: Mask | None = None) -> Counter:
         """Counts kept channels of axes once the components marked in `removed` are removed; all channels by default."""

@@ -14,7 +14,8 @@ from typing import Any
 from torch import fx
 
 from structprune.ops.relations import Axis
-from structprune.tracing.provenance import Arithmetic, Constant, Dim, Expression, SizeFloat, evaluated, leaves
+from structprune.tracing.comparing import is_number
+from structprune.tracing.provenance import Arithmetic, Constant, Dim, Expression, SizeFloat, SizeInt, evaluated, leaves
 from structprune.tracing.rehearsal import Deviation
 from structprune.tracing.trace import Trace
 
@@ -34,8 +35,9 @@ def trace_back(trace: Trace, axes: Sequence[Any], count: Callable[[Axis], int], 
         return False
     node, position = trace.all_nodes[int(found.place[0])], int(found.place[2])
     args = list(node.args)
-    plain = node.meta["name"] in ("mul", "div") and len(args) == 2 and type(args[position]) in (int, float)
-    if not plain or not isinstance(args[1 - position], fx.Node):
+    if node.meta["name"] not in ("mul", "div") or len(args) != 2 or not isinstance(args[1 - position], fx.Node):
+        return False
+    if not is_number(args[position]) or isinstance(args[position], (SizeInt, SizeFloat)):
         return False
     for dim, axis in _counted(axes, node.meta["index"]):
         for exponent in _POWERS:

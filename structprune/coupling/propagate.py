@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -32,6 +32,7 @@ class Channels:
     """Axes of every node of a trace, and all that relates them; `held` are the numbers of the model's own tensors.
 
     `unforeseen` are the operations whose record does not foresee the form of their call; their channels are pinned.
+    `factors` are numbers that a parameter makes up for, whatever they become but nothing.
     """
 
     axes: list[Any]
@@ -39,6 +40,7 @@ class Channels:
     invariants: list[Invariant]
     held: tuple[int, ...]
     unforeseen: frozenset[int] = frozenset()
+    factors: list[Invariant] = field(default_factory=list)
 
     def every_row(self) -> Iterator[Axis]:
         """The axes of all tensors."""

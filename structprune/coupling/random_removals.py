@@ -101,7 +101,7 @@ def _drawn(components: Components, keep: Mask, share: float, generator: np.rando
 
 
 def _protected(components: Components, chosen: Ids, ids: Ids) -> Mask:
-    """Components that a trial keeps, so that none is emptied: those chosen, those of `ids`, and what they live by."""
+    """Components that a trial keeps, so that none is emptied: those chosen, those of `ids`, and their factors."""
     keep = np.zeros(components.count, dtype=bool)
     keep[chosen] = True
     if len(ids):

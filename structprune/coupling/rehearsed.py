@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from structprune.errors import PlanError
 from structprune.ops import op_of
 from structprune.ops.relations import Axis, Ids
 from structprune.tracing.describe import described_dim
-from structprune.tracing.provenance import Attribute
+from structprune.tracing.provenance import Attribute, Expression
 from structprune.tracing.rehearsal import Deviation, Widths, rehearse
 from structprune.tracing.state import join
 from structprune.tracing.trace import ExampleInputs, Trace
@@ -76,7 +77,12 @@ class Rehearsals:
             values = sizes.values(count)
         except PlanError as error:
             return [Deviation(str(error), "")]
-        widths = Widths(shape, sizes.valuation(count), values)
+        number = sizes.valuation(count)
+        whole = sizes.valuation(Counter(sizes.components, np.zeros_like(removed)))
+        for factor in sizes.channels.factors:
+            if _divides(whole, factor.expression) != _divides(number, factor.expression):
+                return [Deviation("a factor becomes 0 or infinite, or was so", factor.where)]
+        widths = Widths(shape, number, values)
         return rehearse(self.model, self.trace, self.example_inputs, op_of, widths)
 
     def trace_back(self, sizes: Sizes, removed: Mask, deviations: Sequence[Deviation]) -> bool:
@@ -113,6 +119,15 @@ class Rehearsals:
         middle = len(units) // 2
         halves = (units[:middle], units[middle:])
         return [unit for half in halves for unit in self._at_fault(sizes, removed, half)] or [units[-1]]
+
+
+def _divides(number: Callable[[Expression], float], expression: Expression) -> bool:
+    """Whether what an expression becomes can be divided by: ``c % 4`` becomes 0 where 8 of 9 channels are left."""
+    try:
+        value = number(expression)
+    except ZeroDivisionError:
+        return False
+    return bool(value) and isfinite(value)
 
 
 def described_row(

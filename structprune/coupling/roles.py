@@ -20,15 +20,13 @@ from torch import fx
 from structprune.coupling.groups import Group, Roots
 from structprune.coupling.propagate import Channels
 from structprune.coupling.solve import Components
-from structprune.ops import op_of
+from structprune.ops import kind_of, op_of
 from structprune.ops.arguments import tensors
-from structprune.ops.op import Scaling
+from structprune.ops.op import CONVOLUTIONS, Scaling
 from structprune.ops.relations import Axis
 from structprune.tracing.trace import Trace
 
 AXES = ("hidden", "mlp", "channels", "groups", "heads", "head_size", "experts")
-# Dense stacks of weight matrices, one an expert, are no kernels of convolutions.
-_CONVOLUTIONS = frozenset({"convolution", "transposed"})
 # Operations that take entries of their first tensor at places that another one names.
 _LOOK_UPS = frozenset({"getitem", "index_select", "gather", "take_along_dim"})
 _LEVEL = {"hidden": 1, "groups": 2, "experts": 3, "heads": 4, "head_size": 5}
@@ -172,18 +170,19 @@ class _Reader:
                     continue
                 self.weights |= {(tensor, dim) for dim in range(rank)}
                 if not _is_depthwise(node, held):
-                    if _kind(node) in _CONVOLUTIONS:
+                    if kind_of(node.meta["name"]) in CONVOLUTIONS:
                         self.kernels.add(tensor)
                         self._groups(node, inputs[0], held)
                     self.producers |= {(tensor, dim) for dim in self._made(node, tensor)}
-                if rank == 3 and _kind(node) not in _CONVOLUTIONS and len(held.meta["shape"]) > 2:
+                # Dense stacks of weight matrices, one an expert, are no kernels of convolutions.
+                if rank == 3 and kind_of(node.meta["name"]) not in CONVOLUTIONS and len(held.meta["shape"]) > 2:
                     self._mark("experts", self._held[tensor][:1])
 
     def _groups(self, node: fx.Node, x: fx.Node, weight: fx.Node) -> None:
         """Of a convolution in groups, what its input and its result share, and no channel in a group is."""
         dims = len(weight.meta["shape"]) - 1
         axes = [self._axes(x)[-dims], self._axes(node)[-dims], self._axes(weight)[1]]
-        if axes[0].size != self._axes(weight)[_kind(node) == "convolution"].size and all(
+        if axes[0].size != self._axes(weight)[kind_of(node.meta["name"]) == "convolution"].size and all(
             axis.free for axis in axes[:2]
         ):
             left, right = (self._roots.of(self._components.of(axis))[1] for axis in axes[:2])
@@ -216,15 +215,10 @@ _READERS: dict[str, Callable[[_Reader, fx.Node, list[fx.Node]], None]] = {
 }
 
 
-def _kind(node: fx.Node) -> str:
-    known = op_of(node.meta["name"])
-    return known.contraction.kind if known is not None and known.contraction is not None else ""
-
-
 def _is_depthwise(node: fx.Node, weight: fx.Node) -> bool:
     """A depthwise convolution passes channels on; it makes none."""
-    shape = weight.meta["shape"]
-    return _kind(node) in _CONVOLUTIONS and shape[1] == 1 and tensors(node)[0].meta["shape"][1] == shape[0] > 1
+    shape, kind = weight.meta["shape"], kind_of(node.meta["name"])
+    return kind in CONVOLUTIONS and shape[1] == 1 and tensors(node)[0].meta["shape"][1] == shape[0] > 1
 
 
 def roles(recorded: Trace, channels: Channels, components: Components, roots: Roots) -> Roles:

@@ -369,4 +369,6 @@ class _NeverEmptied:
         inside = _mask(self._components.count, parts)
         if any(inside[factor].all() for factor in self._factors):
             return True
-        return any(inside[self._components.of(self._held[at])].all() for at in np.flatnonzero(inside[self._firsts]))
+        # One of several roots is always kept; cells of one row all go with the index of the row.
+        held = (self._components.of(self._held[at]) for at in np.flatnonzero(inside[self._firsts]))
+        return any(inside[part].all() and self._components.roots[part].any() for part in held)

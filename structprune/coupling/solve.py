@@ -84,6 +84,11 @@ class Components:
             return self._component[first : first + axis.size]
         return self._component[self._compact(axis.array)]
 
+    @property
+    def pinned_ids(self) -> int:
+        """How many ids may not be removed; it grows with each pin, while components may be joined by one."""
+        return int(self.pinned[self._component].sum())
+
     # -- solving -------------------------------------------------------------------------------------------------
 
     def _settle(self) -> list[FactoredAxis]:

@@ -150,11 +150,12 @@ class Cut:
         steps: list[fx.Node] = []
         while node not in self._roots:
             value = self.value[node]
-            if value is None or (value is node and (source := _lies_in(node)) is None):
+            behind = _lies_in(node) if value is node else value
+            if behind is None:
                 self._roots[node] = node
                 break
             steps.append(node)
-            node = value if value is not node else source  # type: ignore[assignment]
+            node = behind
         for step in steps:
             self._roots[step] = self._roots[node]
         return self._roots[node]

@@ -199,10 +199,10 @@ class Finder:
             parent = path.rpartition(".")[0]
             if not path or not isinstance(self._model.get_submodule(parent), _STACKS):
                 continue
-            pairs = [self._through(call, streams) for call in mine]
-            if any(pair is None for pair in pairs):
+            pairs = [pair for call in mine if (pair := self._through(call, streams)) is not None]
+            if len(pairs) < len(mine):
                 continue
-            found = self._block(path, mine, [(y, x) for y, x in pairs if y is not x], branches)  # type: ignore[misc]
+            found = self._block(path, mine, [(y, x) for y, x in pairs if y is not x], branches)
             if found is not None and (path, found.branch.tensors) not in alone:
                 yield found
 

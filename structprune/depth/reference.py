@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from structprune.tracing.trace import Trace
 
 
 @contextmanager
-def branches_off(model: nn.Module, recorded: Trace, chosen: Iterable[Found]) -> Generator[None]:
+def branches_off(
+    model: nn.Module, recorded: Trace, chosen: Iterable[Found], hooks: Mapping[int, Hook] = MappingProxyType({})
+) -> Generator[None]:
     """While the block runs, these branches of `model` are zero and these blocks give back what they get.
 
     Everything is computed as before, and thrown away at the sums.
@@ -29,32 +32,35 @@ def branches_off(model: nn.Module, recorded: Trace, chosen: Iterable[Found]) -> 
         model: the traced model, without wrappers.
         recorded: its trace.
         chosen: what is off.
+        hooks: what stands in for operations meanwhile, by number; a sum's is shown the terms that are left. A model can
+            be followed by one `Replay` at a time, so that what is to be seen of it is given here.
     """
     chosen = list(chosen)
     positions: dict[int, list[int]] = {}
     for number, position in (edge for item in chosen for edge in item.off):
         positions.setdefault(number, []).append(position)
-    hooks: dict[int, Hook] = {
-        number: partial(_zeroed, recorded.nodes[number], places) for number, places in positions.items()
+    everything: dict[int, Hook] = dict(hooks) | {
+        number: partial(_zeroed, recorded.nodes[number], places, hooks.get(number, FoundCall.__call__))
+        for number, places in positions.items()
     }
     with ExitStack() as stack:
         for item in chosen:
             if item.skipped:
-                stack.enter_context(_passing(model, recorded, item))
-        if hooks:
-            stack.enter_context(Replay(recorded, hooks, required=False).over(model))
+                stack.enter_context(passing(model, recorded, item, lambda given, _: given.clone()))
+        if everything:
+            stack.enter_context(Replay(recorded, everything, required=False).over(model))
         yield
 
 
-def _zeroed(node: fx.Node, positions: list[int], operation: FoundCall) -> Any:
-    """Run a sum with the terms at these positions at zero."""
+def _zeroed(node: fx.Node, positions: list[int], run: Hook, operation: FoundCall) -> Any:
+    """Let `run` run a sum with the terms at these positions at zero."""
     args = list(operation.args)
     stack = stacked(node)
     if stack is not None:
         dim = arguments(stack).get("dim") or 0
         args[0] = args[0].index_fill(dim, torch.tensor(positions, device=args[0].device), 0)
         operation.args = tuple(args)
-        return operation()
+        return run(operation)
     for position in positions:
         if position >= len(args):
             operation.kwargs = operation.kwargs | {"other": torch.zeros_like(operation.kwargs["other"])}
@@ -63,12 +69,14 @@ def _zeroed(node: fx.Node, positions: list[int], operation: FoundCall) -> Any:
         else:
             args[position] = torch.zeros_like(args[position])
     operation.args = tuple(args)
-    return operation()
+    return run(operation)
 
 
 @contextmanager
-def _passing(model: nn.Module, recorded: Trace, block: Found) -> Generator[None]:
-    """While the block runs, a module gives back what it gets."""
+def passing(
+    model: nn.Module, recorded: Trace, block: Found, combine: Callable[[Tensor, Tensor], Tensor]
+) -> Generator[None]:
+    """While the block runs, a module gives `combine` of what it got and what it computed, each of them one tensor."""
     calls = [call for call in recorded.calls if call.path == block.branch.module]
     whole = Cut(recorded)
     pairs = {recorded.nodes[y]: recorded.nodes[x] for y, x in block.skipped}
@@ -87,8 +95,11 @@ def _passing(model: nn.Module, recorded: Trace, block: Found) -> Generator[None]
         value: Any = (args, kwargs)
         for step in place[1]:
             value = value[step]
+        result = output
+        for step in place[0]:
+            result = result[step]
         assert isinstance(value, Tensor)
-        return _replaced(output, place[0], value.clone())
+        return _replaced(output, place[0], combine(value, result))
 
     def begin(module: nn.Module, args: Any) -> None:
         nonlocal count

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from structprune.depth.config import repair_config
 from structprune.depth.cut import Cut
 from structprune.depth.finding import find
 from structprune.depth.records import Branch, Found
+from structprune.depth.reference import branches_off
 from structprune.depth.steps import Steps, Undo, carry_out, paths_of
 from structprune.depth.surgery import WAYS, Planner
 from structprune.errors import PlanError, StructpruneError, SurgeryError
@@ -27,6 +29,7 @@ from structprune.planning.plan import KINDS, SCHEMA, plans_of, remember_plan
 from structprune.schema import FormError, inputs, record, settings, texts
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import RemovedSlice, Rescale
+from structprune.surgery.verify import Report, verify_runs
 from structprune.tracing.specification import specify, unspecify
 from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
@@ -95,6 +98,20 @@ class Removal:
         """
         return _removed(model, unspecify(self.inputs), self.branches, inplace)
 
+    def verified(self, original: nn.Module, slim: nn.Module, example_inputs: ExampleInputs) -> Report:
+        """What `structprune.verify` finds: `slim` against the original that takes the branches as zero."""
+
+        def without(model: nn.Module, inputs: ExampleInputs) -> AbstractContextManager[None]:
+            recorded = trace(model, inputs, operations=op_of)
+            return branches_off(model, recorded, chosen_of(find(model, recorded), self.branches))
+
+        return verify_runs(prunable(original), prunable(slim), example_inputs, without)
+
+    def carry_out(self, model: nn.Module, undo: Undo) -> None:
+        """`apply` in place; how to take it back is added to `undo`."""
+        with collection_paused():
+            _removed(model, unspecify(self.inputs), self.branches, True, undo)
+
     def to_json(self) -> str:
         """The removal as JSON text."""
         return json.dumps({"schema": SCHEMA, "kind": KIND, **asdict(self)}, indent=1)
@@ -154,15 +171,10 @@ def remove_branches(
 
     Example:
         >>> import torch, structprune
-        >>> class Residual(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = torch.nn.Linear(4, 4)
-        ...     def forward(self, x):
-        ...         return x + self.layer(x).relu()
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), Residual(), Residual())
-        >>> shallow = structprune.remove_branches(model, torch.randn(1, 4), ["1"])
-        >>> len(shallow), shallow[1].layer.weight.equal(model[2].layer.weight)
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        >>> shallow = structprune.remove_branches(model, torch.randn(1, 4, 8), ["layers.1"])
+        >>> len(shallow.layers), shallow.layers[1].linear1.weight.equal(model.layers[2].linear1.weight)
         (2, True)
     """
     require(locals(), example_inputs=INPUTS, inplace=FLAG)
@@ -208,7 +220,10 @@ def cut_of(recorded: Trace, chosen: Iterable[Found]) -> Cut:
     return Cut(recorded, off, {y: x for item in chosen for y, x in item.skipped})
 
 
-def _removed(model: nn.Module, example_inputs: ExampleInputs, names: tuple[str, ...], inplace: bool) -> nn.Module:
+def _removed(
+    model: nn.Module, example_inputs: ExampleInputs, names: tuple[str, ...], inplace: bool, undo: Undo | None = None
+) -> nn.Module:
+    """`remove_branches`; in place, how to take it back is added to `undo`."""
     inner = prunable(model, inplace=inplace)
     recorded = trace(inner, example_inputs, operations=op_of)
     chosen = chosen_of(find(inner, recorded), names)
@@ -219,13 +234,30 @@ def _removed(model: nn.Module, example_inputs: ExampleInputs, names: tuple[str, 
     slim = inner if inplace else _copied(inner, whole, cut)
     before = _cost(inner, recorded)
     held = list(held_tensors(inner))
-    notes, made, paths = _carried_out(slim, example_inputs, planner, cut)
+    undo = [] if undo is None else undo
+    notes, made, paths = _carried_out(slim, example_inputs, planner, cut, undo)
     left = held_tensors(slim)
     now = {name: paths[name] if paths.get(name) in left else None for name in held}
     renamed = {name: new for name, new in now.items() if new != name}
     removal = Removal(names, specify(example_inputs), before, _cost(slim, made), renamed, notes)
-    remember_plan(slim, (*plans_of(inner), removal))
+    remember_plan(slim, (*plans_of(inner), removal), undo)
     return model if inplace else rewrapped(model, slim)
+
+
+def shell_of(model: nn.Module) -> nn.Module:
+    """A model of the same structure that holds the same tensors: what is done to its structure leaves `model` alone."""
+    memo: dict[int, Any] = {id(held.tensor): held.tensor for held in held_tensors(model).values()}
+    return copy.deepcopy(model, memo)
+
+
+def cut_model(model: nn.Module, example_inputs: ExampleInputs, names: Iterable[str]) -> nn.Module:
+    """`model` without some of its branches, on the same tensors: not to be trained or returned to a user.
+
+    Raises:
+        PlanError: they cannot be removed.
+    """
+    with collection_paused():
+        return _removed(shell_of(model), example_inputs, tuple(names), True)
 
 
 def _cost(model: nn.Module, recorded: Trace) -> Cost:
@@ -241,7 +273,7 @@ def _copied(model: nn.Module, whole: Cut, cut: Cut) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _carried_out(slim: nn.Module, example_inputs: ExampleInputs, planner: Planner, cut: Cut) -> Done:
+def _carried_out(slim: nn.Module, example_inputs: ExampleInputs, planner: Planner, cut: Cut, taken: Undo) -> Done:
     """Change `slim` in the first way that gives what was meant; what is to be noted of it, and its trace."""
     reasons: list[str] = []
     tried: list[Any] = []
@@ -253,17 +285,20 @@ def _carried_out(slim: nn.Module, example_inputs: ExampleInputs, planner: Planne
             if done in tried:
                 continue
             tried.append(done)
-            return _tried(slim, example_inputs, steps, cut, undo)
+            done_so = _tried(slim, example_inputs, steps, cut, undo)
+            taken += undo
+            return done_so
         except StructpruneError as error:
-            _back(undo)
+            take_back(undo)
             reasons.append(str(error).removeprefix("This cannot be removed: ").rstrip("."))
         except BaseException:  # an interrupt too must leave the model as it was; raised again
-            _back(undo)
+            take_back(undo)
             raise
     raise PlanError("This cannot be removed: " + "; or ".join(dict.fromkeys(reasons)) + ".")
 
 
-def _back(undo: Undo) -> None:
+def take_back(undo: Undo) -> None:
+    """Make a model what it was, by what was noted while it was changed."""
     for step in reversed(undo):
         step()
 

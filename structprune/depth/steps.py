@@ -111,7 +111,8 @@ def _shorten(holder: nn.Module, path: str, gone: set[str], undo: Undo) -> dict[s
         if new != key:
             moved[f"{path}.{key}" if path else key] = f"{path}.{new}" if path else new
             for inner, name in places:
-                part = module.get_submodule(inner)  # type: ignore[union-attr]
+                assert module is not None, "places are known only where each item is a module"
+                part = module.get_submodule(inner)
                 _keep(part.__dict__, undo)
                 part.__dict__[name] = number
     return moved

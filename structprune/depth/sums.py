@@ -17,9 +17,6 @@ from structprune.tracing.provenance import plain
 
 _VALUES = (-8.0, -2.5, -1.0, -0.25, 0.0, 0.3, 1.0, 3.5, 7.0)
 # They return their argument itself where there is nothing to do.
-_CASTS = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16", "contiguous"})
-# A maximum is one of the entries that it is taken over.
-_LARGEST = ("max_pool", "adaptive_max_pool", "fractional_max_pool")
 
 
 def is_float(node: Any) -> bool:
@@ -31,10 +28,11 @@ def is_float(node: Any) -> bool:
 
 def is_itself(node: fx.Node) -> bool:
     """Whether an operation gave its first argument as it is: a change to the type that it has already."""
-    if node.meta["name"] not in _CASTS or not is_float(node):
+    known, sources = op_of(node.meta["name"]), tensors(node)
+    if known is None or not known.converts or not is_float(node) or not sources:
         return False
-    (source, *_) = tensors(node) or (None,)
-    return is_float(source) and all(source.meta[key] == node.meta[key] for key in ("shape", "dtype"))  # type: ignore[union-attr]
+    source = sources[0]
+    return is_float(source) and all(source.meta[key] == node.meta[key] for key in ("shape", "dtype"))
 
 
 def stacked(node: fx.Node) -> fx.Node | None:
@@ -63,8 +61,8 @@ def terms_of(node: fx.Node) -> tuple[fx.Node, ...]:
     if known is None or not known.elementwise or known.scaling is not Scaling.SUM:
         return ()
     given = arguments(node)
-    both = (given.get("self"), given.get("other"))
-    return both if all(map(is_float, both)) and is_float(node) else ()  # type: ignore[return-value]
+    both = tuple(term for term in (given.get("self"), given.get("other")) if isinstance(term, fx.Node))
+    return both if len(both) == 2 and all(map(is_float, (*both, node))) else ()
 
 
 def stands_alone(node: fx.Node, position: int) -> bool:
@@ -105,7 +103,7 @@ def _made_by(node: fx.Node, value: fx.Node) -> bool:
         if value.meta["name"] == node.meta["name"] and _rest(value) == _rest(node):
             return True
         known, inputs = op_of(value.meta["name"]), tensors(value)
-        selects = value.meta["name"].startswith(_LARGEST) or is_view(value) or (known is not None and known.moves)
+        selects = is_view(value) or (known is not None and (known.moves or known.selects))
         if not selects or not inputs:
             return False
         value = inputs[0]

@@ -24,6 +24,7 @@ from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import look
 from structprune.importance.reduce import REDUCTION, gathered, reduced
 from structprune.importance.sites import Sites
+from structprune.importance.weight_sites import weight_sites
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,9 +72,12 @@ class ActivationCriterion(ABC, Unfitted):
     def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sums over the samples of a batch, by name; each of shape ``(positions,)``, or with a dimension before it."""
 
-    @abstractmethod
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """A score for each position, from the sums over all data; `weight` has shape ``(positions, rest)``."""
+        """A score for each position, from the sums over all data; `weight` has shape ``(positions, rest)``.
+
+        The mean, if the criterion does not say otherwise; with `root`, its root follows when positions are joined.
+        """
+        return sums["sum"] / sums["count"]
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.
@@ -146,10 +150,6 @@ class MeanActivation(ActivationCriterion):
         rows = wide(activation.rows())
         return {"sum": rows.abs().sum(0), "count": counted(rows)}
 
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The mean."""
-        return sums["sum"] / sums["count"]
-
 
 @dataclass(frozen=True, slots=True)
 class L2Activation(ActivationCriterion):
@@ -168,10 +168,6 @@ class L2Activation(ActivationCriterion):
         """Sum of squares, and how many."""
         rows = wide(activation.rows())
         return {"sum": rows.square().sum(0), "count": counted(rows)}
-
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The mean square; the root follows when the positions of a channel are joined."""
-        return sums["sum"] / sums["count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +194,6 @@ class APoZ(ActivationCriterion):
         rows = activation.rows()
         return {"sum": (rows.abs() > self.threshold).sum(0), "count": counted(rows)}
 
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The share that is not zero."""
-        return sums["sum"] / sums["count"]
-
 
 @dataclass(frozen=True, slots=True)
 class HRank(ActivationCriterion):
@@ -227,10 +219,6 @@ class HRank(ActivationCriterion):
         ranks = torch.linalg.matrix_rank(maps, rtol=max(maps.shape[-2:]) * precision)
         ranks = ranks.movedim(1, -1).reshape(-1, maps.shape[1])
         return {"sum": ranks.sum(0), "count": counted(ranks)}
-
-    def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
-        """The mean rank."""
-        return sums["sum"] / sums["count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +253,29 @@ class Wanda(ActivationCriterion):
         """Sum of the absolute weights times the root mean square, each to the power."""
         assert weight is not None
         return weight.abs().pow(self.n).sum(1) * (sums["square"] / sums["count"]).pow(self.n / 2)
+
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """Equation 1 for each weight of a layer; see `structprune.importance.base.WeightCriterion`.
+
+        Raises:
+            PlanError: there is no data, or it does not fit the model.
+        """
+        batches = require_data(batches, self)
+        sites, sums = weight_sites(graph), Sums()
+
+        def visit(seen: Activation, _: Any) -> None:
+            name = sites[seen.number].name
+            for key, value in self.gather(seen, None).items():
+                sums.add((name, key), value)
+
+        look(graph, batches, [site.tap for site in sites], visit)
+        sums.reduce()
+        found: dict[str, Tensor] = {}
+        for site in sites:
+            weight = wide(graph.model.get_parameter(site.name).detach())
+            spread = (sums[site.name, "square"] / sums[site.name, "count"]).sqrt()
+            found[site.name] = (weight.abs() * site.spread(spread, weight)).pow(self.n)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,19 @@ class Fittable(Importance, Protocol):
         ...
 
 
+@runtime_checkable
+class WeightCriterion(Protocol):
+    """A criterion that has a score for each single weight too."""
+
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """By the names of parameters, a score for each entry: the lower, the sooner it goes.
+
+        Raises:
+            PlanError: data or a loss is needed and missing, or does not fit the model.
+        """
+        ...
+
+
 _IMPORTANCE = function("group", "tensors")
 CRITERIA: dict[str, Callable[[], Importance]] = {}
 

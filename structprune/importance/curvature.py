@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from structprune.checking import SEED, one_of, require, whole
 from structprune.coupling.graph import ChannelGraph
+from structprune.errors import PlanError
 from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
@@ -129,21 +130,32 @@ class OBD(Unfitted):
         Raises:
             PlanError: there is no data or no loss, or they do not fit the model.
         """
+        if self.variables == "weights":
+            return EntryScores(self.weight_scores(graph, batches), "element", self.reduce)
+        batches = require_data(batches, self)
+        batches.require_loss(self)
+        if self.curvature == "fisher":
+            gates, diagonal = gate_sums(graph, batches, torch.square)
+        else:
+            gates, diagonal = _gate_hessian(graph, batches, self.probes, self.seed)
+        return gates.scores(diagonal.abs() / 2)
+
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """``1/2 * |h_kk| * w_k^2`` for each weight; see `structprune.importance.base.WeightCriterion`.
+
+        Raises:
+            PlanError: the criterion is for gates, or there is no data or no loss, or they do not fit the model.
+        """
         batches = require_data(batches, self)
         batches.require_loss(self)
         if self.variables == "gates":
-            if self.curvature == "fisher":
-                gates, diagonal = gate_sums(graph, batches, torch.square)
-            else:
-                gates, diagonal = _gate_hessian(graph, batches, self.probes, self.seed)
-            return gates.scores(diagonal.abs() / 2)
+            raise PlanError("OBD of gates scores channels, not weights. Give variables='weights'.")
         if self.curvature == "fisher":
             found = weight_gradients(graph, batches, squares=True)
         else:
             found = _weight_hessian(graph, batches, self.probes, self.seed)
         weights = dict(graph.model.named_parameters())
-        saliency = {n: h.abs() * weights[n].detach().to(h.dtype).square() / 2 for n, h in found.items()}
-        return EntryScores(saliency, "element", self.reduce)
+        return {n: h.abs() * weights[n].detach().to(h.dtype).square() / 2 for n, h in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,16 @@ class Batches:
         self.progress = progress
         self._spent = False
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether a loss was given."""
+        return self._loss is not None
+
+    def held(self) -> Batches:
+        """The same with all batches in a list, so that they can be run through any number of times."""
+        data = list(self.once("holding"))
+        return Batches(data, self.forward, self._loss, reduction=self.reduction, progress=self.progress)
+
     def once(self, what: str) -> Iterator[Any]:
         """One pass over the data; `what` stands before the progress bar.
 

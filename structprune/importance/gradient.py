@@ -241,10 +241,12 @@ class WeightTaylor(Unfitted):
         Raises:
             PlanError: there is no data or no loss, or they do not fit the model.
         """
-        products = _products(self, graph, batches)
-        if self.form == "element":
-            products = {name: product.abs() for name, product in products.items()}
+        products = self.weight_scores(graph, batches) if self.form == "element" else _products(self, graph, batches)
         return EntryScores(products, self.form, self.reduce)
+
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """``|w * g|`` for each weight; see `structprune.importance.base.WeightCriterion`."""
+        return {name: product.abs() for name, product in _products(self, graph, batches).items()}
 
 
 def _products(importance: object, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
@@ -279,9 +281,13 @@ class SNIP(Unfitted):
         Raises:
             PlanError: there is no data or no loss, or they do not fit the model.
         """
+        return EntryScores(self.weight_scores(graph, batches), "element", self.reduce)
+
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """Equation 6 for each weight; see `structprune.importance.base.WeightCriterion`."""
         products = {name: product.abs() for name, product in _products(self, graph, batches).items()}
         whole = sum(float(product.sum()) for product in products.values())
-        return EntryScores({n: p / whole if whole else p for n, p in products.items()}, "element", self.reduce)
+        return {name: product / whole if whole else product for name, product in products.items()}
 
 
 criterion("taylor")(Taylor)

@@ -25,6 +25,9 @@ from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, look
 from structprune.importance.reduce import REDUCTION, padded, reduced
 from structprune.importance.sites import Sites
+from structprune.importance.weight_sites import weight_sites
+from structprune.ops import kind_of
+from structprune.ops.op import CONVOLUTIONS
 
 _NAMES = {
     False: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -60,9 +63,9 @@ class ObservedLayer:
         """
         weight = activation.weight
         assert weight is not None
-        size, name = activation.x.shape[activation.dim], activation.operation.call.name
-        if name.startswith("conv"):
-            transposed = name.startswith("conv_transpose")
+        size, kind = activation.x.shape[activation.dim], kind_of(activation.operation.call.name)
+        if kind in CONVOLUTIONS:
+            transposed = kind == "transposed"
             args, kwargs = activation.operation.args, activation.operation.kwargs
             given = {**dict(zip(_NAMES[transposed], args, strict=False)), **kwargs}
             rest = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
@@ -70,7 +73,7 @@ class ObservedLayer:
             kernel = tuple(weight.shape[2:])
             by_channel = columns(activation).reshape(size, -1, prod(kernel))
             return ObservedLayer(by_channel, groups, rest, kernel, transposed, activation.dim)
-        if weight.dim() != 2 or name in ("bilinear", "python.einsum"):
+        if weight.dim() != 2 or kind in ("bilinear", "einsum"):
             raise PlanError(
                 f"The second moments of {activation.where} are not known: it is neither a convolution nor a product "
                 "with one matrix. Name the layer in ignore=, or choose another criterion, such as 'wanda'."
@@ -235,6 +238,36 @@ class OBS(Unfitted):
         look(graph, batches, sites.all, lambda activation, _: moments.add(activation))
         moments.sums.reduce()
         return _QuadraticScores(sites, moments.layers(), moments.inputs(), None, True, self.damping, 1.0, self.reduce)
+
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """``w^2 / (H^-1)[q, q]`` for each weight of a layer; see `structprune.importance.base.WeightCriterion`.
+
+        Hassibi and Stork, 1993, equation 5, without the half: the mean squared change of the layer's outputs.
+
+        Raises:
+            PlanError: there is no data, it does not fit the model, or a layer is neither convolution nor product.
+        """
+        batches = require_data(batches, self)
+        sites, sums = weight_sites(graph), Sums()
+
+        def visit(seen: Activation, _: Any) -> None:
+            moments, count = ObservedLayer.of(seen).moments(seen)
+            sums.add((sites[seen.number].name, "moments"), moments)
+            sums.add((sites[seen.number].name, "count"), torch.tensor(float(count)))
+
+        with torch.no_grad():
+            look(graph, batches, [site.tap for site in sites], visit)
+        sums.reduce()
+        found: dict[str, Tensor] = {}
+        for site in sites:
+            weight = graph.model.get_parameter(site.name).detach()
+            moments = sums[site.name, "moments"] / float(sums[site.name, "count"])
+            diagonal = torch.diagonal(_inverse(moments, self.damping), dim1=1, dim2=2).reshape(-1)
+            alive = torch.diagonal(moments, dim1=1, dim2=2).reshape(-1) > 0
+            # What no input ever reaches costs nothing, whatever the damping.
+            each = torch.where(alive, 1 / diagonal, 0)
+            found[site.name] = weight.to(each.dtype).square() * site.spread(each, weight)
+        return found
 
 
 class _Moments:

@@ -20,7 +20,7 @@ from torch import fx
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.ops import op_of
+from structprune.ops import kind_of, op_of
 from structprune.ops.arguments import tensors
 from structprune.ops.op import Pair
 from structprune.ops.relations import Axis, Ids
@@ -63,15 +63,10 @@ class SiteChannels:
     channels: Ids
 
 
-def _pairs(node: fx.Node) -> Iterable[Pair]:
+def pairs_of(node: fx.Node) -> Iterable[Pair]:
     """The pairs of dimensions that an operation sums away, both ways round where neither side is the weight as such."""
     known = op_of(node.meta["name"])
     return () if known is None or known.contraction is None else known.contraction.pairs(node)
-
-
-def _is_transposed(node: fx.Node) -> bool:
-    known = op_of(node.meta["name"])
-    return known is not None and known.contraction is not None and known.contraction.kind == "transposed"
 
 
 def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozenset[str]]:
@@ -80,12 +75,12 @@ def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozen
     The first are names and dimensions of weights that are used as they are, or transposed. The second (weight norms,
     masks) are in products with others before they are used, so that their dimensions are not listed.
     """
-    held = _held(graph)
+    held = held_nodes(graph)
     found: set[tuple[str, int]] = set()
     computed: set[str] = set()
     for node in graph.trace.nodes:
         arguments = tensors(node)
-        for c in _pairs(node):
+        for c in pairs_of(node):
             if max(c.operand, c.weight) >= len(arguments) or arguments[c.weight] not in held:
                 continue
             if arguments[c.operand] in held:
@@ -131,8 +126,8 @@ class Sites:
         self._each_edge = each_edge
         self._entries: list[tuple[Ids, Ids]] = []
         self.all: list[Site] = []
-        held = _held(graph)
-        found = [(node, c) for node in graph.trace.nodes for c in _pairs(node)]
+        held = held_nodes(graph)
+        found = [(node, c) for node in graph.trace.nodes for c in pairs_of(node)]
         for node, c in found:
             if self._side(node, c.weight) in held and self._side(node, c.operand) not in held:
                 self._end(node, c)
@@ -181,7 +176,7 @@ class Sites:
             return
         side, axis, dim = found
         positions, roots = self._members(axis, other[1])
-        if _is_transposed(node):
+        if kind_of(node.meta["name"]) == "transposed":
             positions, roots = self._not_handed_on(node, c, positions, roots)
         if uncovered:
             positions, roots = self._only_uncovered(positions, roots)
@@ -292,7 +287,7 @@ class Sites:
         ]
 
 
-def _held(graph: ChannelGraph) -> set[fx.Node]:
+def held_nodes(graph: ChannelGraph) -> set[fx.Node]:
     """Tensors that the model holds, and what is computed from them alone: the weights."""
     held: set[fx.Node] = set()
     for node in graph.trace.nodes:

@@ -100,6 +100,11 @@ class LnNorm:
             return torch.zeros(group.channels)
         return total.pow(1 / self.n) if self.root and not math.isinf(self.n) else total
 
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """Absolute values: single weights rank alike for every n; see `structprune.importance.base.WeightCriterion`."""
+        parameters = graph.model.named_parameters()
+        return {name: weight.detach().abs() for name, weight in parameters if weight.is_floating_point()}
+
     def _along(self, name: str, weight: Tensor, dim: int) -> Tensor:
         """Sum (for n = inf: largest) of ``|w| ** n`` for each index of `dim`, shape ``(weight.shape[dim],)``."""
         known = self._sums.get((name, dim))
@@ -311,6 +316,10 @@ class Random:
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)`` in [0, 1)."""
         return torch.rand(group.channels, generator=self._generator)
+
+    def weight_scores(self, graph: ChannelGraph, batches: Batches | None) -> dict[str, Tensor]:
+        """A score in [0, 1) for each weight; see `structprune.importance.base.WeightCriterion`."""
+        return {name: torch.rand(w.shape, generator=self._generator) for name, w in graph.model.named_parameters()}
 
 
 criterion("l1")(lambda: LnNorm(1.0))

@@ -13,6 +13,7 @@ from torch import nn
 from structprune.errors import PlanError, UnsupportedModelError
 from structprune.extras import missing_extra
 from structprune.integrations.course import Course, costs
+from structprune.masks.engine import PruningEngine
 from structprune.planning.options import PlanKeywords
 from structprune.planning.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
@@ -186,6 +187,51 @@ class PruningCallback(Callback):
             found = costs(self._network_of(pl_module), self._inputs_of(pl_module))
         for logger in trainer.loggers:
             logger.log_metrics(found, step=trainer.global_step)
+
+
+class MaskingCallback(Callback):
+    """Takes the steps of a `structprune.masks.PruningEngine` at the ends of epochs.
+
+    Checkpoints carry the engine's state: a run that goes on from one (``ckpt_path=``) has its masks and goes on with
+    its steps. The engine's model is the LightningModule or a part of it.
+
+    Args:
+        engine: what masks the model.
+        every: a step after every so many epochs.
+
+    Raises:
+        PlanError: `every` is below 1.
+
+    Example:
+        >>> from structprune.masks import PruningEngine, Saliency, gradual
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> callback = MaskingCallback(PruningEngine(model, Saliency.magnitude, gradual(0.75, 5)), every=2)
+        >>> # lightning.Trainer(max_epochs=12, callbacks=[callback]).fit(module, loader)
+    """
+
+    def __init__(self, engine: PruningEngine, *, every: int = 1) -> None:
+        if every < 1:
+            raise PlanError(f"every is {every}; it is a number of epochs, from 1.")
+        self.engine = engine
+        self._every = every
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the masks on, before the weights of a checkpoint are loaded into them."""
+        if stage == "fit":
+            self.engine.start()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take a step if it is time."""
+        if (trainer.current_epoch + 1) % self._every == 0 and not self.engine.done:
+            self.engine.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The engine's state, for a checkpoint."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.engine.load_state_dict(state_dict)
 
 
 def restore(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 from structprune.errors import LoadError, PlanError, UnsupportedModelError
 from structprune.extras import missing_extra
-from structprune.files import write_text
+from structprune.files import write_text, write_whole
 from structprune.integrations.course import Course, costs
 from structprune.io import save
+from structprune.masks.engine import PruningEngine
 from structprune.planning.options import PlanKeywords
 from structprune.planning.plan import Plan, plans_of, replay
 from structprune.pruner import Schedule
@@ -29,6 +32,8 @@ except ModuleNotFoundError as error:
 
 # In each checkpoint of the Trainer: what was removed and how much is to go.
 RECORD = "structprune.json"
+# The same of a `MaskingCallback`: the state of its engine.
+MASKS = "structprune_masks.pt"
 
 
 class PruningCallback(TrainerCallback):
@@ -135,6 +140,73 @@ class PruningCallback(TrainerCallback):
 
     def _log(self, state: TrainerState, model: nn.Module) -> None:
         state.log_history.append({**costs(model, self._inputs), "step": state.global_step})
+
+
+class MaskingCallback(TrainerCallback):
+    """Takes the steps of a `structprune.masks.PruningEngine` at the ends of epochs.
+
+    Checkpoints get a file with the engine's state. To go on from one, call `resume` before
+    ``trainer.train(resume_from_checkpoint=...)``.
+
+    Args:
+        engine: what masks the Trainer's model.
+        every: a step after every so many epochs.
+
+    Raises:
+        PlanError: `every` is below 1.
+
+    Example:
+        >>> from structprune.masks import PruningEngine, Saliency, gradual
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> callback = MaskingCallback(PruningEngine(model, Saliency.magnitude, gradual(0.75, 5)), every=2)
+        >>> # transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    """
+
+    def __init__(self, engine: PruningEngine, *, every: int = 1) -> None:
+        if every < 1:
+            raise PlanError(f"every is {every}; it is a number of epochs, from 1.")
+        self.engine = engine
+        self._every = every
+
+    def resume(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Put the masks of a checkpoint on, and go on with the steps after it.
+
+        Args:
+            checkpoint: the folder, such as ``"out/checkpoint-500"``.
+
+        Raises:
+            LoadError: the folder holds no state of this callback.
+            PlanError: the state belongs to another schedule or to other tensors.
+        """
+        file = Path(checkpoint) / MASKS
+        try:
+            state = torch.load(file, weights_only=True)
+        except FileNotFoundError as error:
+            raise LoadError(
+                f"{file} does not exist. Give a checkpoint of a Trainer that ran with a MaskingCallback."
+            ) from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise LoadError(f"{file} is damaged: {error!r}. Give another checkpoint.") from error
+        self.engine.load_state_dict(state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the masks on."""
+        self.engine.start()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take a step if it is time."""
+        if round(state.epoch or 0.0) % self._every == 0 and not self.engine.done:
+            self.engine.step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the engine's state to the checkpoint."""
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_whole(folder / MASKS, lambda draft: torch.save(self.engine.state_dict(), draft))
 
 
 def restore(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:

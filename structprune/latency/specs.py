@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from structprune.coupling.propagate import Channels
-from structprune.ops import op_of
+from structprune.ops import kind_of, op_of
 from structprune.ops.arguments import arguments, tensors
 from structprune.ops.op import Contraction
 from structprune.ops.relations import Axis
@@ -133,11 +133,6 @@ def _contraction(node: fx.Node) -> Contraction:
     return known.contraction
 
 
-def _kind(node: fx.Node) -> str:
-    known = op_of(node.meta["name"])
-    return "" if known is None or known.contraction is None else known.contraction.kind
-
-
 def _rows(channels: Channels, node: fx.Node) -> Axes:
     return channels.axes[node.meta["index"]]
 
@@ -167,7 +162,7 @@ def _convolution(node: fx.Node, channels: Channels) -> Use:
     kind, given = node.meta["name"], arguments(node)
     x, weight, out = (_rows(channels, n) for n in (given["input"], given["weight"], node))
     dims = len(weight) - 2
-    transposed = _kind(node) == "transposed"
+    transposed = kind_of(node.meta["name"]) == "transposed"
     options = {
         "stride": _tuple(given["stride"], dims),
         "padding": _tuple(given["padding"], dims),
@@ -222,7 +217,7 @@ def uses(recorded: Trace, channels: Channels) -> list[Use]:
     """The operations of a trace that the table holds, in order."""
     found: list[Use] = []
     for node in recorded.nodes:
-        use = _USES.get(_kind(node))
+        use = _USES.get(kind_of(node.meta["name"]))
         made = None if use is None else use(node, channels)
         if made is not None:
             found.append(made)

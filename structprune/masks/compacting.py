@@ -109,17 +109,7 @@ def compact(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
 
 
 def compaction(model: nn.Module, example_inputs: ExampleInputs) -> Compaction:
-    """The same as `compact`, with a report: for each layer what went, what was folded, what stayed and why.
-
-    Args:
-        model: masked by ``torch.nn.utils.prune``, or holding zeros.
-        example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
-
-    Raises:
-        PlanError: the model's weights are on ``meta``, so that no zeros can be seen.
-        TraceError: the forward cannot be recorded.
-        VerificationError: the result does not compute the same on the example inputs.
-    """
+    """The same as `compact`, with a report: for each layer what went, what was folded, what stayed and why."""
     for name, held in held_tensors(prunable(model)).items():
         if held.tensor.is_meta:
             raise PlanError(f"{name!r} is on the meta device: its zeros cannot be seen. Load its weights first.")

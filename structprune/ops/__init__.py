@@ -24,7 +24,7 @@ from structprune.ops import (
     spatial,
 )
 from structprune.ops.context import Context, Operand
-from structprune.ops.op import OPS, Op, has_rule, layer_of, op_of, register_op
+from structprune.ops.op import OPS, Op, has_rule, kind_of, layer_of, op_of, register_op
 
 __all__ = [
     "OPS",
@@ -41,6 +41,7 @@ __all__ = [
     "elementwise",
     "has_rule",
     "indexing",
+    "kind_of",
     "layer_of",
     "linear_algebra",
     "losses",

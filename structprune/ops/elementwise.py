@@ -66,12 +66,15 @@ def unary(c: Context, x: Operand, *_: Any, **__: Any) -> Axes:
 
 _KEPT: dict[str, Any] = {"zeros": zeros.kept, "elementwise": True}
 _COPIES: dict[str, Any] = _KEPT | {"indices": Indices.PASSED}
-_TYPES = "to type_as type float double half bfloat16 clone"
+_TYPES = "to type_as type float double half bfloat16"
 _SAME = """
 alias bool byte char cpu cuda lift_fresh pin_memory requires_grad resolve_conj resolve_neg share_memory short
 """
-register_op(*_TYPES.split(), **_COPIES, scaling=Scaling.HOMOGENEOUS)(unary)
-register_op("contiguous", "detach", **_COPIES, scaling=Scaling.HOMOGENEOUS, moves=True, views=True)(unary)
+_PASSED: dict[str, Any] = _COPIES | {"scaling": Scaling.HOMOGENEOUS}
+register_op(*_TYPES.split(), **_PASSED, converts=True)(unary)
+register_op("clone", **_PASSED)(unary)
+register_op("contiguous", **_PASSED, moves=True, views=True, converts=True)(unary)
+register_op("detach", **_PASSED, moves=True, views=True)(unary)
 register_op("int", "long", **_COPIES)(unary)
 register_op(*_SAME.split(), **_KEPT)(unary)
 
@@ -82,9 +85,10 @@ def _kept_unless_training(z: zeros.ZeroContext) -> zeros.Zeros:
 
 
 # A trace is of a forward in eval mode, where dropout does nothing; a forward may leave it on.
-register_op("dropout", **_KEPT, scaling=Scaling.HOMOGENEOUS, views=True, random=True, shape=same_shape)(unary)
-register_op("feature_dropout", "native_dropout", **_KEPT, random=True)(elementwise)
-register_op("alpha_dropout", "feature_alpha_dropout", zeros=_kept_unless_training, elementwise=True, random=True)(unary)
+_DROPOUT: dict[str, Any] = {"elementwise": True, "random": True, "training_only": True}
+register_op("dropout", **_DROPOUT, zeros=zeros.kept, scaling=Scaling.HOMOGENEOUS, views=True, shape=same_shape)(unary)
+register_op("feature_dropout", "native_dropout", **_DROPOUT, zeros=zeros.kept)(elementwise)
+register_op("alpha_dropout", "feature_alpha_dropout", **_DROPOUT, zeros=_kept_unless_training)(unary)
 _DRAWN = "bernoulli cauchy exponential geometric log_normal poisson random rrelu uniform"
 register_op(*_DRAWN.split(), random=True)(unary)
 register_op("normal", random=True)(elementwise)  # means and deviations may both be tensors

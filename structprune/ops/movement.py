@@ -126,7 +126,7 @@ def transposed(c: Context, x: Operand, *_: Any) -> Axes:
     return (*x.axes[:-2], *x.axes[-2:][::-1])
 
 
-@register_op("expand", "broadcast_to", **VIEWS)
+@register_op("expand", "broadcast_to", **(VIEWS | {"zeros": zeros.repeated}))
 def expand(c: Context, x: Operand, sizes: Sequence[Any], *_: Any, **__: Any) -> Axes:
     """Dimensions of size 1 are repeated; the repeats are channels that may go."""
     axes = (*([UNIT] * (len(sizes) - len(x.axes))), *x.axes)
@@ -138,13 +138,13 @@ def expand(c: Context, x: Operand, sizes: Sequence[Any], *_: Any, **__: Any) -> 
     return tuple(result)
 
 
-@register_op("expand_as", zeros=zeros.kept, indices=Indices.PASSED, views=True)
+@register_op("expand_as", zeros=zeros.repeated, indices=Indices.PASSED, views=True)
 def expand_as(c: Context, x: Operand, other: Operand) -> Axes:
     """`x` repeated to the shape of `other`."""
     return c.broadcast([x, other])
 
 
-@register_op("repeat", "tile", zeros=zeros.moved, indices=Indices.PASSED)
+@register_op("repeat", "tile", zeros=zeros.repeated, indices=Indices.PASSED)
 def repeat(c: Context, x: Operand, times: Sequence[Any]) -> Axes:
     """Copies one after the other."""
     axes = (*([UNIT] * (len(c.shape) - len(x.axes))), *x.axes)
@@ -157,7 +157,7 @@ def repeat(c: Context, x: Operand, times: Sequence[Any]) -> Axes:
     return tuple(result)
 
 
-@register_op("repeat_interleave", zeros=zeros.moved)
+@register_op("repeat_interleave", zeros=zeros.repeated)
 def repeat_interleave(c: Context, x: Operand, repeats: Any, dim: int | None = None, **_: Any) -> Result:
     """Each channel several times in an axis."""
     axes = x.axes if dim is not None else (c.merged(x.axes),)

@@ -133,11 +133,14 @@ class Op:
         elementwise: whether each entry of the result is made of the entries at that place alone.
         moves: whether the result holds the entries of the first argument, none of them computed.
         views: whether the result shares the memory of the first argument.
+        converts: whether it gives the first argument in another type or layout, and itself where it has that already.
+        training_only: whether it gives the first argument as it is but in training mode: dropout.
+        selects: whether each entry of the result is one of the first argument: a maximum.
         scaling: how a factor on the result can be had.
         channel_dim: the dimension of the result that holds a layer's channels.
         indices: what it does to the numbers of channels.
         over_kept: what runs a call over the channels that are kept alone, as the smaller network does, where its rule
-            says that it reduces or normalises over some (`Context.survivors`); None where the others at zero change
+            says that it reduces or normalises over some (`Context.reduces_over`); None where the others at zero change
             nothing, as in a sum.
         random: whether its result is drawn at random.
         creates: whether it makes a tensor from sizes, so that it takes a device.
@@ -153,6 +156,9 @@ class Op:
     elementwise: bool = False
     moves: bool = False
     views: bool = False
+    converts: bool = False
+    training_only: bool = False
+    selects: bool = False
     scaling: Scaling = Scaling.NONE
     channel_dim: int = 1
     indices: Indices = Indices.USED
@@ -268,3 +274,13 @@ def layer_of(name: str) -> Contraction | None:
     return (
         known.contraction if known is not None and known.contraction is not None and known.contraction.input else None
     )
+
+
+# Kinds of contractions that are layers of an image.
+CONVOLUTIONS = frozenset({"convolution", "transposed"})
+
+
+def kind_of(name: str) -> str:
+    """The kind of an operation's contraction (see `Contraction`); empty if it is none."""
+    known = op_of(name)
+    return "" if known is None or known.contraction is None else known.contraction.kind

@@ -118,6 +118,10 @@ def _layers(c: Context, given: _Stack, inputs: Axis, hidden: Axis, state: Axis) 
     Two layers in two directions with biases have 4 parameters each: those of layer 1, direction 0 are 8 to 11.
     """
     projected = given.name == "lstm" and state.size != hidden.size
+    if projected:
+        c.bounded(hidden, state.size + 1)  # torch takes a state as wide as the cell for one that is not projected
+    else:
+        c.same(state, hidden)
     each = 2 + (2 if given.has_biases else 0) + (1 if projected else 0)
     for layer in range(given.layers):
         for direction in range(given.directions):

@@ -1,7 +1,7 @@
 """Axes of channel ids, and the relations that operations put between them.
 
-Every dimension of every tensor in a trace is a `Axis`: one channel id for each index. Fresh ids come in runs, so that a
-axis is mostly a range, and relations between whole ranges cost the same for 8 channels as for 8,192. An axis whose
+Every dimension of every tensor in a trace is an `Axis`: one channel id for each index. Fresh ids come in runs, so that
+an axis is mostly a range, and relations between whole ranges cost the same for 8 channels as for 8,192. An axis whose
 channels may never be removed (batch, image and token positions) carries no ids at all, only the reason.
 """
 
@@ -69,7 +69,7 @@ UNIT = Axis(1, pin="it has a single channel")
 
 @dataclass(frozen=True, slots=True)
 class ProductRelation:
-    """One cell lives exactly while its index in every factor lives: cells = factor x factor x ... in C order."""
+    """A cell is kept exactly when its index in every factor is: cells = factor x factor x ... in C order."""
 
     cells: Axis
     factors: Axes
@@ -188,7 +188,7 @@ class Relations:
             self.scales.append(Scale(node, argument, expression, axis))
 
     def same(self, a: Axis, b: Axis) -> Axis:
-        """Channel i of `a` lives exactly when channel i of `b` does; returns one of the two."""
+        """Channel i of `a` is kept exactly when channel i of `b` is; returns one of the two."""
         if a.size != b.size:
             raise RuleError(f"axes of {a.size} and {b.size} channels cannot be the same")
         if a is b:

@@ -11,10 +11,8 @@ from structprune.ops.op import Result, register_op
 from structprune.ops.relations import Axes, Axis
 from structprune.ops.zeros import ZeroContext, Zeros, moved, moved_first, unknown
 
-POOLS = """
-avg_pool{} max_pool{} max_pool{}_with_indices adaptive_avg_pool{} adaptive_max_pool{} lp_pool{}
-upsample_nearest{} reflection_pad{} replication_pad{}
-"""
+_POOLS = "avg_pool{} adaptive_avg_pool{} lp_pool{} upsample_nearest{} reflection_pad{} replication_pad{}"
+_MAXIMA = "max_pool{} max_pool{}_with_indices adaptive_max_pool{}"
 
 
 def _keep_channels(c: Context, x: Operand, dims: int) -> Result:
@@ -27,32 +25,35 @@ def _keep_channels(c: Context, x: Operand, dims: int) -> Result:
     return (*x.axes[:at], *c.fresh(c.shape[at:], reason))
 
 
-def _names(dims: int) -> list[str]:
-    return [name.format(f"{dims}d") for name in POOLS.split()]
+def _names(names: str, dims: int) -> list[str]:
+    return [name.format(f"{dims}d") for name in names.split()]
 
 
-@register_op(*_names(1), "upsample_linear1d", "_upsample_nearest_exact1d", zeros=moved_first)
+@register_op(*_names(_POOLS, 1), "upsample_linear1d", "_upsample_nearest_exact1d", zeros=moved_first)
+@register_op(*_names(_MAXIMA, 1), zeros=moved_first, selects=True)
 def over_lines(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last dimension is resized; channels stay."""
     return _keep_channels(c, x, 1)
 
 
 @register_op(
-    *_names(2), "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_bicubic2d",
+    *_names(_POOLS, 2), "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_bicubic2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", zeros=moved_first,
 )  # fmt: skip
+@register_op(*_names(_MAXIMA, 2), zeros=moved_first, selects=True)
 def over_images(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last two dimensions are resized; channels stay."""
     return _keep_channels(c, x, 2)
 
 
 @register_op(
-    *_names(3),
+    *_names(_POOLS, 3),
     "_adaptive_avg_pool3d",
     "upsample_trilinear3d",
     "_upsample_nearest_exact3d",
     zeros=moved_first,
 )
+@register_op(*_names(_MAXIMA, 3), zeros=moved_first, selects=True)
 def over_volumes(c: Context, x: Operand, *_: Any, **__: Any) -> Result:
     """The last three dimensions are resized; channels stay."""
     return _keep_channels(c, x, 3)
@@ -72,7 +73,7 @@ def max_unpool(c: Context, x: Operand, indices: Operand, *_: Any, **__: Any) -> 
     return _keep_channels(c, x, int(c.node.meta["name"][-2]))
 
 
-@register_op("fractional_max_pool2d", "fractional_max_pool3d", zeros=moved_first)
+@register_op("fractional_max_pool2d", "fractional_max_pool3d", zeros=moved_first, selects=True)
 def fractional_max_pool(
     c: Context, x: Operand, kernel: Any, size: Any, samples: Operand | None = None, *_: Any, **__: Any
 ) -> Result:

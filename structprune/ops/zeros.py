@@ -11,6 +11,7 @@ removed index of that dimension is zero. It pins what an operation sums over whe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -105,12 +106,26 @@ def _moved(z: ZeroContext, tensors: Sequence[fx.Node]) -> Zeros:
     return tuple(known.get(axis.key, everything) if axis.free else False for axis in z.axes)
 
 
+def repeated(z: ZeroContext) -> Zeros:
+    """The first tensor repeated along dimensions: where a repeat is removed, it holds what all of them hold."""
+    source = z.tensors[0]
+    axes, zeros = z.axes_of(source), z.of(source)
+    lead = len(z.axes) - len(axes)
+    if lead < 0:
+        return unknown(z)
+    return (False,) * lead + tuple(
+        zero and axis.size == mine.size for axis, zero, mine in zip(axes, zeros, z.axes[lead:], strict=True)
+    )
+
+
 def reduced(z: ZeroContext) -> Zeros:
     """A sum or a mean; what it runs over must be zero."""
     source = z.tensors[0]
-    kept_rows = {axis.key for axis in z.axes if axis.free}
+    before = Counter(axis.key for axis in z.axes_of(source) if axis.free)
+    # Of ``x[:, :, None] * x[:, None]`` two dimensions have the same channels, of which one may be left.
+    gone = before - Counter(axis.key for axis in z.axes if axis.free)
     for dim, (axis, zero) in enumerate(zip(z.axes_of(source), z.of(source), strict=True)):
-        if axis.free and axis.key not in kept_rows and not zero:
+        if axis.free and axis.key in gone and not zero:
             z.summed(source, dim)
     return moved_first(z)
 

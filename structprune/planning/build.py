@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.grouped_choices import GroupedChoice
 from structprune.coupling.random_removals import Counter
 from structprune.coupling.roles import AXES
 from structprune.coupling.solve import Mask
@@ -17,7 +18,7 @@ from structprune.ops.gains import Gain
 from structprune.ops.relations import Ids
 from structprune.planning.configuration import config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
-from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale
+from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
 from structprune.surgery.reference import norms_over_kept
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literal_for, literals
 from structprune.tracing.specification import specify
@@ -29,8 +30,10 @@ def tensors_of(graph: ChannelGraph) -> dict[str, Tensor]:
     return {name: held.tensor for name, held in held_tensors(graph.model).items()}
 
 
-def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = None, *, config: bool = True) -> Plan:
-    """The plan that removes the components `chosen` and all that is coupled to them.
+def plan_removal(
+    graph: ChannelGraph, chosen: Ids | GroupedChoice, settings: Settings | None = None, *, config: bool = True
+) -> Plan:
+    """The plan that removes the components `chosen` and all that is coupled to them, or other ones of each group.
 
     With `config`, a configuration that the model's class is built from is made to say what the smaller model is (see
     `structprune.planning.configuration`); it costs building the class on the ``meta`` device twice or more.
@@ -38,9 +41,9 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = N
     Raises:
         PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
     """
-    removed = graph.components.removed(chosen)
+    removed = chosen.removed if isinstance(chosen, GroupedChoice) else graph.components.removed(chosen)
     count = graph.counter(removed)
-    slices = _thinnings(graph, removed)
+    slices = _slices(graph, removed, chosen if isinstance(chosen, GroupedChoice) else None)
     values = graph.check(removed)
     attribute_edits = tuple(
         AttributeEdit(attribute.module, attribute.chain, graph.read(attribute), new)
@@ -50,7 +53,7 @@ def plan_removal(graph: ChannelGraph, chosen: Ids, settings: Settings | None = N
         slices=slices,
         attribute_edits=attribute_edits,
         rescales=(*_rescales(graph, count, values), *_gains(graph, slices)),
-        literal_edits=_rewrites(graph, count),
+        literal_edits=_literal_edits(graph, count),
         caches=graph.trace.caches,
         inputs=specify(graph.example_inputs),
         outputs=tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
@@ -98,13 +101,18 @@ def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _thinnings(graph: ChannelGraph, removed: Mask) -> tuple[RemovedSlice, ...]:
+def _slices(graph: ChannelGraph, removed: Mask, grouped: GroupedChoice | None) -> tuple[RemovedSlice, ...]:
     found: list[RemovedSlice] = []
     orders = graph.components.splits.orders(removed)
     # Coupled tensors lose the same channels: they share one tuple of them.
     shared: dict[bytes, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
     for slot in graph.slots:
         parts = graph.components.of(slot.axis)
+        if grouped is not None and np.array_equal(parts, grouped.positions):
+            sections = tuple(tuple(kept.tolist()) for kept in grouped.kept)
+            last = tuple(range(grouped.kept.shape[1], slot.axis.size))
+            found.append(SectionedSlice(slot.tensor, slot.dim, slot.axis.size, last, None, sections))
+            continue
         key = parts.tobytes()
         if key not in shared:
             gone = removed[parts]
@@ -152,8 +160,9 @@ def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, in
 
     found: list[Rescale] = []
     for compensation in graph.compensations:
-        factor = evaluate(compensation.scale.expression, before) / evaluate(compensation.scale.expression, after)
-        if factor != 1:
+        old, new = (evaluate(compensation.scale.expression, each) for each in (before, after))
+        if old != new:
+            factor = old / new
             found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in compensation.scaled]
     return tuple(found)
 
@@ -169,7 +178,7 @@ def _gains(graph: ChannelGraph, slices: tuple[RemovedSlice, ...]) -> tuple[Gain,
     )
 
 
-def _rewrites(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ...]:
+def _literal_edits(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ...]:
     found: dict[tuple[str, int, tuple[int | str, ...]], LiteralEdit] = {}
     for constraint in graph.sizes.literals:
         (literal,) = literals(constraint.expression)

@@ -25,6 +25,12 @@ from structprune.planning.scopes import SCOPES, Curves, Scope
 from structprune.planning.targets import TARGETS
 from structprune.tracing.trace import OutputName
 
+# What whole parts of a network may go by (see `structprune.branches`), and all kinds of channels as by default.
+DEPTH = ("blocks", "branches")
+WIDTHS = "widths"
+# What a branch is worth; `structprune.depth.scoring` says how each is computed.
+BRANCH_SCORES = ("angular", "error", "fisher", "influence", "kl", "loss", "taylor")
+
 
 def bad(name: str, given: object, allowed: str) -> PlanError:
     """The error for an option of the wrong type or out of its range."""
@@ -72,9 +78,10 @@ def check_scope(name: str, given: Any) -> Scope | None:
         return given
     allowed = f"it is one of {', '.join(map(repr, SCOPES))}, or sets of layer names, such as [['layer1', 'layer2.*']]"
     if isinstance(given, str):
-        if given not in SCOPES:
+        known = next((scope for scope in SCOPES if scope == given), None)
+        if known is None:
             raise bad(name, given, allowed)
-        return given  # type: ignore[return-value]
+        return known
     if not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes, nn.Module)):
         raise bad(name, given, allowed)
     sets = list[list[str]]()
@@ -89,18 +96,26 @@ def check_scope(name: str, given: Any) -> Scope | None:
 
 
 def check_axes(name: str, given: Any) -> tuple[str, ...] | None:
-    """Names of `structprune.coupling.roles.AXES`, one alone or several, as a sorted tuple; None for all."""
+    """Names of `structprune.coupling.roles.AXES`, `DEPTH` or `WIDTHS`, as a sorted tuple; None for all widths."""
     if given is None:
         return None
-    allowed = f"give any of {', '.join(map(repr, AXES))}"
+    known = (*AXES, WIDTHS, *DEPTH)
+    allowed = f"give any of {', '.join(map(repr, known))}"
     if not isinstance(given, Iterable):
         raise bad(name, given, allowed)
     axes = (given,) if isinstance(given, str) else tuple(given)
     if not axes or not all(isinstance(axis, str) for axis in axes):
         raise bad(name, given, allowed)
-    if unknown := set(axes) - set(AXES):
-        raise PlanError(f"{name} names {', '.join(sorted(unknown))}; known are {', '.join(AXES)}.")
+    if unknown := set(axes) - set(known):
+        raise PlanError(f"{name} names {', '.join(sorted(unknown))}; known are {', '.join(known)}.")
     return tuple(sorted(set(axes)))
+
+
+def check_branch_score(name: str, given: Any) -> str | None:
+    """One of `BRANCH_SCORES`; None for the default."""
+    if given is not None and (not isinstance(given, str) or given not in BRANCH_SCORES):
+        raise bad(name, given, f"it is one of {', '.join(map(repr, BRANCH_SCORES))}")
+    return given
 
 
 def _layer(name: str, given: Any) -> Layer:

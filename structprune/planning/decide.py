@@ -20,6 +20,7 @@ import torch
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.coupling.kv_cache import KeyValueCache
 from structprune.coupling.roles import AXES
 from structprune.importance.base import Importance, check_scores, comparable
 from structprune.latency.predict import TimeModel
@@ -102,7 +103,8 @@ def decide_channels(
     groups = graph.groups()
     scope = options.scope_or_default
     check_names(scope, graph)
-    before = {} if options.target is None else _amounts(graph, ranking, time, {})
+    measure = _Measure(graph, ranking, time, options.target or ())
+    before = {} if options.target is None else measure({})
     target = None if options.target is None else target_of(options.target, before)
     ratio = ratio_of(graph, options.ratio_or_default if target is None else _guess(target, before))
     rounding = Rounding(options.round_to, *_placed(graph), options.min_channels, options.max_ratio)
@@ -111,7 +113,7 @@ def decide_channels(
         group: rounding.feasible(group, graph.roles, graph.bounds(group), step)
         for group, step in zip(groups, steps_measured, strict=True)
     }
-    axes = None if options.axes is None else frozenset(options.axes)
+    axes = None if options.width_axes is None else frozenset(options.width_axes)
     chosen = prunable_groups(graph, ratio, feasible, axes)
     if scope != "local":
         ranking.rank(chosen)
@@ -131,10 +133,10 @@ def decide_channels(
         kept = kept_for(
             steps,
             target,
-            lambda kept: _amounts(graph, ranking, time, kept),
+            measure,
             lambda: _left_whole(graph, chosen, axes),
         )
-        after = _amounts(graph, ranking, time, kept)
+        after = measure(kept)
         reached = {name: after[name] / before[name] for name in target.limits}
     gone = ranking.removed(kept)
     left = {} if len(gone) else {"nothing": _why_nothing(graph, options, chosen, feasible)}
@@ -196,15 +198,32 @@ def _why_nothing(
     return "; ".join([*parts, *([whole.strip().removesuffix(".")] if whole else [])]) or "the model has no channels"
 
 
-def _amounts(graph: ChannelGraph, ranking: Ranking, time: TimeModel | None, kept: Kept) -> dict[str, float]:
-    """What there is of everything that a target may limit when each group keeps so many channels (all by default)."""
-    count = graph.counter(graph.components.removed(ranking.removed(kept)))
-    found = amounts(graph.costs.at(count), sum(kept.get(group, group.channels) for group in graph.groups()))
-    if time is not None:
-        chosen = any(number < group.channels for group, number in kept.items())
-        measured = None if chosen else time.whole
-        found["latency"] = 1e3 * (measured or time.seconds(count))
-    return found
+class _Measure:
+    """Tells what there is of everything that a target may limit.
+
+    Args:
+        graph: the coupled channels.
+        ranking: which channels of a group go first.
+        time: predicts the time of the network, for a target of latency.
+        wanted: names of `structprune.planning.targets.TARGETS`.
+    """
+
+    def __init__(self, graph: ChannelGraph, ranking: Ranking, time: TimeModel | None, wanted: Collection[str]) -> None:
+        self._graph, self._ranking, self._time = graph, ranking, time
+        self._cache = KeyValueCache(graph.trace, graph.channels) if "kv_cache" in wanted else None
+
+    def __call__(self, kept: Kept) -> dict[str, float]:
+        """The amounts when each group keeps so many channels (all by default)."""
+        graph = self._graph
+        count = graph.counter(graph.components.removed(self._ranking.removed(kept)))
+        found = amounts(graph.costs.at(count), sum(kept.get(group, group.channels) for group in graph.groups()))
+        if self._cache is not None:
+            found["kv_cache"] = self._cache.bytes(count)
+        if self._time is not None:
+            chosen = any(number < group.channels for group, number in kept.items())
+            measured = None if chosen else self._time.whole
+            found["latency"] = 1e3 * (measured or self._time.seconds(count))
+        return found
 
 
 def _coupled(graph: ChannelGraph, groups: Iterable[Group], feasible: Mapping[Group, np.ndarray]) -> list[CoupledGroups]:

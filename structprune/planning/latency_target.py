@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from structprune.benchmarking.timing import device_of
 from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
 from structprune.latency.measure import DeviceTimer, Latency, Timer
-from structprune.latency.predict import TimeModel, calibrated
+from structprune.latency.predict import Calibration, TimeModel, calibrated
 from structprune.latency.specs import uses
 from structprune.planning.build import plan_removal
 from structprune.planning.decide import Decision, Ranking, decide_channels
@@ -73,18 +73,10 @@ def decide_for_latency(graph: ChannelGraph, options: PlanOptions, ranking: Ranki
     Raises:
         PlanError: the target cannot be met, or the model cannot be timed.
     """
-    if any(held.tensor.is_meta for held in held_tensors(graph.model).values()):
-        raise PlanError("The model's weights are on the meta device, where nothing takes time. Give real ones.")
     latency = options.latency or Latency()
-    with ExitStack() as stack:
-        timer: Timer = latency.timer or stack.enter_context(DeviceTimer(latency, graph.example_inputs))
-        found = uses(graph.trace, graph.channels)
-        table = latency.table([use.spec for use in found], timer, device_of(graph.example_inputs))
-        (whole,) = timer.networks([graph.model], graph.example_inputs)
-        asked = {"latency": (options.target or {})["latency"]}
-        limit = target_of(asked, {"latency": 1e3 * whole}).limits["latency"] / 1e3
-        times = NetworkTimes(graph=graph, timer=timer, whole=whole)
-        time = TimeModel(graph.trace, graph.channels, found, table)
+    with _timed(graph, options) as (time, times):
+        whole = times.whole
+        limit = _limit(options, whole)
         _calibrate(time, times, options, ranking, limit)
         attempts = _attempts(time, times, options, ranking, limit)
     best = min(attempts, key=lambda a: (_misses(a.measured, limit), abs(a.measured - limit)))
@@ -100,6 +92,70 @@ def decide_for_latency(graph: ChannelGraph, options: PlanOptions, ranking: Ranki
     settings = best.decision.settings
     reached = {**settings.reached, "latency": best.measured / whole}
     return replace(best.decision, settings=replace(settings, reached=reached, measured=measured))
+
+
+@contextmanager
+def _timed(graph: ChannelGraph, options: PlanOptions) -> Generator[tuple[TimeModel, NetworkTimes]]:
+    """The table of a network's operations as a model of its time, and what measures networks, while the block runs.
+
+    Raises:
+        PlanError: the model cannot be timed.
+    """
+    if any(held.tensor.is_meta for held in held_tensors(graph.model).values()):
+        raise PlanError("The model's weights are on the meta device, where nothing takes time. Give real ones.")
+    latency = options.latency or Latency()
+    with ExitStack() as stack:
+        timer: Timer = latency.timer or stack.enter_context(DeviceTimer(latency, graph.example_inputs))
+        found = uses(graph.trace, graph.channels)
+        table = latency.table([use.spec for use in found], timer, device_of(graph.example_inputs))
+        (whole,) = timer.networks([graph.model], graph.example_inputs)
+        yield (
+            TimeModel(graph.trace, graph.channels, found, table),
+            NetworkTimes(graph=graph, timer=timer, whole=whole),
+        )
+
+
+def _limit(options: PlanOptions, whole: float) -> float:
+    """The limit in seconds, of a network that takes `whole` seconds."""
+    asked = {"latency": (options.target or {})["latency"]}
+    return target_of(asked, {"latency": 1e3 * whole}).limits["latency"] / 1e3
+
+
+def calibration_of(graph: ChannelGraph, options: PlanOptions, ranking: Ranking) -> Calibration:
+    """What makes the time of a network of the times of its operations, by two thinner copies of it.
+
+    Raises:
+        PlanError: the model cannot be timed.
+    """
+    with _timed(graph, options) as (time, times):
+        _calibrate(time, times, options, ranking, _limit(options, times.whole))
+    return time.calibration
+
+
+def decide_by_prediction(
+    graph: ChannelGraph, options: PlanOptions, ranking: Ranking, *, calibration: Calibration, whole: float
+) -> Decision:
+    """The channels to remove so that the network is predicted to take no more than a given time; none is measured.
+
+    Args:
+        graph: the coupled channels.
+        options: what is asked for; the target names ``"latency"``.
+        ranking: the scores of the channels.
+        calibration: of a network of the same kind, such as one with more blocks.
+        whole: the time of this network as it is, in seconds.
+
+    Raises:
+        PlanError: the target cannot be met.
+    """
+    latency = options.latency or Latency()
+    found = uses(graph.trace, graph.channels)
+    with ExitStack() as stack:
+        timer: Timer = latency.timer or stack.enter_context(DeviceTimer(latency, graph.example_inputs))
+        table = latency.table([use.spec for use in found], timer, device_of(graph.example_inputs))
+    time = TimeModel(graph.trace, graph.channels, found, table)
+    time.calibration, time.whole = calibration, whole
+    time.calibration = calibration.scaled(whole / time.seconds(lambda axis: axis.size))
+    return decide_channels(graph, options, ranking, time)
 
 
 def _misses(seconds: float, limit: float) -> bool:

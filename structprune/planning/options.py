@@ -19,7 +19,11 @@ from structprune.importance.base import CRITERIA, Importance
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.latency.measure import LATENCY_BACKENDS, Latency
 from structprune.planning.checks import (
+    BRANCH_SCORES,
+    DEPTH,
+    WIDTHS,
     check_axes,
+    check_branch_score,
     check_data,
     check_function,
     check_ignore,
@@ -47,6 +51,7 @@ Form = Literal[
     "scope",
     "words",
     "names",
+    "word",
     "step",
     "count",
     "share",
@@ -97,9 +102,10 @@ class PlanOptions:
             names, patterns like ``"layer3.*"``) to such shares, where what no key matches stays whole. Without a target
             it is 0.5. A function from a `Group` to a share is a ratio too.
         target: instead of a ratio, what is to remain of ``"params"``, ``"macs"``, ``"memory"`` (bytes of weights and of
-            activations at their peak), ``"channels"`` or ``"latency"``: a fraction, or an amount above 1; several at
-            once if wanted. Latency is measured: a fraction of the time that the model takes on the example inputs, or
-            milliseconds; see `latency`.
+            activations at their peak), ``"kv_cache"`` (bytes of keys and values for each token of a language model),
+            ``"channels"`` or ``"latency"``: a fraction, or an amount above 1; several at once if wanted. Latency is
+            measured: a fraction of the time that the model takes on the example inputs, or milliseconds; see
+            `latency`.
         importance: what a channel is worth: a name (``"l2"``, ``"taylor"``, any of `structprune.importance.CRITERIA`),
             an object of `structprune.importance`, or a callable that gives scores (see
             `structprune.importance.base.Importance`).
@@ -119,7 +125,13 @@ class PlanOptions:
         axes: which kinds of channels may go: any of ``"hidden"`` (the width of a residual stream), ``"mlp"``,
             ``"channels"`` (of convolutions inside a block), ``"groups"`` (of a convolution in groups, as a whole),
             ``"heads"``, ``"head_size"``, ``"experts"``. By default all, but of heads and head size, or groups and
-            channels in them, only the one that comes nearer to the ratio.
+            channels in them, only the one that comes nearer to the ratio: this is ``"widths"``. Whole parts go where
+            they are named: ``"blocks"`` (residual blocks, layers of a stack) and ``"branches"`` (attention apart from
+            MLP; see `structprune.branches`), alone or beside kinds of channels, as in ``("blocks", "widths")``.
+        branch_score: what a block or branch is worth: ``"loss"``, how much the loss rises without it, the default where
+            there is one; ``"error"``, by how much the outputs change, the default otherwise; ``"kl"``, the divergence
+            of the scores of classes or tokens; ``"influence"``, ``"angular"``, ``"taylor"`` or ``"fisher"`` (see
+            `structprune.choose_branches`). Measured on `data`; without it, on the example inputs.
         round_to: widths that change become multiples of this; ``"auto"`` takes what the model's device and type run
             fast, and less for narrow layers; 1 does not round. Where no multiple is left, a group stays whole.
         min_channels: no group keeps fewer channels.
@@ -171,7 +183,23 @@ class PlanOptions:
     ] = None
     axes: Annotated[
         Iterable[str] | None,
-        Option(check=check_axes, form="words", help=f"What may go: {', '.join(AXES)}.", words=AXES, plain=_as_is),
+        Option(
+            check=check_axes,
+            form="words",
+            help=f"What may go: {', '.join((*AXES, WIDTHS, *DEPTH))}.",
+            words=(*AXES, WIDTHS, *DEPTH),
+            plain=_as_is,
+        ),
+    ] = None
+    branch_score: Annotated[
+        str | None,
+        Option(
+            check=check_branch_score,
+            form="word",
+            help=f"What a block or branch is worth: {', '.join(BRANCH_SCORES)}.",
+            words=BRANCH_SCORES,
+            plain=_as_is,
+        ),
     ] = None
     round_to: Annotated[
         RoundTo,
@@ -263,6 +291,42 @@ class PlanOptions:
             raise PlanError(
                 "latency says how time is measured, but no target asks for it: target={'latency': 0.5}, say."
             )
+        if self.scope == "per_cost" and "kv_cache" in (self.target or ()):
+            raise PlanError("scope='per_cost' does not know what a channel saves of the kv_cache; use another scope.")
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        """What names or describes layers of the whole model says nothing of what is left without some blocks."""
+        if not self.depth:
+            if self.branch_score is not None:
+                raise PlanError(f"branch_score is {self.branch_score!r}, but axes names no 'blocks' and no 'branches'.")
+            return
+        if callable(self.ratio):
+            raise PlanError("ratio is a function of groups of channels; for blocks give a share, or shares by name.")
+        if isinstance(self.ratio, Mapping) and self.width_axes != ():
+            raise PlanError(
+                "ratio names layers, and axes names blocks beside channels: without the blocks layers have other "
+                "names. Remove the blocks first, then plan the channels of what is left."
+            )
+        if isinstance(self.scope, Curves) or isinstance(self.importance, Curves):
+            raise PlanError(
+                "Curves were measured on the whole model, and without some blocks its groups are others. Remove the "
+                "blocks first, or give a criterion that is not fitted yet, such as structprune.Reconstruction()."
+            )
+        if self.scope is not None and not isinstance(self.scope, str):
+            raise PlanError("scope names layers, which have other names once blocks are gone. Use another scope.")
+
+    @property
+    def depth(self) -> frozenset[str]:
+        """Which of ``"blocks"`` and ``"branches"`` may go."""
+        return frozenset(self.axes or ()).intersection(DEPTH)
+
+    @property
+    def width_axes(self) -> tuple[str, ...] | None:
+        """Which kinds of channels may go; None for all, as by default."""
+        if self.axes is None or WIDTHS in self.axes:
+            return None
+        return tuple(axis for axis in self.axes if axis not in DEPTH)
 
     @property
     def times(self) -> bool:
@@ -305,6 +369,7 @@ class PlanKeywords(TypedDict, total=False):
     target: Mapping[str, float] | None
     scope: Scope | None
     axes: Iterable[str] | None
+    branch_score: str | None
     round_to: RoundTo
     min_channels: int
     max_ratio: float

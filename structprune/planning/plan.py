@@ -20,7 +20,7 @@ from structprune.errors import PlanError, SurgeryError
 from structprune.ops.gains import Gain
 from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
 from structprune.surgery.apply import apply
-from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale
+from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
 from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
@@ -153,9 +153,15 @@ class Plan(Edits):
 
     @property
     def removed(self) -> dict[str, dict[int, tuple[int, ...]]]:
-        """Original indices that go, by tensor name and dimension."""
+        """Original indices that go, by tensor name and dimension.
+
+        Where each group of a grouped convolution loses other inputs, no index of its weight goes as a whole: that
+        dimension is left out.
+        """
         found: dict[str, dict[int, tuple[int, ...]]] = {}
         for sliced in self.slices:
+            if isinstance(sliced, SectionedSlice):
+                continue
             found.setdefault(sliced.tensor, {})[sliced.dim] = sliced.removed
         return found
 
@@ -274,8 +280,8 @@ class Plan(Edits):
             data = up_to_date(data, SCHEMA, MIGRATIONS, "it")
             if isinstance(kind := data.get("kind"), str) and kind in KINDS:
                 return KINDS[kind](data)
-            return cls(
-                slices=tuple(record(RemovedSlice, t) for t in data["slices"]),
+            return Plan(
+                slices=tuple(record(SectionedSlice if "sections" in t else RemovedSlice, t) for t in data["slices"]),
                 attribute_edits=tuple(record(AttributeEdit, r) for r in data["attribute_edits"]),
                 rescales=tuple(record(Gain if "weight" in r else Rescale, r) for r in data["rescales"]),
                 literal_edits=tuple(record(LiteralEdit, r) for r in data["literal_edits"]),
@@ -307,9 +313,9 @@ def _read_settings(data: Any) -> Settings:
     return Settings(**parts, over_survivors=texts(found["over_survivors"]))
 
 
-def remember_plan(model: nn.Module, plans: tuple[Any, ...]) -> None:
-    """Let a model know what has been done to it, the first plan first."""
-    remember(model, RECORD, plans, [])
+def remember_plan(model: nn.Module, plans: tuple[Any, ...], undo: list[Callable[[], None]] | None = None) -> None:
+    """Let a model know what has been done to it, the first plan first; how to take that back is added to `undo`."""
+    remember(model, RECORD, plans, [] if undo is None else undo)
 
 
 def plans_of(model: nn.Module) -> tuple[Plan, ...]:

@@ -13,7 +13,7 @@ from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.planning.scopes import Steps
 
-TARGETS = ("channels", "params", "macs", "memory", "latency")
+TARGETS = ("channels", "params", "macs", "memory", "kv_cache", "latency")
 # A plan that comes so near to the target is taken as it stands, with steps of equal priority taken together.
 CLOSE = 0.01
 ATTEMPTS = 6
@@ -27,7 +27,8 @@ class Target:
 
     Attributes:
         limits: by name of `TARGETS`, the greatest amount that may remain: parameters, multiply-accumulates, bytes of
-            weights and of activations at their peak, channels over all groups, or milliseconds.
+            weights and of activations at their peak, bytes of keys and values for a token, channels over all groups,
+            or milliseconds.
     """
 
     limits: Mapping[str, float]
@@ -55,6 +56,8 @@ def target_of(target: Mapping[str, float], before: Amounts) -> Target:
     """
     limits: dict[str, float] = {}
     for name, amount in target.items():
+        if name == "kv_cache" and not before.get(name):
+            raise PlanError("target names 'kv_cache', and the model has no attention whose keys and values are kept.")
         if name not in before:
             raise PlanError(f"target[{name!r}] is to be measured, and no measurements are given; use structprune.plan.")
         limits[name] = amount * before[name] if amount <= 1 else float(amount)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from structprune.depth.cut import Cut
 from structprune.depth.finding import find
-from structprune.depth.removal import Removal, chosen_of, cut_of
+from structprune.depth.removal import Removal, chosen_of, cut_of, shell_of
 from structprune.errors import RecoveryError
 from structprune.planning.plan import plans_of
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import Trace, run_once, tensors_in
+from structprune.wrapping import unwrapped
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,9 @@ class Shorter:
         Raises:
             RecoveryError: more was done to it than removing branches, or the branches are not zero without weights.
         """
-        plans: tuple[Any, ...] = plans_of(slim)[len(plans_of(original)) :]
-        removals = [plan for plan in plans if isinstance(plan, Removal)]
+        removals = [plan for plan in _between(slim, original) if isinstance(plan, Removal)]
         if not removals:
             return None
-        if len(plans) > 1:
-            raise RecoveryError(
-                "Branches were removed from this model and more was done to it since or before, so that its layers are "
-                "not found in the original. Recover after each step, from the model before that step."
-            )
         aligned = copy.deepcopy(original, _memo(held_tensors(original), {}))
         here = held_tensors(slim)
         with torch.no_grad():
@@ -81,10 +76,44 @@ class Shorter:
         return found
 
 
+def _between(slim: nn.Module, original: nn.Module) -> tuple[Any, ...]:
+    """What was done to `original` to get `slim`."""
+    return plans_of(slim)[len(plans_of(original)) :]
+
+
+def stages(slim: nn.Module, original: nn.Module) -> list[tuple[Any, ...]]:
+    """What was done to `original` to get `slim`, cut where branches were removed: each part is recovered by itself.
+
+    Raises:
+        RecoveryError: there are several parts, and the weights of `slim` are no longer those that they make of the
+            original's, so that those in between are not known.
+    """
+    found: list[tuple[Any, ...]] = []
+    for plan in _between(slim, original):
+        if found and not isinstance(plan, Removal) and not isinstance(found[-1][-1], Removal):
+            found[-1] = (*found[-1], plan)
+        else:
+            found.append((plan,))
+    if len(found) > 1:
+        again = shell_of(unwrapped(original))
+        for plan in (plan for stage in found for plan in stage):
+            again = plan.apply(again, inplace=isinstance(plan, Removal))
+        here = held_tensors(unwrapped(slim))
+        made = held_tensors(again)
+        same = made.keys() == here.keys() and all(
+            torch.equal(held.tensor, here[name].tensor) for name, held in made.items()
+        )
+        if not same:
+            raise RecoveryError(
+                "Branches were removed from this model and more was done to it since or before, and its weights are no "
+                "longer the original's. Recover after each step, from the model before that step."
+            )
+    return found
+
+
 def _check(slim: nn.Module, aligned: nn.Module, batch: Any) -> None:
     """Whether both compute the same."""
-    inputs = batch if isinstance(batch, (Tensor, Mapping)) else (batch,)
-    ours, theirs = list(tensors_in(run_once(slim, inputs))), list(tensors_in(run_once(aligned, inputs)))
+    ours, theirs = list(tensors_in(run_once(slim, batch))), list(tensors_in(run_once(aligned, batch)))
     for one, other in zip(ours, theirs, strict=True):
         scale = float(other.abs().max()) if other.numel() else 0.0
         if one.numel() and float((one - other).abs().max()) > 1e-3 * max(scale, 1e-12):

@@ -26,7 +26,7 @@ from structprune.recovery.chain import (
     elementwise_between,
 )
 from structprune.recovery.gauss_newton import MIN_GAIN, ChainFit, final_step, fit_chain
-from structprune.recovery.layers import Consumer
+from structprune.recovery.layers import Consumer, norm_scale
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map
 from structprune.recovery.parallel_forward import Event, Pause, Side
 
@@ -186,8 +186,8 @@ class JointSolver:
             variance, eps, factor = given["running_var"], given["eps"], given["weight"]
             if variance is None:
                 return None
-            scale = scale * (tensors[str(variance.target)].double() + (1e-5 if eps is None else float(eps))).rsqrt()
-            scale = scale if factor is None else scale * tensors[str(factor.target)].double()
+            learnt = None if factor is None else tensors[str(factor.target)]
+            scale = scale * norm_scale(tensors[str(variance.target)], eps, learnt)
         return scale
 
     def _start(self, state: ConsumerState) -> ChainWeights:

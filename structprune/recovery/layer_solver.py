@@ -16,11 +16,12 @@ from torch import Tensor
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import all_reduced
+from structprune.ops import op_of
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
-from structprune.recovery.layers import Consumer, kept_indices, uses_batch_statistics
+from structprune.recovery.layers import Consumer, kept_indices, norm_scale, uses_batch_statistics
 from structprune.recovery.least_squares import NormalEquations, Solution, fit
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import Event, Pause, Side
@@ -97,8 +98,7 @@ class LayerSolver:
         if uses_batch_statistics(training, variance):
             self.refused = "the batch norm behind it takes its statistics from the batch"
             return
-        scale = (variance.double() + (1e-5 if eps is None else eps)).rsqrt()
-        scale = scale if weight is None else scale * weight.double()
+        scale = norm_scale(variance, eps, weight)
         self._scale = scale if self._scale is None else self._scale * scale
 
     def solve(self, ours: list[Tensor], goal: list[Tensor], tensors: Mapping[str, Tensor]) -> LayerRecovery | None:
@@ -179,7 +179,8 @@ class LayerSolver:
         """The dimension of the target's channels."""
         if self._map is not None:
             return self._map.channel_dim
-        return -1 if self._name in ("layer_norm", "rms_norm", "mul") else 1
+        known = op_of(self._name)
+        return -1 if known is None or known.norm is None else known.channel_dim
 
     def _kept_part(self, tensor: Tensor) -> Tensor:
         """The kept channels of the original's result: (16, 8, 5, 5) becomes (16, 6, 5, 5) without two channels."""

@@ -19,11 +19,10 @@ from torch import Tensor, fx
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group, Member
 from structprune.coupling.solve import Mask
-from structprune.ops import layer_of, op_of
+from structprune.ops import kind_of, layer_of, op_of
 from structprune.ops.arguments import arguments
-from structprune.ops.op import Norm
+from structprune.ops.op import CONVOLUTIONS, Norm
 from structprune.ops.relations import Axis, Ids
-from structprune.recovery.linear_maps import argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +152,7 @@ def _with_target(node: fx.Node, weight: str, bias: str | None, sums: bool) -> Co
     own_bias, norms, at = True, list[int](), node
     while (user := _only_user(at)) is not None:
         name = user.meta["name"]
-        if name == "batch_norm" and user.args and user.args[0] is at and node.meta["name"].startswith("conv"):
+        if name == "batch_norm" and user.args and user.args[0] is at and kind_of(node.meta["name"]) in CONVOLUTIONS:
             norms.append(user.meta["index"])
             shift = _held(arguments(user).get("bias"))
             if shift is not None:
@@ -161,7 +160,7 @@ def _with_target(node: fx.Node, weight: str, bias: str | None, sums: bool) -> Co
         elif name == "add" and sums and _is_sum(user, at):
             at = user
             break
-        elif not _is_identity(user) or user.meta.get("shape") != at.meta.get("shape"):
+        elif not _is_identity(user):
             break
         at = user
     return Consumer(node.meta["index"], weight, bias, tuple(norms), at.meta["index"], own_bias=own_bias)
@@ -184,8 +183,11 @@ def _held(value: Any) -> str | None:
 
 def _is_identity(node: fx.Node) -> bool:
     """Whether an operation returns its input in eval mode: dropout, or a copy in another layout."""
-    name = node.meta["name"]
-    return name == "contiguous" or name.removesuffix("1d").removesuffix("2d").removesuffix("3d").endswith("dropout")
+    known, sources = op_of(node.meta["name"]), node.all_input_nodes
+    if known is None or not sources:
+        return False
+    same = all(sources[0].meta.get(key) == node.meta.get(key) for key in ("shape", "dtype"))
+    return same and (known.converts or known.training_only)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -208,6 +210,12 @@ def _is_sum(node: fx.Node, part: fx.Node) -> bool:
 def uses_batch_statistics(training: Any, variance: Any) -> bool:
     """Whether a batch norm with these arguments takes its statistics from the batch."""
     return variance is None or bool(training)
+
+
+def norm_scale(variance: Tensor, eps: float | None, weight: Tensor | None) -> Tensor:
+    """What a batch norm multiplies each channel by, in float64: 3 / 2 with variance 4, weight 3 and no `eps`."""
+    scale = (variance.double() + (1e-5 if eps is None else float(eps))).rsqrt()
+    return scale if weight is None else scale * weight.double()
 
 
 # -- layers that scale channels --------------------------------------------------------------------------------------
@@ -271,8 +279,8 @@ class GroupConsumer:
         return self.node.meta["index"]
 
 
-# The dimension of the weight that the input's channels have.
-_INPUT_DIM = {"linear": 1, "matmul": 0, "mm": 0, "addmm": 0}
+# The dimension of the weight that the input's channels have, by the kind of its contraction.
+_INPUT_DIM = {"linear": 1, "product": 0, "convolution": 1, "transposed": 0}
 
 
 def group_consumers(graph: ChannelGraph, group: Group) -> list[GroupConsumer]:
@@ -298,10 +306,10 @@ def group_consumers(graph: ChannelGraph, group: Group) -> list[GroupConsumer]:
 
 def _kernel_size(node: fx.Node, member: Member) -> int | None:
     """Entries of a layer's kernel, if a group's member is its weight with the channels of its input; else None."""
-    name, kwargs = node.meta["name"], dict(node.kwargs)
-    weight = argument(name, "weight", node.args, kwargs)
-    groups = argument(name, "groups", node.args, kwargs) or 1 if name.startswith("conv") else 1
-    input_dim = _INPUT_DIM.get(name, 0 if "transpose" in name else 1)
+    layer, given = layer_of(node.meta["name"]), arguments(node)
+    assert layer is not None
+    weight, groups = given.get(layer.weight), given.get("groups") or 1
+    input_dim = _INPUT_DIM.get(layer.kind)
     if not isinstance(weight, fx.Node) or str(weight.target) != member.tensor or groups != 1:
         return None
     shape = weight.meta["shape"]

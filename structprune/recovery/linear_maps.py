@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structprune.ops import layer_of
+from structprune.ops import kind_of, layer_of
 from structprune.ops.arguments import bind
+from structprune.ops.op import CONVOLUTIONS
 
 
 def argument(name: str, which: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -221,10 +222,10 @@ def linear_map(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Linear
     """The map of a call of a layer's operation; None if its input is not batched, or its weight is no matrix."""
     x: Tensor = argument(name, "input", args, kwargs)
     weight: Tensor = argument(name, "weight", args, kwargs)
-    options = _options(name, args, kwargs)
-    if name.startswith("conv"):
-        return _convolution(name, options, x, weight) if x.dim() == weight.dim() else None
-    layout = "out_in" if name == "linear" else "in_out"
+    kind, options = kind_of(name), _options(name, args, kwargs)
+    if kind in CONVOLUTIONS:
+        return _convolution(name, options, x, weight, kind == "transposed") if x.dim() == weight.dim() else None
+    layout = "out_in" if kind == "linear" else "in_out"
     return LinearMap(name, options, 1, tuple(weight.shape), layout) if weight.dim() == 2 and x.dim() >= 2 else None
 
 
@@ -236,7 +237,7 @@ def _options(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
     return {key: value for key, value in bound.items() if key not in (layer.input, layer.weight, layer.bias)}
 
 
-def _convolution(name: str, options: dict[str, Any], x: Tensor, weight: Tensor) -> LinearMap:
+def _convolution(name: str, options: dict[str, Any], x: Tensor, weight: Tensor, transposed: bool) -> LinearMap:
     """The map of a convolution or of a transposed one.
 
     A transposed convolution with a kernel of 3, dilation 2 and padding 1 reaches 2 * (3 - 1) = 4 entries over; the
@@ -251,7 +252,7 @@ def _convolution(name: str, options: dict[str, Any], x: Tensor, weight: Tensor) 
     padding = options.get("padding")
     reach = [dilation * (size - 1) for dilation, size in zip(dilations, kernel, strict=True)]
     ones = (1,) * n
-    if name.startswith("conv_transpose"):
+    if transposed:
         cut = _per_dimension(padding, n, 0)
         extra = _per_dimension(options.get("output_padding"), n, 0)
         before = tuple(r - c for r, c in zip(reach, cut, strict=True))

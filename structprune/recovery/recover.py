@@ -16,11 +16,11 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.recovery.batches import Forward, batches_of
-from structprune.recovery.depth import Shorter
+from structprune.recovery.depth import Shorter, stages
 from structprune.recovery.layer_solver import LayerSolver
 from structprune.recovery.layers import consumers
 from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
-from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report
+from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept
@@ -62,7 +62,8 @@ def recover(
     layers and of residual sums); here each layer also corrects the errors of the layers before it.
 
     A model without some of its branches (`structprune.remove_branches`) is solved where what is left meets the
-    original, if that is all that was done to it; the report then names layers as the original does.
+    original; the report then names layers as the original does. One that lost channels as well is made again step by
+    step, and each step is recovered, if its weights are still the original's.
 
     Models in half precision run and are solved in float32, on widened copies of their weights and of the data, and the
     new weights are rounded at the end; so `recover` needs the memory of float32 models while it runs.
@@ -101,7 +102,28 @@ def recover(
         numbers = {"rows": whole(1), "rounds": whole(0), "seed": SEED}
         require(locals(), RecoveryError, slim=MODEL, original=MODEL, forward=ON_BATCH.or_none, **numbers)
         batches = batches_of(original, data, forward, "is nothing to solve the layers on")
-        return _recovered(slim, original, batches, rows, rounds, seed)
+        done = stages(slim, original)
+        if len(done) < 2:
+            return _recovered(slim, original, batches, rows, rounds, seed)
+        return _in_stages(done, original, batches, rows, rounds, seed)
+
+
+def _in_stages(
+    done: list[tuple[Any, ...]], original: nn.Module, batches: list[Any], rows: int, rounds: int, seed: int
+) -> nn.Module:
+    """A model that lost branches and channels, made again step by step and recovered after each of them."""
+    layers: list[LayerRecovery] = []
+    skipped: dict[str, str] = {}
+    for plans in done:
+        smaller = original
+        for plan in plans:
+            smaller = plan.apply(smaller)
+        original = _recovered(smaller, original, batches, rows, rounds, seed)
+        report = recovery_report(original)
+        layers += report.layers
+        skipped |= report.skipped
+    keep_report(original, RecoveryReport(tuple(layers), skipped))
+    return original
 
 
 def _recovered(
@@ -165,6 +187,7 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
         RecoveryError: by that record it was made of another model.
     """
     kept_indices, first = kept(slim), first_shapes(slim)
+    now = {name: held.tensor.shape for name, held in held_tensors(slim).items()}
     removed: list[RemovedSlice] = []
     for name, held in held_tensors(original).items():
         shape = tuple(held.tensor.shape)
@@ -174,7 +197,16 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
                 f"{name!r} has shape {list(shape)} in the original, but in the model that was pruned it was {before}. "
                 "Give the pruned model as structprune made it, and the model that it was made of."
             )
-        for dim, indices in kept_indices.get(name, {}).items():
+        dims = kept_indices.get(name, {})
+        if name in now and any(
+            before != after and dim not in dims
+            for dim, (before, after) in enumerate(zip(shape, now[name], strict=True))
+        ):
+            raise RecoveryError(
+                f"Each group of the convolution with {name!r} lost other inputs, for which no layer is solved again. "
+                "Remove the same positions of each group, or fine-tune."
+            )
+        for dim, indices in dims.items():
             lost = np.setdiff1d(np.arange(shape[dim]), indices)
             if len(lost):
                 removed.append(RemovedSlice(name, dim, shape[dim], tuple(lost.tolist())))

@@ -8,7 +8,7 @@ from typing import Any
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.coupling.random_removals import Counter
-from structprune.reporting.layout import HEIGHT, WIDTH, Layout, layered
+from structprune.reporting.layout import HEIGHT, WIDTH, Course, Layout, layered
 from structprune.reporting.network import Network, Node
 from structprune.reporting.text import element, kept, places, short
 
@@ -53,7 +53,7 @@ class Drawing:
     # -- data ----------------------------------------------------------------------------------------------------
 
     def data(self) -> dict[str, Any]:
-        """What the page's script needs: nodes, groups, and who stands beside whom."""
+        """What the page's script needs: nodes, groups, and which nodes are neighbours."""
         nodes = [self._node(number, node) for number, node in enumerate(self._network.nodes)]
         return {
             "nodes": nodes,
@@ -129,8 +129,8 @@ class Drawing:
         """Draw the network on Matplotlib's axes, which are left without frame and ticks."""
         from structprune.reporting.figure_graph import draw_box, draw_edge
 
-        for path, group in zip(self._layout.paths, self._network.edges.values(), strict=True):
-            draw_edge(axes, path, None if group is None else hue(group))
+        for course, group in zip(self._layout.courses, self._network.edges.values(), strict=True):
+            draw_edge(axes, course, None if group is None else hue(group))
         for (x, y), node in zip(self._layout.centres, self._network.nodes, strict=True):
             pair = self._width(node)
             below = "" if pair is None or node.kind == "join" else _arrow(pair)
@@ -144,8 +144,8 @@ class Drawing:
     def svg(self) -> str:
         """The drawing; nodes can be focused one at a time, the first one by the Tab key."""
         edges = "".join(
-            self._edge(path, edge, group)
-            for path, (edge, group) in zip(self._layout.paths, self._network.edges.items(), strict=True)
+            self._edge(course, edge, group)
+            for course, (edge, group) in zip(self._layout.courses, self._network.edges.items(), strict=True)
         )
         nodes = "".join(self._box(number, node) for number, node in enumerate(self._network.nodes))
         size = f"{self._layout.width:.0f} {self._layout.height:.0f}"
@@ -161,9 +161,9 @@ class Drawing:
             aria_label=label,
         )
 
-    def _edge(self, path: str, edge: tuple[int, int], group: int | None) -> str:
+    def _edge(self, course: Course, edge: tuple[int, int], group: int | None) -> str:
         colour = {"style": f"--h:{hue(group)}", "data_group": group} if group is not None else {"class_": "plain"}
-        return element("path", d=path, data_from=edge[0], data_to=edge[1], **colour)
+        return element("path", d=svg_path(course), data_from=edge[0], data_to=edge[1], **colour)
 
     def _box(self, number: int, node: Node) -> str:
         x, y = self._layout.centres[number]
@@ -217,6 +217,11 @@ class Drawing:
         if before:
             said.append(f"{short(before)} MACs, {kept(before, after)} left")
         return ", ".join(said)
+
+
+def svg_path(course: Course) -> str:
+    """The line of an edge as an SVG path: ``M10.0 0.0L10.0 20.0``."""
+    return "".join(step + " ".join(f"{x:.1f} {y:.1f}" for x, y in points) for step, points in course)
 
 
 def _shortened(path: str) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from colorsys import hls_to_rgb
 from typing import Any
 
-from structprune.reporting.layout import HEIGHT, WIDTH
+from structprune.reporting.layout import HEIGHT, WIDTH, Course
 
 _GREY = (0.7, 0.73, 0.78)
 _JOIN = 64.0
@@ -17,22 +16,14 @@ def colour(hue: float | None) -> tuple[float, float, float]:
     return _GREY if hue is None else hls_to_rgb(hue / 360, 0.44, 0.62)
 
 
-def draw_edge(axes: Any, path: str, hue: float | None) -> None:
-    """An edge whose course is an SVG path of absolute lines and curves."""
+def draw_edge(axes: Any, course: Course, hue: float | None) -> None:
+    """The line of an edge."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    points: list[tuple[float, float]] = []
-    codes: list[int] = []
     known = {"M": Path.MOVETO, "L": Path.LINETO, "C": Path.CURVE4, "Q": Path.CURVE3}
-    for command, numbers in re.findall(r"([A-Z])([^A-Z]*)", path):
-        values = [float(n) for n in re.findall(r"-?[\d.]+", numbers)]
-        if command in "HV":
-            x, y = points[-1]
-            values = [values[0], y] if command == "H" else [x, values[0]]
-        more = list(zip(values[::2], values[1::2], strict=True))
-        points += more
-        codes += [int(known.get(command, Path.LINETO))] * len(more)
+    points = [point for _, more in course for point in more]
+    codes = [int(known[step]) for step, more in course for _ in more]
     width = 1.2 if hue is None else 1.7
     axes.add_patch(PathPatch(Path(points, codes), fill=False, edgecolor=colour(hue), linewidth=width, capstyle="round"))
 

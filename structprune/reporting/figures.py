@@ -213,7 +213,7 @@ def plot_graph(
 
 def _rows(model: nn.Module, example_inputs: ExampleInputs, plan: Plan | None, times: Times = ()) -> list[LayerRow]:
     graph = ChannelGraph(model, example_inputs, outputs=None if plan is None else plan.outputs)
-    return layer_rows(graph, *counts(graph, plan), times)
+    return layer_rows(graph, *counts(graph, plan), times, plan)
 
 
 def _panel(size: tuple[float, float], ax: Any) -> tuple[Any, Any]:

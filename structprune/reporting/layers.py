@@ -9,6 +9,7 @@ from structprune.checking import Check, instance, is_number
 from structprune.coupling.costs import Count, LayerCost, count_layers
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.random_removals import Counter
+from structprune.depth.paths import PathsAfter, by_names_before
 from structprune.errors import UnknownLayerError
 from structprune.planning.plan import Plan
 from structprune.surgery.verify import removed_components
@@ -56,10 +57,12 @@ class LayerRow:
 def counts(graph: ChannelGraph, plan: Plan | None) -> tuple[Counter, Counter]:
     """What counts the kept channels of an axis before and after `plan`."""
     before = graph.counter()
-    return before, before if plan is None else graph.counter(removed_components(graph, plan))
+    return before, before if plan is None else graph.counter(removed_components(graph, by_names_before(plan)))
 
 
-def layer_rows(graph: ChannelGraph, before: Count, after: Count, times: Times = ()) -> list[LayerRow]:
+def layer_rows(
+    graph: ChannelGraph, before: Count, after: Count, times: Times = (), plan: Plan | None = None
+) -> list[LayerRow]:
     """A row for each module that holds parameters, multiplies or takes time, in the order of the model.
 
     Args:
@@ -67,25 +70,32 @@ def layer_rows(graph: ChannelGraph, before: Count, after: Count, times: Times = 
         before: counts kept channels of axes of the model as it is.
         after: the same after the plan.
         times: seconds by layer of the model as it is and, if measured, of the smaller one.
+        plan: the plan, of which nothing is left of layers that go with a branch.
     """
+    paths = PathsAfter(graph.model, plan)
     old = count_layers(graph.model, graph.trace, graph.channels, before)
     new = count_layers(graph.model, graph.trace, graph.channels, after)
     found: list[LayerRow] = []
     for path, module in graph.model.named_modules(remove_duplicate=False):
-        seconds = _seconds(path, times)
+        now = paths.of(path)
+        seconds = _seconds(path, now, times)
         if path not in old and not seconds:
             continue
-        cost, left = old.get(path, _NOTHING), new.get(path, _NOTHING)
+        cost, left = old.get(path, _NOTHING), _NOTHING if now is None else new.get(path, _NOTHING)
         width = _width(graph, path, before, after) if path in old else None
+        if width is not None and now is None:
+            width = width[0], 0
         macs, params = (cost.macs, left.macs), (cost.params, left.params)
         found.append(LayerRow(path, type(module).__name__, width, macs, params, seconds))
     return found
 
 
-def _seconds(path: str, times: Times) -> tuple[float, float] | None:
+def _seconds(path: str, now: str | None, times: Times) -> tuple[float, float] | None:
+    """The times of a layer, which has another path in the smaller model, or none."""
     if not any(path in each for each in times):
         return None
-    return times[0].get(path, 0.0), times[-1].get(path, 0.0)
+    last = path if len(times) == 1 else now
+    return times[0].get(path, 0.0), 0.0 if last is None else times[-1].get(last, 0.0)
 
 
 def _width(graph: ChannelGraph, path: str, before: Count, after: Count) -> Pair | None:

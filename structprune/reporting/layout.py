@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,20 +29,25 @@ _ASPECT = 1.35
 _SHORTEST = 5
 
 
+Step = tuple[Literal["M", "L", "Q", "C"], tuple[Point, ...]]
+"""Move to a point, a straight line there, or a curve: its control points and its end."""
+Course = list[Step]
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where everything goes, in pixels.
 
     Attributes:
         centres: of each node.
-        paths: for each edge, its course as an SVG path.
+        courses: for each edge, where its line runs.
         ranks: for each rank, its nodes from left to right.
         width: of the drawing.
         height: of the drawing.
     """
 
     centres: list[Point]
-    paths: list[str]
+    courses: list[Course]
     ranks: list[list[int]]
     width: float
     height: float
@@ -230,13 +236,13 @@ def _placed(
     }
     height = max(y for _, y in point.values()) + HEIGHT / 2 + GUTTER / 3 + MARGIN
     bends = _Bends(point, rank, column, right_edge, count)
-    paths = [bends.path(chain) for chain in chains]
+    courses = [bends.course(chain) for chain in chains]
     ranks = [[node for node in row if node < count] for row in rows]
-    return Layout([point[n] for n in range(count)], paths, ranks, left - GUTTER + 2 * MARGIN, height)
+    return Layout([point[n] for n in range(count)], courses, ranks, left - GUTTER + 2 * MARGIN, height)
 
 
 class _Bends:
-    """Turns chains of nodes into paths: curves inside a column, rounded steps from one column to the next."""
+    """Turns chains of nodes into lines: curves inside a column, rounded steps from one column to the next."""
 
     def __init__(
         self, point: dict[int, Point], rank: dict[int, int], column: list[int], right: dict[int, float], count: int
@@ -244,28 +250,26 @@ class _Bends:
         self._point, self._rank, self._column, self._right, self._count = point, rank, column, right, count
         self._lanes: dict[int, dict[Edge, int]] = {}
 
-    def path(self, chain: list[int]) -> str:
-        """The path along a chain."""
+    def course(self, chain: list[int]) -> Course:
+        """Where the line along a chain runs."""
         x, y = self._point[chain[0]]
-        parts = [f"M{x:.1f} {y + HEIGHT / 2:.1f}"]
+        steps: list[Step] = [("M", ((x, y + HEIGHT / 2),))]
         for a, b in pairwise(chain):
             (x0, y0), (x1, y1) = self._point[a], self._point[b]
             y0 += HEIGHT / 2
             y1 -= HEIGHT / 2
-            if self._column[self._rank[a]] == self._column[self._rank[b]]:
-                middle = (y0 + y1) / 2
-                parts.append(
-                    f"L{x1:.1f} {y1:.1f}"
-                    if abs(x0 - x1) < 1
-                    else f"C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}"
-                )
+            if self._column[self._rank[a]] != self._column[self._rank[b]]:
+                steps += self._step((x0, y0), (x1, y1), (a, b))
+            elif abs(x0 - x1) < 1:
+                steps.append(("L", ((x1, y1),)))
             else:
-                parts.append(self._step((x0, y0), (x1, y1), (a, b)))
+                middle = (y0 + y1) / 2
+                steps.append(("C", ((x0, middle), (x1, middle), (x1, y1))))
             if b >= self._count:
-                parts.append(f"V{y1 + HEIGHT:.1f}")
-        return "".join(parts)
+                steps.append(("L", ((x1, y1 + HEIGHT),)))
+        return steps
 
-    def _step(self, start: Point, end: Point, link: Edge) -> str:
+    def _step(self, start: Point, end: Point, link: Edge) -> Course:
         """Down, right into the gutter, up, right and down: a lane of its own for each link."""
         rank = self._rank[link[0]]
         lanes = self._lanes.setdefault(rank, {})
@@ -274,9 +278,14 @@ class _Bends:
         (x0, y0), (x1, y1) = start, end
         gutter, low, high = self._right[self._column[rank]] + away, y0 + away, y1 - away
         r = 6.0
-        return (
-            f"V{low - r:.1f}Q{x0:.1f} {low:.1f} {x0 + r:.1f} {low:.1f}H{gutter - r:.1f}"
-            f"Q{gutter:.1f} {low:.1f} {gutter:.1f} {low - r:.1f}V{high + r:.1f}"
-            f"Q{gutter:.1f} {high:.1f} {gutter + r:.1f} {high:.1f}H{x1 - r:.1f}"
-            f"Q{x1:.1f} {high:.1f} {x1:.1f} {high + r:.1f}V{y1:.1f}"
-        )
+        return [
+            ("L", ((x0, low - r),)),
+            ("Q", ((x0, low), (x0 + r, low))),
+            ("L", ((gutter - r, low),)),
+            ("Q", ((gutter, low), (gutter, low - r))),
+            ("L", ((gutter, high + r),)),
+            ("Q", ((gutter, high), (gutter + r, high))),
+            ("L", ((x1 - r, high),)),
+            ("Q", ((x1, high), (x1, high + r))),
+            ("L", ((x1, y1),)),
+        ]

@@ -18,6 +18,7 @@ from structprune.benchmarking import Benchmark
 from structprune.checking import INPUTS, MODEL, PATH, TEXT, instance, pair, require
 from structprune.coupling.costs import Cost
 from structprune.coupling.graph import ChannelGraph
+from structprune.depth.plan import DepthPlan
 from structprune.files import write_text
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity
@@ -105,7 +106,7 @@ def report(
     graph = ChannelGraph(model, example_inputs, outputs=None if plan is None else plan.outputs)
     before, after = counts(graph, plan)
     drawing = Drawing(graph, network_of(graph), before, after)
-    rows = layer_rows(graph, before, after, times)
+    rows = layer_rows(graph, before, after, times, plan)
     total = plan.before if plan else graph.costs.at(before)
     name = title or type(model).__name__
     takes = "MACs, parameters and time" if times else "MACs and parameters"
@@ -271,14 +272,21 @@ def _settings(plan: Plan) -> str:
         )
         for r in plan.attribute_edits
     )
+    removed = "".join(element("li", element("code", escape(name)), ": removed") for name in _branches(plan))
     literals = "".join(
         element("li", f"a size in the forward of {element('code', escape(r.module or 'the model'))}: {r.old} → {r.new}")
         for r in plan.literal_edits
     )
     changed = element("h3", "What the forward reads") + element("ul", attributes, literals, class_="changes")
+    if removed:
+        changed = element("h3", "Blocks and branches") + element("ul", removed, class_="changes") + changed
     return element("dl", asked, element("dt", "digest"), element("dd", element("code", plan.digest))) + (
-        changed if attributes or literals else ""
+        changed if attributes or literals or removed else ""
     )
+
+
+def _branches(plan: Plan) -> tuple[str, ...]:
+    return plan.removal.branches if isinstance(plan, DepthPlan) else ()
 
 
 def _plain(value: Any) -> str:

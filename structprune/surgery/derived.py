@@ -26,7 +26,7 @@ _HOOKS: dict[type, tuple[Callable[[Any], str], Callable[[Any, nn.Module], Any]]]
 
 
 def refresh(model: nn.Module, paths: Iterable[str], undo: list[Callable[[], None]]) -> None:
-    """Compute anew what hooks of the layers at `paths` left on them, so that it has the shape of today."""
+    """Compute anew what hooks of the layers at `paths` left on them, from the smaller tensors."""
     find = module_finder(model)
     for path in paths:
         module = find(path)

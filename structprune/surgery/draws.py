@@ -1,7 +1,7 @@
 """Random numbers in a forward, held still: two networks of different width cannot draw the same ones.
 
-While two networks are compared, a draw gives one number for the whole tensor, so that channels that live get the same
-in both; dropout passes on what it gets, and a coin gives its probability.
+While two networks are compared, a draw gives one number for the whole tensor, so that channels that are kept get the
+same in both; dropout passes on what it gets, and a coin gives its probability.
 """
 
 from __future__ import annotations

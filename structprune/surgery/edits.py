@@ -23,6 +23,19 @@ class RemovedSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class SectionedSlice(RemovedSlice):
+    """Equal sections of dimension 0 lose equally many, but other indices of dimension `dim`.
+
+    `sections` are the indices that stay in each of them. `removed` are the last indices, as many as each section loses,
+    so that ``size - len(removed)`` stay here too. The weight ``(out, in / groups, ...)`` of a grouped convolution is
+    such a tensor: of 2 groups of 3 channels, ``sections=((0, 2), (1, 2))`` and ``removed=(2,)`` keep channels 0, 2, 4
+    and 5.
+    """
+
+    sections: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AttributeEdit:
     """The attribute at `chain` of the module `module` becomes `new`."""
 
@@ -68,3 +81,18 @@ class Edits:
     caches: tuple[tuple[str, str], ...]
     inputs: Any
     outputs: tuple[str, ...] | None
+
+    @property
+    def thinnings(self) -> tuple[RemovedSlice, ...]:
+        """The former name of `slices`."""
+        return self.slices
+
+    @property
+    def repairs(self) -> tuple[AttributeEdit, ...]:
+        """The former name of `attribute_edits`."""
+        return self.attribute_edits
+
+    @property
+    def rewrites(self) -> tuple[LiteralEdit, ...]:
+        """The former name of `literal_edits`."""
+        return self.literal_edits

@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 
 from structprune.checking import MODEL, require
 from structprune.errors import SurgeryError
-from structprune.surgery.edits import Edits, RemovedSlice
+from structprune.surgery.edits import Edits, RemovedSlice, SectionedSlice
 from structprune.surgery.slicing import KeptIndices
 from structprune.tracing.state import Held, held_tensors, join, modules_of
 from structprune.wrapping import unwrapped
 
 # Of a module: the name of a tensor that it holds -> dimension -> (size in the first model, indices kept). The indices
-# are None once something else has resized a pruned tensor, since then nobody knows which channels they are.
+# are None once something else has resized a pruned tensor, since then nobody knows which channels they are; their shape
+# is (0, number kept) where each group of a grouped convolution keeps others.
 RECORD = "_structprune_kept"
 # A copy of a GraphModule is built from its graph anew, and takes along only the attributes that its meta names here.
 _PRESERVED = "_user_preserved_attributes"
@@ -44,10 +45,10 @@ def _composed(
 ) -> tuple[int, Indices | None]:
     """What is left of the first model's indices, when the dimension came out of the slicing with `now` entries."""
     if record is None:
-        return sliced.size, left if len(left) == now else None
+        return sliced.size, left if left.shape[-1] == now else None
     first, before = record
-    fits = before is not None and len(before) == sliced.size and len(left) == now
-    return first, before[left] if fits and before is not None else None
+    fits = before is not None and before.shape[-1] == sliced.size and left.shape[-1] == now
+    return first, None if before is None or not fits else before[..., left] if left.ndim == 1 else left
 
 
 def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, undo: list[Callable[[], None]]) -> None:
@@ -66,6 +67,8 @@ def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, und
     new: dict[int, tuple[nn.Module, Record]] = {}
     stays = KeptIndices()
     for sliced in edits.slices:
+        apart = isinstance(sliced, SectionedSlice)
+        indices = np.empty((0, sliced.size - len(sliced.removed)), np.int64) if apart else stays(sliced)
         for name in names[id(tensors[sliced.tensor].tensor)]:
             path, _, key = name.rpartition(".")
             module = modules[path]
@@ -75,7 +78,7 @@ def record_kept(model: nn.Module, tensors: Mapping[str, Held], edits: Edits, und
             dims = new[id(module)][1].setdefault(key, {})
             shape = _shape(module, key)
             if shape is not None:
-                dims[sliced.dim] = _composed(dims.get(sliced.dim), sliced, stays(sliced), shape[sliced.dim])
+                dims[sliced.dim] = _composed(dims.get(sliced.dim), sliced, indices, shape[sliced.dim])
     for module, record in new.values():
         remember(module, RECORD, record, undo)
 
@@ -133,8 +136,9 @@ def kept(model: nn.Module) -> dict[str, dict[int, tuple[int, ...]]]:
 
     Returns:
         For each tensor that lost channels, by name: dimension -> for each index that is left, in order, its index in
-        the tensor of the first model. Dimensions that are whole are left out; a model never pruned gives ``{}``. A tied
-        tensor appears under each of its names.
+        the tensor of the first model. Dimensions that are whole are left out, as are those of which each group of a
+        grouped convolution keeps other indices; a model never pruned gives ``{}``. A tied tensor appears under each of
+        its names.
 
     Raises:
         SurgeryError: something else has resized a tensor since it was pruned, so that this is no longer known.
@@ -153,13 +157,14 @@ def kept(model: nn.Module) -> dict[str, dict[int, tuple[int, ...]]]:
     for name, dims, shape in _records(model):
         found[name] = {}
         for dim, (first, indices) in sorted(dims.items()):
-            if indices is None or dim >= len(shape) or len(indices) != shape[dim]:
+            if indices is None or dim >= len(shape) or indices.shape[-1] != shape[dim]:
                 raise SurgeryError(
                     f"Dimension {dim} of {name!r} had {first} channels in the first model and was pruned; since then "
                     f"something else gave it the shape {list(shape)}, so which channels are left is not known. Put a "
                     "new layer in its place instead, or resize before the first pruning."
                 )
-            found[name][dim] = tuple(indices.tolist())
+            if indices.ndim == 1:
+                found[name][dim] = tuple(indices.tolist())
     return found
 
 

@@ -1,4 +1,4 @@
-"""What stands in for operations of the original while its removed channels are switched off."""
+"""What replaces operations of the original while its removed channels are switched off."""
 
 from __future__ import annotations
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from structprune.errors import SurgeryError
 from structprune.ops.gains import Gain, divisors
-from structprune.surgery.edits import Edits, RemovedSlice, Rescale
+from structprune.surgery.edits import Edits, RemovedSlice, Rescale, SectionedSlice
 from structprune.tracing.state import Held
 
 
@@ -53,11 +55,32 @@ def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:
     return tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
 
 
+def taken(tensor: Tensor, slices: list[RemovedSlice], stays: Callable[[RemovedSlice], np.ndarray] = kept) -> Tensor:
+    """What stays of a tensor; a view of it where each dimension keeps a run. `stays` gives the indices that stay."""
+    # Sections are those of the whole dimension 0. Then the dimension that loses the largest share goes first: less is
+    # copied twice.
+    for sliced in sorted(slices, key=lambda t: (not isinstance(t, SectionedSlice), -len(t.removed) / t.size)):
+        if isinstance(sliced, SectionedSlice):
+            parts = tensor.chunk(len(sliced.sections))
+            kept_in = [np.array(section, dtype=np.int64) for section in sliced.sections]
+            tensor = torch.cat([take(part, sliced.dim, stay) for part, stay in zip(parts, kept_in, strict=True)])
+        else:
+            tensor = take(tensor, sliced.dim, stays(sliced))
+    return tensor
+
+
+def zero(tensor: Tensor, sliced: RemovedSlice, value: float = 0) -> None:
+    """Set what goes of a tensor to zero, or to another value, in place."""
+    if not isinstance(sliced, SectionedSlice):
+        tensor.index_fill_(sliced.dim, torch.tensor(sliced.removed, device=tensor.device), value)
+        return
+    for part, section in zip(tensor.chunk(len(sliced.sections)), sliced.sections, strict=True):
+        gone = np.setdiff1d(np.arange(sliced.size), section)
+        part.index_fill_(sliced.dim, torch.from_numpy(gone).to(tensor.device), value)
+
+
 def _sliced(tensor: Tensor, slices: list[RemovedSlice], stays: KeptIndices) -> Tensor:
-    result = tensor.detach()
-    # The dimension that loses the largest share goes first: less is copied twice.
-    for sliced in sorted(slices, key=lambda t: -len(t.removed) / t.size):
-        result = take(result, sliced.dim, stays(sliced))
+    result = taken(tensor.detach(), slices, stays)
     return (
         result.clone(memory_format=torch.contiguous_format)
         if result.numel() == 0 or _shares(result, tensor)
@@ -99,11 +122,27 @@ def _by_tensor(plan: Edits, tensors: dict[str, Held]) -> dict[str, list[RemovedS
                 f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} from {sliced.size} entries, but its "
                 f"shape is {list(shape)}. Has the model been pruned since the plan was made? Make a new plan."
             )
+        if isinstance(sliced, SectionedSlice) and not _fits(sliced, shape):
+            raise SurgeryError(
+                f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} in sections that a tensor of shape "
+                f"{list(shape)} does not have. Make a new plan."
+            )
         before = by_tensor.setdefault(sliced.tensor, [])
         before.append(sliced)
         if len(before) > 1 and len({t.dim for t in before}) < len(before):
             raise SurgeryError(f"The plan slices dimension {sliced.dim} of {sliced.tensor!r} twice. Make a new plan.")
     return by_tensor
+
+
+def _fits(sliced: SectionedSlice, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape has the sections, and each keeps as many of its indices as the slice says."""
+    left, count = sliced.size - len(sliced.removed), len(sliced.sections)
+    if not left or not count or not sliced.dim or shape[0] % count:
+        return False
+    return all(
+        len(set(section)) == len(section) == left and min(section) >= 0 and max(section) < sliced.size
+        for section in sliced.sections
+    )
 
 
 def regained(

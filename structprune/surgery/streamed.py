@@ -17,6 +17,7 @@ from torch.overrides import _pop_mode_temporarily
 from structprune.ops import op_of
 from structprune.surgery.draws import held_still
 from structprune.surgery.edits import RemovedSlice
+from structprune.surgery.slicing import zero
 from structprune.tracing.calls import CallMode
 from structprune.tracing.opaque import opaque_of
 from structprune.tracing.scripted import watch_scripted
@@ -84,7 +85,7 @@ class Streamed(CallMode):
         if (removed or fresh) and result.data_ptr() == tensor.data_ptr():
             result = result.clone()
         for sliced in removed:
-            result.index_fill_(sliced.dim, torch.tensor(sliced.removed, device=result.device), 0)
+            zero(result, sliced)
         return result
 
     # -- the mode ------------------------------------------------------------------------------------------------

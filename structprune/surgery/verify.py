@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from structprune.checking import INPUTS, MODEL, instance, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.errors import VerificationError
-from structprune.surgery.edits import Edits
+from structprune.surgery.edits import Edits, SectionedSlice
 from structprune.surgery.quantization import fake_quantization_off
 from structprune.surgery.reference import (
     norms_over_kept,
@@ -97,7 +99,8 @@ class Report:
 def removed_components(graph: ChannelGraph, edits: Edits) -> Mask:
     """The components of `graph` that the edits remove."""
     removed = np.zeros(graph.components.count, dtype=bool)
-    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.slices}
+    # Sections lose other indices each; what they belong to goes with the channels themselves.
+    by_tensor = {(t.tensor, t.dim): t.removed for t in edits.slices if not isinstance(t, SectionedSlice)}
     for slot in graph.slots:
         indices = by_tensor.get((slot.tensor, slot.dim))
         if indices is not None:
@@ -181,8 +184,17 @@ def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
     return tuple(errors)
 
 
-def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: ExampleInputs) -> Report:
-    """Compare `slim` with `original` whose removed channels are switched off.
+@runtime_checkable
+class Verifies(Protocol):
+    """A record of what was done to a model that knows what the result must compute."""
+
+    def verified(self, original: nn.Module, slim: nn.Module, example_inputs: ExampleInputs) -> Report:
+        """What `verify` finds."""
+        ...
+
+
+def verify(original: nn.Module, slim: nn.Module, plan: Edits | Verifies, example_inputs: ExampleInputs) -> Report:
+    """Compare `slim` with `original` whose removed channels are switched off, and whose removed branches give zero.
 
     Neither model is copied: weights are switched off one at a time, as the forward comes to them. A model in half
     precision is compared in float32, one on the ``meta`` device by shape alone. Fake quantization is off meanwhile.
@@ -205,9 +217,51 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits, example_inputs: Ex
         >>> structprune.verify(model, plan.apply(model), plan, x).ok
         True
     """
+    if isinstance(plan, Verifies):
+        return plan.verified(original, slim, example_inputs)
     planned = instance(Edits, "give the plan that slim was made by")
     require(locals(), original=MODEL, slim=MODEL, plan=planned, example_inputs=INPUTS)
     return verify_removal(ChannelGraph(prunable(original), example_inputs, outputs=plan.outputs), slim, plan)
+
+
+def verify_runs(
+    original: nn.Module,
+    slim: nn.Module,
+    example_inputs: ExampleInputs,
+    switched: Callable[[nn.Module, ExampleInputs], AbstractContextManager[Any]],
+) -> Report:
+    """Compare all outputs of `slim` with those of `original` as it computes inside of a context.
+
+    Args:
+        original: the model before.
+        slim: the model after.
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword).
+        switched: from a model that computes what the original does, and its inputs, what switches parts of it off.
+
+    Raises:
+        VerificationError: the outputs differ in number, shape or type.
+    """
+    types = _types(original)
+    if any(held.tensor.is_meta for held in held_tensors(original).values()):
+        inputs = map_tensors(lambda tensor: tensor.to("meta"), example_inputs)
+        ours, theirs = run_once(slim, inputs), run_once(original, inputs)
+        return Report(0.0, relative_errors(ours, theirs), _shapes(ours), 0.0, numbers=False)
+    kind = torch.float32 if types & {torch.float16, torch.bfloat16} else None
+    with fake_quantization_off(original, slim):
+        ours = _outputs(slim, example_inputs, kind)
+        same, mode = streamed(original, (), kind)
+        inputs = _inputs(example_inputs, kind)
+        with preserved_random_state(), torch.no_grad(), mode, switched(same, inputs):
+            reference = _run(same, inputs)
+    errors = relative_errors(ours, reference)
+    tolerance = max(TOLERANCE.get(kind or held_kind, 1e-3) for held_kind in types)
+    return Report(max(errors, default=0.0), errors, _shapes(ours), tolerance, drawn=tuple(sorted(mode.drawn)))
+
+
+def _types(model: nn.Module) -> set[torch.dtype]:
+    """The floating types of what a model holds."""
+    held = [each.tensor.dtype for each in held_tensors(model).values()]
+    return {kind for kind in held if kind.is_floating_point} or {torch.float32}
 
 
 def verify_removal(graph: ChannelGraph, slim: nn.Module, plan: Edits, removed: Mask | None = None) -> Report:
@@ -224,7 +278,7 @@ def verify_removal(graph: ChannelGraph, slim: nn.Module, plan: Edits, removed: M
     """
     original, slim = graph.model, prunable(slim)
     held = [h.tensor for h in held_tensors(original).values()]
-    types = {t.dtype for t in held if t.is_floating_point()} or {torch.float32}
+    types = _types(original)
     if any(t.is_meta for t in held):
         inputs = map_tensors(lambda tensor: tensor.to("meta"), graph.example_inputs)
         ours = _kept_outputs(run_once(slim, inputs), plan)

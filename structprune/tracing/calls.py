@@ -49,7 +49,7 @@ class CallMode(TorchFunctionMode, ABC):
         super().__init__()
         self._operations = operations
         self._opening: list[Call] = []
-        self._away = False  # inside something that is taken as a whole: what it calls is its own affair
+        self._away = False  # inside something that is taken as a whole: what it calls is not recorded
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+
+from structprune.tracing.provenance import OWN_DIRECTORY, TORCH_DIRECTORY
 
 
 def known_layer(module: nn.Module) -> bool:
@@ -36,7 +40,23 @@ def alike(recorded: Any, now: Any) -> bool:
     """Whether an argument that is no tensor, number or container is the same; what cannot be compared is."""
     if isinstance(recorded, np.ndarray):
         return np.array_equal(recorded, now)
-    return recorded == now if isinstance(recorded, (bool, str, torch.dtype, type(None))) else True
+    return recorded == now if isinstance(recorded, (bool, np.bool_, complex, str, torch.dtype, type(None))) else True
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether an argument is a real number, of Python, its ``fractions`` and ``decimal``, or NumPy."""
+    return isinstance(value, (int, float, Fraction, Decimal, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def raised_at(error: BaseException) -> str:
+    """The innermost line outside torch and this library that `error` came through."""
+    found, step = "unknown line", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, "<")):
+            found = f"{name}:{step.tb_lineno}"
+        step = step.tb_next
+    return found
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

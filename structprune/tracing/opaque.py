@@ -74,7 +74,7 @@ def _tracked(value: Any) -> bool:
 
 @contextmanager
 def untracked(module: nn.Module) -> Generator[None]:
-    """While the block runs, the ints of a module are plain ones: what its forward does with them is its own affair."""
+    """While the block runs, the ints of a module are plain ones: what its forward does with them is not tracked."""
     before = [
         (part.__dict__, key, value)
         for part in module.modules()

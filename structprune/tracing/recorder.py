@@ -74,6 +74,7 @@ class Recorder(CallMode):
         node.meta["shape"] = tuple(tensor.shape)
         node.meta["dtype"] = tensor.dtype
         node.meta["stride"] = tensor.stride()
+        node.meta["device"] = tensor.device
         self._known[id(tensor)] = node
         self._alive.append(tensor)
 

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.tracing.calls import Leaf
-from structprune.tracing.comparing import alike, equal, items, known_layer
+from structprune.tracing.comparing import alike, equal, is_number, items, known_layer, raised_at
 from structprune.tracing.describe import describe_layers, owner
 from structprune.tracing.opaque import opaque_call
 from structprune.tracing.provenance import (
-    OWN_DIRECTORY,
-    TORCH_DIRECTORY,
     Attribute,
     Expression,
     SizeFloat,
@@ -48,6 +46,8 @@ from structprune.tracing.trace import (
     two_samples,
 )
 from structprune.tracing.vocabulary import HANDED_OUT, Call, Kind, Lookup
+
+_DEVICE: Any = Tensor.device.__get__
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def rehearse(
             rehearsal.deviations.append(Deviation(error.what, error.where, rehearsal.place, ends=True))
         except Exception as error:  # the user's forward may raise anything at other widths
             what = f"the forward raises {type(error).__name__} ({error})"
-            rehearsal.deviations.append(Deviation(what, _raised(error), rehearsal.place, ends=True))
+            rehearsal.deviations.append(Deviation(what, raised_at(error), rehearsal.place, ends=True))
     return rehearsal.deviations
 
 
@@ -154,17 +154,6 @@ def _replaced(old: Any, steps: list[str | int], new: int) -> Any:
     items = list(old)
     items[int(steps[0])] = _replaced(items[int(steps[0])], steps[1:], new)
     return type(old)(items)
-
-
-def _raised(error: BaseException) -> str:
-    """The innermost line outside torch and this library that `error` came through."""
-    found, step = "unknown line", error.__traceback__
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, "<")):
-            found = f"{name}:{step.tb_lineno}"
-        step = step.tb_next
-    return found
 
 
 class _Rehearsal(Recorder):
@@ -246,6 +235,17 @@ class _Rehearsal(Recorder):
 
     # -- the calls -----------------------------------------------------------------------------------------------
 
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one call. A stand-in is where the tensor was that it stands for: packed sequences ask for that."""
+        known = self._known.get(id(args[0])) if func == _DEVICE else None
+        return (
+            self._first[known].meta["device"]
+            if known in self._first
+            else super().__torch_function__(func, types, args, kwargs)
+        )
+
     def _size(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
@@ -310,7 +310,7 @@ class _Rehearsal(Recorder):
             self._all(items(recorded), items(now), node, way)
         elif isinstance(recorded, (SizeInt, SizeFloat)):
             self._number(self._widths.number(recorded.expression), now, node, way)
-        elif type(recorded) in (int, float):
+        elif is_number(recorded):
             self._number(recorded, now, node, way)
         elif not alike(recorded, now) and not (isinstance(now, str) and node.meta["kind"] is type(None)):
             what = f"an argument of {node.meta['name']} becomes {now} in place of {recorded}"
@@ -324,12 +324,13 @@ class _Rehearsal(Recorder):
 
     def _number(self, foreseen: float, now: Any, node: fx.Node, way: tuple[int | str, ...]) -> None:
         """A number that is another does not end the rehearsal: results have the shapes that are foreseen."""
-        alike = isinstance(now, (int, float)) and (
-            foreseen == now or isclose(foreseen, now, rel_tol=1e-9) or (isnan(foreseen) and isnan(now))
+        found = float(now) if is_number(now) else None
+        alike = found is not None and (
+            foreseen == found or isclose(foreseen, found, rel_tol=1e-9) or (isnan(foreseen) and isnan(found))
         )
         if not alike:
             what = f"a number in {node.meta['name']} becomes {now}, where {plain(foreseen)} is foreseen"
-            numbers = (foreseen, now) if isinstance(now, (int, float)) else None
+            numbers = None if found is None else (foreseen, found)
             self.deviations.append(Deviation(what, source_line(), (node.meta["index"], *way), numbers=numbers))
 
     def _is_recorded(self, now: Any, recorded: fx.Node) -> bool:

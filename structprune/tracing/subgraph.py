@@ -256,7 +256,8 @@ class _Builder:
         kwargs = {key: self._argument(item, number, (key,)) for key, item in node.kwargs.items()}
         if node.meta["name"] == "stack" and self._changed:
             args = [[item for item in part if item is not None] if isinstance(part, list) else part for part in args]
-        if node.meta["name"] in ("dropout", "feature_dropout", "alpha_dropout") and args[-1] is False:
+        known = self._trace.operations(node.meta["name"])
+        if known is not None and known.training_only and args[-1] is False:
             args[-1] = self._graph.get_attr("training")
         self._made[node] = self._graph.create_node(node.op, node.target, tuple(args), kwargs)
 

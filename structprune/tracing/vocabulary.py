@@ -64,7 +64,13 @@ class Operation(Protocol):
         shape: the result on the ``meta`` device without running the operation; None where the operation has to say.
         random: whether its result is drawn at random.
         creates: whether it makes a tensor from sizes, so that it takes a device.
+        training_only: whether it gives its first argument as it is but in training mode.
     """
+
+    @property
+    def training_only(self) -> bool:
+        """See the class."""
+        ...
 
     @property
     def shape(self) -> Callable[..., Tensor | tuple[Tensor, ...] | None] | None:

@@ -19,7 +19,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.importance.weight import NORMS, norm_scales
-from structprune.surgery.edits import Edits
+from structprune.surgery.edits import Edits, SectionedSlice
 from structprune.wrapping import unwrapped
 
 Sizes = dict[str, tuple[int, ...]]
@@ -244,6 +244,8 @@ class GrowingRegularisation:
         self.increment, self.ceiling, self.coefficient = increment, ceiling, 0.0
         self._stays: dict[str, dict[int, Tensor]] = {}
         for sliced in plan.slices:
+            if isinstance(sliced, SectionedSlice):
+                continue  # what makes these channels is penalised; here no index goes as a whole
             stays = torch.ones(sliced.size)
             stays[list(sliced.removed)] = 0
             self._stays.setdefault(sliced.tensor, {})[sliced.dim] = stays

@@ -18,6 +18,7 @@ from structprune.planning.build import plan_removal
 from structprune.planning.options import PlanKeywords, PlanOptions, takes_options
 from structprune.planning.plan import Plan
 from structprune.surgery.edits import RemovedSlice
+from structprune.surgery.slicing import zero
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import ExampleInputs
 from structprune.wrapping import unwrapped
@@ -98,7 +99,7 @@ class SoftPruner:
             tensors = held_tensors(unwrapped(self.model))
             for sliced in zeroed:
                 tensor = tensors[sliced.tensor].tensor
-                tensor.index_fill_(sliced.dim, torch.tensor(sliced.removed, device=tensor.device), 0)
+                zero(tensor, sliced)
         self.plan = plan
         return plan
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.errors import PinnedError, StructpruneError
-from support import oracle
+from support import chain_operations, oracle
 
 Operation = Callable[[Tensor, nn.Module], Tensor]
 
@@ -105,6 +105,10 @@ HELD: dict[str, tuple[Callable[[int], dict[str, Any]], Operation]] = {
     "matrix": (lambda c: {"a": nn.Parameter(torch.rand(c, 8))}, lambda x, m: torch.einsum("bnc,cd->bnd", x, m.a)),
     "self gate": (lambda c: {"a": nn.Linear(c, c)}, lambda x, m: x * torch.sigmoid(m.a(x))),
 }  # fmt: skip
+
+
+PLAIN |= chain_operations.PLAIN
+HELD |= chain_operations.HELD
 
 
 class Step(nn.Module):

@@ -1,0 +1,1 @@
+"""One plan of blocks and widths: how many branches go, and how many channels of what is left."""

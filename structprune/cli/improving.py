@@ -164,6 +164,7 @@ class _Compression:
     ) -> None:  # fmt: skip
         self._loaded, self._train, self._rest, self._folder = loaded, train, rest, folder
         self._output, self.shown = output, list[Any]()
+        folder.mkdir(parents=True, exist_ok=True)
         self._state: dict[str, Any] = {"asked": asked}
         self.plan: Plan
         file = folder / STATE

@@ -34,13 +34,16 @@ def among(names: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def new_folder(path: Path) -> None:
-    """Make a folder for results, before the work for them.
+    """Check that a folder for results can be made, before the work for them; none is left behind.
 
     Raises:
         typer.BadParameter: it cannot be made.
     """
+    there = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not there:
+            path.rmdir()
     except OSError as error:
         raise typer.BadParameter(f"--out: the folder {path} cannot be made: {error.strerror}.") from error
 

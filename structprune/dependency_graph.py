@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+from structprune.checking import INDICES, LAYER, require
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.grouped_choices import GroupedChoice, grouped_choice
 from structprune.coupling.groups import Group
@@ -115,6 +116,9 @@ class DependencyGraph(ChannelGraph):
             PinnedError: a channel may not be removed; the message says why.
             SurgeryError: the removal failed; the model is as it was.
         """
+        require(locals(), indices=INDICES)
+        if not isinstance(target, Group):
+            require(locals(), target=LAYER)
         decided = plan_removal(
             self, self._settled(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
         )

@@ -1,11 +1,12 @@
-"""Saves that are killed, and saves and loads side by side: how often is a model lost? Real processes, real kills.
+"""Saves that are killed, saves and loads side by side, bad inputs: what is lost, and what is not refused?
 
     python benchmarks/robustness.py            # 1,000 kills, in about five minutes
     python benchmarks/robustness.py --kills 50 --seconds 2 --no-write
 
 Each model holds one number in all of its entries, so that a mixture of two saves is seen. Kills come in sequences of up
 to five, at random moments of a save; after each one the folder has to hold the save before or the killed one, whole.
-Then writers and readers share a folder: no save may fail, and each load has to give one whole model.
+Then writers and readers share a folder: no save may fail, and each load has to give one whole model. Last, every public
+function is called with bad values for each of its arguments (``benchmarks/bad_inputs.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bad_inputs import attempts, count
 from harness import RESULTS
 from harness.environment import environment
 from torch import nn
@@ -189,11 +191,17 @@ def as_markdown(result: dict[str, Any]) -> str:
         ("loads of 4 readers meanwhile", result["side by side"]["loads"]),
         ("loads that failed or gave a mixture", result["side by side"]["loads that failed"]),
         ("files left at the end", result["side by side"]["left behind"]),
+        ("calls of public functions with one bad value", result["bad inputs"]["calls"]),
+        ("of them accepted", result["bad inputs"]["accepted"]),
+        ("that raised an error of torch or Python", result["bad inputs"]["raw"]),
+        ("whose error does not say what was wrong", result["bad inputs"]["unclear"]),
+        ("after which the model was another", result["bad inputs"]["touched"]),
     ]
     lines = ["| | count |", "|---|--:|", *(f"| {name} | {count:,} |" for name, count in rows)]
     head = (
         "# Robustness\n\nMade by `python benchmarks/robustness.py`: processes that save are killed (SIGKILL) at random "
-        f"moments, and {result['seconds']:g} seconds of writers and readers that share a folder.\n\n"
+        f"moments, {result['seconds']:g} seconds of writers and readers that share a folder, and bad inputs to "
+        "every public function, one argument at a time.\n\n"
     )
     return head + "\n".join(lines) + "\n"
 
@@ -212,6 +220,7 @@ def main() -> None:
         "kills": kills(args.kills, args.seed),
         "seconds": args.seconds,
         "side by side": side_by_side(args.seconds),
+        "bad inputs": count(list(attempts())),
         "environment": environment(),
     }
     text = as_markdown(result)
@@ -220,7 +229,8 @@ def main() -> None:
         path = RESULTS / "robustness"
         path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(text, encoding="utf-8")
-    sys.exit(bool(result["kills"]["lost"] or result["side by side"]["loads that failed"]))
+    bad = result["bad inputs"]["calls"] and sum(result["bad inputs"].values()) - result["bad inputs"]["calls"]
+    sys.exit(bool(result["kills"]["lost"] or result["side by side"]["loads that failed"] or bad))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from structprune.checking import FLAG, require
 from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
@@ -84,7 +85,8 @@ def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: P
             "of what is left step by step."
         )
     with collection_paused():
-        return DependencyGraph(model, example_inputs, ignore=options.ignore, outputs=options.outputs)
+        kept = {"ignore": options.ignore, "ignore_outputs": options.ignore_outputs}
+        return DependencyGraph(model, example_inputs, **kept, outputs=options.outputs)
 
 
 def decide(
@@ -134,6 +136,7 @@ def prune(
         >>> structprune.prune(model, torch.randn(1, 4), ratio=0.5)[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
+    require(locals(), inplace=FLAG, verify=FLAG)
     asked = PlanOptions(**options)
     if asked.depth:
         decided = _plan(model, example_inputs, asked)

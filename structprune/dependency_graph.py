@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+from structprune.checking import INDICES, LAYER, require
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.grouped_choices import GroupedChoice, grouped_choice
 from structprune.coupling.groups import Group
+from structprune.html import html_table
 from structprune.ops.relations import Ids
 from structprune.planning.build import plan_removal
 from structprune.planning.checks import check_ignore, check_outputs
@@ -31,6 +33,7 @@ class DependencyGraph(ChannelGraph):
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ignore: layers (modules or dotted names) to leave whole.
+        ignore_outputs: layers whose outputs stay whole; their inputs may lose channels.
         outputs: names of the outputs that keep their shape (see `structprune.plan`); None for all.
 
     Raises:
@@ -57,11 +60,26 @@ class DependencyGraph(ChannelGraph):
         example_inputs: ExampleInputs,
         *,
         ignore: Iterable[Layer] | Layer = (),
+        ignore_outputs: Iterable[Layer] | Layer = (),
         outputs: Iterable[OutputName] | OutputName | None = None,
     ) -> None:
         super().__init__(
-            model, example_inputs, ignore=check_ignore("ignore", ignore), outputs=check_outputs("outputs", outputs)
+            model,
+            example_inputs,
+            ignore=check_ignore("ignore", ignore),
+            ignore_outputs=check_ignore("ignore_outputs", ignore_outputs),
+            outputs=check_outputs("outputs", outputs),
         )
+
+    def __repr__(self) -> str:
+        """How much is coupled and pinned; `groups`, `pinned` and `explain` tell more."""
+        name, pinned = type(self.model).__name__, len(self.pinned())
+        return f"DependencyGraph({name}: {len(self.groups())} groups, {pinned} pinned axes)"
+
+    def _repr_html_(self) -> str:
+        """The groups as a table for notebooks."""
+        lines = [[g.name, g.axis, str(g.channels), str(len(g.members))] for g in self.groups()]
+        return html_table(["group", "axis", "channels", "slices"], lines, repr(self))
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """The layers that hold tensors, with an edge where one's output reaches the next.
@@ -98,6 +116,9 @@ class DependencyGraph(ChannelGraph):
             PinnedError: a channel may not be removed; the message says why.
             SurgeryError: the removal failed; the model is as it was.
         """
+        require(locals(), indices=INDICES)
+        if not isinstance(target, Group):
+            require(locals(), target=LAYER)
         decided = plan_removal(
             self, self._settled(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def require(module: str, what: str, extra: str) -> Any:
         raise missing_extra(what, package, extra) from error
 
 
+def installed(module: str) -> bool:
+    """Whether a module of an optional package can be imported; it is not."""
+    return importlib.util.find_spec(module) is not None
+
+
 def matplotlib_figure(size: tuple[float, float]) -> Any:
     """An empty figure of Matplotlib, so many inches wide and high.
 
@@ -58,8 +64,12 @@ def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int) -> Path:
 
     Raises:
         OSError: the folder cannot be written, or `path` is a device, a pipe or a folder.
+        ValueError: the ending is none of a format that Matplotlib writes.
     """
     file = Path(path)
     kind = file.suffix.removeprefix(".") or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if kind.lower() not in known:
+        raise ValueError(f"path ends in {file.suffix!r}; a figure can be written as {', '.join(sorted(known))}.")
     write_whole(file, lambda draft: figure.savefig(draft, dpi=dpi, format=kind))
     return file

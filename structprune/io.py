@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from structprune.checking import MODEL, PATH, function, require
 from structprune.errors import LoadError, PlanError, StructpruneError
 from structprune.files import (
     drafts_in,
@@ -85,8 +86,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         >>> torch.equal(again[0].weight, slim[0].weight)
         True
     """
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"model is a {type(model).__name__}; give the model, an nn.Module.")
+    require(locals(), model=MODEL, path=PATH)
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise PlanError(f"{folder} is a file; give the path of a folder, which may exist or not.")
@@ -123,10 +123,7 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
     Raises:
         LoadError: the folder is incomplete, damaged, of a later version, or does not fit the model.
     """
-    if not callable(build_model) or isinstance(build_model, nn.Module):
-        raise LoadError(
-            f"build_model is a {type(build_model).__name__}; give a function that makes the original model."
-        )
+    require(locals(), LoadError, build_model=function(), path=PATH)
     folder = Path(path)
     record, weights = _read(folder)
     model = build_model()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from structprune.checking import MODEL, OPTIMIZER, Check, require, shown
 from structprune.errors import SurgeryError
 from structprune.surgery.edits import Edits, RemovedSlice, Rescale, SectionedSlice
 from structprune.surgery.slicing import kept, take, taken
@@ -113,6 +114,11 @@ def remap_optimizer(
         >>> optimizer.state[slim[0].weight]["exp_avg"].shape
         torch.Size([4, 4])
     """
+    removed = Check(lambda value: isinstance(value, Edits) or hasattr(value, "names"), "give the plan that was applied")
+    models = {"model": MODEL.or_none, "slim": MODEL.or_none}
+    require(locals(), SurgeryError, plan=removed, **models)
+    if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
+        raise SurgeryError(f"optimizer is {shown(optimizer)}; {OPTIMIZER.allowed}.")
     used = _innermost(optimizer)
     _check_kind(used)
     inplace = slim is None or slim is model
@@ -211,7 +217,7 @@ def _changes(
             found.setdefault(id(tensor), _Change(name, tensor, None, tuple(tensor.shape)))
             continue
         if now not in new:
-            raise SurgeryError(f"The pruned model has no tensor {name!r}. Give the model that plan.apply returned.")
+            raise SurgeryError(f"slim has no tensor {name!r}. Give the model that plan.apply returned.")
         found.setdefault(id(tensor), _Change(name, tensor, new[now], tuple(tensor.shape)))
     # A plan that removes branches first names what it slices as it is called without them.
     before = {} if inplace else {now: name for name, now in names.items() if now is not None}

@@ -12,6 +12,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from structprune.api import coupled_channels, decide
+from structprune.checking import (
+    INPUTS,
+    MODEL,
+    OPTIMIZER,
+    function,
+    instance,
+    is_number,
+    is_whole,
+    one_of,
+    require,
+    shown,
+    whole,
+)
 from structprune.coupling.groups import Group
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
@@ -76,10 +89,11 @@ class Pruner:
         state: Mapping[str, Any] | None = None,
         **options: Unpack[PlanKeywords],
     ) -> None:
-        if steps < 1:
-            raise PlanError(f"steps is {steps}; it takes at least 1.")
-        if isinstance(schedule, str) and schedule not in SCHEDULES:
-            raise PlanError(f"schedule is {schedule!r}; it is one of {', '.join(SCHEDULES)}, or a function.")
+        require(locals(), model=MODEL, example_inputs=INPUTS, steps=whole(1), optimizer=OPTIMIZER.or_none)
+        if isinstance(schedule, str):
+            require(locals(), schedule=one_of(SCHEDULES))
+        else:
+            require(locals(), schedule=function("the share of the steps done"))
         self.model = model
         self.steps = steps
         self.taken = 0
@@ -93,7 +107,7 @@ class Pruner:
             graph = coupled_channels(self.model, self._inputs, self._options)
             kept = decide(graph, self._options).kept
             self._ends = {
-                key: (group.channels, kept.get(group, group.channels)) for group, key in _keys(graph.groups()).items()
+                key: (group.channels, kept.get(group, group.channels)) for group, key in keys_of(graph.groups()).items()
             }
         else:
             self._go_on(state)
@@ -130,9 +144,11 @@ class Pruner:
         """
         if self.done:
             raise PlanError(f"All {self.steps} steps were taken. Make a new Pruner to go further.")
-        share = float(self._schedule((self.taken + 1) / self.steps))
-        if not 0 <= share <= 1:
-            raise PlanError(f"The schedule gives {share} at step {self.taken + 1}; it must give shares from 0 to 1.")
+        share = self._schedule((self.taken + 1) / self.steps)
+        if not is_number(share) or not 0 <= share <= 1:
+            raise PlanError(
+                f"The schedule gives {shown(share)} at step {self.taken + 1}; it must give shares from 0 to 1."
+            )
         graph = coupled_channels(self.model, self._inputs, self._options)
         decision = decide(graph, self._now(graph, share))
         with torch.no_grad():
@@ -168,8 +184,12 @@ class Pruner:
         }
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
+        require(locals(), state=instance(Mapping, "give what state_dict returned"))
         if missing := sorted({"steps", "taken", "ends", "plans"} - set(state)):
             raise PlanError(f"state is {state!r:.60}, without {', '.join(missing)}. Give what state_dict returned.")
+        fitting = isinstance(state["plans"], list) and isinstance(state["ends"], list) and is_whole(state["taken"])
+        if not fitting or len(state["plans"]) < state["taken"] or not all(map(_is_end, state["ends"])):
+            raise PlanError(f"state is {state!r:.60}, which is not what state_dict returned.")
         if state["steps"] != self.steps:
             raise PlanError(
                 f"The state is that of a Pruner of {state['steps']} steps, and this one has {self.steps}. Go on with "
@@ -186,7 +206,7 @@ class Pruner:
     def _ratio(self, graph: DependencyGraph, share: float) -> Callable[[Group], float]:
         """The share that each group must lose now, from what it has."""
         left: dict[Group, float] = {}
-        for group, key in _keys(graph.groups()).items():
+        for group, key in keys_of(graph.groups()).items():
             start, end = self._ends.get(key, (group.channels, group.channels))
             left[group] = min(1.0, (start - share * (start - end)) / group.channels)
         # Sections whose numbers depend on each other lose their share together.
@@ -197,7 +217,13 @@ class Pruner:
         return lambda group: 1 - left[group]
 
 
-def _keys(groups: Iterable[Group]) -> dict[Group, Key]:
+def _is_end(entry: Any) -> bool:
+    """Whether this may be the name, axis and number of a group, and its channels before the first step and at last."""
+    kinds = (str, str, int, int, int)
+    return isinstance(entry, (list, tuple)) and len(entry) == 5 and all(map(isinstance, entry, kinds))
+
+
+def keys_of(groups: Iterable[Group]) -> dict[Group, Key]:
     """Names of groups that stay the same while their channels go."""
     seen: Counter[tuple[str, str]] = Counter()
     keys: dict[Group, Key] = {}

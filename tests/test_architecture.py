@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only what stands above it; those of one line do not import each other. A file of a folder
 # that has a place of its own stands there.
 ORDER = (
-    ("errors", "files", "hardware"),
+    ("errors", "files", "hardware", "html"),
+    ("checking",),
     ("extras", "distributed"),
     ("wrapping",),
     ("tracing",),
@@ -42,7 +43,9 @@ ORDER = (
     ("filling",),
     ("io", "reporting"),
     ("integrations",),
+    ("compat",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

@@ -45,13 +45,13 @@ BENCHMARK: dict[str, tuple[dict[str, Any], str]] = {
     "a list of models": ({"models": [nn.Linear(4, 2)]}, "models is a list; pass a dict"),
     "a model": ({"models": nn.Linear(4, 2)}, "models is a Linear; pass a dict"),
     "numbered models": ({"models": {1: nn.Linear(4, 2)}}, "models holds a int to Linear"),
-    "a shape": ({"inputs": (2, 4)}, "no tensor with a batch dimension"),
+    "a shape": ({"inputs": (2, 4)}, r"example_inputs is \(2, 4\); give a tensor"),
     "no sample": ({"inputs": X[:0]}, r"no sample: a tensor has the shape \[0, 4\]"),
     "half a run": ({"runs": 2.5}, "runs must be a whole number of at least 2; got 2.5"),
     "half a sample": ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1"),
     "a size for sizes": ({"batch_sizes": 4}, "batch_sizes a sequence of them"),
     "words for sizes": ({"batch_sizes": ["a"]}, "batch_sizes a sequence of them"),
-    "a number of backends": ({"backends": 3}, "backends must be a sequence of names"),
+    "a number of backends": ({"backends": 3}, "backends must be a sequence of different names"),
     "a device of no name": ({"device": "nope"}, "device is 'nope', which is not there"),
 }
 REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
         f"benchmark: {name}": (lambda model, given=given: benchmark(model, **given), ValueError, message)
         for name, (given, message) in BENCHMARK.items()
     },
-    "no metric": (lambda m: sensitivity(m, metric=None), PlanError, "metric is a NoneType"),
+    "no metric": (lambda m: sensitivity(m, metric=None), PlanError, "metric is None"),
     "a metric of words": (lambda m: sensitivity(m, metric=lambda *_: "x"), PlanError, "metric returned a str"),
     "a metric of NaN": (lambda m: sensitivity(m, metric=lambda *_: float("nan")), PlanError, "metric returned NaN"),
     "a ratio for ratios": (lambda m: sensitivity(m, ratios=0.5), PlanError, "ratios is 0.5"),
@@ -69,13 +69,13 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "NaN": (lambda m: reconstruction(m, [X * float("nan")]), PlanError, "NaN or infinite on data"),
     "no sample": (lambda m: reconstruction(m, [X, X[:0]]), PlanError, "Batch 2 of data holds no sample"),
     "the exported model": (lambda _: export(None), ExportError, "model is a NoneType"),
-    "no path": (lambda m: export(m, path=None), ExportError, "cannot write None"),
+    "no path": (lambda m: export(m, path=None), ExportError, "path is None"),
     "a folder": (lambda m: export(m), ExportError, "cannot write /: .*a folder"),
     "words for an opset": (lambda m: export(m, opset="x"), ExportError, "opset is 'x'"),
     "a negative tolerance": (lambda m: export(m, tolerance=-1), ExportError, "tolerance is -1"),
     "a tolerance of NaN": (lambda m: export(m, tolerance=float("nan")), ExportError, "tolerance is nan"),
     "one check": (lambda m: export(m, check_inputs=X), ExportError, "check_inputs is a Tensor; give a list"),
-    "the saved model": (lambda _: structprune.save(None, "x"), PlanError, "model is a NoneType"),
+    "the saved model": (lambda _: structprune.save(None, "x"), PlanError, "model is None"),
     "a model for build_model": (lambda m: structprune.load(m, "x"), LoadError, "build_model is a Sequential"),
 }
 

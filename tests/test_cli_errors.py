@@ -45,6 +45,13 @@ def folder(tmp_path, monkeypatch):
         (["plan", "own:pair", "--round-to", "-8"], "give a whole number, or auto"),
         (["plan", "own:pair", "--scope", "everything"], "--scope is 'everything'"),
         (["plan", "own:pair", "--device", "abacus"], "There is no device"),
+        (["plan", "own:pair", "--device", "cuda:77"], "There is no device 'cuda:77'"),
+        (["plan", "own:pair", "--out", "nowhere/plan.json"], "nowhere/plan.json cannot be written"),
+        (["prune", "own:pair", "--ratio", "0.5", "--out", "own.py"], "the folder own.py cannot be made"),
+        (["compress", "own:pair", "--data", "own:batches", "--out", "c"], "Say how much goes"),
+        (["compress", "own:pair", "--ratio", "0.5", "--out", "c"], "Give --data"),
+        (["compress", "own:pair", "--ratio", "0.5", "--data", "nowhere", "--out", "c"], "give a folder of images"),
+        (["compress", "own:pair", "--ratio", "0.5", "--data", ".", "--out", "c"], "There is no image in"),
         (["plan", "timm:resnet5000"], "timm has no model"),
         (["plan", "hf:."], "has no config.json"),
         (["plan", "hf:nobody/nothing"], "nor in the cache"),
@@ -71,6 +78,7 @@ def test_wrong_usage_exits_with_2(folder, args, message):
         (["plan", "own:pair", "--plan", "own.py"], "not the JSON of a plan"),
         (["export", "own:pair", "x.onnx", "--saved", "."], "plan.json does not exist"),
         (["info", "own.onnx"], "cannot be read as an ONNX file"),
+        (["plan", "own:pair", "-i", "1x4x8x8"], "TraceError: Net cannot run on the inputs given"),
     ],
 )
 def test_refusals_exit_with_4(folder, args, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 from support import oracle
 from support.cases import Case, Dims, all_cases
@@ -11,6 +12,8 @@ from support.snapshot import assert_untouched, snapshot
 from torch import nn
 
 import structprune
+from structprune.coupling.solve import connected_components
+from structprune.errors import RuleError
 
 CASES = all_cases()
 PRUNABLE = [case for case in CASES if case.thins]
@@ -81,3 +84,17 @@ def test_norms_over_the_size_of_a_head_go_with_it() -> None:
     plan = structprune.plan(model, inputs, ratio=0.5, axes=["head_size"])
     assert {"qn.weight", "kn.weight", "kn.bias", "q.weight", "v.weight"} <= plan.removed.keys()
     oracle.check(model, plan.apply(model), plan, inputs)
+
+
+def test_what_joins_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy 1.11 went on without an error where it could not read the ints that it was given."""
+    from scipy.sparse import csgraph
+
+    monkeypatch.setattr(csgraph, "connected_components", lambda graph, directed: (1, np.zeros(4, dtype=np.int32)))
+    assert connected_components(4, np.array([0, 1, 2]), np.array([1, 2, 3])).tolist() == [0, 0, 0, 0]
+    monkeypatch.setattr(csgraph, "connected_components", lambda graph, directed: (4, np.arange(4)))
+    with pytest.raises(RuleError, match="scipy did not join what it was given"):
+        connected_components(4, np.array([0, 2]), np.array([2, 3]))
+    monkeypatch.setattr(csgraph, "connected_components", lambda graph, directed: (0, np.full(4, -9999)))
+    with pytest.raises(RuleError, match="scipy did not join"):
+        connected_components(4, np.array([0, 2]), np.array([2, 3]))

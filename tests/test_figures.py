@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 import timm
 import torch
@@ -29,21 +30,27 @@ def case():
 
 @pytest.mark.parametrize("draw", [structprune.plot_widths, structprune.plot_costs])
 def test_figures_for_papers(draw, case, tmp_path):
-    file = draw(case.model, IMAGE, tmp_path / "figure.svg", plan=case.plan)
+    file = tmp_path / "figure.svg"
+    figure = draw(case.model, IMAGE, file, plan=case.plan)
+    assert len(figure.axes) == 1
     convolutions = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in case.model.modules())
     assert file.read_text().count("<path") > 2 * convolutions
 
 
 def test_figures_of_what_was_measured(case, tmp_path):
-    file = structprune.plot_costs(case.model, IMAGE, tmp_path / "t.svg", of="time", times=TIMES)
+    file = tmp_path / "t.svg"
+    structprune.plot_costs(case.model, IMAGE, file, of="time", times=TIMES)
     assert file.read_text().count("<path") > 4
-    graph = structprune.plot_graph(case.model, IMAGE, tmp_path / "g.svg", plan=case.plan).read_text()
+    structprune.plot_graph(case.model, IMAGE, tmp_path / "g.svg", plan=case.plan)
+    graph = (tmp_path / "g.svg").read_text()
     network = network_of(case.graph)
     assert graph.count('id="patch_') >= len(network.nodes) + len(network.edges)
     points = [(4.0, 0.76, "dense"), (2.0, 0.75)]
-    assert "<!-- dense -->" in structprune.plot_curve(points, tmp_path / "c.svg", axes=("ms", "accuracy")).read_text()
+    structprune.plot_curve(points, tmp_path / "c.svg", axes=("ms", "accuracy"))
+    assert "<!-- dense -->" in (tmp_path / "c.svg").read_text()
     layers = [SimpleNamespace(layer="conv1", before=0.5, after=0.1)]
-    file = structprune.plot_recovery(SimpleNamespace(layers=layers, skipped={}), tmp_path / "r.svg")
+    file = tmp_path / "r.svg"
+    structprune.plot_recovery(SimpleNamespace(layers=layers, skipped={}), file)
     assert "<!-- relative error -->" in file.read_text()
 
 
@@ -64,3 +71,10 @@ def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"structprune\[plot\]"):
         structprune.plot_widths(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "x.svg")
+
+
+def test_figures_are_drawn_on_axes_that_are_given(case):
+    axes = plt.Figure().subplots(1, 2)
+    for ax, draw in zip(axes, (structprune.plot_widths, structprune.plot_costs), strict=True):
+        assert draw(case.model, IMAGE, plan=case.plan, ax=ax) is ax.figure
+        assert ax.patches

@@ -78,7 +78,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, name: str, monkeypatc
 
 
 def test_a_figure_without_an_ending_is_written_where_it_was_asked_for(tmp_path: Path) -> None:
-    path = structprune.plot_curve([(2.0, 0.5), (1.0, 0.4)], tmp_path / "curve")
+    path = tmp_path / "curve"
+    structprune.plot_curve([(2.0, 0.5), (1.0, 0.4)], path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

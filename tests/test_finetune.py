@@ -366,7 +366,7 @@ def test_other_settings_and_damage_are_refused(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs is 0"),
         ({"soft": 2.0}, "soft is 2.0"),
         ({"warmup": -1.0}, "warmup is -1.0"),
-        ({"ema": 1.0}, "decay"),
+        ({"ema": 1.0}, "ema is 1.0"),
         ({"loss": lambda model, _: model[0].weight.sum() * torch.nan}, "The loss of epoch 1 is nan"),
         ({"teacher": nn.Identity(), "loss": lambda model, _: model[0].weight.sum()}, "did not call the model"),
     ],

@@ -108,7 +108,7 @@ def test_cost_penalty() -> None:
         (lambda: Sum(["l1", "l2"], [1.0]), "2 criteria to add and 1 weights"),
         (lambda: Product(["l1"], [1.0, 2.0]), "1 criteria and 2 powers"),
         (lambda: Sum(["l3"]), "no criterion 'l3'"),
-        (lambda: PerLayer("l2", "median"), "no normalisation 'median'"),
+        (lambda: PerLayer("l2", "median"), "how is 'median'"),
         (lambda: PerLayer("l2", "rank", 0.5), "divides by nothing that it could apply to"),
     ],
 )

@@ -143,7 +143,7 @@ def test_the_model_is_left_as_it_was_when_the_run_fails(name: str) -> None:
     model = build("chain").train()
     graph = graph_of(model)
     before = snapshot(model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(PlanError, match=r"on a batch of (the )?data"):
         scores_of(graph, ALL[name](), [*pairs(2), (torch.zeros(2, 5, 6, 6), torch.zeros(2))])
     assert_untouched(model, before)
     assert not torch.overrides._get_current_function_mode_stack()

@@ -382,14 +382,14 @@ def test_a_layer_whose_moments_are_unknown() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Taylor("during"), "'after' or 'before'"),
+        (lambda: Taylor("during"), "average is 'during'; give one of 'after', 'before'"),
         (lambda: WeightTaylor("slice"), "'multivariable'"),
-        (lambda: SNIP("median"), "no reduction"),
+        (lambda: SNIP("median"), "reduce is 'median'"),
         (lambda: OBD("exact"), "'hutchinson'"),
-        (lambda: OBD(variables="filters"), "'weights' or 'gates'"),
-        (lambda: OBD(probes=0), "at least one"),
+        (lambda: OBD(variables="filters"), "'weights', 'gates'"),
+        (lambda: OBD(probes=0), "at least 1"),
         (lambda: OBS(damping=0), "above 0"),
-        (lambda: KFAC(reduce="median"), "no reduction"),
+        (lambda: KFAC(reduce="median"), "reduce is 'median'"),
     ],
 )
 def test_bad_arguments(make: object, message: str) -> None:

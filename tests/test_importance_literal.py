@@ -405,11 +405,11 @@ def test_a_copy_of_a_channel_is_redundant(net: Chain) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: L2Activation("median"), "no reduction 'median'"),
-        (lambda: TVSeparability("max"), "'min' or 'mean'"),
+        (lambda: L2Activation("median"), "reduce is 'median'"),
+        (lambda: TVSeparability("max"), "'min', 'mean'"),
         (lambda: FPGM("filters"), "'all'"),
-        (lambda: Cosine("all"), "'nearest' or 'mean'"),
-        (lambda: NormScale(("norm",)), "no norm 'norm'"),
+        (lambda: Cosine("all"), "'nearest', 'mean'"),
+        (lambda: NormScale(("norm",)), r"kinds is \('norm',\)"),
         (lambda: SliceNorm(0.0), "above 0"),
     ],
 )

@@ -325,6 +325,12 @@ def test_a_type_that_onnx_runtime_lacks_is_refused():
         time_onnxruntime([(spec, (4,))], 1, 3, 1.0)
 
 
+def test_equal_operations_are_timed_each_by_itself():
+    """ONNX Runtime keeps one of nodes that compute the same."""
+    weighted = OpSpec("matmul", (("rows", 1), ("in", 4), ("out", 4)), ("out",), (("weight", True),), "float32")
+    assert all(t > 0 for t in time_onnxruntime([(weighted, (4,))] * 3, 1, 3, 1.0))
+
+
 def test_reorders_are_not_counted_in_a_profile():
     def event(name, op, dur):
         return {"cat": "Node", "name": name, "dur": dur, "args": {"op_name": op}}

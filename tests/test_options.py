@@ -65,7 +65,14 @@ def test_a_layer_alone_is_left_whole() -> None:
 def test_what_is_asked_and_reached_is_recorded() -> None:
     plan = structprune.plan(net(), X, target={"macs": 0.5}, scope="global", round_to=1, max_ratio=0.75)
     asked = {"target": {"macs": 0.5}, "scope": "global", "axes": None, "branch_score": None, "round_to": 1}
-    asked |= {"min_channels": 1, "max_ratio": 0.75, "importance": "l2", "ignore": None, "outputs": None}
+    asked |= {
+        "min_channels": 1,
+        "max_ratio": 0.75,
+        "importance": "l2",
+        "ignore": None,
+        "ignore_outputs": None,
+        "outputs": None,
+    }
     assert plan.settings.asked == asked
     assert plan.settings.reached == {"macs": plan.after.macs / plan.before.macs}
     assert (plan.settings.measured, plan.settings.left, plan.settings.over_survivors) == ({}, {}, ())
@@ -119,8 +126,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("importance", "l9", "There is no criterion 'l9'"),
     ("data", 3, "data is 3; give an iterable of batches"),
     ("data", "folder", "data is 'folder'; give an iterable of batches"),
-    ("loss", 3, "loss is 3; give a function of the model and a batch"),
-    ("forward", 3, "forward is 3; give a function of the model and a batch"),
+    ("loss", 3, "loss is 3; give a function of model and batch"),
+    ("forward", 3, "forward is 3; give a function of model and batch"),
     ("ignore", 3, "ignore is 3; a layer is a module of the model or its dotted name"),
     ("ignore", [""], r"ignore\[0\] is ''; a layer is"),
     ("ignore", [3], r"ignore\[0\] is 3; a layer is"),

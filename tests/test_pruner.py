@@ -101,7 +101,7 @@ def test_the_optimizer_goes_on_and_the_record_is_kept() -> None:
     ("options", "message"),
     [
         ({"steps": 0}, "at least 1"),
-        ({"steps": 2, "schedule": "slow"}, "schedule is 'slow'; it is one of one-shot, linear, cubic"),
+        ({"steps": 2, "schedule": "slow"}, "schedule is 'slow'; give one of 'one-shot', 'linear', 'cubic'"),
         ({"steps": 2, "target": {"macs": 1e-9}}, "cannot be met"),
     ],
 )

@@ -44,7 +44,7 @@ BAD = {
     "no batch": (lambda: [], "data holds no batch|give an iterable with at least one batch"),
     "unreadable": (unreadable, "OSError: the disk is gone"),
     "another branch": (lambda: batches(8, 1), "A batch runs gelu where the trace"),
-    "another type": (lambda: ["text"], "A batch is a str|must be Tensor, not str"),
+    "another type": (lambda: ["text"], "A batch of data is a str|must be Tensor, not str"),
     "another shape": (lambda: [torch.randn(8, 7)], "8x7|size 7"),
 }
 

@@ -268,7 +268,8 @@ def test_labels_are_ignored_and_keywords_understood():
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [([], "data holds no batch"), (["x"], "A batch is a str"), ([[3]], "A batch is a int")]
+    ("data", "message"),
+    [([], "data holds no batch"), (["x"], "A batch of data is a str"), ([[3]], "A batch of data is a int")],
 )
 def test_data_that_is_none_is_refused(data, message):
     model = linear_net(nn.Linear(8, 4))

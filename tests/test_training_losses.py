@@ -321,11 +321,11 @@ def test_penalties_refuse() -> None:
     graph = structprune.DependencyGraph(model, X)
     with pytest.raises(PlanError, match="strength"):
         GroupLasso(graph, -1.0)
-    with pytest.raises(PlanError, match="nothing to penalise"):
+    with pytest.raises(PlanError, match=r"groups is \[\]"):
         GroupLasso(graph, groups=[])
     with pytest.raises(PlanError, match="nothing to penalise"):
         NormScalePenalty(graph, kinds=("layer_norm",))
-    with pytest.raises(PlanError, match="no norm 'bn'"):
+    with pytest.raises(PlanError, match=r"kinds is \('bn',\)"):
         NormScalePenalty(graph, kinds=("bn",))
     with pytest.raises(PlanError, match="removes nothing"):
         GrowingRegularisation(structprune.plan(model, X, ratio=0.0))

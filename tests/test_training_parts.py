@@ -43,8 +43,8 @@ def test_split_parts_everything_and_leaves_the_generator() -> None:
     assert not torch.equal(held, split(100, 0.2, seed=5)[1])
     assert torch.equal(held, split(100, 0.2, seed=4)[1])
     assert torch.equal(torch.get_rng_state(), before)
-    for count, share in ((100, 0.0), (100, 1.0), (1, 0.5)):
-        with pytest.raises(PlanError, match="leaves a side empty"):
+    for count, share, message in ((100, 0.0, "share is 0.0"), (100, 1.0, "share is 1.0"), (1, 0.5, "count is 1")):
+        with pytest.raises(PlanError, match=message):
             split(count, share)
 
 

@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from structprune.benchmarking.backends import BACKENDS
 from structprune.benchmarking.profiling import by_layer
-from structprune.benchmarking.timing import device_of, placed, threads_set
+from structprune.benchmarking.timing import device_of, known_device, placed, said_if_not_running, threads_set
+from structprune.checking import INPUTS, MODEL, one_of, require, whole
 from structprune.inputs import evaluating, resize_batch
 from structprune.tracing.trace import ExampleInputs
 
@@ -51,14 +52,15 @@ def layer_times(
         >>> sorted(layer_times(model, torch.randn(32, 64)))
         ['0', '1', '2']
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it is one of {', '.join(BACKENDS)}")
-    where = torch.device(device) if device is not None else device_of(example_inputs)
+    counts = {"batch_size": whole(1).or_none, "threads": whole(1).or_none}
+    require(locals(), ValueError, model=MODEL, example_inputs=INPUTS, backend=one_of(BACKENDS), **counts)
+    where = known_device(device) if device is not None else device_of(example_inputs)
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), example_inputs)
     if batch_size is not None:
         inputs = resize_batch(inputs, batch_size)
     model = placed(model, where)
     with evaluating(model), threads_set(threads) as count, tempfile.TemporaryDirectory() as folder:
-        run = BACKENDS[backend](model, inputs, where, count, Path(folder))
-        run()
+        with said_if_not_running([model], inputs):
+            run = BACKENDS[backend](model, inputs, where, count, Path(folder))
+            run()
         return by_layer(run.profile().spent)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from structprune.benchmarking.explain import Explanation
@@ -259,16 +259,33 @@ class Benchmark:
         headings = list(max(lines, key=len))
         return headings, [[line.get(heading, "") for heading in headings] for line in lines]
 
-    def __rich__(self) -> Table:
-        """The table that is printed, with the explanations below it."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The table that is printed, with the explanations below it; where it is too wide, without some columns."""
         notes = "\n".join(each.text for each in self.explanations)
         table = Table(title=self._title(), caption=notes or None, caption_justify="left")
-        headings, lines = self._lines()
+        headings, lines = self._fitting(options.max_width)
         for heading in headings:
             table.add_column(heading, justify="left" if heading in ("model", "backend") else "right", no_wrap=True)
         for line in lines:
             table.add_row(*line)
-        return table
+        yield table
+
+    def _fitting(self, width: int) -> tuple[list[str], list[list[str]]]:
+        """The columns that fit into so many characters; the intervals go first, models and medians stay."""
+        headings, lines = self._lines()
+        spare = [f"{self.confidence:.0%} interval", "peak MB", "samples/s", "fewer MACs", "efficiency", "batch"]
+        while _width(headings, lines) > width and any(heading in headings for heading in spare):
+            gone = headings.index(next(heading for heading in spare if heading in headings))
+            headings = headings[:gone] + headings[gone + 1 :]
+            lines = [line[:gone] + line[gone + 1 :] for line in lines]
+        if _width(headings, lines) > width:  # of speed-ups the intervals
+            lines = [[cell.partition(" (")[0] for cell in line] for line in lines]
+        return headings, lines
+
+    def __repr__(self) -> str:
+        """What was timed, in short; all of it is in the fields and in `to_json`."""
+        names = list(dict.fromkeys(timing.model for timing in self.timings))
+        return f"Benchmark({', '.join(names)}: {len(self.timings)} timings on {self.device})"
 
     def __str__(self) -> str:
         """The table as plain text."""
@@ -300,6 +317,11 @@ class Benchmark:
         from structprune.benchmarking.plots import draw
 
         return draw(self, Path(path))
+
+
+def _width(headings: list[str], lines: list[list[str]]) -> int:
+    """How many characters a table takes: three beside each cell, and one more."""
+    return 1 + sum(3 + max(len(cell) for cell in column) for column in zip(headings, *lines, strict=True))
 
 
 def bootstrap_speedup(

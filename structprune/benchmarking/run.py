@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,17 @@ from structprune.benchmarking.counting import Counted, count_model
 from structprune.benchmarking.explain import POOR, Explanation, Side, explain
 from structprune.benchmarking.machine import Machine, measure_machine
 from structprune.benchmarking.results import Benchmark, Speedup, Timing, bootstrap_speedup
-from structprune.benchmarking.timing import clock_of, cpu_clock, device_of, interleaved, placed, threads_set
+from structprune.benchmarking.timing import (
+    clock_of,
+    cpu_clock,
+    device_of,
+    interleaved,
+    known_device,
+    placed,
+    said_if_not_running,
+    threads_set,
+)
+from structprune.checking import FLAG, INPUTS, require, whole
 from structprune.errors import StructpruneError
 from structprune.hardware import environment, step_of
 from structprune.inputs import batch_size as batch_size_of
@@ -84,8 +93,9 @@ def benchmark(
         >>> [timing.model for timing in result.timings], result.batch_size, result.macs_ratio("narrow")
         (['wide', 'narrow'], 8, 4.0)
     """
+    require(locals(), ValueError, example_inputs=INPUTS, memory=FLAG, explanations=FLAG)
     _validate(models, backends, batch_size, batch_sizes, runs=runs, warmup=warmup, threads=threads)
-    where = _device(device) if device is not None else device_of(example_inputs)
+    where = known_device(device) if device is not None else device_of(example_inputs)
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), example_inputs)
     sizes = batch_sizes or [batch_size_of(inputs) if batch_size is None else batch_size]
     there = {name: placed(model, where) for name, model in models.items()}
@@ -98,7 +108,8 @@ def benchmark(
             round_ = _Round(there, resize_batch(inputs, size), where, count, size, clock, explanations)
             macs = macs or round_.macs
             for backend in backends:
-                found = round_.run(backend, Path(folder), runs=runs, warmup=warmup, memory=memory)
+                with said_if_not_running(there.values(), inputs):
+                    found = round_.run(backend, Path(folder), runs=runs, warmup=warmup, memory=memory)
                 timings += found
                 notes += round_.explained
     order = {backend: number for number, backend in enumerate(backends)}
@@ -227,12 +238,16 @@ def _validate(
     _check_models(models)
     # A string is a sequence too, of letters.
     named = isinstance(backends, Sequence) and not isinstance(backends, str)
-    if not named or not backends or any(backend not in BACKENDS for backend in backends):
-        raise ValueError(f"backends must be a sequence of names out of {', '.join(BACKENDS)}; got {backends!r}")
+    known = named and all(isinstance(backend, str) and backend in BACKENDS for backend in backends)
+    if not known or not backends or len({*backends}) < len(backends):
+        raise ValueError(
+            f"backends must be a sequence of different names out of {', '.join(BACKENDS)}; got {backends!r}"
+        )
     _check_batch_sizes(batch_size, batch_sizes)
     for name, least in (("runs", 2), ("warmup", 0), ("threads", 1)):
         value = counts[name]
-        if value is not None and (not isinstance(value, Integral) or value < least):
+        wanted = value is not None or name != "threads"
+        if wanted and not whole(least).fits(value):
             raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
 
 
@@ -240,7 +255,7 @@ def _check_models(models: Mapping[str, nn.Module]) -> None:
     if not isinstance(models, Mapping):
         raise ValueError(f"models is a {type(models).__name__}; pass a dict of names and models: {{'pruned': model}}")
     for name, model in models.items():
-        if not isinstance(name, str) or not isinstance(model, nn.Module):
+        if not isinstance(name, str) or not name or not isinstance(model, nn.Module):
             kinds = f"{type(name).__name__} to {type(model).__name__}"
             raise ValueError(f"models holds a {kinds}; pass a dict of names and models: {{'pruned': model}}")
     if not models:
@@ -264,18 +279,4 @@ def _check_batch_sizes(batch_size: int | None, batch_sizes: Sequence[int] | None
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, Integral) and int(value) >= 1
-
-
-def _device(given: torch.device | str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: torch knows none, or this machine has none.
-    """
-    try:
-        device = torch.device(given)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"device is {given!r}, which is not there: {str(error).splitlines()[0]}") from error
-    return device
+    return whole(1).fits(value)

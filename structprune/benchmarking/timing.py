@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
 
 from structprune.benchmarking.backends import WAITING, Call
+from structprune.errors import StructpruneError
 from structprune.export.files import tensors
 from structprune.tracing.state import collection_paused
-from structprune.tracing.trace import ExampleInputs, as_call
+from structprune.tracing.trace import ExampleInputs, as_call, require_running
 
 
 def device_of(example_inputs: ExampleInputs) -> torch.device:
     """Where the inputs are: the device of the first tensor."""
     found = tensors(as_call(example_inputs))
     return found[0].device if found else torch.device("cpu")
+
+
+def known_device(given: torch.device | str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: torch knows none, or this machine has none.
+    """
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"device is {given!r}, which is not there: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
@@ -30,6 +46,29 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
     if all(tensor.device.type == device.type and device.index in (None, tensor.device.index) for tensor in state):
         return model
     return copy.deepcopy(model).to(device)
+
+
+def _call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Run a model on its inputs."""
+    args, kwargs = as_call(example_inputs)
+    return model(*args, **kwargs)
+
+
+@contextmanager
+def said_if_not_running(models: Iterable[nn.Module], example_inputs: ExampleInputs) -> Generator[None]:
+    """If something fails inside, and a model does not run on its inputs at all, say that.
+
+    Raises:
+        ValueError: a model does not run on its inputs.
+    """
+    try:
+        yield
+    except StructpruneError:
+        raise
+    except Exception:  # a backend may raise anything
+        for model in models:
+            require_running(model, example_inputs, ValueError, _call)
+        raise
 
 
 def interleaved(

@@ -1,9 +1,10 @@
-"""The commands that make something: plan, prune, sensitivity, benchmark, export, report; `info` stands apart."""
+"""The commands plan, prune, sensitivity, benchmark, export, report and info; those of `improving` are added."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -11,9 +12,10 @@ import typer
 
 from structprune.benchmarking import Benchmark, benchmark, layer_times
 from structprune.benchmarking.backends import BACKENDS
+from structprune.cli.improving import compress_command, finetune_command, recover_command
 from structprune.cli.info import describe_machine, describe_model, model_tables, onnx_tables
 from structprune.cli.models import named_object, parse_dimensions, parse_points
-from structprune.cli.options import AsJson, File, ModelFlags, PlanFlags, SlimFlags, among, command
+from structprune.cli.options import AsJson, File, ModelFlags, PlanFlags, SlimFlags, among, command, new_file, new_folder
 from structprune.cli.output import Output, costs, reporting
 from structprune.dependency_graph import DependencyGraph
 from structprune.export.metadata import onnx_info
@@ -37,9 +39,25 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"structprune {version('structprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    shown: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make trained PyTorch networks smaller and faster by removing whole channels."""
+
+
 @command(app, "plan")
 def plan_command(source: ModelFlags, wanted: PlanFlags, out: File = None, as_json: AsJson = False) -> None:
     """Decide which channels go; nothing is changed."""
+    new_file(out)
     with reporting(as_json) as output:
         decided = wanted.plan(source.load())
         if out is not None:
@@ -58,6 +76,7 @@ def prune_command(
     as_json: AsJson = False,
 ) -> None:
     """Remove channels, verify the result and save it to a folder that structprune.load reads."""
+    new_folder(folder)
     with reporting(as_json) as output:
         loaded = source.load()
         decided = wanted.plan(loaded)
@@ -91,6 +110,7 @@ def sensitivity_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure how a metric of yours falls when each group alone is pruned."""
+    new_file(out)
     with reporting(as_json) as output:
         if plot is not None:
             _require_matplotlib()  # before hours of measuring
@@ -148,6 +168,7 @@ def benchmark_command(
     as_json: AsJson = False,
 ) -> None:
     """Time the model against its smaller self, in turns, and say why pruning gains no more."""
+    new_file(out)
     chosen = [*(backend or ["eager"]), *(["channels_last"] if channels_last else [])]
     if clock not in _CLOCKS or (clock == "process" and threads != 1):
         raise typer.BadParameter(f"--clock is {clock!r}; give wall, or with --threads 1 process.")
@@ -189,6 +210,7 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Write an ONNX file of a saved or pruned model, checked by ONNX Runtime; needs the extra onnx."""
+    new_file(file)
     with reporting(as_json) as output:
         dims = parse_dimensions(dynamic or ())
         loaded = source.load()
@@ -234,6 +256,7 @@ def report_command(
     """Write one HTML file that shows the graph, the plan, and what was measured."""
     if times is not None and times not in BACKENDS:
         raise typer.BadParameter(f"There is no backend {times!r}; known are {', '.join(BACKENDS)}.")
+    new_file(file)
     with reporting(as_json) as output:
         loaded = source.load()
         decided: Plan | None = wanted.plan(loaded) if wanted.given else None
@@ -259,6 +282,11 @@ def report_command(
         output.result(data, *([str(found)] if found else []), f"{written}: {size:,} bytes")
         if found is not None:
             found.raise_for_error()
+
+
+command(app, "compress")(compress_command)
+command(app, "recover")(recover_command)
+command(app, "finetune")(finetune_command)
 
 
 @command(app, "info")

@@ -19,12 +19,18 @@ from structprune.export.metadata import OnnxInfo
 from structprune.hardware import processor
 from structprune.reporting.text import places
 
+# Of these a report of a fault has to tell the versions.
+_REPORTED = (
+    "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "networkx", "safetensors", "onnx", "onnxscript",
+    "onnxruntime", "rich", "typer",
+)  # fmt: skip
+
 
 def describe_machine() -> dict[str, Any]:
     """Versions, extras with what they lack, and hardware."""
     versions = {"structprune": version("structprune"), "python": platform.python_version()}
     return {
-        "versions": versions | {name: version(name) for name in ("torch", "numpy", "safetensors")},
+        "versions": versions | {name: version(name) for name in _REPORTED if _installed(name)},
         "extras": {name: {"missing": missing} for name, missing in _extras()},
         "hardware": {
             "system": platform.platform(),

@@ -17,6 +17,7 @@ import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from structprune.errors import MissingExtraError
 from structprune.extras import require
 from structprune.tracing.trace import ExampleInputs, map_tensors
 
@@ -54,7 +55,17 @@ def load_model(
 
     def make() -> Made:
         torch.manual_seed(seed)
-        model, own = _maker(spec)(pretrained)
+        try:
+            model, own = _maker(spec)(pretrained)
+        except (typer.BadParameter, MissingExtraError):
+            raise
+        except Exception as error:  # a library that fetches may raise anything
+            if not pretrained or ":" not in spec or spec.partition(":")[0] not in _LIBRARIES:
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise typer.BadParameter(
+                f"--pretrained: the weights of {spec} could not be had ({lines[0]}). Without a network, give --weights."
+            ) from error
         return model.eval(), own
 
     model, own = make()
@@ -75,9 +86,8 @@ def _maker(spec: str) -> Callable[[bool], Made]:
         raise typer.BadParameter(
             f"{spec!r} names no model. Write torchvision:NAME, timm:NAME, hf:PATH, or module:function."
         )
-    known = {"torchvision": _torchvision, "timm": _timm, "hf": _transformers}
-    if source in known:
-        return lambda pretrained: known[source](name, pretrained)
+    if source in _LIBRARIES:
+        return lambda pretrained: _LIBRARIES[source](name, pretrained)
     return lambda _pretrained: _own(spec)
 
 
@@ -137,6 +147,8 @@ def _transformers_inputs(model: Any, config: Any) -> ExampleInputs | None:
         return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width)}
     return None
 
+
+_LIBRARIES = {"torchvision": _torchvision, "timm": _timm, "hf": _transformers}
 
 # -- the user's own code ----------------------------------------------------------------------------------------------
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import torch
 import typer
 
 from structprune.api import plan
+from structprune.benchmarking.timing import known_device
 from structprune.cli.models import Loaded, load_model, named_object
+from structprune.files import target_of
 from structprune.io import load
 from structprune.latency.measure import Latency
 from structprune.planning.options import OPTIONS, Form, PlanOptions
@@ -30,6 +31,34 @@ _SOURCES = ("torchvision:", "timm:", "hf:")
 def among(names: Iterable[str]) -> Callable[[str], list[str]]:
     """What completes a word to one of `names`."""
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+def new_folder(path: Path) -> None:
+    """Check that a folder for results can be made, before the work for them; none is left behind.
+
+    Raises:
+        typer.BadParameter: it cannot be made.
+    """
+    there = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not there:
+            path.rmdir()
+    except OSError as error:
+        raise typer.BadParameter(f"--out: the folder {path} cannot be made: {error.strerror}.") from error
+
+
+def new_file(path: Path | None) -> None:
+    """Check that a file can be written, before the work for it.
+
+    Raises:
+        typer.BadParameter: its folder does not exist, or it is no regular file.
+    """
+    try:
+        if path is not None:
+            target_of(path)
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}.") from error
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")]
@@ -62,9 +91,9 @@ class ModelFlags:
     def load(self) -> Loaded:
         """The model and its inputs."""
         try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise typer.BadParameter(f"There is no device {self.device!r}.") from error
+            known_device(self.device)
+        except ValueError as error:
+            raise typer.BadParameter(f"There is no device {self.device!r}: {error}") from error
         return load_model(
             self.model,
             self.inputs or [],
@@ -97,8 +126,8 @@ class PlanFlags:
     def _amount(self) -> bool:
         return bool(self.options["ratio"] or self.options["target"])
 
-    def plan(self, loaded: Loaded) -> Plan:
-        """The plan that was asked for."""
+    def plan(self, loaded: Loaded, data: Any = None) -> Plan:
+        """The plan that was asked for; `data` is for criteria that look at some, if no other is named."""
         if self.plan_file is not None:
             if self._amount:
                 raise typer.BadParameter("A plan says how much goes: give --plan alone, or --ratio or --target.")
@@ -108,7 +137,7 @@ class PlanFlags:
             return found
         given = {name: text for name, text in self.options.items() if text not in (None, [])}
         options: Any = {name: FORMS[OPTIONS[name].form].read(_flag(name), text) for name, text in given.items()}
-        return plan(loaded.model, loaded.inputs, **options)
+        return plan(loaded.model, loaded.inputs, **({} if data is None else {"data": data}) | options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,11 @@ class Output:
         for part in shown:
             self._console.print(part, highlight=False, markup=False)
 
+    def step(self, what: str) -> None:
+        """Say what is being done, on the standard error; nothing with ``--json``."""
+        if not self._as_json:
+            Console(stderr=True).print(f"{what} ...", highlight=False, markup=False, style="dim")
+
     @property
     def quiet(self) -> bool:
         """Whether a progress bar would disturb."""

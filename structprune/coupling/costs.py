@@ -15,8 +15,10 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, fx, nn
 
+from structprune.checking import INPUTS, require
 from structprune.coupling.polynomials import Evaluator, Polynomial, total
 from structprune.coupling.propagate import Channels, propagate
+from structprune.html import html_table
 from structprune.ops import op_of
 from structprune.ops.relations import Axis
 from structprune.tracing.state import held_tensors
@@ -42,6 +44,10 @@ class Cost:
     macs: int
     weight_bytes: int
     peak_activation_bytes: int
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        return html_table(["", ""], [[name.replace("_", " "), f"{value:,}"] for name, value in asdict(self).items()])
 
     def __str__(self) -> str:
         return (
@@ -232,6 +238,7 @@ def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
         >>> structprune.cost(torch.nn.Linear(8, 4), torch.randn(1, 8)).macs
         32
     """
+    require(locals(), example_inputs=INPUTS)
     model = prunable(model)
     recorded = trace(model, example_inputs, operations=op_of)
     return count_cost(model, recorded, propagate(recorded), lambda axis: axis.size)

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
+from structprune.checking import INDICES, INPUTS, LAYER, require
 from structprune.coupling.compensation import Compensation
 from structprune.coupling.compensation_ahead import compensations
 from structprune.coupling.computed_weights import normalised_weights
 from structprune.coupling.costs import CostModel
 from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, group_numbers, restricted
+from structprune.coupling.naming import Layer, path_of
 from structprune.coupling.origins import follows_inputs
 from structprune.coupling.propagate import Channels, Invariant, propagate
 from structprune.coupling.random_removals import Counter
@@ -23,7 +25,7 @@ from structprune.coupling.rehearsed import Rehearsals, described_row
 from structprune.coupling.roles import Roles, roles
 from structprune.coupling.size_solver import SizeSolver
 from structprune.coupling.solve import Mask
-from structprune.coupling.unreached import pin_caches, pin_ignored, pin_unreached, pin_unseen
+from structprune.coupling.unreached import pin_caches, pin_ignored, pin_outputs_of, pin_unreached, pin_unseen
 from structprune.coupling.zero_propagation import pin_what_is_not_zero
 from structprune.errors import PinnedError, PlanError, UnknownLayerError
 from structprune.ops import op_of
@@ -36,8 +38,6 @@ from structprune.tracing.subgraph import can_be_rebuilt, own_operations
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace, chosen_names, trace
 from structprune.wrapping import prunable
 
-Layer = str | nn.Module
-
 
 class ChannelGraph:
     """The coupled channels of a model; `structprune.DependencyGraph` adds their removal.
@@ -46,6 +46,7 @@ class ChannelGraph:
         model: any ``nn.Module`` whose forward can be traced.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ignore: layers (modules or dotted names) to leave whole.
+        ignore_outputs: layers whose outputs stay whole; their inputs may lose channels.
         outputs: names of the outputs that keep their shape; None for all.
     """
 
@@ -55,12 +56,15 @@ class ChannelGraph:
         example_inputs: ExampleInputs,
         *,
         ignore: Iterable[Layer] = (),
+        ignore_outputs: Iterable[Layer] = (),
         outputs: Iterable[OutputName] | None = None,
     ) -> None:
+        require(locals(), example_inputs=INPUTS)
         self.model = prunable(model)
         self.example_inputs = example_inputs
         self._wanted = None if outputs is None else tuple([outputs] if isinstance(outputs, (str, int)) else outputs)
         self.ignored = tuple(self.path_of(layer) for layer in ignore)
+        self.outputs_ignored = tuple(self.path_of(layer) for layer in ignore_outputs)
         self._analyse()
 
     def _analyse(self) -> None:
@@ -76,6 +80,7 @@ class ChannelGraph:
         self.channels: Channels = propagate(self.trace, self.outputs)
         self._rebuilt: dict[str, bool] = {}
         pin_ignored(self.ignored, self.trace, self.channels)
+        pin_outputs_of(self.outputs_ignored, self.trace, self.channels)
         pin_caches(self.model, self.trace, self.channels)
         pin_unseen(self.trace, self.channels)
         pin_unreached(self.model, self.trace, self.channels)
@@ -147,24 +152,7 @@ class ChannelGraph:
         Raises:
             UnknownLayerError: the model has none such.
         """
-        modules = dict(modules_of(self.model))
-        if isinstance(layer, nn.Module):
-            for path, module in modules.items():
-                if module is layer:
-                    return path
-            raise UnknownLayerError(
-                f"The {type(layer).__name__} given is not a module of this {type(self.model).__name__}. Give a module "
-                "of the very model that the graph was built for, or its dotted name."
-            )
-        if (
-            layer in modules
-            or layer in dict(self.model.named_parameters())
-            or layer in dict(self.model.named_buffers())
-        ):
-            return layer
-        near = [path for path in modules if path.endswith(layer) or layer.split(".")[-1] in path][:5]
-        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-        raise UnknownLayerError(f"{type(self.model).__name__} has no layer {layer!r}.{hint}")
+        return path_of(self.model, layer)
 
     def read(self, attribute: Attribute) -> int:
         """Value of an int attribute of the model."""
@@ -318,9 +306,11 @@ class ChannelGraph:
             PlanError: indices out of range or repeated.
             PinnedError: one of them may not be removed.
         """
+        require(locals(), indices=INDICES)
         if isinstance(target, Group):
             name, found = target.name, target.components
         else:
+            require(locals(), target=LAYER)
             name, found = self._layer_roots(target)
         picked = np.asarray(list(indices), dtype=np.int64)
         if len(picked) and (picked.min() < 0 or picked.max() >= len(found)):
@@ -329,6 +319,8 @@ class ChannelGraph:
             )
         if len(np.unique(picked)) < len(picked):
             raise PlanError(f"Some of the indices for {name!r} are repeated: {sorted(picked.tolist())}.")
+        if len(picked) == len(found):
+            raise PlanError(f"indices are all {len(found)} channels of {name!r}; at least one has to stay.")
         chosen = found[picked]
         if not isinstance(target, Group):
             parts = self.components.of(self.output_row(target)[1])

@@ -18,6 +18,7 @@ import numpy as np
 
 from structprune.coupling.factored import along
 from structprune.coupling.solve import Components
+from structprune.html import html_table
 from structprune.ops.relations import Axis, Ids
 
 if TYPE_CHECKING:
@@ -80,6 +81,16 @@ class Group:
     def channels(self) -> int:
         """Number of channels."""
         return len(self.components)
+
+    def __repr__(self) -> str:
+        """Name, kind and size; the members are in ``print(group)``."""
+        return f"Group({self.name!r}, {self.axis}, {self.channels} channels, {len(self.members)} slices)"
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks: a line for each slice."""
+        each = max(1, self.channels)
+        lines = [[m.tensor, str(m.dim), f"{len(m.positions) / each:g}"] for m in self.members]
+        return html_table(["tensor", "dim", "a channel"], lines, f"{self.name}: {self.channels} channels, {self.axis}")
 
     def __str__(self) -> str:
         """One line for the group, one for each member."""

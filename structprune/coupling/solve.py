@@ -24,6 +24,7 @@ import numpy as np
 
 from structprune.coupling.equal_splits import EqualSplits, Mask
 from structprune.coupling.factored import FactoredAxis, along, distinct, followed, twins
+from structprune.errors import RuleError
 from structprune.ops.relations import Axis, Ids, Relations
 
 __all__ = ["Components", "FactoredAxis", "Mask"]
@@ -312,5 +313,10 @@ def connected_components(count: int, left: Ids, right: Ids) -> Ids:
     # Here, since importing them takes longer than solving most models.
     from scipy.sparse import coo_array, csgraph
 
-    graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
-    return csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
+    # Older versions of scipy take only these ints, and on others go on without an error, joining nothing.
+    ends = (left.astype(np.int32), right.astype(np.int32)) if count < 2**31 else (left, right)
+    graph = coo_array((np.ones(len(left), dtype=np.int8), ends), shape=(count, count))
+    number, found = csgraph.connected_components(graph, directed=False)
+    if count and (int(found.min()) != 0 or int(found.max()) != number - 1 or (found[left] != found[right]).any()):
+        raise RuleError("scipy did not join what it was given. Install a later one: pip install -U scipy.")
+    return found.astype(np.int64)

@@ -29,6 +29,22 @@ def pin_ignored(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
                     channels.relations.pin(axis, f"{path} is ignored")
 
 
+def pin_outputs_of(paths: Iterable[str], trace: Trace, channels: Channels) -> None:
+    """Pin what the modules at `paths`, and all in them, give; of a tensor of this name, all dimensions."""
+    for path in paths:
+        given = [
+            node for call in trace.every_call if _inside(call.path, path) for node in leaves_of(call.output, fx.Node)
+        ]
+        given += [node for node in trace.all_nodes if node.op == "get_attr" and node.target == path]
+        for node in given:
+            for axis in _axes(channels, node):
+                channels.relations.pin(axis, f"the outputs of {path} are to stay, by ignore_outputs")
+
+
+def _inside(path: str, block: str) -> bool:
+    return f"{path}.".startswith(f"{block}." if block else "")
+
+
 def pin_caches(model: nn.Module, trace: Trace, channels: Channels) -> None:
     """A tensor whose size the forward checks is built anew where it does not fit: it must stay as it would be."""
     held = held_tensors(model) if trace.comparisons else {}

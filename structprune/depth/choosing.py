@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from structprune.checking import FLAG, INPUTS, ON_BATCH, one_of, real, require, shown, whole
 from structprune.depth.finding import find
 from structprune.depth.ordering import Chosen, Saved, candidates_of, choices, counted
 from structprune.depth.scoring import SCORES, Scorer
@@ -73,7 +74,10 @@ def choose(
         >>> structprune.choose_branches(model, x, [x], count=1)
         ('1',)
     """
-    _check(count, target, score, kind)
+    scores = {"score": one_of(SCORES), "kind": one_of(DEPTH), "greedy": FLAG}
+    functions = {"loss": ON_BATCH.or_none, "forward": ON_BATCH.or_none}
+    require(locals(), example_inputs=INPUTS, count=whole(1).or_none, **scores, **functions)
+    _check(count, target)
     inner = prunable(model)
     with collection_paused():
         recorded = trace(inner, example_inputs, operations=op_of)
@@ -90,21 +94,21 @@ def choose(
         if len(chosen) >= count if count is not None else saved.amounts(chosen)[what] >= goal:
             return tuple(item.branch.name for item in chosen)
     gone = saved.amounts(chosen)[what]
+    asked = f"count is {count}" if count is not None else f"target is {shown(target)}"
     left = f", which leaves {total - gone:,.0f} of {total:,.0f} {what}" if target is not None else ""
     raise PlanError(
-        f"No more than {len(chosen)} can be removed{left}. Ask for less, or let branches go too: kind='branches'."
+        f"{asked}, but no more than {len(chosen)} can be removed{left}. Ask for less, or let branches go too: "
+        "kind='branches'."
     )
 
 
-def _check(count: int | None, target: Mapping[str, float] | None, score: str, kind: str) -> None:
+def _check(count: int | None, target: Mapping[str, float] | None) -> None:
     if (count is None) == (target is None):
         raise PlanError("Give count, how many branches go, or target, what is to remain: one of them.")
-    if count is not None and count < 1:
-        raise PlanError(f"count is {count}; at least one branch must go.")
-    if target is not None and (len(target) != 1 or next(iter(target)) not in ("params", "macs")):
-        raise PlanError(f"target is {dict(target)}; give {{'params': ...}} or {{'macs': ...}}.")
-    if target is not None and next(iter(target.values())) <= 0:
-        raise PlanError(f"target is {dict(target)}; something must remain.")
-    for name, value, known in (("score", score, SCORES), ("kind", kind, DEPTH)):
-        if value not in known:
-            raise PlanError(f"{name} is {value!r}; it is one of {', '.join(map(repr, known))}.")
+    if target is None:
+        return
+    given: object = target
+    if not isinstance(given, Mapping) or len(target) != 1 or next(iter(target)) not in ("params", "macs"):
+        raise PlanError(f"target is {shown(target)}; give {{'params': ...}} or {{'macs': ...}}.")
+    if not real(above=0).fits(next(iter(target.values()))):
+        raise PlanError(f"target is {shown(target)}; give a fraction of what there is, or an amount.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -116,6 +117,18 @@ def choices(
     return _one_by_one(scorer, candidates, score, greedy, price, may_go)
 
 
+def _scores(score: str, scorer: Scorer, left: Sequence[Found], chosen: Sequence[Found]) -> list[float]:
+    """What is lost without each of the branches that are left.
+
+    Raises:
+        PlanError: a score is no number.
+    """
+    found = SCORES[score](scorer, left, chosen)
+    if not all(map(math.isfinite, found)):
+        raise PlanError("A score of a branch is NaN or infinite on the data. Check the data and the weights.")
+    return found
+
+
 def _one_by_one(
     scorer: Scorer,
     candidates: Sequence[Found],
@@ -125,14 +138,14 @@ def _one_by_one(
     may_go: Callable[[Found], bool],
 ) -> Iterator[Chosen]:
     saved = price or Saved(scorer, {})
-    lost = dict(zip(map(_name, candidates), SCORES[score](scorer, candidates, ()), strict=True))
+    lost = dict(zip(map(_name, candidates), _scores(score, scorer, candidates, ()), strict=True))
     fresh = dict.fromkeys(lost, 0)
     chosen: list[Found] = []
     left = list(candidates)
     while (best := _next(left, chosen, lost, saved, price is not None)) is not None:
         if greedy and fresh[_name(best)] < len(chosen):
             # What the others cost was counted when more was there: mostly it has only risen, so that they come later.
-            (lost[_name(best)],) = SCORES[score](scorer, [best], chosen)
+            (lost[_name(best)],) = _scores(score, scorer, [best], chosen)
             fresh[_name(best)] = len(chosen)
             continue
         if not may_go(best):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from structprune.checking import FLAG, INPUTS, require, shown
 from structprune.coupling.costs import Cost, count_cost
 from structprune.coupling.propagate import propagate
 from structprune.depth.check import Comparison, zeros_of
@@ -176,13 +177,19 @@ def remove_branches(
         >>> len(shallow.layers), shallow.layers[1].linear1.weight.equal(model.layers[2].linear1.weight)
         (2, True)
     """
+    require(locals(), example_inputs=INPUTS, inplace=FLAG)
     names = tuple(dict.fromkeys(b.name if isinstance(b, Branch) else b for b in _listed(branches)))
     with collection_paused():
         return _removed(model, example_inputs, names, inplace)
 
 
 def _listed(branches: Iterable[str | Branch]) -> Iterable[str | Branch]:
-    return [branches] if isinstance(branches, (str, Branch)) else branches
+    listed = [branches] if isinstance(branches, (str, Branch)) else branches
+    if not isinstance(listed, (tuple, list, set)) or not listed:
+        raise PlanError(f"branches is {shown(branches)}; give the names of the branches to remove, at least one.")
+    if wrong := [item for item in listed if not isinstance(item, (str, Branch))]:
+        raise PlanError(f"branches holds {shown(wrong[0])}; give names, or what structprune.branches lists.")
+    return listed
 
 
 def chosen_of(found: tuple[Found, ...], names: Iterable[str]) -> list[Found]:

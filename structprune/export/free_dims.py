@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from structprune.checking import is_whole
 from structprune.errors import ExportError
 from structprune.export.files import input_names, tensors
 from structprune.inputs import batch_size, is_batched, resize_batch, resize_dims
@@ -104,9 +105,9 @@ class FreeDims:
 
 
 def _check(name: str, shape: tuple[int, ...], dim: int, wanted: str, sizes: dict[str, int]) -> None:
-    if not 0 <= dim < len(shape):
+    if not is_whole(dim) or not 0 <= dim < len(shape):
         raise ExportError(f"dynamic_dims names dimension {dim} of {name!r}, whose shape is {list(shape)}")
-    if not wanted.isidentifier():
+    if not isinstance(cast("object", wanted), str) or not wanted.isidentifier():
         raise ExportError(
             f"dynamic_dims names a dimension of {name!r} {wanted!r}; give letters, digits and underscores"
         )

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from structprune.checking import PATH
+from structprune.checking import require as require_arguments
 from structprune.coupling.costs import Cost
 from structprune.errors import LoadError
 from structprune.export.files import require
@@ -86,6 +88,7 @@ def onnx_info(path: str | os.PathLike[str]) -> OnnxInfo:
         >>> info.before.params, info.after.params, info.inputs
         (58, 30, {'input': ('batch', 4)})
     """
+    require_arguments(locals(), LoadError, path=PATH)
     onnx = require("onnx")
     path = Path(path)
     refusals = (importlib.import_module("google.protobuf.message").DecodeError, OSError)

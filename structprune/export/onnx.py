@@ -7,7 +7,7 @@ example inputs and on another batch size, and only then moved to where it was as
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from structprune.checking import FLAG, INPUTS, PATH, real, shown, whole
+from structprune.checking import require as require_arguments
 from structprune.errors import ExportError
 from structprune.export.files import check, compare, require, tensors
 from structprune.export.free_dims import FreeDims
@@ -22,7 +24,7 @@ from structprune.export.metadata import metadata
 from structprune.export.program import program_of
 from structprune.files import drafts_in, put, target_of
 from structprune.inputs import evaluating
-from structprune.tracing.trace import ExampleInputs, as_call
+from structprune.tracing.trace import ExampleInputs, as_call, require_running
 
 # Beyond 2 GiB a protobuf cannot hold the weights; they then go into a second file beside the first.
 _EXTERNAL_DATA_ABOVE = 1_800_000_000
@@ -117,6 +119,7 @@ def export_onnx(
         >>> result.max_relative_error < 1e-4
         True
     """
+    require_arguments(locals(), ExportError, path=PATH, example_inputs=INPUTS, dynamic_batch=FLAG)
     _check_options(model, check_inputs, opset, tolerance)
     for extra in ("onnx", "onnxscript", "onnxruntime"):
         require(extra)
@@ -147,11 +150,12 @@ def _check_options(model: object, check_inputs: object, opset: object, tolerance
         raise ExportError(f"model is a {type(model).__name__}; give the model, an nn.Module")
     if not isinstance(check_inputs, Iterable) or isinstance(check_inputs, (Tensor, Mapping, str)):
         raise ExportError(f"check_inputs is a {type(check_inputs).__name__}; give a list of inputs like the example")
-    if opset is not None and (not isinstance(opset, int) or opset < 1):
-        raise ExportError(f"opset is {opset!r}; give the number of an operator set")
-    # Written so that a tolerance that is no number fails as well.
-    if tolerance is not None and (not isinstance(tolerance, (int, float)) or not tolerance >= 0):
-        raise ExportError(f"tolerance is {tolerance!r}; give the largest relative error allowed")
+    if not isinstance(check_inputs, Iterator) and not all(map(INPUTS.fits, check_inputs)):
+        raise ExportError(f"check_inputs holds something else than inputs; {INPUTS.allowed}")
+    if opset is not None and not whole(1).fits(opset):
+        raise ExportError(f"opset is {shown(opset)}; give the number of an operator set")
+    if tolerance is not None and not real(least=0).fits(tolerance):
+        raise ExportError(f"tolerance is {shown(tolerance)}; give the largest relative error allowed")
 
 
 def _default_tolerance(model: nn.Module) -> float:
@@ -167,6 +171,7 @@ def _write(model: nn.Module, free: FreeDims, file: Path, opset: int | None) -> i
     try:
         program = program_of(_Flat(model, traced), tensors(as_call(traced)), free.names, free.dims, opset)
     except torch.onnx.OnnxExporterError as error:
+        require_running(model, traced, ExportError)
         advice = "; if its forward fixes the batch size, pass dynamic_batch=False" if free.dynamic_batch else ""
         raise ExportError(
             f"{type(model).__name__} cannot be exported to ONNX{advice}. The exporter says: {_cause(error)}"

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprune.checking import real, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
-from structprune.errors import PlanError
 from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import look
-from structprune.importance.reduce import check_reduction, gathered, reduced
+from structprune.importance.reduce import REDUCTION, gathered, reduced
 from structprune.importance.sites import Sites
 from structprune.importance.weight_sites import weight_sites
 
@@ -66,7 +66,7 @@ class ActivationCriterion(ABC, Unfitted):
     root = False
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduce)
+        require({"reduce": self.reduce}, reduce=REDUCTION)
 
     @abstractmethod
     def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
@@ -185,6 +185,10 @@ class APoZ(ActivationCriterion):
     threshold: float = 0.0
     reduce: str = "mean"
 
+    def __post_init__(self) -> None:
+        given = {"threshold": self.threshold, "reduce": self.reduce}
+        require(given, threshold=real(), reduce=REDUCTION)
+
     def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Number of entries above the threshold, and of all."""
         rows = activation.rows()
@@ -238,9 +242,7 @@ class Wanda(ActivationCriterion):
     mean = False
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduce)
-        if not self.n > 0:
-            raise PlanError(f"n is {self.n}; the power must be above 0.")
+        require({"reduce": self.reduce, "n": self.n}, reduce=REDUCTION, n=real(above=0))
 
     def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sum of squares, and how many."""

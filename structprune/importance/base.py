@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from structprune.checking import function
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.distributed import failing_together
@@ -58,6 +59,7 @@ class WeightCriterion(Protocol):
         ...
 
 
+_IMPORTANCE = function("group", "tensors")
 CRITERIA: dict[str, Callable[[], Importance]] = {}
 
 
@@ -73,18 +75,25 @@ def criterion(name: str) -> Callable[[Callable[[], Importance]], Callable[[], Im
     return register
 
 
-def importance_of(chosen: str | Importance) -> Importance:
+def importance_of(chosen: str | Importance, argument: str = "importance") -> Importance:
     """The criterion of this name; an object that is one is returned as it is.
+
+    Args:
+        chosen: a name or a criterion.
+        argument: what it was given for, for the message.
 
     Raises:
         PlanError: there is no such criterion.
     """
     if not isinstance(chosen, str):
-        if not callable(chosen):
-            raise PlanError(f"importance is a {type(chosen).__name__}; give a name or a callable.")
+        if not _IMPORTANCE.fits(chosen):
+            raise PlanError(
+                f"{argument} is a {type(chosen).__name__}; give a name or a callable of a group and tensors."
+            )
         return chosen
     if chosen not in CRITERIA:
-        raise PlanError(f"There is no criterion {chosen!r}. Those known are {', '.join(sorted(CRITERIA))}.")
+        known = ", ".join(sorted(CRITERIA))
+        raise PlanError(f"There is no criterion {chosen!r}, which {argument} names. Those known are {known}.")
     return CRITERIA[chosen]()
 
 
@@ -147,10 +156,13 @@ class Unfitted:
 
 def check_scores(scores: Tensor, group: Group) -> Tensor:
     """`scores`, after checking that they are finite and one a channel."""
+    given: object = scores
+    if not isinstance(given, Tensor):
+        raise PlanError(f"importance gave a {type(given).__name__} for {group.name}; it must give a tensor of scores.")
     if tuple(scores.shape) != (group.channels,):
         raise PlanError(
-            f"The criterion gave scores of shape {list(scores.shape)} for {group.name}, which has {group.channels} "
-            "channels. It must give one score a channel."
+            f"The criterion that importance names gave scores of shape {list(scores.shape)} for {group.name}, of "
+            f"{group.channels} channels. It must give one score a channel."
         )
     if scores.is_meta:
         raise PlanError(
@@ -158,5 +170,7 @@ def check_scores(scores: Tensor, group: Group) -> Tensor:
             "plan with importance='random', or with a callable that needs none."
         )
     if not bool(torch.isfinite(scores).all()):
-        raise PlanError(f"The criterion gave scores for {group.name} that are not finite. Are its weights?")
+        raise PlanError(
+            f"The criterion that importance names gave scores for {group.name} that are not finite. Are its weights?"
+        )
     return scores

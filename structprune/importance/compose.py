@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.checking import one_of, real, require, several, shown
 from structprune.coupling.costs import node_macs
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
@@ -53,6 +54,7 @@ class Sum:
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        require({"weights": self.weights}, weights=NUMBERS.or_none)
         object.__setattr__(self, "parts", _all(self.parts))
         weights = tuple(self.weights) if self.weights is not None else (1.0,) * len(self.parts)
         if len(weights) != len(self.parts):
@@ -85,6 +87,7 @@ class Product:
     powers: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        require({"powers": self.powers}, powers=NUMBERS.or_none)
         object.__setattr__(self, "parts", _all(self.parts))
         powers = tuple(self.powers) if self.powers is not None else (1.0,) * len(self.parts)
         if len(powers) != len(self.parts):
@@ -103,9 +106,9 @@ class Product:
 
 def _all(parts: Sequence[Part]) -> tuple[Importance, ...]:
     """The criteria themselves, so that one given by name keeps its state from group to group."""
-    if isinstance(parts, str) or not parts:
-        raise PlanError("Give a list of criteria, one or more, by name or as objects.")
-    return tuple(importance_of(part) for part in parts)
+    if not isinstance(parts, (tuple, list)) or not parts:
+        raise PlanError(f"parts is {shown(parts)}; give a list of criteria, one or more, by name or as objects.")
+    return tuple(importance_of(part, "one of parts") for part in parts)
 
 
 def _ranks(scores: Tensor) -> Tensor:
@@ -120,6 +123,7 @@ def _over(scores: Tensor, scale: Tensor) -> Tensor:
     return scores / torch.where(scale > 0, scale, 1)
 
 
+NUMBERS = several(real(), "numbers")
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda s: torch.linalg.vector_norm(s),
     "mean": lambda s: s.abs().mean(),
@@ -157,9 +161,8 @@ class PerLayer:
     comparable = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "part", importance_of(self.part))
-        if self.how not in (*SCALES, *OTHERS):
-            raise PlanError(f"There is no normalisation {self.how!r}. Those known are {', '.join((*SCALES, *OTHERS))}.")
+        require({"how": self.how, "power": self.power}, how=one_of((*SCALES, *OTHERS)), power=real())
+        object.__setattr__(self, "part", importance_of(self.part, "part"))
         if self.power != 1 and self.how in OTHERS:
             raise PlanError(f"power is {self.power}, but {self.how!r} divides by nothing that it could apply to.")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from structprune.checking import SEED, one_of, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
 from structprune.importance.activations import Activation, Sums
@@ -16,7 +17,7 @@ from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.gradient import EntryScores, Gates, gate_sums, weight_gradients
 from structprune.importance.observe import descend, losses, trained
-from structprune.importance.reduce import check_reduction
+from structprune.importance.reduce import REDUCTION
 
 
 def _probe(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
@@ -119,13 +120,9 @@ class OBD(Unfitted):
     reduce: str = "sum"
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduce)
-        if self.curvature not in ("fisher", "hutchinson"):
-            raise PlanError(f"curvature is {self.curvature!r}; give 'fisher' or 'hutchinson'.")
-        if self.variables not in ("weights", "gates"):
-            raise PlanError(f"variables is {self.variables!r}; give 'weights' or 'gates'.")
-        if self.probes < 1:
-            raise PlanError(f"probes is {self.probes}; at least one random vector is needed.")
+        given = {name: getattr(self, name) for name in ("curvature", "variables", "probes", "seed", "reduce")}
+        kinds = {"curvature": one_of(("fisher", "hutchinson")), "variables": one_of(("weights", "gates"))}
+        require(given, reduce=REDUCTION, probes=whole(1), seed=SEED, **kinds)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.errors import PlanError
+from structprune.checking import DATA, FLAG, ON_BATCH, one_of, require
+from structprune.errors import PlanError, StructpruneError
 from structprune.tracing.trace import map_tensors, tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -30,13 +31,20 @@ def call_on_batch(model: nn.Module, batch: Any) -> Any:
     first = next(model.parameters(), None)
     if first is not None:
         batch = map_tensors(lambda tensor: tensor.to(first.device), batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
+    if isinstance(batch, (Mapping, Tensor)):
+        try:
+            return model(**batch) if isinstance(batch, Mapping) else model(batch)
+        except StructpruneError:
+            raise
+        except Exception as error:  # the user's forward may raise anything
+            raise PlanError(
+                f"{type(model).__name__} cannot run on a batch of the data, with tensors of the shapes "
+                f"{[list(tensor.shape) for tensor in tensors_in(batch)]}: {type(error).__name__}: {error}"
+            ) from error
     raise PlanError(
-        f"A batch is a {type(batch).__name__}, and structprune cannot tell how to call the model on it. Let data give "
-        "tensors, pairs whose first is a tensor or a dict, or dicts; or pass forward=, a function of model and batch."
+        f"A batch of data is a {type(batch).__name__}, and structprune cannot tell how to call the model on it. Let "
+        "data give tensors, pairs whose first is a tensor or a dict, or dicts; or pass forward=, a function of model "
+        "and batch."
     )
 
 
@@ -68,12 +76,8 @@ class Batches:
         reduction: str = "mean",
         progress: bool | None = None,
     ) -> None:
-        if not isinstance(data, Iterable) or isinstance(data, (Tensor, Mapping, str)):
-            raise PlanError(
-                f"data is a {type(data).__name__}; give an iterable of batches. A single batch goes into a list."
-            )
-        if reduction not in ("mean", "sum"):
-            raise PlanError(f"reduction is {reduction!r}; the loss is the 'mean' or the 'sum' over a batch.")
+        kinds = {"data": DATA, "reduction": one_of(("mean", "sum")), "progress": FLAG.or_none}
+        require(locals(), forward=ON_BATCH.or_none, loss=ON_BATCH.or_none, **kinds)
         self.data = data
         self.forward: Forward = call_on_batch if forward is None else forward
         self._loss = loss
@@ -163,7 +167,12 @@ class Batches:
         """
         if self._loss is None:
             raise PlanError("The loss is asked for: pass loss=, a function of model and batch that returns a scalar.")
-        value = self._loss(model, batch)
+        try:
+            value = self._loss(model, batch)
+        except StructpruneError:
+            raise
+        except Exception as error:  # the user's function may raise anything
+            raise PlanError(f"loss raised {type(error).__name__} on a batch of data: {error}") from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise PlanError(f"loss must return a scalar tensor, but it returned {shape}. Take its mean over the batch.")
@@ -172,7 +181,7 @@ class Batches:
         return value.reshape(())
 
 
-def size_of(batch: Any) -> int:
+def size_of(batch: Any, of: str = "data") -> int:
     """Number of samples: dimension 0 of the first tensor that has dimensions.
 
     Raises:
@@ -181,7 +190,7 @@ def size_of(batch: Any) -> int:
     for tensor in tensors_in(batch):
         if tensor.dim():
             return tensor.shape[0]
-    raise PlanError(f"A batch of type {type(batch).__name__} holds no tensor whose dimension 0 could count samples.")
+    raise PlanError(f"A batch of {of}, a {type(batch).__name__}, holds no tensor whose dimension 0 counts samples.")
 
 
 def samples_of(batch: Any) -> Iterator[Any]:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.checking import one_of, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
-from structprune.errors import PlanError
 from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, losses, trained
-from structprune.importance.reduce import check_reduction, member_sums, reduced
+from structprune.importance.reduce import REDUCTION, member_sums, reduced
 from structprune.importance.sites import Sites
 from structprune.ops.relations import Ids
 
@@ -151,8 +151,7 @@ class Taylor(Unfitted):
     average: str = "after"
 
     def __post_init__(self) -> None:
-        if self.average not in ("after", "before"):
-            raise PlanError(f"average is {self.average!r}; give 'after' or 'before' (the absolute value).")
+        require({"average": self.average}, average=one_of(("after", "before")))
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.
@@ -233,9 +232,8 @@ class WeightTaylor(Unfitted):
     reduce: str = "sum"
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduce)
-        if self.form not in ("element", "multivariable", "group"):
-            raise PlanError(f"form is {self.form!r}; give 'element', 'multivariable' or 'group'.")
+        forms = one_of(("element", "multivariable", "group"))
+        require({"reduce": self.reduce, "form": self.form}, reduce=REDUCTION, form=forms)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.
@@ -275,7 +273,7 @@ class SNIP(Unfitted):
     reduce: str = "sum"
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduce)
+        require({"reduce": self.reduce}, reduce=REDUCTION)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.

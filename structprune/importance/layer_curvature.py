@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprune.checking import FLAG, real, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
@@ -22,7 +23,7 @@ from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, look
-from structprune.importance.reduce import check_reduction, padded, reduced
+from structprune.importance.reduce import REDUCTION, padded, reduced
 from structprune.importance.sites import Sites
 from structprune.importance.weight_sites import weight_sites
 from structprune.ops import kind_of
@@ -200,9 +201,8 @@ def _inverse(moments: Tensor, damping: float) -> Tensor:
 
 
 def _check(reduce: str, damping: float) -> None:
-    check_reduction(reduce)
-    if not damping > 0:
-        raise PlanError(f"damping is {damping}; it must be above 0, since inputs that depend on each other are common.")
+    # Inputs that depend on each other are common, so there is no way without damping.
+    require(locals(), reduce=REDUCTION, damping=real(above=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +325,7 @@ class KFAC(Unfitted):
 
     def __post_init__(self) -> None:
         _check(self.reduce, self.damping)
+        require({"inverse": self.inverse}, inverse=FLAG)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.

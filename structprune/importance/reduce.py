@@ -7,20 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from structprune.checking import Check, one_of, require
 from structprune.coupling.groups import Group, Member
-from structprune.errors import PlanError
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first")
 
 
-def check_reduction(how: str) -> None:
-    """Check that a reduction is one of `REDUCTIONS`.
-
-    Raises:
-        PlanError: it is not.
-    """
-    if how not in REDUCTIONS:
-        raise PlanError(f"There is no reduction {how!r}. Those known are {', '.join(REDUCTIONS)}.")
+REDUCTION: Check = one_of(REDUCTIONS)
 
 
 def reduced(parts: Sequence[tuple[Tensor, Tensor]], how: str, channels: int) -> Tensor:
@@ -37,7 +30,7 @@ def reduced(parts: Sequence[tuple[Tensor, Tensor]], how: str, channels: int) -> 
         >>> reduced([(torch.tensor([1.0, 2.0]), here), (torch.tensor([5.0, 0.0]), here)], "max", 2)
         tensor([5., 2.])
     """
-    check_reduction(how)
+    require(locals(), how=REDUCTION)
     if not parts:
         return torch.zeros(channels)
     device, kind = parts[0][0].device, parts[0][0].dtype

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from structprune.checking import FLAG, one_of, real, require, whole
 from structprune.coupling.groups import Group
-from structprune.errors import PlanError
 from structprune.importance.base import criterion
 from structprune.importance.reduce import floating, indices, padded
 
@@ -17,8 +17,7 @@ _BLOCK = 1024  # channels whose distances to all others are held at once
 
 
 def _check(slices: str) -> None:
-    if slices not in ("all", "output"):
-        raise PlanError(f"slices is {slices!r}; give 'all' (the whole group) or 'output' (the filters that make it).")
+    require(locals(), slices=one_of(("all", "output")))
 
 
 def filters(group: Group, tensors: Mapping[str, Tensor], slices: str) -> Iterator[Tensor]:
@@ -64,6 +63,7 @@ class FPGM:
 
     def __post_init__(self) -> None:
         _check(self.slices)
+        require({"squared": self.squared}, squared=FLAG)
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
@@ -94,6 +94,8 @@ class GeometricMedian:
 
     def __post_init__(self) -> None:
         _check(self.slices)
+        given = {"steps": self.steps, "tolerance": self.tolerance}
+        require(given, steps=whole(1), tolerance=real(least=0))
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
@@ -148,8 +150,7 @@ class Cosine:
 
     def __post_init__(self) -> None:
         _check(self.slices)
-        if self.against not in ("nearest", "mean"):
-            raise PlanError(f"against is {self.against!r}; give 'nearest' or 'mean'.")
+        require({"against": self.against}, against=one_of(("nearest", "mean")))
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)`` in [0, 1]."""

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprune.checking import function, one_of, require
 from structprune.errors import PlanError
 from structprune.importance.activation import ActivationCriterion, counted, wide
 from structprune.importance.activations import Activation
 from structprune.importance.base import criterion
-from structprune.importance.reduce import check_reduction
+from structprune.importance.reduce import REDUCTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,8 @@ class TVSeparability(ActivationCriterion):
     reduce: str = "mean"
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduce)
-        if self.pairs not in ("min", "mean"):
-            raise PlanError(f"pairs is {self.pairs!r}; give 'min' or 'mean'.")
+        given = {"reduce": self.reduce, "pairs": self.pairs, "labels": self.labels}
+        require(given, reduce=REDUCTION, pairs=one_of(("min", "mean")), labels=function("batch").or_none)
 
     def gather(self, activation: Activation, batch: Any) -> Mapping[str, Tensor]:
         """Sums, squares and counts of each class, named by the class."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structprune.checking import FLAG, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
-from structprune.errors import PlanError
 from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
@@ -55,8 +55,8 @@ class ThiNet(Unfitted):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.positions is not None and self.positions < 1:
-            raise PlanError(f"positions is {self.positions}; look at one or more of each sample, or at all (None).")
+        given = {"centred": self.centred, "positions": self.positions, "seed": self.seed}
+        require(given, centred=FLAG, positions=whole(1).or_none, seed=SEED)
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Look at the data; the model is left as it was.

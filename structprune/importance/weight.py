@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.checking import FLAG, SEED, Check, is_number, require, some_of
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group, Member
 from structprune.errors import PlanError
 from structprune.importance.base import Importance, Unfitted, criterion
 from structprune.importance.data import Batches
-from structprune.importance.reduce import check_reduction, floating, member_sums, reduced
+from structprune.importance.reduce import REDUCTION, floating, member_sums, reduced
 from structprune.ops.arguments import tensors
 
 
@@ -30,6 +31,10 @@ class _Version:
     def is_of(self, tensor: Tensor) -> bool:
         """Whether `tensor` is the very tensor, unchanged; of an inference tensor that cannot be known."""
         return self._tensor() is tensor and 0 <= self._writes == tensor._version
+
+
+# The order of a norm: that of the greatest entry too.
+ORDER = Check(lambda n: n == math.inf or (is_number(n) and n > 0), "the order of a norm is above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,7 @@ class LnNorm:
     _spaces: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.n > 0:
-            raise PlanError(f"The order of a norm must be above 0, not {self.n}.")
+        require({"n": self.n, "root": self.root}, n=ORDER, root=FLAG)
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``, in float32 or the weights' own type if that is wider."""
@@ -170,7 +174,7 @@ class SliceNorm:
     _norm: LnNorm = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduce)
+        require({"n": self.n, "reduce": self.reduce}, n=ORDER, reduce=REDUCTION)
         object.__setattr__(self, "_norm", LnNorm(self.n))
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -210,7 +214,7 @@ class LAMP:
         return torch.zeros_like(squares).index_copy_(0, order, shares)
 
 
-_NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
+NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +234,7 @@ class NormScale(Unfitted):
     reduce: str = "mean"
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduce)
-        _check_kinds(self.kinds)
+        require({"reduce": self.reduce, "kinds": self.kinds}, reduce=REDUCTION, kinds=some_of(NORMS))
 
     def fit(self, graph: ChannelGraph, batches: Batches | None) -> Importance:
         """Find the scales of norms; no data is needed."""
@@ -240,9 +243,9 @@ class NormScale(Unfitted):
 
 def _check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
     kinds = tuple(kinds)
-    unknown = [kind for kind in kinds if kind not in _NORMS]
+    unknown = [kind for kind in kinds if kind not in NORMS]
     if unknown:
-        raise PlanError(f"There is no norm {unknown[0]!r}. Those known are {', '.join(_NORMS)}.")
+        raise PlanError(f"There is no norm {unknown[0]!r}. Those known are {', '.join(NORMS)}.")
     return kinds
 
 
@@ -307,6 +310,7 @@ class Random:
     _generator: torch.Generator = field(default_factory=torch.Generator, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        require({"seed": self.seed}, seed=SEED)
         self._generator.manual_seed(self.seed)
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:

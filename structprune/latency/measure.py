@@ -15,6 +15,7 @@ from torch import nn
 
 from structprune.benchmarking.backends import BACKENDS, Call
 from structprune.benchmarking.timing import clock_of, cpu_clock, device_of, interleaved, threads_set
+from structprune.checking import PATH, Check, instance, one_of, require, whole
 from structprune.errors import PlanError
 from structprune.inputs import evaluating
 from structprune.latency.cache import cache_folder, conditions, load, save
@@ -69,10 +70,12 @@ class Latency:
     timer: Timer | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in LATENCY_BACKENDS:
-            raise PlanError(f"The latency's backend is {self.backend!r}; known are {', '.join(LATENCY_BACKENDS)}.")
-        if self.runs < 3 or (self.threads is not None and self.threads < 1):
-            raise PlanError(f"runs is {self.runs} and threads {self.threads}; give at least 3 and 1.")
+        folder = Check(
+            lambda value: value is False or value is None or PATH.fits(value), "give a folder, None or False"
+        )
+        timer = instance(Timer, "give an object with the methods of structprune.latency.measure.Timer").or_none
+        counts = {"threads": whole(1).or_none, "runs": whole(3)}
+        require(vars(self), backend=one_of(LATENCY_BACKENDS), cache=folder, timer=timer, **counts)
 
     def table(self, specs: Sequence[OpSpec], timer: Timer, device: torch.device) -> LatencyTable:
         """A table that holds `specs`: what was kept is read, the rest is measured and kept."""

@@ -73,16 +73,17 @@ class _File:
         self.inputs: dict[str, tuple[int, tuple[int, ...], Any]] = {}
         self.outputs: list[Any] = []
 
-    def input(self, position: int, shape: tuple[int, ...], dtype: Any) -> str:
-        """An input of the file; points whose operand has the same shape share it."""
-        name = f"x{position}_{np.dtype(dtype).name}_" + "x".join(map(str, shape))
+    def input(self, position: int, shape: tuple[int, ...], dtype: Any, own: str = "") -> str:
+        """An input of the file; points whose operand has the same shape share it, but for what is their `own`."""
+        name = f"x{position}_{np.dtype(dtype).name}_" + "x".join(map(str, shape)) + own
         self.inputs[name] = position, shape, dtype
         return name
 
-    def weight(self, name: str, shape: tuple[int, ...], dtype: Any) -> str:
-        """A constant of the file."""
-        self.weights.append(self._onnx.numpy_helper.from_array(_numbers(prod(shape), dtype).reshape(shape), name))
-        return name
+    def weight(self, number: int, shape: tuple[int, ...], dtype: Any) -> str:
+        """The constant of a point, which no other has: of nodes that compute the same, ONNX Runtime keeps one."""
+        values = _numbers(prod(shape), dtype).reshape(shape) * dtype(1 + number / 1024)
+        self.weights.append(self._onnx.numpy_helper.from_array(values, f"w{number}"))
+        return f"w{number}"
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """An operation, named after its output."""
@@ -125,15 +126,15 @@ def _add(file: _File, number: int, point: Point) -> None:
     x = file.input(0, dims[0], dtype)
     if spec.kind == "matmul":
         right = _transposed(dims[1]) if spec.option("weight") else dims[1]
-        w = file.weight(f"w{number}", right, dtype) if spec.option("weight") else file.input(1, right, dtype)
+        w = file.weight(number, right, dtype) if spec.option("weight") else file.input(1, right, dtype, name)
         y = file.node("MatMul", [x, w], f"{name}y")
     elif spec.kind == "attention":
-        key, value = file.input(1, _transposed(dims[1]), dtype), file.input(2, dims[2], dtype)
+        key, value = file.input(1, _transposed(dims[1]), dtype, name), file.input(2, dims[2], dtype)
         scores = file.node("MatMul", [x, key], f"{name}scores")
         shares = file.node("Softmax", [scores], f"{name}shares", axis=-1)
         y = file.node("MatMul", [shares, value], f"{name}y")
     else:
-        w = file.weight(f"w{number}", dims[1], dtype)
+        w = file.weight(number, dims[1], dtype)
         op = "ConvTranspose" if spec.transposed else "Conv"
         y = file.node(op, [x, w], f"{name}y", **_attributes(spec, widths))
         y = file.node("GlobalAveragePool", [y], f"g{number}")  # in the blocked layout, so that nothing is turned back
@@ -201,8 +202,8 @@ def read_profile(events: Sequence[Any], points: int) -> list[float]:
     for number, durations in enumerate(nodes):
         if not durations:
             raise PlanError(
-                f"ONNX Runtime's profile does not tell the time of operation {number}. Use backend='eager' and report "
-                "the version of onnxruntime."
+                f"ONNX Runtime's profile does not tell the time of operation {number}: it has merged it with another "
+                "or names it otherwise. Use backend='eager', and report the model and the version of onnxruntime."
             )
         total = np.sum([each[1:] or each for each in durations.values()], axis=0)  # the first run warms up
         found.append(float(nearly_least(total)) * 1e-6)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from structprune.checking import MODEL, instance, require
 from structprune.depth.plan import DepthPlan
 from structprune.errors import PlanError, SurgeryError
 from structprune.planning.plan import Plan
@@ -83,6 +84,7 @@ def from_plan(plan: Plan, model: nn.Module) -> nn.Module:
             "The plan removes blocks or branches, which masks on weights cannot say. Apply plan.removal, and mask what "
             "plan.widths removes of the result."
         )
+    require(locals(), plan=instance(Plan, "give a structprune.Plan"), model=MODEL)
     inner = prunable(model, inplace=True)
     put_on(inner, masks_of_plan(plan, inner))
     return model
@@ -249,6 +251,7 @@ def remove(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
+    require(locals(), model=MODEL)
     for module in unwrapped(model).modules():
         for hook in hooks_of(module):
             name = hook._tensor_name

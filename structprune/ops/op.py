@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -210,6 +210,9 @@ def register_op(*names: str, **facts: Any) -> Callable[[Coupling], Coupling]:
         fields = ", ".join(Op.__dataclass_fields__)
         raise RuleError(f"An operation has no field {sorted(unknown_facts)[0]!r}. The fields are {fields}.")
 
+    if not names:
+        raise RuleError("names is empty: name the operations whose rule this is.")
+
     def register(function: Coupling) -> Coupling:
         if not callable(function):
             raise RuleError(f"A rule must be a function, not {type(function).__name__}.")
@@ -222,12 +225,17 @@ def register_op(*names: str, **facts: Any) -> Callable[[Coupling], Coupling]:
 
 
 def _refuse(name: str) -> None:
-    known = OPS.get(name)
+    known = OPS.get(name) if isinstance(cast("object", name), str) else None
     if known is not None:
         raise RuleError(
             f"The operation {name!r} has a rule already ({known.coupling.__module__}.{known.coupling.__qualname__}). "
             "An operation has one rule: change that one, or unregister it first."
         )
+    if not isinstance(cast("object", name), str) or not name:
+        raise RuleError(f"names holds {name!r}; give canonical names, or namespace::name of operations of your own.")
+    if name.startswith(("aten::", "prims::")):
+        bare = name.partition("::")[2]
+        raise RuleError(f"No operation is ever called {name!r}: torch's own have no namespace. Register {bare!r}.")
     if "::" in name or name.startswith(("python.", "module.")):
         return
     spelled, _ = canonical(name)

@@ -86,7 +86,7 @@ def register_module_rule(
         torch.Size([4, 4])
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise RuleError(f"register_module_rule takes a class of modules, not {kind!r}. Give the class itself.")
+        raise RuleError(f"kind is {kind!r}, not a class of modules. Give the class itself.")
     if kind in OPAQUE:
         raise RuleError(f"{kind.__name__} has a rule already. A class has one rule: change that one.")
     name = f"module.{kind.__module__}.{kind.__qualname__}"

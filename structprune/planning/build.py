@@ -71,7 +71,11 @@ def plan_removal(
         axes=_axes(graph, removed),
         before=graph.costs.at(lambda axis: axis.size),
         after=graph.costs.at(count),
-        settings=replace(settings or Settings(), left=_left(graph, unchanged), over_survivors=_norms(graph, removed)),
+        settings=replace(
+            settings or Settings(),
+            left={**(settings.left if settings else {}), **_left(graph, unchanged)},
+            over_survivors=_norms(graph, removed),
+        ),
     )
 
 

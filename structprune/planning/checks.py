@@ -6,13 +6,13 @@ that name exists, is checked where it is looked up.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, cast
 
 from torch import nn
 
+from structprune.checking import DATA, ON_BATCH, function, is_number, require, shown
 from structprune.coupling.graph import Layer
 from structprune.coupling.roles import AXES
 from structprune.errors import PlanError
@@ -34,22 +34,22 @@ BRANCH_SCORES = ("angular", "error", "fisher", "influence", "kl", "loss", "taylo
 
 def bad(name: str, given: object, allowed: str) -> PlanError:
     """The error for an option of the wrong type or out of its range."""
-    shown = repr(given)
-    return PlanError(f"{name} is {shown if len(shown) <= 80 else f'{shown[:77]}...'}; {allowed}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return PlanError(f"{name} is {shown(given)}; {allowed}.")
 
 
 def check_ratios(name: str, given: Any) -> Ratio | None:
     """A share, a function, or shares by layer; None if there is none."""
     if isinstance(given, Mapping):
+        if not given:
+            raise PlanError(f"{name} is empty; give the share of the channels to remove for one layer or more.")
         shares: Mapping[Any, Any] = given
         return {
             _layer(f"a key of {name}", key): check_ratio(share, f"{name}[{key!r}]") for key, share in shares.items()
         }
-    if given is None or (callable(given) and not isinstance(given, nn.Module)):
+    if given is None:
+        return None
+    if callable(given) and not isinstance(given, nn.Module):
+        require({name: given}, **{name: function("group")})
         found: Any = given
         return found
     return check_ratio(cast("Any", given), name)
@@ -67,7 +67,7 @@ def check_target(name: str, given: Any) -> Mapping[str, float] | None:
     for key, amount in given.items():
         if key not in TARGETS:
             raise PlanError(f"{name} names {key!r}; known are {known}.")
-        if not _is_number(amount) or amount <= 0:
+        if not is_number(amount) or amount <= 0:
             raise bad(f"{name}[{key!r}]", amount, "give what is to remain: a fraction, or a number above 1")
     return {key: float(amount) for key, amount in given.items()}
 
@@ -147,6 +147,8 @@ def check_outputs(name: str, given: Any) -> tuple[OutputName, ...] | None:
     if given is None:
         return None
     names = (given,) if isinstance(given, (str, int)) or not isinstance(given, Iterable) else tuple(given)
+    if not names:
+        raise bad(name, given, "give names or positions of outputs, or None for all")
     for output in names:
         if isinstance(output, bool) or not isinstance(output, (str, int)):
             raise bad(name, given, "give names or positions of outputs")
@@ -171,28 +173,27 @@ def check_min_channels(name: str, given: Any) -> int:
 
 def check_max_ratio(name: str, given: Any) -> float:
     """A share from 0 to 1."""
-    if not _is_number(given) or not 0 <= given <= 1:
+    if not is_number(given) or not 0 <= given <= 1:
         raise bad(name, given, "it is a share of the channels, from 0 to 1")
     return float(given)
 
 
 def check_importance(name: str, given: Any) -> str | Importance:
     """The name of a criterion, or one."""
-    importance_of(given)
+    importance_of(given, name)
     return given
 
 
 def check_data(name: str, given: Any) -> Iterable[Any] | Batches | None:
     """Batches, one after the other; None if there are none."""
-    if given is not None and (not isinstance(given, (Iterable, Batches)) or isinstance(given, (str, bytes, nn.Module))):
-        raise bad(name, given, "give an iterable of batches")
+    if not isinstance(given, Batches):
+        require({name: given}, **{name: DATA.or_none})
     return given
 
 
 def check_function(name: str, given: Any) -> Any:
-    """Something to call; None if there is nothing."""
-    if given is not None and not callable(given):
-        raise bad(name, given, "give a function of the model and a batch")
+    """A function of a model and a batch; None if there is none."""
+    require({name: given}, **{name: ON_BATCH.or_none})
     return given
 
 

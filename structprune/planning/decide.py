@@ -138,8 +138,10 @@ def decide_channels(
         )
         after = measure(kept)
         reached = {name: after[name] / before[name] for name in target.limits}
+    gone = ranking.removed(kept)
+    left = {} if len(gone) else {"nothing": _why_nothing(graph, options, chosen, feasible)}
     return Decision(
-        kept=kept, chosen=ranking.removed(kept), settings=Settings(asked=options.recorded(graph), reached=reached)
+        kept=kept, chosen=gone, settings=Settings(asked=options.recorded(graph), reached=reached, left=left)
     )
 
 
@@ -175,6 +177,25 @@ def _left_whole(graph: ChannelGraph, chosen: Sequence[Group], axes: Collection[s
     if not parts:
         return ""
     return f" {'Left whole are' if chosen else 'Nothing may go:'} {'; '.join(parts)}."
+
+
+def _why_nothing(
+    graph: ChannelGraph, options: PlanOptions, thinned: Sequence[Group], feasible: Mapping[Group, np.ndarray]
+) -> str:
+    """Why no channel goes, the main reasons."""
+    stuck = [group for group in thinned if len(feasible[group]) == 1]
+    free = [group for group in thinned if len(feasible[group]) > 1]
+    parts: list[str] = []
+    if free and options.target is not None:
+        parts.append("the target is met as it is")
+    elif free:
+        steps = ", ".join(f"{g.name} of {g.channels} goes by {g.channels - feasible[g][-2]}" for g in free[:_NAMED])
+        parts.append(f"the ratio asks for less than half a step of any group: {steps}")
+    if stuck:
+        limits = f"round_to={options.round_to}, min_channels={options.min_channels}, max_ratio={options.max_ratio:g}"
+        parts.append(f"{', '.join(group.name for group in stuck[:_NAMED])}: no smaller width is allowed by {limits}")
+    whole = _left_whole(graph, thinned, None if options.axes is None else frozenset(options.axes))
+    return "; ".join([*parts, *([whole.strip().removesuffix(".")] if whole else [])]) or "the model has no channels"
 
 
 class _Measure:

@@ -114,7 +114,9 @@ class PlanOptions:
             gradients.
         forward: called with the model and a batch; by default the model is called on a tensor, the first of a pair, or
             a dict of keyword arguments.
-        ignore: layers (modules or dotted names) to leave whole; one alone need not be in a list.
+        ignore: layers (modules or dotted names) to leave whole, inputs and outputs; one alone need not be in a list.
+        ignore_outputs: layers whose outputs stay whole, while their inputs may lose channels (torch-pruning's
+            ``ignored_layers``); of a block, the outputs of all layers in it.
         scope: ``"local"``: each group loses the ratio; ``"global"``: all compete; ``"isomorphic"``: groups of the same
             structure compete; ``"per_cost"`` (with a target): all compete by their scores as they are, over what a
             channel saves of the target; or sets of layer names or patterns: the layers of a set compete; or a
@@ -247,6 +249,12 @@ class PlanOptions:
         Iterable[Layer] | Layer,
         Option(check=check_ignore, form="names", help="Layer to leave whole, repeated.", plain=_layers_as_json),
     ] = ()
+    ignore_outputs: Annotated[
+        Iterable[Layer] | Layer,
+        Option(
+            check=check_ignore, form="names", help="Layer whose outputs stay whole, repeated.", plain=_layers_as_json
+        ),
+    ] = ()
     outputs: Annotated[
         Iterable[OutputName] | OutputName | None,
         Option(
@@ -370,6 +378,7 @@ class PlanKeywords(TypedDict, total=False):
     loss: Loss | None
     forward: Forward | None
     ignore: Iterable[Layer] | Layer
+    ignore_outputs: Iterable[Layer] | Layer
     outputs: Iterable[OutputName] | OutputName | None
     latency: Latency | None
 

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from structprune.checking import FLAG, MODEL, TEXT, require
 from structprune.coupling.costs import Cost
-from structprune.errors import PlanError
+from structprune.errors import PlanError, SurgeryError
 from structprune.ops.gains import Gain
 from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
 from structprune.surgery.apply import apply
@@ -63,8 +64,8 @@ class Settings(Mapping[str, Any]):
         reached: for each limit of a target, the share that remains.
         measured: for a target of latency: how time was measured, what was predicted and measured, in milliseconds, and
             whether the target is met.
-        left: what was left as it is, with the reason: ``"config"``, the model's configuration; ``"training"``, layers
-            that only a forward in training mode would reach.
+        left: what was left as it is, with the reason: ``"nothing"``, if no channel goes; ``"config"``, the model's
+            configuration; ``"training"``, layers that only a forward in training mode would reach.
         over_survivors: the norms, by module and operation, that run over the channels that stay.
     """
 
@@ -174,6 +175,7 @@ class Plan(Edits):
         Raises:
             SurgeryError: the plan does not fit the model; the model is as it was.
         """
+        require(locals(), SurgeryError, model=MODEL, inplace=FLAG)
         result = apply(model, self, inplace=inplace)
         if self.slices or self.attribute_edits or self.rescales or self.literal_edits:
             remember_plan(unwrapped(result), (*plans_of(result), self))
@@ -197,12 +199,25 @@ class Plan(Edits):
             table.add_row(name.replace("_", " "), f"{before:,}", f"{after:,}{share}")
         return table
 
+    def __repr__(self) -> str:
+        """What goes, in short; the table is in ``print(plan)``, all of it in the fields and in `to_json`."""
+        macs = f"{self.after.macs / self.before.macs:.1%} of the MACs" if self.before.macs else "no MACs"
+        params = f"{self.after.params / max(1, self.before.params):.1%} of the parameters"
+        return f"Plan({self.digest[:12]}: {len(self.layers)} weights thinned, {macs} and {params} remain)"
+
     def __str__(self) -> str:
         """The table as text."""
         text = io.StringIO()
         console = Console(file=text, width=100)
         console.print(self.table())
-        shown = {key: value for key, value in self.settings.items() if key != "over_survivors" and value is not None}
+        if "nothing" in self.settings.left:
+            text_of = f"nothing is removed: {self.settings.left['nothing']}"
+            console.print(text_of, highlight=False, markup=False, soft_wrap=True)
+        shown = {
+            key: value
+            for key, value in self.settings.items()
+            if key not in ("over_survivors", "nothing") and value is not None
+        }
         asked = (f"{key} {value}" for key, value in shown.items())
         console.print("asked for: " + ", ".join(asked), highlight=False, markup=False, soft_wrap=True)
         if norms := self.settings.over_survivors:
@@ -245,10 +260,13 @@ class Plan(Edits):
         Raises:
             PlanError: the text is no plan, or one of a later schema.
         """
+        require(locals(), text=TEXT)
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise PlanError(f"This is not the JSON of a plan: {error}. Pass what Plan.to_json returned.") from error
+            raise PlanError(
+                f"This text is not the JSON of a plan: {error}. Pass what Plan.to_json returned."
+            ) from error
         return cls.from_data(data)
 
     @classmethod
@@ -278,7 +296,7 @@ class Plan(Edits):
             )
         except (FormError, KeyError, TypeError) as error:
             what = str(error) if isinstance(error, FormError) else f"{type(error).__name__}: {error}"
-            raise PlanError(f"This plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
+            raise PlanError(f"This text of a plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
 
 
 def _read_settings(data: Any) -> Settings:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from structprune.checking import DATA, FLAG, ON_BATCH, PATH, function, real, require, several
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.extras import matplotlib_figure, save_figure
 from structprune.files import target_of, write_text
+from structprune.html import html_table
 from structprune.importance.base import Importance, check_scores, fitted
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.planning.build import plan_removal, tensors_of
@@ -28,6 +29,7 @@ from structprune.planning.checks import check_ignore
 from structprune.schema import json_of, up_to_date
 from structprune.tracing.trace import ExampleInputs
 
+_RATIOS = several(real(above=0, below=1), "shares of channels to remove, above 0 and below 1")
 Metric = Callable[[nn.Module, Any], float]
 RATIOS = (0.125, 0.25, 0.5, 0.75)
 SCHEMA = 1
@@ -88,13 +90,28 @@ class Sensitivity:
 
     def table(self) -> Table:
         """A line for each group, most sensitive first: how far the metric falls at each ratio."""
+        headings, lines = self._lines()
+        table = Table(*headings)
+        for line in lines:
+            table.add_row(*line)
+        return table
+
+    def __repr__(self) -> str:
+        """How many groups were measured; the table is in `table`, all of it in the fields and in `to_json`."""
+        return f"Sensitivity(dense={self.dense:.6g}, {len(self.curves)} groups)"
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks."""
+        return html_table(*self._lines())
+
+    def _lines(self) -> tuple[list[str], list[list[str]]]:
         worst = sorted(self.curves, key=lambda c: -max(self.dense - value for value in c.metric))
-        width = max(len(curve.kept) for curve in self.curves)
-        table = Table("group", "axis", "channels", *[f"step {i + 1}" for i in range(width)])
+        lines: list[list[str]] = []
         for curve in worst:
             cells = [f"{m - self.dense:+.4g} ({k})" for k, m in zip(curve.kept, curve.metric, strict=True)]
-            table.add_row(curve.group, curve.axis, str(curve.channels), *cells)
-        return table
+            lines.append([curve.group, curve.axis, str(curve.channels), *cells])
+        steps = max((len(line) - 3 for line in lines), default=0)
+        return ["group", "axis", "channels", *(f"step {i + 1}" for i in range(steps))], lines
 
     def to_json(self) -> str:
         """All of it as JSON text."""
@@ -178,9 +195,13 @@ def sensitivity(
         >>> [(curve.group, curve.kept) for curve in found.curves]
         [('0', (7, 6, 4, 2))]
     """
-    if not callable(metric):
-        raise PlanError(f"metric is a {type(metric).__name__}; give a function of model and loader.")
-    shares = _checked_ratios(ratios)
+    named = {"metric": function("model", "loader"), "ratios": _RATIOS, "progress": FLAG}
+    named |= {"data": DATA.or_none} if not isinstance(data, Batches) else {}
+    named |= {"loss": ON_BATCH.or_none, "forward": ON_BATCH.or_none, "checkpoint": PATH.or_none}
+    require(locals(), **named)
+    if checkpoint is not None:
+        target_of(Path(checkpoint))
+    shares = tuple(ratios)
     graph = ChannelGraph(model, example_inputs, ignore=check_ignore("ignore", ignore))
     done = _resumed(checkpoint)
     score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
@@ -204,14 +225,6 @@ def sensitivity(
         if checkpoint is not None:
             _write(Path(checkpoint), Sensitivity(dense, tuple(curves)))
     return Sensitivity(dense, tuple(curves))
-
-
-def _checked_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
-    shares = tuple(ratios) if isinstance(ratios, Iterable) else ()
-    shown = isinstance(ratios, str) or any(not isinstance(share, Real) or not 0 < share < 1 for share in shares)
-    if shown or not shares:
-        raise PlanError(f"ratios is {ratios!r}; give shares of channels to remove, above 0 and below 1.")
-    return shares
 
 
 def _belongs(done: Sensitivity, todo: Sequence[tuple[Group, tuple[int, ...]]]) -> bool:

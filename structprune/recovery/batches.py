@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structprune.checking import DATA, require
 from structprune.errors import RecoveryError
 from structprune.inputs import device_of
 from structprune.tracing.shadow import shadow_of
@@ -30,13 +31,10 @@ def batches_of(model: nn.Module, data: Iterable[Any], forward: Forward | None, w
     Raises:
         RecoveryError: there is no batch, or one has no sample, or the model cannot be called on it.
     """
-    if not isinstance(data, Iterable) or isinstance(data, (Tensor, Mapping, str)):
-        raise RecoveryError(
-            f"data is a {type(data).__name__}; give an iterable of batches. A single batch goes into a list."
-        )
+    require(locals(), RecoveryError, data=DATA)
     found: list[Any] = []
     for batch in data:
-        new = [inputs_of(batch, device_of(model))] if forward is None else _calls(model, batch, forward)
+        new = [inputs_of(batch, device_of(model))] if forward is None else calls_of(model, batch, forward)
         for inputs in new:
             _require_samples(inputs)
             _require_fitting(model, inputs, forward is None)
@@ -60,14 +58,14 @@ def inputs_of(batch: Any, device: torch.device) -> Any:
         batch = batch[0]
     if not isinstance(batch, (Tensor, Mapping)):
         raise RecoveryError(
-            f"A batch is a {type(batch).__name__}, and it is not clear how the model takes it. Let data give tensors, "
-            "dicts of keyword arguments, or pairs whose first is one of them; or pass forward=, a function of model "
-            "and batch."
+            f"A batch of data is a {type(batch).__name__}, and it is not clear how the model takes it. Let data give "
+            "tensors, dicts of keyword arguments, or pairs whose first is one of them; or pass forward=, a function of "
+            "model and batch."
         )
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
-def _calls(model: nn.Module, batch: Any, forward: Forward) -> list[Any]:
+def calls_of(model: nn.Module, batch: Any, forward: Forward) -> list[Any]:
     """What `forward` calls the model with on a batch: the arguments of each call."""
     found: list[Any] = []
 
@@ -110,7 +108,9 @@ def _require_samples(inputs: Any) -> None:
     shapes = [list(tensor.shape) for tensor in tensors_in(inputs)]
     # Others may be empty on purpose: a cache without entries.
     if not shapes or 0 in shapes[0]:
-        raise RecoveryError(f"A batch holds no sample: its tensors have the shapes {shapes}. Leave such batches out.")
+        raise RecoveryError(
+            f"A batch of data holds no sample: its tensors have the shapes {shapes}. Leave such batches out."
+        )
 
 
 def _require_fitting(model: nn.Module, inputs: Any, by_default: bool) -> None:
@@ -121,6 +121,6 @@ def _require_fitting(model: nn.Module, inputs: Any, by_default: bool) -> None:
     except TypeError as error:
         why = "Of a tuple or a list the first alone is taken, since the others may be labels. " if by_default else ""
         raise RecoveryError(
-            f"{type(model).__name__} cannot be called on a batch: {error}. {why}Let data give dicts of keyword "
+            f"{type(model).__name__} cannot be called on a batch of data: {error}. {why}Let data give dicts of keyword "
             "arguments, or pass forward=, such as forward=lambda model, batch: model(*batch)."
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from structprune.checking import MODEL, ON_BATCH, require
 from structprune.distributed import all_reduced, failing_together, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.ops import op_of
@@ -49,6 +50,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any], *, forward: Forward | Non
         True
     """
     with failing_together(RecoveryError, "recalibrate"):
+        require(locals(), RecoveryError, model=MODEL, forward=ON_BATCH.or_none)
         return _recalibrated(model, batches_of(model, data, forward, "are no statistics to take"))
 
 

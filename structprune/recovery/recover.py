@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.checking import MODEL, ON_BATCH, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
@@ -99,12 +99,8 @@ def recover(
         ['2']
     """
     with failing_together(RecoveryError, "recover"):
-        for name, value, least in (("rows", rows, 1), ("rounds", rounds, 0), ("seed", seed, 0)):
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise RecoveryError(f"{name} is {value!r}; give a whole number of at least {least}.")
-        for name, model in (("slim", slim), ("original", original)):
-            if not isinstance(model, nn.Module):
-                raise RecoveryError(f"{name} is a {type(model).__name__}; give the model, an nn.Module.")
+        numbers = {"rows": whole(1), "rounds": whole(0), "seed": SEED}
+        require(locals(), RecoveryError, slim=MODEL, original=MODEL, forward=ON_BATCH.or_none, **numbers)
         batches = batches_of(original, data, forward, "is nothing to solve the layers on")
         done = stages(slim, original)
         if len(done) < 2:

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from structprune.checking import MODEL, require
 from structprune.errors import RecoveryError
+from structprune.html import html_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,16 @@ class RecoveryReport:
     layers: tuple[LayerRecovery, ...]
     skipped: dict[str, str]
 
+    def __repr__(self) -> str:
+        """How many layers were solved; the table is in ``print(report)``."""
+        changed = sum(row.changed for row in self.layers)
+        return f"RecoveryReport({changed} of {len(self.layers)} layers changed, {len(self.skipped)} skipped)"
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks."""
+        lines = [[r.layer, r.operation, r.target, f"{r.before:.4f}", f"{r.after:.4f}"] for r in self.layers]
+        return html_table(["layer", "operation", "meets", "before", "after"], lines)
+
     def __str__(self) -> str:
         """The table as text."""
         table = Table("layer", "operation", "meets", "before", "after", "")
@@ -95,9 +107,10 @@ def recovery_report(model: nn.Module) -> RecoveryReport:
         >>> [layer.layer for layer in structprune.recovery_report(slim).layers]
         ['2']
     """
+    require(locals(), RecoveryError, model=MODEL)
     if model not in _REPORTS:
         raise RecoveryError(
-            f"This {type(model).__name__} does not come from structprune.recover in this process, so there is no "
-            "report on it. Ask for the report of the very module that recover returned; a copy has none."
+            f"The model, a {type(model).__name__}, does not come from structprune.recover in this process, so there is "
+            "no report on it. Ask for the report of the very module that recover returned; a copy has none."
         )
     return _REPORTS[model]

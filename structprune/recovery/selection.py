@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from structprune.checking import SEED, function, one_of, real, require, several, some_of, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.coupling.roles import AXES
 from structprune.distributed import all_reduced, failing_together, nobody_failed
 from structprune.errors import PlanError, RecoveryError
 from structprune.importance.data import Batches
@@ -167,12 +168,10 @@ class Reconstruction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.per not in ("macs", "params"):
-            raise PlanError(f"per is {self.per!r}; a channel saves 'macs' or 'params'.")
-        for name, value in (("probes", self.probes), ("rows", self.rows)):
-            if not isinstance(value, Integral) or value < 1:
-                raise PlanError(f"{name} is {value!r}; give a whole number of at least 1.")
+        """Check what was given."""
+        shares, function_of_two = real(above=0, most=1), function("the dense output", "the changed one")
+        require(vars(self), per=one_of(("macs", "params")), levels=several(shares, "shares above 0"), probes=whole(1))
+        require(vars(self), rows=whole(1), axes=some_of(AXES).or_none, distance=function_of_two, seed=SEED)
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Refused: it has to be fitted first.
@@ -206,7 +205,9 @@ class Reconstruction:
             raise PlanError("Reconstruction looks at data: give an iterable with at least one batch.")
         nobody_failed()
         # Forwards may branch on the size of the batch, which the example inputs need not share with the data.
-        graph = ChannelGraph(model, data[0], ignore=graph.ignored, outputs=graph._wanted)
+        graph = ChannelGraph(
+            model, data[0], ignore=graph.ignored, ignore_outputs=graph.outputs_ignored, outputs=graph._wanted
+        )
         groups = {n: g for n, g in enumerate(graph.groups()) if self.axes is None or g.axis in self.axes}
         consumers = {number: members for number, group in groups.items() if (members := group_consumers(graph, group))}
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from structprune.checking import Check, instance, is_number
 from structprune.planning.sensitivities import Sensitivity
 from structprune.reporting.layers import LayerRow, Pair
 from structprune.reporting.text import element, kept, short
@@ -35,6 +36,7 @@ class RecoveredLayer(Protocol):
         ...
 
 
+@runtime_checkable
 class Recovery(Protocol):
     """What ``structprune.recovery_report`` returns."""
 
@@ -47,6 +49,18 @@ class Recovery(Protocol):
     def skipped(self) -> dict[str, str]:
         """Layers that could not be solved, with the reason."""
         ...
+
+
+def _is_point(value: Any) -> bool:
+    numbers = isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(map(is_number, value[:2]))
+    return numbers and all(isinstance(label, str) for label in value[2:])
+
+
+POINTS = Check(
+    lambda value: isinstance(value, (tuple, list)) and all(map(_is_point, value)),
+    "give a list of (cost, accuracy) or (cost, accuracy, label)",
+)
+RECOVERY = instance(Recovery, "give what structprune.recovery_report returned")
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str, sortable: bool = True) -> str:

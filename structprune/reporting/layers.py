@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from structprune.checking import Check, instance, is_number
 from structprune.coupling.costs import Count, LayerCost, count_layers
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.random_removals import Counter
@@ -16,6 +17,17 @@ from structprune.surgery.verify import removed_components
 Pair = tuple[int, int]
 # Seconds by layer: of the model as it is and, if measured, of the smaller one.
 Times = Sequence[Mapping[str, float]]
+
+
+def _are_times(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and is_number(v) for k, v in value.items())
+
+
+TIMES = Check(
+    lambda value: isinstance(value, (tuple, list)) and len(value) <= 2 and all(map(_are_times, value)),
+    "give a list of one or two results of structprune.layer_times",
+)
+PLAN = instance(Plan, "give a structprune.Plan").or_none
 _NOTHING = LayerCost(0, 0)
 # A summary by block has no more rows than this.
 _MOST_BLOCKS = 16

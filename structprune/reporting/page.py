@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
@@ -15,15 +15,25 @@ import torch
 from torch import nn
 
 from structprune.benchmarking import Benchmark
+from structprune.checking import INPUTS, MODEL, PATH, TEXT, instance, pair, require
 from structprune.coupling.costs import Cost
 from structprune.coupling.graph import ChannelGraph
 from structprune.depth.plan import DepthPlan
 from structprune.files import write_text
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity
-from structprune.reporting.charts import Point, Recovery, curve, heat_map, layers_table, recovery_table
+from structprune.reporting.charts import (
+    POINTS,
+    RECOVERY,
+    Point,
+    Recovery,
+    curve,
+    heat_map,
+    layers_table,
+    recovery_table,
+)
 from structprune.reporting.drawing import Drawing, hue
-from structprune.reporting.layers import Times, blocks, counts, layer_rows
+from structprune.reporting.layers import PLAN, TIMES, Times, blocks, counts, layer_rows
 from structprune.reporting.measured import benchmark_table
 from structprune.reporting.network import network_of
 from structprune.reporting.text import element, kept, short
@@ -92,6 +102,7 @@ def report(
         >>> "8 → 4" in text
         True
     """
+    _require(locals())
     graph = ChannelGraph(model, example_inputs, outputs=None if plan is None else plan.outputs)
     before, after = counts(graph, plan)
     drawing = Drawing(graph, network_of(graph), before, after)
@@ -113,6 +124,16 @@ def report(
     file = Path(path)
     write_text(file, _page(name, _subtitle(model, plan), sections, drawing.data()))
     return file
+
+
+def _require(given: Mapping[str, Any]) -> None:
+    """Check what `report` was given."""
+    require(given, model=MODEL, example_inputs=INPUTS, path=PATH, plan=PLAN, title=TEXT.or_none)
+    require(given, points=POINTS, point_axes=pair("what the two numbers of a point are"), times=TIMES)
+    require(given, verification=instance(Report, "give what structprune.verify returned").or_none)
+    require(given, sensitivity=instance(Sensitivity, "give what structprune.sensitivity returned").or_none)
+    require(given, recovery=RECOVERY.or_none)
+    require(given, benchmark=instance(Benchmark, "give what structprune.benchmark returned").or_none)
 
 
 def _subtitle(model: nn.Module, plan: Plan | None) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from structprune.checking import MODEL, require
 from structprune.errors import SurgeryError
 from structprune.surgery.edits import Edits, RemovedSlice, SectionedSlice
 from structprune.surgery.slicing import KeptIndices
@@ -151,6 +152,7 @@ def kept(model: nn.Module) -> dict[str, dict[int, tuple[int, ...]]]:
         >>> structprune.kept(model)["2.weight"]
         {1: (2, 4, 6, 7)}
     """
+    require(locals(), SurgeryError, model=MODEL)
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, dims, shape in _records(model):
         found[name] = {}

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.checking import INPUTS, MODEL, instance, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.errors import VerificationError
@@ -70,6 +72,10 @@ class Report:
     def ok(self) -> bool:
         """Whether the largest error is within the tolerance."""
         return self.max_relative_error <= self.tolerance
+
+    def _repr_html_(self) -> str:
+        """The same line for notebooks."""
+        return f"<p>{escape(str(self))}</p>"
 
     def __str__(self) -> str:
         what = f"max relative error {self.max_relative_error:.2e}" if self.numbers else "shapes equal"
@@ -213,6 +219,8 @@ def verify(original: nn.Module, slim: nn.Module, plan: Edits | Verifies, example
     """
     if isinstance(plan, Verifies):
         return plan.verified(original, slim, example_inputs)
+    planned = instance(Edits, "give the plan that slim was made by")
+    require(locals(), original=MODEL, slim=MODEL, plan=planned, example_inputs=INPUTS)
     return verify_removal(ChannelGraph(prunable(original), example_inputs, outputs=plan.outputs), slim, plan)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from structprune.tracing.shadow import shadow_of
 from structprune.tracing.state import caches, copy_buffer, dictionaries, eager, held_tensors, meta_like
 from structprune.tracing.vocabulary import Lookup, nothing_known
 
+_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputName = str | int
 
@@ -109,7 +112,7 @@ def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, A
         return tuple(example_inputs), {}
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
-    raise TypeError(
+    raise PlanError(
         f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, or a "
         "dict of keyword arguments."
     )
@@ -286,8 +289,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup = 
         operations: what is known of the operation of a name; a Python function that is known is not opened.
 
     Raises:
-        TraceError: the model runs but cannot be recorded.
-        Exception: whatever the model itself raises on these inputs.
+        TraceError: the model does not run on these inputs, or runs but cannot be recorded.
     """
     try:
         return _with_training(_run(model, example_inputs, operations, meta=True), model, example_inputs, operations)
@@ -304,12 +306,45 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup = 
         return _run(model, example_inputs, operations, meta=False)
     except Exception as error:  # raised again below, after the user's own error had its chance to show
         second = error
-    run_once(model, example_inputs)  # the user's own error, if there is one
+    require_running(model, example_inputs)
     if isinstance(second, StructpruneError):
         raise second
     raise TraceError(
         f"The model runs on the example inputs, but not while it is recorded: {type(second).__name__}: {second}"
     ) from second
+
+
+def require_running(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    error: type[Exception] = TraceError,
+    run: Callable[[nn.Module, ExampleInputs], Any] | None = None,
+) -> None:
+    """Check that the model runs on its inputs.
+
+    Args:
+        model: any ``nn.Module``.
+        example_inputs: what it runs on.
+        error: what is raised if it does not; it says what the model raised, and where.
+        run: runs it; `run_once` if not given.
+    """
+    try:
+        (run or run_once)(model, example_inputs)
+    except StructpruneError:
+        raise
+    except Exception as raised:  # the user's forward may raise anything
+        shapes = [list(tensor.shape) for tensor in tensors_in(as_call(example_inputs))]
+        raise error(
+            f"{type(model).__name__} cannot run on the inputs given (example_inputs, or the first batch of data), "
+            f"tensors of the shapes {shapes}: {type(raised).__name__}: {raised} {_raised_at(raised)}"
+        ) from raised
+
+
+def _raised_at(error: BaseException) -> str:
+    """The last line of the user's own code in a traceback: ``(net.py:12)``."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [(name, line) for name, line in places if not name.startswith((_TORCH, _HERE))]
+    return f"({own[-1][0]}:{own[-1][1]})" if own else ""
 
 
 def in_both_modes(model: nn.Module, example_inputs: ExampleInputs, operations: Lookup) -> Trace | None:

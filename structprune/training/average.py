@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from structprune.errors import PlanError
+from structprune.checking import MODEL, real, require
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -49,8 +49,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise PlanError(f"The decay of an average of weights is from 0 to below 1, not {decay}.")
+        require(locals(), model=MODEL, decay=real(least=0, below=1))
         self.decay = decay
         self.updates = 0
         self.values = {name: tensor.clone() for name, tensor in tensors_of(model).items()}

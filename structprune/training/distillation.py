@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from structprune.checking import MODEL, Check, instance, is_whole, real, require
 from structprune.errors import PlanError
 from structprune.surgery.history import kept
 from structprune.wrapping import unwrapped
@@ -52,13 +53,16 @@ def distillation_loss(
         >>> distillation_loss(torch.tensor([[0.0, 0.0]]), teacher, temperature=1.0)
         tensor(0.3278)
     """
+    logits = instance(Tensor, "give a tensor of logits")
+    require(locals(), student_logits=logits, teacher_logits=logits, mask=instance(Tensor, "give a tensor").or_none)
+    require(locals(), temperature=real(above=0), dim=Check(is_whole, "give the number of a dimension"))
+    if not -student_logits.dim() <= dim < student_logits.dim():
+        raise PlanError(f"dim is {dim}; student_logits have {student_logits.dim()} dimensions.")
     if student_logits.shape != teacher_logits.shape:
         raise PlanError(
-            f"The student's logits have the shape {list(student_logits.shape)} and the teacher's "
-            f"{list(teacher_logits.shape)}. Give the logits of both models on the same batch."
+            f"The student's logits (student_logits) have the shape {list(student_logits.shape)} and the teacher's "
+            f"(teacher_logits) {list(teacher_logits.shape)}. Give the logits of both models on the same batch."
         )
-    if not temperature > 0:
-        raise PlanError(f"temperature is {temperature}; it must be above 0.")
     # Softmax loses most of its digits in half precision.
     student, teacher = (
         logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
@@ -111,6 +115,10 @@ class FeatureDistillation:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, layers: Iterable[str]) -> None:
+        several = Check(
+            lambda value: isinstance(value, Iterable) and not isinstance(value, str), "give names of layers"
+        )
+        require(locals(), student=MODEL, teacher=MODEL, layers=several)
         records = kept(student)
         self._layers = {name: _Layer(student, teacher, name, records) for name in layers}
         if not self._layers:

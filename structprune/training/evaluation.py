@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from structprune.checking import SEED, real, require, shown, whole
 from structprune.errors import PlanError
 from structprune.importance.data import call_on_batch, size_of
 
@@ -79,7 +80,11 @@ def score_of(
         PlanError: there are no batches.
     """
     if not isinstance(validate, Iterable):
-        return float(validate(model))
+        found = validate(model)
+        try:
+            return float(found)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"validate returned {shown(found)}; it returns a number, the higher the better.") from error
     total, count = 0.0, 0
     for batch in map(moved, validate):
         labels = labels_of(batch)
@@ -114,8 +119,7 @@ def split(count: int, share: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor
         >>> len(train), len(validate)
         (45000, 5000)
     """
-    if not 0 < share < 1 or count < 2:
-        raise PlanError(f"A share of {share} of {count} samples leaves a side empty; give one above 0 and below 1.")
+    require(locals(), count=whole(2), share=real(above=0, below=1), seed=SEED)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held = min(count - 1, max(1, round(count * share)))
     return order[held:].sort().values, order[:held].sort().values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from structprune.checking import (
+    DATA,
+    FLAG,
+    MODEL,
+    ON_BATCH,
+    OPTIMIZER,
+    PATH,
+    Check,
+    function,
+    instance,
+    real,
+    require,
+)
 from structprune.errors import LoadError, PlanError
 from structprune.importance.data import size_of
 from structprune.inputs import modes_kept
@@ -25,6 +38,7 @@ from structprune.training.progress import bar
 from structprune.training.repeatable import begin_epoch, preserved
 from structprune.training.stepping import Imitation, Loss, Settings, Step, precision_of, sgd
 
+_OF_MODEL = function("model")
 Validation = Iterable[Any] | Callable[[nn.Module], float]
 
 
@@ -126,7 +140,8 @@ def finetune(
         The best score, its epoch and the history.
 
     Raises:
-        PlanError: a setting is out of its range, there is nothing to train or no data, or the loss is not finite.
+        PlanError: a setting is out of its range, there is nothing to train or no data, or the loss is not finite. The
+            model then has the weights of its best epoch so far, or those that it had.
         LoadError: the checkpoint is damaged, or of another run.
 
     Example:
@@ -137,6 +152,7 @@ def finetune(
         >>> len(result.history), result.epoch in (1, 2)
         (2, True)
     """
+    _require(locals())
     settings = Settings(epochs, soft, temperature, warmup, clip, seed)
     if optimizer is None:
         optimizer = sgd(model, lr, weight_decay)
@@ -157,6 +173,22 @@ def finetune(
     return Finetuned(run.best, run.best_epoch, tuple(run.history))
 
 
+def _require(given: Mapping[str, Any]) -> None:
+    """Check what `finetune` was given; `Settings` checks what is written into a checkpoint."""
+    validation = Check(
+        lambda value: DATA.fits(value) or function("model").fits(value), "give batches, or a function of the model"
+    )
+    types = instance((bool, torch.dtype), "give True, False or a type of floating point")
+    require(given, model=MODEL, train=DATA, validate=validation, teacher=MODEL.or_none, penalty=_OF_MODEL.or_none)
+    require(given, loss=ON_BATCH.or_none, optimizer=OPTIMIZER.or_none, on_epoch=function("epoch").or_none)
+    require(given, lr=real(least=0), weight_decay=real(least=0), ema=real(least=0, below=1).or_none)
+    require(given, amp=types, checkpoint=PATH.or_none, progress=FLAG.or_none)
+    if given["checkpoint"] is not None:
+        Path(given["checkpoint"]).mkdir(parents=True, exist_ok=True)  # what cannot be made fails before hours of work
+    if isinstance(given["amp"], torch.dtype) and not given["amp"].is_floating_point:
+        raise PlanError(f"amp is {given['amp']}; {types.allowed}.")
+
+
 @dataclass
 class _Run:
     """Epochs, validation, the best weights, and the state on disk."""
@@ -172,24 +204,30 @@ class _Run:
     def __post_init__(self) -> None:
         self.history: list[Epoch] = []
         self.best, self.best_epoch = -math.inf, 0
-        self.best_tensors: dict[str, Tensor] = {}
+        self.best_tensors = {name: value.clone() for name, value in tensors_of(self.model).items()}
 
     def go(self, on_epoch: Callable[[int], None] | None, shown: Callable[..., None]) -> None:
         self._resume()
-        for epoch in range(len(self.history), self.settings.epochs):
-            begin = time.perf_counter()
-            shown(epoch, None)
-            loss = self._epoch(epoch, shown)
-            if on_epoch is not None:
-                on_epoch(epoch + 1)
-            score = self._score()
-            rate = float(self.step.optimizer.param_groups[0]["lr"])
-            self.history.append(Epoch(epoch + 1, loss, score, rate, time.perf_counter() - begin))
-            shown(epoch + 1, score)
-            self._save()
-        fill(self.model, self.best_tensors)
-        for group, peak in zip(self.step.optimizer.param_groups, self.step.peaks, strict=True):
-            group["lr"] = peak
+        try:
+            for epoch in range(len(self.history), self.settings.epochs):
+                self._go_through(epoch, on_epoch, shown)
+        finally:  # after an error too: weights that are NaN help nobody
+            fill(self.model, self.best_tensors)
+            self.step.optimizer.zero_grad(set_to_none=True)
+            for group, peak in zip(self.step.optimizer.param_groups, self.step.peaks, strict=True):
+                group["lr"] = peak
+
+    def _go_through(self, epoch: int, on_epoch: Callable[[int], None] | None, shown: Callable[..., None]) -> None:
+        begin = time.perf_counter()
+        shown(epoch, None)
+        loss = self._epoch(epoch, shown)
+        if on_epoch is not None:
+            on_epoch(epoch + 1)
+        score = self._score()
+        rate = float(self.step.optimizer.param_groups[0]["lr"])
+        self.history.append(Epoch(epoch + 1, loss, score, rate, time.perf_counter() - begin))
+        shown(epoch + 1, score)
+        self._save()
 
     def _epoch(self, epoch: int, shown: Callable[..., None]) -> float:
         begin_epoch(self.train, self.validate, self.settings.seed, epoch)
@@ -201,7 +239,7 @@ class _Run:
         count = 0
         for number, batch in enumerate(self.train):
             done = (epoch + min(1.0, (number + 0.5) / steps)) / self.settings.epochs
-            size = size_of(batch)
+            size = size_of(batch, "train")
             losses.append(self.step(batch, done) * size)
             if self.average is not None:
                 self.average.update(self.model)
@@ -212,7 +250,9 @@ class _Run:
         # Read once an epoch: each reading would wait for the device.
         mean = float(torch.stack(losses).cpu().double().sum()) / count
         if not math.isfinite(mean):
-            raise PlanError(f"The loss of epoch {epoch + 1} is {mean}. Lower lr, or give clip=1.0.")
+            raise PlanError(
+                f"The loss of epoch {epoch + 1} is {mean}. Look at the data of train, lower lr, or clip=1.0."
+            )
         return mean
 
     def _score(self) -> float:
@@ -221,7 +261,7 @@ class _Run:
         with self.average.lent(self.model) if self.average is not None else nullcontext():
             score = score_of(self.model, self.validate, self.step.loss, self.step.moved, self.step.autocast)
             if not math.isfinite(score):
-                raise PlanError(f"The validation score is {score}. Lower lr, or give clip=1.0.")
+                raise PlanError(f"The score of validate is {score}. Check its data, lower lr, or give clip=1.0.")
             if score > self.best:
                 self.best, self.best_epoch = score, len(self.history) + 1
                 self.best_tensors = {name: value.clone() for name, value in tensors_of(self.model).items()}

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from structprune.checking import Check, instance, real, require, some_of
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.importance.weight import norm_scales
+from structprune.importance.weight import NORMS, norm_scales
 from structprune.surgery.edits import Edits, SectionedSlice
 from structprune.wrapping import unwrapped
 
@@ -112,10 +113,15 @@ class _Slices:
         return total
 
 
-def _strength(strength: float) -> float:
-    if not strength >= 0:
-        raise PlanError(f"strength is {strength}; it must be at least 0.")
-    return strength
+_GRAPH = instance(ChannelGraph, "give the structprune.DependencyGraph of the model")
+_STRENGTH = real(least=0)
+_GROUPS = Check(
+    lambda value: (
+        value is None
+        or (isinstance(value, (tuple, list)) and bool(value) and all(isinstance(group, Group) for group in value))
+    ),
+    "give a list of groups of the graph, or None for all",
+)
 
 
 class GroupLasso:
@@ -143,7 +149,8 @@ class GroupLasso:
     """
 
     def __init__(self, graph: ChannelGraph, strength: float = 1e-4, groups: Iterable[Group] | None = None) -> None:
-        self.strength = _strength(strength)
+        require(locals(), graph=_GRAPH, strength=_STRENGTH, groups=_GROUPS)
+        self.strength = strength
         self._slices = _Slices(graph, groups)
 
     def __call__(self, model: nn.Module) -> Tensor:
@@ -190,7 +197,8 @@ class NormScalePenalty:
         kinds: tuple[str, ...] = ("batch_norm",),
         groups: Iterable[Group] | None = None,
     ) -> None:
-        self.strength = _strength(strength)
+        require(locals(), graph=_GRAPH, strength=_STRENGTH, kinds=some_of(NORMS), groups=_GROUPS)
+        self.strength = strength
         self._slices = _Slices(graph, groups, norm_scales(graph, kinds))
 
     def __call__(self, model: nn.Module) -> Tensor:
@@ -231,9 +239,8 @@ class GrowingRegularisation:
     """
 
     def __init__(self, plan: Edits, increment: float = 1e-4, ceiling: float = 1.0) -> None:
-        for name, value in (("increment", increment), ("ceiling", ceiling)):
-            if not value > 0:
-                raise PlanError(f"{name} is {value}; it must be above 0.")
+        planned = instance(Edits, "give a plan for the model as it is")
+        require(locals(), plan=planned, increment=real(above=0), ceiling=real(above=0))
         self.increment, self.ceiling, self.coefficient = increment, ceiling, 0.0
         self._stays: dict[str, dict[int, Tensor]] = {}
         for sliced in plan.slices:

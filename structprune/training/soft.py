@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from structprune.api import coupled_channels, decide
+from structprune.checking import INPUTS, MODEL, one_of, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
 from structprune.importance.sites import summed_dims
@@ -72,8 +73,7 @@ class SoftPruner:
         places: str = "filters",
         **options: Unpack[PlanKeywords],
     ) -> None:
-        if places not in PLACES:
-            raise PlanError(f"places is {places!r}; it is one of {', '.join(PLACES)}.")
+        require(locals(), model=MODEL, example_inputs=INPUTS, places=one_of(PLACES))
         self.model = model
         self.places = places
         self.plan: Plan | None = None

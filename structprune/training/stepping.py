@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from structprune.checking import SEED, real, require, shown, whole
 from structprune.errors import PlanError
 from structprune.importance.data import call_on_batch
 from structprune.inputs import device_of
@@ -34,11 +35,9 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise PlanError(f"epochs is {self.epochs}; it takes at least 1.")
-        for name, value in (("soft", self.soft), ("warmup", self.warmup)):
-            if not 0 <= value <= 1:
-                raise PlanError(f"{name} is {value}; it is a share from 0 to 1.")
+        share = real(least=0, most=1)
+        limits = {"epochs": whole(1), "soft": share, "warmup": share, "seed": SEED}
+        require(asdict(self), temperature=real(above=0), clip=real(above=0).or_none, **limits)
 
     def factor(self, done: float) -> float:
         """The share of the peak learning rate when this share of all steps is done."""
@@ -78,6 +77,13 @@ class Imitation:
         with torch.no_grad():
             wanted = logits_of(call_on_batch(self.teacher, batch))
         return distillation_loss(logits_of(call_on_batch(model, batch)), wanted, temperature=self.temperature)
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = f"a tensor of the shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+        raise PlanError(f"{name} returned {shape}; it returns a scalar tensor, the mean over the batch.")
+    return value
 
 
 @dataclass
@@ -128,8 +134,9 @@ class Step:
     def _total(self, batch: Any) -> Tensor:
         with self.autocast():
             value = self.loss(self.model, batch) if self.teacher is None else self._taught(self.teacher, batch)
+            value = _scalar("loss", value)
             if self.penalty is not None:
-                value = value + self.penalty(self.model)
+                value = value + _scalar("penalty", self.penalty(self.model))
         return value
 
     def _taught(self, teacher: nn.Module, batch: Any) -> Tensor:

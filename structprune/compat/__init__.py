@@ -1,0 +1,1 @@
+"""Other libraries' ways of calling, on the engine of this one."""

@@ -42,8 +42,8 @@ from structprune.filling import fill
 from structprune.planning.plan import Plan, plans_of
 from structprune.schema import FormError, Migration, up_to_date
 from structprune.surgery.history import kept
+from structprune.tracing.containers import unspecify
 from structprune.tracing.shadow import shadow_of
-from structprune.tracing.specification import unspecify
 from structprune.tracing.trace import as_call, tensors_in
 
 SCHEMA = 1

@@ -128,7 +128,7 @@ def texts(data: Any, length: int | None = None) -> tuple[str, ...]:
 
 
 def inputs(data: Any) -> Any:
-    """The description of example inputs (see `structprune.tracing.specification`), unchanged.
+    """The description of example inputs (see `structprune.tracing.containers`), unchanged.
 
     Raises:
         FormError: it describes nothing that can be made.

@@ -123,7 +123,7 @@ def test_keys_and_values_are_counted_and_go_with_attention():
 def test_the_bytes_of_keys_and_values_are_those_of_a_cache():
     model, x = transformer()
     graph = structprune.DependencyGraph(model, x)
-    from structprune.coupling.kv_cache import KeyValueCache
+    from structprune.coupling.costs import KeyValueCache
 
     # Three layers, keys and values, eight channels of four bytes.
     assert KeyValueCache(graph.trace, graph.channels).bytes(lambda axis: axis.size) == 3 * 2 * 8 * 4

@@ -28,8 +28,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
 from structprune.importance.activation import APoZ, L2Activation
 from structprune.importance.base import fitted
-from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian, geometric_median
-from structprune.importance.separability import TVSeparability, hellinger
+from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian, TVSeparability, geometric_median, hellinger
 from structprune.importance.thinet import ThiNet, eliminated
 from structprune.importance.weight import LAMP, LnNorm, NormScale, SliceNorm
 from structprune.planning.build import tensors_of

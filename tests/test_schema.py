@@ -67,7 +67,7 @@ def test_every_older_schema_has_a_step_to_the_next(module: Any) -> None:
 @pytest.mark.parametrize(
     ("module", "old_form"),
     [
-        (plan, lambda record: [found.update(cuts=found.pop("slices")) for found in record["plans"]]),
+        (plan, lambda record: [found.update(cuts=found.pop("thinnings")) for found in record["plans"]]),
         (io, lambda record: record.update(rounds=record.pop("plans"))),
     ],
 )
@@ -77,7 +77,7 @@ def test_an_older_form_is_lifted_step_by_step(
     """As if what is written now were of schema 3 or 4, and schema 1 had had another name for a field."""
 
     def renamed(data: dict[str, Any]) -> dict[str, Any]:
-        new = {"cuts": "slices", "rounds": "plans"}
+        new = {"cuts": "thinnings", "rounds": "plans"}
         return {new.get(key, key): value for key, value in data.items()}
 
     source = DATA / "schema_1"

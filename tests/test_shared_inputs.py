@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import structprune
 from structprune.errors import PlanError
 from structprune.ops import op_of
-from structprune.tracing.specification import specify, unspecify
+from structprune.tracing.containers import specify, unspecify
 from structprune.tracing.trace import trace
 
 

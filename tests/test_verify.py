@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import structprune
 from structprune.ops import OPS
-from structprune.surgery import draws, streamed
+from structprune.surgery import streamed
 
 
 class Drawing(nn.Module):
@@ -291,4 +291,4 @@ def test_every_random_operation_is_held_still() -> None:
     memory = {"empty", "empty_like", "empty_strided", "new_empty"}  # nothing is drawn
     counted = {"multinomial", "randperm"}  # of a fixed number of things: those that would change with it are pinned
     drawn = {name for name, op in OPS.items() if op.random}
-    assert drawn - set(draws._DRAWS) == memory | counted
+    assert drawn - set(streamed._DRAWS) == memory | counted

@@ -18,10 +18,9 @@ from structprune.coupling.computed_weights import normalised_weights
 from structprune.coupling.costs import CostModel
 from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, group_numbers, restricted
 from structprune.coupling.naming import Layer, path_of
-from structprune.coupling.origins import follows_inputs
 from structprune.coupling.propagate import Channels, Invariant, propagate
 from structprune.coupling.random_removals import Counter
-from structprune.coupling.rehearsed import Rehearsals, described_row
+from structprune.coupling.rehearsed import Rehearsals, described_row, follows_inputs
 from structprune.coupling.roles import Roles, roles
 from structprune.coupling.size_solver import SizeSolver
 from structprune.coupling.solve import Mask

@@ -14,7 +14,7 @@ from structprune.depth.cut import Cut
 from structprune.depth.records import Branch, Edge, Found, name_of, named_apart, nodes_in
 from structprune.depth.sums import is_float, repeats, stacked, stands_alone, terms_of
 from structprune.ops import op_of
-from structprune.tracing.recording import ModuleCall
+from structprune.tracing.calls import ModuleCall
 from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable

@@ -30,7 +30,7 @@ from structprune.schema import FormError, inputs, record, settings, texts
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import RemovedSlice, Rescale
 from structprune.surgery.verify import Report, verify_runs
-from structprune.tracing.specification import specify, unspecify
+from structprune.tracing.containers import specify, unspecify
 from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
 from structprune.wrapping import prunable, rewrapped

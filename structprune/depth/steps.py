@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from structprune.surgery.rewrite import Rewritten, install
+from structprune.surgery.edits import Rewritten, install
 
 LISTS = (nn.Sequential, nn.ModuleList)
 

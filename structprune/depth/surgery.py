@@ -17,8 +17,8 @@ from structprune.depth.steps import LISTS, Steps
 from structprune.depth.sums import is_float, is_itself
 from structprune.errors import PlanError
 from structprune.ops import op_of
-from structprune.surgery.rewrite import Rewritten, _rewritten
-from structprune.tracing.recording import ModuleCall
+from structprune.surgery.edits import Rewritten, _rewritten
+from structprune.tracing.calls import ModuleCall
 from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import Change, changed_graph
 from structprune.tracing.trace import ExampleInputs, in_both_modes

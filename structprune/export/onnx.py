@@ -19,9 +19,8 @@ from structprune.checking import FLAG, INPUTS, PATH, real, shown, whole
 from structprune.checking import require as require_arguments
 from structprune.errors import ExportError
 from structprune.export.files import check, compare, require, tensors
-from structprune.export.free_dims import FreeDims
 from structprune.export.metadata import metadata
-from structprune.export.program import program_of
+from structprune.export.program import FreeDims, program_of
 from structprune.files import drafts_in, put, target_of
 from structprune.inputs import evaluating
 from structprune.tracing.trace import ExampleInputs, as_call, require_running

@@ -6,12 +6,17 @@ import importlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from structprune.checking import is_whole
 from structprune.errors import ExportError
+from structprune.export.files import input_names, tensors
+from structprune.inputs import batch_size, is_batched, resize_batch, resize_dims
+from structprune.tracing.trace import ExampleInputs, as_call
 
 # Dimension -> name, for each input.
 Dims = Sequence[Mapping[int, str]]
@@ -124,3 +129,113 @@ def _clear(model: Any) -> None:
         for node in function.all_nodes():
             node.metadata_props.clear()
             node.doc_string = None
+
+
+# -- which dimensions of the inputs of an ONNX file are free, and inputs of other sizes to try it with ---------------
+
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class FreeDims:
+    """The free dimensions of the example inputs of a model.
+
+    Attributes:
+        inputs: The example inputs.
+        dynamic_batch: Whether the batch is free.
+        names: Name of each tensor, in flat order.
+        dims: Dimension -> name, for each tensor.
+        wanted: Names besides the batch.
+    """
+
+    inputs: ExampleInputs
+    dynamic_batch: bool
+    names: list[str]
+    dims: list[dict[int, str]]
+    wanted: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool, dynamic_dims: Mapping[str, Mapping[int, str]]
+    ) -> FreeDims:
+        """Check what was asked for against the example inputs.
+
+        Raises:
+            ExportError: An input or dimension is not there, or dimensions of one name are not of one size in the
+                example, or of size 1.
+        """
+        wanted_dims: Any = dynamic_dims
+        if not isinstance(wanted_dims, Mapping) or not all(isinstance(d, Mapping) for d in wanted_dims.values()):
+            raise ExportError(
+                f"dynamic_dims is {wanted_dims!r}; give a dict of inputs and their dimensions, such as "
+                "{'tokens': {1: 'time'}}"
+            )
+        names = input_names(model, inputs)
+        if unknown := sorted(dynamic_dims.keys() - set(names)):
+            raise ExportError(f"dynamic_dims names the input {unknown[0]!r}; the inputs are {', '.join(names)}")
+        size = batch_size(inputs)
+        dims: list[dict[int, str]] = []
+        sizes: dict[str, int] = {}
+        for name, tensor in zip(names, tensors(as_call(inputs)), strict=True):
+            found = {0: BATCH} if dynamic_batch and is_batched(tensor, size) else {}
+            for dim, wanted in dynamic_dims.get(name, {}).items():
+                _check(name, tuple(tensor.shape), dim, wanted, sizes)
+                found[dim] = wanted
+            dims.append(found)
+        return cls(inputs, dynamic_batch, names, dims, tuple(sizes))
+
+    def traced(self) -> Any:
+        """Inputs to trace the model with: a single sample would be taken for a batch that is always 1."""
+        single = self.dynamic_batch and batch_size(self.inputs) == 1
+        return resize_batch(self.inputs, 2) if single else self.inputs
+
+    def batches(self) -> list[tuple[Any, str]]:
+        """The example, and the same with another batch size if that is free; with no further words on what they are."""
+        size = batch_size(self.inputs)
+        sizes = [size, 3 if size == 1 else 1] if self.dynamic_batch else [size]
+        return [(resize_batch(self.inputs, each), "") for each in sizes]
+
+    def other_sizes(self, model: nn.Module) -> list[tuple[Any, str]]:
+        """Inputs with one of the names at twice its size or at half of it, and what they are; for each name.
+
+        Raises:
+            ExportError: The model itself runs at neither.
+        """
+        return [self._other_size(model, name) for name in self.wanted]
+
+    def _other_size(self, model: nn.Module, name: str) -> tuple[Any, str]:
+        shapes = [tuple(tensor.shape) for tensor in tensors(as_call(self.inputs))]
+        places = [{dim for dim, given in found.items() if given == name} for found in self.dims]
+        now = next(shape[dim] for shape, found in zip(shapes, places, strict=True) for dim in found)
+        problem = ""
+        for size in (2 * now, now // 2):
+            other = resize_dims(self.inputs, [dict.fromkeys(found, size) for found in places])
+            args, kwargs = as_call(other)
+            try:
+                model(*args, **kwargs)
+            except Exception as error:  # a forward may raise anything at a size that it is not made for
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            return other, f"{name} = {size}"
+        raise ExportError(
+            f"{name!r} was to be free, but {type(model).__name__} itself runs neither at {2 * now} nor at {now // 2} "
+            f"({problem}); pass inputs of another size in check_inputs, or leave the name out of dynamic_dims"
+        )
+
+
+def _check(name: str, shape: tuple[int, ...], dim: int, wanted: str, sizes: dict[str, int]) -> None:
+    if not is_whole(dim) or not 0 <= dim < len(shape):
+        raise ExportError(f"dynamic_dims names dimension {dim} of {name!r}, whose shape is {list(shape)}")
+    if not isinstance(cast("object", wanted), str) or not wanted.isidentifier():
+        raise ExportError(
+            f"dynamic_dims names a dimension of {name!r} {wanted!r}; give letters, digits and underscores"
+        )
+    if shape[dim] < 2:
+        raise ExportError(
+            f"dimension {dim} of {name!r} has size {shape[dim]} in the example, which the exporter would take for a "
+            "constant; give an example in which it is at least 2"
+        )
+    if wanted != BATCH and sizes.setdefault(wanted, shape[dim]) != shape[dim]:
+        raise ExportError(
+            f"dynamic_dims gives the name {wanted!r} to dimensions of size {sizes[wanted]} and {shape[dim]}"
+        )

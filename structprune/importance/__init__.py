@@ -7,8 +7,7 @@ from structprune.importance.curvature import OBD, GroupFisher
 from structprune.importance.data import Batches
 from structprune.importance.gradient import SNIP, Taylor, WeightTaylor
 from structprune.importance.layer_curvature import KFAC, OBS
-from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian
-from structprune.importance.separability import TVSeparability
+from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian, TVSeparability
 from structprune.importance.thinet import ThiNet
 from structprune.importance.weight import LAMP, LnNorm, NormScale, Random, SliceNorm
 

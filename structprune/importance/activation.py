@@ -19,12 +19,10 @@ from structprune.checking import real, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.importance.activations import Activation, Sums
-from structprune.importance.base import Importance, Unfitted, criterion
+from structprune.importance.base import REDUCTION, Importance, Unfitted, criterion, gathered, reduced
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import look
-from structprune.importance.reduce import REDUCTION, gathered, reduced
-from structprune.importance.sites import Sites
-from structprune.importance.weight_sites import weight_sites
+from structprune.importance.sites import Sites, weight_sites
 
 
 @dataclass(frozen=True, slots=True, eq=False)

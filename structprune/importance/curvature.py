@@ -13,11 +13,10 @@ from structprune.checking import SEED, one_of, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.errors import PlanError
 from structprune.importance.activations import Activation, Sums
-from structprune.importance.base import Importance, Unfitted, criterion
+from structprune.importance.base import REDUCTION, Importance, Unfitted, criterion
 from structprune.importance.data import Batches, require_data
 from structprune.importance.gradient import EntryScores, Gates, gate_sums, weight_gradients
 from structprune.importance.observe import descend, losses, trained
-from structprune.importance.reduce import REDUCTION
 
 
 def _probe(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:

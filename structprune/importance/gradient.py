@@ -20,10 +20,9 @@ from structprune.checking import one_of, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.importance.activations import Activation, Sums
-from structprune.importance.base import Importance, Unfitted, criterion
+from structprune.importance.base import REDUCTION, Importance, Unfitted, criterion, member_sums, reduced
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, losses, trained
-from structprune.importance.reduce import REDUCTION, member_sums, reduced
 from structprune.importance.sites import Sites
 from structprune.ops.relations import Ids
 

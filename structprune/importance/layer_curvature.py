@@ -20,12 +20,10 @@ from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.importance.activation import columns
 from structprune.importance.activations import Activation, Sums
-from structprune.importance.base import Importance, Unfitted, criterion
+from structprune.importance.base import REDUCTION, Importance, Unfitted, criterion, padded, reduced
 from structprune.importance.data import Batches, require_data
 from structprune.importance.observe import descend, look
-from structprune.importance.reduce import REDUCTION, padded, reduced
-from structprune.importance.sites import Sites
-from structprune.importance.weight_sites import weight_sites
+from structprune.importance.sites import Sites, weight_sites
 from structprune.ops import kind_of
 from structprune.ops.op import CONVOLUTIONS
 

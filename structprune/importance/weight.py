@@ -15,9 +15,8 @@ from structprune.checking import FLAG, SEED, Check, is_number, require, some_of
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group, Member
 from structprune.errors import PlanError
-from structprune.importance.base import Importance, Unfitted, criterion
+from structprune.importance.base import REDUCTION, Importance, Unfitted, criterion, floating, member_sums, reduced
 from structprune.importance.data import Batches
-from structprune.importance.reduce import REDUCTION, floating, member_sums, reduced
 from structprune.ops.arguments import tensors
 
 

@@ -9,9 +9,8 @@ from math import prod
 from torch import fx, nn
 
 from structprune.benchmarking.timing import device_of
-from structprune.coupling.costs import count_cost
+from structprune.coupling.costs import KeyValueCache, count_cost
 from structprune.coupling.graph import ChannelGraph
-from structprune.coupling.kv_cache import KeyValueCache
 from structprune.coupling.propagate import propagate
 from structprune.depth.ordering import NodeCost, Saved, counted
 from structprune.depth.scoring import Scorer

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from structprune.coupling.graph import ChannelGraph
-from structprune.importance.weight_sites import WeightSite, weight_sites
+from structprune.importance.sites import WeightSite, weight_sites
 from structprune.ops.relations import Axis
 from structprune.tracing.trace import ExampleInputs
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.tracing.recording import operands
+from structprune.tracing.calls import operands
 
 __all__ = ["Parameter", "arguments", "bind", "positional", "signatures", "tensors"]
 

@@ -212,7 +212,7 @@ def select_scatter(c: Context, x: Operand, source: Operand, dim: int, index: int
     return x.axes
 
 
-@register_op("diagonal_scatter")
+@register_op("diagonal_scatter", zeros=zeros.moved)
 def diagonal_scatter(c: Context, x: Operand, source: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Axes:
     """A copy with a diagonal written over: channel i of both dimensions, if they have equally many."""
     first, second = x.axes[x.dim(dim1)], x.axes[x.dim(dim2)]

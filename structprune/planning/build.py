@@ -20,8 +20,8 @@ from structprune.planning.configuration import config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
 from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
 from structprune.surgery.reference import norms_over_kept
+from structprune.tracing.containers import specify
 from structprune.tracing.provenance import Attribute, Dim, evaluate, literal_for, literals
-from structprune.tracing.specification import specify
 from structprune.tracing.state import held_tensors
 
 

@@ -18,9 +18,9 @@ from math import sqrt
 import numpy as np
 import torch
 
+from structprune.coupling.costs import KeyValueCache
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
-from structprune.coupling.kv_cache import KeyValueCache
 from structprune.coupling.roles import AXES
 from structprune.importance.base import Importance, check_scores, comparable
 from structprune.latency.predict import TimeModel

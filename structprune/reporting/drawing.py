@@ -127,7 +127,7 @@ class Drawing:
 
     def on_axes(self, axes: Any) -> None:
         """Draw the network on Matplotlib's axes, which are left without frame and ticks."""
-        from structprune.reporting.figure_graph import draw_box, draw_edge
+        from structprune.reporting.figures import draw_box, draw_edge
 
         for course, group in zip(self._layout.courses, self._network.edges.values(), strict=True):
             draw_edge(axes, course, None if group is None else hue(group))

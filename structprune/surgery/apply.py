@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from structprune.errors import SurgeryError
-from structprune.surgery.derived import refresh
-from structprune.surgery.edits import AttributeEdit, Edits
+from structprune.surgery.edits import AttributeEdit, Edits, Rewritten, install, rewritten_classes
 from structprune.surgery.history import record_kept
-from structprune.surgery.rewrite import Rewritten, install, rewritten_classes
 from structprune.surgery.slicing import smaller_tensors
 from structprune.tracing.describe import describe_layers, owner, set_attribute
+from structprune.tracing.opaque import copied_module
 from structprune.tracing.provenance import SizeInt
-from structprune.tracing.scripted import copied_module
-from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors, is_config
-from structprune.wrapping import prunable, rewrapped
+from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors, is_config, module_finder
+from structprune.wrapping import class_names, prunable, rewrapped
 
 
 def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
@@ -211,3 +213,63 @@ def _replaced(value: Any, steps: list[Any], new: int) -> Any:
     items = list(value)
     items[steps[0]] = _replaced(items[steps[0]], steps[1:], new)
     return type(value)(items)
+
+
+# -- fake quantization held still, while the functions of two models are compared ------------------------------------
+
+_FAKE = "torch.ao.quantization.fake_quantize.FakeQuantizeBase"
+
+
+@contextmanager
+def fake_quantization_off(*models: nn.Module) -> Generator[None]:
+    """While the block runs, modules of fake quantization pass on what they get, and observe nothing.
+
+    They round: the last bit of a sum, which depends on how many terms it has, would become a whole step.
+    """
+    switches: list[tuple[Tensor, Tensor]] = []
+    for model in models:
+        for module in model.modules():
+            if _FAKE in class_names(module):
+                found = (module.get_buffer("fake_quant_enabled"), module.get_buffer("observer_enabled"))
+                switches += [(switch, switch.clone()) for switch in found]
+    try:
+        with torch.no_grad():
+            for switch, _ in switches:
+                switch.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for switch, before in switches:
+                switch.copy_(before)
+
+
+# -- tensors that a layer computes from its parameters: kept up to date ----------------------------------------------
+# The older `weight_norm` and `spectral_norm`, and ``torch.nn.utils.prune``, compute a layer's weight in a hook before
+# each forward and leave the result on the module as a plain attribute; parametrizations compute it whenever it is read.
+
+# Class of a hook -> name of the attribute, and its value without any step of an iteration.
+_HOOKS: dict[type, tuple[Callable[[Any], str], Callable[[Any, nn.Module], Any]]] = {
+    BasePruningMethod: (lambda hook: hook._tensor_name, lambda hook, module: hook.apply_mask(module)),
+    SpectralNorm: (lambda hook: hook.name, lambda hook, module: hook.compute_weight(module, do_power_iteration=False)),
+    WeightNorm: (lambda hook: hook.name, lambda hook, module: hook.compute_weight(module)),
+}
+
+
+def refresh(model: nn.Module, paths: Iterable[str], undo: list[Callable[[], None]]) -> None:
+    """Compute anew what hooks of the layers at `paths` left on them, from the smaller tensors."""
+    find = module_finder(model)
+    for path in paths:
+        module = find(path)
+        for hook in module._forward_pre_hooks.values():
+            for kind, (name_of, compute) in _HOOKS.items():
+                if isinstance(hook, kind):
+                    _set(module, name_of(hook), compute, hook, undo)
+
+
+def _set(
+    module: nn.Module, name: str, compute: Callable[[Any, nn.Module], Any], hook: Any, undo: list[Callable[[], None]]
+) -> None:
+    old = module.__dict__[name]
+    undo.append(lambda: module.__dict__.update({name: old}))
+    with torch.no_grad():
+        module.__dict__[name] = compute(hook, module)

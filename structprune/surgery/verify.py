@@ -17,8 +17,8 @@ from structprune.checking import INPUTS, MODEL, instance, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.errors import VerificationError
+from structprune.surgery.apply import fake_quantization_off
 from structprune.surgery.edits import Edits, SectionedSlice
-from structprune.surgery.quantization import fake_quantization_off
 from structprune.surgery.reference import (
     norms_over_kept,
     nothing_of_nothing,

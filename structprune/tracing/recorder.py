@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, Leaf, holds_tensor
+from structprune.tracing.calls import ASKED, MOVES, CallMode, Leaf, ModuleCall, Recording, holds_tensor
 from structprune.tracing.opaque import holdings, opaque_call, untracked
 from structprune.tracing.provenance import Dim, SizeFloat, SizeInt, plain, source_line
-from structprune.tracing.recording import ModuleCall, Recording
 from structprune.tracing.values import Values
 from structprune.tracing.vocabulary import VALUES, Call, Kind, Lookup
 

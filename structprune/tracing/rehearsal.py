@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.tracing.calls import Leaf
+from structprune.tracing.calls import Leaf, ModuleCall
 from structprune.tracing.comparing import alike, equal, is_number, items, known_layer, raised_at
 from structprune.tracing.describe import describe_layers, owner
 from structprune.tracing.opaque import opaque_call
@@ -30,7 +30,6 @@ from structprune.tracing.provenance import (
     source_line,
 )
 from structprune.tracing.recorder import Recorder
-from structprune.tracing.recording import ModuleCall
 from structprune.tracing.shadow import Shadow, shadow_of
 from structprune.tracing.state import eager, held_tensors, meta_like, module_finder
 from structprune.tracing.trace import (

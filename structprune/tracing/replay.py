@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structprune.errors import StructpruneError, TraceError
-from structprune.tracing.calls import ASKED, MOVES, CallMode, Leaf, holds_tensor
+from structprune.tracing.calls import ASKED, MOVES, CallKey, CallMode, Group, Leaf, holds_tensor
 from structprune.tracing.containers import leaves_of
 from structprune.tracing.opaque import holdings, opaque_call
-from structprune.tracing.recording import CallKey, Group
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import Trace, describe
 from structprune.tracing.vocabulary import Call, Kind

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from structprune.tracing.opaque import copied_module
 from structprune.tracing.provenance import SizeInt
-from structprune.tracing.scripted import copied_module
 from structprune.tracing.state import INTERNAL, Held, held_tensors, is_config, modules_of, track
 
 _INERT = frozenset({float, bool, str, type(None)})

@@ -18,7 +18,8 @@ import torch
 from torch import fx, nn
 
 from structprune.errors import TraceError
-from structprune.tracing.opaque import opaque_call
+from structprune.tracing.calls import ModuleCall
+from structprune.tracing.opaque import opaque_call, scripted_call
 from structprune.tracing.provenance import (
     Arithmetic,
     Attribute,
@@ -29,8 +30,6 @@ from structprune.tracing.provenance import (
     SizeInt,
     plain,
 )
-from structprune.tracing.recording import ModuleCall
-from structprune.tracing.scripted import scripted_call
 from structprune.tracing.trace import Trace
 
 Literal = Callable[[int, tuple[int | str, ...], int], int]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import PlanError, StructpruneError, TraceError
+from structprune.tracing.calls import CallKey, Group, ModuleCall, equal_calls
 from structprune.tracing.provenance import Comparison, Escape, plain, tracked_numbers
 from structprune.tracing.recorder import Recorder
-from structprune.tracing.recording import CallKey, Group, ModuleCall, equal_calls
 from structprune.tracing.shadow import shadow_of
 from structprune.tracing.state import caches, copy_buffer, dictionaries, eager, held_tensors, meta_like
 from structprune.tracing.vocabulary import Lookup, nothing_known

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structprune.tracing.opaque import opaque_call
+from structprune.tracing.opaque import opaque_call, scripted_call
 from structprune.tracing.provenance import plain
-from structprune.tracing.scripted import scripted_call
 from structprune.tracing.vocabulary import Lookup
 
 # Larger results are not worth it: a number that decides a branch comes from masks, positions and counts.

@@ -34,9 +34,17 @@ from structprune.inputs import modes_kept
 from structprune.training.average import WeightAverage, fill, tensors_of
 from structprune.training.checkpoint import State, restore, store
 from structprune.training.evaluation import default_loss, score_of
-from structprune.training.progress import bar
-from structprune.training.repeatable import begin_epoch, preserved
-from structprune.training.stepping import Imitation, Loss, Settings, Step, precision_of, sgd
+from structprune.training.stepping import (
+    Imitation,
+    Loss,
+    Settings,
+    Step,
+    bar,
+    begin_epoch,
+    precision_of,
+    preserved,
+    sgd,
+)
 
 _OF_MODEL = function("model")
 Validation = Iterable[Any] | Callable[[nn.Module], float]

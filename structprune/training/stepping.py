@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import random
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,7 +19,7 @@ from structprune.checking import SEED, real, require, shown, whole
 from structprune.errors import PlanError
 from structprune.importance.data import call_on_batch
 from structprune.inputs import device_of
-from structprune.tracing.trace import map_tensors
+from structprune.tracing.trace import map_tensors, preserved_random_state
 from structprune.training.distillation import distillation_loss
 from structprune.training.evaluation import logits_of
 
@@ -171,3 +174,80 @@ class Step:
         load = getattr(self.penalty, "load_state_dict", None)
         if load is not None:
             load(state["penalty"])
+
+
+# -- randomness that begins anew with each epoch, so that a run that goes on after a kill is the run that was killed ---
+
+
+def _owners(data: Any) -> Iterator[Any]:
+    """What may shuffle: the loader itself, and its samplers."""
+    yield data
+    for name in ("sampler", "batch_sampler", "dataset"):
+        part = getattr(data, name, None)
+        if part is not None:
+            yield part
+            inner = getattr(part, "sampler", None)
+            if inner is not None:
+                yield inner
+
+
+def _generators(loaders: Iterable[Any]) -> list[torch.Generator]:
+    held = (getattr(owner, "generator", None) for data in loaders for owner in _owners(data))
+    return list({id(found): found for found in held if isinstance(found, torch.Generator)}.values())
+
+
+def begin_epoch(train: Any, validate: Any, seed: int, epoch: int) -> None:
+    """Set all random generators by seed and epoch: those of torch, numpy and Python, and those of the loaders.
+
+    Samplers of `train` that have ``set_epoch`` (as ``DistributedSampler`` does) are told the epoch.
+    """
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    for generator in _generators((train, validate)):
+        generator.manual_seed(mixed)
+    for owner in _owners(train):
+        tell = getattr(owner, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
+@contextmanager
+def preserved(*loaders: Any) -> Generator[None]:
+    """All of these generators are afterwards as they were."""
+    python, legacy = random.getstate(), np.random.get_state()
+    own = [(generator, generator.get_state()) for generator in _generators(loaders)]
+    try:
+        with preserved_random_state():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        for generator, state in own:
+            generator.set_state(state)
+
+
+# -- the progress bar of `finetune` ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def bar(progress: bool | None, epochs: int) -> Generator[Callable[..., None]]:
+    """A function of the epochs done, a score if there is a new one, and the share of the running epoch."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda _done, _score, _share=0.0: None
+        return
+    # Here, since importing rich takes longer than most plans.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=console.is_terminal) as drawn:
+        task = drawn.add_task("fine-tuning", total=epochs)
+
+        def show(done: int, score: float | None, share: float = 0.0) -> None:
+            said = None if score is None else f"epoch {done}/{epochs}: {score:.2f}"
+            drawn.update(task, completed=done + share, description=said)
+
+        yield show

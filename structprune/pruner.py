@@ -187,8 +187,11 @@ class Pruner:
         require(locals(), state=instance(Mapping, "give what state_dict returned"))
         if missing := sorted({"steps", "taken", "ends", "plans"} - set(state)):
             raise PlanError(f"state is {state!r:.60}, without {', '.join(missing)}. Give what state_dict returned.")
-        fitting = isinstance(state["plans"], list) and isinstance(state["ends"], list) and is_whole(state["taken"])
-        if not fitting or len(state["plans"]) < state["taken"] or not all(map(_is_end, state["ends"])):
+        lists = isinstance(state["plans"], list) and isinstance(state["ends"], list)
+        counts = is_whole(state["steps"]) and is_whole(state["taken"]) and 0 <= state["taken"] <= state["steps"]
+        # A step takes a group nearer to its end; steps that round to nothing make no plan.
+        started = counts and lists and bool(state["ends"] or not state["taken"])
+        if not started or not all(map(_is_end, state["ends"])):
             raise PlanError(f"state is {state!r:.60}, which is not what state_dict returned.")
         if state["steps"] != self.steps:
             raise PlanError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from structprune.errors import StructpruneError, SurgeryError, TraceError
+from structprune.errors import PlanError, SurgeryError, TraceError
 from structprune.ops import op_of
 from structprune.ops.gains import Gain
 from structprune.tracing.containers import unspecify
@@ -140,12 +140,10 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:
         return {}
     try:
         recorded = trace(model, unspecify(edits.inputs), operations=op_of)
-    except StructpruneError:
-        raise
-    except Exception as error:  # a forward may raise anything on inputs that were not made for it
+    except (TraceError, PlanError) as error:
         raise SurgeryError(
-            f"The model does not run on inputs like those that the plan was made with: {type(error).__name__}: {error}."
-            " Make a new plan for this model."
+            f"The model does not run on inputs like those that the plan was made with: {error} Make a new plan "
+            "for this model."
         ) from error
     classes: dict[str, Rewritten] = {}
     for path, literals in by_module.items():

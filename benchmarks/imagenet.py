@@ -52,15 +52,18 @@ def peers(model: nn.Module, x: Tensor, data: list[Tensor], macs: float) -> Itera
     """torch-pruning's rows: its magnitude, equal shares, the classifier kept."""
     import torch_pruning as tp
 
-    before, _ = tp.utils.count_ops_and_params(model, x)
-    low, high = 0.0, 0.9
-    for _ in range(8):  # its ratio is one of channels: the one that leaves so many MACs is searched for
+    before = structprune.cost(model, x).macs
+    low, high, best = 0.0, 0.9, model
+    for _ in range(8):  # its ratio is one of channels: the least that leaves no more MACs is searched for
         slim, share = copy.deepcopy(model), (low + high) / 2
         ignored = [m for m in slim.modules() if isinstance(m, nn.Linear)]
         importance = tp.importance.GroupMagnitudeImportance(p=2)
         tp.pruner.MagnitudePruner(slim, x, importance, pruning_ratio=share, ignored_layers=ignored).step()
-        after, _ = tp.utils.count_ops_and_params(slim, x)
-        low, high = (share, high) if after / before > macs else (low, share)
+        if structprune.cost(slim, x).macs / before > macs:
+            low = share
+        else:
+            high, best = share, slim
+    slim = best
     yield "torch-pruning, L2", slim
     yield "torch-pruning, L2, recalibrated", recalibrated(slim, data)
 

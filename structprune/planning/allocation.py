@@ -22,7 +22,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.coupling.random_removals import Counter
 from structprune.latency.predict import TimeModel
-from structprune.planning.cost_tables import MOST_ENTRIES, CostTables
+from structprune.planning.cost_tables import MOST_OWNERS, CostTables
 from structprune.planning.programme import Limit, solved
 from structprune.planning.scopes import CoupledGroups
 from structprune.planning.targets import Amounts, Kept, Target
@@ -134,7 +134,7 @@ def _best_of(
 def _spaces(counts: Sequence[int], owners: Iterable[tuple[int, ...]], entries: int) -> list[int]:
     """For each coupled groups, how far apart the states are, so that the tables have no more entries."""
     spaces = [1] * len(counts)
-    together = [each for each in owners if len(each) > 1]
+    together = [each for each in owners if 1 < len(each) <= MOST_OWNERS]
     while True:
         sizes = [1 + (count - 1 + space - 1) // space for count, space in zip(counts, spaces, strict=True)]
         if _entries(together, sizes) <= entries or max(sizes) <= 2:
@@ -146,9 +146,8 @@ def _spaces(counts: Sequence[int], owners: Iterable[tuple[int, ...]], entries: i
 
 
 def _entries(owners: Iterable[tuple[int, ...]], sizes: Sequence[int]) -> int:
-    """Entries of all tables of no more than `MOST_ENTRIES`; larger ones are taken apart."""
-    found = (prod(sizes[owner] for owner in each) for each in owners)
-    return sum(size for size in found if size <= MOST_ENTRIES)
+    """Entries of all tables over these owners, each of which has so many states."""
+    return sum(prod(sizes[owner] for owner in each) for each in owners)
 
 
 def _spread(count: int, space: int, at: int) -> NDArray[np.int64]:
@@ -165,7 +164,7 @@ def _near(
     counts: Sequence[int], spaces: Sequence[int], best: Sequence[int], owners: Iterable[tuple[int, ...]], entries: int
 ) -> list[NDArray[np.int64]]:
     """States around the best ones, on each side as many as fit."""
-    together = [each for each in owners if len(each) > 1]
+    together = [each for each in owners if 1 < len(each) <= MOST_OWNERS]
     found: list[NDArray[np.int64]] = []
     for reach in range(REACH, 0, -1):
         steps = np.arange(-reach, reach + 1)

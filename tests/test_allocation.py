@@ -176,7 +176,7 @@ def test_random_networks_keep_no_less_than_by_the_greedy_choice(problems, chain,
 
 
 def test_many_widths_are_chosen_by_finer_and_finer_programmes(problems, monkeypatch) -> None:
-    monkeypatch.setitem(allocation.ENTRIES, "exact", 60)
+    monkeypatch.setitem(allocation.ENTRIES, "exact", (60,))
     torch.manual_seed(0)
     model = Crossed().eval()
     structprune.plan(model, X, target={"macs": 0.5}, allocation="exact", round_to=1)

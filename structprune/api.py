@@ -68,7 +68,7 @@ def _planned(
         graph = coupled_channels(model, example_inputs, options)
         decision = decide(graph, options, for_latency)
         with collection_paused(), torch.no_grad():
-            decided = plan_removal(graph, decision.chosen, decision.settings)
+            decided = plan_removal(graph, decision.chosen, decision.settings, described=decision.described)
             return graph, graph.components.removed(decision.chosen), decided
 
 

@@ -66,6 +66,7 @@ def test_what_is_asked_and_reached_is_recorded() -> None:
     plan = structprune.plan(net(), X, target={"macs": 0.5}, scope="global", round_to=1, max_ratio=0.75)
     asked = {"target": {"macs": 0.5}, "scope": "global", "axes": None, "branch_score": None, "round_to": 1}
     asked |= {
+        "uniform": None,
         "min_channels": 1,
         "max_ratio": 0.75,
         "importance": "l2",

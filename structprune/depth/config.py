@@ -9,19 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from structprune.planning.configuration import _built, _numbers, _shapes, _UnknownError
+from structprune.planning.configuration import _built, _numbers, _shapes, _UnknownError, is_built_from_config
 from structprune.tracing.state import is_config
 from structprune.tracing.trace import preserved_random_state
 
 # Classes are built for the check; more combinations than these are not tried.
 TRIES = 32
 Setting = tuple[str, Any, Any]  # name, value before, value after
-
-
-def is_built_from_config(model: nn.Module) -> bool:
-    """Whether a model holds settings that it can be built from."""
-    config = getattr(model, "config", None)
-    return is_config(config) and callable(getattr(config, "to_dict", None))
 
 
 def repair_config(

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from structprune.checking import DATA, ON_BATCH, function, is_number, require, shown
+from structprune.checking import DATA, FLAG, ON_BATCH, function, is_number, require, shown
 from structprune.coupling.graph import Layer
 from structprune.coupling.roles import AXES
 from structprune.errors import PlanError
@@ -109,6 +109,12 @@ def check_axes(name: str, given: Any) -> tuple[str, ...] | None:
     if unknown := set(axes) - set(known):
         raise PlanError(f"{name} names {', '.join(sorted(unknown))}; known are {', '.join(known)}.")
     return tuple(sorted(set(axes)))
+
+
+def check_flag(name: str, given: Any) -> bool | None:
+    """True or False; None for the default."""
+    require({name: given}, **{name: FLAG.or_none})
+    return given
 
 
 def check_branch_score(name: str, given: Any) -> str | None:

@@ -46,7 +46,8 @@ from structprune.tracing.provenance import (
 from structprune.tracing.state import INTERNAL, is_config, tracked_object
 from structprune.tracing.trace import preserved_random_state
 
-Place = tuple[str, tuple[str | int, ...]]
+Chain = tuple[str | int, ...]
+Place = tuple[str, Chain]
 Numbers = dict[Place, Any]
 Assignment = dict[Attribute, int]
 # Classes are built for the last check; more candidates than these would not be a question of which number is which.
@@ -56,6 +57,22 @@ COMBINATIONS = 4096
 
 class _UnknownError(Exception):
     """The configuration cannot say what the pruned model is; the message says why."""
+
+
+def is_built_from_config(model: nn.Module) -> bool:
+    """Whether a model holds settings that it can be built from."""
+    config = getattr(model, "config", None)
+    return is_config(config) and callable(getattr(config, "to_dict", None))
+
+
+def not_rebuilt(model: nn.Module) -> str | None:
+    """Why the class of `model`, built from its configuration, is not this model; None if it is."""
+    try:
+        with preserved_random_state():
+            same = _shapes(_built(type(model), copy.deepcopy(model.config))) == _shapes(model)
+    except _UnknownError as reason:
+        return str(reason)
+    return None if same else "the class built from it has other tensors than this model"
 
 
 def config_edits(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[tuple[AttributeEdit, ...], str | None]:
@@ -69,8 +86,7 @@ def config_edits(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[tup
     Returns:
         The edits of attributes, and, where the configuration has to stay as it is, the reason.
     """
-    config = getattr(graph.model, "config", None)
-    if not (edits.slices and is_config(config) and callable(getattr(config, "to_dict", None))):
+    if not edits.slices or not is_built_from_config(graph.model):
         return (), None
     try:
         with preserved_random_state():
@@ -217,6 +233,7 @@ class _Search:
         for leaf, value in assignment.items():
             if value != self._value(leaf):
                 _assign(config, leaf.chain[1:], value)
+        _read_back(config)
         built = _built(type(self._model), config)
         self._check_shapes(_shapes(built))
         self._check_buffers()
@@ -256,6 +273,30 @@ class _Search:
                     f"{sliced.tensor!r} is not saved but computed from it, which cannot leave out the entries that "
                     "were pruned; name axes that leave it whole"
                 )
+
+
+def accepts(model: nn.Module, numbers: Mapping[Chain, int]) -> bool:
+    """Whether the configuration of `model` can be read back with other numbers, by their chains from the model."""
+    config = copy.deepcopy(model.config)
+    for chain, value in numbers.items():
+        _assign(config, chain[1:], value)
+    try:
+        _read_back(config)
+    except _UnknownError:
+        return False
+    return True
+
+
+def _read_back(config: Any) -> None:
+    """Write a configuration and read it, as saving and loading do: it may check what its numbers have in common."""
+    read = getattr(config, "from_dict", None)
+    if not callable(read):
+        return
+    try:
+        read(config.to_dict())
+    except Exception as error:  # its checks may raise anything; it only means that it cannot be loaded
+        cause = error.__cause__ or error
+        raise _UnknownError(f"it could not be read back ({type(cause).__name__}: {cause})") from error
 
 
 def _assign(config: Any, chain: Sequence[str | int], value: int) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
+from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.roles import AXES
@@ -25,6 +25,7 @@ from structprune.planning.checks import (
     check_axes,
     check_branch_score,
     check_data,
+    check_flag,
     check_function,
     check_ignore,
     check_importance,
@@ -37,6 +38,7 @@ from structprune.planning.checks import (
     check_scope,
     check_target,
 )
+from structprune.planning.option import Option, as_is, importance_as_json, layers_as_json
 from structprune.planning.ratios import Ratio, ratio_as_json
 from structprune.planning.rounding import RoundTo
 from structprune.planning.scopes import SCOPES, Curves, Scope, scope_as_json
@@ -44,53 +46,6 @@ from structprune.planning.targets import TARGETS
 from structprune.tracing.trace import OutputName
 
 T = TypeVar("T")
-# How an option is written on the command line; `structprune.cli.options` reads each form.
-Form = Literal[
-    "shares",
-    "amounts",
-    "scope",
-    "words",
-    "names",
-    "word",
-    "step",
-    "count",
-    "share",
-    "criterion",
-    "maker",
-    "function",
-    "latency",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """What is known of an option beside its type and default.
-
-    Attributes:
-        check: gives the value as it is kept, from the option's name and what was given; raises PlanError.
-        form: how it is written on the command line.
-        help: what the command line says of it.
-        words: what completes it there.
-        plain: the value as plain data for ``plan.settings.asked``; None if it is not recorded.
-    """
-
-    check: Callable[[str, Any], Any]
-    form: Form
-    help: str
-    words: Iterable[str] = ()
-    plain: Callable[[Any, ChannelGraph], Any] | None = None
-
-
-def _as_is(value: Any, _graph: ChannelGraph) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _importance_as_json(importance: str | Importance, _graph: ChannelGraph) -> str:
-    return importance if isinstance(importance, str) else repr(importance)
-
-
-def _layers_as_json(layers: Iterable[Layer], graph: ChannelGraph) -> list[str] | None:
-    return [graph.path_of(layer) for layer in layers] or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +83,11 @@ class PlanOptions:
             channels in them, only the one that comes nearer to the ratio: this is ``"widths"``. Whole parts go where
             they are named: ``"blocks"`` (residual blocks, layers of a stack) and ``"branches"`` (attention apart from
             MLP; see `structprune.branches`), alone or beside kinds of channels, as in ``("blocks", "widths")``.
+        uniform: one width for each axis over all layers, whose channels are chosen by score layer by layer; where the
+            model is built from a configuration (``model.config``), in steps that it can say, so that the class built
+            from the new one has the shapes of the pruned model. None: so for such a model, unless `ratio` or `scope`
+            tell layers apart; of its axes those go that the configuration can say, and whole heads before positions in
+            them. Axes that are named go in any case.
         branch_score: what a block or branch is worth: ``"loss"``, how much the loss rises without it, the default where
             there is one; ``"error"``, by how much the outputs change, the default otherwise; ``"kl"``, the divergence
             of the scores of classes or tokens; ``"influence"``, ``"angular"``, ``"taylor"`` or ``"fisher"`` (see
@@ -168,7 +128,7 @@ class PlanOptions:
             check=check_target,
             form="amounts",
             help=f"What is to remain: NAME=NUMBER of {', '.join(TARGETS)}, repeated.",
-            plain=_as_is,
+            plain=as_is,
         ),
     ] = None
     scope: Annotated[
@@ -188,8 +148,12 @@ class PlanOptions:
             form="words",
             help=f"What may go: {', '.join((*AXES, WIDTHS, *DEPTH))}.",
             words=(*AXES, WIDTHS, *DEPTH),
-            plain=_as_is,
+            plain=as_is,
         ),
+    ] = None
+    uniform: Annotated[
+        bool | None,
+        Option(check=check_flag, form="flag", help="One width for each axis over all layers.", plain=as_is),
     ] = None
     branch_score: Annotated[
         str | None,
@@ -198,20 +162,18 @@ class PlanOptions:
             form="word",
             help=f"What a block or branch is worth: {', '.join(BRANCH_SCORES)}.",
             words=BRANCH_SCORES,
-            plain=_as_is,
+            plain=as_is,
         ),
     ] = None
     round_to: Annotated[
         RoundTo,
-        Option(
-            check=check_round_to, form="step", help="Widths become multiples of this number, or auto.", plain=_as_is
-        ),
+        Option(check=check_round_to, form="step", help="Widths become multiples of this number, or auto.", plain=as_is),
     ] = "auto"
     min_channels: Annotated[
-        int, Option(check=check_min_channels, form="count", help="No group keeps fewer.", plain=_as_is)
+        int, Option(check=check_min_channels, form="count", help="No group keeps fewer.", plain=as_is)
     ] = 1
     max_ratio: Annotated[
-        float, Option(check=check_max_ratio, form="share", help="No group loses a greater share.", plain=_as_is)
+        float, Option(check=check_max_ratio, form="share", help="No group loses a greater share.", plain=as_is)
     ] = 1.0
     importance: Annotated[
         str | Importance,
@@ -220,7 +182,7 @@ class PlanOptions:
             form="criterion",
             help="A criterion by name, or module:object for one of your own.",
             words=CRITERIA,
-            plain=_importance_as_json,
+            plain=importance_as_json,
         ),
     ] = "l2"
     data: Annotated[
@@ -247,12 +209,12 @@ class PlanOptions:
     ] = None
     ignore: Annotated[
         Iterable[Layer] | Layer,
-        Option(check=check_ignore, form="names", help="Layer to leave whole, repeated.", plain=_layers_as_json),
+        Option(check=check_ignore, form="names", help="Layer to leave whole, repeated.", plain=layers_as_json),
     ] = ()
     ignore_outputs: Annotated[
         Iterable[Layer] | Layer,
         Option(
-            check=check_ignore, form="names", help="Layer whose outputs stay whole, repeated.", plain=_layers_as_json
+            check=check_ignore, form="names", help="Layer whose outputs stay whole, repeated.", plain=layers_as_json
         ),
     ] = ()
     outputs: Annotated[
@@ -261,7 +223,7 @@ class PlanOptions:
             check=check_outputs,
             form="names",
             help="Output that keeps its shape, repeated; by default all do.",
-            plain=_as_is,
+            plain=as_is,
         ),
     ] = None
     latency: Annotated[
@@ -343,6 +305,13 @@ class PlanOptions:
         """The scope, which is ``"local"``, and for a target of latency ``"global"``."""
         return self.scope or ("global" if self.times else "local")
 
+    def is_uniform(self, configured: bool) -> bool:
+        """Whether all layers get the same widths; by default if the model is built from a configuration."""
+        if self.uniform is not None:
+            return self.uniform
+        told_apart = isinstance(self.ratio, Mapping) or callable(self.ratio)
+        return configured and not told_apart and isinstance(self.scope_or_default, str)
+
     def recorded(self, graph: ChannelGraph) -> dict[str, Any]:
         """What is asked for as plain data, with the names that `graph` has for modules."""
         values = {name: getattr(self, name) for name in OPTIONS} | {"scope": self.scope_or_default}
@@ -369,6 +338,7 @@ class PlanKeywords(TypedDict, total=False):
     target: Mapping[str, float] | None
     scope: Scope | None
     axes: Iterable[str] | None
+    uniform: bool | None
     branch_score: str | None
     round_to: RoundTo
     min_channels: int

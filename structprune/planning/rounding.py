@@ -115,12 +115,16 @@ def prunable_groups(
     ratio: Callable[[Group], float],
     feasible: Mapping[Group, np.ndarray],
     axes: Collection[str] | None,
+    *,
+    heads_first: bool = False,
 ) -> Sequence[Group]:
     """The groups that lose channels; of a product (heads x head size, groups x channels in a group) one factor only.
 
     The factor is chosen whose nearest feasible number of channels misses the ratio least; whole heads or groups before
     positions inside them where both come as near, if there are at least four of them. A factor of which nothing is to
     be removed is chosen last. Where `axes` names the axes of both factors, both lose channels.
+
+    With `heads_first`, whole heads go before positions inside them, however many there are.
 
     Of 12 heads of 64 channels at a ratio of 0.5, with multiples of 16 for the size: 6 heads miss nothing, and so do 32
     channels of each head, so the heads are chosen. At 0.3, of 8.4 heads 8 may be kept (missed by 3%) and of 44.8
@@ -130,7 +134,7 @@ def prunable_groups(
     wanted = [group for group in groups if axes is None or group.axis in axes]
     numbers = group_numbers(graph.components, wanted)
     factors_of = [_factors(graph, numbers, factored) for factored in graph.components.factored_axes]
-    choice = _FactorChoice(wanted, ratio, feasible, axes is not None)
+    choice = _FactorChoice(wanted, ratio, feasible, axes is not None, heads_first)
     for factors in factors_of:
         choice.decide(factors)
     return [group for number, group in enumerate(wanted) if number not in choice.whole]
@@ -150,6 +154,7 @@ class _FactorChoice:
         ratio: the share that each is to lose.
         feasible: the numbers of channels that each may keep.
         named: whether the user named axes, so that factors on different ones both lose channels.
+        heads_first: whole heads go before positions inside them.
 
     Attributes:
         whole: the groups that stay whole, by number, as another factor of their product loses channels.
@@ -161,8 +166,10 @@ class _FactorChoice:
         ratio: Callable[[Group], float],
         feasible: Mapping[Group, np.ndarray],
         named: bool,
+        heads_first: bool,
     ) -> None:
         self._groups, self._ratio, self._feasible, self._named = groups, ratio, feasible, named
+        self._heads_first = heads_first
         self._chosen: set[int] = set()
         self.whole: set[int] = set()
 
@@ -185,9 +192,10 @@ class _FactorChoice:
     def _keeps_all(self, number: int) -> bool:
         return self._ratio(self._groups[number]) <= 0
 
-    def _miss(self, number: int) -> tuple[bool, float, bool, bool, int]:
+    def _miss(self, number: int) -> tuple[bool, bool, float, bool, bool, int]:
         """How badly a group suits as the factor that loses channels; the smallest is the best."""
         group = self._groups[number]
         wanted = group.channels * (1 - self._ratio(group))
         missed = abs(wanted - nearest(self._feasible[group], wanted)) / group.channels
-        return self._keeps_all(number), missed, group.channels < FEW, group.axis == "head_size", number
+        inside = group.axis == "head_size"
+        return self._keeps_all(number), self._heads_first and inside, missed, group.channels < FEW, inside, number

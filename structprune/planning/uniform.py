@@ -156,9 +156,9 @@ def _cheapest(options: Sequence[Sequence[tuple[float, int]]]) -> Iterator[list[i
         >>> list(_cheapest([[(0, 5), (2, 6)], [(0, 7), (1, 8)]]))
         [[5, 7], [5, 8], [6, 7], [6, 8]]
     """
-    start = (0,) * len(options)
-    waiting = [(sum(one[0][0] for one in options), start)]
-    seen = {start}
+    start: tuple[int, ...] = (0,) * len(options)
+    waiting: list[tuple[float, tuple[int, ...]]] = [(sum(one[0][0] for one in options), start)]
+    seen: set[tuple[int, ...]] = {start}
     while waiting:
         _, places = heappop(waiting)
         yield [one[place][1] for one, place in zip(options, places, strict=True)]

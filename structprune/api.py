@@ -13,9 +13,10 @@ from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.importance.base import fitted
-from structprune.joint.search import DecideForLatency, search
+from structprune.joint.search import DecideForLatency, search, search_layers
 from structprune.planning.build import plan_removal
 from structprune.planning.decide import Decision, Ranking, decide_channels
+from structprune.planning.dimensions import chains_of, shorter_stacks
 from structprune.planning.latency_target import decide_for_latency
 from structprune.planning.options import PlanKeywords, PlanOptions, takes_options
 from structprune.planning.plan import Plan
@@ -23,6 +24,7 @@ from structprune.surgery.verify import verify as check
 from structprune.surgery.verify import verify_removal
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs
+from structprune.wrapping import prunable
 
 
 @takes_options
@@ -53,7 +55,17 @@ def _plan(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions)
     """The plan of channels; that of branches and channels where the options name them."""
     if options.depth:
         return search(model, example_inputs, options, lambda *asked: _planned(*asked)[-1])
+    if stacks := _shorter(model, options):
+        return search_layers(model, example_inputs, options, stacks, lambda *asked: _planned(*asked)[-1])
     return _planned(model, example_inputs, options)[-1]
+
+
+def _shorter(model: nn.Module, options: PlanOptions) -> dict[str, int]:
+    """How many layers of each stack go by the sizes that the target asks for."""
+    if not options.dimensions:
+        return {}
+    inner = prunable(model)
+    return shorter_stacks(inner, chains_of(inner, options.dimensions))
 
 
 def _planned(
@@ -138,7 +150,7 @@ def prune(
     """
     require(locals(), inplace=FLAG, verify=FLAG)
     asked = PlanOptions(**options)
-    if asked.depth:
+    if asked.depth or _shorter(model, asked):
         decided = _plan(model, example_inputs, asked)
         if verify:
             slim = decided.apply(model)

@@ -15,6 +15,7 @@ For example, with a target that 5 of 12 blocks alone would meet::
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,6 +42,7 @@ from structprune.latency.measure import Latency
 from structprune.latency.predict import Calibration
 from structprune.ops import op_of
 from structprune.planning.build import plan_removal
+from structprune.planning.checks import WIDTHS
 from structprune.planning.decide import Decision, Ranking
 from structprune.planning.latency_target import NEAR, calibration_of, decide_by_prediction
 from structprune.planning.options import PlanOptions
@@ -73,19 +75,25 @@ class Search:
         example_inputs: what it runs on.
         options: what is asked for; they name blocks or branches.
         plan_widths: plans the channels of a model.
+        asked: what the plan records as asked for; by default the options.
 
     Raises:
         PlanError: nothing may go, or there is nothing to judge by.
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions, plan_widths: PlanWidths
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        options: PlanOptions,
+        plan_widths: PlanWidths,
+        asked: PlanOptions | None = None,
     ) -> None:
         self._model, self._inputs, self._plan_widths = prunable(model), example_inputs, plan_widths
         batches = batches_for(options, example_inputs).held()
         # Every network is judged on the same batches, also those of a generator.
         held = replace(options, data=batches, loss=None, forward=None) if options.data is not None else options
-        self._asked, self._options = options, held
+        self._asked, self._options = asked or options, held
         with collection_paused():
             self._graph = ChannelGraph(self._model, example_inputs, outputs=_tuple(options.outputs))
             recorded = trace(self._model, example_inputs, operations=op_of)
@@ -154,6 +162,25 @@ class Search:
             raise PlanError(f"ratio asks for all {len(chosen)} that may go; at least one stays. Ask for less.")
         cut = self._cut(tuple(chosen))
         widths = self._planned(cut, self._of_widths())
+        return self._finished(_joined(cut, widths, len(chosen)), {}, {}, {})
+
+    def for_layers(self, stacks: Mapping[str, int], rest: Mapping[str, float]) -> Plan:
+        """The plan by which so many layers of each stack go, and the channels of what is left by another target.
+
+        Raises:
+            PlanError: so many cannot go.
+        """
+        chosen: list[Found] = []
+        for stack, count in stacks.items():
+            layer = re.compile(rf"{re.escape(stack)}\.\d+")
+            units = [item for item in self._units if layer.fullmatch(item.branch.module)]
+            sets = list(islice(self._order(units, None), count))
+            if len(sets) < count:
+                why = f" Refused: {next(iter(self._refused.items()))}." if self._refused else ""
+                raise PlanError(f"target asks for {count} layers less in {stack!r}, and {len(sets)} can go.{why}")
+            chosen += sets[-1]
+        cut = self._cut(tuple(chosen))
+        widths = self._planned(cut, self._of_widths(target=rest) if rest else None)
         return self._finished(_joined(cut, widths, len(chosen)), {}, {}, {})
 
     # -- a target ------------------------------------------------------------------------------------------------
@@ -371,3 +398,22 @@ def search(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions
     """
     found = Search(model, example_inputs, options, plan_widths)
     return found.for_ratio() if options.target is None else found.for_target()
+
+
+def search_layers(
+    model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions, stacks: Mapping[str, int], plan: PlanWidths
+) -> Plan:
+    """A plan of whole layers and channels for a target of exact sizes.
+
+    Args:
+        model: the model, wrapped or not.
+        example_inputs: what it runs on.
+        options: what is asked for.
+        stacks: how many layers go of each stack, by its path.
+        plan: plans the channels of a model.
+
+    Raises:
+        PlanError: the model cannot have these sizes.
+    """
+    found = Search(model, example_inputs, replace(options, target=None, axes=("blocks", WIDTHS)), plan, options)
+    return found.for_layers(stacks, options.target or {})

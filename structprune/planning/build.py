@@ -16,7 +16,7 @@ from structprune.coupling.solve import Mask
 from structprune.errors import PlanError
 from structprune.ops.gains import Gain
 from structprune.ops.relations import Ids
-from structprune.planning.configuration import config_edits
+from structprune.planning.configuration import Chain, config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
 from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
 from structprune.surgery.reference import norms_over_kept
@@ -43,15 +43,21 @@ class Description:
     reason: str | None = None
 
 
-def describe(graph: ChannelGraph, chosen: Ids) -> Description:
+def describe(graph: ChannelGraph, chosen: Ids, numbers: Mapping[Chain, int] | None = None) -> Description:
     """What the configuration says once the components `chosen` and all that is coupled to them are gone.
+
+    Args:
+        graph: the coupled channels.
+        chosen: what goes.
+        numbers: what the configuration is to say, by chains from the model; None to find that out.
 
     Raises:
         PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
     """
     removed = graph.components.removed(chosen)
     count = graph.counter(removed)
-    return Description(*config_edits(graph, _edits(graph, removed, graph.sizes.values(count), None), count))
+    edits = _edits(graph, removed, graph.sizes.values(count), None)
+    return Description(*config_edits(graph, edits, count, numbers))
 
 
 def plan_removal(

@@ -56,7 +56,7 @@ def check_ratios(name: str, given: Any) -> Ratio | None:
 
 
 def check_target(name: str, given: Any) -> Mapping[str, float] | None:
-    """Amounts by name of `structprune.planning.targets.TARGETS`; None if there is none."""
+    """Amounts by name of `structprune.planning.targets.TARGETS`, or sizes by other names; None if there is none."""
     if given is None:
         return None
     known = ", ".join(TARGETS)
@@ -65,8 +65,8 @@ def check_target(name: str, given: Any) -> Mapping[str, float] | None:
     if not given:
         raise PlanError(f"{name} is empty; give a fraction or an amount for one of {known}.")
     for key, amount in given.items():
-        if key not in TARGETS:
-            raise PlanError(f"{name} names {key!r}; known are {known}.")
+        if key not in TARGETS and not (isinstance(key, str) and is_number(amount) and amount >= 1 and amount % 1 == 0):
+            raise PlanError(f"{name} names {key!r}; known are {known}, and whole numbers of a model's configuration.")
         if not is_number(amount) or amount <= 0:
             raise bad(f"{name}[{key!r}]", amount, "give what is to remain: a fraction, or a number above 1")
     return {key: float(amount) for key, amount in given.items()}

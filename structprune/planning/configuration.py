@@ -28,7 +28,7 @@ from torch import nn
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.random_removals import Counter
-from structprune.errors import StructpruneError
+from structprune.errors import PlanError, StructpruneError
 from structprune.ops.relations import Axis
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import AttributeEdit, Edits
@@ -75,13 +75,16 @@ def not_rebuilt(model: nn.Module) -> str | None:
     return None if same else "the class built from it has other tensors than this model"
 
 
-def config_edits(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[tuple[AttributeEdit, ...], str | None]:
+def config_edits(
+    graph: ChannelGraph, edits: Edits, count: Counter, numbers: Mapping[Chain, int] | None = None
+) -> tuple[tuple[AttributeEdit, ...], str | None]:
     """What to set in ``model.config``, and in attributes that follow from it, so that they describe the pruned model.
 
     Args:
         graph: the graph of the model.
         edits: what the plan changes otherwise.
         count: counts the channels that are left.
+        numbers: what it is to say, by chains from the model; None to find that out.
 
     Returns:
         The edits of attributes, and, where the configuration has to stay as it is, the reason.
@@ -90,7 +93,7 @@ def config_edits(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[tup
         return (), None
     try:
         with preserved_random_state():
-            return _Search(graph, edits, count).run(), None
+            return _Search(graph, edits, count).run(numbers), None
     except _UnknownError as reason:
         return (), str(reason)
 
@@ -110,10 +113,12 @@ class _Search:
         self._count = count
         self._read = _read_in(graph)
 
-    def run(self) -> tuple[AttributeEdit, ...]:
+    def run(self, numbers: Mapping[Chain, int] | None) -> tuple[AttributeEdit, ...]:
         if self._edits.literal_edits:
             raise _UnknownError("a size is written as a number in a forward, which the class has from its source")
         self._compare_with_pruned()
+        if numbers is not None:
+            return self._checked({Attribute("", chain): value for chain, value in numbers.items()})
         fixed = self._fixed()
         reasons: list[_UnknownError] = []
         for assignment in islice(self._assignments(fixed), CANDIDATES):
@@ -211,10 +216,7 @@ class _Search:
 
     def _value(self, leaf: Attribute) -> int:
         """The number in the configuration as it is."""
-        value: Any = self._config
-        for step in leaf.chain[1:]:
-            value = value[step] if isinstance(step, int) else getattr(value, step)
-        return plain(value)
+        return plain(number_at(self._config, leaf.chain[1:]))
 
     def _channels_left(self) -> dict[int, set[int]]:
         """How many channels are left of dimensions of each size."""
@@ -258,7 +260,7 @@ class _Search:
         if new == after or (new == before and place not in self._known):
             return []
         name = ".".join([place[0] or "model", *map(str, place[1])])
-        if place in self._read or place in self._known or type(new) is not int or type(after) is not int:
+        if place in self._read or place in self._known or type(new) is not int or not isinstance(after, int | None):
             raise _UnknownError(f"{name} is {after} in the pruned model, and would be {new} in one built from it")
         return [AttributeEdit(*place, after, new)]
 
@@ -273,6 +275,31 @@ class _Search:
                     f"{sliced.tensor!r} is not saved but computed from it, which cannot leave out the entries that "
                     "were pruned; name axes that leave it whole"
                 )
+
+
+def number_at(config: Any, chain: Chain) -> Any:
+    """What a configuration holds at the end of a chain of names and positions."""
+    value = config
+    for step in chain:
+        value = value[step] if isinstance(step, int) else getattr(value, step)
+    return value
+
+
+def shapes_of(model: nn.Module, numbers: Mapping[Chain, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of the class of `model`, built from its configuration with other numbers, by their chains.
+
+    Raises:
+        PlanError: it cannot be built from them.
+    """
+    config: Any = copy.deepcopy(model.config)
+    for chain, value in numbers.items():
+        _assign(config, chain[1:], value)
+    try:
+        with preserved_random_state():
+            _read_back(config)
+            return _shapes(_built(type(model), config))
+    except _UnknownError as reason:
+        raise PlanError(f"target gives numbers of the configuration that cannot be had together: {reason}.") from reason
 
 
 def accepts(model: nn.Module, numbers: Mapping[Chain, int]) -> bool:

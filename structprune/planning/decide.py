@@ -31,6 +31,7 @@ from structprune.latency.widths import Widths
 from structprune.ops.relations import Ids
 from structprune.planning.build import Description, describe, tensors_of
 from structprune.planning.configuration import is_built_from_config, not_rebuilt
+from structprune.planning.dimensions import chains_of, widths_for
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
 from structprune.planning.ratios import ratio_of
@@ -110,6 +111,8 @@ def decide_channels(
     Raises:
         PlanError: a target cannot be met, or a name in the options matches nothing.
     """
+    if options.dimensions:
+        return _of_dimensions(graph, options, ranking)
     deciding = _Deciding(graph, options, ranking, time)
     return _uniform(deciding) if deciding.uniform else deciding.decision(None)
 
@@ -144,6 +147,24 @@ def _uniform(deciding: _Deciding) -> Decision:
         if again.reason is None:
             return replace(near, described=again)
     return replace(tied, described=described)
+
+
+def _of_dimensions(graph: ChannelGraph, options: PlanOptions, ranking: Ranking) -> Decision:
+    """The channels that go so that the configuration says exactly what the target asks for.
+
+    Raises:
+        PlanError: the model cannot have these sizes.
+    """
+    numbers = chains_of(graph.model, options.dimensions)
+    reason = "of the channels that may go, none give all of its shapes"
+    for kept in islice(widths_for(graph, numbers), NEAREST):
+        chosen = ranking.removed(kept)
+        described = describe(graph, chosen, numbers)
+        if described.reason is None:
+            settings = Settings(asked=options.recorded(graph))
+            return Decision(kept=kept, chosen=chosen, settings=settings, described=described)
+        reason = described.reason
+    raise PlanError(f"The target cannot be met: {options.dimensions} gives no model to prune to, as {reason}.")
 
 
 class _Deciding:

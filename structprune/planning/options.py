@@ -60,7 +60,8 @@ class PlanOptions:
             activations at their peak), ``"kv_cache"`` (bytes of keys and values for each token of a language model),
             ``"channels"`` or ``"latency"``: a fraction, or an amount above 1; several at once if wanted. Latency is
             measured: a fraction of the time that the model takes on the example inputs, or milliseconds; see
-            `latency`.
+            `latency`. Or exact sizes in the words of the model's configuration, such as ``{"intermediate_size": 9216,
+            "num_attention_heads": 24, "num_hidden_layers": 28}``; what is not named stays.
         importance: what a channel is worth: a name (``"l2"``, ``"taylor"``, any of `structprune.importance.CRITERIA`),
             an object of `structprune.importance`, or a callable that gives scores (see
             `structprune.importance.base.Importance`).
@@ -249,6 +250,12 @@ class PlanOptions:
             )
         if self.target is None and self.scope == "per_cost":
             raise PlanError("scope='per_cost' weighs importance against what is saved: give a target, not a ratio.")
+        if self.dimensions and (len(self.dimensions) < len(self.target or {}) or self.axes is not None or self.scope):
+            named = ", ".join(self.dimensions)
+            raise PlanError(
+                f"target gives exact sizes ({named}), which decide about all channels: give no amounts beside them, no "
+                f"axes and no scope. Amounts are {', '.join(TARGETS)}."
+            )
         if self.latency is not None and not self.times:
             raise PlanError(
                 "latency says how time is measured, but no target asks for it: target={'latency': 0.5}, say."
@@ -289,6 +296,11 @@ class PlanOptions:
         if self.axes is None or WIDTHS in self.axes:
             return None
         return tuple(axis for axis in self.axes if axis not in DEPTH)
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The exact sizes that the target asks for, in the words of the model's configuration."""
+        return {name: int(amount) for name, amount in (self.target or {}).items() if name not in TARGETS}
 
     @property
     def times(self) -> bool:

@@ -46,11 +46,11 @@ class SectionedSlice(RemovedSlice):
 
 @dataclass(frozen=True, slots=True)
 class AttributeEdit:
-    """The attribute at `chain` of the module `module` becomes `new`."""
+    """The attribute at `chain` of the module `module` becomes `new`; it was None where another number gave the size."""
 
     module: str
     chain: tuple[str | int, ...]
-    old: int
+    old: int | None
     new: int
 
 

@@ -13,7 +13,8 @@ from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.importance.base import fitted
-from structprune.joint.search import DecideForLatency, search, search_layers
+from structprune.joint.layers import search_layers
+from structprune.joint.search import DecideForLatency, search
 from structprune.planning.build import plan_removal
 from structprune.planning.decide import Decision, Ranking, decide_channels
 from structprune.planning.dimensions import chains_of, shorter_stacks

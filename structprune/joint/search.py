@@ -15,7 +15,6 @@ For example, with a target that 5 of 12 blocks alone would meet::
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -42,7 +41,6 @@ from structprune.latency.measure import Latency
 from structprune.latency.predict import Calibration
 from structprune.ops import op_of
 from structprune.planning.build import plan_removal
-from structprune.planning.checks import WIDTHS
 from structprune.planning.decide import Decision, Ranking
 from structprune.planning.latency_target import NEAR, calibration_of, decide_by_prediction
 from structprune.planning.options import PlanOptions
@@ -103,7 +101,7 @@ class Search:
             ]
         if not self._units:
             named = " and ".join(sorted(options.depth))
-            raise PlanError(f"axes names {named}, and the model has none that may go. See structprune.branches.")
+            raise PlanError(f"{named} are asked for, and the model has none that may go. See structprune.branches.")
         # Blocks are made of branches, and stacks of blocks: a share of them is one of the parts that hold no other.
         self._finest = [item for item in self._units if not any(other.dead < item.dead for other in self._units)]
         self._scorer = Scorer(self._model, recorded, batches)
@@ -162,26 +160,7 @@ class Search:
             raise PlanError(f"ratio asks for all {len(chosen)} that may go; at least one stays. Ask for less.")
         cut = self._cut(tuple(chosen))
         widths = self._planned(cut, self._of_widths())
-        return self._finished(_joined(cut, widths, len(chosen)), {}, {}, {})
-
-    def for_layers(self, stacks: Mapping[str, int], rest: Mapping[str, float]) -> Plan:
-        """The plan by which so many layers of each stack go, and the channels of what is left by another target.
-
-        Raises:
-            PlanError: so many cannot go.
-        """
-        chosen: list[Found] = []
-        for stack, count in stacks.items():
-            layer = re.compile(rf"{re.escape(stack)}\.\d+")
-            units = [item for item in self._units if layer.fullmatch(item.branch.module)]
-            sets = list(islice(self._order(units, None), count))
-            if len(sets) < count:
-                why = f" Refused: {next(iter(self._refused.items()))}." if self._refused else ""
-                raise PlanError(f"target asks for {count} layers less in {stack!r}, and {len(sets)} can go.{why}")
-            chosen += sets[-1]
-        cut = self._cut(tuple(chosen))
-        widths = self._planned(cut, self._of_widths(target=rest) if rest else None)
-        return self._finished(_joined(cut, widths, len(chosen)), {}, {}, {})
+        return self._finished(joined(cut, widths, len(chosen)), {}, {}, {})
 
     # -- a target ------------------------------------------------------------------------------------------------
 
@@ -275,7 +254,7 @@ class Search:
         except PlanError as error:
             return Candidate(None, reason=str(error))
         slim = widths.apply(cut) if widths.slices else cut
-        return Candidate(_joined(cut, widths, len(chosen)), self._judge.lost(slim))
+        return Candidate(joined(cut, widths, len(chosen)), self._judge.lost(slim))
 
     # -- both ----------------------------------------------------------------------------------------------------
 
@@ -380,7 +359,8 @@ def _removal_of(cut: nn.Module) -> Removal:
     return removal
 
 
-def _joined(cut: nn.Module, widths: Plan, count: int) -> Plan:
+def joined(cut: nn.Module, widths: Plan, count: int) -> Plan:
+    """The plan of `count` branches that are cut and of the channels of what is left."""
     return DepthPlan.of(_removal_of(cut), widths) if count else widths
 
 
@@ -398,22 +378,3 @@ def search(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions
     """
     found = Search(model, example_inputs, options, plan_widths)
     return found.for_ratio() if options.target is None else found.for_target()
-
-
-def search_layers(
-    model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions, stacks: Mapping[str, int], plan: PlanWidths
-) -> Plan:
-    """A plan of whole layers and channels for a target of exact sizes.
-
-    Args:
-        model: the model, wrapped or not.
-        example_inputs: what it runs on.
-        options: what is asked for.
-        stacks: how many layers go of each stack, by its path.
-        plan: plans the channels of a model.
-
-    Raises:
-        PlanError: the model cannot have these sizes.
-    """
-    found = Search(model, example_inputs, replace(options, target=None, axes=("blocks", WIDTHS)), plan, options)
-    return found.for_layers(stacks, options.target or {})

@@ -16,7 +16,8 @@ from structprune.coupling.solve import Mask
 from structprune.errors import PlanError
 from structprune.ops.gains import Gain
 from structprune.ops.relations import Ids
-from structprune.planning.configuration import Chain, config_edits
+from structprune.planning.built_from_config import Chain
+from structprune.planning.configuration import config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
 from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
 from structprune.surgery.reference import norms_over_kept

@@ -1,8 +1,8 @@
 """A target in the configuration's own words: ``{"intermediate_size": 9216, "num_attention_heads": 24}``.
 
-The class built from the configuration with these numbers says which shapes all tensors must have. How many channels each
-group keeps follows: for groups that are alike, shares are tried until every shape comes out, and then the configuration
-has to accept exactly these numbers.
+The class built from the configuration with these numbers says which shapes all tensors must have. How many channels
+each group keeps follows: for groups that are alike, shares are tried until every shape comes out, and then the
+configuration has to accept exactly these numbers.
 
 For example, of a Llama with 8 heads, 4 of them for keys and values, that is asked for 4 and 2::
 
@@ -25,7 +25,7 @@ from torch import nn
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.planning.configuration import Chain, is_built_from_config, number_at, shapes_of
+from structprune.planning.built_from_config import Chain, is_built_from_config, number_at, shapes_of
 from structprune.planning.targets import TARGETS
 from structprune.planning.uniform import alike
 from structprune.tracing.state import is_config

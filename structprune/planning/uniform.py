@@ -28,7 +28,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.planning.build import Description, describe
-from structprune.planning.configuration import Chain, accepts
+from structprune.planning.built_from_config import Chain, accepts
 from structprune.planning.scopes import CoupledGroups
 
 Feasible = Mapping[Group, np.ndarray]

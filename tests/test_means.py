@@ -90,6 +90,34 @@ def test_where_nothing_takes_up_the_factor_the_channels_stay(between: Between) -
     assert "conv.weight" not in plan.removed
 
 
+NORMS: dict[str, Between] = {
+    "layer norm": lambda y: F.layer_norm(y.mT, y.shape[1:2]).mT,
+    "group norm": lambda y: F.group_norm(y, 2),
+    "rms norm": lambda y: F.rms_norm(y.mT, y.shape[1:2]).mT,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("before", "goes"),
+    [
+        (lambda y: F.relu(y), True),
+        (lambda y: torch.sigmoid(y), True),  # one half where it is off: the norm does without it
+        (lambda y: torch.sigmoid(y).mT.mT.flip(-1), True),
+        (lambda y: y + y.sum(1, keepdim=True), False),
+        (lambda y: y * y + F.relu(y).sum(1, keepdim=True), False),
+        (lambda y: y.cumsum(1), False),
+        (lambda y: torch.maximum(y, y.square().sum(1, keepdim=True)).flip(-1), False),
+    ],
+)  # fmt: skip
+def test_a_norm_does_not_do_without_what_others_leave_in_a_channel(norm: str, before: Between, goes: bool) -> None:
+    model = oracle.jitter(Averaged(lambda y: NORMS[norm](before(y.flatten(2)))[..., :2]), 0)
+    plan, _ = pruned(model, image())
+    assert ("conv.weight" in plan.removed) == goes
+    if not goes:
+        assert "holds values of others" in structprune.DependencyGraph(model, image()).explain("conv")
+
+
 class Gated(nn.Module):
     """A spatial gate from the mean of the channels, which go on to be used: the gate's weights take up the factor."""
 

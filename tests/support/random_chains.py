@@ -75,8 +75,8 @@ PLAIN: dict[str, Operation] = {
         x.tensor_split([2], dim=-1)[::-1], -1), "split": lambda x, m: torch.cat(x.split([2, x.shape[-1] - 2], -1), -1),
     "tril": lambda x, m: x.tril(), "diagonal": lambda x, m: x + torch.diag_embed(x.diagonal(dim1=1, dim2=2)).sum(-1)[
         :, :, None], "meshed": lambda x, m: x + torch.arange(x.shape[-1]), "masked_fill": lambda x, m: x.masked_fill(
-        x < 0, 0.0), "complex": lambda x, m: torch.view_as_real(torch.view_as_complex(x.reshape(3, 4, -1, 2)) * (
-        0.6 + 0.8j)).flatten(2), "topk": lambda x, m: x * x.topk(2, -1)[0].sum(-1, keepdim=True),
+        x < 0, 0.0), "complex": lambda x, m: torch.view_as_real(torch.view_as_complex(
+        x.reshape(3, 4, -1, 2).contiguous()) * (0.6 + 0.8j)).flatten(2), "topk": lambda x, m: x * x.topk(2, -1)[0].sum(-1, keepdim=True),
     "dropout": lambda x, m: F.dropout(x, 0.5, training=m.training), "inner": lambda x, m: x * torch.inner(x, x[0, 0])[
         ..., None], "cdist": lambda x, m: torch.cdist(x, x) @ x, "logsumexp": lambda x, m: x + x.logsumexp(1, True),
     "gather tokens": lambda x, m: x.gather(1, x.argsort(1)), "rotate": lambda x, m: torch.cat(

@@ -37,12 +37,12 @@ def as_markdown(document: dict[str, Any]) -> str:
     return "\n".join([
         "# Random networks",
         "",
-        f"{document['networks']:,} networks from number {document['first']:,}: a linear layer, two to four operations drawn "
-        "from the table of `tests/support/random_chains.py`, a linear layer. Half of the channels go by one plain call, in "
-        "float64, and the result is compared with the original whose removed slices are zero.",
+        f"{document['networks']:,} networks from number {document['first']:,}: a linear layer, two to four operations "
+        "drawn from the table of `tests/support/random_chains.py`, a linear layer. Half of the channels go by one "
+        "plain call, in float64, and the result is compared with the original whose removed slices are zero.",
         "",
-        "*right*: equal. *whole*: no channel may go. *nothing to see*: a constant stands between the channels and the output.",
-        "Anything else is a fault.",
+        "*right*: equal. *whole*: no channel may go. *nothing to see*: a constant stands between the channels and the "
+        "output. *no network*: the operations do not fit each other. Anything else is a fault.",
         "",
         "| what became of it | networks |",
         "|---|---:|",

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import oracle
+from support.computed_weights import COMPUTED
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations as P
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -276,60 +277,6 @@ def test_normalised_weights_are_what_they_were(name: str, inplace: bool) -> None
         assert structprune.verify(model, slim, plan, x).max_relative_error < 1e-12
     torch.testing.assert_close(slim(x), expected, rtol=1e-10, atol=1e-12)
     slim.train()(x).sum().backward()
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        dims = (1, 2, 3)
-        w = self.weight - self.weight.mean(dims, keepdim=True)
-        return F.conv2d(x, w / (w.pow(2).mean(dims, keepdim=True) + 1e-5).sqrt(), self.bias, padding=self.padding)
-
-
-class ByBatchNorm(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, momentum=0.0)
-        return F.conv2d(x, flat.reshape_as(self.weight), self.bias, padding=self.padding)
-
-
-def _weight(function: Callable[[Tensor], Tensor]) -> type[nn.Module]:
-    class Computed(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, function(self.weight), self.bias)
-
-    return Computed
-
-
-class Afterwards(nn.Linear):
-    """The result is divided by the lengths of the weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) / self.weight.norm(dim=1) + self.bias
-
-
-class SharedLength(nn.Linear):
-    """The lengths are used twice, so they make up for nothing."""
-
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__(size, out)
-        self.length = nn.Parameter(torch.rand(out, 1) + 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight, self.length, 0), self.bias) + self.length[:, 0]
-
-
-COMPUTED: dict[str, tuple[type[nn.Module], tuple[Any, ...]]] = {
-    "standardised": (Standardised, (8, 8, 3, 1, 1)),
-    "standardised by a batch norm": (ByBatchNorm, (8, 8, 3, 1, 1)),
-    "normalize": (_weight(F.normalize), (8, 8)),
-    "over its length": (_weight(lambda w: w / w.norm(dim=1, keepdim=True)), (8, 8)),
-    "over its sum": (_weight(lambda w: w / w.abs().sum(1, keepdim=True)), (8, 8)),
-    "over all": (_weight(lambda w: w / w.abs().mean()), (8, 8)),
-    "centred": (_weight(lambda w: w - w.mean(1, keepdim=True)), (8, 8)),
-    "softmax": (_weight(lambda w: w.softmax(1)), (8, 8)),
-    "layer norm": (_weight(lambda w: F.layer_norm(w, w.shape[1:])), (8, 8)),
-    "afterwards": (Afterwards, (8, 8)),
-    "shared length": (SharedLength, (8, 8)),
-}
 
 
 @pytest.mark.parametrize("name", COMPUTED)

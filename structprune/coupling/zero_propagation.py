@@ -50,12 +50,8 @@ def _pin_what_holds_others(trace: Trace, channels: Channels, zeros: list[Any]) -
     """Pin what a norm runs over where a removed channel holds a value that kept channels or the inputs decide."""
     constant: list[Any] = []
     context = ZeroContext(channels.axes, constant, lambda axis, node: None)
-    held: set[fx.Node] = set()
     for node in trace.all_nodes:
-        sources = node.all_input_nodes
-        if node.meta["name"] in ("parameter", "constant") or (sources and all(source in held for source in sources)):
-            held.add(node)
-        constant.append(_known(node, channels, constant, partial(_constant, context, node, held)))
+        constant.append(_known(node, channels, constant, partial(_constant, context, node, trace.held)))
         constant[-1] = _either(constant[-1], zeros[node.meta["index"]])
     for reduction in channels.relations.reductions:
         node = trace.all_nodes[reduction.node]
@@ -74,7 +70,7 @@ def _either(a: Any, b: Any) -> Any:
     return tuple(mine or other for mine, other in zip(a, b, strict=True))
 
 
-def _constant(context: ZeroContext, node: fx.Node, held: set[fx.Node], axes: Axes) -> Zeros:
+def _constant(context: ZeroContext, node: fx.Node, held: frozenset[fx.Node], axes: Axes) -> Zeros:
     """For each dimension, whether a removed index of it holds a value that neither kept channels nor inputs decide.
 
     What of the arguments has the dimension must be constant there, what has not must be computed from parameters alone:

@@ -75,11 +75,7 @@ class _Computed:
     def __init__(self, trace: Trace, channels: Channels) -> None:
         self.trace, self._axes = trace, channels.axes
         self._relations = channels.relations
-        self._held: set[fx.Node] = set()
-        for node in trace.all_nodes:
-            sources = node.all_input_nodes
-            if node.meta["name"] in _HELD or (sources and all(source in self._held for source in sources)):
-                self._held.add(node)
+        self._held = trace.held
         self._outputs = {*trace.outputs.values(), *trace.training_outputs}
 
     def normalisations(self) -> Iterator[tuple[fx.Node, list[Axis]]]:

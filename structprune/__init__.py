@@ -28,6 +28,7 @@ from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
 from structprune.reporting import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
 from structprune.surgery.history import kept
+from structprune.surgery.materialize import materialize_weights
 from structprune.surgery.verify import Report, verify
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "kept",
     "layer_times",
     "load",
+    "materialize_weights",
     "onnx_info",
     "plan",
     "plot_costs",

@@ -130,6 +130,10 @@ def reduced(z: ZeroContext) -> Zeros:
     return moved_first(z)
 
 
+# Rules by which each entry of a result is one of the entries that go in, or a sum over other dimensions of such.
+MOVES: frozenset[ZeroRule] = frozenset({kept, moved, moved_first, repeated, reduced})
+
+
 def by_value(z: ZeroContext) -> Zeros:
     """Each entry is a function of the entries at its place: computed, with zero where an argument is zero.
 

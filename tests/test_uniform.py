@@ -30,6 +30,7 @@ def test_a_plain_call_gives_what_from_pretrained_loads(name: str, asked: dict[st
     plan = structprune.plan(network, inputs, **asked, **MODELS[name].options)
     assert plan.slices
     assert "config" not in plan.settings.left
+    assert "rehearsal" not in plan.settings.left
     slim = plan.apply(network)
     structprune.verify(network, slim, plan, inputs).raise_for_error()
     again = reloaded(slim, tmp_path)
@@ -57,6 +58,20 @@ def test_numbers_that_a_configuration_ties_shrink_together() -> None:
     network, inputs = made(MODELS["bert"])
     slim = structprune.prune(network, inputs, target={"params": 0.6}, scope="global")
     assert slim.bert.pooler.dense.out_features == slim.config.hidden_size < 64
+
+
+def test_query_heads_go_apart_from_key_value_heads(tmp_path) -> None:
+    """How often keys are repeated follows, also where the forward of the example inputs does not repeat them."""
+    network, inputs = made(MODELS["llama"])
+    plan = structprune.plan(network, inputs, ratio={"*.q_proj": 0.5}, uniform=True)
+    slim = plan.apply(network)
+    assert (slim.config.num_attention_heads, slim.config.num_key_value_heads) == (4, 4)
+    assert slim.model.layers[0].self_attn.num_key_value_groups == 1
+    again = reloaded(slim, tmp_path)
+    masked = {**inputs, "attention_mask": torch.ones(2, 9, dtype=torch.long).tril(6)[:, :9]}
+    masked["attention_mask"][0, :4] = 0
+    for given in (inputs, masked):
+        assert torch.equal(outputs(again, given), outputs(slim, given))
 
 
 def test_what_no_configuration_says_stays_whole_by_default_and_the_plan_tells() -> None:
@@ -116,6 +131,21 @@ def test_models_without_a_configuration_are_uniform_if_asked(scope: str) -> None
     assert len({len(gone) for gone in removed(free, "0.weight")}) == 2
 
 
+@pytest.mark.parametrize(("heads", "pairs", "devices"), [(8, 4, 4), (8, 2, 4), (8, 4, 2), (8, 8, 2)])
+def test_devices_share_layers_in_equal_parts(heads: int, pairs: int, devices: int) -> None:
+    settings = {**MODELS["llama"].settings, "num_attention_heads": heads, "num_key_value_heads": pairs}
+    network, inputs = made(MODELS["llama"]._replace(settings=settings))
+    for ratio in (0.2, 0.4, 0.6):
+        options = {"ratio": ratio, "scope": "global", "round_to": 1, "importance": "random"}
+        config = structprune.prune(network, inputs, tensor_parallel=devices, **options).config
+        sizes = [config.num_attention_heads, config.intermediate_size, config.hidden_size]
+        assert all(size % devices == 0 for size in sizes)
+        assert config.num_key_value_heads % devices == 0 or config.num_key_value_heads == pairs
+        assert sizes != [heads, 96, 64]
+
+
 def test_uniform_is_true_or_false() -> None:
     with pytest.raises(PlanError, match="uniform is 'yes'; give True or False, or None"):
         structprune.plan(Stack(), torch.randn(2, 8), uniform="yes")
+    with pytest.raises(PlanError, match="tensor_parallel is 0"):
+        structprune.plan(Stack(), torch.randn(2, 8), tensor_parallel=0)

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from structprune.checking import DATA, FLAG, ON_BATCH, function, is_number, require, shown
+from structprune.checking import DATA, FLAG, ON_BATCH, function, is_number, require, shown, whole
 from structprune.coupling.graph import Layer
 from structprune.coupling.roles import AXES
 from structprune.errors import PlanError
@@ -174,6 +174,12 @@ def check_min_channels(name: str, given: Any) -> int:
     """A whole number from 1."""
     if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
         raise bad(name, given, "a group keeps at least 1 channel: give a whole number from 1")
+    return int(given)
+
+
+def check_devices(name: str, given: Any) -> int:
+    """A whole number from 1."""
+    require({name: given}, **{name: whole(1)})
     return int(given)
 
 

@@ -144,11 +144,15 @@ class _Search:
 
     # -- equations -----------------------------------------------------------------------------------------------
 
-    def _equations(self) -> list[tuple[Expression, Any]]:
-        """Formulas of attributes with the values that they must have afterwards."""
+    def _equations(self, read: bool = True) -> list[tuple[Expression, Any]]:
+        """Formulas of attributes with the values that they must have afterwards.
+
+        With `read`, those too that the forward reads and surgery leaves; they may turn out to decide nothing.
+        """
         found: dict[tuple[Expression, Any], None] = {}
         for place, value in self._formulas.items():
-            if isinstance(value, (SizeInt, SizeFloat)) and (place in self._known or place in self._read):
+            needed = place in self._known or (read and place in self._read)
+            if isinstance(value, (SizeInt, SizeFloat)) and needed:
                 found[value.expression, self._after[place]] = None
         return list(found)
 
@@ -180,16 +184,27 @@ class _Search:
         options: dict[Attribute, list[int]] = {}
         for leaf in sorted(used - fixed.keys(), key=str):
             old = self._value(leaf)
-            others = sorted(left.get(old, set()) - {old}, reverse=True)
+            others = sorted((left.get(old, set()) | self._shrunk(leaf, old)) - {old}, reverse=True)
             if others:
                 options[leaf] = [old, *others]
-        equations = self._equations()
         choices = islice(product(*options.values()), COMBINATIONS)
         ranked = sorted((dict(zip(options, choice, strict=True)) for choice in choices), key=self._changes)
-        for choice in ranked:
-            assignment = {**fixed, **choice}
-            if all(self._holds(e, value, assignment) for e, value in equations):
-                yield assignment
+        fitting: list[Assignment] = []
+        for equations in (self._equations(), self._equations(read=False)):
+            for choice in ranked:
+                assignment = {**fixed, **choice}
+                if assignment not in fitting and all(self._holds(e, value, assignment) for e, value in equations):
+                    fitting.append(assignment)
+                    yield assignment
+
+    def _shrunk(self, leaf: Attribute, old: int) -> set[int]:
+        """The number, shrunk as a width is that it takes part in: 8 heads of 8 channels are 4, if 64 became 32."""
+        found: set[int] = set()
+        for place, value in self._formulas.items():
+            before, after = self._before[place], self._after[place]
+            if place in self._known and type(before) is int and before and leaf in leaves(expression_of(value)):
+                found.add(old * after // before if old * after % before == 0 else old)
+        return found
 
     def _changes(self, assignment: Assignment) -> int:
         return sum(self._value(leaf) != value for leaf, value in assignment.items())

@@ -35,7 +35,7 @@ from structprune.planning.dimensions import chains_of, widths_for
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
 from structprune.planning.ratios import ratio_of
-from structprune.planning.rounding import Rounding, prunable_groups
+from structprune.planning.rounding import Rounding, divisors, prunable_groups
 from structprune.planning.scopes import (
     CoupledGroups,
     Curves,
@@ -194,9 +194,10 @@ class _Deciding:
             graph, options.ratio_or_default if self._target is None else _guess(self._target, self._before)
         )
         rounding = Rounding(options.round_to, *_placed(graph), options.min_channels, options.max_ratio)
+        shared = divisors(graph, options.tensor_parallel)
         steps_measured = [None] * len(groups) if time is None else time.steps(Widths(graph, groups))
         self.feasible = {
-            group: rounding.feasible(group, graph.roles, graph.bounds(group), step)
+            group: rounding.feasible(group, graph.roles, graph.bounds(group), step, shared[group])
             for group, step in zip(groups, steps_measured, strict=True)
         }
         self.uniform = options.is_uniform(is_built_from_config(graph.model))

@@ -25,6 +25,7 @@ from structprune.planning.checks import (
     check_axes,
     check_branch_score,
     check_data,
+    check_devices,
     check_flag,
     check_function,
     check_ignore,
@@ -97,6 +98,8 @@ class PlanOptions:
             fast, and less for narrow layers; 1 does not round. Where no multiple is left, a group stays whole.
         min_channels: no group keeps fewer channels.
         max_ratio: no group loses a greater share of its channels.
+        tensor_parallel: so many devices share each layer: heads, key-value heads and widths that change are multiples
+            of it.
         outputs: names (keys, attributes or positions, dotted if nested) of the outputs that must keep their shape; the
             others may lose channels. By default all keep it.
         latency: where and how the time is measured for a target of latency: `structprune.Latency`; by default in eager
@@ -176,6 +179,9 @@ class PlanOptions:
     max_ratio: Annotated[
         float, Option(check=check_max_ratio, form="share", help="No group loses a greater share.", plain=as_is)
     ] = 1.0
+    tensor_parallel: Annotated[
+        int, Option(check=check_devices, form="count", help="Devices that share each layer.", plain=as_is)
+    ] = 1
     importance: Annotated[
         str | Importance,
         Option(
@@ -355,6 +361,7 @@ class PlanKeywords(TypedDict, total=False):
     round_to: RoundTo
     min_channels: int
     max_ratio: float
+    tensor_parallel: int
     importance: str | Importance
     data: Iterable[Any] | Batches | None
     loss: Loss | None

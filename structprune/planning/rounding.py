@@ -24,6 +24,8 @@ RoundTo = int | Literal["auto"]
 FINEST = 4
 # With fewer heads than this, channels inside the heads go rather than whole heads.
 FEW = 4
+# What is cut into equal parts where several devices share a layer.
+_SHARED = ("hidden", "mlp", "channels", "heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,24 @@ class Rounding:
     max_ratio: float = 1.0
 
     def feasible(
-        self, group: Group, roles: Roles, bounds: tuple[int, int] = (1, 1), measured: int | None = None
+        self,
+        group: Group,
+        roles: Roles,
+        bounds: tuple[int, int] = (1, 1),
+        measured: int | None = None,
+        divisor: int = 1,
     ) -> np.ndarray:
         """The numbers of channels that `group` may keep, ascending; all of them is always one.
 
         `bounds` are the least number that the forward allows, and what it must be a multiple of. `measured` is the step
         of the layers' widths in which their time falls, if that was measured; it takes the place of ``"auto"``, and
-        below one step parts of it are feasible: layers that read so few channels save by each.
+        below one step parts of it are feasible: layers that read so few channels save by each. Numbers that are not all
+        of them are multiples of `divisor`.
         """
         size = group.channels
-        step = lcm(self.step(group, roles, measured), bounds[1])
-        part = step if measured is None else lcm(self.step(group, roles, max(1, measured // BELOW)), bounds[1])
+        multiple = lcm(bounds[1], divisor)
+        step = lcm(self.step(group, roles, measured), multiple)
+        part = step if measured is None else lcm(self.step(group, roles, max(1, measured // BELOW)), multiple)
         least = max(bounds[0], self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
         found = np.append(np.arange(part, min(step, size), part), np.arange(step, size, step))
         return np.append(found[found >= least], size)
@@ -105,6 +114,28 @@ def _repeat(member: Member, channels: int) -> int:
     """How many indices of the member's dimension each channel takes along."""
     counts = np.bincount(member.channels, minlength=channels)
     return max(1, int(np.gcd.reduce(counts[counts > 0])))
+
+
+def divisors(graph: ChannelGraph, devices: int) -> dict[Group, int]:
+    """What the numbers of channels must be multiples of, so that `devices` share each layer: every group's own number.
+
+    Of key-value heads that each serve several query heads it is enough that one number is a multiple: 8 key-value heads
+    on 4 devices are 4 or 8, with as many query heads each as may be. 2 key-value heads stay whole on 4 devices, with an
+    even number of query heads each.
+    """
+    groups = graph.groups()
+    found = {group: devices if group.axis in _SHARED else 1 for group in groups}
+    numbers = group_numbers(graph.components, groups)
+    for factored in graph.components.factored_axes:
+        inside = [n for factor in _factors(graph, numbers, factored) for n in factor if groups[n].axis == "heads"]
+        for number in inside[1:]:
+            first, other = groups[inside[0]], groups[number]
+            if first.channels % devices:
+                found[first] = first.channels
+                found[other] = devices // gcd(first.channels, devices)
+            else:
+                found[other] = 1
+    return found
 
 
 # -- which groups lose channels --------------------------------------------------------------------------------------

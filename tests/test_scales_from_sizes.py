@@ -208,7 +208,8 @@ def test_what_is_made_of_several_factors_is_not_scaled_by_one_parameter(power: C
 
 
 @pytest.mark.parametrize(
-    "power", [lambda y: y + y, lambda y: torch.cat(y.chunk(2, -1)[::-1], -1), lambda y: y - y.relu()]
+    "power",
+    [lambda y: torch.cat(y.chunk(2, -1)[::-1], -1), lambda y: y - y.relu(), lambda y: y + y.flip(1).relu()],
 )
 def test_terms_of_a_sum_are_scaled_by_what_makes_them_all(power: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)

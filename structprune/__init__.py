@@ -12,6 +12,7 @@ from structprune.depth import choose as choose_branches
 from structprune.depth.plan import DepthPlan
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
+from structprune.folders import prune_folder
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.latency.measure import Latency
@@ -70,6 +71,7 @@ __all__ = [
     "plot_recovery",
     "plot_widths",
     "prune",
+    "prune_folder",
     "recalibrate",
     "recover",
     "recovery_report",

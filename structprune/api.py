@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structprune.checking import FLAG, require
 from structprune.coupling.solve import Mask
@@ -103,13 +104,16 @@ def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: P
 
 
 def decide(
-    graph: DependencyGraph, options: PlanOptions, for_latency: DecideForLatency = decide_for_latency
+    graph: DependencyGraph,
+    options: PlanOptions,
+    for_latency: DecideForLatency = decide_for_latency,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Decision:
-    """Which of the coupled channels go by the options of `plan`."""
+    """Which of the coupled channels go by the options of `plan`; `tensors` are those to score, if not the model's."""
     while True:
         score = fitted(options.importance, graph, options.data, options.loss, options.forward)
         with collection_paused(), torch.no_grad():
-            ranking = Ranking(graph, score)
+            ranking = Ranking(graph, score, tensors)
             decision = (for_latency if options.times else decide_channels)(graph, options, ranking)
         # What the forward computes from its sizes may show more that has to stay.
         if graph.settle(graph.components.removed(decision.chosen)):

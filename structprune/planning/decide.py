@@ -19,6 +19,7 @@ from math import sqrt
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from structprune.coupling.costs import KeyValueCache
 from structprune.coupling.graph import ChannelGraph
@@ -73,9 +74,9 @@ class Decision:
 class Ranking:
     """The scores of each group and the order in which its channels go, computed when first asked for."""
 
-    def __init__(self, graph: ChannelGraph, score: Importance) -> None:
+    def __init__(self, graph: ChannelGraph, score: Importance, tensors: Mapping[str, Tensor] | None = None) -> None:
         self._score = score
-        self._tensors = tensors_of(graph)
+        self._tensors = tensors_of(graph) if tensors is None else tensors
         self._order: dict[Group, Ids] = {}
         self.comparable = comparable(score)
         self.scores: dict[Group, np.ndarray] = {}

@@ -93,8 +93,8 @@ def as_markdown(models: dict[str, Any]) -> str:
         "",
         f"transformers {transformers.__version__}: every causal, encoder-decoder and "
         "image-text class, built from its own configuration made small, and run on text alone.",
-        "*right*: exact against the original with its channels off, saved and loaded by structprune; *loads*: right, and "
-        "`from_pretrained` gives the same outputs to the bit.",
+        "*right*: exact against the original with its channels off, saved and loaded by structprune; *loads*: right, "
+        "and `from_pretrained` gives the same outputs to the bit.",
         "",
     ]
     counts: dict[str, Counter[str]] = {}
@@ -112,7 +112,8 @@ def as_markdown(models: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run what is asked for, and write after each class."""
-    options = of_zoo.parser(__doc__, only="patterns of names, separated by commas", limit=60.0, name="zoo_deploy").parse_args()
+    parser = of_zoo.parser(__doc__, only="patterns of names, separated by commas", limit=60.0, name="zoo_deploy")
+    options = parser.parse_args()
     path, models = of_zoo.begun(options)
     known = entries()
     order = [entry.key for entry in known]

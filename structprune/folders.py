@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from structprune import extras
 from structprune.api import coupled_channels, decide
 from structprune.checking import INPUTS, require
 from structprune.errors import LoadError, PlanError
+from structprune.extras import require as extra
 from structprune.files import drafts_in
 from structprune.importance.base import Fittable, importance_of
 from structprune.ops.gains import Gain
@@ -102,8 +102,8 @@ class Shards(Mapping[str, Tensor]):
             held = next((name for name in names if name in self.files), None)
             if held is None:
                 raise LoadError(
-                    f"{self._folder} lacks {names[0]!r}, which {type(model).__name__} has. If the class renames tensors "
-                    "as it loads them, as some with experts do, load the model and use structprune.prune."
+                    f"{self._folder} lacks {names[0]!r}, which {type(model).__name__} has. If the class renames "
+                    "tensors as it loads them, as some with experts do, load the model and use structprune.prune."
                 )
             self.aliases.update(dict.fromkeys(names, held))
         if more := self.files.keys() - self.aliases.keys():
@@ -112,7 +112,7 @@ class Shards(Mapping[str, Tensor]):
 
 def _model_in(folder: Path) -> Any:
     """The model that a folder's configuration names, on the ``meta`` device."""
-    transformers = extras.require("transformers", "prune_folder", "models")
+    transformers = extra("transformers", "prune_folder", "models")
     config = transformers.AutoConfig.from_pretrained(folder)
     named = config.architectures or []
     kind = getattr(transformers, named[0], None) if named else None
@@ -141,6 +141,10 @@ def prune_folder(
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts; some tokens by
             default.
         options: those of `structprune.planning.options.PlanOptions`; the criterion looks at weights alone.
+
+    Example::
+
+        structprune.prune_folder("llama", "llama-small", target={"params": 0.7}, tensor_parallel=4)
 
     Raises:
         PlanError: what is asked for cannot be planned, or no configuration can say what comes of it.

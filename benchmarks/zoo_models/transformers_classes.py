@@ -6,6 +6,7 @@ inside it too. What does not build or run so is written down as such; nothing is
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,5 @@ def entries() -> list[Entry]:
     for kind, listed in _LISTS.items():
         for model_type, names in getattr(modeling_auto, listed).items():
             for name in [names] if isinstance(names, str) else names:
-                found.setdefault(
-                    name, Entry(kind, name, lambda kind=kind, model_type=model_type, name=name: make(kind, model_type, name))
-                )
+                found.setdefault(name, Entry(kind, name, partial(make, kind, model_type, name)))
     return list(found.values())

@@ -69,7 +69,7 @@ def test_what_is_asked_and_reached_is_recorded() -> None:
         "uniform": None,
         "min_channels": 1,
         "max_ratio": 0.75,
-        "tensor_parallel": 1,
+        "tensor_parallel": None,
         "importance": "l2",
         "ignore": None,
         "ignore_outputs": None,

@@ -252,6 +252,7 @@ FORMS: dict[Form, TextForm] = {
     "word": TextForm(str | None, lambda _, text: text),
     "step": TextForm(str, _step),
     "count": TextForm(int, lambda _, number: number),
+    "devices": TextForm(int | None, lambda _, number: number),
     "share": TextForm(float, lambda _, number: number),
     "criterion": TextForm(str, lambda _, text: named_object(text) if ":" in text else text),
     "maker": TextForm(str | None, lambda _, text: named_object(text)()),

@@ -177,10 +177,10 @@ def check_min_channels(name: str, given: Any) -> int:
     return int(given)
 
 
-def check_devices(name: str, given: Any) -> int:
-    """A whole number from 1."""
-    require({name: given}, **{name: whole(1)})
-    return int(given)
+def check_devices(name: str, given: Any) -> int | None:
+    """A whole number from 1; None where no devices share layers."""
+    require({name: given}, **{name: whole(1).or_none})
+    return given
 
 
 def check_max_ratio(name: str, given: Any) -> float:

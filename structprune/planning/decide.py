@@ -195,7 +195,7 @@ class _Deciding:
             graph, options.ratio_or_default if self._target is None else _guess(self._target, self._before)
         )
         rounding = Rounding(options.round_to, *_placed(graph), options.min_channels, options.max_ratio)
-        shared = divisors(graph, options.tensor_parallel)
+        shared = divisors(graph, options.tensor_parallel or 1)
         steps_measured = [None] * len(groups) if time is None else time.steps(Widths(graph, groups))
         self.feasible = {
             group: rounding.feasible(group, graph.roles, graph.bounds(group), step, shared[group])

@@ -19,6 +19,7 @@ Form = Literal[
     "word",
     "step",
     "count",
+    "devices",
     "share",
     "criterion",
     "maker",

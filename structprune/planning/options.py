@@ -180,8 +180,8 @@ class PlanOptions:
         float, Option(check=check_max_ratio, form="share", help="No group loses a greater share.", plain=as_is)
     ] = 1.0
     tensor_parallel: Annotated[
-        int, Option(check=check_devices, form="count", help="Devices that share each layer.", plain=as_is)
-    ] = 1
+        int | None, Option(check=check_devices, form="devices", help="Devices that share each layer.", plain=as_is)
+    ] = None
     importance: Annotated[
         str | Importance,
         Option(
@@ -361,7 +361,7 @@ class PlanKeywords(TypedDict, total=False):
     round_to: RoundTo
     min_channels: int
     max_ratio: float
-    tensor_parallel: int
+    tensor_parallel: int | None
     importance: str | Importance
     data: Iterable[Any] | Batches | None
     loss: Loss | None

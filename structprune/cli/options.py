@@ -18,7 +18,8 @@ from structprune.cli.models import Loaded, load_model, named_object
 from structprune.files import target_of
 from structprune.io import load
 from structprune.latency.measure import Latency
-from structprune.planning.options import OPTIONS, Form, PlanOptions
+from structprune.planning.option import Form
+from structprune.planning.options import OPTIONS, PlanOptions
 from structprune.planning.plan import Plan
 from structprune.planning.ratios import Ratio
 from structprune.planning.scopes import SCOPES
@@ -231,7 +232,7 @@ def _latency(flag: str, text: str) -> Latency:
 
 @dataclass(frozen=True)
 class TextForm:
-    """How an option of one `structprune.planning.options.Form` is written.
+    """How an option of one `structprune.planning.option.Form` is written.
 
     Attributes:
         kind: the type that typer reads.

@@ -21,11 +21,13 @@ import torch
 from structprune.coupling.costs import KeyValueCache
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.coupling.random_removals import Counter
 from structprune.coupling.roles import AXES
 from structprune.importance.base import Importance, check_scores, comparable
 from structprune.latency.predict import TimeModel
 from structprune.latency.widths import Widths
 from structprune.ops.relations import Ids
+from structprune.planning.allocation import ENTRIES, SECONDS, Problem, allocate
 from structprune.planning.build import tensors_of
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
@@ -34,6 +36,7 @@ from structprune.planning.rounding import Rounding, prunable_groups
 from structprune.planning.scopes import (
     CoupledGroups,
     Curves,
+    Scope,
     ScoreNormalisation,
     Steps,
     check_names,
@@ -41,7 +44,7 @@ from structprune.planning.scopes import (
     savings,
 )
 from structprune.planning.targets import Amounts, Kept, Target, amounts, kept_for, target_of
-from structprune.planning.time_saved import steps_by_time
+from structprune.planning.time_saved import losses_in_states, steps_by_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +123,7 @@ def decide_channels(
     all_coupled = _coupled(graph, chosen, feasible)
     steps: Steps
     if time is not None and (scope in ("global", "per_cost") or isinstance(scope, Curves)):
-        relative = scope != "per_cost" and not ranking.comparable
-        steps = steps_by_time(graph, all_coupled, ranking.scores, scope, time, relative)
+        steps = steps_by_time(graph, all_coupled, _losses(all_coupled, scope, ranking), time)
     else:
         normalisation = _normalisation(graph, options, ranking)
         steps = ordered_steps(all_coupled, ranking.scores, scope, graph.roles, ratio, normalisation)
@@ -136,6 +138,18 @@ def decide_channels(
             measure,
             lambda: _left_whole(graph, chosen, axes),
         )
+        if options.allocates_exactly and all_coupled:
+            losses = [np.append(lost[::-1], 0.0) for lost in _losses(all_coupled, scope, ranking)]
+            problem = Problem(
+                graph=graph,
+                all_coupled=all_coupled,
+                losses=losses,
+                target=target,
+                measure=measure,
+                counter=measure.counter,
+                time=time,
+            )
+            kept = allocate(problem, kept, seconds=SECONDS[options.allocation], entries=ENTRIES[options.allocation])
         after = measure(kept)
         reached = {name: after[name] / before[name] for name in target.limits}
     gone = ranking.removed(kept)
@@ -159,6 +173,12 @@ def _normalisation(graph: ChannelGraph, options: PlanOptions, ranking: Ranking) 
     if scope == "per_cost":
         return ScoreNormalisation(False, savings(graph, options.target or (), tensors_of(graph)))
     return ScoreNormalisation(scope != "isomorphic" and not ranking.comparable)
+
+
+def _losses(all_coupled: Sequence[CoupledGroups], scope: Scope, ranking: Ranking) -> list[np.ndarray]:
+    """What coupled groups lose in each state but the whole, where importance is weighed against what is saved."""
+    relative = scope != "per_cost" and not ranking.comparable
+    return losses_in_states(all_coupled, ranking.scores, scope, relative)
 
 
 # So many of the layers that stay whole are named in a message.
@@ -215,7 +235,7 @@ class _Measure:
     def __call__(self, kept: Kept) -> dict[str, float]:
         """The amounts when each group keeps so many channels (all by default)."""
         graph = self._graph
-        count = graph.counter(graph.components.removed(self._ranking.removed(kept)))
+        count = self.counter(kept)
         found = amounts(graph.costs.at(count), sum(kept.get(group, group.channels) for group in graph.groups()))
         if self._cache is not None:
             found["kv_cache"] = self._cache.bytes(count)
@@ -224,6 +244,10 @@ class _Measure:
             measured = None if chosen else self._time.whole
             found["latency"] = 1e3 * (measured or self._time.seconds(count))
         return found
+
+    def counter(self, kept: Kept) -> Counter:
+        """Counts the channels of axes when each group keeps so many."""
+        return self._graph.counter(self._graph.components.removed(self._ranking.removed(kept)))
 
 
 def _coupled(graph: ChannelGraph, groups: Iterable[Group], feasible: Mapping[Group, np.ndarray]) -> list[CoupledGroups]:

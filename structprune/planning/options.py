@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
+from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.roles import AXES
@@ -18,10 +18,12 @@ from structprune.errors import PlanError
 from structprune.importance.base import CRITERIA, Importance
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.latency.measure import LATENCY_BACKENDS, Latency
+from structprune.planning.allocation import ALLOCATIONS, Allocation
 from structprune.planning.checks import (
     BRANCH_SCORES,
     DEPTH,
     WIDTHS,
+    check_allocation,
     check_axes,
     check_branch_score,
     check_data,
@@ -37,6 +39,7 @@ from structprune.planning.checks import (
     check_scope,
     check_target,
 )
+from structprune.planning.option import Option, as_is, importance_as_json, layers_as_json
 from structprune.planning.ratios import Ratio, ratio_as_json
 from structprune.planning.rounding import RoundTo
 from structprune.planning.scopes import SCOPES, Curves, Scope, scope_as_json
@@ -44,53 +47,6 @@ from structprune.planning.targets import TARGETS
 from structprune.tracing.trace import OutputName
 
 T = TypeVar("T")
-# How an option is written on the command line; `structprune.cli.options` reads each form.
-Form = Literal[
-    "shares",
-    "amounts",
-    "scope",
-    "words",
-    "names",
-    "word",
-    "step",
-    "count",
-    "share",
-    "criterion",
-    "maker",
-    "function",
-    "latency",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """What is known of an option beside its type and default.
-
-    Attributes:
-        check: gives the value as it is kept, from the option's name and what was given; raises PlanError.
-        form: how it is written on the command line.
-        help: what the command line says of it.
-        words: what completes it there.
-        plain: the value as plain data for ``plan.settings.asked``; None if it is not recorded.
-    """
-
-    check: Callable[[str, Any], Any]
-    form: Form
-    help: str
-    words: Iterable[str] = ()
-    plain: Callable[[Any, ChannelGraph], Any] | None = None
-
-
-def _as_is(value: Any, _graph: ChannelGraph) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _importance_as_json(importance: str | Importance, _graph: ChannelGraph) -> str:
-    return importance if isinstance(importance, str) else repr(importance)
-
-
-def _layers_as_json(layers: Iterable[Layer], graph: ChannelGraph) -> list[str] | None:
-    return [graph.path_of(layer) for layer in layers] or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +78,11 @@ class PlanOptions:
             channel saves of the target; or sets of layer names or patterns: the layers of a set compete; or a
             `structprune.Sensitivity`. By default ``"local"``, with a target of latency ``"global"``: there, and with a
             sensitivity, what is lost is weighed against the time that is saved.
+        allocation: how the widths for a target are chosen. ``"greedy"``: channels go in one order until the target is
+            met; ``"exact"``: those of all groups at once, by a mixed-integer programme, so that least importance is
+            lost within all limits (up to ten seconds; all groups compete, so `scope` is ``"global"``, ``"per_cost"`` or
+            a `structprune.Sensitivity`, by default global); ``"auto"``: the same in at most about two seconds, and
+            greedy where there is no target or groups do not compete.
         axes: which kinds of channels may go: any of ``"hidden"`` (the width of a residual stream), ``"mlp"``,
             ``"channels"`` (of convolutions inside a block), ``"groups"`` (of a convolution in groups, as a whole),
             ``"heads"``, ``"head_size"``, ``"experts"``. By default all, but of heads and head size, or groups and
@@ -168,7 +129,7 @@ class PlanOptions:
             check=check_target,
             form="amounts",
             help=f"What is to remain: NAME=NUMBER of {', '.join(TARGETS)}, repeated.",
-            plain=_as_is,
+            plain=as_is,
         ),
     ] = None
     scope: Annotated[
@@ -181,6 +142,16 @@ class PlanOptions:
             plain=scope_as_json,
         ),
     ] = None
+    allocation: Annotated[
+        Allocation,
+        Option(
+            check=check_allocation,
+            form="word",
+            help=f"How widths are chosen for a target: {', '.join(ALLOCATIONS)}.",
+            words=ALLOCATIONS,
+            plain=as_is,
+        ),
+    ] = "greedy"
     axes: Annotated[
         Iterable[str] | None,
         Option(
@@ -188,7 +159,7 @@ class PlanOptions:
             form="words",
             help=f"What may go: {', '.join((*AXES, WIDTHS, *DEPTH))}.",
             words=(*AXES, WIDTHS, *DEPTH),
-            plain=_as_is,
+            plain=as_is,
         ),
     ] = None
     branch_score: Annotated[
@@ -198,20 +169,18 @@ class PlanOptions:
             form="word",
             help=f"What a block or branch is worth: {', '.join(BRANCH_SCORES)}.",
             words=BRANCH_SCORES,
-            plain=_as_is,
+            plain=as_is,
         ),
     ] = None
     round_to: Annotated[
         RoundTo,
-        Option(
-            check=check_round_to, form="step", help="Widths become multiples of this number, or auto.", plain=_as_is
-        ),
+        Option(check=check_round_to, form="step", help="Widths become multiples of this number, or auto.", plain=as_is),
     ] = "auto"
     min_channels: Annotated[
-        int, Option(check=check_min_channels, form="count", help="No group keeps fewer.", plain=_as_is)
+        int, Option(check=check_min_channels, form="count", help="No group keeps fewer.", plain=as_is)
     ] = 1
     max_ratio: Annotated[
-        float, Option(check=check_max_ratio, form="share", help="No group loses a greater share.", plain=_as_is)
+        float, Option(check=check_max_ratio, form="share", help="No group loses a greater share.", plain=as_is)
     ] = 1.0
     importance: Annotated[
         str | Importance,
@@ -220,7 +189,7 @@ class PlanOptions:
             form="criterion",
             help="A criterion by name, or module:object for one of your own.",
             words=CRITERIA,
-            plain=_importance_as_json,
+            plain=importance_as_json,
         ),
     ] = "l2"
     data: Annotated[
@@ -247,12 +216,12 @@ class PlanOptions:
     ] = None
     ignore: Annotated[
         Iterable[Layer] | Layer,
-        Option(check=check_ignore, form="names", help="Layer to leave whole, repeated.", plain=_layers_as_json),
+        Option(check=check_ignore, form="names", help="Layer to leave whole, repeated.", plain=layers_as_json),
     ] = ()
     ignore_outputs: Annotated[
         Iterable[Layer] | Layer,
         Option(
-            check=check_ignore, form="names", help="Layer whose outputs stay whole, repeated.", plain=_layers_as_json
+            check=check_ignore, form="names", help="Layer whose outputs stay whole, repeated.", plain=layers_as_json
         ),
     ] = ()
     outputs: Annotated[
@@ -261,7 +230,7 @@ class PlanOptions:
             check=check_outputs,
             form="names",
             help="Output that keeps its shape, repeated; by default all do.",
-            plain=_as_is,
+            plain=as_is,
         ),
     ] = None
     latency: Annotated[
@@ -293,7 +262,20 @@ class PlanOptions:
             )
         if self.scope == "per_cost" and "kv_cache" in (self.target or ()):
             raise PlanError("scope='per_cost' does not know what a channel saves of the kv_cache; use another scope.")
+        self._check_allocation()
         self._check_depth()
+
+    def _check_allocation(self) -> None:
+        """An exact choice has a target, and all groups compete for it."""
+        if self.allocation != "exact":
+            return
+        if self.target is None:
+            raise PlanError("allocation='exact' chooses widths for a target, and none is given: target={'macs': 0.5}.")
+        if not self._all_compete:
+            raise PlanError(
+                "allocation='exact' lets all groups compete for the target, and scope says that they do not: give "
+                "scope='global' or 'per_cost'."
+            )
 
     def _check_depth(self) -> None:
         """What names or describes layers of the whole model says nothing of what is left without some blocks."""
@@ -340,8 +322,17 @@ class PlanOptions:
 
     @property
     def scope_or_default(self) -> Scope:
-        """The scope, which is ``"local"``, and for a target of latency ``"global"``."""
-        return self.scope or ("global" if self.times else "local")
+        """The scope, which is ``"local"``, and for a target of latency or an exact allocation ``"global"``."""
+        return self.scope or ("global" if self.times or self.allocation == "exact" else "local")
+
+    @property
+    def _all_compete(self) -> bool:
+        return self.scope_or_default in ("global", "per_cost") or isinstance(self.scope, Curves)
+
+    @property
+    def allocates_exactly(self) -> bool:
+        """Whether the widths of all groups are chosen at once."""
+        return self.allocation != "greedy" and self.target is not None and self._all_compete
 
     def recorded(self, graph: ChannelGraph) -> dict[str, Any]:
         """What is asked for as plain data, with the names that `graph` has for modules."""
@@ -368,6 +359,7 @@ class PlanKeywords(TypedDict, total=False):
     ratio: Ratio | None
     target: Mapping[str, float] | None
     scope: Scope | None
+    allocation: Allocation
     axes: Iterable[str] | None
     branch_score: str | None
     round_to: RoundTo

@@ -205,7 +205,14 @@ class Pruner:
 
     def _now(self, graph: DependencyGraph, share: float) -> PlanOptions:
         """What is asked for now, so that afterwards `share` of all that is to go is gone."""
-        return replace(self._options, ratio=self._ratio(graph, share), target=None, latency=None, scope="local")
+        return replace(
+            self._options,
+            ratio=self._ratio(graph, share),
+            target=None,
+            latency=None,
+            scope="local",
+            allocation="greedy",
+        )
 
     def _ratio(self, graph: DependencyGraph, share: float) -> Callable[[Group], float]:
         """The share that each group must lose now, from what it has."""

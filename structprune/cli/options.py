@@ -232,7 +232,7 @@ def _latency(flag: str, text: str) -> Latency:
 
 @dataclass(frozen=True)
 class TextForm:
-    """How an option of one `structprune.planning.options.Form` is written.
+    """How an option of one `structprune.planning.option.Form` is written.
 
     Attributes:
         kind: the type that typer reads.

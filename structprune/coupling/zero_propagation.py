@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from structprune.coupling.propagate import Channels
@@ -43,23 +44,28 @@ def pin_what_is_not_zero(trace: Trace, channels: Channels) -> None:
         zeros.append(_known(node, channels, zeros, partial(_zeros, context, node, channels.unforeseen)))
         memory.note(node)
     if channels.relations.reductions:
-        _pin_what_holds_others(trace, channels, zeros)
+        _pin_what_holds_others(trace, channels)
 
 
-def _pin_what_holds_others(trace: Trace, channels: Channels, zeros: list[Any]) -> None:
-    """Pin what a norm runs over where a removed channel holds a value that kept channels or the inputs decide."""
+def _pin_what_holds_others(trace: Trace, channels: Channels) -> None:
+    """Pin what a norm runs over where a removed channel holds what kept channels, the inputs or the forward decide."""
     constant: list[Any] = []
-    context = ZeroContext(channels.axes, constant, lambda axis, node: None)
+    zeros: list[Any] = []
+    of_constants = ZeroContext(channels.axes, constant, lambda axis, node: None)
+    of_zeros = ZeroContext(channels.axes, zeros, lambda axis, node: None, put_there=False)
+    memory = Memory(channels.axes, zeros)
     for node in trace.all_nodes:
-        constant.append(_known(node, channels, constant, partial(_constant, context, node, trace.held)))
-        constant[-1] = _either(constant[-1], zeros[node.meta["index"]])
+        zeros.append(_known(node, channels, zeros, partial(_zeros, of_zeros, node, channels.unforeseen)))
+        memory.note(node)
+        found = _known(node, channels, constant, partial(_constant, of_constants, node, trace.held))
+        constant.append(_either(found, zeros[-1]))
     for reduction in channels.relations.reductions:
         node = trace.all_nodes[reduction.node]
         known = constant[tensors(node)[0].meta["index"]]
         for dim, axis in zip(reduction.dims, reduction.axes, strict=True):
             if not known[dim]:
                 where = describe(node, trace)
-                reason = f"a channel that is off holds values of others there, and is normalised over by {where}"
+                reason = f"a channel that is off holds more than its own there, and is normalised over by {where}"
                 channels.relations.pin(axis, reason)
 
 
@@ -81,8 +87,9 @@ def _constant(context: ZeroContext, node: fx.Node, held: frozenset[fx.Node], axe
     """
     context.node, context.axes = node, axes
     known = op_of(node.meta["name"])
-    if node.meta["name"] in ("parameter", "constant"):
-        return (True,) * len(axes)
+    if node in held:  # numbers that index something say where it goes, not what is there
+        dtype = node.meta.get("dtype", torch.float32)  # none with several results, which are cut from one
+        return (dtype.is_floating_point or dtype.is_complex,) * len(axes)
     if node.meta.get("keeps_zeros") is not None:
         return context.of(node.meta["keeps_zeros"])
     if known is None:
@@ -90,7 +97,8 @@ def _constant(context: ZeroContext, node: fx.Node, held: frozenset[fx.Node], axe
     if known.elementwise:
         backs = [dim - len(axes) for dim in range(len(axes))]
         return tuple(
-            all(context.of(t)[back] if context.whole(t, back) else t in held for t in context.tensors) for back in backs
+            all(t in held or (context.whole(t, back) and context.of(t)[back]) for t in context.tensors)
+            for back in backs
         )
     return known.zeros(context) if known.zeros in MOVES else unknown(context)
 

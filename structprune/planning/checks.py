@@ -19,6 +19,7 @@ from structprune.errors import PlanError
 from structprune.importance.base import Importance, importance_of
 from structprune.importance.data import Batches
 from structprune.latency.measure import Latency
+from structprune.planning.allocation import ALLOCATIONS, Allocation
 from structprune.planning.ratios import Ratio, check_ratio
 from structprune.planning.rounding import RoundTo
 from structprune.planning.scopes import SCOPES, Curves, Scope
@@ -122,6 +123,15 @@ def check_branch_score(name: str, given: Any) -> str | None:
     if given is not None and (not isinstance(given, str) or given not in BRANCH_SCORES):
         raise bad(name, given, f"it is one of {', '.join(map(repr, BRANCH_SCORES))}")
     return given
+
+
+def check_allocation(name: str, given: Any) -> Allocation:
+    """One of `structprune.planning.allocation.ALLOCATIONS`."""
+    if isinstance(given, str):
+        for known in ALLOCATIONS:
+            if given == known:
+                return known
+    raise bad(name, given, f"it is one of {', '.join(map(repr, ALLOCATIONS))}")
 
 
 def _layer(name: str, given: Any) -> Layer:

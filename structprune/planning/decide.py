@@ -24,22 +24,25 @@ from torch import Tensor
 from structprune.coupling.costs import KeyValueCache
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
-from structprune.coupling.roles import AXES
+from structprune.coupling.random_removals import Counter
 from structprune.errors import PlanError
 from structprune.importance.base import Importance, check_scores, comparable
 from structprune.latency.predict import TimeModel
 from structprune.latency.widths import Widths
 from structprune.ops.relations import Ids
+from structprune.planning.allocation import ENTRIES, SECONDS, Problem, allocate
 from structprune.planning.build import Description, describe, tensors_of
 from structprune.planning.built_from_config import is_built_from_config, not_rebuilt
 from structprune.planning.dimensions import chains_of, widths_for
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
 from structprune.planning.ratios import ratio_of
+from structprune.planning.reasons import left_whole, unsaid, why_nothing
 from structprune.planning.rounding import Rounding, divisors, prunable_groups
 from structprune.planning.scopes import (
     CoupledGroups,
     Curves,
+    Scope,
     ScoreNormalisation,
     Steps,
     check_names,
@@ -47,7 +50,7 @@ from structprune.planning.scopes import (
     savings,
 )
 from structprune.planning.targets import Amounts, Kept, Target, amounts, kept_for, target_of
-from structprune.planning.time_saved import steps_by_time
+from structprune.planning.time_saved import losses_in_states, steps_by_time
 from structprune.planning.uniform import UniformWidths, alike, coupled_by, sayable
 
 # So many widths near those that were decided are tried where a configuration cannot say these.
@@ -220,9 +223,26 @@ class _Deciding:
             kept = steps.kept_at(self._ratio)
         else:
             ranking.rank(self.chosen)
-            left_whole = partial(_left_whole, graph, self.chosen, self._axes)
-            kept = kept_for(steps, self._target, self._measure, left_whole)
+            stays = partial(left_whole, graph, self.chosen, self._axes)
+            kept = kept_for(steps, self._target, self._measure, stays)
+            if self.options.allocates_exactly and all_coupled:
+                kept = self._allocated(kept, all_coupled, self._target)
         return self.decided(kept, widths)
+
+    def _allocated(self, kept: Kept, all_coupled: list[CoupledGroups], target: Target) -> Kept:
+        """What an exact choice keeps in place of the greedy one."""
+        losses = [np.append(lost[::-1], 0.0) for lost in _losses(all_coupled, self._scope, self._ranking)]
+        problem = Problem(
+            graph=self.graph,
+            all_coupled=all_coupled,
+            losses=losses,
+            target=target,
+            measure=self._measure,
+            counter=self._measure.counter,
+            time=self._time,
+        )
+        how = self.options.allocation
+        return allocate(problem, kept, seconds=SECONDS[how], entries=ENTRIES[how])
 
     def meets(self, kept: Kept) -> bool:
         """Whether the target, if there is one, is met."""
@@ -236,9 +256,9 @@ class _Deciding:
             after = self._measure(kept)
             reached = {name: after[name] / self._before[name] for name in self._target.limits}
         gone = ranking.removed(kept)
-        left = {} if len(gone) else {"nothing": _why_nothing(graph, options, self.chosen, self.feasible)}
+        left = {} if len(gone) else {"nothing": why_nothing(graph, options, self.chosen, self.feasible)}
         if widths is not None and widths.whole:
-            left["axes"] = _unsaid(graph, widths)
+            left["axes"] = unsaid(graph, widths)
         settings = Settings(asked=options.recorded(graph), reached=reached, left=left)
         return Decision(kept=kept, chosen=gone, settings=settings)
 
@@ -246,19 +266,9 @@ class _Deciding:
         """The order in which channels go."""
         scope, ranking = self._scope, self._ranking
         if self._time is not None and (scope in ("global", "per_cost") or isinstance(scope, Curves)):
-            relative = scope != "per_cost" and not ranking.comparable
-            return steps_by_time(self.graph, all_coupled, ranking.scores, scope, self._time, relative)
+            return steps_by_time(self.graph, all_coupled, _losses(all_coupled, scope, ranking), self._time)
         normalisation = _normalisation(self.graph, self.options, ranking)
         return ordered_steps(all_coupled, ranking.scores, scope, self.graph.roles, self._ratio, normalisation)
-
-
-def _unsaid(graph: ChannelGraph, widths: UniformWidths) -> str:
-    """Which groups stay whole as no configuration could say that they do not, by axis, and why."""
-    groups, found = graph.groups(), dict[str, str]()
-    for number, reason in widths.whole.items():
-        found.setdefault(groups[number].axis, f"{groups[number].name}: {reason}")
-    named = "; ".join(f"{axis} ({reason})" for axis, reason in found.items())
-    return f"whole are {named}: no configuration could say it; name axes to prune them all the same"
 
 
 def _placed(graph: ChannelGraph) -> tuple[torch.device, torch.dtype]:
@@ -277,41 +287,10 @@ def _normalisation(graph: ChannelGraph, options: PlanOptions, ranking: Ranking) 
     return ScoreNormalisation(scope != "isomorphic" and not ranking.comparable)
 
 
-# So many of the layers that stay whole are named in a message.
-_NAMED = 5
-
-
-def _left_whole(graph: ChannelGraph, chosen: Sequence[Group], axes: Collection[str] | None) -> str:
-    """What may not go, and why: the channels that layers make, and the groups on axes that were not asked for."""
-    pinned = graph.pinned()
-    weights = [slot for slot in graph.slots if (slot.tensor, slot.dim) in graph.roles.producers]
-    found = [f"{name} ({pinned[name]})" for slot in weights if (name := f"{slot.tensor}, dim {slot.dim}") in pinned]
-    more = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
-    present = {group.axis for group in graph.groups()}
-    others = [axis for axis in AXES if axis in present and axes is not None and axis not in axes]
-    parts = [*found[:_NAMED], *more, *([f"{' and '.join(others)}, as axes= asks"] if others else [])]
-    if not parts:
-        return ""
-    return f" {'Left whole are' if chosen else 'Nothing may go:'} {'; '.join(parts)}."
-
-
-def _why_nothing(
-    graph: ChannelGraph, options: PlanOptions, thinned: Sequence[Group], feasible: Mapping[Group, np.ndarray]
-) -> str:
-    """Why no channel goes, the main reasons."""
-    stuck = [group for group in thinned if len(feasible[group]) == 1]
-    free = [group for group in thinned if len(feasible[group]) > 1]
-    parts: list[str] = []
-    if free and options.target is not None:
-        parts.append("the target is met as it is")
-    elif free:
-        steps = ", ".join(f"{g.name} of {g.channels} goes by {g.channels - feasible[g][-2]}" for g in free[:_NAMED])
-        parts.append(f"the ratio asks for less than half a step of any group: {steps}")
-    if stuck:
-        limits = f"round_to={options.round_to}, min_channels={options.min_channels}, max_ratio={options.max_ratio:g}"
-        parts.append(f"{', '.join(group.name for group in stuck[:_NAMED])}: no smaller width is allowed by {limits}")
-    whole = _left_whole(graph, thinned, None if options.axes is None else frozenset(options.axes))
-    return "; ".join([*parts, *([whole.strip().removesuffix(".")] if whole else [])]) or "the model has no channels"
+def _losses(all_coupled: Sequence[CoupledGroups], scope: Scope, ranking: Ranking) -> list[np.ndarray]:
+    """What coupled groups lose in each state but the whole, where importance is weighed against what is saved."""
+    relative = scope != "per_cost" and not ranking.comparable
+    return losses_in_states(all_coupled, ranking.scores, scope, relative)
 
 
 class _Measure:
@@ -331,7 +310,7 @@ class _Measure:
     def __call__(self, kept: Kept) -> dict[str, float]:
         """The amounts when each group keeps so many channels (all by default)."""
         graph = self._graph
-        count = graph.counter(graph.components.removed(self._ranking.removed(kept)))
+        count = self.counter(kept)
         found = amounts(graph.costs.at(count), sum(kept.get(group, group.channels) for group in graph.groups()))
         if self._cache is not None:
             found["kv_cache"] = self._cache.bytes(count)
@@ -340,6 +319,10 @@ class _Measure:
             measured = None if chosen else self._time.whole
             found["latency"] = 1e3 * (measured or self._time.seconds(count))
         return found
+
+    def counter(self, kept: Kept) -> Counter:
+        """Counts the channels of axes when each group keeps so many."""
+        return self._graph.counter(self._graph.components.removed(self._ranking.removed(kept)))
 
 
 def _coupled(

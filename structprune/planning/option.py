@@ -1,4 +1,4 @@
-"""What is known of an option of `structprune.planning.options.PlanOptions` beside its type and default."""
+"""What is known of an option beside its type and default; the entries are in `structprune.planning.options`."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Option:
 
 
 def as_is(value: Any, _graph: ChannelGraph) -> Any:
-    """The value itself, a tuple as a list."""
+    """The value itself; a tuple as a list."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def importance_as_json(importance: str | Importance, _graph: ChannelGraph) -> str:
-    """The name of a criterion."""
+    """The name of a criterion, or how it is made."""
     return importance if isinstance(importance, str) else repr(importance)
 
 

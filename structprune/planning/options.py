@@ -14,14 +14,15 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.roles import AXES
-from structprune.errors import PlanError
 from structprune.importance.base import CRITERIA, Importance
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.latency.measure import LATENCY_BACKENDS, Latency
+from structprune.planning.allocation import ALLOCATIONS, Allocation
 from structprune.planning.checks import (
     BRANCH_SCORES,
     DEPTH,
     WIDTHS,
+    check_allocation,
     check_axes,
     check_branch_score,
     check_data,
@@ -39,6 +40,7 @@ from structprune.planning.checks import (
     check_scope,
     check_target,
 )
+from structprune.planning.contradictions import refuse_contradictions
 from structprune.planning.option import Option, as_is, importance_as_json, layers_as_json
 from structprune.planning.ratios import Ratio, ratio_as_json
 from structprune.planning.rounding import RoundTo
@@ -79,6 +81,11 @@ class PlanOptions:
             channel saves of the target; or sets of layer names or patterns: the layers of a set compete; or a
             `structprune.Sensitivity`. By default ``"local"``, with a target of latency ``"global"``: there, and with a
             sensitivity, what is lost is weighed against the time that is saved.
+        allocation: how the widths for a target are chosen. ``"greedy"``: channels go in one order until the target is
+            met; ``"exact"``: those of all groups at once, by a mixed-integer programme, so that least importance is
+            lost within all limits (up to ten seconds; all groups compete, so `scope` is ``"global"``, ``"per_cost"`` or
+            a `structprune.Sensitivity`, by default global); ``"auto"``: the same in at most about two seconds, and
+            greedy where there is no target or groups do not compete.
         axes: which kinds of channels may go: any of ``"hidden"`` (the width of a residual stream), ``"mlp"``,
             ``"channels"`` (of convolutions inside a block), ``"groups"`` (of a convolution in groups, as a whole),
             ``"heads"``, ``"head_size"``, ``"experts"``. By default all, but of heads and head size, or groups and
@@ -145,6 +152,16 @@ class PlanOptions:
             plain=scope_as_json,
         ),
     ] = None
+    allocation: Annotated[
+        Allocation,
+        Option(
+            check=check_allocation,
+            form="word",
+            help=f"How widths are chosen for a target: {', '.join(ALLOCATIONS)}.",
+            words=ALLOCATIONS,
+            plain=as_is,
+        ),
+    ] = "greedy"
     axes: Annotated[
         Iterable[str] | None,
         Option(
@@ -246,50 +263,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.check(name, getattr(self, name)))
-        if self.ratio is not None and self.target is not None:
-            raise PlanError(
-                "Both ratio and target are given. A ratio says what each group loses, a target what remains."
-            )
-        if self.target is None and isinstance(self.scope, Curves):
-            raise PlanError(
-                "Curves as a scope say what removing channels costs, not how much is to go: give a target as well."
-            )
-        if self.target is None and self.scope == "per_cost":
-            raise PlanError("scope='per_cost' weighs importance against what is saved: give a target, not a ratio.")
-        if self.dimensions and (len(self.dimensions) < len(self.target or {}) or self.axes is not None or self.scope):
-            named = ", ".join(self.dimensions)
-            raise PlanError(
-                f"target gives exact sizes ({named}), which decide about all channels: give no amounts beside them, no "
-                f"axes and no scope. Amounts are {', '.join(TARGETS)}."
-            )
-        if self.latency is not None and not self.times:
-            raise PlanError(
-                "latency says how time is measured, but no target asks for it: target={'latency': 0.5}, say."
-            )
-        if self.scope == "per_cost" and "kv_cache" in (self.target or ()):
-            raise PlanError("scope='per_cost' does not know what a channel saves of the kv_cache; use another scope.")
-        self._check_depth()
-
-    def _check_depth(self) -> None:
-        """What names or describes layers of the whole model says nothing of what is left without some blocks."""
-        if not self.depth:
-            if self.branch_score is not None:
-                raise PlanError(f"branch_score is {self.branch_score!r}, but axes names no 'blocks' and no 'branches'.")
-            return
-        if callable(self.ratio):
-            raise PlanError("ratio is a function of groups of channels; for blocks give a share, or shares by name.")
-        if isinstance(self.ratio, Mapping) and self.width_axes != ():
-            raise PlanError(
-                "ratio names layers, and axes names blocks beside channels: without the blocks layers have other "
-                "names. Remove the blocks first, then plan the channels of what is left."
-            )
-        if isinstance(self.scope, Curves) or isinstance(self.importance, Curves):
-            raise PlanError(
-                "Curves were measured on the whole model, and without some blocks its groups are others. Remove the "
-                "blocks first, or give a criterion that is not fitted yet, such as structprune.Reconstruction()."
-            )
-        if self.scope is not None and not isinstance(self.scope, str):
-            raise PlanError("scope names layers, which have other names once blocks are gone. Use another scope.")
+        refuse_contradictions(self)
 
     @property
     def depth(self) -> frozenset[str]:
@@ -320,8 +294,18 @@ class PlanOptions:
 
     @property
     def scope_or_default(self) -> Scope:
-        """The scope, which is ``"local"``, and for a target of latency ``"global"``."""
-        return self.scope or ("global" if self.times else "local")
+        """The scope, which is ``"local"``, and for a target of latency or an exact allocation ``"global"``."""
+        return self.scope or ("global" if self.times or self.allocation == "exact" else "local")
+
+    @property
+    def all_compete(self) -> bool:
+        """Whether all groups compete for what goes."""
+        return self.scope_or_default in ("global", "per_cost") or isinstance(self.scope, Curves)
+
+    @property
+    def allocates_exactly(self) -> bool:
+        """Whether the widths of all groups are chosen at once."""
+        return self.allocation != "greedy" and self.target is not None and self.all_compete
 
     def is_uniform(self, configured: bool) -> bool:
         """Whether all layers get the same widths; by default if the model is built from a configuration."""
@@ -355,6 +339,7 @@ class PlanKeywords(TypedDict, total=False):
     ratio: Ratio | None
     target: Mapping[str, float] | None
     scope: Scope | None
+    allocation: Allocation
     axes: Iterable[str] | None
     uniform: bool | None
     branch_score: str | None

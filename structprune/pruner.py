@@ -153,7 +153,8 @@ class Pruner:
         decision = decide(graph, self._now(graph, share))
         with torch.no_grad():
             asked = {**decision.settings.asked, "ratio": None, "step": self.taken + 1, "share": share}
-            return plan_removal(graph, decision.chosen, replace(decision.settings, asked=asked))
+            settings = replace(decision.settings, asked=asked)
+            return plan_removal(graph, decision.chosen, settings, described=decision.described)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pruning is, for a checkpoint: numbers, strings and lists of them.
@@ -204,7 +205,14 @@ class Pruner:
 
     def _now(self, graph: DependencyGraph, share: float) -> PlanOptions:
         """What is asked for now, so that afterwards `share` of all that is to go is gone."""
-        return replace(self._options, ratio=self._ratio(graph, share), target=None, latency=None, scope="local")
+        return replace(
+            self._options,
+            ratio=self._ratio(graph, share),
+            target=None,
+            latency=None,
+            scope="local",
+            allocation="greedy",
+        )
 
     def _ratio(self, graph: DependencyGraph, share: float) -> Callable[[Group], float]:
         """The share that each group must lose now, from what it has."""

@@ -38,7 +38,7 @@ ORDER = (
     ("recovery",),
     ("joint",),
     ("api",),
-    ("pruner",),
+    ("pruner", "folders"),
     ("training", "masks"),
     ("filling",),
     ("io", "reporting"),

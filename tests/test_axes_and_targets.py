@@ -168,7 +168,7 @@ def test_the_plan_prints_its_axes() -> None:
     text = str(plan)
     assert "mlp (1 group)" in text
     assert "heads (2 groups)" in text
-    assert "asked for: ratio 0.5, scope local, round_to auto, min_channels 1, max_ratio 1.0, importance l2" in text
+    assert "asked for: ratio 0.5, scope local, allocation greedy, round_to auto, min_channels 1, max_ratio 1.0" in text
     assert structprune.Plan.from_json(plan.to_json()) == plan
 
 

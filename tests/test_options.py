@@ -65,9 +65,12 @@ def test_a_layer_alone_is_left_whole() -> None:
 def test_what_is_asked_and_reached_is_recorded() -> None:
     plan = structprune.plan(net(), X, target={"macs": 0.5}, scope="global", round_to=1, max_ratio=0.75)
     asked = {"target": {"macs": 0.5}, "scope": "global", "axes": None, "branch_score": None, "round_to": 1}
+    asked |= {"allocation": "greedy"}
     asked |= {
+        "uniform": None,
         "min_channels": 1,
         "max_ratio": 0.75,
+        "tensor_parallel": None,
         "importance": "l2",
         "ignore": None,
         "ignore_outputs": None,
@@ -102,6 +105,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("target", {"macs": 0}, r"target\['macs'\] is 0"),
     ("target", {"macs": "0.5"}, r"target\['macs'\] is '0.5'"),
     ("target", {"macs": True}, r"target\['macs'\] is True"),
+    ("allocation", "best", "allocation is 'best'; it is one of 'exact', 'greedy', 'auto'"),
+    ("allocation", None, "allocation is None; it is one of"),
     ("scope", 3, "scope is 3; it is one of 'local'"),
     ("scope", "world", "scope is 'world'; it is one of 'local'"),
     ("scope", [], r"scope is \[\]; it is one of"),

@@ -7,12 +7,13 @@ the channel algebra, so the cost of a plan is known without building the smaller
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from structprune.checking import INPUTS, require
@@ -167,6 +168,11 @@ class CostModel:
         recorded: its trace.
         channels: the axes of the trace.
         identity: equal for axes that always have equally many kept channels; by default axes of the same ids.
+
+    Attributes:
+        axes: the axes whose numbers of kept channels are the unknowns of the polynomials.
+        totals: ``"params"``, ``"macs"`` and ``"weight_bytes"`` as polynomials.
+        results: bytes of each result that has memory of its own.
     """
 
     def __init__(
@@ -176,7 +182,7 @@ class CostModel:
         channels: Channels,
         identity: Callable[[Axis], Hashable] = lambda axis: axis.key,
     ) -> None:
-        self._axes: list[Axis] = []
+        self.axes: list[Axis] = []
         self._identity = identity
         self._known: dict[object, Polynomial] = {}
         self._by_key: dict[object, Polynomial] = {}
@@ -187,8 +193,11 @@ class CostModel:
         params = total(numel for tensor, numel in held if isinstance(tensor, nn.Parameter))
         weight_bytes = total(numel * tensor.element_size() for tensor, numel in held)
         macs = total(node_macs(node, channels, count) for node in recorded.nodes)
-        self._totals = Evaluator([params, macs, weight_bytes], len(self._axes))
-        self._results = Evaluator([number for number, _, _ in results], len(self._axes))
+        self.totals = {"params": params, "macs": macs, "weight_bytes": weight_bytes}
+        # Polynomials where the sizes follow axes that may lose channels; see above.
+        self.results = cast("list[int | Polynomial]", [number for number, _, _ in results])
+        self._totals = Evaluator(list(self.totals.values()), len(self.axes))
+        self._results = Evaluator(self.results, len(self.axes))
         self._made = np.array([made for _, made, _ in results], dtype=np.int64)
         self._last = np.array([last for _, _, last in results], dtype=np.int64)
         self._steps = len(recorded.nodes)
@@ -201,22 +210,32 @@ class CostModel:
             same = self._identity(axis)
             found = self._known.get(same)
             if found is None:
-                found = self._known[same] = Polynomial({(len(self._axes),): 1}, axis.size)
-                self._axes.append(axis)
+                found = self._known[same] = Polynomial({(len(self.axes),): 1}, axis.size)
+                self.axes.append(axis)
             self._by_key[axis.key] = found
         return found
 
     def at(self, count: Count) -> Cost:
         """The cost when `count` gives the number of kept channels of each axis."""
-        numbers = [count(axis) for axis in self._axes]
+        numbers = [count(axis) for axis in self.axes]
         params, macs, weight_bytes = self._totals(numbers).tolist()
+        return Cost(params, macs, weight_bytes, int(self._alive(numbers).max(initial=0)))
+
+    def _alive(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+        """Bytes of the results that are alive at each operation: made by then, and not used up before it."""
         sizes = self._results(numbers)
-        # What is alive at a step: all that was made by then, less what was used for the last time before it.
         made, gone = np.zeros(self._steps, dtype=sizes.dtype), np.zeros(self._steps + 1, dtype=sizes.dtype)
         np.add.at(made, self._made, sizes)
         np.add.at(gone, self._last + 1, sizes)
-        peak = int(np.cumsum(made - gone[:-1]).max(initial=0))
-        return Cost(params, macs, weight_bytes, peak)
+        return np.cumsum(made - gone[:-1])
+
+    def alive_at_peak(self, count: Count) -> tuple[int, ...]:
+        """The numbers of the results that are alive at the worst moment, when `count` gives the kept channels."""
+        alive = self._alive([count(axis) for axis in self.axes])
+        if not len(alive):
+            return ()
+        worst = int(np.argmax(alive))
+        return tuple(np.flatnonzero((self._made <= worst) & (self._last >= worst)).tolist())
 
 
 def count_cost(model: nn.Module, recorded: Trace, channels: Channels, count: Count) -> Cost:
@@ -272,11 +291,13 @@ class KeyValueCache:
 
     def bytes(self, count: Count) -> float:
         """Bytes for one token, when `count` gives the living channels of each axis."""
-        found = 0.0
+        return sum(number * prod(count(axis) for axis in axes) for number, axes in self.products())
+
+    def products(self) -> Iterator[tuple[float, tuple[Axis, ...]]]:
+        """For each tensor, the axes whose channels multiply, and what one of the products takes for one token."""
         for node, tokens in self.kept:
             axes = self._channels.axes[node.meta["index"]]
-            found += prod(count(axis) for axis in axes) * node.meta["dtype"].itemsize / (tokens * self._samples)
-        return found
+            yield node.meta["dtype"].itemsize / (tokens * self._samples), axes
 
 
 def _keys_and_values(node: fx.Node) -> list[tuple[fx.Node, int]]:

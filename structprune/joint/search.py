@@ -73,19 +73,25 @@ class Search:
         example_inputs: what it runs on.
         options: what is asked for; they name blocks or branches.
         plan_widths: plans the channels of a model.
+        asked: what the plan records as asked for; by default the options.
 
     Raises:
         PlanError: nothing may go, or there is nothing to judge by.
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions, plan_widths: PlanWidths
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        options: PlanOptions,
+        plan_widths: PlanWidths,
+        asked: PlanOptions | None = None,
     ) -> None:
         self._model, self._inputs, self._plan_widths = prunable(model), example_inputs, plan_widths
         batches = batches_for(options, example_inputs).held()
         # Every network is judged on the same batches, also those of a generator.
         held = replace(options, data=batches, loss=None, forward=None) if options.data is not None else options
-        self._asked, self._options = options, held
+        self._asked, self._options = asked or options, held
         with collection_paused():
             self._graph = ChannelGraph(self._model, example_inputs, outputs=_tuple(options.outputs))
             recorded = trace(self._model, example_inputs, operations=op_of)
@@ -95,7 +101,7 @@ class Search:
             ]
         if not self._units:
             named = " and ".join(sorted(options.depth))
-            raise PlanError(f"axes names {named}, and the model has none that may go. See structprune.branches.")
+            raise PlanError(f"{named} are asked for, and the model has none that may go. See structprune.branches.")
         # Blocks are made of branches, and stacks of blocks: a share of them is one of the parts that hold no other.
         self._finest = [item for item in self._units if not any(other.dead < item.dead for other in self._units)]
         self._scorer = Scorer(self._model, recorded, batches)
@@ -154,7 +160,7 @@ class Search:
             raise PlanError(f"ratio asks for all {len(chosen)} that may go; at least one stays. Ask for less.")
         cut = self._cut(tuple(chosen))
         widths = self._planned(cut, self._of_widths())
-        return self._finished(_joined(cut, widths, len(chosen)), {}, {}, {})
+        return self._finished(joined(cut, widths, len(chosen)), {}, {}, {})
 
     # -- a target ------------------------------------------------------------------------------------------------
 
@@ -248,7 +254,7 @@ class Search:
         except PlanError as error:
             return Candidate(None, reason=str(error))
         slim = widths.apply(cut) if widths.slices else cut
-        return Candidate(_joined(cut, widths, len(chosen)), self._judge.lost(slim))
+        return Candidate(joined(cut, widths, len(chosen)), self._judge.lost(slim))
 
     # -- both ----------------------------------------------------------------------------------------------------
 
@@ -353,7 +359,8 @@ def _removal_of(cut: nn.Module) -> Removal:
     return removal
 
 
-def _joined(cut: nn.Module, widths: Plan, count: int) -> Plan:
+def joined(cut: nn.Module, widths: Plan, count: int) -> Plan:
+    """The plan of `count` branches that are cut and of the channels of what is left."""
     return DepthPlan.of(_removal_of(cut), widths) if count else widths
 
 

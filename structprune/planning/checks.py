@@ -12,13 +12,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from structprune.checking import DATA, ON_BATCH, function, is_number, require, shown
+from structprune.checking import DATA, FLAG, ON_BATCH, function, is_number, require, shown, whole
 from structprune.coupling.graph import Layer
 from structprune.coupling.roles import AXES
 from structprune.errors import PlanError
 from structprune.importance.base import Importance, importance_of
 from structprune.importance.data import Batches
 from structprune.latency.measure import Latency
+from structprune.planning.allocation import ALLOCATIONS, Allocation
 from structprune.planning.ratios import Ratio, check_ratio
 from structprune.planning.rounding import RoundTo
 from structprune.planning.scopes import SCOPES, Curves, Scope
@@ -56,7 +57,7 @@ def check_ratios(name: str, given: Any) -> Ratio | None:
 
 
 def check_target(name: str, given: Any) -> Mapping[str, float] | None:
-    """Amounts by name of `structprune.planning.targets.TARGETS`; None if there is none."""
+    """Amounts by name of `structprune.planning.targets.TARGETS`, or sizes by other names; None if there is none."""
     if given is None:
         return None
     known = ", ".join(TARGETS)
@@ -65,8 +66,8 @@ def check_target(name: str, given: Any) -> Mapping[str, float] | None:
     if not given:
         raise PlanError(f"{name} is empty; give a fraction or an amount for one of {known}.")
     for key, amount in given.items():
-        if key not in TARGETS:
-            raise PlanError(f"{name} names {key!r}; known are {known}.")
+        if key not in TARGETS and not (isinstance(key, str) and is_number(amount) and amount >= 1 and amount % 1 == 0):
+            raise PlanError(f"{name} names {key!r}; known are {known}, and whole numbers of a model's configuration.")
         if not is_number(amount) or amount <= 0:
             raise bad(f"{name}[{key!r}]", amount, "give what is to remain: a fraction, or a number above 1")
     return {key: float(amount) for key, amount in given.items()}
@@ -111,11 +112,26 @@ def check_axes(name: str, given: Any) -> tuple[str, ...] | None:
     return tuple(sorted(set(axes)))
 
 
+def check_flag(name: str, given: Any) -> bool | None:
+    """True or False; None for the default."""
+    require({name: given}, **{name: FLAG.or_none})
+    return given
+
+
 def check_branch_score(name: str, given: Any) -> str | None:
     """One of `BRANCH_SCORES`; None for the default."""
     if given is not None and (not isinstance(given, str) or given not in BRANCH_SCORES):
         raise bad(name, given, f"it is one of {', '.join(map(repr, BRANCH_SCORES))}")
     return given
+
+
+def check_allocation(name: str, given: Any) -> Allocation:
+    """One of `structprune.planning.allocation.ALLOCATIONS`."""
+    if isinstance(given, str):
+        for known in ALLOCATIONS:
+            if given == known:
+                return known
+    raise bad(name, given, f"it is one of {', '.join(map(repr, ALLOCATIONS))}")
 
 
 def _layer(name: str, given: Any) -> Layer:
@@ -169,6 +185,12 @@ def check_min_channels(name: str, given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
         raise bad(name, given, "a group keeps at least 1 channel: give a whole number from 1")
     return int(given)
+
+
+def check_devices(name: str, given: Any) -> int | None:
+    """A whole number from 1; None where no devices share layers."""
+    require({name: given}, **{name: whole(1).or_none})
+    return given
 
 
 def check_max_ratio(name: str, given: Any) -> float:

@@ -167,7 +167,12 @@ def _calibrate(time: TimeModel, times: NetworkTimes, options: PlanOptions, ranki
     graph = times.graph
     goes = min(0.8, max(0.2, 1 - limit / times.whole))
     decisions = [
-        decide_channels(graph, replace(options, target=None, latency=None, ratio=ratio, scope="local"), ranking, time)
+        decide_channels(
+            graph,
+            replace(options, target=None, latency=None, ratio=ratio, scope="local", allocation="greedy"),
+            ranking,
+            time,
+        )
         for ratio in (goes, 1 - (1 - goes) * SMALLER)
     ]
     removed = [np.zeros(0, dtype=np.int64), *(decision.chosen for decision in decisions)]

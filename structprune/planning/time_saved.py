@@ -24,22 +24,15 @@ Shares = list[float]
 LEAST = 1e-5
 
 
-def steps_by_time(
-    graph: ChannelGraph,
-    all_coupled: Sequence[CoupledGroups],
-    scores: Mapping[Group, np.ndarray],
-    scope: Scope,
-    time: TimeModel,
-    relative: bool,
-) -> Steps:
-    """The steps in the order that loses least importance for the time that it saves.
+def losses_in_states(
+    all_coupled: Sequence[CoupledGroups], scores: Mapping[Group, np.ndarray], scope: Scope, relative: bool
+) -> list[np.ndarray]:
+    """For each coupled groups, what is lost in each state but the whole, the largest first.
 
     Args:
-        graph: the coupled channels.
         all_coupled: the groups that may lose channels, those that go together as one.
         scores: the scores of each group; not needed for curves.
         scope: curves, which say themselves what is lost, or anything else.
-        time: predicts the time of the network.
         relative: divide the scores of a group by their mean, and count losses the more, the less is left of it.
     """
 
@@ -49,10 +42,23 @@ def steps_by_time(
         gone = np.cumsum(lost(scores[group], np.diff(counts)[::-1], relative))
         return log_loss(gone, group.channels) if relative else gone
 
-    losses = [
+    return [
         np.sum([loss(group, coupled.counts[:, i]) for i, group in enumerate(coupled.groups)], axis=0)
         for coupled in all_coupled
     ]
+
+
+def steps_by_time(
+    graph: ChannelGraph, all_coupled: Sequence[CoupledGroups], losses: Sequence[np.ndarray], time: TimeModel
+) -> Steps:
+    """The steps in the order that loses least importance for the time that it saves.
+
+    Args:
+        graph: the coupled channels.
+        all_coupled: the groups that may lose channels, those that go together as one.
+        losses: what each of them loses; see `losses_in_states`.
+        time: predicts the time of the network.
+    """
     groups = [group for coupled in all_coupled for group in coupled.groups]
     return Knapsack(all_coupled, losses, _pieces(time, Widths(graph, groups))).steps()
 

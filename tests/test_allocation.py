@@ -176,7 +176,7 @@ def test_random_networks_keep_no_less_than_by_the_greedy_choice(problems, chain,
 
 
 def test_many_widths_are_chosen_by_finer_and_finer_programmes(problems, monkeypatch) -> None:
-    monkeypatch.setitem(allocation.ENTRIES, "exact", 60)
+    monkeypatch.setitem(allocation.ENTRIES, "exact", (60,))
     torch.manual_seed(0)
     model = Crossed().eval()
     structprune.plan(model, X, target={"macs": 0.5}, allocation="exact", round_to=1)
@@ -209,6 +209,31 @@ def test_measured_curves_are_a_loss_too(problems) -> None:
     assert problem.lost(chosen) == pytest.approx(least(problem), rel=2e-4)
     assert problem.lost(chosen) <= problem.lost(greedy)
     assert plan.settings.reached["macs"] <= 0.5
+
+
+def test_changes_of_the_output_are_added_up(problems) -> None:
+    torch.manual_seed(0)
+    model = Crossed().eval()
+    graph = structprune.DependencyGraph(model, X)
+    fitted = structprune.Reconstruction().fit(graph, [torch.randn(16, 3, 8, 8)])
+    asked = {"importance": fitted, "scope": fitted, "target": {"macs": 0.5}, "round_to": 1}
+    structprune.plan(model, X, **asked, allocation="exact")
+    problem, greedy, chosen = problems[-1]
+    assert problem.lost(chosen) == pytest.approx(least(problem), rel=2e-4)
+    assert problem.lost(chosen) <= problem.lost(greedy)
+    for group, loss in zip((c.groups[0] for c in problem.all_coupled), problem.losses, strict=True):
+        prices = fitted.depth(group, np.arange(group.channels - 1, 0, -1))
+        less = loss[-2::-1] - loss[:0:-1]  # what each channel adds, the first to go first
+        np.testing.assert_allclose(less / prices, less[0] / prices[0])
+
+
+def test_widths_of_which_there_are_too_many_for_one_table(problems) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 240), nn.ReLU(), nn.Linear(240, 240), nn.ReLU(), nn.Linear(240, 8)).eval()
+    plan = structprune.plan(model, torch.randn(1, 8), target={"macs": 0.4}, allocation="exact", round_to=1)
+    problem, _, chosen = problems[-1]
+    assert 0.395 < plan.settings.reached["macs"] <= 0.4
+    assert problem.lost(chosen) == pytest.approx(least(problem), rel=1e-3)
 
 
 def test_protected_layers_steps_and_bounds_hold() -> None:

@@ -22,7 +22,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.coupling.random_removals import Counter
 from structprune.latency.predict import TimeModel
-from structprune.planning.cost_tables import MOST_ENTRIES, CostTables
+from structprune.planning.cost_tables import MOST_OWNERS, CostTables
 from structprune.planning.programme import Limit, solved
 from structprune.planning.scopes import CoupledGroups
 from structprune.planning.targets import Amounts, Kept, Target
@@ -30,11 +30,12 @@ from structprune.planning.targets import Amounts, Kept, Target
 Allocation = Literal["exact", "greedy", "auto"]
 ALLOCATIONS: tuple[Allocation, ...] = ("exact", "greedy", "auto")
 
-# Seconds for all programmes together, and how many entries the tables over several groups may have in each of them.
+# Seconds for all programmes together, and how many entries the tables over several groups may have in the first
+# programme, then in the next ones: small ones are solved quickly, large ones may not end in time.
 SECONDS = {"exact": 9.0, "auto": 2.0}
-ENTRIES = {"exact": 16_000, "auto": 4_000}
-# The first programme, on states from the whole range, takes at most this share of the time.
-FIRST = 0.6
+ENTRIES = {"exact": (1_000, 4_000, 16_000), "auto": (1_000, 4_000)}
+# A programme on states from the whole range takes at most this share of the time that is left.
+WIDE = 0.6
 # Finer programmes see this many states on each side of the one that was found, or as few as it takes to fit.
 REACH = 6
 # How often limits are corrected where the counted amounts exceed what the tables say, and at least by which share.
@@ -84,29 +85,43 @@ class Problem:
         )
 
 
-def allocate(problem: Problem, greedy: Kept, *, seconds: float, entries: int) -> Kept:
+def allocate(problem: Problem, greedy: Kept, *, seconds: float, entries: Sequence[int]) -> Kept:
     """How many channels each group keeps so that least is lost within all limits.
 
     Args:
         problem: what is to be chosen.
         greedy: a choice within the limits, than which none worse is returned.
         seconds: for all programmes together.
-        entries: how many entries the tables over several groups may have in one programme.
+        entries: how many entries the tables over several groups may have: one round of programmes for each.
     """
     until = perf_counter() + seconds
     best = problem.states(greedy)
     limits = _Limits(problem, best)
+    for most in entries:
+        best, done = _round(problem, limits, best, most, until)
+        if done:
+            break
+    return problem.kept(best)
+
+
+def _round(
+    problem: Problem, limits: _Limits, best: tuple[int, ...], entries: int, until: float
+) -> tuple[tuple[int, ...], bool]:
+    """The best choice by a programme on states of the whole range, then finer ones near it; whether it saw all."""
     counts = [len(coupled.counts) for coupled in problem.all_coupled]
     spaces = _spaces(counts, limits.owners, entries)
     states = [_spread(count, space, at) for count, space, at in zip(counts, spaces, best, strict=True)]
-    best = _best_of(problem, limits, states, best, FIRST * seconds)
-    done = all(len(each) == count for each, count in zip(states, counts, strict=True))
-    while not done and (left := until - perf_counter()) > 0:
+    best = _best_of(problem, limits, states, best, WIDE * (until - perf_counter()))
+    if all(len(each) == count for each, count in zip(states, counts, strict=True)):
+        return best, True
+    while (left := until - perf_counter()) > 0:
         finest = max(spaces) == 1
         spaces = [max(1, space // 2) for space in spaces]
         found = _best_of(problem, limits, _near(counts, spaces, best, limits.owners, entries), best, left)
-        done, best = finest and found == best, found
-    return problem.kept(best)
+        if finest and found == best:
+            break
+        best = found
+    return best, False
 
 
 def _best_of(
@@ -134,7 +149,7 @@ def _best_of(
 def _spaces(counts: Sequence[int], owners: Iterable[tuple[int, ...]], entries: int) -> list[int]:
     """For each coupled groups, how far apart the states are, so that the tables have no more entries."""
     spaces = [1] * len(counts)
-    together = [each for each in owners if len(each) > 1]
+    together = [each for each in owners if 1 < len(each) <= MOST_OWNERS]
     while True:
         sizes = [1 + (count - 1 + space - 1) // space for count, space in zip(counts, spaces, strict=True)]
         if _entries(together, sizes) <= entries or max(sizes) <= 2:
@@ -146,9 +161,8 @@ def _spaces(counts: Sequence[int], owners: Iterable[tuple[int, ...]], entries: i
 
 
 def _entries(owners: Iterable[tuple[int, ...]], sizes: Sequence[int]) -> int:
-    """Entries of all tables of no more than `MOST_ENTRIES`; larger ones are taken apart."""
-    found = (prod(sizes[owner] for owner in each) for each in owners)
-    return sum(size for size in found if size <= MOST_ENTRIES)
+    """Entries of all tables over these owners, each of which has so many states."""
+    return sum(prod(sizes[owner] for owner in each) for each in owners)
 
 
 def _spread(count: int, space: int, at: int) -> NDArray[np.int64]:
@@ -165,7 +179,7 @@ def _near(
     counts: Sequence[int], spaces: Sequence[int], best: Sequence[int], owners: Iterable[tuple[int, ...]], entries: int
 ) -> list[NDArray[np.int64]]:
     """States around the best ones, on each side as many as fit."""
-    together = [each for each in owners if len(each) > 1]
+    together = [each for each in owners if 1 < len(each) <= MOST_OWNERS]
     found: list[NDArray[np.int64]] = []
     for reach in range(REACH, 0, -1):
         steps = np.arange(-reach, reach + 1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,8 @@ from structprune.latency.widths import Widths
 from structprune.ops.relations import Axis
 from structprune.planning.scopes import CoupledGroups
 
-# A table of more entries is not made; see `Part.tables`.
-MOST_ENTRIES = 1 << 13
+# A table over more coupled groups is not made; see `Part.tables`.
+MOST_OWNERS = 4
 # A number and groups whose shares multiply it; a group whose share is squared stands twice.
 Products = dict[tuple[int, ...], float]
 Table = tuple[tuple[int, ...], NDArray[np.float64]]
@@ -48,15 +47,15 @@ class Part(ABC):
     def tables(self, states: States, at: Sequence[int]) -> list[Table]:
         """Its value as tables that are added up, for the states to choose from of all coupled groups.
 
-        Mostly that is one table, and exact. Where it would have too many entries, each owner has a table of its own:
-        what the value becomes when this owner alone leaves the state that it is `at`, so that it is exact nearby.
+        Mostly that is one table, and exact. Over more than `MOST_OWNERS` it would have too many entries, so each owner
+        has a table of its own: what the value becomes when this owner alone leaves the state that it is `at`.
 
         Args:
             states: for each coupled group, the states to choose from.
             at: the state of each coupled group from which they are seen.
         """
         mine = [states[owner] for owner in self.owners]
-        if prod(map(len, mine)) <= MOST_ENTRIES:
+        if len(mine) <= MOST_OWNERS:
             return [(self.owners, self.values(mine))]
         here = [np.array([at[owner]]) for owner in self.owners]
         base = self.values(here).reshape(())

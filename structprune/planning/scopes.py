@@ -26,6 +26,15 @@ class Curves(Protocol):
         ...
 
 
+@runtime_checkable
+class AddedCurves(Curves, Protocol):
+    """Curves whose `depth` is that of the last channel that goes, over what it saves; `total` is of all that go."""
+
+    def total(self, group: Group, kept: np.ndarray) -> np.ndarray:
+        """What is lost when `group` keeps so many channels, to be added up over groups; the shape of `kept`."""
+        ...
+
+
 Scope = Literal["local", "global", "isomorphic", "per_cost"] | Sequence[Iterable[str]] | Curves
 SCOPES = ("local", "global", "isomorphic", "per_cost")
 

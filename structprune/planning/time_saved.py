@@ -17,7 +17,7 @@ from structprune.coupling.groups import Group
 from structprune.latency.predict import Moved, TimeModel
 from structprune.latency.specs import Use
 from structprune.latency.widths import Widths
-from structprune.planning.scopes import CoupledGroups, Curves, Scope, Steps, lost
+from structprune.planning.scopes import AddedCurves, CoupledGroups, Curves, Scope, Steps, lost
 
 Shares = list[float]
 # A block that saves less than this share of the whole time saves nothing that could be measured.
@@ -38,7 +38,7 @@ def losses_in_states(
 
     def loss(group: Group, counts: np.ndarray) -> np.ndarray:
         if isinstance(scope, Curves):
-            return scope.depth(group, counts[-2::-1])
+            return (scope.total if isinstance(scope, AddedCurves) else scope.depth)(group, counts[-2::-1])
         gone = np.cumsum(lost(scores[group], np.diff(counts)[::-1], relative))
         return log_loss(gone, group.channels) if relative else gone
 

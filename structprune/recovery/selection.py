@@ -26,6 +26,7 @@ from structprune.recovery.layers import GroupConsumer, group_consumers
 from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, PrefixCache, Side, output_of, parallel_runs
+from structprune.recovery.prices import prices
 from structprune.recovery.probes import Probes
 from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.state import copy_buffer, swapped_tensors
@@ -81,11 +82,13 @@ class _Curve:
         order: the channels in the order in which they are removed.
         error: of the consumers once each is removed, shape ``(channels - 1,)``.
         price: change of the output over what the channel saves, for each removal, shape ``(channels - 1,)``.
+        saved: what one channel saves.
     """
 
     order: np.ndarray
     error: np.ndarray
     price: np.ndarray
+    saved: float
 
 
 class FittedReconstruction:
@@ -125,6 +128,17 @@ class FittedReconstruction:
             top = max((c.price.max() for c in self._curves.values() if len(c.price)), default=1.0)
             return 1e3 * top * (1 + group.channels - kept)
         return curve.price[np.minimum(group.channels - kept, group.channels - 1) - 1]
+
+    def total(self, group: Group, kept: np.ndarray) -> np.ndarray:
+        """The change of the output when the group alone keeps `kept` channels, of all removals together.
+
+        Prices 1, 2 and 4 of channels that save 10 each: 10, 30 and 70 for ``kept`` = 3, 2 and 1 of 4 channels.
+        """
+        curve = self._curve(group)
+        if curve is None:
+            return np.cumsum(self.depth(group, np.arange(group.channels - 1, -1, -1)))[group.channels - kept - 1]
+        changes = np.cumsum(curve.price) * curve.saved
+        return changes[np.minimum(group.channels - kept, group.channels - 1) - 1]
 
 
 @dataclass(frozen=True)
@@ -220,8 +234,9 @@ class Reconstruction:
             curves: dict[Key, _Curve] = {}
             for number, removal in removals.items():
                 group = groups[number]
-                prices = _prices(removal.error, self._counts(group), distances[number]) / self._saved(graph, group)
-                curves[_key(group)] = _Curve(removal.order, removal.error, prices)
+                saved = self._saved(graph, group)
+                price = prices(removal.error, self._counts(group), distances[number]) / saved
+                curves[_key(group)] = _Curve(removal.order, removal.error, price, saved)
         return FittedReconstruction(curves)
 
     def _counts(self, group: Group) -> list[int]:
@@ -364,33 +379,3 @@ def _changed_result(change: Tensor, call: FoundCall) -> Tensor:
     x: Tensor = argument(name, "input", call.args, call.kwargs)
     moved = layer(x, layer.weight_of(change[None, :-1]).to(x.dtype))
     return call().add_(moved).add_(layer.along_channels(change[-1].to(moved.dtype)))
-
-
-# -- prices ----------------------------------------------------------------------------------------------------------
-
-
-def _prices(error: np.ndarray, counts: list[int], measured: list[float]) -> np.ndarray:
-    """What each removal costs: the slope of the lower convex hull of the distance, shape ``(channels - 1,)``.
-
-    The distance was measured for some counts of removed channels. Between two of them the ratio of distance to error is
-    taken to change evenly on a logarithmic scale. Distances 0, 1, 5, 6 after 0 to 3 removals have a hull 0, 1, 3.5, 6:
-    the prices are 1, 2.5 and 2.5.
-
-    Args:
-        error: of the consumers after each removal, shape ``(channels - 1,)``.
-        counts: of the channels removed at each level.
-        measured: the distance of the outputs at each level.
-    """
-    at = np.maximum(error[np.asarray(counts) - 1], 1e-30)
-    ratio = np.log(np.maximum(np.asarray(measured), 1e-12) / at)
-    removed = np.arange(1, len(error) + 1)
-    distance = np.maximum.accumulate(np.concatenate([[0.0], error * np.exp(np.interp(removed, counts, ratio))]))
-    hull = [0]
-    for count in removed:
-        # The last corner is no corner if the slope up to it is not below the slope from it to here.
-        while len(hull) > 1 and (distance[count] - distance[hull[-1]]) * (hull[-1] - hull[-2]) <= (
-            distance[hull[-1]] - distance[hull[-2]]
-        ) * (count - hull[-1]):
-            hull.pop()
-        hull.append(int(count))
-    return np.diff(np.interp(np.arange(len(distance)), hull, distance[hull]))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.branch_nets import CHOSEN, Convolved, Looped, Parallel, Residual, Scaled, build, names, stack_of, x_of
+from support.command_line import as_json
 from support.depth import error_without
+from support.depth_nets import transformer
 from torch import Tensor, nn
 
 import structprune
@@ -319,3 +322,18 @@ def test_a_rewritten_forward_refuses_flags_that_it_was_not_made_for():
     assert error < 1e-12
     with pytest.raises(structprune.errors.TraceError, match="argument twice of 0 is True"):
         slim[0](x, twice=True)
+
+
+def test_info_and_explain_name_the_branches_of_a_model(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    model, x = transformer()
+    found = as_json("info", "support.depth_nets:residuals", "--layer", "2.up")
+    assert [(each["name"], each["layers"]) for each in found["branches"]] == [
+        (str(n), [f"{n}.up", f"{n}.down"]) for n in range(1, 6)
+    ]
+    assert "goes as a whole with branch '2': 280 parameters" in found["layers"]["2.up"]
+    graph = structprune.DependencyGraph(model, x)
+    assert graph.branches() == structprune.branches(model, x)
+    named = [line.strip() for line in graph.explain("1.up").splitlines() if "goes as a whole" in line]
+    # The block, and the branch of its MLP.
+    assert [line.split("'")[1] for line in named] == ["1", "1 (norm2 ... down)"]

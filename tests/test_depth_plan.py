@@ -47,7 +47,8 @@ def test_blocks_that_do_nothing_go_before_channels_that_do():
     plan = both(model, x)
     assert set(plan.removal.branches) >= {"2", "4"}
     lost = {each.branches: each.lost for each in plan.tried}
-    assert min(lost, key=lost.__getitem__) == len(plan.removal.branches)
+    recovered = {each.branches: each.recovered for each in plan.tried if each.recovered is not None}
+    assert min(recovered, key=recovered.__getitem__) == len(plan.removal.branches)
     assert lost[0] > 2 * lost[len(plan.removal.branches)]
 
 
@@ -70,6 +71,42 @@ def test_blocks_stay_where_channels_lose_less():
     assert not isinstance(plan, DepthPlan)
     assert plan.settings["axes"] == ["blocks", "mlp"]
     assert structprune.verify(model, plan.apply(model), plan, x).ok
+
+
+def linear_blocks():
+    """Blocks whose 16 hidden channels are linear in the 8 of the stream: 9 of them can do the work of all."""
+    model, x = residuals((1.0, 0.3, 1.0, 1.0))
+    with torch.no_grad():
+        for block in model[1:5]:
+            block.up.bias += 20
+    return model, x
+
+
+def test_networks_are_compared_once_they_are_recovered():
+    model, x = linear_blocks()
+    options = {"target": {"macs": 0.8}, "axes": ("blocks", "mlp")}
+    shown = both(model, x, data=None, **options)
+    assert isinstance(shown, DepthPlan)
+    assert all(each.recovered is None for each in shown.tried)
+    plan = both(model, x, data=list(x.chunk(2)), **options)
+    assert not isinstance(plan, DepthPlan)
+    recovered = structprune.recover(plan.apply(model), model, list(x.chunk(2)), rounds=0)
+    assert torch.allclose(recovered(x), model(x), atol=1e-2)
+
+
+def test_neither_blocks_alone_nor_channels_alone_lose_less_when_recovered():
+    model, x = residuals((1.0, 0.3, 0.5, 0.2, 2.0))
+    data = list(x.chunk(2))
+    plans = [both(model, x, target={"macs": 0.6}, data=data, axes=axes) for axes in ("widths", "blocks", WIDE["axes"])]
+    lost = []
+    for plan in plans:
+        recovered = structprune.recover(plan.apply(model), model, data[:1], rounds=0)
+        with torch.no_grad():
+            lost.append(float((recovered(data[1]) - model(data[1])).square().sum() / model(data[1]).square().sum()))
+    assert lost[2] <= min(lost) * (1 + 1e-4)
+    told = {each.branches: each.recovered for each in plans[2].tried if each.recovered is not None}
+    assert told[len(plans[2].removal.branches)] == min(told.values()) == pytest.approx(lost[2], rel=1e-3)
+    assert "lost when recovered: " in str(plans[2])
 
 
 def test_a_ratio_takes_that_share_of_both():
@@ -213,7 +250,14 @@ def test_it_is_shown_written_and_read():
 
 @pytest.mark.parametrize(
     "change",
-    [{"removal": 3}, {"removal": {}}, {"tried": [{"branches": "x", "lost": 1}]}, {"tried": 3}, {"slices": 3}],
+    [
+        {"removal": 3},
+        {"removal": {}},
+        {"tried": [{"branches": "x", "lost": 1}]},
+        {"tried": [{"branches": 1, "lost": 1, "recovered": "x"}]},
+        {"tried": 3},
+        {"slices": 3},
+    ],
     ids=str,
 )
 def test_a_damaged_plan_is_refused(change):

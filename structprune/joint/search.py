@@ -2,15 +2,17 @@
 
 Branches stand in an order: what is lost without them over what they save. For a number of them, the model without them
 is planned by widths as any other model is, to what is left to be saved. What each of these networks loses is measured
-on the network itself, so that blocks and channels are weighed on one scale, and neither channels alone nor blocks alone
-can be better than what is chosen by more than the data tell.
+on the network itself, so that blocks and channels are weighed on one scale. Where there is data, the best of them, the
+one with the fewest branches removed and the one with the most are recovered cheaply, and what they still lose decides.
+So neither channels alone nor blocks alone are better than what is chosen by more than the data tell.
 
 For example, with a target that 5 of 12 blocks alone would meet::
 
     tried        0, 1, 3, 4 and 5 blocks, each with as many channels as it then takes
     lost         0.61, 0.44, 0.30, 0.33, 0.52
     around 3     2: 0.35
-    chosen       3 blocks and the channels that go with them
+    recovered    0, 2, 3 and 5 blocks: 0.21, 0.14, 0.15, 0.40
+    chosen       2 blocks and the channels that go with them
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from structprune.depth.removal import Removal, cut_model
 from structprune.depth.scoring import Scorer
 from structprune.errors import PlanError
 from structprune.joint.amounts import Amounts, saved_by
-from structprune.joint.candidates import Candidate, best_of, between
+from structprune.joint.candidates import Candidate, best_of, between, with_recovered
 from structprune.joint.judge import batches_for, judge_of
 from structprune.joint.shares import shares_of
 from structprune.latency.measure import Latency
@@ -108,6 +110,7 @@ class Search:
         self._score = options.branch_score or ("loss" if batches.has_loss else "error")
         self._judge = judge_of(self._model, recorded, batches, options, self._score)
         self._refused: dict[str, str] = {}
+        self._not_recovered = ""
         self._calibration: Calibration | None = None
         self._known: dict[tuple[str, ...], dict[str, float]] = {}
 
@@ -182,14 +185,19 @@ class Search:
             tried[count] = self._candidate(sets[count], amounts, limits)
         while (count := between(tried)) is not None and len(tried) < MOST:
             tried[count] = self._candidate(sets[count], amounts, limits)
+        if self._options.data is not None and not self._judge.solves:
+            tried, self._not_recovered = with_recovered(tried, self._lost_when_recovered)
         best = best_of(tried)
         if best is None:
             why = f" Refused: {next(iter(self._refused.items()))}." if self._refused else ""
             raise PlanError(f"The target cannot be met. With {last} branches removed: {tried[last].reason}{why}")
         plan, after = self._kept_to(limits, amounts, sets[best], tried[best])
         if isinstance(plan, DepthPlan):
-            plan = replace(plan, tried=tuple(Tried(n, each.lost) for n, each in sorted(tried.items())))
+            plan = replace(plan, tried=tuple(Tried(n, each.lost, each.recovered) for n, each in sorted(tried.items())))
         return self._finished(plan, before, limits, after)
+
+    def _lost_when_recovered(self, plan: Plan) -> float:
+        return self._judge.lost_when_recovered(plan.apply(self._model))
 
     def _kept_to(
         self, limits: Mapping[str, float], amounts: Amounts, chosen: Chosen, found: Candidate
@@ -317,6 +325,8 @@ class Search:
         left = {**settings.left, **(plan.removal.settings if isinstance(plan, DepthPlan) else {})}
         if self._refused:
             left["branches"] = "; ".join(f"{name} stays: {reason}" for name, reason in self._refused.items())
+        if self._not_recovered:
+            left["recovery"] = f"what is chosen was compared without recovery: {self._not_recovered}"
         reached = {kind: after[kind] / before[kind] for kind in limits}
         timed = "latency" in limits
         measured = self._measured(*(each["latency"] for each in (before, limits, after))) if timed else {}

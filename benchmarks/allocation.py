@@ -3,9 +3,11 @@
 ResNet-56 has its trained weights, the others random ones: widths and costs are what counts here. Channels are scored by
 L2 and compete in the global scope. The importance kept is the mean, over all channels that may go, of the share of the
 importance that their layer keeps: a geometric mean, which is what the exact allocation maximises, so that a layer left
-with little of it counts as it should. It is not accuracy: a group counts by its number of channels, so the 12 heads of the
-ViT, which go together with its residual stream, weigh next to nothing beside 36,864 channels of its MLPs, and are what
-goes. Seconds were taken on a machine with other work on it. Run from the root: ``python benchmarks/allocation.py``.
+with little of it counts as it should. It is not accuracy: a group counts by its number of channels, so the 12 heads of
+the ViT, which go together with its residual stream, weigh next to nothing beside 36,864 channels of its MLPs, and are
+what goes. Seconds were taken on a machine with other work on it.
+
+Run from the root: ``python benchmarks/allocation.py``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
     python benchmarks/depth.py exact             # models of tests/test_zoo.py; --only for some, --most for all branches
     python benchmarks/depth.py resnet56          # needs the data, see `harness.cifar`
     python benchmarks/depth.py speed             # the same at measured speeds: channels, blocks, both
+    python benchmarks/depth.py macs              # the same at equal MACs, timed afterwards
     python benchmarks/depth.py stories           # a small trained Llama
 
 Results go to ``results/depth.json`` and ``results/depth.md``. In the first part each branch alone and random subsets of
@@ -134,7 +135,7 @@ def markdown(facts: dict[str, Any]) -> str:
 def main() -> None:
     """Run one part and write all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("exact", "resnet56", "speed", "stories"))
+    parser.add_argument("part", choices=("exact", "resnet56", "speed", "macs", "stories"))
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--most", type=int, default=8, help="branches of a model that are tried alone")
     parser.add_argument("--share", type=float, default=1 / 1.5, help="of the MACs of ResNet-56 that is to be left")
@@ -155,6 +156,9 @@ def main() -> None:
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if options.part == "speed":
         depth_speed.resnet56(known.get("speed", {}), lambda found: write(speed=found))
+        return
+    if options.part == "macs":
+        depth_speed.resnet56_macs(known.get("at equal MACs", {}), lambda found: write(**{"at equal MACs": found}))
         return
     if options.part == "stories":
         depth_speed.stories({}, lambda found: write(stories=found))

@@ -48,7 +48,7 @@ def resnet56(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> 
                 images[:batch],
                 target={"latency": 1 / speed},
                 axes=METHODS[method],
-                data=[images[:PLANNED_ON]],
+                data=list(images[:PLANNED_ON].split(64)),
                 latency=structprune.Latency(backend=backend, threads=1),
                 **({} if method == "channels" else {"branch_score": "influence"}),
             )
@@ -66,18 +66,64 @@ def resnet56(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> 
         write(facts)
 
 
+MACS = (1 / 1.5, 1 / 2, 1 / 3)
+
+
+def resnet56_macs(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+    """A trained ResNet-56 at equal MACs, by each method: accuracy, and times beside the dense network."""
+    model = cifar.load_resnet(56)
+    images, _ = cifar.train_images(RECOVERED_ON, seed=SEED)
+    pictures, labels = (part[:TESTED_ON] for part in cifar.test_set())
+    data = list(images.split(128))
+    facts["dense"] = cifar.accuracy(model, pictures, labels)
+    rows: list[dict[str, Any]] = facts.setdefault("rows", [])
+    for share, method in ((s, m) for s in MACS for m in METHODS):
+        if any((row["share"], row["method"]) == (share, method) for row in rows):
+            continue
+        start = time.perf_counter()
+        plan = structprune.plan(
+            model,
+            images[:1],
+            target={"macs": share},
+            axes=METHODS[method],
+            data=list(images[:PLANNED_ON].split(64)),
+            **({} if method == "channels" else {"branch_score": "influence"}),
+        )
+        row: dict[str, Any] = {"share": share, "method": method, "planned_s": round(time.perf_counter() - start, 1)}
+        slim = plan.apply(model)
+        row |= {"macs": plan.after.macs, "params": plan.after.params, **_depth_facts(plan)}
+        row["recalibrated"] = cifar.accuracy(structprune.recalibrate(slim, data), pictures, labels)
+        recovered = structprune.recover(slim, model, data, rows=ROWS, rounds=ROUNDS)
+        row["recovered"] = cifar.accuracy(recovered, pictures, labels)
+        networks, backends, sizes = {"dense": model, method: slim}, ("onnxruntime", "eager"), (1, 8)
+        timed = structprune.benchmark(
+            networks, images[:1], backends=backends, batch_sizes=sizes, threads=1, memory=False, explanations=False
+        )
+        row["speed"] = {f"{b}, {n}": round(timed.speedup(method, b, n).ratio, 3) for b in backends for n in sizes}
+        rows.append(row)
+        print(row, flush=True)
+        write(facts)
+
+
 def _plan_facts(plan: structprune.Plan) -> dict[str, Any]:
     measured = plan.settings.measured
     facts: dict[str, Any] = {
         "speed": round(measured["before_ms"] / measured["measured_ms"], 3),
         "macs": plan.after.macs,
         "params": plan.after.params,
-        "blocks removed": 0,
     }
-    if isinstance(plan, structprune.DepthPlan):
-        facts["blocks removed"] = len(plan.removal.branches)
-        facts["tried"] = {str(each.branches): each.lost for each in plan.tried}
-    return facts
+    return facts | _depth_facts(plan)
+
+
+def _depth_facts(plan: structprune.Plan) -> dict[str, Any]:
+    """How many blocks went, and what was lost with other numbers of them, before and after recovery."""
+    if not isinstance(plan, structprune.DepthPlan):
+        return {"blocks removed": 0}
+    return {
+        "blocks removed": len(plan.removal.branches),
+        "tried": {str(each.branches): each.lost for each in plan.tried},
+        "tried, recovered": {str(each.branches): each.recovered for each in plan.tried if each.recovered is not None},
+    }
 
 
 # -- a small language model -------------------------------------------------------------------------------------------
@@ -111,6 +157,7 @@ def stories(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> N
                 target={"params": share},
                 axes=LANGUAGE_METHODS[method],
                 scope="global",
+                uniform=False,
                 round_to=1,
                 data=calibration,
                 **({} if method == "channels" else {"branch_score": "kl"}),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import structprune
 from structprune.recovery.selection import squared_error
 
-IMAGES = 160
+IMAGES = 250
 JUDGED = 250
 ROWS = 16384
 AXES = ("channels",)
@@ -46,6 +46,16 @@ def ours(model: nn.Module, x: Tensor, data: list[Tensor], macs: float) -> Iterat
     slim = plan.apply(model)
     yield "reconstruction, equal shares, recalibrated", structprune.recalibrate(slim, data)
     yield "reconstruction, equal shares, recovered", structprune.recover(slim, model, data, rounds=0, rows=ROWS)
+    levels = (0.15, 0.3, 0.5, 0.8, 1.0)
+    criterion = structprune.Reconstruction(distance=squared_error, axes=AXES, probes=64, levels=levels, rows=ROWS)
+    chosen = criterion.fit(graph, data)
+    plan = structprune.plan(model, x, importance=chosen, scope=chosen, target={"macs": macs}, axes=AXES)
+    slim = plan.apply(model)
+    yield "reconstruction, shares by measured error, recalibrated", structprune.recalibrate(slim, data)
+    yield (
+        "reconstruction, shares by measured error, recovered",
+        structprune.recover(slim, model, data, rounds=0, rows=ROWS),
+    )
 
 
 def peers(model: nn.Module, x: Tensor, data: list[Tensor], macs: float) -> Iterator[tuple[str, nn.Module]]:

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -26,6 +27,30 @@ def judged(seed: int) -> Judgement:
     warnings.simplefilter("ignore")
     set_num_threads(1)
     return judge(draw(seed), seed)
+
+
+def as_markdown(document: dict[str, Any]) -> str:
+    """The counts, what they mean, and every fault."""
+    counts: dict[str, int] = document["counts"]
+    rows = [f"| {verdict} | {count:,} |" for verdict, count in counts.items()]
+    faults = [f"- {' -> '.join(f['operations'])}: {f['verdict']}: {f['reason']}" for f in document["faults"]]
+    return "\n".join([
+        "# Random networks",
+        "",
+        f"{document['networks']:,} networks from number {document['first']:,}: a linear layer, two to four operations "
+        "drawn from the table of `tests/support/random_chains.py`, a linear layer. Half of the channels go by one "
+        "plain call, in float64, and the result is compared with the original whose removed slices are zero.",
+        "",
+        "*right*: equal. *whole*: no channel may go. *nothing to see*: a constant stands between the channels and the "
+        "output. *no network*: the operations do not fit each other. Anything else is a fault.",
+        "",
+        "| what became of it | networks |",
+        "|---|---:|",
+        *rows,
+        "",
+        *(faults or ["No fault."]),
+        "",
+    ])  # fmt: skip
 
 
 def main() -> None:
@@ -50,6 +75,7 @@ def main() -> None:
         "faults": [{"operations": f.names, "verdict": f.verdict, "reason": f.reason} for f in faults],
     }
     given.json.write_text(json.dumps(document, indent=1) + "\n")
+    given.json.with_suffix(".md").write_text(as_markdown(document))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from structprune.depth import choose as choose_branches
 from structprune.depth.plan import DepthPlan
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
+from structprune.folders import prune_folder
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
 from structprune.latency.measure import Latency
@@ -28,6 +29,7 @@ from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
 from structprune.reporting import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
 from structprune.surgery.history import kept
+from structprune.surgery.materialize import materialize_weights
 from structprune.surgery.verify import Report, verify
 
 __version__ = "0.1.0"
@@ -60,6 +62,7 @@ __all__ = [
     "kept",
     "layer_times",
     "load",
+    "materialize_weights",
     "onnx_info",
     "plan",
     "plot_costs",
@@ -68,6 +71,7 @@ __all__ = [
     "plot_recovery",
     "plot_widths",
     "prune",
+    "prune_folder",
     "recalibrate",
     "recover",
     "recovery_report",

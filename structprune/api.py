@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structprune.checking import FLAG, require
 from structprune.coupling.solve import Mask
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
 from structprune.importance.base import fitted
+from structprune.joint.layers import search_layers
 from structprune.joint.search import DecideForLatency, search
 from structprune.planning.build import plan_removal
 from structprune.planning.decide import Decision, Ranking, decide_channels
+from structprune.planning.dimensions import chains_of, shorter_stacks
 from structprune.planning.latency_target import decide_for_latency
 from structprune.planning.options import PlanKeywords, PlanOptions, takes_options
 from structprune.planning.plan import Plan
@@ -23,6 +26,7 @@ from structprune.surgery.verify import verify as check
 from structprune.surgery.verify import verify_removal
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs
+from structprune.wrapping import prunable
 
 
 @takes_options
@@ -53,7 +57,17 @@ def _plan(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions)
     """The plan of channels; that of branches and channels where the options name them."""
     if options.depth:
         return search(model, example_inputs, options, lambda *asked: _planned(*asked)[-1])
+    if stacks := _shorter(model, options):
+        return search_layers(model, example_inputs, options, stacks, lambda *asked: _planned(*asked)[-1])
     return _planned(model, example_inputs, options)[-1]
+
+
+def _shorter(model: nn.Module, options: PlanOptions) -> dict[str, int]:
+    """How many layers of each stack go by the sizes that the target asks for."""
+    if not options.dimensions:
+        return {}
+    inner = prunable(model)
+    return shorter_stacks(inner, chains_of(inner, options.dimensions))
 
 
 def _planned(
@@ -68,7 +82,7 @@ def _planned(
         graph = coupled_channels(model, example_inputs, options)
         decision = decide(graph, options, for_latency)
         with collection_paused(), torch.no_grad():
-            decided = plan_removal(graph, decision.chosen, decision.settings)
+            decided = plan_removal(graph, decision.chosen, decision.settings, described=decision.described)
             return graph, graph.components.removed(decision.chosen), decided
 
 
@@ -90,13 +104,16 @@ def coupled_channels(model: nn.Module, example_inputs: ExampleInputs, options: P
 
 
 def decide(
-    graph: DependencyGraph, options: PlanOptions, for_latency: DecideForLatency = decide_for_latency
+    graph: DependencyGraph,
+    options: PlanOptions,
+    for_latency: DecideForLatency = decide_for_latency,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Decision:
-    """Which of the coupled channels go by the options of `plan`."""
+    """Which of the coupled channels go by the options of `plan`; `tensors` are those to score, if not the model's."""
     while True:
         score = fitted(options.importance, graph, options.data, options.loss, options.forward)
         with collection_paused(), torch.no_grad():
-            ranking = Ranking(graph, score)
+            ranking = Ranking(graph, score, tensors)
             decision = (for_latency if options.times else decide_channels)(graph, options, ranking)
         # What the forward computes from its sizes may show more that has to stay.
         if graph.settle(graph.components.removed(decision.chosen)):
@@ -138,7 +155,7 @@ def prune(
     """
     require(locals(), inplace=FLAG, verify=FLAG)
     asked = PlanOptions(**options)
-    if asked.depth:
+    if asked.depth or _shorter(model, asked):
         decided = _plan(model, example_inputs, asked)
         if verify:
             slim = decided.apply(model)

@@ -12,11 +12,14 @@ from structprune.checking import INDICES, LAYER, require
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.grouped_choices import GroupedChoice, grouped_choice
 from structprune.coupling.groups import Group
+from structprune.depth.finding import find
+from structprune.depth.records import Branch
 from structprune.html import html_table
 from structprune.ops.relations import Ids
 from structprune.planning.build import plan_removal
 from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings
+from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import layer_flow
 from structprune.tracing.trace import ExampleInputs, OutputName
 
@@ -80,6 +83,35 @@ class DependencyGraph(ChannelGraph):
         """The groups as a table for notebooks."""
         lines = [[g.name, g.axis, str(g.channels), str(len(g.members))] for g in self.groups()]
         return html_table(["group", "axis", "channels", "slices"], lines, repr(self))
+
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches and blocks that may be removed as a whole: see `structprune.branches`."""
+        with collection_paused():
+            return tuple(found.branch for found in find(self.model, self.trace))
+
+    def explain(self, layer: Layer) -> str:
+        """Why a layer's channels are pinned, or what goes with them; and the branches and blocks that it is part of.
+
+        Example:
+            >>> import torch, structprune
+            >>> class Residual(torch.nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.layer = torch.nn.Linear(4, 4)
+            ...     def forward(self, x):
+            ...         return x + self.layer(x).relu()
+            >>> model = torch.nn.Sequential(Residual(), Residual(), torch.nn.Linear(4, 2))
+            >>> print(structprune.DependencyGraph(model, torch.randn(1, 4)).explain("1.layer"))
+            1.layer: 4 channels, pinned: it is a dimension of the model's inputs
+              goes as a whole with branch '1': 20 parameters, 16 MACs
+        """
+        path = self.path_of(layer)
+        lines = [super().explain(layer)]
+        for branch in self.branches():
+            if any(name == path or name.startswith(f"{path}.") for name in branch.layers):
+                said = f"{branch.params:,} parameters, {branch.macs:,} MACs"
+                lines.append(f"  goes as a whole with {branch.kind} {branch.name!r}: {said}")
+        return "\n".join(lines)
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """The layers that hold tensors, with an edge where one's output reaches the next.

@@ -153,7 +153,8 @@ class Pruner:
         decision = decide(graph, self._now(graph, share))
         with torch.no_grad():
             asked = {**decision.settings.asked, "ratio": None, "step": self.taken + 1, "share": share}
-            return plan_removal(graph, decision.chosen, replace(decision.settings, asked=asked))
+            settings = replace(decision.settings, asked=asked)
+            return plan_removal(graph, decision.chosen, settings, described=decision.described)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pruning is, for a checkpoint: numbers, strings and lists of them.

@@ -224,6 +224,11 @@ def _are_indices_or_none(value: Any) -> bool:
     return value is None or _are_indices(value)
 
 
+def _is_int_or_none(value: Any) -> bool:
+    """An attribute of a configuration may have been None, where another number gave the size."""
+    return value is None or _is_int(value)
+
+
 def _are_sections(value: Any) -> bool:
     return isinstance(value, tuple) and all(map(_are_indices, value))
 
@@ -253,7 +258,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "macs": _is_count,
     "weight_bytes": _is_count,
     "peak_activation_bytes": _is_count,
-    "old": _is_int,
+    "old": _is_int_or_none,
     "new": _is_int,
     "factor": _is_factor,
     "removed": _are_indices,

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import oracle
+from support.computed_weights import COMPUTED
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations as P
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -88,6 +89,34 @@ def test_where_nothing_takes_up_the_factor_the_channels_stay(between: Between) -
     model, x = oracle.jitter(Averaged(between), 0), image()
     plan, _ = pruned(model, x)
     assert "conv.weight" not in plan.removed
+
+
+NORMS: dict[str, Between] = {
+    "layer norm": lambda y: F.layer_norm(y.mT, y.shape[1:2]).mT,
+    "group norm": lambda y: F.group_norm(y, 2),
+    "rms norm": lambda y: F.rms_norm(y.mT, y.shape[1:2]).mT,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("before", "goes"),
+    [
+        (lambda y: F.relu(y), True),
+        (lambda y: torch.sigmoid(y), True),  # one half where it is off: the norm does without it
+        (lambda y: torch.sigmoid(y).mT.mT.flip(-1), True),
+        (lambda y: y + y.sum(1, keepdim=True), False),
+        (lambda y: y * y + F.relu(y).sum(1, keepdim=True), False),
+        (lambda y: y.cumsum(1), False),
+        (lambda y: torch.maximum(y, y.square().sum(1, keepdim=True)).flip(-1), False),
+    ],
+)  # fmt: skip
+def test_a_norm_does_not_do_without_what_others_leave_in_a_channel(norm: str, before: Between, goes: bool) -> None:
+    model = oracle.jitter(Averaged(lambda y: NORMS[norm](before(y.flatten(2)))[..., :2]), 0)
+    plan, _ = pruned(model, image())
+    assert ("conv.weight" in plan.removed) == goes
+    if not goes:
+        assert "holds more than its own" in structprune.DependencyGraph(model, image()).explain("conv")
 
 
 class Gated(nn.Module):
@@ -248,60 +277,6 @@ def test_normalised_weights_are_what_they_were(name: str, inplace: bool) -> None
         assert structprune.verify(model, slim, plan, x).max_relative_error < 1e-12
     torch.testing.assert_close(slim(x), expected, rtol=1e-10, atol=1e-12)
     slim.train()(x).sum().backward()
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        dims = (1, 2, 3)
-        w = self.weight - self.weight.mean(dims, keepdim=True)
-        return F.conv2d(x, w / (w.pow(2).mean(dims, keepdim=True) + 1e-5).sqrt(), self.bias, padding=self.padding)
-
-
-class ByBatchNorm(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        flat = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, momentum=0.0)
-        return F.conv2d(x, flat.reshape_as(self.weight), self.bias, padding=self.padding)
-
-
-def _weight(function: Callable[[Tensor], Tensor]) -> type[nn.Module]:
-    class Computed(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, function(self.weight), self.bias)
-
-    return Computed
-
-
-class Afterwards(nn.Linear):
-    """The result is divided by the lengths of the weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) / self.weight.norm(dim=1) + self.bias
-
-
-class SharedLength(nn.Linear):
-    """The lengths are used twice, so they make up for nothing."""
-
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__(size, out)
-        self.length = nn.Parameter(torch.rand(out, 1) + 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight, self.length, 0), self.bias) + self.length[:, 0]
-
-
-COMPUTED: dict[str, tuple[type[nn.Module], tuple[Any, ...]]] = {
-    "standardised": (Standardised, (8, 8, 3, 1, 1)),
-    "standardised by a batch norm": (ByBatchNorm, (8, 8, 3, 1, 1)),
-    "normalize": (_weight(F.normalize), (8, 8)),
-    "over its length": (_weight(lambda w: w / w.norm(dim=1, keepdim=True)), (8, 8)),
-    "over its sum": (_weight(lambda w: w / w.abs().sum(1, keepdim=True)), (8, 8)),
-    "over all": (_weight(lambda w: w / w.abs().mean()), (8, 8)),
-    "centred": (_weight(lambda w: w - w.mean(1, keepdim=True)), (8, 8)),
-    "softmax": (_weight(lambda w: w.softmax(1)), (8, 8)),
-    "layer norm": (_weight(lambda w: F.layer_norm(w, w.shape[1:])), (8, 8)),
-    "afterwards": (Afterwards, (8, 8)),
-    "shared length": (SharedLength, (8, 8)),
-}
 
 
 @pytest.mark.parametrize("name", COMPUTED)

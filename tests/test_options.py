@@ -67,8 +67,10 @@ def test_what_is_asked_and_reached_is_recorded() -> None:
     asked = {"target": {"macs": 0.5}, "scope": "global", "axes": None, "branch_score": None, "round_to": 1}
     asked |= {"allocation": "greedy"}
     asked |= {
+        "uniform": None,
         "min_channels": 1,
         "max_ratio": 0.75,
+        "tensor_parallel": None,
         "importance": "l2",
         "ignore": None,
         "ignore_outputs": None,

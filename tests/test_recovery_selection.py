@@ -15,6 +15,7 @@ from support.recovery_nets import (
     copy_channels,
     data_of,
     error,
+    jittered,
     linear_net,
 )  # fmt: skip
 from support.snapshot import assert_untouched, snapshot
@@ -84,3 +85,19 @@ def test_plan_fits_the_criterion_itself():
     mine = structprune.plan(model, data[0], importance=structprune.Reconstruction(), data=data, round_to=1)
     theirs = structprune.plan(model, data[0], importance=fitted(model, data), round_to=1)
     assert mine.removed == theirs.removed
+
+
+def test_distances_are_measured_on_samples_that_no_layer_was_solved_on():
+    """A head of 64 features solved on 24 samples fits them whatever it keeps; the output says that it needs them."""
+    model = jittered(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)))
+    data = list(torch.randn(48, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64).split(24))
+    graph = structprune.DependencyGraph(model, data[0])
+    (group,) = graph.groups()
+    for batches in (data, data[:1]):  # with other batches, and with a part of the only one
+        fitted = structprune.Reconstruction(distance=squared_error, levels=(0.5,), probes=24).fit(graph, batches)
+        curve = fitted._curve(group)
+        # Half of the channels explain what was solved on to a millionth.
+        assert curve.error[31] < 1e-4
+        with torch.no_grad():
+            power = float(model(data[0]).square().sum())
+        assert curve.price[:32].sum() * (32 + 4) > 1e-2 * power * (1 if batches is data else 0.25)

@@ -176,3 +176,43 @@ def test_a_power_that_nothing_can_take_up_keeps_the_channels() -> None:
     plan, slim = _pruned(Net().double().eval(), torch.randn(2, 6).double())
     assert slim.a.out_features == 16
     assert not plan.rescales
+
+
+class Powers(nn.Module):
+    """Something of several powers of one layer's result, divided by its width."""
+
+    def __init__(self, power: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.power = nn.Linear(6, 8), nn.Linear(8, 3), power
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last((self.power(y) / y.shape[-1]).sigmoid())
+
+
+@pytest.mark.parametrize(
+    "power",
+    [
+        lambda y: (y @ y.mT) @ y,
+        lambda y: torch.einsum("bnc,bmc->bnm", y, y) @ y,
+        lambda y: y * y,
+        lambda y: y * y.relu(),
+        lambda y: y.mul(y.sum(1, keepdim=True)),
+        lambda y: (y.split(4, -1)[0] @ y[..., 4:].mT) @ y,
+    ],
+)
+def test_what_is_made_of_several_factors_is_not_scaled_by_one_parameter(power: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Powers(power).double().eval(), torch.randn(2, 5, 6).double()
+    assert structprune.plan(model, x, ratio=0.5, round_to=1).rescales == ()
+
+
+@pytest.mark.parametrize(
+    "power",
+    [lambda y: torch.cat(y.chunk(2, -1)[::-1], -1), lambda y: y - y.relu(), lambda y: y + y.flip(1).relu()],
+)
+def test_terms_of_a_sum_are_scaled_by_what_makes_them_all(power: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Powers(power).double().eval(), torch.randn(2, 5, 6).double()
+    plan, _ = _pruned(model, x)
+    assert {rescale.tensor for rescale in plan.rescales} == {"first.weight", "first.bias"}

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from structprune.cli.output import costs
-from structprune.coupling.graph import ChannelGraph
+from structprune.dependency_graph import DependencyGraph
 from structprune.export.metadata import OnnxInfo
 from structprune.hardware import processor
 from structprune.reporting.text import places
@@ -62,8 +62,8 @@ def _installed(name: str) -> bool:
     return True
 
 
-def describe_model(graph: ChannelGraph) -> dict[str, Any]:
-    """Costs, groups and pinned axes of a model."""
+def describe_model(graph: DependencyGraph) -> dict[str, Any]:
+    """Costs, groups, pinned axes, and branches and blocks of a model."""
     cost = graph.costs.at(graph.counter())
     groups = [
         {
@@ -75,7 +75,12 @@ def describe_model(graph: ChannelGraph) -> dict[str, Any]:
         for group in graph.groups()
     ]
     pinned = {place: places(reason) for place, reason in graph.pinned().items()}
-    return {"class": type(graph.model).__name__, "cost": asdict(cost), "groups": groups, "pinned": pinned}
+    branches = [
+        {"name": each.name, "kind": each.kind, "layers": list(each.layers), "params": each.params, "macs": each.macs}
+        for each in graph.branches()
+    ]
+    parts = {"cost": asdict(cost), "groups": groups, "pinned": pinned, "branches": branches}
+    return {"class": type(graph.model).__name__, **parts}
 
 
 def model_tables(data: dict[str, Any]) -> list[Any]:
@@ -87,7 +92,13 @@ def model_tables(data: dict[str, Any]) -> list[Any]:
     for place, reason in data["pinned"].items():
         pinned.add_row(place, reason)
     lines = [f"{name.replace('_', ' ')}: {value:,}" for name, value in data["cost"].items()]
-    return [groups, pinned, "\n".join(lines)]
+    if not data["branches"]:
+        return [groups, pinned, "\n".join(lines)]
+    branches = Table("branch or block", "kind", "layers", "params", "MACs")
+    for each in data["branches"]:
+        numbers = (len(each["layers"]), each["params"], each["macs"])
+        branches.add_row(each["name"], each["kind"], *(f"{number:,}" for number in numbers))
+    return [groups, pinned, branches, "\n".join(lines)]
 
 
 def onnx_tables(said: OnnxInfo) -> list[Any]:

@@ -252,11 +252,13 @@ FORMS: dict[Form, TextForm] = {
     "word": TextForm(str | None, lambda _, text: text),
     "step": TextForm(str, _step),
     "count": TextForm(int, lambda _, number: number),
+    "devices": TextForm(int | None, lambda _, number: number),
     "share": TextForm(float, lambda _, number: number),
     "criterion": TextForm(str, lambda _, text: named_object(text) if ":" in text else text),
     "maker": TextForm(str | None, lambda _, text: named_object(text)()),
     "function": TextForm(str | None, lambda _, text: named_object(text)),
     "latency": TextForm(str | None, _latency),
+    "flag": TextForm(bool | None, lambda _, given: given),
 }
 SHORT = {"ratio": "-r", "target": "-t"}
 
@@ -316,7 +318,8 @@ def _plan_flags() -> list[inspect.Parameter]:
     found: list[inspect.Parameter] = []
     for field in dataclasses.fields(PlanOptions):
         option = OPTIONS[field.name]
-        flags = [_flag(field.name), *([SHORT[field.name]] if field.name in SHORT else [])]
+        negative = f"/--no-{field.name.replace('_', '-')}" if option.form == "flag" else ""
+        flags = [f"{_flag(field.name)}{negative}", *([SHORT[field.name]] if field.name in SHORT else [])]
         completion = among(option.words) if option.words else None
         shown = typer.Option(*flags, help=option.help, autocompletion=completion)
         default = field.default if isinstance(field.default, (str, int, float)) else None

@@ -143,6 +143,7 @@ class _Search:
         self._cache = cache
         self._consumer = consumer
         self._masks: dict[fx.Node, Tensor] = {}
+        self._scaled: set[tuple[fx.Node, fx.Node]] = set()  # an operation, and the argument by which it is scaled
         self._queue: list[int] = []
         self._source: fx.Node = consumer
 
@@ -157,7 +158,10 @@ class _Search:
             self._check_users(node, mask)
         return scaled
 
-    def _ask(self, node: fx.Node, mask: Tensor) -> None:
+    def _ask(self, node: fx.Node, mask: Tensor, user: fx.Node | None = None) -> None:
+        """`node` is to be multiplied where `mask` holds, so that the result of `user` is."""
+        if user is not None:
+            self._scaled.add((user, node))
         known = self._masks.get(node)
         if known is None:
             self._masks[node] = mask
@@ -176,7 +180,7 @@ class _Search:
         if scaling is Scaling.MOVES:
             self._back(node, None, mask)
         elif scaling is Scaling.HOMOGENEOUS:
-            self._ask(_tensors(node)[0], mask)
+            self._ask(_tensors(node)[0], mask, node)
         elif scaling is Scaling.SUM or scaling is Scaling.CONTRACTION:
             self._whole(node, mask)
         elif scaling is Scaling.PRODUCT:
@@ -188,7 +192,8 @@ class _Search:
         return []
 
     def _back(self, node: fx.Node, part: Any, mask: Tensor) -> None:
-        self._ask(_tensors(node)[0], self._cache.back(node, part, mask))
+        user = node if part is None else None  # what becomes of the other parts is looked at by `_check_users`
+        self._ask(_tensors(node)[0], self._cache.back(node, part, mask), user)
 
     def _whole(self, node: fx.Node, mask: Tensor) -> None:
         """Scale all of a sum by scaling each term, all of a contraction by scaling its first factor."""
@@ -196,7 +201,7 @@ class _Search:
         if not self._cache.is_full(mask) or (node.meta["name"] in ("add", "sub") and len(tensors) < 2):
             raise NotCompensableError  # adding a number is not homogeneous
         for tensor in tensors if scaling_of(node) is Scaling.SUM else tensors[:1]:
-            self._ask(tensor, self._cache.full(tensor.meta["shape"]))
+            self._ask(tensor, self._cache.full(tensor.meta["shape"]), node)
 
     def _product(self, node: fx.Node, mask: Tensor) -> None:
         tensors = _tensors(node)
@@ -212,7 +217,7 @@ class _Search:
             mask = mask.any(0)
         if tuple(mask.shape) != tuple(chosen.meta["shape"]):
             raise NotCompensableError
-        self._ask(chosen, mask)
+        self._ask(chosen, mask, node)
 
     def _affine(self, node: fx.Node, mask: Tensor) -> None:
         """Scale the weight and bias of a layer: the entries that make the masked channels."""
@@ -231,22 +236,31 @@ class _Search:
             if len(shape) > 1 and known.norm is not None:
                 raise NotCompensableError
             made = known.contraction is not None and known.contraction.kind == "embedding"  # by columns of a table
-            self._ask(parameter, (along if made else along.view(-1, *[1] * (len(shape) - 1))).expand(shape))
+            entries = along if made else along.view(-1, *[1] * (len(shape) - 1))
+            self._ask(parameter, entries.expand(shape), node)
 
     def _once(self, user: fx.Node, node: fx.Node) -> bool:
-        """Whether `user` is the operation that is compensated, and takes `node` as the one scaled argument only."""
+        """Whether `user` takes `node` as the argument by which it is scaled, and nowhere else.
+
+        Of ``(x @ x.T) @ x`` the first factor is scaled, and of that one `x`: which would scale the other two as well.
+        """
+        if (user, node) in self._scaled:
+            if scaling_of(user) is Scaling.SUM:
+                return True  # every term is scaled
+        elif user is not self._consumer or node is not self._source:
+            return False
         places: list[fx.Node] = []
         fx.map_arg((user.args, user.kwargs), places.append)
-        return user is self._consumer and node is self._source and places.count(node) == 1
+        return places.count(node) == 1
 
     def _check_users(self, node: fx.Node, mask: Tensor) -> None:
         """Whatever else reads the tensor must read other entries of it."""
         if node in self._trace.outputs.values() or node in self._trace.training_outputs:
             raise NotCompensableError
         for user in node.users:
-            if user in self._masks or user.op == "output" or self._once(user, node):
+            if user.op == "output" or self._once(user, node):
                 continue
-            if scaling_of(user) is not Scaling.MOVES or _tensors(user)[0] is not node:
+            if user in self._masks or scaling_of(user) is not Scaling.MOVES or _tensors(user)[0] is not node:
                 raise NotCompensableError
             for place, reached in enumerate(self._cache.forward(user, mask)):
                 parts = [p for p in user.users if p.meta["name"] == "part" and p.args[1] == place]

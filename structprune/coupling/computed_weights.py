@@ -27,8 +27,6 @@ from structprune.ops.relations import Axis
 from structprune.tracing.provenance import plain
 from structprune.tracing.trace import Trace, describe
 
-_HELD = ("parameter", "constant")
-
 
 @dataclass(frozen=True, slots=True)
 class Normalised:
@@ -47,51 +45,66 @@ class Normalised:
 
 def normalised_weights(trace: Trace, channels: Channels) -> list[Normalised]:
     """Weights that are normalised over their inputs, where a parameter takes up the change; others are pinned."""
-    computed = _Computed(trace, channels)
-    found = [(node, axes) for node, axes in computed.normalisations() if axes]
-    gains = [gain for node in trace.all_nodes if (gain := computed.gain(node)) is not None] if found else []
-    covered = {part for gain in gains for part in gain.parts}
-    for node, axes in found:
-        for axis in axes if node not in covered else ():
-            channels.relations.pin(axis, f"the weights for it are normalised together by {describe(node, trace)}")
+    gains, together = _normalised(_Computed(trace, channels))
+    for node, axes in together:
+        for axis in axes:
+            where = describe(node, trace)
+            reason = f"the weights for it are normalised together by {where} (see structprune.materialize_weights)"
+            channels.relations.pin(axis, reason)
     return gains
+
+
+def normalised_together(trace: Trace, channels: Channels) -> list[fx.Node]:
+    """The weights, as layers use them, that are normalised over their inputs where no parameter takes up the change."""
+    computed = _Computed(trace, channels)
+    together = {node for node, _ in _normalised(computed)[1]}
+    return [weight for weight in computed.used if together & {weight, *computed.sources(weight)}]
+
+
+def _normalised(computed: _Computed) -> tuple[list[Normalised], list[tuple[fx.Node, list[Axis]]]]:
+    """Those for which a parameter makes up, and the operations that normalise others, with their channels."""
+    found = list(computed.normalisations())
+    gains = [gain for node in computed.trace.all_nodes if (gain := computed.gain(node)) is not None] if found else []
+    covered = {part for gain in gains for part in gain.parts}
+    return gains, [(node, axes) for node, axes in found if node not in covered]
 
 
 class _Computed:
     """What a forward computes from the model's own tensors alone."""
 
     def __init__(self, trace: Trace, channels: Channels) -> None:
-        self._trace, self._axes = trace, channels.axes
+        self.trace, self._axes = trace, channels.axes
         self._relations = channels.relations
-        self._held: set[fx.Node] = set()
-        for node in trace.all_nodes:
-            sources = node.all_input_nodes
-            if node.meta["name"] in _HELD or (sources and all(source in self._held for source in sources)):
-                self._held.add(node)
+        self._held = trace.held
         self._outputs = {*trace.outputs.values(), *trace.training_outputs}
 
     def normalisations(self) -> Iterator[tuple[fx.Node, list[Axis]]]:
         """Operations that mix weights over channels that the weights have, with these channels."""
-        computed = [node for node in self._trace.all_nodes if node in self._held and node.meta["name"] not in _HELD]
+        computed = [node for node in self.trace.all_nodes if node in self._held and node.op != "get_attr"]
         weights = self._weights if computed else set()
         for node in computed if weights else ():
             axes = [axis for axis in self._mixed(node) if axis.free]
-            if axes and self._sources(node) & weights and not self._only_way(node):
+            if axes and self.sources(node) & weights and not self._only_way(node):
                 yield node, axes
 
     @cached_property
     def _weights(self) -> set[fx.Node]:
         """The parameters, and products of such, that layers use as weights or compute these from."""
-        found: set[fx.Node] = set()
-        for node in self._trace.all_nodes:
+        return set[fx.Node]().union(*[self._made_of(weight) for weight in self.used])
+
+    @cached_property
+    def used(self) -> list[fx.Node]:
+        """What layers use as weights, and is a parameter or is computed from such, each once and in order."""
+        found: dict[fx.Node, None] = {}
+        for node in self.trace.all_nodes:
             if node in self._held:
                 continue
             operands = tensors(node)
             for pair in self._pairs(node):
                 for mine, other in ((pair.operand, pair.weight), (pair.weight, pair.operand)):
                     if operands[mine] in self._held and operands[other] not in self._held:
-                        found |= self._made_of(operands[mine])
-        return found
+                        found[operands[mine]] = None
+        return list(found)
 
     def _pairs(self, node: fx.Node) -> list[Pair]:
         known = op_of(node.meta["name"])
@@ -106,7 +119,7 @@ class _Computed:
         for reduction in self._relations.reductions:
             found.setdefault(reduction.node, []).extend(reduction.axes)
         for scale in self._relations.scales:
-            if self._trace.all_nodes[scale.node].meta["name"] == "mean":
+            if self.trace.all_nodes[scale.node].meta["name"] == "mean":
                 found.setdefault(scale.node, []).append(scale.axis)
         return found
 
@@ -119,7 +132,7 @@ class _Computed:
                 axes.append(mine[dim] if len(mine) > 1 else mine[0])
         return axes
 
-    def _sources(self, node: fx.Node) -> set[fx.Node]:
+    def sources(self, node: fx.Node) -> set[fx.Node]:
         """All that `node` is computed from."""
         waiting, seen = [node], set[fx.Node]()
         while waiting:
@@ -147,7 +160,7 @@ class _Computed:
 
     def _only_way(self, node: fx.Node) -> bool:
         """Whether the parameters that `node` mixes are used through it alone, as the two factors of a low rank are."""
-        waiting = [source for source in self._sources(node) if source.meta["name"] == "parameter"]
+        waiting = [source for source in self.sources(node) if source.meta["name"] == "parameter"]
         seen = set(waiting)
         while waiting:
             for user in waiting.pop().users:

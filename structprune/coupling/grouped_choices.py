@@ -13,7 +13,7 @@ the channels in a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,20 +99,35 @@ def _seen_by_weights_alone(graph: ChannelGraph, factored: FactoredAxis) -> bool:
     def holds(axis: Axis) -> bool:
         return axis.free and bool(positions[graph.components.of(axis)].any())
 
-    relations = graph.channels.relations
     others = [part for f in graph.components.factored_axes if f is not factored for part in (f.cells, *f.factors)]
-    counted = [c.axis for c in (*relations.constraints, *relations.bounds, *relations.scales)]
-    counted += [axis for axis, _ in relations.pieces] + [axis for s in relations.reductions for axis in s.axes]
-    if any(positions[part].any() for part in others) or any(map(holds, counted)):
+    if any(positions[part].any() for part in others) or any(map(holds, _counted(graph))):
         return False
-    for node in graph.trace.all_nodes:
-        axes = graph.channels.axes[node.meta["index"]]
-        for each in axes if isinstance(axes, list) else [axes]:
-            held = [dim for dim, axis in enumerate(each or ()) if holds(axis)]
-            if held and not (held == [1] and _weighs_groups(node, len(factored.factors[0]))):
-                return False
+    groups = len(factored.factors[0])
+    if not all(_only_weighs_groups(graph, node, groups, holds) for node in graph.trace.all_nodes):
+        return False
     scaled = {(c.tensor, c.dim) for compensation in graph.compensations for c in compensation.scaled}
     return not any(holds(slot.axis) and (slot.tensor, slot.dim) in scaled for slot in graph.slots)
+
+
+def _counted(graph: ChannelGraph) -> Iterator[Axis]:
+    """The axes whose numbers of channels, or pieces of them, mean something to the forward."""
+    relations = graph.channels.relations
+    for each in (*relations.constraints, *relations.bounds, *relations.scales):
+        yield each.axis
+    for axis, _ in relations.pieces:
+        yield axis
+    for reduction in relations.reductions:
+        yield from reduction.axes
+
+
+def _only_weighs_groups(graph: ChannelGraph, node: fx.Node, groups: int, holds: Callable[[Axis], bool]) -> bool:
+    """Whether a tensor has no axis that `holds` but dimension 1, of the weight of convolutions of so many groups."""
+    axes = graph.channels.axes[node.meta["index"]]
+    for each in axes if isinstance(axes, list) else [axes]:
+        held = [dim for dim, axis in enumerate(each or ()) if holds(axis)]
+        if held and not (held == [1] and _weighs_groups(node, groups)):
+            return False
+    return True
 
 
 def _weighs_groups(node: fx.Node, groups: int) -> bool:

@@ -360,14 +360,28 @@ class _NeverEmptied:
         self._held = [axis for number in channels.held for axis in channels.axes[number] if axis.free and axis.size]
         # A piece can hold a whole axis only if it holds the first channel of it: most axes need no other look.
         self._firsts = np.array([components.of(axis[:1])[0] for axis in self._held], dtype=np.int64)
-        self._factors = [part for factored in components.factored_axes for part in (*factored.factors, factored.cells)]
+        self._factors = [part for factored in components.factored_axes for part in factored.factors]
+        self._products = [factored.cells for factored in components.factored_axes]
+
+    def _is_whole(self, factor: Ids) -> bool:
+        """Whether not all of the factor can go while others stay: no weight has channels both of it and others.
+
+        Of ``x[..., :2, None] * x[..., None, :]`` the factor ``x[..., :2]`` is two of the channels of `x`.
+        """
+        if not self._components.roots[factor].any():
+            return False
+        inside = _mask(self._components.count, factor)
+        held = (inside[self._components.of(axis)] for axis in self._held)
+        return not any(part.any() and not part.all() for part in held)
 
     def within(self, parts: Ids) -> bool:
         """Whether `parts` hold such a set."""
         if self._components.pinned[parts].any():
             return True
         inside = _mask(self._components.count, parts)
-        if any(inside[factor].all() for factor in self._factors):
+        if any(inside[cells].all() for cells in self._products):
+            return True
+        if any(inside[factor].all() and self._is_whole(factor) for factor in self._factors):
             return True
         # One of several roots is always kept; cells of one row all go with the index of the row.
         held = (self._components.of(self._held[at]) for at in np.flatnonzero(inside[self._firsts]))

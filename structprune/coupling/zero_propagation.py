@@ -3,25 +3,35 @@
 A consumer with weights of its own does not care what a removed channel holds, since its weights for the channel go as
 well. A plain sum over channels, or a product of two activations, does: there a channel may only go if it is zero when
 it is removed. Where it is not, it is pinned. What each operation does to zeros stands in its record.
+
+A norm over channels runs over those that are kept, so it does not care either, as long as nothing of the kept channels
+or the inputs is left in a removed one. ``sigmoid(x)`` is one half there, which the norm does without; after
+``x + x.sum(-1, keepdim=True)`` it would do without a sum of kept channels, and the channel is pinned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from structprune.coupling.propagate import Channels
 from structprune.ops import op_of
 from structprune.ops.arguments import tensors
 from structprune.ops.relations import Axes, Axis
-from structprune.ops.zeros import ZeroContext, Zeros, unknown
+from structprune.ops.zeros import MOVES, ZeroContext, Zeros, unknown
 from structprune.tracing.trace import Trace, describe, part_of
 
 
 def pin_what_is_not_zero(trace: Trace, channels: Channels) -> None:
-    """Pin the channels that may not go, because an operation sums over them where they are not zero: one walk."""
+    """Pin the channels that may not go, because an operation sums over them where they are not zero: one walk.
+
+    With norms over channels, a second walk pins those that hold something of others where they are removed.
+    """
     zeros: list[Any] = []
 
     def pin(axis: Axis, node: fx.Node) -> None:
@@ -31,8 +41,66 @@ def pin_what_is_not_zero(trace: Trace, channels: Channels) -> None:
     context = ZeroContext(channels.axes, zeros, pin)
     memory = Memory(channels.axes, zeros)
     for node in trace.all_nodes:
-        zeros.append(_zeros(context, node, channels, zeros))
+        zeros.append(_known(node, channels, zeros, partial(_zeros, context, node, channels.unforeseen)))
         memory.note(node)
+    if channels.relations.reductions:
+        _pin_what_holds_others(trace, channels)
+
+
+def _pin_what_holds_others(trace: Trace, channels: Channels) -> None:
+    """Pin what a norm runs over where a removed channel holds what kept channels, the inputs or the forward decide."""
+    constant: list[Any] = []
+    zeros: list[Any] = []
+    of_constants = ZeroContext(channels.axes, constant, lambda axis, node: None)
+    of_zeros = ZeroContext(channels.axes, zeros, lambda axis, node: None, put_there=False)
+    memory = Memory(channels.axes, zeros)
+    for node in trace.all_nodes:
+        zeros.append(_known(node, channels, zeros, partial(_zeros, of_zeros, node, channels.unforeseen)))
+        memory.note(node)
+        found = _known(node, channels, constant, partial(_constant, of_constants, node, trace.held))
+        constant.append(_either(found, zeros[-1]))
+    for reduction in channels.relations.reductions:
+        node = trace.all_nodes[reduction.node]
+        known = constant[tensors(node)[0].meta["index"]]
+        for dim, axis in zip(reduction.dims, reduction.axes, strict=True):
+            if not known[dim]:
+                where = describe(node, trace)
+                reason = f"a channel that is off holds more than its own there, and is normalised over by {where}"
+                channels.relations.pin(axis, reason)
+
+
+def _either(a: Any, b: Any) -> Any:
+    """Which of the dimensions are true in one of two results, each of one tensor or of a list of them."""
+    if isinstance(a, list):
+        return [_either(mine, other) for mine, other in zip(a, b, strict=True)]
+    return tuple(mine or other for mine, other in zip(a, b, strict=True))
+
+
+def _constant(context: ZeroContext, node: fx.Node, held: frozenset[fx.Node], axes: Axes) -> Zeros:
+    """For each dimension, whether a removed index of it holds a value that neither kept channels nor inputs decide.
+
+    What of the arguments has the dimension must be constant there, what has not must be computed from parameters alone:
+
+        x: (3, 8) of a linear layer                    (False, True)
+        torch.sigmoid(x) + bias[0]                     (False, True)
+        torch.sigmoid(x) + x[:, :1]                    (False, False)
+    """
+    context.node, context.axes = node, axes
+    known = op_of(node.meta["name"])
+    if node in held:  # numbers that index something say where it goes, not what is there
+        dtype = node.meta.get("dtype", torch.float32)  # none with several results, which are cut from one
+        return (dtype.is_floating_point or dtype.is_complex,) * len(axes)
+    if node.meta.get("keeps_zeros") is not None:
+        return context.of(node.meta["keeps_zeros"])
+    if known is None:
+        return unknown(context)
+    if known.elementwise:
+        backs = [dim - len(axes) for dim in range(len(axes))]
+        return tuple(
+            all(t in held or (context.whole(t, back) and context.of(t)[back]) for t in context.tensors)
+            for back in backs
+        )
+    return known.zeros(context) if known.zeros in MOVES else unknown(context)
 
 
 class Memory:
@@ -89,20 +157,21 @@ def _overlap(a: Axis, b: Axis) -> bool:
     return bool(np.isin(a.ids(), b.ids()).any())
 
 
-def _zeros(context: ZeroContext, node: fx.Node, channels: Channels, zeros: list[Any]) -> Any:
-    """Zeros of a node's result, or a list of them for several results."""
+def _known(node: fx.Node, channels: Channels, known: list[Any], single: Callable[[Axes], Zeros]) -> Any:
+    """What is known of a node's result by `single`, given its axes; a list for several results."""
     axes = channels.axes[node.meta["index"]]
     if node.meta["name"] == "part":
         parent, position = part_of(node)
-        return zeros[parent.meta["index"]][position]
+        return known[parent.meta["index"]][position]
     if not isinstance(axes, list):
-        return _single(context, node, axes, channels.unforeseen)
+        return single(axes)
     parts: list[Axes | None] = axes
-    single = _single(context, node, next((part for part in parts if part is not None), ()), channels.unforeseen)
-    return [single if part is not None and len(part) == len(single) else (False,) * len(part or ()) for part in parts]
+    found = single(next((part for part in parts if part is not None), ()))
+    return [found if part is not None and len(part) == len(found) else (False,) * len(part or ()) for part in parts]
 
 
-def _single(context: ZeroContext, node: fx.Node, axes: Axes, unforeseen: frozenset[int]) -> Zeros:
+def _zeros(context: ZeroContext, node: fx.Node, unforeseen: frozenset[int], axes: Axes) -> Zeros:
+    """For each dimension, whether all is zero at a removed index of it."""
     context.node, context.axes = node, axes
     name = node.meta["name"]
     if name == "parameter":

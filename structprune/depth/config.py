@@ -9,19 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from structprune.planning.configuration import _built, _numbers, _shapes, _UnknownError
+from structprune.planning.built_from_config import UnknownError, is_built_from_config, numbers_in, rebuilt, state_shapes
 from structprune.tracing.state import is_config
 from structprune.tracing.trace import preserved_random_state
 
 # Classes are built for the check; more combinations than these are not tried.
 TRIES = 32
 Setting = tuple[str, Any, Any]  # name, value before, value after
-
-
-def is_built_from_config(model: nn.Module) -> bool:
-    """Whether a model holds settings that it can be built from."""
-    config = getattr(model, "config", None)
-    return is_config(config) and callable(getattr(config, "to_dict", None))
 
 
 def repair_config(
@@ -52,17 +46,17 @@ def repair_config(
     if not shortened:
         return lacks
     config: Any = model.config
-    wanted = _shapes(model)
+    wanted = state_shapes(model)
     with preserved_random_state():
         for settings in islice(_choices(config, shortened), TRIES):
             changed = copy.deepcopy(config)
             for one in _configs(changed):
                 _set(one, settings)
             try:
-                built = _built(type(model), changed)
-            except _UnknownError:
+                built = rebuilt(type(model), changed)
+            except UnknownError:
                 continue
-            found = _shapes(built)
+            found = state_shapes(built)
             more = found.keys() - wanted.keys()
             same = all(found.get(name) == shape for name, shape in wanted.items())
             if same and all(f"{name}.".startswith(inside) for name in more) and _alike(built, model, inside):
@@ -133,8 +127,8 @@ def _alike(built: nn.Module, model: nn.Module, inside: tuple[str, ...]) -> bool:
     ours, theirs = dict(built.named_modules()), dict(model.named_modules())
     if theirs.keys() - ours.keys() or not all(f"{path}.".startswith(inside) for path in ours.keys() - theirs.keys()):
         return False
-    numbers = {place: value for place, value in _numbers(model).items() if "config" not in place[1]}
-    others = {place: value for place, value in _numbers(built).items() if "config" not in place[1]}
+    numbers = {place: value for place, value in numbers_in(model).items() if "config" not in place[1]}
+    others = {place: value for place, value in numbers_in(built).items() if "config" not in place[1]}
     shared = numbers.keys() & others.keys()
     texts = all(_texts(ours[path]) == _texts(module) for path, module in theirs.items())
     return texts and all(numbers[place] == others[place] for place in shared)

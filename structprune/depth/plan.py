@@ -29,10 +29,12 @@ class Tried:
     Attributes:
         branches: how many went.
         lost: what the network lost, with as many channels gone as the target took; None where it could not be met.
+        recovered: what it still lost once its layers were solved again; None where that was not tried.
     """
 
     branches: int
     lost: float | None
+    recovered: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +149,13 @@ class DepthPlan(Plan):
 
     def __str__(self) -> str:
         """The table as text."""
-        tried = ", ".join(
-            f"{each.branches}: {'target not met' if each.lost is None else f'{each.lost:.4g}'}" for each in self.tried
-        )
-        return super().__str__() + (f"\nlost by the number of branches removed: {tried}" if tried else "")
+        lines = [super().__str__()]
+        if self.tried:
+            lost = (f"{n.branches}: {'target not met' if n.lost is None else f'{n.lost:.4g}'}" for n in self.tried)
+            lines.append(f"lost by the number of branches removed: {', '.join(lost)}")
+        if recovered := [f"{n.branches}: {n.recovered:.4g}" for n in self.tried if n.recovered is not None]:
+            lines.append(f"lost when recovered: {', '.join(recovered)}")
+        return "\n".join(lines)
 
     # -- JSON ----------------------------------------------------------------------------------------------------
 
@@ -188,8 +193,10 @@ def _list(data: Any) -> list[Any]:
 
 
 def _tried(data: Any) -> Tried:
-    whole = isinstance(data, dict) and data.keys() == {"branches", "lost"} and type(data["branches"]) is int
-    if not whole or not (data["lost"] is None or isinstance(data["lost"], (int, float))):
+    if not isinstance(data, dict) or not {"branches", "lost"} <= data.keys() <= {"branches", "lost", "recovered"}:
+        raise FormError(f"what was tried is {data!r:.60}")
+    losses = [data[key] for key in ("lost", "recovered") if data.get(key) is not None]
+    if type(data["branches"]) is not int or not all(type(loss) in (int, float) for loss in losses):
         raise FormError(f"what was tried is {data!r:.60}")
     return Tried(**data)
 

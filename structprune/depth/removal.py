@@ -96,7 +96,7 @@ class Removal:
         Raises:
             PlanError: the model has no such branches, or is another; it is as it was.
         """
-        return _removed(model, unspecify(self.inputs), self.branches, inplace)
+        return _removed(model, unspecify(self.inputs, ones=True), self.branches, inplace)
 
     def verified(self, original: nn.Module, slim: nn.Module, example_inputs: ExampleInputs) -> Report:
         """What `structprune.verify` finds: `slim` against the original that takes the branches as zero."""
@@ -110,7 +110,7 @@ class Removal:
     def carry_out(self, model: nn.Module, undo: Undo) -> None:
         """`apply` in place; how to take it back is added to `undo`."""
         with collection_paused():
-            _removed(model, unspecify(self.inputs), self.branches, True, undo)
+            _removed(model, unspecify(self.inputs, ones=True), self.branches, True, undo)
 
     def to_json(self) -> str:
         """The removal as JSON text."""

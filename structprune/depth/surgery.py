@@ -17,7 +17,7 @@ from structprune.depth.steps import LISTS, Steps
 from structprune.depth.sums import is_float, is_itself
 from structprune.errors import PlanError
 from structprune.ops import op_of
-from structprune.surgery.edits import Rewritten, _rewritten
+from structprune.surgery.edits import Rewritten, rewritten_forward
 from structprune.tracing.calls import ModuleCall
 from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import Change, changed_graph
@@ -230,7 +230,7 @@ class Planner:
 
     def _forward(self, call: ModuleCall, zeros: bool, guarded: bool) -> Rewritten:
         graph = changed_graph(self._trace, call, _Left(self, zeros, guarded))
-        return _rewritten(self._model.get_submodule(call.path), call.path, graph)
+        return rewritten_forward(self._model.get_submodule(call.path), call.path, graph)
 
     def _own_tensors(self, call: ModuleCall) -> list[str]:
         """Names of the tensors that a module itself holds and nothing uses any more."""

@@ -1,10 +1,11 @@
-"""Numbers of branches that were tried: which is the best, and which is to be tried next."""
+"""Numbers of branches that were tried: which is to be tried next, which are to be recovered, and which is the best."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+from structprune.errors import RecoveryError
 from structprune.planning.plan import Plan
 
 
@@ -16,17 +17,57 @@ class Candidate:
         plan: of branches and channels; None if the target cannot be met so.
         lost: what the network loses.
         reason: why there is no plan.
+        recovered: what it still loses once its layers are solved again; None if that was not tried.
     """
 
     plan: Plan | None
     lost: float | None = None
     reason: str = ""
+    recovered: float | None = None
 
 
 def best_of(tried: Mapping[int, Candidate]) -> int | None:
-    """The number of branches with which least is lost."""
-    found = [(each.lost, count) for count, each in tried.items() if each.lost is not None]
+    """The number of branches with which least is lost: of those that were recovered, if any were.
+
+    Example:
+        >>> best_of({0: Candidate(None, 0.3, recovered=0.1), 4: Candidate(None, 0.2, recovered=0.15)})
+        0
+    """
+    found = [(each.recovered, count) for count, each in tried.items() if each.recovered is not None]
+    found = found or [(each.lost, count) for count, each in tried.items() if each.lost is not None]
     return min(found)[1] if found else None
+
+
+def finalists(tried: Mapping[int, Candidate]) -> list[int]:
+    """The numbers of branches whose networks are to be recovered before one is taken.
+
+    These are the two with which least is lost, and both ends of what meets the target: most channels and fewest
+    branches, and the other way round. So recovery is not left to favour a kind of network that was never compared.
+
+    Example:
+        >>> finalists({0: Candidate(None, 0.6), 2: Candidate(None, 0.3), 4: Candidate(None, 0.2), 8: Candidate(None)})
+        [0, 2, 4]
+    """
+    met = {count: each.lost for count, each in tried.items() if each.lost is not None}
+    return sorted({min(met), max(met), *sorted(met, key=met.__getitem__)[:2]}) if met else []
+
+
+def with_recovered(
+    tried: Mapping[int, Candidate], lost_when_recovered: Callable[[Plan], float]
+) -> tuple[dict[int, Candidate], str]:
+    """The same with what the finalists lose once recovered, and why that is missing, if layers cannot be solved.
+
+    One candidate alone is not recovered: there is nothing to compare it with.
+    """
+    found, chosen = dict(tried), finalists(tried)
+    try:
+        for count in chosen if len(chosen) > 1 else ():
+            plan = tried[count].plan
+            assert plan is not None
+            found[count] = replace(tried[count], recovered=lost_when_recovered(plan))
+    except RecoveryError as error:
+        return dict(tried), str(error)
+    return found, ""
 
 
 def between(tried: Mapping[int, Candidate]) -> int | None:

@@ -18,8 +18,11 @@ from structprune.recovery.selection import Reconstruction
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, as_call, preserved_random_state
 
-# Where the criterion is the error that is left once layers are solved again, networks are judged after that.
+# On so many positions layers are solved again before networks are judged.
 ROWS = 4096
+
+# Of the batches: all, those that layers are solved on, those between.
+ALL, EVEN, ODD = slice(None), slice(0, None, 2), slice(1, None, 2)
 
 
 def batches_for(options: PlanOptions, example_inputs: ExampleInputs) -> Batches:
@@ -43,6 +46,7 @@ class Judge:
 
     A network whose channels are gone feeds its batch norms something else than their statistics say, which hides what
     it can still do. So the statistics are taken anew on the same data first (Li et al., EagleEye, 2020, section 3.3).
+    Solving layers again tells more, and takes longer: what it can make up for differs between channels and blocks.
 
     Args:
         original: the network as it is.
@@ -68,28 +72,51 @@ class Judge:
             return False
         return True
 
-    def _run(self, model: nn.Module) -> Iterable[Any]:
+    def _run(self, model: nn.Module, of: slice = ALL) -> Iterable[Any]:
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
-            for batch in self._data:
+            for batch in self._data[of]:
                 yield self._batches.forward(model, batch)
+
+    @property
+    def solves(self) -> bool:
+        """Whether every network is judged with its layers solved again."""
+        return self._solve
 
     def lost(self, slim: nn.Module) -> float:
         """What `slim` loses: rise of the loss, divergence in nats for each position, or relative squared error."""
         if self._solve:
-            slim = recover(slim, self._original, self._data, rows=ROWS, rounds=0, forward=self._batches.forward)
+            slim = self._recovered(slim, ALL)
         elif self._calibrated:
             slim = recalibrate(slim, self._data, forward=self._batches.forward)
-        if self._measure == "loss":
-            return self._loss(slim) - self._loss(self._original)
-        assert self._whole is not None
-        of = divergence if self._measure == "kl" else squared_error
-        return mean([of(dense, floating(now)) for dense, now in zip(self._whole, self._run(slim), strict=True)])
+        return self._difference(slim, ALL)
 
-    def _loss(self, model: nn.Module) -> float:
+    def lost_when_recovered(self, slim: nn.Module) -> float:
+        """The same once the layers of `slim` are solved again on every other batch, measured on the batches between.
+
+        With a single batch both are done on that one.
+
+        Raises:
+            RecoveryError: its layers cannot be solved on this data.
+        """
+        apart = len(self._data) > 1
+        return self._difference(self._recovered(slim, EVEN if apart else ALL), ODD if apart else ALL)
+
+    def _recovered(self, slim: nn.Module, of: slice) -> nn.Module:
+        return recover(slim, self._original, self._data[of], rows=ROWS, rounds=0, forward=self._batches.forward)
+
+    def _difference(self, slim: nn.Module, of: slice) -> float:
+        if self._measure == "loss":
+            return self._loss(slim, of) - self._loss(self._original, of)
+        assert self._whole is not None
+        between = divergence if self._measure == "kl" else squared_error
+        pairs = zip(self._whole[of], self._run(slim, of), strict=True)
+        return mean([between(dense, floating(now)) for dense, now in pairs])
+
+    def _loss(self, model: nn.Module, of: slice) -> float:
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
-            return mean([(float(self._batches.value(model, b)) * size_of(b), size_of(b)) for b in self._data])
+            return mean([(float(self._batches.value(model, b)) * size_of(b), size_of(b)) for b in self._data[of]])
 
 
 def judge_of(original: nn.Module, recorded: Trace, batches: Batches, options: PlanOptions, score: str) -> Judge:

@@ -2,15 +2,17 @@
 
 Branches stand in an order: what is lost without them over what they save. For a number of them, the model without them
 is planned by widths as any other model is, to what is left to be saved. What each of these networks loses is measured
-on the network itself, so that blocks and channels are weighed on one scale, and neither channels alone nor blocks alone
-can be better than what is chosen by more than the data tell.
+on the network itself, so that blocks and channels are weighed on one scale. Where there is data, the best of them, the
+one with the fewest branches removed and the one with the most are recovered cheaply, and what they still lose decides.
+So neither channels alone nor blocks alone are better than what is chosen by more than the data tell.
 
 For example, with a target that 5 of 12 blocks alone would meet::
 
     tried        0, 1, 3, 4 and 5 blocks, each with as many channels as it then takes
     lost         0.61, 0.44, 0.30, 0.33, 0.52
     around 3     2: 0.35
-    chosen       3 blocks and the channels that go with them
+    recovered    0, 2, 3 and 5 blocks: 0.21, 0.14, 0.15, 0.40
+    chosen       2 blocks and the channels that go with them
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from structprune.depth.removal import Removal, cut_model
 from structprune.depth.scoring import Scorer
 from structprune.errors import PlanError
 from structprune.joint.amounts import Amounts, saved_by
-from structprune.joint.candidates import Candidate, best_of, between
+from structprune.joint.candidates import Candidate, best_of, between, with_recovered
 from structprune.joint.judge import batches_for, judge_of
 from structprune.joint.shares import shares_of
 from structprune.latency.measure import Latency
@@ -73,19 +75,25 @@ class Search:
         example_inputs: what it runs on.
         options: what is asked for; they name blocks or branches.
         plan_widths: plans the channels of a model.
+        asked: what the plan records as asked for; by default the options.
 
     Raises:
         PlanError: nothing may go, or there is nothing to judge by.
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions, plan_widths: PlanWidths
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs,
+        options: PlanOptions,
+        plan_widths: PlanWidths,
+        asked: PlanOptions | None = None,
     ) -> None:
         self._model, self._inputs, self._plan_widths = prunable(model), example_inputs, plan_widths
         batches = batches_for(options, example_inputs).held()
         # Every network is judged on the same batches, also those of a generator.
         held = replace(options, data=batches, loss=None, forward=None) if options.data is not None else options
-        self._asked, self._options = options, held
+        self._asked, self._options = asked or options, held
         with collection_paused():
             self._graph = ChannelGraph(self._model, example_inputs, outputs=_tuple(options.outputs))
             recorded = trace(self._model, example_inputs, operations=op_of)
@@ -95,13 +103,14 @@ class Search:
             ]
         if not self._units:
             named = " and ".join(sorted(options.depth))
-            raise PlanError(f"axes names {named}, and the model has none that may go. See structprune.branches.")
+            raise PlanError(f"{named} are asked for, and the model has none that may go. See structprune.branches.")
         # Blocks are made of branches, and stacks of blocks: a share of them is one of the parts that hold no other.
         self._finest = [item for item in self._units if not any(other.dead < item.dead for other in self._units)]
         self._scorer = Scorer(self._model, recorded, batches)
         self._score = options.branch_score or ("loss" if batches.has_loss else "error")
         self._judge = judge_of(self._model, recorded, batches, options, self._score)
         self._refused: dict[str, str] = {}
+        self._not_recovered = ""
         self._calibration: Calibration | None = None
         self._known: dict[tuple[str, ...], dict[str, float]] = {}
 
@@ -154,7 +163,7 @@ class Search:
             raise PlanError(f"ratio asks for all {len(chosen)} that may go; at least one stays. Ask for less.")
         cut = self._cut(tuple(chosen))
         widths = self._planned(cut, self._of_widths())
-        return self._finished(_joined(cut, widths, len(chosen)), {}, {}, {})
+        return self._finished(joined(cut, widths, len(chosen)), {}, {}, {})
 
     # -- a target ------------------------------------------------------------------------------------------------
 
@@ -176,14 +185,19 @@ class Search:
             tried[count] = self._candidate(sets[count], amounts, limits)
         while (count := between(tried)) is not None and len(tried) < MOST:
             tried[count] = self._candidate(sets[count], amounts, limits)
+        if self._options.data is not None and not self._judge.solves:
+            tried, self._not_recovered = with_recovered(tried, self._lost_when_recovered)
         best = best_of(tried)
         if best is None:
             why = f" Refused: {next(iter(self._refused.items()))}." if self._refused else ""
             raise PlanError(f"The target cannot be met. With {last} branches removed: {tried[last].reason}{why}")
         plan, after = self._kept_to(limits, amounts, sets[best], tried[best])
         if isinstance(plan, DepthPlan):
-            plan = replace(plan, tried=tuple(Tried(n, each.lost) for n, each in sorted(tried.items())))
+            plan = replace(plan, tried=tuple(Tried(n, each.lost, each.recovered) for n, each in sorted(tried.items())))
         return self._finished(plan, before, limits, after)
+
+    def _lost_when_recovered(self, plan: Plan) -> float:
+        return self._judge.lost_when_recovered(plan.apply(self._model))
 
     def _kept_to(
         self, limits: Mapping[str, float], amounts: Amounts, chosen: Chosen, found: Candidate
@@ -248,7 +262,7 @@ class Search:
         except PlanError as error:
             return Candidate(None, reason=str(error))
         slim = widths.apply(cut) if widths.slices else cut
-        return Candidate(_joined(cut, widths, len(chosen)), self._judge.lost(slim))
+        return Candidate(joined(cut, widths, len(chosen)), self._judge.lost(slim))
 
     # -- both ----------------------------------------------------------------------------------------------------
 
@@ -311,6 +325,8 @@ class Search:
         left = {**settings.left, **(plan.removal.settings if isinstance(plan, DepthPlan) else {})}
         if self._refused:
             left["branches"] = "; ".join(f"{name} stays: {reason}" for name, reason in self._refused.items())
+        if self._not_recovered:
+            left["recovery"] = f"what is chosen was compared without recovery: {self._not_recovered}"
         reached = {kind: after[kind] / before[kind] for kind in limits}
         timed = "latency" in limits
         measured = self._measured(*(each["latency"] for each in (before, limits, after))) if timed else {}
@@ -353,7 +369,8 @@ def _removal_of(cut: nn.Module) -> Removal:
     return removal
 
 
-def _joined(cut: nn.Module, widths: Plan, count: int) -> Plan:
+def joined(cut: nn.Module, widths: Plan, count: int) -> Plan:
+    """The plan of `count` branches that are cut and of the channels of what is left."""
     return DepthPlan.of(_removal_of(cut), widths) if count else widths
 
 

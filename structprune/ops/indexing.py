@@ -186,8 +186,12 @@ def _written(z: zeros.ZeroContext) -> zeros.Zeros:
     target, index, value = arguments
     assert isinstance(target, fx.Node)
     before = z.of(target)
+    if isinstance(value, (int, float)) and value == 0:
+        items = _per_dimension(index, len(before)) if not z.put_there else []
+        cut = [isinstance(item, slice) and item != slice(None) for item in items]
+        return before if len(cut) != len(before) else tuple(b and not c for b, c in zip(before, cut, strict=True))
     if not isinstance(value, fx.Node):
-        return before if isinstance(value, (int, float)) and value == 0 else _untouched(before, index)
+        return _untouched(before, index)
     result = list(_untouched(before, index))
     axes, given = z.axes_of(value), z.of(value)
     # x[i, :, 2:4] = v: from the end, dimension 2 of x is the last of v, dimension 1 the one before; i ends the walk.

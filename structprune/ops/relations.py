@@ -117,7 +117,7 @@ class SizeConstraint:
 class ReducesOver:
     """Node `node` reduces or normalises over free channels: over the channels kept, once some are removed.
 
-    `argument` counts in the node's tensor arguments, `dims` are the dimensions reduced and `axes` their channels.
+    `dims` are the dimensions of its first tensor that are reduced, and `axes` their channels.
     """
 
     node: int

@@ -97,9 +97,11 @@ def grid_sample(c: Context, x: Operand, product: Operand, *_: Any, **__: Any) ->
 
 def _padded(z: ZeroContext) -> Zeros:
     """Padding with zeros keeps them."""
-    x = z.of(z.tensors[0])
-    value = arguments(z.node).get("value")
-    return x if not value and len(x) == len(z.axes) else unknown(z)
+    x, before = z.of(z.tensors[0]), z.axes_of(z.tensors[0])
+    if arguments(z.node).get("value") or len(x) != len(z.axes):
+        return unknown(z)
+    same = [axis.size == mine.size for axis, mine in zip(before, z.axes, strict=True)]
+    return tuple(zero and (z.put_there or whole) for zero, whole in zip(x, same, strict=True))
 
 
 @register_op("pad", "constant_pad_nd", zeros=_padded)

@@ -33,10 +33,13 @@ class ZeroContext:
         axes: the axes of every node, by number.
         zeros: what is known of every node before this one, by number.
         pin: called with an axis that an operation sums over where a removed channel is not zero.
+        put_there: whether zeros count that the forward puts there itself, by padding or by writing into a slice.
     """
 
-    def __init__(self, axes: list[Any], zeros: list[Any], pin: Callable[[Axis, fx.Node], None]) -> None:
-        self._rows, self._zeros, self._pin = axes, zeros, pin
+    def __init__(
+        self, axes: list[Any], zeros: list[Any], pin: Callable[[Axis, fx.Node], None], *, put_there: bool = True
+    ) -> None:
+        self._all_axes, self._zeros, self._pin, self.put_there = axes, zeros, pin, put_there
         self.node: fx.Node
         self.axes: Axes = ()
 
@@ -51,7 +54,7 @@ class ZeroContext:
 
     def axes_of(self, node: fx.Node) -> Axes:
         """The axes of a tensor."""
-        return self._rows[node.meta["index"]]
+        return self._all_axes[node.meta["index"]]
 
     def summed(self, node: fx.Node, dim: int) -> None:
         """The operation sums over `dim` of `node`, whose removed channels are not zero there: they must stay."""
@@ -128,6 +131,10 @@ def reduced(z: ZeroContext) -> Zeros:
         if axis.free and axis.key in gone and not zero:
             z.summed(source, dim)
     return moved_first(z)
+
+
+# Rules by which each entry of a result is one of the entries that go in, or a sum over other dimensions of such.
+MOVES: frozenset[ZeroRule] = frozenset({kept, moved, moved_first, repeated, reduced})
 
 
 def by_value(z: ZeroContext) -> Zeros:

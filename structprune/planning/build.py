@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,7 @@ from structprune.coupling.solve import Mask
 from structprune.errors import PlanError
 from structprune.ops.gains import Gain
 from structprune.ops.relations import Ids
+from structprune.planning.built_from_config import Chain
 from structprune.planning.configuration import config_edits
 from structprune.planning.plan import AxisWidth, LayerWidth, Plan, Settings
 from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
@@ -30,26 +31,87 @@ def tensors_of(graph: ChannelGraph) -> dict[str, Tensor]:
     return {name: held.tensor for name, held in held_tensors(graph.model).items()}
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a model's configuration says of the smaller model.
+
+    Attributes:
+        edits: what to set in the configuration, and in attributes that follow from it.
+        reason: why it has to stay as it is; None if it need not.
+    """
+
+    edits: tuple[AttributeEdit, ...] = ()
+    reason: str | None = None
+
+
+def describe(graph: ChannelGraph, chosen: Ids, numbers: Mapping[Chain, int] | None = None) -> Description:
+    """What the configuration says once the components `chosen` and all that is coupled to them are gone.
+
+    Args:
+        graph: the coupled channels.
+        chosen: what goes.
+        numbers: what the configuration is to say, by chains from the model; None to find that out.
+
+    Raises:
+        PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
+    """
+    removed = graph.components.removed(chosen)
+    count = graph.counter(removed)
+    edits = _edits(graph, removed, graph.sizes.values(count), None)
+    return Description(*config_edits(graph, edits, count, numbers))
+
+
 def plan_removal(
-    graph: ChannelGraph, chosen: Ids | GroupedChoice, settings: Settings | None = None, *, config: bool = True
+    graph: ChannelGraph,
+    chosen: Ids | GroupedChoice,
+    settings: Settings | None = None,
+    *,
+    config: bool = True,
+    described: Description | None = None,
 ) -> Plan:
     """The plan that removes the components `chosen` and all that is coupled to them, or other ones of each group.
 
     With `config`, a configuration that the model's class is built from is made to say what the smaller model is (see
-    `structprune.planning.configuration`); it costs building the class on the ``meta`` device twice or more.
+    `structprune.planning.configuration`); it costs building the class on the ``meta`` device twice or more, unless it
+    is `described` already.
 
     Raises:
         PlanError: nothing would be left of some dimension, or some int of the forward could not follow.
     """
     removed = chosen.removed if isinstance(chosen, GroupedChoice) else graph.components.removed(chosen)
     count = graph.counter(removed)
-    slices = _slices(graph, removed, chosen if isinstance(chosen, GroupedChoice) else None)
-    values = graph.check(removed)
+    edits = _edits(graph, removed, graph.check(removed), chosen if isinstance(chosen, GroupedChoice) else None)
+    if described is None:
+        described = Description(*config_edits(graph, edits, count)) if config else Description()
+    return Plan(
+        slices=edits.slices,
+        attribute_edits=(*edits.attribute_edits, *described.edits),
+        rescales=edits.rescales,
+        literal_edits=edits.literal_edits,
+        caches=edits.caches,
+        inputs=edits.inputs,
+        outputs=edits.outputs,
+        layers=_layers(edits.slices),
+        axes=_axes(graph, removed),
+        before=graph.costs.at(lambda axis: axis.size),
+        after=graph.costs.at(count),
+        settings=replace(
+            settings or Settings(),
+            left={**(settings.left if settings else {}), **_left(graph, described.reason)},
+            over_survivors=_norms(graph, removed),
+        ),
+    )
+
+
+def _edits(graph: ChannelGraph, removed: Mask, values: Mapping[Attribute, int], grouped: GroupedChoice | None) -> Edits:
+    """All that changes but the configuration; `values` are those of the attributes that follow."""
+    slices = _slices(graph, removed, grouped)
+    count = graph.counter(removed)
     attribute_edits = tuple(
         AttributeEdit(attribute.module, attribute.chain, graph.read(attribute), new)
         for attribute, new in sorted(values.items(), key=lambda item: str(item[0]))
     )
-    edits = Edits(
+    return Edits(
         slices=slices,
         attribute_edits=attribute_edits,
         rescales=(*_rescales(graph, count, values), *_gains(graph, slices)),
@@ -57,25 +119,6 @@ def plan_removal(
         caches=graph.trace.caches,
         inputs=specify(graph.example_inputs),
         outputs=tuple(graph.outputs) if len(graph.outputs) < len(graph.trace.outputs) else None,
-    )
-    more, unchanged = config_edits(graph, edits, count) if config else ((), None)
-    return Plan(
-        slices=slices,
-        attribute_edits=(*attribute_edits, *more),
-        rescales=edits.rescales,
-        literal_edits=edits.literal_edits,
-        caches=edits.caches,
-        inputs=edits.inputs,
-        outputs=edits.outputs,
-        layers=_layers(slices),
-        axes=_axes(graph, removed),
-        before=graph.costs.at(lambda axis: axis.size),
-        after=graph.costs.at(count),
-        settings=replace(
-            settings or Settings(),
-            left={**(settings.left if settings else {}), **_left(graph, unchanged)},
-            over_survivors=_norms(graph, removed),
-        ),
     )
 
 

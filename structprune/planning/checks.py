@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from structprune.checking import DATA, ON_BATCH, function, is_number, require, shown
+from structprune.checking import DATA, FLAG, ON_BATCH, function, is_number, require, shown, whole
 from structprune.coupling.graph import Layer
 from structprune.coupling.roles import AXES
 from structprune.errors import PlanError
@@ -57,7 +57,7 @@ def check_ratios(name: str, given: Any) -> Ratio | None:
 
 
 def check_target(name: str, given: Any) -> Mapping[str, float] | None:
-    """Amounts by name of `structprune.planning.targets.TARGETS`; None if there is none."""
+    """Amounts by name of `structprune.planning.targets.TARGETS`, or sizes by other names; None if there is none."""
     if given is None:
         return None
     known = ", ".join(TARGETS)
@@ -66,8 +66,8 @@ def check_target(name: str, given: Any) -> Mapping[str, float] | None:
     if not given:
         raise PlanError(f"{name} is empty; give a fraction or an amount for one of {known}.")
     for key, amount in given.items():
-        if key not in TARGETS:
-            raise PlanError(f"{name} names {key!r}; known are {known}.")
+        if key not in TARGETS and not (isinstance(key, str) and is_number(amount) and amount >= 1 and amount % 1 == 0):
+            raise PlanError(f"{name} names {key!r}; known are {known}, and whole numbers of a model's configuration.")
         if not is_number(amount) or amount <= 0:
             raise bad(f"{name}[{key!r}]", amount, "give what is to remain: a fraction, or a number above 1")
     return {key: float(amount) for key, amount in given.items()}
@@ -110,6 +110,12 @@ def check_axes(name: str, given: Any) -> tuple[str, ...] | None:
     if unknown := set(axes) - set(known):
         raise PlanError(f"{name} names {', '.join(sorted(unknown))}; known are {', '.join(known)}.")
     return tuple(sorted(set(axes)))
+
+
+def check_flag(name: str, given: Any) -> bool | None:
+    """True or False; None for the default."""
+    require({name: given}, **{name: FLAG.or_none})
+    return given
 
 
 def check_branch_score(name: str, given: Any) -> str | None:
@@ -179,6 +185,12 @@ def check_min_channels(name: str, given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
         raise bad(name, given, "a group keeps at least 1 channel: give a whole number from 1")
     return int(given)
+
+
+def check_devices(name: str, given: Any) -> int | None:
+    """A whole number from 1; None where no devices share layers."""
+    require({name: given}, **{name: whole(1).or_none})
+    return given
 
 
 def check_max_ratio(name: str, given: Any) -> float:

@@ -16,24 +16,36 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
-import torch
-from torch import nn
+from torch import fx, nn
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.random_removals import Counter
 from structprune.errors import StructpruneError
+from structprune.ops import op_of
+from structprune.ops.arguments import tensors
 from structprune.ops.relations import Axis
+from structprune.planning.built_from_config import (
+    Chain,
+    Place,
+    UnknownError,
+    assign,
+    is_built_from_config,
+    number_at,
+    numbers_in,
+    read_back,
+    rebuilt,
+    state_shapes,
+    tracking_int,
+)
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import AttributeEdit, Edits
 from structprune.tracing.provenance import (
-    Arithmetic,
     Attribute,
     Expression,
     SizeFloat,
@@ -43,43 +55,39 @@ from structprune.tracing.provenance import (
     leaves,
     plain,
 )
-from structprune.tracing.state import INTERNAL, is_config, tracked_object
-from structprune.tracing.trace import preserved_random_state
+from structprune.tracing.state import tracked_object
+from structprune.tracing.trace import Trace, preserved_random_state, trace
 
-Place = tuple[str, tuple[str | int, ...]]
-Numbers = dict[Place, Any]
 Assignment = dict[Attribute, int]
 # Classes are built for the last check; more candidates than these would not be a question of which number is which.
 CANDIDATES = 8
 COMBINATIONS = 4096
 
 
-class _UnknownError(Exception):
-    """The configuration cannot say what the pruned model is; the message says why."""
-
-
-def config_edits(graph: ChannelGraph, edits: Edits, count: Counter) -> tuple[tuple[AttributeEdit, ...], str | None]:
+def config_edits(
+    graph: ChannelGraph, edits: Edits, count: Counter, numbers: Mapping[Chain, int] | None = None
+) -> tuple[tuple[AttributeEdit, ...], str | None]:
     """What to set in ``model.config``, and in attributes that follow from it, so that they describe the pruned model.
 
     Args:
         graph: the graph of the model.
         edits: what the plan changes otherwise.
         count: counts the channels that are left.
+        numbers: what it is to say, by chains from the model; None to find that out.
 
     Returns:
         The edits of attributes, and, where the configuration has to stay as it is, the reason.
     """
-    config = getattr(graph.model, "config", None)
-    if not (edits.slices and is_config(config) and callable(getattr(config, "to_dict", None))):
+    if not (edits.slices or numbers) or not is_built_from_config(graph.model):
         return (), None
     try:
         with preserved_random_state():
-            return _Search(graph, edits, count).run(), None
-    except _UnknownError as reason:
+            return _Search(graph, edits, count).run(numbers), None
+    except UnknownError as reason:
         return (), str(reason)
 
 
-class _ShapesError(_UnknownError):
+class _ShapesError(UnknownError):
     """The class built from it has other shapes, which says little: another choice may have the right ones."""
 
 
@@ -94,21 +102,23 @@ class _Search:
         self._count = count
         self._read = _read_in(graph)
 
-    def run(self) -> tuple[AttributeEdit, ...]:
+    def run(self, numbers: Mapping[Chain, int] | None) -> tuple[AttributeEdit, ...]:
         if self._edits.literal_edits:
-            raise _UnknownError("a size is written as a number in a forward, which the class has from its source")
+            raise UnknownError("a size is written as a number in a forward, which the class has from its source")
         self._compare_with_pruned()
+        if numbers is not None:
+            return self._checked({Attribute("", chain): value for chain, value in numbers.items()})
         fixed = self._fixed()
-        reasons: list[_UnknownError] = []
+        reasons: list[UnknownError] = []
         for assignment in islice(self._assignments(fixed), CANDIDATES):
             try:
                 return self._checked(assignment)
-            except _UnknownError as error:
+            except UnknownError as error:
                 reasons.append(error)
         reasons.sort(key=lambda error: isinstance(error, _ShapesError))  # those that say more first
         if reasons:
             raise reasons[0]
-        raise _UnknownError("no numbers in it give the widths of all layers; name axes so that they are pruned alike")
+        raise UnknownError("no numbers in it give the widths of all layers; name axes so that they are pruned alike")
 
     # -- the class as it is, with formulas -----------------------------------------------------------------------
 
@@ -117,28 +127,32 @@ class _Search:
         config = copy.deepcopy(self._config)
         with ExitStack() as stack:
             tracked_object("", ("config",), config, stack)
-            stack.enter_context(_tracking_int(self._model))
-            base = _built(type(self._model), config)
-            if _shapes(base) != _shapes(self._model):
-                raise _UnknownError("the class built from it has other tensors than this model")
-            self._formulas = _numbers(base)
+            stack.enter_context(tracking_int(self._model))
+            base = rebuilt(type(self._model), config)
+            if state_shapes(base) != state_shapes(self._model):
+                raise UnknownError("the class built from it has other tensors than this model")
+            self._formulas = numbers_in(base)
             self._before = {place: plain(value) for place, value in self._formulas.items()}
             try:
                 apply(base, replace(self._edits, caches=()), inplace=True)
             except StructpruneError as error:
-                raise _UnknownError(f"the class built from it is another than this model ({error})") from error
-            after = _numbers(base)
-        self._shapes = _shapes(base)
+                raise UnknownError(f"the class built from it is another than this model ({error})") from error
+            after = numbers_in(base)
+        self._shapes = state_shapes(base)
         self._known = {place for place, value in after.items() if value is not self._formulas.get(place)}
         self._after = {place: plain(value) for place, value in after.items()}
 
     # -- equations -----------------------------------------------------------------------------------------------
 
-    def _equations(self) -> list[tuple[Expression, Any]]:
-        """Formulas of attributes with the values that they must have afterwards."""
+    def _equations(self, read: bool = True) -> list[tuple[Expression, Any]]:
+        """Formulas of attributes with the values that they must have afterwards.
+
+        With `read`, those too that the forward reads and surgery leaves; they may turn out to decide nothing.
+        """
         found: dict[tuple[Expression, Any], None] = {}
         for place, value in self._formulas.items():
-            if isinstance(value, (SizeInt, SizeFloat)) and (place in self._known or place in self._read):
+            needed = place in self._known or (read and place in self._read)
+            if isinstance(value, (SizeInt, SizeFloat)) and needed:
                 found[value.expression, self._after[place]] = None
         return list(found)
 
@@ -147,7 +161,7 @@ class _Search:
         fixed: Assignment = {}
         for expression, value in self._equations():
             if isinstance(expression, Attribute) and fixed.setdefault(expression, value) != value:
-                raise _UnknownError(
+                raise UnknownError(
                     f"{expression} would have to be {fixed[expression]} for {self._place_of(expression, fixed)} and "
                     f"{value} for {self._place_of(expression, {expression: value})}; name axes or outputs so that all "
                     "that it counts is pruned alike"
@@ -170,16 +184,27 @@ class _Search:
         options: dict[Attribute, list[int]] = {}
         for leaf in sorted(used - fixed.keys(), key=str):
             old = self._value(leaf)
-            others = sorted(left.get(old, set()) - {old}, reverse=True)
+            others = sorted((left.get(old, set()) | self._shrunk(leaf, old)) - {old}, reverse=True)
             if others:
                 options[leaf] = [old, *others]
-        equations = self._equations()
         choices = islice(product(*options.values()), COMBINATIONS)
         ranked = sorted((dict(zip(options, choice, strict=True)) for choice in choices), key=self._changes)
-        for choice in ranked:
-            assignment = {**fixed, **choice}
-            if all(self._holds(e, value, assignment) for e, value in equations):
-                yield assignment
+        fitting: list[Assignment] = []
+        for equations in (self._equations(), self._equations(read=False)):
+            for choice in ranked:
+                assignment = {**fixed, **choice}
+                if assignment not in fitting and all(self._holds(e, value, assignment) for e, value in equations):
+                    fitting.append(assignment)
+                    yield assignment
+
+    def _shrunk(self, leaf: Attribute, old: int) -> set[int]:
+        """The number, shrunk as a width is that it takes part in: 8 heads of 8 channels are 4, if 64 became 32."""
+        found: set[int] = set()
+        for place, value in self._formulas.items():
+            before, after = self._before[place], self._after[place]
+            if place in self._known and type(before) is int and before and leaf in leaves(expression_of(value)):
+                found.add(old * after // before if old * after % before == 0 else old)
+        return found
 
     def _changes(self, assignment: Assignment) -> int:
         return sum(self._value(leaf) != value for leaf, value in assignment.items())
@@ -195,10 +220,7 @@ class _Search:
 
     def _value(self, leaf: Attribute) -> int:
         """The number in the configuration as it is."""
-        value: Any = self._config
-        for step in leaf.chain[1:]:
-            value = value[step] if isinstance(step, int) else getattr(value, step)
-        return plain(value)
+        return plain(number_at(self._config, leaf.chain[1:]))
 
     def _channels_left(self) -> dict[int, set[int]]:
         """How many channels are left of dimensions of each size."""
@@ -216,13 +238,17 @@ class _Search:
         config = copy.deepcopy(self._config)
         for leaf, value in assignment.items():
             if value != self._value(leaf):
-                _assign(config, leaf.chain[1:], value)
-        built = _built(type(self._model), config)
-        self._check_shapes(_shapes(built))
+                assign(config, leaf.chain[1:], value)
+        read_back(config)
+        built = rebuilt(type(self._model), config)
+        self._check_shapes(state_shapes(built))
         self._check_buffers()
         attribute_edits: list[AttributeEdit] = []
-        for place, new in _numbers(built).items():
+        self._doubts: list[str] = []
+        for place, new in numbers_in(built).items():
             attribute_edits += self._compared(place, plain(new))
+        if self._doubts and not self._computes_the_same(built):
+            raise UnknownError(self._doubts[0])
         return tuple(sorted(attribute_edits, key=lambda edit: (edit.module, str(edit.chain))))
 
     def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
@@ -241,9 +267,24 @@ class _Search:
         if new == after or (new == before and place not in self._known):
             return []
         name = ".".join([place[0] or "model", *map(str, place[1])])
-        if place in self._read or place in self._known or type(new) is not int or type(after) is not int:
-            raise _UnknownError(f"{name} is {after} in the pruned model, and would be {new} in one built from it")
+        different = f"{name} is {after} in the pruned model, and would be {new} in one built from it"
+        if place in self._known or type(new) is not int or not isinstance(after, int | None):
+            raise UnknownError(different)
+        if place in self._read:
+            self._doubts.append(different)
         return [AttributeEdit(*place, after, new)]
+
+    def _computes_the_same(self, built: nn.Module) -> bool:
+        """Whether a model runs the very operations of the pruned one, whatever its attributes say.
+
+        A number that the forward reads may decide nothing there: how often heads are repeated, where an operation
+        repeats them by itself.
+        """
+        pruned = rebuilt(type(self._model), copy.deepcopy(self._config))
+        apply(pruned, replace(self._edits, caches=()), inplace=True)
+        return same_operations(
+            *(trace(model, self._graph.example_inputs, operations=op_of) for model in (pruned, built))
+        )
 
     def _check_buffers(self) -> None:
         """Tensors that are not saved are computed anew when the model is loaded."""
@@ -252,65 +293,35 @@ class _Search:
         saved = self._model.state_dict(keep_vars=True).keys()
         for sliced in self._edits.slices:
             if sliced.tensor not in saved or any(re.search(pattern, sliced.tensor) for pattern in omitted):
-                raise _UnknownError(
+                raise UnknownError(
                     f"{sliced.tensor!r} is not saved but computed from it, which cannot leave out the entries that "
                     "were pruned; name axes that leave it whole"
                 )
 
 
-def _assign(config: Any, chain: Sequence[str | int], value: int) -> None:
-    """Set a number in a configuration, without its own checks: those see it whole, when the class is built."""
-    owner, steps = config, list(chain)
-    while len(steps) > 1 and isinstance(steps[1], str):
-        owner = getattr(owner, str(steps.pop(0)))
-    name = str(steps[0])
-    vars(owner)[name] = _replaced(vars(owner)[name], steps[1:], value)
+def same_operations(one: Trace, other: Trace) -> bool:
+    """Whether two forwards run the same operations, on the same tensors and numbers, in the same order."""
+    return _listed(one) == _listed(other)
 
 
-def _replaced(value: Any, steps: Sequence[Any], new: int) -> Any:
-    if not steps:
-        return new
-    items = list(value)
-    items[steps[0]] = _replaced(items[steps[0]], steps[1:], new)
-    return type(value)(items)
+def _listed(recorded: Trace) -> list[tuple[Any, ...]]:
+    number = {node: position for position, node in enumerate(recorded.all_nodes)}
+    return [
+        (
+            node.meta["name"],
+            node.meta.get("shape"),
+            str(node.target) if node.op == "get_attr" else "",
+            str(plain(fx.map_arg((node.args, _telling(node)), lambda n: f"%{number.get(n, -1)}"))),
+        )
+        for node in recorded.all_nodes
+    ]
 
 
-def _built(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module:
-    """An object of the class, without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return kind(config).eval()
-    except Exception as error:  # a constructor may raise anything; it only means that this is no way to build it
-        raise _UnknownError(f"the class cannot be built from it ({type(error).__name__}: {error})") from error
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that a state dict would hold."""
-    return {name: tuple(map(int, tensor.shape)) for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def _numbers(model: nn.Module) -> Numbers:
-    """Every number in the attributes of the modules and of the settings that they hold, by its place."""
-    found: Numbers = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key not in INTERNAL:
-                _collect(found, seen, path, (key,), value)
-    return found
-
-
-def _collect(found: Numbers, seen: set[int], path: str, chain: tuple[str | int, ...], value: Any) -> None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        found[path, chain] = value
-    elif isinstance(value, (tuple, list)) and len(value) <= 64:
-        for i, item in enumerate(value):
-            if isinstance(item, (int, float, tuple)):
-                _collect(found, seen, path, (*chain, i), item)
-    elif is_config(value) and id(value) not in seen:
-        seen.add(id(value))
-        for key, item in vars(value).items():
-            _collect(found, seen, path, (*chain, key), item)
+def _telling(node: fx.Node) -> dict[str, Any]:
+    """The keyword arguments that make a difference: keys are repeated only if they have fewer heads than queries."""
+    heads = {n.meta["shape"][-3] for n in tensors(node)[:2] if len(n.meta["shape"]) > 2}
+    equal = node.meta["name"] == "scaled_dot_product_attention" and len(heads) == 1
+    return {name: value for name, value in node.kwargs.items() if not (equal and name == "enable_gqa")}
 
 
 def _read_in(graph: ChannelGraph) -> set[Place]:
@@ -321,36 +332,3 @@ def _read_in(graph: ChannelGraph) -> set[Place]:
     for node in graph.trace.all_nodes:
         expressions += [number.expression for number in node.meta.get("tracked", ())]
     return {(leaf.module, leaf.chain) for e in expressions for leaf in leaves(e) if isinstance(leaf, Attribute)}
-
-
-class _IntType(type):
-    """The type of `_Int`: ``int(a / b)`` of tracked numbers stays tracked, and ``isinstance(x, int)`` works on."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], SizeFloat):
-            return SizeInt(int(plain(args[0])), Arithmetic("int", int, args[0].expression))
-        return args[0] if len(args) == 1 and isinstance(args[0], SizeInt) else int(*args, **kwargs)
-
-    def __instancecheck__(cls, value: Any) -> bool:
-        return isinstance(value, int)
-
-
-class _Int(metaclass=_IntType):
-    """Takes the place of ``int`` while a constructor runs."""
-
-
-@contextmanager
-def _tracking_int(model: nn.Module) -> Generator[None]:
-    """``int`` keeps track of numbers in the files that define the modules of `model`."""
-    names = {type(module).__module__ for module in model.modules()}
-    files = [vars(sys.modules[name]) for name in names if name in sys.modules and not name.startswith("torch")]
-    changed: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
-    try:
-        for scope in files:
-            changed.append((scope, {"int": scope["int"]} if "int" in scope else {}))
-            scope["int"] = _Int
-        yield
-    finally:
-        for scope, before in changed:
-            del scope["int"]
-            scope.update(before)

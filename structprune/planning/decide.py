@@ -12,27 +12,33 @@ For example, two groups of 8 and 6 channels, a ratio of 0.5 and the global scope
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from math import sqrt
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from structprune.coupling.costs import KeyValueCache
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.coupling.random_removals import Counter
-from structprune.coupling.roles import AXES
+from structprune.errors import PlanError
 from structprune.importance.base import Importance, check_scores, comparable
 from structprune.latency.predict import TimeModel
 from structprune.latency.widths import Widths
 from structprune.ops.relations import Ids
 from structprune.planning.allocation import ENTRIES, SECONDS, Problem, allocate
-from structprune.planning.build import tensors_of
+from structprune.planning.build import Description, describe, tensors_of
+from structprune.planning.built_from_config import is_built_from_config, not_rebuilt
+from structprune.planning.dimensions import chains_of, widths_for
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
 from structprune.planning.ratios import ratio_of
-from structprune.planning.rounding import Rounding, prunable_groups
+from structprune.planning.reasons import left_whole, unsaid, why_nothing
+from structprune.planning.rounding import Rounding, divisors, prunable_groups
 from structprune.planning.scopes import (
     CoupledGroups,
     Curves,
@@ -45,6 +51,10 @@ from structprune.planning.scopes import (
 )
 from structprune.planning.targets import Amounts, Kept, Target, amounts, kept_for, target_of
 from structprune.planning.time_saved import losses_in_states, steps_by_time
+from structprune.planning.uniform import UniformWidths, alike, coupled_by, sayable
+
+# So many widths near those that were decided are tried where a configuration cannot say these.
+NEAREST = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +65,21 @@ class Decision:
         kept: how many channels each group keeps; groups that may not be chosen are left out.
         chosen: the components that go.
         settings: what was asked for and, with a target, what is reached and what was measured.
+        described: what the model's configuration then says, where that was asked.
     """
 
     kept: Mapping[Group, int]
     chosen: Ids
     settings: Settings
+    described: Description | None = None
 
 
 class Ranking:
     """The scores of each group and the order in which its channels go, computed when first asked for."""
 
-    def __init__(self, graph: ChannelGraph, score: Importance) -> None:
+    def __init__(self, graph: ChannelGraph, score: Importance, tensors: Mapping[str, Tensor] | None = None) -> None:
         self._score = score
-        self._tensors = tensors_of(graph)
+        self._tensors = tensors_of(graph) if tensors is None else tensors
         self._order: dict[Group, Ids] = {}
         self.comparable = comparable(score)
         self.scores: dict[Group, np.ndarray] = {}
@@ -103,60 +115,160 @@ def decide_channels(
     Raises:
         PlanError: a target cannot be met, or a name in the options matches nothing.
     """
-    groups = graph.groups()
-    scope = options.scope_or_default
-    check_names(scope, graph)
-    measure = _Measure(graph, ranking, time, options.target or ())
-    before = {} if options.target is None else measure({})
-    target = None if options.target is None else target_of(options.target, before)
-    ratio = ratio_of(graph, options.ratio_or_default if target is None else _guess(target, before))
-    rounding = Rounding(options.round_to, *_placed(graph), options.min_channels, options.max_ratio)
-    steps_measured = [None] * len(groups) if time is None else time.steps(Widths(graph, groups))
-    feasible = {
-        group: rounding.feasible(group, graph.roles, graph.bounds(group), step)
-        for group, step in zip(groups, steps_measured, strict=True)
-    }
-    axes = None if options.width_axes is None else frozenset(options.width_axes)
-    chosen = prunable_groups(graph, ratio, feasible, axes)
-    if scope != "local":
-        ranking.rank(chosen)
-    all_coupled = _coupled(graph, chosen, feasible)
-    steps: Steps
-    if time is not None and (scope in ("global", "per_cost") or isinstance(scope, Curves)):
-        steps = steps_by_time(graph, all_coupled, _losses(all_coupled, scope, ranking), time)
-    else:
-        normalisation = _normalisation(graph, options, ranking)
-        steps = ordered_steps(all_coupled, ranking.scores, scope, graph.roles, ratio, normalisation)
-    reached: dict[str, float] = {}
-    if target is None:
-        kept = steps.kept_at(ratio)
-    else:
-        ranking.rank(chosen)
-        kept = kept_for(
-            steps,
-            target,
-            measure,
-            lambda: _left_whole(graph, chosen, axes),
+    if options.dimensions:
+        return _of_dimensions(graph, options, ranking)
+    deciding = _Deciding(graph, options, ranking, time)
+    return _uniform(deciding) if deciding.uniform else deciding.decision(None)
+
+
+def _uniform(deciding: _Deciding) -> Decision:
+    """One width for each axis over all layers; where the model has a configuration, in steps that it can say."""
+    graph, options = deciding.graph, deciding.options
+    widths = alike(graph)
+    decision = deciding.decision(widths)
+    if not is_built_from_config(graph.model):
+        return decision
+    described = describe(graph, decision.chosen)
+    if described.reason is None:
+        return replace(decision, described=described)
+    if not options.uniform and not_rebuilt(graph.model) is not None:
+        return replace(deciding.decision(None), described=None)
+    all_wanted = options.width_axes is not None or options.uniform is True
+    said = sayable(graph, widths, deciding.feasible, wanted=deciding.chosen, all_wanted=all_wanted)
+    try:
+        tied = deciding.decision(said.widths)
+    except PlanError:  # too little may go so; what was asked for comes before what the configuration can say
+        if options.uniform:
+            raise
+        return replace(decision, described=described)
+    described = describe(graph, tied.chosen)
+    if described.reason is None:
+        return replace(tied, described=described)
+    # Each width can be said, and not those of all: a width that has to be a multiple of the number of heads, say.
+    for kept in islice(said.nearest(tied.kept, deciding.feasible, deciding.meets), NEAREST):
+        near = deciding.decided(kept, said.widths)
+        again = describe(graph, near.chosen)
+        if again.reason is None:
+            return replace(near, described=again)
+    return replace(tied, described=described)
+
+
+def _of_dimensions(graph: ChannelGraph, options: PlanOptions, ranking: Ranking) -> Decision:
+    """The channels that go so that the configuration says exactly what the target asks for.
+
+    Raises:
+        PlanError: the model cannot have these sizes.
+    """
+    numbers = chains_of(graph.model, options.dimensions)
+    reason = "of the channels that may go, none give all of its shapes"
+    for kept in islice(widths_for(graph, numbers), NEAREST):
+        chosen = ranking.removed(kept)
+        described = describe(graph, chosen, numbers)
+        if described.reason is None:
+            settings = Settings(asked=options.recorded(graph))
+            return Decision(kept=kept, chosen=chosen, settings=settings, described=described)
+        reason = described.reason
+    raise PlanError(f"The target cannot be met: {options.dimensions} gives no model to prune to, as {reason}.")
+
+
+class _Deciding:
+    """What is known before the numbers of channels are chosen.
+
+    Args:
+        graph: the coupled channels.
+        options: what is asked for.
+        ranking: the scores of the channels.
+        time: predicts the time of the network, for a target of latency.
+
+    Attributes:
+        uniform: whether all layers get the same widths.
+        feasible: the numbers of channels that each group may keep.
+        chosen: the groups that may lose channels.
+    """
+
+    def __init__(self, graph: ChannelGraph, options: PlanOptions, ranking: Ranking, time: TimeModel | None) -> None:
+        self.graph, self.options, self._ranking, self._time = graph, options, ranking, time
+        groups = graph.groups()
+        self._scope = options.scope_or_default
+        check_names(self._scope, graph)
+        self._measure = _Measure(graph, ranking, time, options.target or ())
+        self._before = {} if options.target is None else self._measure({})
+        self._target = None if options.target is None else target_of(options.target, self._before)
+        self._ratio = ratio_of(
+            graph, options.ratio_or_default if self._target is None else _guess(self._target, self._before)
         )
-        if options.allocates_exactly and all_coupled:
-            losses = [np.append(lost[::-1], 0.0) for lost in _losses(all_coupled, scope, ranking)]
-            problem = Problem(
-                graph=graph,
-                all_coupled=all_coupled,
-                losses=losses,
-                target=target,
-                measure=measure,
-                counter=measure.counter,
-                time=time,
-            )
-            kept = allocate(problem, kept, seconds=SECONDS[options.allocation], entries=ENTRIES[options.allocation])
-        after = measure(kept)
-        reached = {name: after[name] / before[name] for name in target.limits}
-    gone = ranking.removed(kept)
-    left = {} if len(gone) else {"nothing": _why_nothing(graph, options, chosen, feasible)}
-    return Decision(
-        kept=kept, chosen=gone, settings=Settings(asked=options.recorded(graph), reached=reached, left=left)
-    )
+        rounding = Rounding(options.round_to, *_placed(graph), options.min_channels, options.max_ratio)
+        shared = divisors(graph, options.tensor_parallel or 1)
+        steps_measured = [None] * len(groups) if time is None else time.steps(Widths(graph, groups))
+        self.feasible = {
+            group: rounding.feasible(group, graph.roles, graph.bounds(group), step, shared[group])
+            for group, step in zip(groups, steps_measured, strict=True)
+        }
+        self.uniform = options.is_uniform(is_built_from_config(graph.model))
+        self._axes = None if options.width_axes is None else frozenset(options.width_axes)
+        self.chosen = prunable_groups(graph, self._ratio, self.feasible, self._axes, heads_first=self.uniform)
+
+    def decision(self, widths: UniformWidths | None) -> Decision:
+        """The channels that go; with `widths`, so that the groups of each keep the same share.
+
+        Raises:
+            PlanError: a target cannot be met.
+        """
+        graph, ranking = self.graph, self._ranking
+        if self._scope != "local":
+            ranking.rank(self.chosen)
+        all_coupled = _coupled(graph, self.chosen, self.feasible, widths)
+        steps = self._steps(all_coupled)
+        if self._target is None:
+            kept = steps.kept_at(self._ratio)
+        else:
+            ranking.rank(self.chosen)
+            stays = partial(left_whole, graph, self.chosen, self._axes)
+            kept = kept_for(steps, self._target, self._measure, stays)
+            if self.options.allocates_exactly and all_coupled:
+                kept = self._allocated(kept, all_coupled, self._target)
+        return self.decided(kept, widths)
+
+    def _allocated(self, kept: Kept, all_coupled: list[CoupledGroups], target: Target) -> Kept:
+        """What an exact choice keeps in place of the greedy one."""
+        losses = [np.append(lost[::-1], 0.0) for lost in _losses(all_coupled, self._scope, self._ranking)]
+        problem = Problem(
+            graph=self.graph,
+            all_coupled=all_coupled,
+            losses=losses,
+            target=target,
+            measure=self._measure,
+            counter=self._measure.counter,
+            time=self._time,
+        )
+        how = self.options.allocation
+        return allocate(problem, kept, seconds=SECONDS[how], entries=ENTRIES[how])
+
+    def meets(self, kept: Kept) -> bool:
+        """Whether the target, if there is one, is met."""
+        return self._target is None or self._target.misses(self._measure(kept)) <= 0
+
+    def decided(self, kept: Kept, widths: UniformWidths | None) -> Decision:
+        """The decision by which each group keeps so many channels."""
+        graph, options, ranking = self.graph, self.options, self._ranking
+        reached: dict[str, float] = {}
+        if self._target is not None:
+            after = self._measure(kept)
+            reached = {name: after[name] / self._before[name] for name in self._target.limits}
+        gone = ranking.removed(kept)
+        left = {} if len(gone) else {"nothing": why_nothing(graph, options, self.chosen, self.feasible)}
+        if widths is not None and widths.whole:
+            left["axes"] = unsaid(graph, widths)
+        settings = Settings(asked=options.recorded(graph), reached=reached, left=left)
+        return Decision(kept=kept, chosen=gone, settings=settings)
+
+    def _steps(self, all_coupled: list[CoupledGroups]) -> Steps:
+        """The order in which channels go."""
+        scope, ranking = self._scope, self._ranking
+        if self._time is not None and (scope in ("global", "per_cost") or isinstance(scope, Curves)):
+            return steps_by_time(self.graph, all_coupled, _losses(all_coupled, scope, ranking), self._time)
+        normalisation = _normalisation(self.graph, self.options, ranking)
+        return ordered_steps(all_coupled, ranking.scores, scope, self.graph.roles, self._ratio, normalisation)
 
 
 def _placed(graph: ChannelGraph) -> tuple[torch.device, torch.dtype]:
@@ -179,43 +291,6 @@ def _losses(all_coupled: Sequence[CoupledGroups], scope: Scope, ranking: Ranking
     """What coupled groups lose in each state but the whole, where importance is weighed against what is saved."""
     relative = scope != "per_cost" and not ranking.comparable
     return losses_in_states(all_coupled, ranking.scores, scope, relative)
-
-
-# So many of the layers that stay whole are named in a message.
-_NAMED = 5
-
-
-def _left_whole(graph: ChannelGraph, chosen: Sequence[Group], axes: Collection[str] | None) -> str:
-    """What may not go, and why: the channels that layers make, and the groups on axes that were not asked for."""
-    pinned = graph.pinned()
-    weights = [slot for slot in graph.slots if (slot.tensor, slot.dim) in graph.roles.producers]
-    found = [f"{name} ({pinned[name]})" for slot in weights if (name := f"{slot.tensor}, dim {slot.dim}") in pinned]
-    more = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
-    present = {group.axis for group in graph.groups()}
-    others = [axis for axis in AXES if axis in present and axes is not None and axis not in axes]
-    parts = [*found[:_NAMED], *more, *([f"{' and '.join(others)}, as axes= asks"] if others else [])]
-    if not parts:
-        return ""
-    return f" {'Left whole are' if chosen else 'Nothing may go:'} {'; '.join(parts)}."
-
-
-def _why_nothing(
-    graph: ChannelGraph, options: PlanOptions, thinned: Sequence[Group], feasible: Mapping[Group, np.ndarray]
-) -> str:
-    """Why no channel goes, the main reasons."""
-    stuck = [group for group in thinned if len(feasible[group]) == 1]
-    free = [group for group in thinned if len(feasible[group]) > 1]
-    parts: list[str] = []
-    if free and options.target is not None:
-        parts.append("the target is met as it is")
-    elif free:
-        steps = ", ".join(f"{g.name} of {g.channels} goes by {g.channels - feasible[g][-2]}" for g in free[:_NAMED])
-        parts.append(f"the ratio asks for less than half a step of any group: {steps}")
-    if stuck:
-        limits = f"round_to={options.round_to}, min_channels={options.min_channels}, max_ratio={options.max_ratio:g}"
-        parts.append(f"{', '.join(group.name for group in stuck[:_NAMED])}: no smaller width is allowed by {limits}")
-    whole = _left_whole(graph, thinned, None if options.axes is None else frozenset(options.axes))
-    return "; ".join([*parts, *([whole.strip().removesuffix(".")] if whole else [])]) or "the model has no channels"
 
 
 class _Measure:
@@ -250,8 +325,13 @@ class _Measure:
         return self._graph.counter(self._graph.components.removed(self._ranking.removed(kept)))
 
 
-def _coupled(graph: ChannelGraph, groups: Iterable[Group], feasible: Mapping[Group, np.ndarray]) -> list[CoupledGroups]:
-    """The groups one by one, and balanced ones together: none of those is chosen unless all of them are."""
+def _coupled(
+    graph: ChannelGraph,
+    groups: Collection[Group],
+    feasible: Mapping[Group, np.ndarray],
+    widths: UniformWidths | None,
+) -> list[CoupledGroups]:
+    """The groups one by one or by their widths; balanced ones together, and none of those unless all of them."""
     known, chosen = graph.groups(), set(groups)
     found: list[CoupledGroups] = []
     together: set[Group] = set()
@@ -261,6 +341,8 @@ def _coupled(graph: ChannelGraph, groups: Iterable[Group], feasible: Mapping[Gro
         if chosen.issuperset(members):
             allowed = [np.isin(balanced.counts[:, i], feasible[group]) for i, group in enumerate(members)]
             found.append(CoupledGroups(members, _nested(balanced.counts, np.all(allowed, axis=0))))
+    if widths is not None:
+        return coupled_by(widths, graph, groups, feasible) + found
     alone = [CoupledGroups((group,), feasible[group][:, None]) for group in groups if group not in together]
     return alone + found
 

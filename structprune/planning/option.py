@@ -19,11 +19,13 @@ Form = Literal[
     "word",
     "step",
     "count",
+    "devices",
     "share",
     "criterion",
     "maker",
     "function",
     "latency",
+    "flag",
 ]
 
 

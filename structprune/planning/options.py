@@ -14,7 +14,6 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.roles import AXES
-from structprune.errors import PlanError
 from structprune.importance.base import CRITERIA, Importance
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.latency.measure import LATENCY_BACKENDS, Latency
@@ -27,6 +26,8 @@ from structprune.planning.checks import (
     check_axes,
     check_branch_score,
     check_data,
+    check_devices,
+    check_flag,
     check_function,
     check_ignore,
     check_importance,
@@ -39,6 +40,7 @@ from structprune.planning.checks import (
     check_scope,
     check_target,
 )
+from structprune.planning.contradictions import refuse_contradictions
 from structprune.planning.option import Option, as_is, importance_as_json, layers_as_json
 from structprune.planning.ratios import Ratio, ratio_as_json
 from structprune.planning.rounding import RoundTo
@@ -61,7 +63,8 @@ class PlanOptions:
             activations at their peak), ``"kv_cache"`` (bytes of keys and values for each token of a language model),
             ``"channels"`` or ``"latency"``: a fraction, or an amount above 1; several at once if wanted. Latency is
             measured: a fraction of the time that the model takes on the example inputs, or milliseconds; see
-            `latency`.
+            `latency`. Or exact sizes in the words of the model's configuration, such as ``{"intermediate_size": 9216,
+            "num_attention_heads": 24, "num_hidden_layers": 28}``; what is not named stays.
         importance: what a channel is worth: a name (``"l2"``, ``"taylor"``, any of `structprune.importance.CRITERIA`),
             an object of `structprune.importance`, or a callable that gives scores (see
             `structprune.importance.base.Importance`).
@@ -89,6 +92,11 @@ class PlanOptions:
             channels in them, only the one that comes nearer to the ratio: this is ``"widths"``. Whole parts go where
             they are named: ``"blocks"`` (residual blocks, layers of a stack) and ``"branches"`` (attention apart from
             MLP; see `structprune.branches`), alone or beside kinds of channels, as in ``("blocks", "widths")``.
+        uniform: one width for each axis over all layers, whose channels are chosen by score layer by layer; where the
+            model is built from a configuration (``model.config``), in steps that it can say, so that the class built
+            from the new one has the shapes of the pruned model. None: so for such a model, unless `ratio` or `scope`
+            tell layers apart; of its axes those go that the configuration can say, and whole heads before positions in
+            them. Axes that are named go in any case.
         branch_score: what a block or branch is worth: ``"loss"``, how much the loss rises without it, the default where
             there is one; ``"error"``, by how much the outputs change, the default otherwise; ``"kl"``, the divergence
             of the scores of classes or tokens; ``"influence"``, ``"angular"``, ``"taylor"`` or ``"fisher"`` (see
@@ -97,6 +105,8 @@ class PlanOptions:
             fast, and less for narrow layers; 1 does not round. Where no multiple is left, a group stays whole.
         min_channels: no group keeps fewer channels.
         max_ratio: no group loses a greater share of its channels.
+        tensor_parallel: so many devices share each layer: heads, key-value heads and widths that change are multiples
+            of it.
         outputs: names (keys, attributes or positions, dotted if nested) of the outputs that must keep their shape; the
             others may lose channels. By default all keep it.
         latency: where and how the time is measured for a target of latency: `structprune.Latency`; by default in eager
@@ -162,6 +172,10 @@ class PlanOptions:
             plain=as_is,
         ),
     ] = None
+    uniform: Annotated[
+        bool | None,
+        Option(check=check_flag, form="flag", help="One width for each axis over all layers.", plain=as_is),
+    ] = None
     branch_score: Annotated[
         str | None,
         Option(
@@ -182,6 +196,9 @@ class PlanOptions:
     max_ratio: Annotated[
         float, Option(check=check_max_ratio, form="share", help="No group loses a greater share.", plain=as_is)
     ] = 1.0
+    tensor_parallel: Annotated[
+        int | None, Option(check=check_devices, form="devices", help="Devices that share each layer.", plain=as_is)
+    ] = None
     importance: Annotated[
         str | Importance,
         Option(
@@ -246,57 +263,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.check(name, getattr(self, name)))
-        if self.ratio is not None and self.target is not None:
-            raise PlanError(
-                "Both ratio and target are given. A ratio says what each group loses, a target what remains."
-            )
-        if self.target is None and isinstance(self.scope, Curves):
-            raise PlanError(
-                "Curves as a scope say what removing channels costs, not how much is to go: give a target as well."
-            )
-        if self.target is None and self.scope == "per_cost":
-            raise PlanError("scope='per_cost' weighs importance against what is saved: give a target, not a ratio.")
-        if self.latency is not None and not self.times:
-            raise PlanError(
-                "latency says how time is measured, but no target asks for it: target={'latency': 0.5}, say."
-            )
-        if self.scope == "per_cost" and "kv_cache" in (self.target or ()):
-            raise PlanError("scope='per_cost' does not know what a channel saves of the kv_cache; use another scope.")
-        self._check_allocation()
-        self._check_depth()
-
-    def _check_allocation(self) -> None:
-        """An exact choice has a target, and all groups compete for it."""
-        if self.allocation != "exact":
-            return
-        if self.target is None:
-            raise PlanError("allocation='exact' chooses widths for a target, and none is given: target={'macs': 0.5}.")
-        if not self._all_compete:
-            raise PlanError(
-                "allocation='exact' lets all groups compete for the target, and scope says that they do not: give "
-                "scope='global' or 'per_cost'."
-            )
-
-    def _check_depth(self) -> None:
-        """What names or describes layers of the whole model says nothing of what is left without some blocks."""
-        if not self.depth:
-            if self.branch_score is not None:
-                raise PlanError(f"branch_score is {self.branch_score!r}, but axes names no 'blocks' and no 'branches'.")
-            return
-        if callable(self.ratio):
-            raise PlanError("ratio is a function of groups of channels; for blocks give a share, or shares by name.")
-        if isinstance(self.ratio, Mapping) and self.width_axes != ():
-            raise PlanError(
-                "ratio names layers, and axes names blocks beside channels: without the blocks layers have other "
-                "names. Remove the blocks first, then plan the channels of what is left."
-            )
-        if isinstance(self.scope, Curves) or isinstance(self.importance, Curves):
-            raise PlanError(
-                "Curves were measured on the whole model, and without some blocks its groups are others. Remove the "
-                "blocks first, or give a criterion that is not fitted yet, such as structprune.Reconstruction()."
-            )
-        if self.scope is not None and not isinstance(self.scope, str):
-            raise PlanError("scope names layers, which have other names once blocks are gone. Use another scope.")
+        refuse_contradictions(self)
 
     @property
     def depth(self) -> frozenset[str]:
@@ -309,6 +276,11 @@ class PlanOptions:
         if self.axes is None or WIDTHS in self.axes:
             return None
         return tuple(axis for axis in self.axes if axis not in DEPTH)
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The exact sizes that the target asks for, in the words of the model's configuration."""
+        return {name: int(amount) for name, amount in (self.target or {}).items() if name not in TARGETS}
 
     @property
     def times(self) -> bool:
@@ -326,13 +298,21 @@ class PlanOptions:
         return self.scope or ("global" if self.times or self.allocation == "exact" else "local")
 
     @property
-    def _all_compete(self) -> bool:
+    def all_compete(self) -> bool:
+        """Whether all groups compete for what goes."""
         return self.scope_or_default in ("global", "per_cost") or isinstance(self.scope, Curves)
 
     @property
     def allocates_exactly(self) -> bool:
         """Whether the widths of all groups are chosen at once."""
-        return self.allocation != "greedy" and self.target is not None and self._all_compete
+        return self.allocation != "greedy" and self.target is not None and self.all_compete
+
+    def is_uniform(self, configured: bool) -> bool:
+        """Whether all layers get the same widths; by default if the model is built from a configuration."""
+        if self.uniform is not None:
+            return self.uniform
+        told_apart = isinstance(self.ratio, Mapping) or callable(self.ratio)
+        return configured and not told_apart and isinstance(self.scope_or_default, str)
 
     def recorded(self, graph: ChannelGraph) -> dict[str, Any]:
         """What is asked for as plain data, with the names that `graph` has for modules."""
@@ -361,10 +341,12 @@ class PlanKeywords(TypedDict, total=False):
     scope: Scope | None
     allocation: Allocation
     axes: Iterable[str] | None
+    uniform: bool | None
     branch_score: str | None
     round_to: RoundTo
     min_channels: int
     max_ratio: float
+    tensor_parallel: int | None
     importance: str | Importance
     data: Iterable[Any] | Batches | None
     loss: Loss | None

@@ -24,6 +24,8 @@ RoundTo = int | Literal["auto"]
 FINEST = 4
 # With fewer heads than this, channels inside the heads go rather than whole heads.
 FEW = 4
+# What is cut into equal parts where several devices share a layer.
+_SHARED = ("hidden", "mlp", "channels", "heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,24 @@ class Rounding:
     max_ratio: float = 1.0
 
     def feasible(
-        self, group: Group, roles: Roles, bounds: tuple[int, int] = (1, 1), measured: int | None = None
+        self,
+        group: Group,
+        roles: Roles,
+        bounds: tuple[int, int] = (1, 1),
+        measured: int | None = None,
+        divisor: int = 1,
     ) -> np.ndarray:
         """The numbers of channels that `group` may keep, ascending; all of them is always one.
 
         `bounds` are the least number that the forward allows, and what it must be a multiple of. `measured` is the step
         of the layers' widths in which their time falls, if that was measured; it takes the place of ``"auto"``, and
-        below one step parts of it are feasible: layers that read so few channels save by each.
+        below one step parts of it are feasible: layers that read so few channels save by each. Numbers that are not all
+        of them are multiples of `divisor`.
         """
         size = group.channels
-        step = lcm(self.step(group, roles, measured), bounds[1])
-        part = step if measured is None else lcm(self.step(group, roles, max(1, measured // BELOW)), bounds[1])
+        multiple = lcm(bounds[1], divisor)
+        step = lcm(self.step(group, roles, measured), multiple)
+        part = step if measured is None else lcm(self.step(group, roles, max(1, measured // BELOW)), multiple)
         least = max(bounds[0], self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
         found = np.append(np.arange(part, min(step, size), part), np.arange(step, size, step))
         return np.append(found[found >= least], size)
@@ -107,6 +116,28 @@ def _repeat(member: Member, channels: int) -> int:
     return max(1, int(np.gcd.reduce(counts[counts > 0])))
 
 
+def divisors(graph: ChannelGraph, devices: int) -> dict[Group, int]:
+    """What the numbers of channels must be multiples of, so that `devices` share each layer: every group's own number.
+
+    Of key-value heads that each serve several query heads it is enough that one number is a multiple: 8 key-value heads
+    on 4 devices are 4 or 8, with as many query heads each as may be. 2 key-value heads stay whole on 4 devices, with an
+    even number of query heads each.
+    """
+    groups = graph.groups()
+    found = {group: devices if group.axis in _SHARED else 1 for group in groups}
+    numbers = group_numbers(graph.components, groups)
+    for factored in graph.components.factored_axes:
+        inside = [n for factor in _factors(graph, numbers, factored) for n in factor if groups[n].axis == "heads"]
+        for number in inside[1:]:
+            first, other = groups[inside[0]], groups[number]
+            if first.channels % devices:
+                found[first] = first.channels
+                found[other] = devices // gcd(first.channels, devices)
+            else:
+                found[other] = 1
+    return found
+
+
 # -- which groups lose channels --------------------------------------------------------------------------------------
 
 
@@ -115,12 +146,16 @@ def prunable_groups(
     ratio: Callable[[Group], float],
     feasible: Mapping[Group, np.ndarray],
     axes: Collection[str] | None,
+    *,
+    heads_first: bool = False,
 ) -> Sequence[Group]:
     """The groups that lose channels; of a product (heads x head size, groups x channels in a group) one factor only.
 
     The factor is chosen whose nearest feasible number of channels misses the ratio least; whole heads or groups before
     positions inside them where both come as near, if there are at least four of them. A factor of which nothing is to
     be removed is chosen last. Where `axes` names the axes of both factors, both lose channels.
+
+    With `heads_first`, whole heads go before positions inside them, however many there are.
 
     Of 12 heads of 64 channels at a ratio of 0.5, with multiples of 16 for the size: 6 heads miss nothing, and so do 32
     channels of each head, so the heads are chosen. At 0.3, of 8.4 heads 8 may be kept (missed by 3%) and of 44.8
@@ -130,7 +165,7 @@ def prunable_groups(
     wanted = [group for group in groups if axes is None or group.axis in axes]
     numbers = group_numbers(graph.components, wanted)
     factors_of = [_factors(graph, numbers, factored) for factored in graph.components.factored_axes]
-    choice = _FactorChoice(wanted, ratio, feasible, axes is not None)
+    choice = _FactorChoice(wanted, ratio, feasible, axes is not None, heads_first)
     for factors in factors_of:
         choice.decide(factors)
     return [group for number, group in enumerate(wanted) if number not in choice.whole]
@@ -150,6 +185,7 @@ class _FactorChoice:
         ratio: the share that each is to lose.
         feasible: the numbers of channels that each may keep.
         named: whether the user named axes, so that factors on different ones both lose channels.
+        heads_first: whole heads go before positions inside them.
 
     Attributes:
         whole: the groups that stay whole, by number, as another factor of their product loses channels.
@@ -161,8 +197,10 @@ class _FactorChoice:
         ratio: Callable[[Group], float],
         feasible: Mapping[Group, np.ndarray],
         named: bool,
+        heads_first: bool,
     ) -> None:
         self._groups, self._ratio, self._feasible, self._named = groups, ratio, feasible, named
+        self._heads_first = heads_first
         self._chosen: set[int] = set()
         self.whole: set[int] = set()
 
@@ -185,9 +223,10 @@ class _FactorChoice:
     def _keeps_all(self, number: int) -> bool:
         return self._ratio(self._groups[number]) <= 0
 
-    def _miss(self, number: int) -> tuple[bool, float, bool, bool, int]:
+    def _miss(self, number: int) -> tuple[bool, bool, float, bool, bool, int]:
         """How badly a group suits as the factor that loses channels; the smallest is the best."""
         group = self._groups[number]
         wanted = group.channels * (1 - self._ratio(group))
         missed = abs(wanted - nearest(self._feasible[group], wanted)) / group.channels
-        return self._keeps_all(number), missed, group.channels < FEW, group.axis == "head_size", number
+        inside = group.axis == "head_size"
+        return self._keeps_all(number), self._heads_first and inside, missed, group.channels < FEW, inside, number

@@ -17,6 +17,7 @@ from torch import Tensor
 from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import all_reduced
 from structprune.ops.arguments import arguments
+from structprune.recovery.candidates import HeldOut
 from structprune.recovery.chain import (
     Chain,
     ChainWeights,
@@ -92,13 +93,15 @@ class JointSolver:
         producers: of the consumer.
         rows: positions of the result to solve on, of all batches together; whole samples are used.
         rounds: of Gauss-Newton.
+        held_out: samples that are not solved on.
 
     Attributes:
         refused: why they could not be solved together; empty if they could.
     """
 
-    def __init__(self, graph: ChannelGraph, producers: Producers, rows: int, rounds: int) -> None:
+    def __init__(self, graph: ChannelGraph, producers: Producers, rows: int, rounds: int, held_out: HeldOut) -> None:
         self._graph, self._in_trace, self._rows, self._rounds = graph, producers, rows, rounds
+        self._held_out = held_out
         nodes = graph.trace.nodes
         self._producers = [_Producer(layer, nodes[layer.node].meta["name"]) for layer in producers.layers]
         self.refused = ""
@@ -238,8 +241,10 @@ class JointSolver:
         held_out: list[Samples] = []
         rows = min(self._rows, MAX_ENTRIES // state.hidden[0].shape[state.map.channel_dim])
         for number, result in enumerate(state.ours):
-            count = result.shape[0]
-            per_sample = max(1, state.map.positions(result) // count)
+            per_sample = max(1, state.map.positions(result) // result.shape[0])
+            count = self._held_out.solved_on(number, result.shape[0])
+            if not count:
+                continue
             used = min(count, max(2, -(-rows // (per_sample * len(state.ours)))))
             split = max(1, count - max(1, count // HELD_OUT)) if count > 1 else 1
             batch = self._batch(number, state)

@@ -19,6 +19,7 @@ from structprune.distributed import all_reduced
 from structprune.ops import op_of
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
+from structprune.recovery.candidates import HeldOut
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
 from structprune.recovery.layers import Consumer, kept_indices, norm_scale, uses_batch_statistics
@@ -41,6 +42,7 @@ class LayerSolver:
         consumer: the layer.
         rows: positions of all batches together to solve on.
         seed: of the draw of positions.
+        held_out: samples that are not solved on.
         rounds: of solving the layer together with its producers; none with 0.
 
     Attributes:
@@ -49,18 +51,28 @@ class LayerSolver:
     """
 
     def __init__(
-        self, graph: ChannelGraph, removed: Mask, consumer: Consumer, rows: int, seed: int, rounds: int = 0
+        self,
+        graph: ChannelGraph,
+        removed: Mask,
+        consumer: Consumer,
+        rows: int,
+        seed: int,
+        held_out: HeldOut,
+        rounds: int = 0,
     ) -> None:
         self.consumer = consumer
         self.refused = ""
         producers = producers_of(graph, consumer) if rounds else "not asked for"
         self._no_producers = producers if isinstance(producers, str) else ""
-        self._joint = None if isinstance(producers, str) else JointSolver(graph, producers, JOINT_ROWS * rows, rounds)
+        self._joint = None
+        if not isinstance(producers, str):
+            self._joint = JointSolver(graph, producers, JOINT_ROWS * rows, rounds, held_out)
         self._name: str = graph.trace.nodes[consumer.node].meta["name"]
         self._target_name: str = graph.trace.nodes[consumer.target].meta["name"]
         dims = graph.channels.axes[consumer.target]
         self._kept = [kept_indices(graph, removed, row) for row in dims if isinstance(row, Axis)]
         self._rows = rows
+        self._held_out = held_out
         self._random = torch.Generator().manual_seed(seed + consumer.node)
         self._pauses: list[Pause] = []
         self._map: LinearMap | None = None
@@ -197,7 +209,7 @@ class LayerSolver:
         power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
         quota = max(1, self._rows // len(ours))
         for number, (result, expected) in enumerate(zip(ours, goal, strict=True)):
-            for part, positions in enumerate(self._positions(result, quota)):
+            for part, positions in enumerate(self._positions(number, result, quota)):
                 # What is empty would still be split into one part.
                 for some in positions.to(result.device).split(self._chunk(result)) if len(positions) else ():
                     x, y, size = self._rows_at(number, result, expected, some)
@@ -210,12 +222,13 @@ class LayerSolver:
             each.reduce()
         return sums[0], sums[1], float(all_reduced(power))
 
-    def _positions(self, result: Tensor, quota: int) -> tuple[Tensor, Tensor]:
-        """Flat positions to solve on, and those held out: the last fifth of the batch, so that samples stay whole.
+    def _positions(self, number: int, result: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+        """Flat positions to solve on, and those to choose the ridge by: the last fifth, so that samples stay whole.
 
-        A result (10, 4, 5, 5) has 250 positions; those below 200, in the first eight samples, are solved on.
+        A result (11, 4, 5, 5) has 275 positions. If one sample is held out from all solving, 250 are left; those below
+        200, in the first eight samples, are solved on.
         """
-        total = result.numel() // result.shape[self._channel_dim]
+        total = self._held_out.solved_on(number, result.numel() // result.shape[self._channel_dim])
         drawn = torch.arange(total)
         if quota < total:
             drawn = torch.randint(total, (quota,), generator=self._random).sort().values

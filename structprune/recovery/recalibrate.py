@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -58,26 +58,45 @@ def _recalibrated(model: nn.Module, batches: list[Any]) -> nn.Module:
     nobody_failed()
     result = copy.deepcopy(model, _memo(held_tensors(model), {}))
     traced = trace(result, batches[0], op_of)
-    norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(traced)}
-    own = {name: held.tensor for name, held in held_tensors(result).items()}
-    with preserved_random_state(), torch.no_grad(), swapped_tensors(result, copy_buffer, track=False):
-        result.eval()
-        tensors = {name: held.tensor for name, held in held_tensors(result).items()}
-        with parallel_runs(BatchRun, result, batches, traced, set(norms)) as runs:
-            for event, node in norms.items():
-                values = _statistics([run.run_to(event) for run in runs])
-                if not all(bool(torch.isfinite(value).all()) for value in values):
-                    norm = str(arguments(node)["running_mean"].target).rpartition(".")[0]
-                    raise RecoveryError(
-                        f"The batch norm {norm!r} gets NaN or infinite values on data, and so would its statistics be. "
-                        "Check the data and the weights."
-                    )
-                for key, value in zip(_STATISTICS, values, strict=True):
-                    name = str(arguments(node)[key].target)
-                    # The model runs on copies of its buffers.
-                    tensors[name].copy_(value)
-                    own[name].data.copy_(value)
+    with preserved_random_state(), torch.no_grad():
+        set_statistics(result, batches, traced)
     return result
+
+
+def set_statistics(model: nn.Module, batches: Sequence[Any], traced: Trace) -> dict[str, Tensor]:
+    """Give the batch norms of a model their statistics on the batches, in place; the new ones, by name.
+
+    Args:
+        model: its mode stays as it was.
+        batches: what goes into it.
+        traced: of this model, or of one with the same operations.
+
+    Raises:
+        RecoveryError: a norm gets a single value of each channel, or NaN.
+    """
+    norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(traced)}
+    own = {name: held.tensor for name, held in held_tensors(model).items()}
+    found: dict[str, Tensor] = {}
+    with (
+        swapped_tensors(model, copy_buffer, track=False),
+        parallel_runs(BatchRun, model.eval(), batches if norms else (), traced, set(norms)) as runs,
+    ):
+        # The model runs on copies of its buffers.
+        tensors = {name: held.tensor for name, held in held_tensors(model).items()}
+        for event, node in norms.items():
+            values = _statistics([run.run_to(event) for run in runs])
+            if not all(bool(torch.isfinite(value).all()) for value in values):
+                norm = str(arguments(node)["running_mean"].target).rpartition(".")[0]
+                raise RecoveryError(
+                    f"The batch norm {norm!r} gets NaN or infinite values on data, and so would its statistics be. "
+                    "Check the data and the weights."
+                )
+            for key, value in zip(_STATISTICS, values, strict=True):
+                name = str(arguments(node)[key].target)
+                tensors[name].copy_(value)
+                own[name].data.copy_(value)
+                found[name] = value
+    return found
 
 
 _STATISTICS = ("running_mean", "running_var")

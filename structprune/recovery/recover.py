@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 from structprune.checking import MODEL, ON_BATCH, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.solve import Mask
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.recovery.batches import Forward, batches_of
+from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
 from structprune.recovery.layer_solver import LayerSolver
-from structprune.recovery.layers import consumers
+from structprune.recovery.layers import Consumer, consumers
 from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
+from structprune.recovery.recalibrate import set_statistics
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
@@ -29,6 +33,8 @@ from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import map_tensors, preserved_random_state
 
 HALF = (torch.float16, torch.bfloat16)
+AS_GIVEN, RECALIBRATED = "as given", "norms recalibrated"
+SOLVED_ALONE, SOLVED_WITH_PRODUCERS = "layers solved", "layers solved with producers"
 
 
 def recover(
@@ -57,6 +63,11 @@ def recover(
     squares by conjugate gradients, a few times over, on four fifths of the samples. A step is made only if it lowers
     the error on the other samples. Where that helped, a last step uses all samples, and is made if the error on all of
     them falls; the errors that the report gives are those before it.
+
+    One of 16 samples is kept out of all this, and at least one of each batch. On these the output of the solved model
+    is compared with that of `slim` and of `slim` with its batch norms recalibrated, and the best of the three is
+    returned: with few samples, solving may fit what is an accident of them. `recovery_report` tells the errors, and
+    which model was kept. With fewer than five samples none is held out, and they are compared on all.
 
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); here each layer also corrects the errors of the layers before it.
@@ -122,7 +133,7 @@ def _in_stages(
         report = recovery_report(original)
         layers += report.layers
         skipped |= report.skipped
-    keep_report(original, RecoveryReport(tuple(layers), skipped))
+    keep_report(original, replace(recovery_report(original), layers=tuple(layers), skipped=skipped))
     return original
 
 
@@ -138,17 +149,61 @@ def _recovered(
         graph = ChannelGraph(original, batches[0])
         removed = removed_components(graph, edits)
         begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
-        solvers = [
-            LayerSolver(graph, removed, consumer, rows, seed, rounds)
-            for consumer in consumers(graph, removed, begins, without)
-        ]
+        layers = consumers(graph, removed, begins, without)
         with preserved_random_state(), torch.no_grad():
-            layers = _solve_in_order(recovered, original, batches, graph, solvers)
+            report = _best(recovered, original, batches, _Solving(graph, removed, layers, rows, seed), rounds)
     if shorter is not None:
         recovered = shorter.shortened(slim)
-    skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
-    keep_report(recovered, RecoveryReport(tuple(layers), skipped))
+    keep_report(recovered, report)
     return recovered
+
+
+@dataclass(frozen=True, slots=True)
+class _Solving:
+    """What solving the layers of a model needs: the graph of the original, what was removed, what is to be solved."""
+
+    graph: ChannelGraph
+    removed: Mask
+    layers: list[Consumer]
+    rows: int
+    seed: int
+
+    def solvers(self, held_out: HeldOut, rounds: int) -> list[LayerSolver]:
+        """A solver for each layer."""
+        return [
+            LayerSolver(self.graph, self.removed, layer, self.rows, self.seed, held_out, rounds)
+            for layer in self.layers
+        ]
+
+
+def _best(
+    recovered: nn.Module, original: nn.Module, batches: list[Any], solving: _Solving, rounds: int
+) -> RecoveryReport:
+    """Give `recovered` the weights of the best candidate, and tell what was done.
+
+    Layers are solved from the better of the model as given and the same with its norms recalibrated: the ridge pulls
+    towards where they start. If producers were solved too and the result is worse than that, layers alone are tried.
+    """
+    held_out = HeldOut.of(batches)
+    candidates = Candidates(solving.graph, solving.removed, original, batches, held_out)
+    candidates.offer(AS_GIVEN, recovered)
+    if solving.layers and held_out.count and set_statistics(recovered, batches, solving.graph.trace):
+        candidates.offer(RECALIBRATED, recovered)
+    reports: list[LayerRecovery] = []
+    skipped: dict[str, str] = {}
+    better = not solving.layers
+    for count in dict.fromkeys((rounds, 0)):
+        if better or (reports and not any(row.producers for row in reports)):
+            break
+        candidates.restore(recovered)
+        solvers = solving.solvers(held_out, count)
+        reports, results = _solve_in_order(recovered, original, batches, solving.graph, solvers)
+        skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
+        better = candidates.offer(SOLVED_WITH_PRODUCERS if count else SOLVED_ALONE, recovered, results)
+    candidates.restore(recovered)
+    if not better:  # nothing that was solved is returned
+        reports = [replace(row, after=row.before, changed=False, producers=()) for row in reports]
+    return RecoveryReport(tuple(reports), skipped, tuple(candidates.tried), candidates.kept, candidates.samples)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -164,7 +219,7 @@ def _widened(original: nn.Module, recovered: nn.Module) -> Generator[bool]:
     """Both models in float32 if any of their tensors is in half precision; yields whether one is.
 
     Half precision cannot tell the errors that are left from its own rounding, and conjugate gradients do not converge
-    in it. Afterwards the parameters of `recovered` are the solved ones, rounded.
+    in it. Afterwards the tensors of `recovered` are the solved ones, rounded.
     """
     before = {name: held.tensor for name, held in held_tensors(recovered).items()}
     others = (held.tensor for held in held_tensors(original).values())
@@ -174,7 +229,7 @@ def _widened(original: nn.Module, recovered: nn.Module) -> Generator[bool]:
     with swapped_tensors(original, _wide, track=False), swapped_tensors(recovered, _wide, track=False):
         yield True
         for name, held in held_tensors(recovered).items():
-            if name in before and isinstance(before[name], nn.Parameter):
+            if name in before:
                 before[name].data.copy_(held.tensor)
 
 
@@ -215,11 +270,12 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
 
 def _solve_in_order(
     slim: nn.Module, original: nn.Module, batches: list[Any], graph: ChannelGraph, solvers: list[LayerSolver]
-) -> list[LayerRecovery]:
-    """Solve layer after layer while all batches pass once through both models; the reports, in that order.
+) -> tuple[list[LayerRecovery], list[Any]]:
+    """Solve layer after layer while all batches pass once through both models.
 
-    At each event all batches pause in the pruned model. Solvers that only observe it keep what they need. One whose
-    target it is also gets the original's results there; it is solved, and the batches go on with its new weight.
+    The reports on the layers are returned in that order, and what the solved model returns on each batch. At each
+    event all batches pause in the pruned model. Solvers that only observe it keep what they need. One whose target it
+    is also gets the original's results there; it is solved, and the batches go on with its new weight.
     """
     schedule = _schedule(solvers)
     targets = {solver.target for solver in solvers}
@@ -245,7 +301,8 @@ def _solve_in_order(
                         _require_numbers(results, of, solver.consumer.layer)
                     report = solver.solve(ours, goal, tensors)
                     reports += [report] if report is not None else []
-    return reports
+            results = [run.finish() for run in slim_runs]
+    return reports, results
 
 
 def _require_numbers(results: list[Tensor], of: str, layer: str) -> None:

@@ -47,16 +47,36 @@ class LayerRecovery:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that `recover` might return.
+
+    Attributes:
+        name: what was done to it.
+        error: of its output: the root of the mean squared difference over the root mean square of the original's.
+    """
+
+    name: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryReport:
     """What `recover` did. See `structprune.recovery_report` for an example.
 
     Attributes:
         layers: in the order in which they were solved.
         skipped: layers whose input has changed but that could not be solved, with the reason.
+        candidates: the models that were compared; of one made again step by step, those of the last step.
+        kept: name of the one that was returned: that with the least error.
+        held_out: samples that no layer was solved on, and that the candidates were compared on. With 0 there were too
+            few, and they were compared on all.
     """
 
     layers: tuple[LayerRecovery, ...]
     skipped: dict[str, str]
+    candidates: tuple[Candidate, ...] = ()
+    kept: str = ""
+    held_out: int = 0
 
     def __repr__(self) -> str:
         """How many layers were solved; the table is in ``print(report)``."""
@@ -77,6 +97,9 @@ class RecoveryReport:
         text = io.StringIO()
         console = Console(file=text, width=120)
         console.print(table)
+        for candidate in self.candidates:
+            mark = ", kept" if candidate.name == self.kept else ""
+            console.print(f"output, {candidate.name}: error {candidate.error:.4f}{mark}", highlight=False)
         for layer, reason in self.skipped.items():
             console.print(f"{layer} is as it was: {reason}", highlight=False)
         return text.getvalue().rstrip()

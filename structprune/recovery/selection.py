@@ -27,9 +27,10 @@ from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, PrefixCache, Side, output_of, parallel_runs
 from structprune.recovery.prices import prices
+from structprune.recovery.probes import Probes
 from structprune.tracing.replay import FoundCall, Hook
 from structprune.tracing.state import copy_buffer, swapped_tensors
-from structprune.tracing.trace import preserved_random_state, tensors_in
+from structprune.tracing.trace import preserved_random_state
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -153,7 +154,8 @@ class Reconstruction:
     Args:
         per: what a channel saves: ``"macs"`` or ``"params"``.
         levels: shares of a group's channels to remove for measuring.
-        probes: number of samples to measure on, at least one batch.
+        probes: number of samples to measure on, at least one batch: those that come first. Consumers are not solved on
+            them if the others are at least as many; else they are solved on the first three quarters of each batch.
         rows: positions of all batches together that second moments are computed on.
         axes: kinds of channels to rank, as for `structprune.plan`; by default all.
         distance: from the dense and the changed output, summed over samples; by default `divergence`;
@@ -226,8 +228,9 @@ class Reconstruction:
         consumers = {number: members for number, group in groups.items() if (members := group_consumers(graph, group))}
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
-            removals = self._removals(graph, consumers, data)
-            distances = self._distances(graph, consumers, removals, _first(data, self.probes))
+            probes = Probes.among(data, self.probes)
+            removals = self._removals(graph, consumers, data, probes)
+            distances = self._distances(graph, consumers, removals, probes)
             curves: dict[Key, _Curve] = {}
             for number, removal in removals.items():
                 group = groups[number]
@@ -247,7 +250,7 @@ class Reconstruction:
         return max(1.0, float(getattr(full, self.per) - getattr(less, self.per)))
 
     def _removals(
-        self, graph: ChannelGraph, consumers: dict[int, list[GroupConsumer]], data: Sequence[Any]
+        self, graph: ChannelGraph, consumers: dict[int, list[GroupConsumer]], data: Sequence[Any], probes: Probes
     ) -> dict[int, _Removal]:
         """For each group the order in which its channels are removed, while all data pass once through the model.
 
@@ -257,6 +260,7 @@ class Reconstruction:
             graph: of the model.
             consumers: of each group, by its number.
             data: batches.
+            probes: which of them are for measuring.
         """
         events = sorted({(consumer.number, Side.BEFORE) for group in consumers.values() for consumer in group})
         last = {number: max(consumer.number for consumer in group) for number, group in consumers.items()}
@@ -266,7 +270,7 @@ class Reconstruction:
             for event in events:
                 pauses = [run.run_to(event) for run in runs]
                 here = [(n, c) for n, group in consumers.items() for c in group if c.number == event[0]]
-                xx, matrix = self._moments(here[0][1].node, pauses)
+                xx, matrix = self._moments(here[0][1].node, pauses, probes)
                 for number, consumer in here:
                     moments[number, event[0]] = ConsumerMoments(xx, matrix, consumer.places.to(xx.device))
                 for number in {n for n, _ in here if last[n] == event[0]}:
@@ -279,7 +283,7 @@ class Reconstruction:
         changes = [[consumer.change(order[:count]) for consumer in consumers] for count in self._counts(group)]
         return _Removal(order.cpu().numpy(), error.cpu().numpy(), changes)
 
-    def _moments(self, node: fx.Node, pauses: list[Pause]) -> tuple[Tensor, Tensor]:
+    def _moments(self, node: fx.Node, pauses: list[Pause], probes: Probes) -> tuple[Tensor, Tensor]:
         """Second moments of a consumer's features with the intercept last, and its matrix with a row of zeros.
 
         Shapes ``(features + 1, features + 1)`` and ``(features + 1, outputs)``.
@@ -289,11 +293,14 @@ class Reconstruction:
         generator = torch.Generator().manual_seed(self.seed + node.meta["index"])
         matrix = layer.matrix_of(argument(name, "weight", pauses[0].args, pauses[0].kwargs)).double()[0]
         xx = torch.zeros(layer.features + 1, layer.features + 1, dtype=torch.float64, device=matrix.device)
-        quota = max(1, self.rows // len(pauses))
-        for pause in pauses:
+        used = [number for number in range(len(pauses)) if probes.seen(number, 1.0) > 0]
+        quota = max(1, self.rows // max(1, len(used)))
+        for number in used:
+            pause = pauses[number]
             x: Tensor = argument(name, "input", pause.args, pause.kwargs)
             # The operation has not run: its result has the spatial sizes of the trace, and the samples of this batch.
             total = x.shape[0] * int(np.prod(node.meta["shape"][2:])) if layer.kernel else x.numel() // x.shape[-1]
+            total = max(1, int(probes.seen(number, total)))
             drawn = torch.arange(total)
             if quota < total:
                 drawn = torch.randint(total, (quota,), generator=generator).sort().values
@@ -309,7 +316,7 @@ class Reconstruction:
         graph: ChannelGraph,
         consumers: dict[int, list[GroupConsumer]],
         removals: dict[int, _Removal],
-        probes: Sequence[Any],
+        probes: Probes,
     ) -> dict[int, list[float]]:
         """For each group, how far the output moves at each level; forwards share what precedes its consumers.
 
@@ -319,11 +326,12 @@ class Reconstruction:
             removals: the same.
             probes: batches to measure on.
         """
-        outputs = [output_of(graph.model, batch, {}, graph.trace) for batch in probes]
+        measured = probes.batches
+        outputs = [output_of(graph.model, batch, {}, graph.trace) for batch in measured]
         starts = {number: min(consumer.number for consumer in consumers[number]) for number in removals}
         distances: dict[int, list[float]] = {}
         events = {(start, Side.BEFORE) for start in starts.values()}
-        with parallel_runs(PrefixCache, graph.model, probes, graph.trace, events) as caches:
+        with parallel_runs(PrefixCache, graph.model, measured, graph.trace, events) as caches:
             for event in sorted(events):
                 for cache in caches:
                     cache.run_to(event)
@@ -333,24 +341,14 @@ class Reconstruction:
                         hooks = _changing_hooks(consumers[number], changes)
                         moved = [
                             self.distance(
-                                dense, cache.output_from(event[0], graph.model, batch, hooks, graph.trace)
+                                probes.unseen(dense),
+                                probes.unseen(cache.output_from(event[0], graph.model, batch, hooks, graph.trace)),
                             ).double()
-                            for batch, cache, dense in zip(probes, caches, outputs, strict=True)
+                            for batch, cache, dense in zip(measured, caches, outputs, strict=True)
                         ]
                         totals.append(torch.stack(moved).sum())
                     distances[number] = all_reduced(torch.stack(totals)).tolist()
         return distances
-
-
-def _first(data: Sequence[Any], samples: int) -> list[Any]:
-    """The first batches that together hold so many samples."""
-    chosen: list[Any] = []
-    for batch in data:
-        chosen.append(batch)
-        samples -= next((t.shape[0] for t in tensors_in(batch) if t.dim()), 1)
-        if samples <= 0:
-            break
-    return chosen
 
 
 # -- changed consumers -----------------------------------------------------------------------------------------------

@@ -158,8 +158,9 @@ def _check_numbers(plan: Edits) -> None:
     """
     largest = max((sliced.size for sliced in plan.slices), default=0)
     for edit in (*plan.attribute_edits, *plan.literal_edits):
-        limit = max(abs(edit.old), largest) if isinstance(edit, AttributeEdit) else abs(edit.old)
-        if abs(edit.new) > limit or (edit.new < 0) > (edit.old < 0) or (edit.new > 0) > (edit.old >= 0):
+        old = edit.old or 0
+        limit = max(abs(old), largest) if isinstance(edit, AttributeEdit) else abs(old)
+        if abs(edit.new) > limit or (edit.new < 0) > (old < 0) or (edit.new > 0) > (old >= 0):
             what = ".".join(map(str, edit.chain)) if isinstance(edit, AttributeEdit) else "a literal"
             raise SurgeryError(
                 f"The plan sets {what} of {edit.module or 'the model'} from {edit.old} to {edit.new}, which is no "
@@ -180,7 +181,7 @@ def _set_attribute(model: nn.Module, edit: AttributeEdit, undo: list[Callable[[]
     except (AttributeError, IndexError, TypeError, KeyError) as error:
         raise SurgeryError(f"{what} is not there. Make a new plan for this model.") from error
     # A plan may come from a file: it sets numbers that count channels, and nothing else.
-    if type(now) not in (int, SizeInt) or now not in (edit.old, edit.new):
+    if not (now is None or type(now) in (int, SizeInt)) or now not in (edit.old, edit.new):
         raise SurgeryError(f"{what} is {now}, where the plan expects {edit.old}. Make a new plan for this model.")
     try:
         set_attribute(owner, name, _replaced(old, steps[1:], edit.new), undo)

@@ -46,11 +46,11 @@ class SectionedSlice(RemovedSlice):
 
 @dataclass(frozen=True, slots=True)
 class AttributeEdit:
-    """The attribute at `chain` of the module `module` becomes `new`."""
+    """The attribute at `chain` of the module `module` becomes `new`; it was None where another number gave the size."""
 
     module: str
     chain: tuple[str | int, ...]
-    old: int
+    old: int | None
     new: int
 
 
@@ -158,11 +158,16 @@ def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:
                 f"The forward of {path or 'the model'} no longer holds the literals {[r.old for r in literals]} that "
                 "the plan rewrites. Make a new plan for this model."
             )
-        classes[path] = _rewritten(model.get_submodule(path), path, graph)
+        classes[path] = rewritten_forward(model.get_submodule(path), path, graph)
     return classes
 
 
-def _rewritten(module: nn.Module, path: str, graph: fx.Graph) -> Rewritten:
+def rewritten_forward(module: nn.Module, path: str, graph: fx.Graph) -> Rewritten:
+    """What `install` takes to make `graph` the forward of `module`, which is at `path`.
+
+    Raises:
+        SurgeryError: the module keeps further graphs, which would still be what they are.
+    """
     if not isinstance(module, fx.GraphModule):
         return rewritten_class(type(module), graph)
     # Its copies are built from its graph: a class with another forward would be forgotten by them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -86,6 +86,16 @@ def _sliced(tensor: Tensor, slices: list[RemovedSlice], stays: KeptIndices) -> T
         if result.numel() == 0 or _shares(result, tensor)
         else result
     )
+
+
+def smaller_tensor(tensor: Tensor, plan: Edits, names: Collection[str]) -> Tensor:
+    """What a plan makes of one tensor, which the model holds under `names`, in memory of its own."""
+    slices = [sliced for sliced in plan.slices if sliced.tensor in names]
+    result = _sliced(tensor, slices, KeptIndices())
+    for rescale in plan.rescales:
+        if isinstance(rescale, Rescale) and rescale.tensor in names:
+            result = _rescaled(result, rescale, slices)
+    return result.contiguous()
 
 
 def _shares(result: Tensor, tensor: Tensor) -> bool:

@@ -79,21 +79,29 @@ def _specified(value: Any, known: dict[int, int]) -> Any:
     return {"value": value if isinstance(value, (bool, int, float, str, type(None))) else None}
 
 
-def unspecify(data: Any) -> Any:
-    """Stand-ins on the ``meta`` device for what `specify` described."""
-    return _made(data, [])
+def unspecify(data: Any, *, ones: bool = False) -> Any:
+    """Stand-ins on the ``meta`` device for what `specify` described.
+
+    With `ones`, whole numbers and flags are ones that have values, for forwards that look at masks.
+    """
+    return _made(data, [], ones)
 
 
-def _made(data: Any, known: list[Tensor]) -> Any:
+def _made(data: Any, known: list[Tensor], ones: bool) -> Any:
     if "again" in data:
         return known[data["again"]]
     if "tensor" in data:
-        known.append(torch.empty(data["tensor"], dtype=getattr(torch, data["dtype"]), device="meta"))
+        dtype = getattr(torch, data["dtype"])
+        if ones and not (dtype.is_floating_point or dtype.is_complex):
+            # One number for all entries: a plan may come from a file, and name any shape.
+            known.append(torch.ones((), dtype=dtype).expand(data["tensor"]))
+        else:
+            known.append(torch.empty(data["tensor"], dtype=dtype, device="meta"))
         return known[-1]
     if "tuple" in data:
-        return tuple(_made(item, known) for item in data["tuple"])
+        return tuple(_made(item, known, ones) for item in data["tuple"])
     if "list" in data:
-        return [_made(item, known) for item in data["list"]]
+        return [_made(item, known, ones) for item in data["list"]]
     if "dict" in data:
-        return {key: _made(item, known) for key, item in data["dict"].items()}
+        return {key: _made(item, known, ones) for key, item in data["dict"].items()}
     return data["value"]

@@ -261,7 +261,7 @@ class _Rehearsal(Recorder):
         foreseen = self._widths.shape(node.meta["index"])
         if not isinstance(shape, list):
             return self._made(node, foreseen)
-        parts = {user.args[1]: user for user in node.users if user.meta["name"] == "part"}
+        parts = {user.args[1]: user for user in node.users if user.meta.get("name") == "part"}
         items = [
             None if item is None or i not in parts else self._made(parts[i], tuple(item))
             for i, item in enumerate(foreseen)
@@ -295,7 +295,7 @@ class _Rehearsal(Recorder):
         self._compare(recorded, args, node, ("args",))
         self._compare(dict(node.kwargs), kwargs, node, ("kwargs",))
         self._first[made[0]] = node
-        parts = {user.args[1]: user for user in node.users if user.meta["name"] == "part"}
+        parts = {user.args[1]: user for user in node.users if user.meta.get("name") == "part"}
         for part in made[1:]:
             if part.args[1] in parts:
                 self._first[part] = parts[part.args[1]]

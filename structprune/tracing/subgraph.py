@@ -193,10 +193,12 @@ class _Builder:
 
     def _result(self, output: Any) -> Any:
         """What the module returns; with a change, a tensor that is gone is None, or zeros where they are asked for."""
-        if isinstance(output, fx.Node) and self._change.value(output) not in self._made and self._changed:
-            if output in self._made:
-                return self._made[output]
-            return self._zeros(output) if self._change.zeros and self._change.reads(output) else None
+        if isinstance(output, fx.Node) and self._changed:
+            value = self._change.value(output)
+            if value is None or (value not in self._made and value.meta["name"] != "parameter"):
+                if output in self._made:
+                    return self._made[output]
+                return self._zeros(output) if self._change.zeros and self._change.reads(output) else None
         if isinstance(output, dict) and self._changed:
             kind = self._call.mapping if output is self._call.output else None
             if kind is None or not all(isinstance(key, str) for key in output):

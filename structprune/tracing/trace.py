@@ -95,6 +95,16 @@ class Trace:
                 found.setdefault(self.calls[node.meta["call"]].path, []).append(node)
         return found
 
+    @cached_property
+    def held(self) -> frozenset[fx.Node]:
+        """The model's own tensors, and what is computed from such alone."""
+        found: set[fx.Node] = set()
+        for node in self.all_nodes:
+            sources = node.all_input_nodes
+            if node.op == "get_attr" or (sources and all(source in found for source in sources)):
+                found.add(node)
+        return frozenset(found)
+
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
         reached = {str(node.target) for node in self.all_nodes if node.meta["name"] == "parameter"}

@@ -94,7 +94,7 @@ class SoftPruner:
         graph = coupled_channels(self.model, self._inputs, self._options)
         decision = decide(graph, self._options)
         with torch.no_grad():
-            plan = plan_removal(graph, decision.chosen, decision.settings)
+            plan = plan_removal(graph, decision.chosen, decision.settings, described=decision.described)
             zeroed = self._zeroed(graph, plan, decision.chosen)
             tensors = held_tensors(unwrapped(self.model))
             for sliced in zeroed:

@@ -90,7 +90,7 @@ PLAIN: dict[str, Operation] = {
     "covariance": lambda x, m: x @ torch.cov(x[0].T),
     "matrix of all": lambda x, m: x @ (x[0].T @ x[0]),
     "ones": lambda x, m: torch.cat([x, torch.ones_like(x)], -1),
-    "count": lambda x, m: x * (x > 0).sum(-1, keepdim=True),
+    "count": lambda x, m: x * (1 + (x > 0).sum(-1, keepdim=True)),
     "rope": lambda x, m: x + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(2),
     "hidden norm": lambda x, m: F.layer_norm(x, x.shape[-1:]),
 }

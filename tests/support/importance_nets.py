@@ -147,3 +147,22 @@ def scores_of(graph: ChannelGraph, importance: str | Importance, data: object = 
             if "ignore=" not in str(error):
                 raise
     return found
+
+
+def slices(net: nn.Module, channel: int) -> list[list[float]]:
+    """Everything that goes with a channel of Chain's first convolution, tensor by tensor."""
+    return [
+        net.first.weight[channel].flatten().tolist(),
+        [net.first.bias[channel].item()],
+        [net.norm.weight[channel].item()],
+        [net.norm.bias[channel].item()],
+        net.second.weight[:, channel].flatten().tolist(),
+    ]
+
+
+def everything(net: nn.Module, channel: int) -> list[float]:
+    return [value for part in slices(net, channel) for value in part]
+
+
+def first(net: nn.Module, importance: str | Importance) -> list[float]:
+    return scores_of(graph_of(net), importance)["0 first"].tolist()

@@ -75,8 +75,9 @@ PLAIN: dict[str, Operation] = {
         x.tensor_split([2], dim=-1)[::-1], -1), "split": lambda x, m: torch.cat(x.split([2, x.shape[-1] - 2], -1), -1),
     "tril": lambda x, m: x.tril(), "diagonal": lambda x, m: x + torch.diag_embed(x.diagonal(dim1=1, dim2=2)).sum(-1)[
         :, :, None], "meshed": lambda x, m: x + torch.arange(x.shape[-1]), "masked_fill": lambda x, m: x.masked_fill(
-        x < 0, 0.0), "complex": lambda x, m: torch.view_as_real(torch.view_as_complex(x.reshape(3, 4, -1, 2)) * (
-        0.6 + 0.8j)).flatten(2), "topk": lambda x, m: x * x.topk(2, -1)[0].sum(-1, keepdim=True),
+        x < 0, 0.0), "complex": lambda x, m: torch.view_as_real(torch.view_as_complex(
+        x.reshape(3, 4, -1, 2).contiguous()) * (0.6 + 0.8j)).flatten(2),
+    "topk": lambda x, m: x * x.topk(2, -1)[0].sum(-1, keepdim=True),
     "dropout": lambda x, m: F.dropout(x, 0.5, training=m.training), "inner": lambda x, m: x * torch.inner(x, x[0, 0])[
         ..., None], "cdist": lambda x, m: torch.cdist(x, x) @ x, "logsumexp": lambda x, m: x + x.logsumexp(1, True),
     "gather tokens": lambda x, m: x.gather(1, x.argsort(1)), "rotate": lambda x, m: torch.cat(
@@ -148,9 +149,12 @@ def draw(seed: int) -> tuple[str, ...]:
     return tuple(generator.choice([*PLAIN, *HELD]) for _ in range(generator.randint(2, 4)))
 
 
+FINE = ("right", "whole", "nothing to see", "no network")
+
+
 @dataclass(frozen=True)
 class Judgement:
-    """What became of one network: ``"right"``, ``"whole"``, ``"nothing to see"``, or what is wrong, with a reason."""
+    """What became of one network: one of `FINE`, or what is wrong, with a reason."""
 
     names: tuple[str, ...]
     verdict: str
@@ -158,13 +162,17 @@ class Judgement:
 
     @property
     def fault(self) -> bool:
-        return self.verdict not in ("right", "whole", "nothing to see")
+        return self.verdict not in FINE
 
 
 def judge(names: tuple[str, ...], seed: int) -> Judgement:
     """Prune a chain by half at random, and compare it with the original whose removed channels are zero."""
     torch.manual_seed(seed)
-    model = oracle.jitter(Chain(names), seed=seed)
+    try:
+        chain = Chain(names)
+    except (RuntimeError, ValueError) as error:  # heads of four channels, say, for a width of ten
+        return Judgement(names, "no network", str(error)[:200])
+    model = oracle.jitter(chain, seed=seed)
     inputs = torch.randn(3, 4, 5, dtype=torch.float64)
     try:
         plan = structprune.plan(model, inputs, ratio=0.5, importance=structprune.Random(seed), round_to=1)

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from support.randomize import map_tensors
-from support.survivors import DIVIDED, DOTS, MEAN, MINUS, NORMS_OF_WEIGHTS, OF_ACTIVATIONS, OVER_SURVIVORS, SMOOTH
+from support.survivors import (
+    DIVIDED,
+    DOTS,
+    GROUP_NORM,
+    MEAN,
+    MINUS,
+    NORMS_OF_WEIGHTS,
+    OF_ACTIVATIONS,
+    OVER_SURVIVORS,
+    SMOOTH,
+)
 
 # For the input of a reduction: which of its elements belong to removed channels, if any do.
 DeadOf = Callable[[Tensor], Tensor | None]
@@ -154,11 +164,22 @@ class Run(TorchFunctionMode):
         args = list(args)
         x = args.pop(0) if args else kwargs.pop("input")
         dead = self.dead_of(x)  # asked every time, so that two runs count alike
+        if over and func in OF_ACTIVATIONS:
+            dead = self._removed_of_norm(func, x, [*args, *kwargs.values()], dead)
         if dead is None or not over:
             return func(x, *args, **kwargs)
         if "axis" in kwargs:
             kwargs["dim"] = kwargs.pop("axis")
         return (OVER_SURVIVORS | MINUS)[func](dead, x, *args, **kwargs)
+
+    def _removed_of_norm(self, func: Any, x: Tensor, given: list[Any], dead: Tensor | None) -> Tensor | None:
+        """`dead`, and the channels for which the norm's own weights were switched off."""
+        for tensor in given:
+            off, original = self.whole.get(id(tensor), (None, None)) if isinstance(tensor, Tensor) else (None, None)
+            if off is not None and bool((gone := (off == 0) & (original != 0)).any()):
+                along = gone if func not in GROUP_NORM else gone.view(1, -1, *[1] * (x.ndim - 2))
+                dead = along.expand(x.shape) if dead is None else dead | along
+        return dead
 
 
 def _floating(args: Any, kwargs: dict[str, Any]) -> bool:

@@ -165,6 +165,7 @@ def _names(*names: str) -> list[Callable[..., Any]]:
 
 
 MEAN = frozenset(_names("mean"))
+GROUP_NORM = frozenset(_names("group_norm"))
 # Of a parameter, these make learnt tokens, not weights.
 OF_ACTIVATIONS = frozenset(_names("layer_norm", "rms_norm", "group_norm"))
 OVER_SURVIVORS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -226,5 +227,6 @@ SMOOTH: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys(_names("clamp", "clamp_min", "clamp_max"), _smooth(_leaky)),
     **dict.fromkeys(_names("hardswish"), _smooth(lambda x: x * torch.sigmoid(x))),
     **dict.fromkeys(_names("hardsigmoid"), _smooth(torch.sigmoid)),
+    **{f: (lambda x, mask, value: torch.where(mask, 0.5 * x + value, x)) for f in _names("masked_fill")},
     **{f: (lambda x, *a, **k: x.copy_(_leaky(x))) for f in _names("relu_", "clamp_", "clamp_min_", "clamp_max_")},
 }

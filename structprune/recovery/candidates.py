@@ -1,0 +1,181 @@
+"""What `recover` may return, compared by the output on samples that no layer was solved on; the best one is kept.
+
+A layer that is solved on few positions may get better on those and worse on all others, and the layers behind it then
+correct what is an accident of the sample. So a sixteenth of the samples is kept out of all solving. On these the
+outputs of the model as given, of the model whose norms are recalibrated and of what was solved are compared with the
+original's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.coupling.graph import ChannelGraph
+from structprune.coupling.solve import Mask
+from structprune.distributed import all_reduced
+from structprune.ops.relations import Axis
+from structprune.recovery.layers import kept_indices
+from structprune.recovery.parallel_forward import BatchRun, parallel_runs
+from structprune.recovery.report import Candidate
+from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
+from structprune.tracing.trace import Trace, tensors_in
+
+EVERY = 16  # of so many samples one is held out
+FEWEST = 5  # with fewer samples none is held out
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The samples that no layer is solved on: the last ones of each batch.
+
+    Attributes:
+        samples: of each batch, counted by the first dimension of its first tensor.
+        held: how many of them are held out.
+    """
+
+    samples: tuple[int, ...]
+    held: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batches: Sequence[Any]) -> HeldOut:
+        """One of 16 samples of each batch, and at least one; fewer where a batch holds fewer than 5.
+
+        Of a batch of 128 samples 8 are held out, of one of 24 or of 6 one. Batches of 4, 4, 4 and 4 samples are counted
+        through, and the sixteenth sample is held out, the last one of the last batch; with two of them it is the
+        eighth. With less than five samples in all none is.
+        """
+        samples = tuple(next((t.shape[0] for t in tensors_in(batch) if t.dim()), 1) for batch in batches)
+        total, before, held = sum(samples), 0, list[int]()
+        every = min(EVERY, total)
+        for count in samples:
+            if count >= FEWEST:  # whatever other batches there are: other ranks may have those
+                held.append(max(1, count // EVERY))
+            else:
+                held.append((before + count) // every - before // every if total >= FEWEST else 0)
+            before += count
+        return cls(samples, tuple(held))
+
+    def solved_on(self, number: int, size: int) -> int:
+        """How many of `size` entries of a batch may be solved on, where they are in the order of its samples.
+
+        Of 24 samples with 10 positions each, one of which is held out, the first 230 positions.
+        """
+        count, held = self.samples[number], self.held[number]
+        return size - -(-size * held // count)
+
+    @property
+    def count(self) -> int:
+        """Samples held out, of all ranks."""
+        return int(all_reduced(torch.tensor([float(sum(self.held))], dtype=torch.float64)))
+
+
+class Candidates:
+    """Candidates are offered one after the other; the tensors of the best one so far are remembered.
+
+    The error of one is that of the first tensor that the model returns: the root of the mean squared difference from
+    the original's over the root mean square of the original's, on the samples held out, or on all where there are none.
+
+    Args:
+        graph: of the original.
+        removed: mask of the removed components.
+        original: the model to meet.
+        batches: what goes into the models.
+        held_out: the samples to compare on.
+
+    Attributes:
+        tried: those offered so far.
+        kept: name of the best.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, removed: Mask, original: nn.Module, batches: Sequence[Any], held_out: HeldOut
+    ) -> None:
+        self._graph, self._removed = graph, removed
+        self._batches = batches
+        self._held_out = held_out
+        self._any_held = held_out.count > 0
+        self.samples = held_out.count
+        self.tried: list[Candidate] = []
+        self.kept = ""
+        self._best = float("inf")
+        self._tensors: dict[str, Tensor] = {}
+        self._goal = self._parts(outputs(original, batches, graph.trace), of_original=True)
+
+    def offer(self, name: str, model: nn.Module, results: Iterable[Any] | None = None) -> bool:
+        """Compare what a model computes; whether it is the best so far, and is remembered.
+
+        Args:
+            name: of the candidate.
+            model: with its tensors as they are now.
+            results: what it returns on each batch, if known.
+        """
+        found = self._parts(outputs(model, self._batches, self._graph.trace) if results is None else results)
+        error = self._error(found)
+        self.tried.append(Candidate(name, error))
+        # The first stands even where nothing can be compared.
+        if self.kept and not error < self._best:
+            return False
+        self.kept, self._best = name, error
+        self._tensors = {key: held.tensor.detach().clone() for key, held in held_tensors(model).items()}
+        return True
+
+    def restore(self, model: nn.Module) -> None:
+        """Give a model the tensors of the best candidate."""
+        for name, held in held_tensors(model).items():
+            held.tensor.data.copy_(self._tensors[name])
+
+    @property
+    def best(self) -> float:
+        """The error of the best."""
+        return self._best
+
+    def _parts(self, results: Iterable[Any], of_original: bool = False) -> list[Tensor | None]:
+        """Of the first tensor returned on each batch the samples held out, with the kept channels alone."""
+        parts: list[Tensor | None] = []
+        for number, result in enumerate(results):
+            part = next(tensors_in(result), None)
+            if part is not None and self._any_held:
+                part = part[self._held_out.solved_on(number, part.shape[0]) :] if part.dim() else None
+            if part is not None and of_original:
+                part = self._kept_part(part)
+            parts.append(None if part is None or not part.is_floating_point() else part.clone())
+        return parts
+
+    def _kept_part(self, result: Tensor) -> Tensor:
+        """The original's result without the channels that were removed from the output of the model."""
+        node = next(iter(self._graph.trace.outputs.values()))
+        rows = self._graph.channels.axes[node.meta["index"]]
+        for dim, row in enumerate(rows if isinstance(rows, tuple) else ()):
+            index = kept_indices(self._graph, self._removed, row) if isinstance(row, Axis) else None
+            if index is not None:
+                result = result.index_select(dim, torch.from_numpy(index).to(result.device))
+        return result
+
+    def _error(self, found: list[Tensor | None]) -> float:
+        """The relative error; infinite where the outputs are no numbers, or have other shapes than the original's."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for ours, goal in zip(found, self._goal, strict=True):
+            if ours is None or goal is None:
+                continue
+            if ours.shape != goal.shape:
+                sums[0] += torch.inf
+                continue
+            sums += torch.stack([(ours.double() - goal.double()).square().sum(), goal.double().square().sum()]).cpu()
+        difference, power = all_reduced(sums).tolist()
+        error = (difference / max(power, torch.finfo(torch.float64).tiny)) ** 0.5
+        return error if error == error else float("inf")
+
+
+def outputs(model: nn.Module, batches: Sequence[Any], trace: Trace) -> Iterable[Any]:
+    """What a model returns in eval mode on each batch, one after the other; it stays as it was."""
+    with (
+        swapped_tensors(model, copy_buffer, track=False),
+        parallel_runs(BatchRun, model.eval(), batches, trace, set()) as runs,
+    ):
+        for run in runs:
+            yield run.finish()

@@ -198,5 +198,5 @@ def test_forward_and_latency_can_be_said_on_the_command_line(tmp_path: Any, monk
         "plan", *source, "--importance", "activation_mean", "--data", "mine.py:batches", "--forward", "mine.py:second"
     )
     assert plan["settings"]["asked"]["importance"] == "activation_mean"
-    timed = as_json("plan", *source, "--target", "latency=0.99", "--latency", "backend=eager,threads=1,runs=3")
+    timed = as_json("plan", *source, "--target", "latency=1000", "--latency", "backend=eager,threads=1,runs=3")
     assert (timed["settings"]["measured"]["backend"], timed["settings"]["measured"]["threads"]) == ("eager", 1)

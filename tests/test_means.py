@@ -108,6 +108,8 @@ NORMS: dict[str, Between] = {
         (lambda y: y + y.sum(1, keepdim=True), False),
         (lambda y: y * y + F.relu(y).sum(1, keepdim=True), False),
         (lambda y: y.cumsum(1), False),
+        (lambda y: (lambda z: (z.add_(z.sum(1, keepdim=True)), z)[1])(y.clone()), False),
+        (lambda y: (lambda z: (z.relu_(), z)[1])(y.clone()), True),
         (lambda y: torch.maximum(y, y.square().sum(1, keepdim=True)).flip(-1), False),
     ],
 )  # fmt: skip

@@ -53,12 +53,13 @@ def _pin_what_holds_others(trace: Trace, channels: Channels) -> None:
     zeros: list[Any] = []
     of_constants = ZeroContext(channels.axes, constant, lambda axis, node: None)
     of_zeros = ZeroContext(channels.axes, zeros, lambda axis, node: None, put_there=False)
-    memory = Memory(channels.axes, zeros)
+    memories = [Memory(channels.axes, zeros), Memory(channels.axes, constant)]
     for node in trace.all_nodes:
         zeros.append(_known(node, channels, zeros, partial(_zeros, of_zeros, node, channels.unforeseen)))
-        memory.note(node)
         found = _known(node, channels, constant, partial(_constant, of_constants, node, trace.held))
         constant.append(_either(found, zeros[-1]))
+        for memory in memories:
+            memory.note(node)
     for reduction in channels.relations.reductions:
         node = trace.all_nodes[reduction.node]
         known = constant[tensors(node)[0].meta["index"]]

@@ -197,7 +197,7 @@ def _at_ratio(
     stages: _Stages, entry: Entry, model: nn.Module, judge: oracle.Oracle, inputs: Any, ratio: float, before: Any
 ) -> None:
     """Plan, apply, save and load, and compare."""
-    plan = stages.run("planned", lambda: structprune.plan(model, inputs, ratio=ratio))
+    plan = stages.run("planned", lambda: structprune.plan(model, inputs, ratio=ratio, uniform=False))
     slim = stages.run("applied", lambda: plan.apply(model))
     if stages.failed:
         return

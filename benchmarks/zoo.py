@@ -1,4 +1,4 @@
-"""Prune every model of the zoo by one plain call and write down what came of it.
+"""Prune every model of the zoo by one call, each width by itself, and write down what came of it.
 
 Each model has a process of its own with a time limit. Results of earlier runs are kept and completed.
 

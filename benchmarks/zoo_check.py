@@ -149,12 +149,20 @@ def _same_shapes(output: Any, before: Any) -> None:
         raise AssertionError(f"output shapes changed: {shapes(output)[:3]} instead of {before[:3]}")
 
 
-def saved_exactly(entry: Entry, slim: nn.Module, inputs: Any, output: Any) -> None:
-    """Save the pruned model, load it into one with other weights, and compare every bit of its state and its output."""
+def saved_exactly(entry: Entry, model: nn.Module, slim: nn.Module, inputs: Any, output: Any) -> None:
+    """Save the pruned model, load it into one with other weights, and compare every bit of its state and its output.
+
+    Buffers that no state dict holds (rotary frequencies, say) are those of `model` in both: no file could tell them.
+    """
+    state = model.state_dict()
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in state}
 
     def factory() -> nn.Module:
         torch.manual_seed(SEED + 1)
-        return entry.build()[0].eval()
+        made = entry.build()[0].eval()
+        for name, buffer in unsaved.items():
+            made.get_buffer(name).copy_(buffer)
+        return made
 
     with tempfile.TemporaryDirectory() as folder:
         again = structprune.load(factory, structprune.save(slim, folder))
@@ -204,7 +212,7 @@ def _at_ratio(
     stages.note(kept=parameters(slim) / parameters(model), removed=len(plan.slices))
     output = stages.run("runs slim", lambda: oracle.call(slim, inputs))
     stages.run("same shapes", lambda: _same_shapes(output, before))
-    stages.run("saved and loaded", lambda: saved_exactly(entry, slim, inputs, output))
+    stages.run("saved and loaded", lambda: saved_exactly(entry, model, slim, inputs, output))
     same = judge.original is model
     found = stages.run("compared", lambda: _compared(judge, plan, slim if same else None, before))
     if stages.failed:

@@ -7,7 +7,6 @@ Each class has a process of its own with a limit. Results of earlier runs are ke
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import json
 import os
@@ -64,12 +63,8 @@ def by_hand(entry: Entry) -> float:
     plan = structprune.plan(model, inputs, ratio=RATIO, axes=["heads", "mlp"], uniform=False)
     if not plan.slices or plan.settings.over_survivors:
         raise ValueError("nothing to compare")
-    masked = copy.deepcopy(model)
-    held = dict(masked.named_parameters()) | dict(masked.named_buffers())
-    with torch.no_grad():
-        for cut in plan.slices:
-            held[cut.tensor].index_fill_(cut.dim, torch.tensor(cut.removed), 0)
-        return oracle.relative_error(oracle.call(plan.apply(model), inputs), oracle.call(masked, inputs))
+    masked = oracle.switch_off(model, plan.removed)
+    return oracle.relative_error(oracle.call(plan.apply(model), inputs), oracle.call(masked, inputs))
 
 
 def work_of(entry: Entry) -> Any:

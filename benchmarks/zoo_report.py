@@ -176,13 +176,13 @@ def _totals(models: dict[str, Any], peer: bool) -> list[str]:
     return lines
 
 
-_EXPLANATION = f"""Each model with random weights, pruned by one plain call and compared with the original whose removed
-channels are switched off (`tests/support/oracle.py`): in float64, every tensor jittered; models of more than 150
-million parameters in float32. *M*: millions of parameters. *error*: relative, at ratio 0.5. *kept*: share of the
-parameters. *prunable*: share of the channels of all weights that may go. *s*: processor seconds to plan, apply and
-verify at ratio 0.5, one thread. *why the rest is pinned*: the reason, and the dimensions of weights that it holds.
-*keep too much*: models that keep more than {BOUND_CONVOLUTION} of their parameters at ratio 0.5, or {BOUND_ATTENTION}
-where they have attention."""
+_EXPLANATION = f"""Each model with random weights, pruned by one call, each width by itself, and compared with the
+original whose removed channels are switched off (`tests/support/oracle.py`): in float64, every tensor jittered;
+models of more than 150 million parameters in float32. *M*: millions of parameters. *error*: relative, at ratio 0.5.
+*kept*: share of the parameters. *prunable*: share of the channels of all weights that may go. *s*: processor seconds
+to plan, apply and verify at ratio 0.5, one thread. *why the rest is pinned*: the reason, and the dimensions of
+weights that it holds. *keep too much*: models that keep more than {BOUND_CONVOLUTION} of their parameters at ratio
+0.5, or {BOUND_ATTENTION} where they have attention."""
 
 
 def as_markdown(result: dict[str, Any]) -> str:

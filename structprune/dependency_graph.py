@@ -21,7 +21,7 @@ from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings
 from structprune.tracing.state import collection_paused
 from structprune.tracing.subgraph import layer_flow
-from structprune.tracing.trace import ExampleInputs, OutputName
+from structprune.tracing.trace import ExampleInputs, OutputName, Trace
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -74,6 +74,8 @@ class DependencyGraph(ChannelGraph):
             outputs=check_outputs("outputs", outputs),
         )
 
+    _branches: tuple[Trace, tuple[Branch, ...]] | None = None  # those of a trace, once they were asked for
+
     def __repr__(self) -> str:
         """How much is coupled and pinned; `groups`, `pinned` and `explain` tell more."""
         name, pinned = type(self.model).__name__, len(self.pinned())
@@ -86,24 +88,22 @@ class DependencyGraph(ChannelGraph):
 
     def branches(self) -> tuple[Branch, ...]:
         """The branches and blocks that may be removed as a whole: see `structprune.branches`."""
-        with collection_paused():
-            return tuple(found.branch for found in find(self.model, self.trace))
+        if self._branches is None or self._branches[0] is not self.trace:
+            with collection_paused():
+                self._branches = self.trace, tuple(found.branch for found in find(self.model, self.trace))
+        return self._branches[1]
 
     def explain(self, layer: Layer) -> str:
         """Why a layer's channels are pinned, or what goes with them; and the branches and blocks that it is part of.
 
         Example:
             >>> import torch, structprune
-            >>> class Residual(torch.nn.Module):
-            ...     def __init__(self):
-            ...         super().__init__()
-            ...         self.layer = torch.nn.Linear(4, 4)
-            ...     def forward(self, x):
-            ...         return x + self.layer(x).relu()
-            >>> model = torch.nn.Sequential(Residual(), Residual(), torch.nn.Linear(4, 2))
-            >>> print(structprune.DependencyGraph(model, torch.randn(1, 4)).explain("1.layer"))
-            1.layer: 4 channels, pinned: it is a dimension of the model's inputs
-              goes as a whole with branch '1': 20 parameters, 16 MACs
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> print(structprune.DependencyGraph(model, torch.randn(1, 4)).explain("0"))
+            0: 8 channels
+              0.weight, dim 0: 1 a channel
+              0.bias, dim 0: 1 a channel
+              2.weight, dim 1: 1 a channel
         """
         path = self.path_of(layer)
         lines = [super().explain(layer)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,9 +64,7 @@ class Shards(Mapping[str, Tensor]):
                     raise LoadError(f"{folder / INDEX} names {name!r}, which is no file in its own folder.")
                 with safe_open(folder / name, framework="pt") as shard:
                     self.files.update(dict.fromkeys(shard.keys(), name))
-        except LoadError:
-            raise
-        except Exception as error:  # of the file system, of JSON, of safetensors: all mean that it cannot be read
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise LoadError(f"The weights in {folder} cannot be read ({type(error).__name__}: {error}).") from error
         self.aliases: dict[str, str] = {}
         self._buffers: dict[str, Tensor] = {}

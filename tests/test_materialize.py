@@ -82,6 +82,33 @@ def test_a_gain_goes_into_the_weight() -> None:
     assert isinstance(plain[2], Scaled)
 
 
+class TwoWeights(nn.Module):
+    """A module that computes both of its weights itself, each with a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(5, 6))
+        self.up_gain, self.down_gain = nn.Parameter(torch.rand(6, 1) + 1), nn.Parameter(torch.rand(5, 1) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_gain * (self.up - self.up.mean(1, keepdim=True)) / self.up.std(1, keepdim=True)
+        down = self.down_gain * (self.down - self.down.mean(1, keepdim=True)) / self.down.std(1, keepdim=True)
+        return F.linear(F.relu(F.linear(x, up)), down)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_both_weights_of_one_module_become_parameters(inplace: bool) -> None:
+    model = oracle.jitter(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), TwoWeights(), nn.Linear(5, 2)), 0)
+    x = torch.randn(4, 3).double()
+    expected = model(x)
+    plain = structprune.materialize_weights(model, x, inplace=inplace)
+    torch.testing.assert_close(plain(x), expected, rtol=1e-12, atol=1e-12)
+    assert set(dict(plain[2].named_parameters())) == {"up", "down"}
+    plan = structprune.plan(plain, x, ratio=0.5, round_to=1)
+    assert len(plan.removed["2.up"][0]) == 3
+    oracle.check(plain, plan.apply(plain), plan, x)
+
+
 class Centred(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight - weight.mean(1, keepdim=True)

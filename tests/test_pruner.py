@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -129,6 +130,28 @@ def interrupted(state_after: int) -> tuple[dict[str, Any], nn.Module]:
     for _ in range(state_after):
         pruner.step()
     return json.loads(json.dumps(pruner.state_dict())), model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_the_loss_of_the_last_step_may_be_alive(dtype: torch.dtype) -> None:
+    """As in most loops, which hold it until the next one is computed; hooks on parameters stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)).to(dtype)
+    x, gathered = torch.randn(2, 3, 8, 8, dtype=dtype), []
+    model[0].weight.register_post_accumulate_grad_hook(lambda weight: gathered.append(tuple(weight.grad.shape)))
+    pruner = structprune.Pruner(model, x, steps=2, ratio=0.5, schedule="linear", round_to=1)
+    loss = model(x).sum()
+    loss.backward()
+    while not pruner.done:
+        pruner.step()
+        model.zero_grad()
+        loss = model(x).sum()
+        loss.backward()
+    assert gathered == [(16, 3, 3, 3), (12, 3, 3, 3), (8, 3, 3, 3)]
+    alone = copy.deepcopy(model)
+    alone.zero_grad()
+    alone(x).sum().backward()
+    assert torch.equal(model[0].weight.grad, alone[0].weight.grad)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 3])

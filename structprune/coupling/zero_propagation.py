@@ -62,6 +62,9 @@ def _pin_what_holds_others(trace: Trace, channels: Channels) -> None:
             memory.note(node)
     for reduction in channels.relations.reductions:
         node = trace.all_nodes[reduction.node]
+        record = op_of(node.meta["name"])
+        if record is not None and record.over_kept is None:
+            continue  # a sum: zeros in it change nothing, wherever they come from
         known = constant[tensors(node)[0].meta["index"]]
         for dim, axis in zip(reduction.dims, reduction.axes, strict=True):
             if not known[dim]:

@@ -4,7 +4,7 @@ Branches stand in an order: what is lost without them over what they save. For a
 is planned by widths as any other model is, to what is left to be saved. What each of these networks loses is measured
 on the network itself, so that blocks and channels are weighed on one scale. Where there is data, the best of them, the
 one with the fewest branches removed and the one with the most are recovered cheaply, and what they still lose decides.
-So neither channels alone nor blocks alone are better than what is chosen by more than the data tell.
+With few batches that is a rough measure: on others, a network that was not chosen may do better.
 
 For example, with a target that 5 of 12 blocks alone would meet::
 

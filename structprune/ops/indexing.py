@@ -187,9 +187,7 @@ def _written(z: zeros.ZeroContext) -> zeros.Zeros:
     assert isinstance(target, fx.Node)
     before = z.of(target)
     if isinstance(value, (int, float)) and value == 0:
-        items = _per_dimension(index, len(before)) if not z.put_there else []
-        cut = [isinstance(item, slice) and item != slice(None) for item in items]
-        return before if len(cut) != len(before) else tuple(b and not c for b, c in zip(before, cut, strict=True))
+        return before if z.put_there else _uncut(before, index)
     if not isinstance(value, fx.Node):
         return _untouched(before, index)
     result = list(_untouched(before, index))
@@ -204,6 +202,18 @@ def _written(z: zeros.ZeroContext) -> zeros.Zeros:
             whole = back <= len(axes) and axes[-back].size > 1
             result[dim] = before[dim] and whole and given[-back]
     return tuple(result)
+
+
+def _uncut(before: zeros.Zeros, index: Any) -> zeros.Zeros:
+    """`before` where no part of the channels is written: in ``x[:, 0, 2:4] = 0`` not along the last dimension.
+
+    A mask or an index tensor picks whole positions.
+    """
+    items = _per_dimension(index, len(before))
+    if len(items) != len(before):
+        return before
+    cut = [isinstance(item, slice) and item != slice(None) for item in items]
+    return tuple(zero and not part for zero, part in zip(before, cut, strict=True))
 
 
 def _per_dimension(index: Any, rank: int) -> list[Any]:

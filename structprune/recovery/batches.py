@@ -44,6 +44,11 @@ def batches_of(model: nn.Module, data: Iterable[Any], forward: Forward | None, w
     return found
 
 
+def samples_in(batch: Any) -> int:
+    """Samples of what the model takes: the first dimension of its first tensor that has one; one where none has."""
+    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()), 1)
+
+
 def inputs_of(batch: Any, device: torch.device) -> Any:
     """The part of a batch that the model takes: all of a tensor or a dict of keyword arguments, the first of a pair.
 

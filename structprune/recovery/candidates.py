@@ -19,6 +19,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import all_reduced
 from structprune.ops.relations import Axis
+from structprune.recovery.batches import samples_in
 from structprune.recovery.layers import kept_indices
 from structprune.recovery.parallel_forward import BatchRun, parallel_runs
 from structprune.recovery.report import Candidate
@@ -49,7 +50,7 @@ class HeldOut:
         through, and the sixteenth sample is held out, the last one of the last batch; with two of them it is the
         eighth. With less than five samples in all none is.
         """
-        samples = tuple(next((t.shape[0] for t in tensors_in(batch) if t.dim()), 1) for batch in batches)
+        samples = tuple(map(samples_in, batches))
         total, before, held = sum(samples), 0, list[int]()
         every = min(EVERY, total)
         for count in samples:
@@ -128,11 +129,6 @@ class Candidates:
         """Give a model the tensors of the best candidate."""
         for name, held in held_tensors(model).items():
             held.tensor.data.copy_(self._tensors[name])
-
-    @property
-    def best(self) -> float:
-        """The error of the best."""
-        return self._best
 
     def _parts(self, results: Iterable[Any], of_original: bool = False) -> list[Tensor | None]:
         """Of the first tensor returned on each batch the samples held out, with the kept channels alone."""

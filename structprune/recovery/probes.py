@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from structprune.tracing.trace import tensors_in
+from structprune.recovery.batches import samples_in
 
 SOLVED_SHARE = 0.75  # of each batch, where there are no other batches to solve on than those to measure on
 FEWEST = 4  # with fewer samples in a batch all are measured on
@@ -34,7 +34,7 @@ class Probes:
     def among(cls, data: Sequence[Any], samples: int) -> Probes:
         """The first batches that together hold so many samples."""
         chosen: list[Any] = []
-        sizes = [next((t.shape[0] for t in tensors_in(batch) if t.dim()), 1) for batch in data]
+        sizes = [samples_in(batch) for batch in data]
         for batch, size in zip(data, sizes, strict=True):
             chosen.append(batch)
             samples -= size

@@ -110,15 +110,27 @@ def _swap(tensor: Tensor, new: dict[int, Tensor], undo: list[Callable[[], None]]
 
     def restore() -> None:
         tensor.grad = None
-        tensor.data = data
+        _set_data(tensor, data)
         tensor.grad = grad
 
     undo.append(restore)
     if grad is not None:
         tensor.grad = None
-    tensor.data = new[id(tensor)]
+    _set_data(tensor, new[id(tensor)])
     if grad is not None:
         tensor.grad = new[id(grad)]
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other data, in the next backward too.
+
+    While a graph of before is alive (a loop's last ``loss`` is one), autograd goes on with the node that gathers this
+    parameter's gradient, which knows its old shape. Torch makes a new one only where the dtype changes.
+    """
+    if tensor.is_leaf and tensor.requires_grad:
+        other = torch.float32 if data.dtype == torch.float16 else torch.float16
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
 
 
 def _finish(

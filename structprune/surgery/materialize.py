@@ -12,7 +12,7 @@ nothing in the layer makes up for that, its inputs are pinned. With ``w`` itself
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +68,12 @@ def materialize_weights(model: nn.Module, example_inputs: ExampleInputs, *, inpl
     inner = prunable(model, inplace=inplace)
     graph = ChannelGraph(inner, example_inputs)
     made = inner if inplace else copy.deepcopy(inner)
+    # All is computed before anything changes: a model in place is as it was if some of it cannot be.
+    found: dict[str, list[_Computed]] = {}
     for weight in _computed_weights(graph):
-        _materialize(made, graph.trace, weight)
+        found.setdefault(weight.call.path, []).append(weight)
+    for change in [_change(made, graph.trace, weights) for weights in found.values()]:
+        change()
     return model if inplace else rewrapped(model, made)
 
 
@@ -93,6 +97,8 @@ class _Computed:
 def _computed_weights(graph: ChannelGraph) -> Iterator[_Computed]:
     trace = graph.trace
     for node in normalised_together(trace, graph.channels):
+        if node.meta["index"] >= len(trace.nodes):
+            continue  # of layers that run in training alone
         parts = _only_for(node)
         known = {source for part in parts for source in part.all_input_nodes} | {*parts}
         alike = [part for part in parts if part.meta["shape"] == node.meta["shape"] and _trained(graph.model, part)]
@@ -127,48 +133,57 @@ def _only_for(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 class _Held(Change):
-    """The weight is the parameter, and what made it is not run."""
+    """The weights of a module are its parameters, and what made them is not run."""
 
-    def __init__(self, trace: Trace, weight: _Computed) -> None:
-        self._trace, self._weight = trace, weight
+    def __init__(self, trace: Trace, weights: Sequence[_Computed]) -> None:
+        self._trace = trace
+        self._parameters = {weight.node: weight.parameter for weight in weights}
+        self._parts = {part for weight in weights for part in weight.parts}
 
     def value(self, node: fx.Node) -> fx.Node | None:
-        return self._weight.parameter if node is self._weight.node else node
+        return self._parameters.get(node, node)
 
     def runs(self, node: fx.Node) -> bool:
-        return node not in self._weight.parts
+        return node not in self._parts
 
     def calls(self, child: ModuleCall) -> bool:
         inside = self._trace.all_nodes[child.first : child.last]
-        return not inside or any(node.op != "get_attr" and node not in self._weight.parts for node in inside)
+        return not inside or any(node.op != "get_attr" and node not in self._parts for node in inside)
 
 
 def _rewritable(trace: Trace, weight: _Computed) -> bool:
     try:
-        changed_graph(trace, weight.call, _Held(trace, weight))
+        changed_graph(trace, weight.call, _Held(trace, [weight]))
     except TraceError:
         return False
     return True
 
 
-def _materialize(model: nn.Module, trace: Trace, weight: _Computed) -> None:
+def _change(model: nn.Module, trace: Trace, weights: Sequence[_Computed]) -> Callable[[], None]:
+    """Makes the weights that one module computes its parameters."""
     values: dict[fx.Node, Tensor] = {}
+    nodes = {node for weight in weights for node in (*weight.parts, weight.parameter)}
     with torch.no_grad():
-        for part in sorted({*weight.parts, weight.parameter}, key=lambda node: node.meta["index"]):
-            for source in part.all_input_nodes:
+        for node in sorted(nodes, key=lambda node: node.meta["index"]):
+            for source in node.all_input_nodes:
                 if source not in values:
                     values[source] = _tensor(model, source)
-            values[part] = run_movement(part, values) if tensors(part) else _tensor(model, part)
-        parameter = model.get_parameter(str(weight.parameter.target))
-        parameter.copy_(values[weight.node])
-    for part in weight.parts:
-        if part.meta["name"] == "parameter":
-            path, _, name = str(part.target).rpartition(".")
-            delattr(model.get_submodule(path), name)
-    module = model.get_submodule(weight.call.path)
-    install(
-        module, rewritten_forward(module, weight.call.path, changed_graph(trace, weight.call, _Held(trace, weight))), []
-    )
+            values[node] = run_movement(node, values) if tensors(node) else _tensor(model, node)
+    call = weights[0].call
+    module = model.get_submodule(call.path)
+    forward = rewritten_forward(module, call.path, changed_graph(trace, call, _Held(trace, weights)))
+
+    def change() -> None:
+        for weight in weights:
+            with torch.no_grad():
+                model.get_parameter(str(weight.parameter.target)).copy_(values[weight.node])
+            for part in weight.parts:
+                if part.meta["name"] == "parameter":
+                    owner, _, name = str(part.target).rpartition(".")
+                    delattr(model.get_submodule(owner), name)
+        install(module, forward, [])
+
+    return change
 
 
 def _tensor(model: nn.Module, node: fx.Node) -> Tensor:

@@ -235,7 +235,6 @@ def export_command(
         output.result(data, f"{text}, max relative error {written.max_relative_error:.1e} in ONNX Runtime")
 
 
-@command(app, "report")
 def _decided(loaded: Loaded, wanted: PlanFlags, check: bool) -> tuple[Plan | None, nn.Module | None, Report | None]:
     """The plan that was asked for, the smaller model and what `verify` says of it; None for each if none was."""
     if not wanted.given:
@@ -249,6 +248,7 @@ def _from_file(made: Callable[[str], T], file: Path | None) -> T | None:
     return None if file is None else made(file.read_text(encoding="utf-8"))
 
 
+@command(app, "report")
 def report_command(
     source: ModelFlags,
     file: Annotated[Path, typer.Argument(help="The HTML file to write.", show_default=False)],

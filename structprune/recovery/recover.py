@@ -36,7 +36,7 @@ from structprune.tracing.trace import map_tensors, preserved_random_state
 AS_GIVEN, RECALIBRATED = "as given", "norms recalibrated"
 SOLVED_ALONE, SOLVED_WITH_PRODUCERS = "layers solved", "layers solved with producers"
 # A layer is left whose result is so many times as large as its input, and takes so many bytes in both models.
-WIDER, MOST_BYTES = 8, 1 << 30
+WIDER, MOST_BYTES = 8, 1 << 28
 
 
 def recover(

@@ -12,6 +12,8 @@ from structprune.depth import choose as choose_branches
 from structprune.depth.plan import DepthPlan
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
+from structprune.export.openvino import export_openvino
+from structprune.export.verified import Export
 from structprune.folders import prune_folder
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
@@ -40,6 +42,7 @@ __all__ = [
     "Cost",
     "DependencyGraph",
     "DepthPlan",
+    "Export",
     "Group",
     "Latency",
     "LnNorm",
@@ -59,6 +62,7 @@ __all__ = [
     "choose_branches",
     "cost",
     "export_onnx",
+    "export_openvino",
     "kept",
     "layer_times",
     "load",

@@ -35,7 +35,11 @@ from structprune.inputs import batch_size as batch_size_of
 from structprune.inputs import evaluating, resize_batch
 from structprune.tracing.trace import ExampleInputs
 
-_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnx"), "tensorrt": ("tensorrt", "torch-tensorrt")}
+_PACKAGES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnx"),
+    "openvino": ("openvino", "onnx"),
+    "tensorrt": ("tensorrt", "torch-tensorrt"),
+}
 
 # What is no faster than this is called no gain.
 NOTHING = 1.05
@@ -65,7 +69,7 @@ def benchmark(
         models: Name to model; the first is what the others are compared with.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         backends: Any of ``"eager"``, ``"channels_last"`` (eager, with images and kernels laid out channel by channel),
-            ``"compile"`` (``torch.compile``), ``"onnxruntime"`` and, on CUDA, ``"tensorrt"``.
+            ``"compile"`` (``torch.compile``), ``"onnxruntime"``, ``"openvino"`` and, on CUDA, ``"tensorrt"``.
         batch_size: Samples in one run; those given are repeated or cut. As given, if not set.
         batch_sizes: Several such sizes, in place of one.
         device: Where to run, on copies of the models that are elsewhere; where the inputs are, if not set.

@@ -22,7 +22,7 @@ from structprune.reporting.text import places
 # Of these a report of a fault has to tell the versions.
 _REPORTED = (
     "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "networkx", "safetensors", "onnx", "onnxscript",
-    "onnxruntime", "rich", "typer",
+    "onnxruntime", "openvino", "rich", "typer",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from structprune.depth import choose as choose_branches
 from structprune.depth.plan import DepthPlan
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.onnx import OnnxExport, export_onnx
+from structprune.export.onnx_model import onnx_model
 from structprune.export.openvino import export_openvino
 from structprune.export.verified import Export
 from structprune.folders import prune_folder
@@ -25,6 +26,7 @@ from structprune.optimizers import remap_optimizer
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity, sensitivity
 from structprune.pruner import Pruner
+from structprune.quantization import Quantized, quantize
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
@@ -51,6 +53,7 @@ __all__ = [
     "OnnxInfo",
     "Plan",
     "Pruner",
+    "Quantized",
     "Random",
     "Reconstruction",
     "RecoveryReport",
@@ -68,6 +71,7 @@ __all__ = [
     "load",
     "materialize_weights",
     "onnx_info",
+    "onnx_model",
     "plan",
     "plot_costs",
     "plot_curve",
@@ -76,6 +80,7 @@ __all__ = [
     "plot_widths",
     "prune",
     "prune_folder",
+    "quantize",
     "recalibrate",
     "recover",
     "recovery_report",

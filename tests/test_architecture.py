@@ -37,7 +37,7 @@ ORDER = (
     ("depth",),
     ("dependency_graph",),
     ("recovery",),
-    ("joint",),
+    ("joint", "quantization"),
     ("api",),
     ("pruner", "folders"),
     ("training", "masks"),

@@ -71,24 +71,30 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
-def _load_onnx(file: Path, threads: int | None) -> Loaded:
+def refusals() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for files and inputs that it does not take."""
     failures = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    refusals = (
+    return (
         failures.Fail,
         failures.InvalidArgument,
         failures.InvalidGraph,
+        failures.InvalidProtobuf,
+        failures.NoSuchFile,
         failures.NotImplemented,
         failures.RuntimeException,
     )
+
+
+def _load_onnx(file: Path, threads: int | None) -> Loaded:
     try:
         opened = session(file, threads=threads)
-    except refusals as error:
+    except refusals() as error:
         raise ExportError(f"ONNX Runtime cannot load the file: {error}") from error
 
     def run(feed: Mapping[str, Any]) -> list[Any]:
         try:
             return opened.run(None, dict(feed))
-        except refusals as error:
+        except refusals() as error:
             raise ExportError(f"ONNX Runtime cannot run the file: {error}") from error
 
     return run

@@ -10,7 +10,9 @@ from structprune.dependency_graph import DependencyGraph
 from structprune.depth import Branch, Removal, branches, remove_branches
 from structprune.depth import choose as choose_branches
 from structprune.depth.plan import DepthPlan
+from structprune.export.language_models import GgufExport, Objection, export_gguf, serving_objections
 from structprune.export.metadata import OnnxInfo, onnx_info
+from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import OnnxExport, export_onnx
 from structprune.export.onnx_model import onnx_model
 from structprune.export.openvino import export_openvino
@@ -45,10 +47,12 @@ __all__ = [
     "DependencyGraph",
     "DepthPlan",
     "Export",
+    "GgufExport",
     "Group",
     "Latency",
     "LnNorm",
     "Member",
+    "Objection",
     "OnnxExport",
     "OnnxInfo",
     "Plan",
@@ -64,6 +68,9 @@ __all__ = [
     "branches",
     "choose_branches",
     "cost",
+    "export_executorch",
+    "export_gguf",
+    "export_litert",
     "export_onnx",
     "export_openvino",
     "kept",
@@ -92,5 +99,6 @@ __all__ = [
     "report",
     "save",
     "sensitivity",
+    "serving_objections",
     "verify",
 ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import tempfile
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,7 +17,7 @@ from structprune.errors import ExportError
 from structprune.export.files import input_names, tensors, to_numpy
 from structprune.export.onnx import export_onnx
 from structprune.export.program import FreeDims
-from structprune.export.runtimes import ONNXRUNTIME
+from structprune.export.runtimes import ONNXRUNTIME, quiet, refusals
 from structprune.export.verified import Wanted, write_verified
 from structprune.recovery.batches import batches_of
 from structprune.tracing.trace import ExampleInputs, as_call
@@ -125,11 +123,14 @@ def quantize(
     def write(free: FreeDims, draft: Path) -> None:
         nonlocal counts
         names = input_names(model, example_inputs)
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        with tempfile.TemporaryDirectory() as folder, quiet():
             exact = Path(folder) / "exact.onnx"
             export_onnx(model, exact, example_inputs, dynamic_batch=dynamic_batch, dynamic_dims=dynamic_dims)
             folded = _folded(exact)
-            _QUANTISERS[scheme](folded, draft, _Feeds(names, batches), ranges)
+            try:
+                _QUANTISERS[scheme](folded, draft, _Feeds(names, batches), ranges)
+            except refusals() as error:
+                raise ExportError(f"{type(model).__name__} cannot run on a batch of the data: {error}") from error
         counts = _counts(draft)
         if not counts[0]:
             raise ExportError(
@@ -227,17 +228,3 @@ def _counts(file: Path) -> tuple[int, int]:
         elif weights and node.op_type in _WEIGHTY:
             left += 1
     return quantised, left
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Let the quantiser's advice, which is followed already, not reach the root logger, nor give that a handler."""
-    root = logging.getLogger()
-    handlers, disabled = list(root.handlers), root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-        for handler in [each for each in root.handlers if each not in handlers]:
-            root.removeHandler(handler)

@@ -55,7 +55,8 @@ MAX_LINES = 400
 COMMANDS = ("typer",)
 # The last two are always there, but importing them takes longer than all of structprune: they are imported when used.
 HEAVY = (
-    "accelerate", "ignite", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "optuna",
+    "accelerate", "ai_edge_litert", "executorch", "gguf", "ignite", "litert_torch",
+    "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "optuna",
     "pytorch_lightning", "timm", "torchvision", "transformers", "networkx", "scipy",
 )  # fmt: skip
 # Each is for one library, and importing it is using that.

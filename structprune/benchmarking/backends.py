@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 from structprune.benchmarking.memory import held_bytes, peak_of_run, peak_of_session
 from structprune.benchmarking.nodes import NODE_TIMERS, onnxruntime_nodes
 from structprune.benchmarking.profiling import Profile, profile_file, profile_torch
+from structprune.benchmarking.session_memory import LOAD
 from structprune.export.files import input_names, require, tensors, to_numpy
+from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import export_onnx
 from structprune.export.openvino import export_openvino
 from structprune.export.runtimes import RUNTIMES, session
@@ -150,11 +152,15 @@ class FileRun:
         return self._run(self._feed)
 
     def memory(self) -> int | None:
-        """What the file's weights, its inputs and the runtime take, with the code that it loads."""
+        """What the file's weights, its inputs and the runtime take, with the code that it loads; not of all known."""
+        if self._backend not in LOAD:
+            return None
         return peak_of_session(self._backend, self._file, self._feed, self._threads)
 
     def profile(self) -> Profile:
-        """What each node of the same model as ONNX takes in this runtime."""
+        """What each node of the same model as ONNX takes in this runtime, or each operation in eager mode."""
+        if self._backend not in NODE_TIMERS:
+            return TorchRun(self._model, self._inputs, torch.device("cpu")).profile()
         paths = [path for path, _ in self._model.named_modules()]
         file = export_onnx(self._model, self._file.with_suffix(".onnx"), self._inputs, dynamic_batch=False).path
         return profile_file(file, self._feed, self._threads, paths, NODE_TIMERS[self._backend])
@@ -219,6 +225,11 @@ def onnxruntime(
     return _exported(model, inputs, device, threads, folder, provider)
 
 
+def _on_the_cpu(runtime: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"{runtime} runs on the CPU here, and the inputs are on {device}; pass device='cpu'")
+
+
 def openvino(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> FileRun:
     """Exported to OpenVINO, checked, and run by it on the CPU, in float32.
 
@@ -227,10 +238,33 @@ def openvino(model: nn.Module, inputs: ExampleInputs, device: torch.device, thre
         ExportError: The model cannot be exported faithfully.
         ValueError: The inputs are not on the CPU.
     """
-    if device.type != "cpu":
-        raise ValueError(f"OpenVINO runs on the CPU here, and the inputs are on {device}; pass device='cpu'")
+    _on_the_cpu("OpenVINO", device)
     file = export_openvino(model, folder / "model.xml", inputs, dynamic_batch=False).path
     return FileRun("openvino", model, inputs, threads, file)
+
+
+def executorch(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> FileRun:
+    """Exported to ExecuTorch with XNNPACK, checked, and run by it on the CPU.
+
+    Raises:
+        MissingExtraError: executorch is not installed.
+        ExportError: The model cannot be exported faithfully.
+        ValueError: The inputs are not on the CPU.
+    """
+    _on_the_cpu("ExecuTorch", device)
+    return FileRun("executorch", model, inputs, threads, export_executorch(model, folder / "model.pte", inputs).path)
+
+
+def litert(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> FileRun:
+    """Exported to LiteRT, checked, and run by it on the CPU.
+
+    Raises:
+        MissingExtraError: litert-torch is not installed.
+        ExportError: The model cannot be exported faithfully.
+        ValueError: The inputs are not on the CPU.
+    """
+    _on_the_cpu("LiteRT", device)
+    return FileRun("litert", model, inputs, threads, export_litert(model, folder / "model.tflite", inputs).path)
 
 
 def tensorrt(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> Run:
@@ -268,6 +302,8 @@ BACKENDS: dict[str, Callable[[nn.Module, ExampleInputs, torch.device, int, Path]
     "compile": compiled,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    "executorch": executorch,
+    "litert": litert,
     "tensorrt": tensorrt,
 }
 # Those whose calls return when all is done, on a GPU too.

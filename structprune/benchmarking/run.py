@@ -38,6 +38,8 @@ from structprune.tracing.trace import ExampleInputs
 _PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnx"),
     "openvino": ("openvino", "onnx"),
+    "executorch": ("executorch",),
+    "litert": ("litert-torch", "ai-edge-litert"),
     "tensorrt": ("tensorrt", "torch-tensorrt"),
 }
 
@@ -69,7 +71,8 @@ def benchmark(
         models: Name to model; the first is what the others are compared with.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         backends: Any of ``"eager"``, ``"channels_last"`` (eager, with images and kernels laid out channel by channel),
-            ``"compile"`` (``torch.compile``), ``"onnxruntime"``, ``"openvino"`` and, on CUDA, ``"tensorrt"``.
+            ``"compile"`` (``torch.compile``), ``"onnxruntime"``, ``"openvino"``, ``"executorch"``, ``"litert"`` and,
+            on CUDA, ``"tensorrt"``.
         batch_size: Samples in one run; those given are repeated or cut. As given, if not set.
         batch_sizes: Several such sizes, in place of one.
         device: Where to run, on copies of the models that are elsewhere; where the inputs are, if not set.

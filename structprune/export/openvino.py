@@ -33,7 +33,9 @@ def export_openvino(
 
     The model becomes ONNX in memory of its own, which OpenVINO reads. Two files are written: ``path``, which ends in
     ``.xml``, and its weights beside it, in ``.bin``. They are run on the CPU in float32, at the sizes that
-    `structprune.export_onnx` tries, before they take their place. Where the processor has bfloat16, OpenVINO itself
+    `structprune.export_onnx` tries, before they take their place. See `structprune.export_onnx` for an example.
+
+    Where the processor has bfloat16, OpenVINO itself
     computes in it unless told ``{"INFERENCE_PRECISION_HINT": "f32"}``. What `structprune.onnx_info` tells of a pruned
     model stands in the ``.xml`` file too, under ``rt_info``.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import logging
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 from structprune.errors import ExportError
 from structprune.extras import require as required
@@ -41,8 +45,26 @@ class Runtime:
         Raises:
             MissingExtraError: some of it is not installed.
         """
-        for module in self.modules:
-            required(module, self.title, self.extra)
+        with quiet():
+            for module in self.modules:
+                required(module, self.title, self.extra)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Without warnings, and without what is logged below an error: converters tell of their steps."""
+    disabled = logging.root.manager.disable
+    handlers = list(logging.root.handlers)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        # `logging.warning` gives the root logger a handler where it has none.
+        for handler in [each for each in logging.root.handlers if each not in handlers]:
+            logging.root.removeHandler(handler)
 
 
 # -- ONNX Runtime -----------------------------------------------------------------------------------------------------
@@ -147,6 +169,57 @@ def _load_openvino(file: Path, threads: int | None) -> Loaded:
     return run
 
 
+# -- runtimes of phones ----------------------------------------------------------------------------------------------
+
+
+def _load_executorch(file: Path, threads: int | None) -> Loaded:
+    with quiet():
+        bindings = required("executorch.extension.pybindings.portable_lib", "ExecuTorch", "executorch")
+        runtime = required("executorch.runtime", "ExecuTorch", "executorch").Runtime.get()
+    # One pool of threads serves the process.
+    if threads is not None and bindings._threadpool_get_thread_count() != threads:
+        bindings._unsafe_reset_threadpool(threads)
+    try:
+        # The method keeps its program alive.
+        method = runtime.load_program(str(file)).load_method("forward")
+    except RuntimeError as error:
+        raise ExportError(f"ExecuTorch cannot load the file: {last_line(error)}") from error
+
+    def run(feed: Mapping[str, Any]) -> list[Any]:
+        try:
+            return [each.numpy() for each in method.execute([torch.from_numpy(array) for array in feed.values()])]
+        except RuntimeError as error:
+            raise ExportError(f"ExecuTorch cannot run the file: {last_line(error)}") from error
+
+    return run
+
+
+def _load_litert(file: Path, threads: int | None) -> Loaded:
+    library = required("ai_edge_litert.interpreter", "LiteRT", "litert")
+    try:
+        interpreter = library.Interpreter(str(file), num_threads=threads)
+        interpreter.allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"LiteRT cannot load the file: {last_line(error)}") from error
+    ((signature, names),) = interpreter.get_signature_list().items()
+    runner = interpreter.get_signature_runner(signature)
+    inputs, outputs = (sorted(names[side], key=_number) for side in ("inputs", "outputs"))
+
+    def run(feed: Mapping[str, Any]) -> list[Any]:
+        try:
+            found = runner(**dict(zip(inputs, feed.values(), strict=True)))
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(f"LiteRT cannot run the file: {last_line(error)}") from error
+        return [found[name] for name in outputs]
+
+    return run
+
+
+def _number(name: str) -> int:
+    """The place of an input or output of LiteRT, which is the number that its name ends in."""
+    return int(name.rpartition("_")[2])
+
+
 def last_line(error: Exception) -> str:
     """What an error of C++ says: its first lines name sources of the library."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -156,8 +229,10 @@ def last_line(error: Exception) -> str:
 ONNXRUNTIME = Runtime("ONNX Runtime", "ONNX", "onnx", ("onnx", "onnxscript", "onnxruntime"), _load_onnx)
 OPENVINO = Runtime("OpenVINO", "OpenVINO", "openvino", ("openvino", "onnx", "onnxscript"), _load_openvino)
 
+EXECUTORCH = Runtime("ExecuTorch", "ExecuTorch", "executorch", ("executorch",), _load_executorch)
+LITERT = Runtime("LiteRT", "LiteRT", "litert", ("ai_edge_litert", "litert_torch"), _load_litert)
 # By the names of backends.
-RUNTIMES = {"onnxruntime": ONNXRUNTIME, "openvino": OPENVINO}
+RUNTIMES = {"onnxruntime": ONNXRUNTIME, "openvino": OPENVINO, "executorch": EXECUTORCH, "litert": LITERT}
 
 
 def copied(outputs: list[Any]) -> list[Any]:

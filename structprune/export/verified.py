@@ -26,7 +26,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 
 @dataclass(frozen=True)
 class Export:
-    """What was written and how well it agrees with the model. See `structprune.export_openvino` for an example.
+    """What was written and how well it agrees with the model. See `structprune.export_onnx` for an example.
 
     Attributes:
         path: The file.

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from structprune.benchmarking.nodes import NODE_TIMERS
 from structprune.errors import PlanError
-from structprune.export.runtimes import RUNTIMES
 from structprune.files import locked, write_text
 from structprune.hardware import installed
 from structprune.latency.table import SCHEMA, LatencyTable
@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 def conditions(backend: str, device: torch.device, threads: int) -> dict[str, Any]:
     """What the times depend on beside the operation."""
     versions = {"torch": str(torch.__version__)}
-    if backend in RUNTIMES:
+    if backend in NODE_TIMERS:
         # Unknown where it is a build of another name, such as onnxruntime-gpu.
         versions[backend] = installed(backend) or "unknown"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

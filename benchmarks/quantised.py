@@ -121,8 +121,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"ResNet-56 on CIFAR-10, {result['macs_ratio']:.2f}x fewer MACs and {result['params_ratio']:.2f}x fewer "
         f"parameters, by {IMAGES:,} training images without labels: the same ones choose channels, recover and "
         f"calibrate. Accuracy on the first {TESTED:,} test images (standard error about 0.6 points; all rows see the "
-        "same images). Files are ONNX; int8 is `structprune.quantize`, whose files other runtimes read too. Milliseconds of "
-        "CPU time on one "
+        "same images). Files are ONNX; int8 is `structprune.quantize`, whose files other runtimes read too. "
+        "Milliseconds of CPU time on one "
         f"thread, medians of {RUNS} runs in turns.",
         "",
         "| | bytes | x smaller | "

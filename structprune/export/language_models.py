@@ -43,7 +43,7 @@ _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm
 
 @dataclass(frozen=True)
 class Objection:
-    """Why a program does not take a model, or not with all that it can do.
+    """Why a program does not take a model, or not with all it can do. See `structprune.serving_objections` for an example.
 
     Attributes:
         server: The program.
@@ -204,7 +204,7 @@ def _llama_cpp(shapes: _Shapes) -> Iterator[Objection]:
 
 @dataclass(frozen=True)
 class GgufExport:
-    """A GGUF file that was read back. See `structprune.export_gguf` for its use.
+    """A GGUF file that was read back. See `structprune.export_gguf` for an example.
 
     Attributes:
         path: The file.

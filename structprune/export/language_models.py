@@ -43,7 +43,7 @@ _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm
 
 @dataclass(frozen=True)
 class Objection:
-    """Why a program does not take a model, or not with all it can do. See `structprune.serving_objections` for an example.
+    """Why a program does not take a model, or not in full. See `structprune.serving_objections` for an example.
 
     Attributes:
         server: The program.

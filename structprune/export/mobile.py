@@ -36,8 +36,7 @@ def export_executorch(
 ) -> Export:
     """Write a model as an ExecuTorch program, lowered to XNNPACK, and prove that ExecuTorch computes the same with it.
 
-    Operations that XNNPACK does not know run on ExecuTorch's portable kernels. See `structprune.export_onnx` for an
-    example.
+    Operations that XNNPACK does not know run on ExecuTorch's portable kernels.
 
     Args:
         model: Any module that ``torch.export`` can trace.
@@ -56,6 +55,10 @@ def export_executorch(
         MissingExtraError: executorch is not installed.
         ExportError: The model cannot be exported, or ExecuTorch computes something else; or there cannot be a file at
             `path`.
+
+    Example::
+
+        structprune.export_executorch(slim, "slim.pte", images)
     """
     require(locals(), ExportError, path=PATH, example_inputs=INPUTS, largest_batch=whole(_LEAST_FREE).or_none)
     _check_suffix(path, ".pte", "ExecuTorch programs")
@@ -84,8 +87,7 @@ def export_litert(
 ) -> Export:
     """Write a model as a LiteRT file (TensorFlow Lite), and prove that LiteRT computes the same with it.
 
-    Sizes are those of the example: the converter refuses free ones for many operations. See `structprune.export_onnx`
-    for an example.
+    Sizes are those of the example: the converter refuses free ones for many operations.
 
     Args:
         model: Any module that ``torch.export`` can trace.
@@ -101,6 +103,10 @@ def export_litert(
         MissingExtraError: litert-torch is not installed.
         ExportError: The model cannot be exported, or LiteRT computes something else; or there cannot be a file at
             `path`.
+
+    Example::
+
+        structprune.export_litert(slim, "slim.tflite", images)
     """
     require(locals(), ExportError, path=PATH, example_inputs=INPUTS)
     _check_suffix(path, ".tflite", "LiteRT files")

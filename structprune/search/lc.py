@@ -14,6 +14,15 @@ from structprune.checking import real, require, whole
 from structprune.search.projections import Projection, Values, values_of
 from structprune.search.task import Best, Found, Task, mean_of, sgd
 
+# What Condensa's examples give: mu, and of an L step the first and the last learning rate, the batches, and momentum.
+_MU = 1e-3
+_PUBLISHED = (0.01, 1e-4, 3000, 0.95)
+
+
+def _way(first: float, last: float, count: int, momentum: float) -> float:
+    """How far a constant gradient of 1 carries weights in an L step."""
+    return sum(first * (last / first) ** (number / count) for number in range(count)) / (1 - momentum)
+
 
 @dataclass(frozen=True)
 class LC:
@@ -30,8 +39,8 @@ class LC:
     kept. Running statistics of norms are those of w.
 
     Carreira-Perpinan and Idelbayev, "Learning-Compression" Algorithms for Neural Net Pruning, 2018 (figure 2,
-    augmented Lagrangian); settings of Joseph et al., Condensa, 2020. The learning rate is never above ``1/mu``, beyond
-    which descending on the penalty would not converge (section 3.3 of the first paper).
+    augmented Lagrangian); steps, growth and cap are those of Joseph et al., Condensa, 2020. The learning rate is never
+    above ``1/mu``: beyond that, descending on the penalty need not converge.
 
     Args:
         steps: L-C iterations, the one without training included.
@@ -39,7 +48,9 @@ class LC:
         lr_end: at its end; None for a hundredth.
         iterations: batches in each L step; None for one pass over the training data.
         first_iterations: batches in the first L step; None for as many as in the others.
-        mu: weight of the penalty in the first L step.
+        mu: weight of the penalty in the first L step. None: 1e-3, the published value, for L steps of the published
+            length (3,000 batches at a rate from 0.01 to 1e-4, momentum 0.95), and in proportion more where steps are
+            shorter or slower, so that the penalty draws the weights as far in each of them.
         mu_factor: by which it grows with each step, at least 1.
         mu_cap: beyond which it does not.
         momentum: of SGD, from 0 to below 1.
@@ -63,7 +74,7 @@ class LC:
     lr_end: float | None = None
     iterations: int | None = None
     first_iterations: int | None = None
-    mu: float = 1e-3
+    mu: float | None = None
     mu_factor: float = 1.1
     mu_cap: float = 1e4
     momentum: float = 0.95
@@ -71,8 +82,14 @@ class LC:
 
     def __post_init__(self) -> None:
         positive, count = real(above=0), whole(1)
-        require(vars(self), steps=count, lr=positive, lr_end=positive.or_none, mu=positive, mu_factor=real(least=1))
-        require(vars(self), iterations=count.or_none, first_iterations=count.or_none, mu_cap=real(least=self.mu))
+        require(vars(self), steps=count, lr=positive, lr_end=positive.or_none)
+        require(vars(self), mu=positive.or_none, mu_factor=real(least=1))
+        require(
+            vars(self),
+            iterations=count.or_none,
+            first_iterations=count.or_none,
+            mu_cap=real(least=self.mu or 0, above=0),
+        )
         require(vars(self), momentum=real(least=0, below=1), weight_decay=real(least=0))
 
     def compress(self, model: nn.Module, projection: Projection, task: Task) -> Found:
@@ -83,7 +100,7 @@ class LC:
         multipliers = {name: torch.zeros_like(value) for name, value in theta.items()}
         best = Best(w, task)
         best.offer(theta, float("nan"))
-        mu, done = self.mu, 0.0
+        mu = self._first_mu(task)
         for step in range(1, self.steps):
             loss = self._learn(w, theta, multipliers, mu, batches, self._length(step, task), task)
             with torch.no_grad():
@@ -94,10 +111,23 @@ class LC:
                 for name, multiplier in multipliers.items():
                     multiplier.sub_(values[name] - theta[name], alpha=mu)
             mu = min(mu * self.mu_factor, self.mu_cap)
-            done = step / max(1, self.steps - 1)
-            if best.hopeless(done):
+            if best.hopeless(step / (self.steps - 1)):
                 return best.found(model, True)
         return best.found(model, False)
+
+    @property
+    def _last(self) -> float:
+        """The learning rate at the end of each L step."""
+        return self.lr / 100 if self.lr_end is None else self.lr_end
+
+    def _first_mu(self, task: Task) -> float:
+        """The weight of the penalty in the first L step."""
+        if self.mu is not None:
+            return self.mu
+        if self.steps == 1:
+            return _MU
+        way = _way(self.lr, self._last, self._length(2, task), self.momentum)
+        return min(_MU * _way(*_PUBLISHED) / way, self.mu_cap)
 
     def _length(self, step: int, task: Task) -> int:
         """How many batches an L step trains on."""
@@ -117,12 +147,11 @@ class LC:
         """One L step; the mean loss, without the penalty."""
         optimizer = sgd(w, self.lr, self.momentum, self.weight_decay)
         held = dict(w.named_parameters())
-        last = self.lr / 100 if self.lr_end is None else self.lr_end
         w.train()
         losses: list[Tensor] = []
         for number in range(count):
             for group in optimizer.param_groups:
-                group["lr"] = min(self.lr * (last / self.lr) ** (number / count), 1 / mu)
+                group["lr"] = min(self.lr * (self._last / self.lr) ** (number / count), 1 / mu)
             loss = task.loss(w, next(batches))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -12,6 +12,7 @@ For example, a layer of 4 weights at a density of 0.5::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError
-from structprune.importance.base import Fittable, Importance
+from structprune.importance.base import Fittable, Importance, importance_of
+from structprune.importance.weight import SliceNorm
 from structprune.masks.saliency import Saliency
 from structprune.planning.build import plan_removal, tensors_of
 from structprune.planning.options import PlanOptions
@@ -35,6 +37,8 @@ from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs
 
 Values = Mapping[str, Tensor]
+# Criteria that are the norm of a filter: of several layers that make a channel, the mean of theirs.
+FILTER_NORMS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 # Channels that may go one by one; heads and positions in them are factors of products.
 _AXES = ("channels", "mlp", "hidden")
 
@@ -256,6 +260,14 @@ class _OneThreshold:
         return self.score(group, tensors)
 
 
+def _one_threshold(criterion: str | Importance, graph: ChannelGraph) -> Importance:
+    """A criterion whose scores are compared over all groups; norms are those of the filters alone."""
+    if isinstance(criterion, str) and criterion in FILTER_NORMS:
+        return _OneThreshold(SliceNorm(FILTER_NORMS[criterion]), graph.roles.producers)
+    chosen = importance_of(criterion, "criterion")
+    return _OneThreshold(chosen.fit(graph, None) if isinstance(chosen, Fittable) else chosen, None)
+
+
 class Channels(_Masking):
     """The coupled channels of the highest scores stay; see `structprune.search.FilterPrune`.
 
@@ -273,7 +285,7 @@ class Channels(_Masking):
         *,
         kinds: tuple[str, ...],
         align: int | None,
-        criterion: Importance,
+        criterion: str | Importance,
         bias: bool,
     ) -> None:
         require_matches(model, layers, ignore)
@@ -286,12 +298,10 @@ class Channels(_Masking):
         if not groups:
             reasons = "".join(f" {name}: {why}." for name, why in [*self.left.items()][:3])
             raise PlanError(f"layers and ignore leave no {' or '.join(kinds)} that may go.{reasons}")
-        score = criterion.fit(self._graph, None) if isinstance(criterion, Fittable) else criterion
-        places = None if bias else self._graph.roles.producers
         self._options = PlanOptions(
             ratio=lambda group: 1 - density if self._goes(group) else 0.0,
             scope="global",
-            importance=_OneThreshold(score, places),
+            importance=_one_threshold(criterion, self._graph),
             round_to=align or 1,
             uniform=False,
         )

@@ -116,7 +116,7 @@ class _Structured(LayerScheme):
             self.required_density(),
             kinds=self.kinds,
             align=self.align,
-            criterion=importance_of(self.criterion, "criterion"),
+            criterion=self.criterion,
             bias=self.bias,
         )
 
@@ -139,10 +139,9 @@ class FilterPrune(_Structured):
             all.
         ignore: layers or blocks whose channels stay.
         align: widths that change become multiples of this; where no multiple is left, channels stay.
-        criterion: what a channel is worth: the name of a criterion that needs no data
-            (`structprune.importance.CRITERIA`) or an object. With the default ``"l2"``, the sum of squares of
-            everything that is set to zero, the projection is the nearest point; a weight between two channels that
-            both may go counts for each.
+        criterion: what a channel is worth. ``"l1"``, ``"l2"`` or ``"linf"``: the norm of its filter, as in the paper;
+            where several layers make the channel, the mean of theirs. Or another criterion that needs no data: a name
+            of `structprune.importance.CRITERIA`, or an object.
         bias: whether biases, shifts and readers of a channel are set to zero too. If not, a channel stays a constant,
             which `compact` folds into the layers behind where that is exact.
 

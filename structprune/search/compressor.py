@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -180,7 +181,10 @@ class Compressor:
         """The score of a model on validation data."""
         with evaluating(model):
             data = self._validate if data is None else data
-            return score_of(model, data, self._loss, self._moved, nullcontext)
+            score = score_of(model, data, self._loss, self._moved, nullcontext)
+        if not math.isfinite(score):
+            raise PlanError(f"A score on validation data is {score}. Check the data, or lower lr.")
+        return score
 
 
 class _Run:

@@ -64,7 +64,7 @@ class Direct:
         w = copy.deepcopy(model)
         support = projection.support(values_of(w))
         best = Best(w, task)
-        best.offer(projection.compressed(values_of(w)), float("nan"))
+        best.offer(projection.compressed(values_of(w)), None)
         if not self.epochs:
             return best.found(model, False)
         fill(w, {name: value * support[name] for name, value in values_of(w).items() if name in support})
@@ -135,7 +135,7 @@ class Recover:
         dense = copy.deepcopy(model)
         theta = projection.compressed(values_of(dense))
         best = Best(dense, task)
-        best.offer(theta, float("nan"))
+        best.offer(theta, None)
         before = best.found(model, False)
         given = inputs_of(batches[0])
         slim = compact(before.model.eval(), given)
@@ -143,7 +143,7 @@ class Recover:
             raise PlanError("optimizer is Recover, which is for schemes that remove channels, and none are removed.")
         recovered = recover(slim, model, batches, rows=self.rows, rounds=self.rounds, seed=task.seed)
         score = task.score(recovered)
-        step = TrainingStep(1, float("nan"), score, 0.0)
+        step = TrainingStep(1, None, score, 0.0)
         if score <= before.score:
             return Found(before.model, before.score, (*before.history, step))
         return Found(recovered, score, (*before.history, step))

@@ -99,7 +99,7 @@ class LC:
         theta = projection.compressed(values_of(w))
         multipliers = {name: torch.zeros_like(value) for name, value in theta.items()}
         best = Best(w, task)
-        best.offer(theta, float("nan"))
+        best.offer(theta, None)
         mu = self._first_mu(task)
         for step in range(1, self.steps):
             loss = self._learn(w, theta, multipliers, mu, batches, self._length(step, task), task)

@@ -72,14 +72,14 @@ class TrainingStep:
 
     Attributes:
         number: counted from 0, which is the network compressed without training.
-        loss: mean over the batches of the step; NaN where there were none.
+        loss: mean over the batches of the step; None where there were none.
         score: of the compressed network on the validation data.
         distance: Euclidean distance between the trained weights and the compressed ones.
         mu: weight of the penalty; 0 where there is none.
     """
 
     number: int
-    loss: float
+    loss: float | None
     score: float
     distance: float
     mu: float = 0.0
@@ -130,19 +130,13 @@ class Best:
     best: list[float] = field(default_factory=list)
     _kept: nn.Module | None = None
 
-    def offer(self, theta: Values, loss: float, mu: float = 0.0) -> None:
-        """Score the model with these values in place of its own.
-
-        Raises:
-            PlanError: the score is not finite.
-        """
+    def offer(self, theta: Values, loss: float | None, mu: float = 0.0) -> None:
+        """Score the model with these values in place of its own."""
         own = {name: value.clone() for name, value in values_of(self.model).items() if name in theta}
         squares = sum(float((own[name] - theta[name]).double().square().sum()) for name in theta)
         fill(self.model, theta)
         try:
             score = self.task.score(self.model)
-            if not math.isfinite(score):
-                raise PlanError(f"The score on valloader is {score}. Check its data, or lower lr.")
             if self._kept is None or score > self.best[-1]:
                 self._kept = copy.deepcopy(self.model)
             self.best.append(max([score, *self.best[-1:]]))

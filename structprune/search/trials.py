@@ -17,6 +17,8 @@ PROPOSALS = 5
 # Two densities this close are the same for a search.
 CLOSE = 0.01
 
+_LACKING = "lacking"
+
 TRAINED, ENDED_EARLY = "trained", "ended early"
 KNOWN_INFEASIBLE, NO_BETTER = "denser was infeasible", "no better than the best"
 
@@ -102,7 +104,7 @@ class DensitySearch:
                 asked = study.ask()
                 densities = tuple(asked.suggest_float(f"density{i}", low, high) for i in range(self._count))
                 trial, lacking = self._tried(densities, value, train)
-                asked.set_user_attr("lacking", lacking)
+                _constrain(asked, lacking)
                 study.tell(asked, trial.value)
         return self.best
 
@@ -146,10 +148,20 @@ class DensitySearch:
         return self.best.densities[0] - low < CLOSE
 
     def _sampler(self, optuna: Any) -> Any:
-        given = {"seed": self._settings.seed, "constraints_func": lambda trial: [trial.user_attrs["lacking"]]}
+        given: dict[str, Any] = {"seed": self._settings.seed}
+        if not hasattr(optuna.trial.Trial, "set_constraint"):  # before Optuna 5
+            given["constraints_func"] = lambda trial: [trial.user_attrs[_LACKING]]
         if self._settings.sampler == "tpe":
             return optuna.samplers.TPESampler(n_startup_trials=3, **given)
         return optuna.samplers.GPSampler(n_startup_trials=2, **given)
+
+
+def _constrain(trial: Any, lacking: float) -> None:
+    """Tell a trial of Optuna how much it lacks to be feasible."""
+    if hasattr(trial, "set_constraint"):
+        trial.set_constraint(_LACKING, lacking)
+    else:
+        trial.set_user_attr(_LACKING, lacking)
 
 
 def _all_at_most(densities: tuple[float, ...], others: tuple[float, ...]) -> bool:

@@ -111,7 +111,7 @@ def test_the_filters_that_go_are_the_nearest_of_all_choices():
         sizes = torch.cat([part[0].weight.square().sum(1) for part in (model.a, model.b)])
         choices = [off for off in itertools.combinations(range(7), 3) if off != (0, 1, 2)]
         nearest = min(float(sizes[list(off)].sum()) for off in choices)
-        sparse = NeuronPrune(4 / 7, bias=False).compressed(model, torch.randn(1, 2))
+        sparse = NeuronPrune(4 / 7, relative=False, bias=False).compressed(model, torch.randn(1, 2))
         pairs = zip(model.parameters(), sparse.parameters(), strict=True)
         assert sum(float((a - b).square().sum()) for a, b in pairs) == pytest.approx(nearest)
 
@@ -284,6 +284,7 @@ def test_json_that_is_no_scheme(text, error, said):
         (lambda m: Prune(0.5, ignore=("",)), "ignore is"),
         (lambda m: FilterPrune(0.5, align=0), "align is 0"),
         (lambda m: FilterPrune(0.5, bias=1), "bias is 1"),
+        (lambda m: FilterPrune(0.5, relative=None), "relative is None"),
         (lambda m: FilterPrune(0.5, criterion="best"), "criterion"),
         (lambda m: BlockPrune(0.5, block_size=(0, 2)), "block_size"),
         (lambda m: BlockPrune(0.5, criterion="l7"), "criterion is 'l7'"),

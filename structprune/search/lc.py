@@ -17,6 +17,9 @@ from structprune.search.task import Best, Found, Task, mean_of, sgd
 # What Condensa's examples give: mu, and of an L step the first and the last learning rate, the batches, and momentum.
 _MU = 1e-3
 _PUBLISHED = (0.01, 1e-4, 3000, 0.95)
+# So many batches give the statistics of batch norms. Whether to give up is asked when so much is done: theta is no good
+# network before w has come near to it.
+_SHOWN, _LATE = 8, 0.75
 
 
 def _way(first: float, last: float, count: int, momentum: float) -> float:
@@ -36,7 +39,7 @@ class LC:
     - the multipliers follow: ``lambda = lambda - mu (w - theta)``, and mu grows by `mu_factor` up to `mu_cap`.
 
     Step 0 compresses without training. Of the thetas of all steps the one with the best score on the validation data is
-    kept. Running statistics of norms are those of w.
+    kept. Batch norms of theta take their statistics anew, on eight batches: those of w belong to other weights.
 
     Carreira-Perpinan and Idelbayev, "Learning-Compression" Algorithms for Neural Net Pruning, 2018 (figure 2,
     augmented Lagrangian); steps, growth and cap are those of Joseph et al., Condensa, 2020. The learning rate is never
@@ -98,7 +101,7 @@ class LC:
         batches = task.batches()
         theta = projection.compressed(values_of(w))
         multipliers = {name: torch.zeros_like(value) for name, value in theta.items()}
-        best = Best(w, task)
+        best = Best(w, task, [next(batches) for _ in range(_SHOWN)])
         best.offer(theta, None)
         mu = self._first_mu(task)
         for step in range(1, self.steps):
@@ -111,7 +114,8 @@ class LC:
                 for name, multiplier in multipliers.items():
                     multiplier.sub_(values[name] - theta[name], alpha=mu)
             mu = min(mu * self.mu_factor, self.mu_cap)
-            if best.hopeless(step / (self.steps - 1)):
+            done = step / (self.steps - 1)
+            if done >= _LATE and best.hopeless(done):
                 return best.found(model, True)
         return best.found(model, False)
 

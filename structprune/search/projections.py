@@ -241,16 +241,17 @@ def _going(density: float, count: int) -> int:
 
 @dataclass(frozen=True)
 class _OneThreshold:
-    """Scores of channels that are compared over all groups as they are.
+    """Scores of channels that are compared over all groups.
 
     Attributes:
         score: the criterion.
         places: dimensions of tensors that it sees; None for all.
+        comparable: whether as they are; if not, over their mean in the group.
     """
 
     score: Importance
     places: frozenset[tuple[str, int]] | None
-    comparable: bool = True
+    comparable: bool
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
@@ -260,12 +261,12 @@ class _OneThreshold:
         return self.score(group, tensors)
 
 
-def _one_threshold(criterion: str | Importance, graph: ChannelGraph) -> Importance:
+def _one_threshold(criterion: str | Importance, graph: ChannelGraph, relative: bool) -> Importance:
     """A criterion whose scores are compared over all groups; norms are those of the filters alone."""
     if isinstance(criterion, str) and criterion in FILTER_NORMS:
-        return _OneThreshold(SliceNorm(FILTER_NORMS[criterion]), graph.roles.producers)
+        return _OneThreshold(SliceNorm(FILTER_NORMS[criterion]), graph.roles.producers, not relative)
     chosen = importance_of(criterion, "criterion")
-    return _OneThreshold(chosen.fit(graph, None) if isinstance(chosen, Fittable) else chosen, None)
+    return _OneThreshold(chosen.fit(graph, None) if isinstance(chosen, Fittable) else chosen, None, not relative)
 
 
 class Channels(_Masking):
@@ -286,6 +287,7 @@ class Channels(_Masking):
         kinds: tuple[str, ...],
         align: int | None,
         criterion: str | Importance,
+        relative: bool,
         bias: bool,
     ) -> None:
         require_matches(model, layers, ignore)
@@ -301,7 +303,7 @@ class Channels(_Masking):
         self._options = PlanOptions(
             ratio=lambda group: 1 - density if self._goes(group) else 0.0,
             scope="global",
-            importance=_one_threshold(criterion, self._graph),
+            importance=_one_threshold(criterion, self._graph, relative),
             round_to=align or 1,
             uniform=False,
         )

@@ -91,6 +91,7 @@ class _Structured(LayerScheme):
 
     align: int | None = None
     criterion: str | Importance = "l2"
+    relative: bool = True
     bias: bool = True
 
     removes_channels: ClassVar[bool] = True
@@ -98,7 +99,7 @@ class _Structured(LayerScheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(vars(self), align=_ALIGN, bias=FLAG)
+        require(vars(self), align=_ALIGN, relative=FLAG, bias=FLAG)
         importance_of(self.criterion, "criterion")
 
     def on(self, model: nn.Module, example_inputs: ExampleInputs | None = None) -> Projection:
@@ -117,6 +118,7 @@ class _Structured(LayerScheme):
             kinds=self.kinds,
             align=self.align,
             criterion=self.criterion,
+            relative=self.relative,
             bias=self.bias,
         )
 
@@ -142,6 +144,9 @@ class FilterPrune(_Structured):
         criterion: what a channel is worth. ``"l1"``, ``"l2"`` or ``"linf"``: the norm of its filter, as in the paper;
             where several layers make the channel, the mean of theirs. Or another criterion that needs no data: a name
             of `structprune.importance.CRITERIA`, or an object.
+        relative: whether what channels are worth is divided by its mean over the channels that are alike (of a layer,
+            or of layers that share them) before the threshold. If not, norms are compared as they are, as in the paper,
+            which takes most from layers of few inputs.
         bias: whether biases, shifts and readers of a channel are set to zero too. If not, a channel stays a constant,
             which `compact` folds into the layers behind where that is exact.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import PlanError
+from structprune.importance.data import call_on_batch
+from structprune.inputs import modes_kept
 from structprune.search.projections import Projection, Values, fill, values_of
 from structprune.training.stepping import begin_epoch
 
@@ -122,10 +125,14 @@ class Best:
 
     Attributes:
         model: what is trained; it is scored with compressed values in place of its own.
+        task: data, loss and score.
+        shown: batches on which batch norms take the statistics that they are scored with; if there are none, they have
+            those that they took in training.
     """
 
     model: nn.Module
     task: Task
+    shown: Sequence[Any] = ()
     history: list[TrainingStep] = field(default_factory=list)
     best: list[float] = field(default_factory=list)
     _kept: nn.Module | None = None
@@ -135,13 +142,12 @@ class Best:
         own = {name: value.clone() for name, value in values_of(self.model).items() if name in theta}
         squares = sum(float((own[name] - theta[name]).double().square().sum()) for name in theta)
         fill(self.model, theta)
-        try:
+        with _statistics_on(self.model, self.shown):
             score = self.task.score(self.model)
             if self._kept is None or score > self.best[-1]:
                 self._kept = copy.deepcopy(self.model)
             self.best.append(max([score, *self.best[-1:]]))
-        finally:
-            fill(self.model, own)
+        fill(self.model, own)
         self.history.append(TrainingStep(len(self.history), loss, score, math.sqrt(squares), mu))
 
     def hopeless(self, done: float) -> bool:
@@ -154,6 +160,34 @@ class Best:
         for mine, other in zip(self._kept.modules(), mode.modules(), strict=True):
             mine.training = other.training
         return Found(self._kept, self.best[-1], tuple(self.history), ended_early)
+
+
+@contextmanager
+def _statistics_on(model: nn.Module, batches: Sequence[Any]) -> Generator[None]:
+    """Batch norms have the statistics of these batches inside, and afterwards those that they had."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    if not norms or not batches:
+        yield
+        return
+    before = [({name: tensor.clone() for name, tensor in norm.named_buffers()}, norm.momentum) for norm in norms]
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.training = True
+        for batch in batches:
+            call_on_batch(model, batch)
+        for norm, (_, momentum) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+    yield
+    for norm, (buffers, _) in zip(norms, before, strict=True):
+        for name, tensor in norm.named_buffers():
+            tensor.copy_(buffers[name])
 
 
 def sgd(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:

@@ -172,7 +172,7 @@ def _all_at_most(densities: tuple[float, ...], others: tuple[float, ...]) -> boo
 def _quiet(optuna: Any) -> Generator[None]:
     """Without its log and without warnings that parts of it are new; afterwards its log is as it was."""
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -62,21 +62,24 @@ class Direct:
     def compress(self, model: nn.Module, projection: Projection, task: Task) -> Found:
         """See `structprune.search.task.AccuracyOptimizer`."""
         w = copy.deepcopy(model)
-        support = projection.support(values_of(w))
         best = Best(w, task)
         best.offer(projection.compressed(values_of(w)), None)
         if not self.epochs:
             return best.found(model, False)
+        count = task.length() if self.iterations is None else self.iterations
+        return best.found(model, self.train(w, projection, best, task.batches(), count))
+
+    def train(self, w: nn.Module, projection: Projection, best: Best, batches: Iterator[Any], count: int) -> bool:
+        """Train what a projection of the weights leaves, in place; whether that was given up."""
+        support = projection.support(values_of(w))
         fill(w, {name: value * support[name] for name, value in values_of(w).items() if name in support})
         optimizer = sgd(w, self.lr, self.momentum, self.weight_decay)
-        count = task.length() if self.iterations is None else self.iterations
-        batches = task.batches()
         for epoch in range(self.epochs):
-            loss = self._epoch(w, support, optimizer, epoch, batches, count, task)
+            loss = self._epoch(w, support, optimizer, epoch, batches, count, best.task)
             best.offer(projection.compressed(values_of(w)), loss)
             if best.hopeless((epoch + 1) / self.epochs):
-                return best.found(model, True)
-        return best.found(model, False)
+                return True
+        return False
 
     def _epoch(
         self,

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from structprune.checking import real, require, whole
+from structprune.search.direct import Direct
 from structprune.search.projections import Projection, Values, values_of
 from structprune.search.task import Best, Found, Task, mean_of, sgd
 
 # What Condensa's examples give: mu, and of an L step the first and the last learning rate, the batches, and momentum.
 _MU = 1e-3
 _PUBLISHED = (0.01, 1e-4, 3000, 0.95)
+_TURNS_GROWTH = 1.1**28  # from the first of 29 L steps to the last
 # So many batches give the statistics of batch norms. Whether to give up is asked when so much is done: theta is no good
 # network before w has come near to it.
 _SHOWN, _LATE = 8, 0.75
@@ -51,11 +53,14 @@ class LC:
         lr_end: at its end; None for a hundredth.
         iterations: batches in each L step; None for one pass over the training data.
         first_iterations: batches in the first L step; None for as many as in the others.
-        mu: weight of the penalty in the first L step. None: 1e-3, the published value, for L steps of the published
-            length (3,000 batches at a rate from 0.01 to 1e-4, momentum 0.95), and in proportion more where steps are
-            shorter or slower, so that the penalty draws the weights as far in each of them.
+        mu: weight of the penalty in the first L step. None: so much that the penalty draws the weights in the last L
+            step as far as in the last one of the published settings: 1e-3 for 29 L steps of 3,000 batches, at rates
+            from 0.01 to 1e-4 and momentum 0.95; more where steps are shorter or fewer.
         mu_factor: by which it grows with each step, at least 1.
         mu_cap: beyond which it does not.
+        finish: share of the steps that, at the end, train what is not zero in the best theta, as `Direct` does; 0 for
+            none, as published. Without it, short L steps leave w at a distance from theta, which then is no network
+            that was trained.
         momentum: of SGD, from 0 to below 1.
         weight_decay: of SGD, for parameters with two dimensions or more.
 
@@ -80,6 +85,7 @@ class LC:
     mu: float | None = None
     mu_factor: float = 1.1
     mu_cap: float = 1e4
+    finish: float = 0.2
     momentum: float = 0.95
     weight_decay: float = 0.0
 
@@ -93,6 +99,7 @@ class LC:
             first_iterations=count.or_none,
             mu_cap=real(least=self.mu or 0, above=0),
         )
+        require(vars(self), finish=real(least=0, below=1))
         require(vars(self), momentum=real(least=0, below=1), weight_decay=real(least=0))
 
     def compress(self, model: nn.Module, projection: Projection, task: Task) -> Found:
@@ -104,7 +111,7 @@ class LC:
         best = Best(w, task, [next(batches) for _ in range(_SHOWN)])
         best.offer(theta, None)
         mu = self._first_mu(task)
-        for step in range(1, self.steps):
+        for step in range(1, 1 + self._turns):
             loss = self._learn(w, theta, multipliers, mu, batches, self._length(step, task), task)
             with torch.no_grad():
                 values = values_of(w)
@@ -117,7 +124,13 @@ class LC:
             done = step / (self.steps - 1)
             if done >= _LATE and best.hopeless(done):
                 return best.found(model, True)
-        return best.found(model, False)
+        last = self.steps - 1 - self._turns
+        if not last:
+            return best.found(model, False)
+        w.load_state_dict(best.kept.state_dict())
+        best.shown = ()  # from here on the norms see the network that is scored
+        direct = Direct(last, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return best.found(model, direct.train(w, projection, best, batches, self._length(2, task)))
 
     @property
     def _last(self) -> float:
@@ -128,10 +141,17 @@ class LC:
         """The weight of the penalty in the first L step."""
         if self.mu is not None:
             return self.mu
-        if self.steps == 1:
+        if not self._turns:
             return _MU
         way = _way(self.lr, self._last, self._length(2, task), self.momentum)
-        return min(_MU * _way(*_PUBLISHED) / way, self.mu_cap)
+        # As strong in the last L step as in the published last one.
+        last = _MU * _way(*_PUBLISHED) / way * _TURNS_GROWTH
+        return min(last / self.mu_factor ** (self._turns - 1), self.mu_cap)
+
+    @property
+    def _turns(self) -> int:
+        """How many L steps there are."""
+        return self.steps - 1 - round(self.finish * (self.steps - 1))
 
     def _length(self, step: int, task: Task) -> int:
         """How many batches an L step trains on."""

@@ -150,16 +150,21 @@ class Best:
         fill(self.model, own)
         self.history.append(TrainingStep(len(self.history), loss, score, math.sqrt(squares), mu))
 
+    @property
+    def kept(self) -> nn.Module:
+        """The best of them."""
+        assert self._kept is not None
+        return self._kept
+
     def hopeless(self, done: float) -> bool:
         """Whether what is left of the training cannot be enough."""
         return done < 1 and self.task.hopeless(done, self.best)
 
     def found(self, mode: nn.Module, ended_early: bool) -> Found:
         """The best of them, its modules in the modes of another model."""
-        assert self._kept is not None
-        for mine, other in zip(self._kept.modules(), mode.modules(), strict=True):
+        for mine, other in zip(self.kept.modules(), mode.modules(), strict=True):
             mine.training = other.training
-        return Found(self._kept, self.best[-1], tuple(self.history), ended_early)
+        return Found(self.kept, self.best[-1], tuple(self.history), ended_early)
 
 
 @contextmanager

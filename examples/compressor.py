@@ -16,6 +16,7 @@ from structprune import search
 
 NUM_EPOCHS = 15
 STEPS = 30
+EPS = 0.02
 TRIALS = 6
 
 
@@ -77,7 +78,7 @@ def main() -> None:
     compressor = search.Compressor(
         model=model,  # Trained model
         objective=obj,  # Objective
-        eps=0.02,  # Accuracy threshold
+        eps=EPS,  # Accuracy threshold
         optimizer=lc,  # Accuracy recovery
         scheme=prune,  # Compression scheme
         trainloader=trainloader,  # Train dataloader

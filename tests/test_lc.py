@@ -116,7 +116,7 @@ def test_lc_is_the_algorithm_written_out():
         return float(next(scores))
 
     task = Task([(x, y)], lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]), score)
-    lc = LC(steps=9, lr=0.1, lr_end=0.02, iterations=5, mu=0.3, mu_factor=1.5, momentum=0.8)
+    lc = LC(steps=9, lr=0.1, lr_end=0.02, iterations=5, mu=0.3, mu_factor=1.5, finish=0, momentum=0.8)
     found = lc.compress(model, projection, task)
     wanted = literal_lc(model.weight.detach(), x, y, 0.25, 9, 5, 0.1, 0.02, 0.8, 0.3, 1.5)
     assert len(seen) == len(wanted) == 9
@@ -135,15 +135,39 @@ def test_the_theta_with_the_best_score_is_kept(trained):
         return next(scores)
 
     task = Task(TRAIN, lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1]), score)
-    found = LC(steps=4, iterations=2).compress(trained, Prune(0.2).on(trained), task)
+    found = LC(steps=4, iterations=2, finish=0).compress(trained, Prune(0.2).on(trained), task)
     assert found.score == 5
     assert same(state_of(found.model), thetas[1])
     assert [step.score for step in found.history] == [1.0, 5.0, 3.0, 5.0]
 
 
+def test_at_the_end_what_is_left_is_trained(trained):
+    task = Task(TRAIN, lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1]), lambda _: 0.0)
+    found = LC(steps=11, lr=0.02, iterations=2, finish=0.3).compress(trained, Prune(0.2).on(trained), task)
+    assert len(found.history) == 11
+    assert [step.mu > 0 for step in found.history] == [False] + 7 * [True] + 3 * [False]
+    assert [step.distance == 0 for step in found.history] == 8 * [False] + 3 * [True]
+
+
+def test_batch_norms_of_theta_have_statistics_of_their_own(trained):
+    """Of zeros in front the norms give shifts alone; with the statistics of other weights they would not."""
+    seen = []
+
+    def score(model):
+        x = torch.cat([x for x, _ in TRAIN])
+        with torch.no_grad():
+            seen.append(((model[0](x).mean((0, 2, 3)) - model[1].running_mean).abs().max(), model[1].momentum))
+        return 0.0
+
+    task = Task(TRAIN, lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1]), score)
+    LC(steps=4, lr=0.1, iterations=4, finish=0).compress(trained, Prune(0.1).on(trained), task)
+    assert len(seen) == 4
+    assert all(gap < 1e-5 and momentum == 0.1 for gap, momentum in seen)
+
+
 def test_the_penalty_grows_up_to_its_cap_and_the_rate_follows(trained):
     task = Task(TRAIN, lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1]), lambda _: 0.0)
-    lc = LC(steps=6, lr=0.5, lr_end=0.5, iterations=1, mu=10, mu_factor=10, mu_cap=500, momentum=0)
+    lc = LC(steps=6, lr=0.5, lr_end=0.5, iterations=1, mu=10, mu_factor=10, mu_cap=500, finish=0, momentum=0)
     history = lc.compress(trained, Prune(0.3).on(trained), task).history
     assert [step.mu for step in history] == [0, 10, 100, 500, 500, 500]
     # At a rate above 1/mu the penalty alone would throw the weights away: 0.5 * 500 times their distance.
@@ -152,9 +176,11 @@ def test_the_penalty_grows_up_to_its_cap_and_the_rate_follows(trained):
 
 def test_published_steps_get_the_published_penalty(trained):
     task = Task(TRAIN, lambda m, b: m(b[0]).sum(), lambda _: 0.0)
-    assert LC(iterations=3000)._first_mu(task) == pytest.approx(1e-3)
+    assert LC(iterations=3000, finish=0)._first_mu(task) == pytest.approx(1e-3)
     # A hundredth as many batches at five times the rate: the penalty has to draw twenty times as strongly.
-    assert LC(lr=0.05, iterations=30)._first_mu(task) == pytest.approx(2e-2, rel=0.1)
+    assert LC(lr=0.05, iterations=30, finish=0)._first_mu(task) == pytest.approx(2e-2, rel=0.1)
+    # Six L steps fewer end at the same strength.
+    assert LC(iterations=3000)._first_mu(task) == pytest.approx(1e-3 * 1.1**6)
     assert LC(mu=0.7, iterations=30)._first_mu(task) == 0.7
     assert (LC().steps, LC().lr, LC().mu_factor, LC().mu_cap) == (30, 0.01, 1.1, 1e4)
 
@@ -521,6 +547,7 @@ def test_bad_arguments_are_named(trained, change, said):
         (lambda: LC(mu_factor=0.9), "mu_factor is 0.9"),
         (lambda: LC(mu=5, mu_cap=1), "mu_cap is 1"),
         (lambda: LC(momentum=1), "momentum is 1"),
+        (lambda: LC(finish=1), "finish is 1"),
         (lambda: LC(weight_decay=-1), "weight_decay is -1"),
         (lambda: Direct(epochs=-1), "epochs is -1"),
         (lambda: Direct(lr="fast"), "lr is 'fast'"),

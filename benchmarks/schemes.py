@@ -105,8 +105,8 @@ def markdown(rows: list[dict[str, Any]], seeds: int) -> str:
         "Made by `python benchmarks/schemes.py`. Networks in the manner of LeNet on the digits of scikit-learn (1,000 "
         "images to train on, 297 to choose the best step by, 500 test images, which are looked at once), trained by "
         f"Adam for {DENSE_EPOCHS} epochs. `Direct` and `L-C` train on equally many batches, {STEPS - 1} x "
-        f"{ITERATIONS} of {BATCH}, at a learning rate of {RATE}; L-C with the automatic weight of its penalty, the last fifth of "
-        "its steps training what is left. "
+        f"{ITERATIONS} of {BATCH}, at a learning rate of {RATE}; L-C with the automatic weight of "
+        "its penalty, the last fifth of its steps training what is left. "
         "`Recover` solves layers again on the training images, without labels or training. Test accuracy in %: mean of "
         f"{seeds} seeds, and lowest and highest. {as_line(environment())}.",
         "",

@@ -200,7 +200,9 @@ class _Run:
         self._batch = asked._moved(inputs_of(self._first_batch()))
         self._inputs = resize_batch(self._batch, _SAMPLES)
         self._before = asked._score(dense)
-        self._allowed = self._before - self._loss_allowed()
+        lost = self._loss_allowed()
+        self._allowed = self._before - lost
+        self._unit = lost or max(1e-3 * abs(self._before), 1e-12)
         self._measure = None if asked._objective is None else Measure(asked._objective, dense, self._batch)
         self._search: DensitySearch | None = None
         self._kept: tuple[Found, Scheme, nn.Module] | None = None
@@ -226,7 +228,10 @@ class _Run:
         if asked._objective is None or self._measure is None:
             return self._compressed(asked._scheme, lambda _done, _best: False)
         self._search = DensitySearch(
-            asked._objective, asked._settings, asked._scheme.open_densities, lambda score: self._allowed - score
+            asked._objective,
+            asked._settings,
+            asked._scheme.open_densities,
+            lambda score: (self._allowed - score) / self._unit,
         )
         best = self._search.run(self._value_untrained, self._trained)
         if best is None or self._kept is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Generator
@@ -75,7 +76,8 @@ class DensitySearch:
         objective: which values are better.
         settings: how to search.
         count: how many densities.
-        lacking: of a score, how much it is below what is allowed; at most 0 if it is within.
+        lacking: of a score, how much it is below what is allowed, in units of what may be lost; at most 0 if it is
+            within.
     """
 
     def __init__(self, objective: Objective, settings: Settings, count: int, lacking: Callable[[float], float]) -> None:
@@ -104,7 +106,8 @@ class DensitySearch:
                 asked = study.ask()
                 densities = tuple(asked.suggest_float(f"density{i}", low, high) for i in range(self._count))
                 trial, lacking = self._tried(densities, value, train)
-                _constrain(asked, lacking)
+                # Scores that are far off are all alike: the process is to be fine near the limit.
+                _constrain(asked, math.asinh(lacking))
                 study.tell(asked, trial.value)
         return self.best
 

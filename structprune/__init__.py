@@ -1,6 +1,7 @@
 """structprune: trained PyTorch networks made smaller and faster by removing whole channels."""
 
 from structprune import masks as masks
+from structprune import search as search
 from structprune import training as training
 from structprune.api import plan, prune
 from structprune.benchmarking import Benchmark, benchmark, layer_times

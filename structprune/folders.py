@@ -39,7 +39,7 @@ TOKENS = 16
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a folder by name, each read when it is asked for and held by nobody here.
+    """The tensors of a folder by name, each read when it is asked for, and not kept.
 
     Args:
         folder: holds ``model.safetensors``, or an index and the shards that it names.
@@ -145,7 +145,7 @@ def prune_folder(
         structprune.prune_folder("llama", "llama-small", target={"params": 0.7}, tensor_parallel=4)
 
     Raises:
-        PlanError: what is asked for cannot be planned, or no configuration can say what comes of it.
+        PlanError: what is asked for cannot be planned, or no configuration can describe what comes of it.
         LoadError: the folder lacks a shard or a tensor, or `into` exists.
     """
     asked = PlanOptions(**options)

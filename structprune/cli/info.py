@@ -44,14 +44,14 @@ def describe_machine() -> dict[str, Any]:
 
 def _extras() -> Iterator[tuple[str, list[str]]]:
     """The extras that the package declares, with the packages of each that are not installed."""
-    found: dict[str, list[str]] = {}
+    missing_by_extra: dict[str, list[str]] = {}
     for requirement in requires("structprune") or ():
         if match := re.fullmatch(r"([\w.-]+).*extra == [\"'](\w+)[\"'].*", requirement):
             name, extra = match.groups()
-            missing = found.setdefault(extra, [])
+            missing = missing_by_extra.setdefault(extra, [])
             if not _installed(name):
                 missing.append(name)
-    yield from found.items()
+    yield from missing_by_extra.items()
 
 
 def _installed(name: str) -> bool:

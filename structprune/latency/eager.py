@@ -80,8 +80,8 @@ class Buffers:
     def operands(self, point: Point) -> list[Tensor]:
         """The operands of a point."""
         spec, widths = point
-        found = shapes(spec, widths)
-        return [self._held[i, spec.dtype][: prod(shape)].view(shape) for i, shape in enumerate(found)]
+        sizes = shapes(spec, widths)
+        return [self._held[i, spec.dtype][: prod(shape)].view(shape) for i, shape in enumerate(sizes)]
 
 
 def time_eager(points: Sequence[Point], device: torch.device, runs: int, seconds: float) -> list[float]:

@@ -86,11 +86,11 @@ class Drawing:
         """Output channels of the operation itself before and after: along the last dimension that could lose some."""
         if not node.operations:
             return None
-        rows = self._graph.channels.axes[node.operations[0].meta["index"]]
-        free = [row for row in rows if row.free] if isinstance(rows, tuple) else []
-        chosen = [row for row in free if not self._graph.components.pinned[self._graph.components.of(row)].all()]
-        row = (chosen or free or [None])[-1]
-        return None if row is None else (self._before(row), self._after(row))
+        axes = self._graph.channels.axes[node.operations[0].meta["index"]]
+        free = [axis for axis in axes if axis.free] if isinstance(axes, tuple) else []
+        chosen = [axis for axis in free if not self._graph.components.pinned[self._graph.components.of(axis)].all()]
+        axis = (chosen or free or [None])[-1]
+        return None if axis is None else (self._before(axis), self._after(axis))
 
     def _params_of(self, node: Node) -> tuple[int, int]:
         return self._entries(node, self._before), self._entries(node, self._after)
@@ -205,7 +205,7 @@ class Drawing:
         return parts
 
     def _described(self, number: int, node: Node) -> str:
-        """The node in words, for those who hear it."""
+        """The node in words, for screen readers."""
         said = [self._title(node) if node.kind != "join" else node.label]
         if pair := self._width(node):
             said.append(f"{pair[0]} channels" if pair[0] == pair[1] else f"{pair[0]} channels, {pair[1]} kept")
@@ -234,10 +234,10 @@ def _shortened(path: str) -> str:
 
 def _gathered(pins: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Places with the same reason together."""
-    found: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for place, reason in pins:
-        found.setdefault(reason, []).append(place)
-    return [("; ".join(where), reason) for reason, where in found.items()]
+        by_reason.setdefault(reason, []).append(place)
+    return [("; ".join(where), reason) for reason, where in by_reason.items()]
 
 
 def _arrow(pair: tuple[int, int]) -> str:

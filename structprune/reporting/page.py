@@ -299,34 +299,34 @@ def _plain(value: Any) -> str:
 # -- what was measured, as a table of the report ---------------------------------------------------------------------
 
 
-def benchmark_table(found: Benchmark) -> str:
+def benchmark_table(measured: Benchmark) -> str:
     """Measured medians, throughput, memory and gains; and why no more is gained."""
-    slowest = max(timing.median for timing in found.timings)
-    several = len(found.batch_sizes) > 1
-    rows = [_row(found, timing, slowest, several) for timing in found.timings]
+    slowest = max(timing.median for timing in measured.timings)
+    several = len(measured.batch_sizes) > 1
+    rows = [_row(measured, timing, slowest, several) for timing in measured.timings]
     headings = ["model", "backend", *(["batch"] if several else []), "median and interval, ms", "samples/s", "peak MB"]
-    notes = "".join(element("li", escape(each.text)) for each in found.explanations)
-    return table([*headings, "speed-up", "efficiency"], rows, caption=_caption(found)) + (
+    notes = "".join(element("li", escape(each.text)) for each in measured.explanations)
+    return table([*headings, "speed-up", "efficiency"], rows, caption=_caption(measured)) + (
         element("ul", notes, class_="notes") if notes else ""
     )
 
 
-def _caption(found: Benchmark) -> str:
-    threads = f"{found.threads} thread{'s' if found.threads != 1 else ''}"
-    where = [str(found.environment[key]) for key in ("gpu", "processor") if found.environment.get(key)]
+def _caption(measured: Benchmark) -> str:
+    threads = f"{measured.threads} thread{'s' if measured.threads != 1 else ''}"
+    where = [str(measured.environment[key]) for key in ("gpu", "processor") if measured.environment.get(key)]
     return (
-        f"{(where or [found.device])[0]}, {threads}, batch of {', '.join(map(str, found.batch_sizes))}: medians of "
-        f"{len(found.timings[0].seconds)} runs in turns, with {found.confidence:.0%} intervals"
+        f"{(where or [measured.device])[0]}, {threads}, batch of {', '.join(map(str, measured.batch_sizes))}: "
+        f"medians of {len(measured.timings[0].seconds)} runs in turns, with {measured.confidence:.0%} intervals"
     )
 
 
-def _row(found: Benchmark, timing: Timing, slowest: float, several: bool) -> list[str]:
-    size = timing.batch_size or found.batch_size
-    low, high = (1e3 * end for end in timing.interval(found.confidence))
+def _row(measured: Benchmark, timing: Timing, slowest: float, several: bool) -> list[str]:
+    size = timing.batch_size or measured.batch_size
+    low, high = (1e3 * end for end in timing.interval(measured.confidence))
     gains = [EMPTY_GAIN, EMPTY_GAIN]
-    if timing.model != found.timings[0].model:
-        gain = found.speedup(timing.model, timing.backend, size)
-        share = found.efficiency(timing.model, timing.backend, size)
+    if timing.model != measured.timings[0].model:
+        gain = measured.speedup(timing.model, timing.backend, size)
+        share = measured.efficiency(timing.model, timing.backend, size)
         gains = [_gain(gain), EMPTY if share is None else number_cell(share, f"{share:.2f}")]
     return [
         element("th", escape(timing.model), scope="row"),

@@ -107,7 +107,7 @@ def table(
 
 def _labelled(cell: str, heading: str) -> str:
     """A cell that knows its heading: on narrow screens it stands beside it."""
-    return cell.replace("<td", f'<td data-label="{escape(heading)}"', 1) if cell.startswith("<td") else cell
+    return cell.replace(">", f' data-label="{escape(heading)}">', 1) if cell.startswith("<td") else cell
 
 
 def bar(pair: tuple[float, float], most: float, text: str) -> str:

@@ -37,11 +37,10 @@ def called(group: Group) -> str:
     """The layer that makes a group's channels; of several, the block that holds all of them, if there is one.
 
     Example:
-        >>> from structprune.coupling.groups import Member
-        >>> import numpy as np
-        >>> none = np.zeros(0, dtype=np.int64)
-        >>> called(Group("a.0.conv", none, tuple(Member(f"a.{i}.conv.weight", 0, none, none) for i in (0, 1))))
-        'a'
+        >>> import torch
+        >>> graph = ChannelGraph(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.ones(1, 4))
+        >>> [called(group) for group in graph.groups()]
+        ['0']
     """
     makers = {m.tensor.rpartition(".")[0] for m in group.members if m.dim == 0 and m.tensor.endswith(".weight")}
     shared: list[str] = []

@@ -156,8 +156,8 @@ def prune_folder(
         raise LoadError(f"{goal} exists already. Name a folder that does not.")
     if asked.data is not None or asked.times or isinstance(importance_of(asked.importance), Fittable):
         raise PlanError(
-            "prune_folder has no weights to run: importance must look at weights alone, and data and a target of latency "
-            "have no place here."
+            "prune_folder has no weights to run: importance must look at weights alone, and data and a target of "
+            "latency have no place here."
         )
     shards = Shards(source)
     model = _model_in(source)

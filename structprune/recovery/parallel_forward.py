@@ -156,10 +156,11 @@ class BatchRun:
         return not self._ended
 
     def finish(self) -> Any:
-        """Let the batch run to the end; what the model returned."""
+        """Let the batch run to the end; what the model returned, which is not kept."""
         while self._run_to_next_pause():
             pass
-        return self._output
+        output, self._output = self._output, None
+        return output
 
     def cancel(self) -> None:
         """End the thread."""

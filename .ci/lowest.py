@@ -64,8 +64,8 @@ def main() -> None:
     names = [pin.partition("==")[0] for pin in pins]
     subprocess.run([python, "-c", f"{shown}{names!r}), sep=', ')"], check=True)
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
-    # An old typer calls what a new click has deprecated.
-    quiet = ("-W", "ignore:.*click:DeprecationWarning")
+    # Old packages call what new ones have deprecated: typer click, Matplotlib pyparsing.
+    quiet = ("-W", "ignore::DeprecationWarning")
     done = subprocess.run([python, "-m", "pytest", "-q", "-n", args.jobs, *quiet, *files], cwd=ROOT, check=False)
     sys.exit(done.returncode)
 

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "files", "hardware", "html"),
     ("checking",),
-    ("extras", "distributed"),
+    ("extras", "distributed", "progress"),
     ("wrapping",),
     ("tracing",),
     ("ops",),

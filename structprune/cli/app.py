@@ -193,6 +193,7 @@ def benchmark_command(
             warmup=warmup,
             clock="process" if clock == "process" else "wall",
             explanations=explain,
+            progress=not output.quiet,
         )
         if plot is not None:
             timings.plot(plot)

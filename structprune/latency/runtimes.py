@@ -18,6 +18,7 @@ from structprune.errors import PlanError
 from structprune.export.files import require
 from structprune.latency.eager import Point, nearly_least, shapes
 from structprune.latency.specs import OpSpec
+from structprune.progress import shown
 
 OPSET, IR = 18, 9
 # Weights lie in the file, which a protobuf bounds; so many bytes go into one.
@@ -43,7 +44,7 @@ def time_in_runtime(points: Sequence[Point], backend: str, threads: int, runs: i
     """
     found: list[float] = []
     pieces = _pieces(points)
-    for piece in pieces:
+    for piece in shown(pieces, f"timing {len(points)} operations in {backend}", still=True):
         found += _time_piece(piece, NODE_TIMERS[backend], threads, runs, seconds * len(piece) / max(1, len(points)))
     return found
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from structprune.api import coupled_channels, decide
-from structprune.checking import INPUTS, require
-from structprune.errors import LoadError, PlanError
+from structprune.checking import INPUTS, PATH, require
+from structprune.errors import LoadError, PlanError, TraceError
 from structprune.extras import require as extra
 from structprune.files import drafts_in
 from structprune.importance.base import Fittable, importance_of
@@ -149,19 +149,26 @@ def prune_folder(
         LoadError: the folder lacks a shard or a tensor, or `into` exists.
     """
     asked = PlanOptions(**options)
+    require(locals(), LoadError, folder=PATH, into=PATH)
     require(locals(), example_inputs=INPUTS.or_none)
     source, goal = Path(folder), Path(into)
     if goal.exists():
         raise LoadError(f"{goal} exists already. Name a folder that does not.")
     if asked.data is not None or asked.times or isinstance(importance_of(asked.importance), Fittable):
-        raise PlanError("prune_folder has no weights to run: rank by weights alone, and give no data and no latency.")
+        raise PlanError(
+            "prune_folder has no weights to run: importance must look at weights alone, and data and a target of "
+            "latency have no place here."
+        )
     shards = Shards(source)
     model = _model_in(source)
     shards.fit(model)
     if example_inputs is None:
         example_inputs = {"input_ids": torch.ones(1, TOKENS, dtype=torch.long)}
     with torch.no_grad():
-        graph = coupled_channels(model, example_inputs, asked)
+        try:
+            graph = coupled_channels(model, example_inputs, asked)
+        except TraceError as error:
+            raise TraceError(f"The model in {source} does not run on the example_inputs: {error}") from error
         decision = decide(graph, asked, tensors=shards)
         with collection_paused():
             plan = plan_removal(graph, decision.chosen, decision.settings, described=decision.described)

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "files", "hardware", "html"),
     ("checking",),
-    ("extras", "distributed"),
+    ("extras", "distributed", "progress"),
     ("wrapping",),
     ("tracing",),
     ("ops",),
@@ -37,12 +37,13 @@ ORDER = (
     ("depth",),
     ("dependency_graph",),
     ("recovery",),
-    ("joint",),
+    ("joint", "quantization"),
     ("api",),
     ("pruner", "folders"),
     ("training", "masks"),
     ("filling",),
     ("io", "reporting"),
+    ("search",),
     ("integrations",),
     ("compat",),
     ("cli",),
@@ -55,7 +56,8 @@ MAX_LINES = 400
 COMMANDS = ("typer",)
 # The last two are always there, but importing them takes longer than all of structprune: they are imported when used.
 HEAVY = (
-    "accelerate", "ignite", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna",
+    "accelerate", "ai_edge_litert", "executorch", "gguf", "ignite", "litert_torch",
+    "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "optuna",
     "pytorch_lightning", "timm", "torchvision", "transformers", "networkx", "scipy",
 )  # fmt: skip
 # Each is for one library, and importing it is using that.

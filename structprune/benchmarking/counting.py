@@ -119,7 +119,8 @@ def layer_times(
     Args:
         model: The model.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        backend: ``"eager"``, ``"channels_last"``, ``"compile"``, ``"onnxruntime"`` or ``"tensorrt"``.
+        backend: ``"eager"``, ``"channels_last"``, ``"compile"``, ``"onnxruntime"``, ``"openvino"``, ``"executorch"``,
+            ``"litert"`` or ``"tensorrt"``.
         batch_size: Samples in one run; those given are repeated or cut. As given, if not set.
         device: Where to run, on a copy of the model if it is elsewhere; where the inputs are, if not set.
         threads: Threads that an operation may use on the CPU; as many as torch uses now, if not set.

@@ -265,7 +265,9 @@ class Benchmark:
         table = Table(title=self._title(), caption=notes or None, caption_justify="left")
         headings, lines = self._fitting(options.max_width)
         for heading in headings:
-            table.add_column(heading, justify="left" if heading in ("model", "backend") else "right", no_wrap=True)
+            # A name that is too long is folded, never cut.
+            named = heading in ("model", "backend")
+            table.add_column(heading, justify="left" if named else "right", no_wrap=not named, overflow="fold")
         for line in lines:
             table.add_row(*line)
         yield table

@@ -14,14 +14,14 @@ from torch import nn
 
 from structprune.benchmarking import Benchmark, benchmark, layer_times
 from structprune.benchmarking.backends import BACKENDS
+from structprune.cli.exporting import export_command
 from structprune.cli.improving import compress_command, finetune_command, recover_command
 from structprune.cli.info import describe_machine, describe_model, model_tables, onnx_tables
-from structprune.cli.models import Loaded, named_object, parse_dimensions, parse_points
+from structprune.cli.models import Loaded, named_object, parse_points
 from structprune.cli.options import AsJson, File, ModelFlags, PlanFlags, SlimFlags, among, command, new_file, new_folder
 from structprune.cli.output import Output, costs, reporting
 from structprune.dependency_graph import DependencyGraph
 from structprune.export.metadata import onnx_info
-from structprune.export.onnx import export_onnx
 from structprune.extras import require
 from structprune.io import save
 from structprune.planning.plan import Plan
@@ -152,7 +152,7 @@ def benchmark_command(
     wanted: SlimFlags,
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=among(BACKENDS)),
+        typer.Option("--backend", "--backends", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=among(BACKENDS)),
     ] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option("--batch-size", "--batch-sizes", help="Samples in one run, repeated.", min=1)
@@ -193,6 +193,7 @@ def benchmark_command(
             warmup=warmup,
             clock="process" if clock == "process" else "wall",
             explanations=explain,
+            progress=not output.quiet,
         )
         if plot is not None:
             timings.plot(plot)
@@ -201,38 +202,7 @@ def benchmark_command(
         output.result(timings.to_json(), cast("Any", timings))
 
 
-@command(app, "export")
-def export_command(
-    source: ModelFlags,
-    file: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
-    wanted: SlimFlags,
-    dense: Annotated[bool, typer.Option("--dense", help="Export the model as it is.")] = False,
-    dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch free.")] = True,
-    dynamic: Annotated[
-        list[str] | None, typer.Option(help="Further free dimension, INPUT:DIM=NAME, repeated.", metavar="DIMENSION")
-    ] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Largest relative error allowed.", min=0)] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write an ONNX file of a saved or pruned model, checked by ONNX Runtime; needs the extra onnx."""
-    new_file(file)
-    with reporting(as_json) as output:
-        dims = parse_dimensions(dynamic or ())
-        loaded = source.load()
-        model = loaded.model if dense else wanted.slim(loaded)
-        written = export_onnx(
-            model,
-            file,
-            loaded.inputs,
-            dynamic_batch=dynamic_batch,
-            dynamic_dims=dims,
-            opset=opset,
-            tolerance=tolerance,
-        )
-        data = {**asdict(written), "path": str(written.path)}
-        text = f"{written.path}: {written.bytes:,} bytes, opset {written.opset}"
-        output.result(data, f"{text}, max relative error {written.max_relative_error:.1e} in ONNX Runtime")
+command(app, "export")(export_command)
 
 
 def _decided(loaded: Loaded, wanted: PlanFlags, check: bool) -> tuple[Plan | None, nn.Module | None, Report | None]:

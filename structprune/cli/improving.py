@@ -214,7 +214,9 @@ class _Compression:
         if "speedup" not in self._state or not timed.exists():
             self._output.step("timing")
             backends = ["eager", *(["onnxruntime"] if onnx and next(slim.parameters()).device.type == "cpu" else [])]
-            timings = benchmark({"dense": model, "slim": slim}, inputs, backends=backends, runs=20)
+            timings = benchmark(
+                {"dense": model, "slim": slim}, inputs, backends=backends, runs=20, progress=not self._output.quiet
+            )
             write_text(timed, timings.to_json())
             self._done(speedup={backend: timings.speedup("slim", backend=backend).ratio for backend in backends})
         timings = Benchmark.from_json(timed.read_text(encoding="utf-8"))

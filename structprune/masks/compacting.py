@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from structprune.dependency_graph import DependencyGraph
@@ -64,7 +64,7 @@ class Compaction:
 
     def __str__(self) -> str:
         """A table: a line for each layer, and the reasons for what stayed."""
-        table = Table("layer", "channels", "off", "gone", "constants folded in", title=None)
+        table = Table(Column("layer", overflow="fold"), "channels", "off", "gone", "constants folded in", title=None)
         for layer in self.layers:
             numbers = (layer.channels, len(layer.off), len(layer.removed), layer.folded)
             table.add_row(layer.layer, *map(str, numbers))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from structprune.errors import LoadError, PlanError
@@ -50,7 +50,7 @@ class Comparison:
 
     def __str__(self) -> str:
         """A line for each tensor."""
-        table = Table("tensor", "entries", "kept", "kept by the other", "overlap", "Hamming")
+        table = Table(Column("tensor", overflow="fold"), "entries", "kept", "kept by the other", "overlap", "Hamming")
         for row in self.tensors:
             numbers = (f"{row.entries:,}", f"{row.kept[0]:,}", f"{row.kept[1]:,}", f"{row.overlap:.3f}")
             table.add_row(row.tensor, *numbers, f"{row.hamming:,}")

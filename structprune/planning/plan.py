@@ -11,7 +11,7 @@ from html import escape
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from structprune.checking import FLAG, MODEL, TEXT, require
@@ -187,7 +187,7 @@ class Plan(Edits):
 
     def table(self) -> Table:
         """Layers and axes with their channels before and after, and the cost."""
-        table = Table("layer", "channels", "kept", title=None)
+        table = Table(Column("layer", overflow="fold"), "channels", "kept", title=None)
         for layer in self.layers:
             table.add_row(layer.layer, str(layer.before), str(layer.after))
         table.add_section()

@@ -44,6 +44,7 @@ def why_nothing(
         parts.append(f"the ratio asks for less than half a step of any group: {steps}")
     if stuck:
         limits = f"round_to={options.round_to}, min_channels={options.min_channels}, max_ratio={options.max_ratio:g}"
+        limits += "" if options.tensor_parallel is None else f", tensor_parallel={options.tensor_parallel}"
         parts.append(f"{', '.join(group.name for group in stuck[:_NAMED])}: no smaller width is allowed by {limits}")
     whole = left_whole(graph, thinned, None if options.axes is None else frozenset(options.axes))
     return "; ".join([*parts, *([whole.strip().removesuffix(".")] if whole else [])]) or "the model has no channels"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from structprune.checking import DATA, FLAG, ON_BATCH, PATH, function, real, require, several
@@ -91,7 +91,7 @@ class Sensitivity:
     def table(self) -> Table:
         """A line for each group, most sensitive first: how far the metric falls at each ratio."""
         headings, lines = self._lines()
-        table = Table(*headings)
+        table = Table(Column(headings[0], overflow="fold"), *headings[1:])
         for line in lines:
             table.add_row(*line)
         return table

@@ -15,6 +15,8 @@ from structprune.reporting.text import element, kept, short
 
 Point = tuple[float, float] | tuple[float, float, str]
 _STEPS = 8
+# Wider tables scroll on narrow screens, as cells beside each other are what they show.
+_STACKED = 8
 
 
 class RecoveredLayer(Protocol):
@@ -63,27 +65,49 @@ POINTS = Check(
 RECOVERY = instance(Recovery, "give what structprune.recovery_report returned")
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str, sortable: bool = True) -> str:
-    """A table from cells that are ``td`` or ``th`` elements; its columns can be sorted by their headings."""
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str,
+    sortable: bool = True,
+    minor: Sequence[bool] = (),
+    folded: str = "",
+) -> str:
+    """A table from cells that are ``td`` or ``th`` elements; its columns can be sorted by their headings.
+
+    Rows that are `minor` are folded away behind a switch that says `folded`. On narrow screens each row becomes a
+    block, whose cells say what they are.
+    """
     head = "".join(
         element("th", element("button", escape(h), type="button") if sortable else escape(h), scope="col")
         for h in headings
     )
-    body = "".join(element("tr", *row) for row in rows)
-    return element(
+    small = [*minor, *[False] * (len(rows) - len(minor))]
+    body = "".join(
+        element("tr", *map(_labelled, row, headings), class_="minor" if least else None)
+        for row, least in zip(rows, small, strict=True)
+    )
+    switch = element("label", '<input type="checkbox">', f" {escape(folded)}", class_="unfold") if any(small) else ""
+    return switch + element(
         "div",
         element(
             "table",
             element("caption", escape(caption)),
             element("thead", element("tr", head)),
             element("tbody", body),
-            class_="sortable" if sortable else None,
+            class_=" ".join(["sortable"] * sortable + ["stacked"] * (len(headings) <= _STACKED)) or None,
         ),
         class_="scroll",
         tabindex=0,
         role="region",
         aria_label=caption,
     )
+
+
+def _labelled(cell: str, heading: str) -> str:
+    """A cell that knows its heading: on narrow screens it stands beside it."""
+    return cell.replace(">", f' data-label="{escape(heading)}">', 1) if cell.startswith("<td") else cell
 
 
 def bar(pair: tuple[float, float], most: float, text: str) -> str:
@@ -102,7 +126,10 @@ def layers_table(rows: Sequence[LayerRow], caption: str) -> str:
     lines = [_cells(row, most, widths) for row in rows]
     headings = ["layer" if widths else "block", "kind", *(["channels"] if widths else []), "MACs", "parameters"]
     headings += ["time, ms"] if slowest else []
-    return table(headings, lines, caption=caption)
+    minor = [not (row.macs[0] or row.seconds or row.kind.endswith(" layers")) for row in rows]
+    minor = minor if any(minor) and not all(minor) else []
+    folded = f"show {sum(minor)} more without multiply-accumulates, such as norms"
+    return table(headings, lines, caption=caption, minor=minor, folded=folded)
 
 
 def _greatest(rows: Sequence[LayerRow], name: str) -> Pair:

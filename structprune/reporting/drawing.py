@@ -24,6 +24,33 @@ def hue(number: int) -> float:
     return round((210 + number * _GOLDEN) % 360, 1)
 
 
+# What people call the kinds of channels.
+AXIS_WORDS = {
+    "hidden": "residual stream",
+    "mlp": "inside an MLP",
+    "head_size": "size of heads",
+    "groups": "groups of a convolution",
+}
+
+
+def called(group: Group) -> str:
+    """The layer that makes a group's channels; of several, the block that holds all of them, if there is one.
+
+    Example:
+        >>> import torch
+        >>> graph = ChannelGraph(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.ones(1, 4))
+        >>> [called(group) for group in graph.groups()]
+        ['0']
+    """
+    makers = {m.tensor.rpartition(".")[0] for m in group.members if m.dim == 0 and m.tensor.endswith(".weight")}
+    shared: list[str] = []
+    for parts in zip(*(maker.split(".") for maker in makers), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared) if group.axis == "hidden" and len(makers) > 1 and shared else group.name
+
+
 class Drawing:
     """The network of a graph, laid out, with costs before and after.
 
@@ -107,8 +134,9 @@ class Drawing:
     def _group(self, number: int, group: Group) -> dict[str, Any]:
         layers = dict.fromkeys(member.tensor.rpartition(".")[0] or member.tensor for member in group.members)
         return {
-            "name": group.name,
-            "axis": group.axis.replace("_", " "),
+            "number": number + 1,
+            "name": called(group),
+            "axis": AXIS_WORDS.get(group.axis, group.axis),
             "channels": self._group_width(group),
             "layers": list(layers),
             "hue": hue(number),
@@ -202,6 +230,10 @@ class Drawing:
             parts.append(element("rect", class_="load", x=left + 13, y="14", height="1.6", width=f"{share:.1f}"))
         if node.channels is None:
             parts.append(_pin(-left - 12, -8.5))
+        else:
+            parts.append(
+                element("text", str(node.channels + 1), class_="small", x=-left - 8, y="-4", text_anchor="end")
+            )
         return parts
 
     def _described(self, number: int, node: Node) -> str:
@@ -210,7 +242,7 @@ class Drawing:
         if pair := self._width(node):
             said.append(f"{pair[0]} channels" if pair[0] == pair[1] else f"{pair[0]} channels, {pair[1]} kept")
         if node.channels is not None:
-            said.append(f"group {self._graph.groups()[node.channels].name}")
+            said.append(f"group {node.channels + 1}, {called(self._graph.groups()[node.channels])}")
         elif node.kind != "join":
             said.append("pinned")
         before, after = self._macs[number]

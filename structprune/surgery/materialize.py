@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.checking import INPUTS, require
+from structprune.checking import FLAG, INPUTS, MODEL, require
 from structprune.coupling.compensation_ahead import run_movement
 from structprune.coupling.computed_weights import normalised_together
 from structprune.coupling.graph import ChannelGraph
@@ -48,6 +48,7 @@ def materialize_weights(model: nn.Module, example_inputs: ExampleInputs, *, inpl
         `model`, or a copy.
 
     Raises:
+        PlanError: an argument is of the wrong type.
         TraceError: the model does not run on `example_inputs`.
 
     Example:
@@ -64,7 +65,7 @@ def materialize_weights(model: nn.Module, example_inputs: ExampleInputs, *, inpl
         >>> len(structprune.plan(plain, x, ratio=0.5).removed["2.weight"][1])
         4
     """
-    require(locals(), example_inputs=INPUTS)
+    require(locals(), model=MODEL, example_inputs=INPUTS, inplace=FLAG)
     inner = prunable(model, inplace=inplace)
     graph = ChannelGraph(inner, example_inputs)
     made = inner if inplace else copy.deepcopy(inner)

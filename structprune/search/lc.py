@@ -19,8 +19,8 @@ from structprune.search.task import Best, Found, Task, mean_of, sgd
 _MU = 1e-3
 _PUBLISHED = (0.01, 1e-4, 3000, 0.95)
 _TURNS_GROWTH = 1.1**28  # from the first of 29 L steps to the last
-# So many batches give the statistics of batch norms. Whether to give up is asked in the training at the end; if there is
-# none, when so much is done: theta is no good network before w has come near to it.
+# So many batches give the statistics of batch norms. Whether to give up is asked in the training at the end; if
+# there is none, when so much is done: theta is no good network before w has come near to it.
 _SHOWN, _LATE = 8, 0.75
 
 

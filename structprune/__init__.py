@@ -11,8 +11,13 @@ from structprune.dependency_graph import DependencyGraph
 from structprune.depth import Branch, Removal, branches, remove_branches
 from structprune.depth import choose as choose_branches
 from structprune.depth.plan import DepthPlan
+from structprune.export.language_models import GgufExport, Objection, export_gguf, serving_objections
 from structprune.export.metadata import OnnxInfo, onnx_info
+from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import OnnxExport, export_onnx
+from structprune.export.onnx_model import onnx_model
+from structprune.export.openvino import export_openvino
+from structprune.export.verified import Export
 from structprune.folders import prune_folder
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
@@ -24,6 +29,7 @@ from structprune.optimizers import remap_optimizer
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity, sensitivity
 from structprune.pruner import Pruner
+from structprune.quantization import Quantized, quantize
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
@@ -41,14 +47,18 @@ __all__ = [
     "Cost",
     "DependencyGraph",
     "DepthPlan",
+    "Export",
+    "GgufExport",
     "Group",
     "Latency",
     "LnNorm",
     "Member",
+    "Objection",
     "OnnxExport",
     "OnnxInfo",
     "Plan",
     "Pruner",
+    "Quantized",
     "Random",
     "Reconstruction",
     "RecoveryReport",
@@ -59,12 +69,17 @@ __all__ = [
     "branches",
     "choose_branches",
     "cost",
+    "export_executorch",
+    "export_gguf",
+    "export_litert",
     "export_onnx",
+    "export_openvino",
     "kept",
     "layer_times",
     "load",
     "materialize_weights",
     "onnx_info",
+    "onnx_model",
     "plan",
     "plot_costs",
     "plot_curve",
@@ -73,6 +88,7 @@ __all__ = [
     "plot_widths",
     "prune",
     "prune_folder",
+    "quantize",
     "recalibrate",
     "recover",
     "recovery_report",
@@ -84,5 +100,6 @@ __all__ = [
     "report",
     "save",
     "sensitivity",
+    "serving_objections",
     "verify",
 ]

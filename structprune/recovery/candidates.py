@@ -115,8 +115,8 @@ class Candidates:
             model: with its tensors as they are now.
             parts: what `parts` makes of its results, if they are known.
         """
-        found = self.parts(outputs(model, self._batches, self._graph.trace)) if parts is None else parts
-        error = self._error(found)
+        parts = self.parts(outputs(model, self._batches, self._graph.trace)) if parts is None else parts
+        error = self._error(parts)
         self.tried.append(Candidate(name, error))
         # The first stands even where nothing can be compared.
         if self.kept and not error < self._best:
@@ -149,17 +149,17 @@ class Candidates:
         if result is None:
             return None
         node = next(iter(self._graph.trace.outputs.values()))
-        rows = self._graph.channels.axes[node.meta["index"]]
-        for dim, row in enumerate(rows if isinstance(rows, tuple) else ()):
-            index = kept_indices(self._graph, self._removed, row) if isinstance(row, Axis) else None
+        axes = self._graph.channels.axes[node.meta["index"]]
+        for dim, axis in enumerate(axes if isinstance(axes, tuple) else ()):
+            index = kept_indices(self._graph, self._removed, axis) if isinstance(axis, Axis) else None
             if index is not None:
                 result = result.index_select(dim, torch.from_numpy(index).to(result.device))
         return result
 
-    def _error(self, found: list[Tensor | None]) -> float:
+    def _error(self, results: list[Tensor | None]) -> float:
         """The relative error; infinite where the outputs are no numbers, or have other shapes than the original's."""
         sums = torch.zeros(2, dtype=torch.float64)
-        for ours, goal in zip(found, self._goal, strict=True):
+        for ours, goal in zip(results, self._goal, strict=True):
             if ours is None or goal is None:
                 continue
             if ours.shape != goal.shape:

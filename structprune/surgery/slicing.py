@@ -37,14 +37,14 @@ class KeptIndices:
         """Original indices that stay; not to be written into."""
         # The very tuples first, since they may be long.
         same = sliced.size, id(sliced.removed), id(sliced.order)
-        found = self._known.get(same)
-        if found is None:
+        indices = self._known.get(same)
+        if indices is None:
             equal = sliced.size, sliced.removed, sliced.order
-            found = self._known.get(equal)
-            if found is None:
-                found = self._known[equal] = kept(sliced)
-            self._known[same] = found
-        return found
+            indices = self._known.get(equal)
+            if indices is None:
+                indices = self._known[equal] = kept(sliced)
+            self._known[same] = indices
+        return indices
 
 
 def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:

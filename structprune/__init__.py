@@ -28,6 +28,7 @@ from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
 from structprune.reporting import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
+from structprune.search.library import Library, library
 from structprune.surgery.history import kept
 from structprune.surgery.materialize import materialize_weights
 from structprune.surgery.verify import Report, verify
@@ -42,6 +43,7 @@ __all__ = [
     "DepthPlan",
     "Group",
     "Latency",
+    "Library",
     "LnNorm",
     "Member",
     "OnnxExport",
@@ -61,6 +63,7 @@ __all__ = [
     "export_onnx",
     "kept",
     "layer_times",
+    "library",
     "load",
     "materialize_weights",
     "onnx_info",

@@ -43,6 +43,7 @@ ORDER = (
     ("training", "masks"),
     ("filling",),
     ("io", "reporting"),
+    ("search",),
     ("integrations",),
     ("compat",),
     ("cli",),

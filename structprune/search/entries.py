@@ -138,7 +138,8 @@ class Shelf(Mapping[str, Entry]):
             return self._changes[key][kept]
         start = f"{_CHANGE}/{kept}/"
         with _reading(self._folder / f"{key}.safetensors") as file:
-            return {name.removeprefix(start): file.get_tensor(name) for name in file.keys() if name.startswith(start)}
+            names: list[str] = [name for name in list(file.keys()) if name.startswith(start)]
+            return {name.removeprefix(start): file.get_tensor(name) for name in names}
 
 
 def _reading(path: Path) -> Any:

@@ -11,36 +11,48 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor, nn
 
 from structprune.api import coupled_channels
 from structprune.api import plan as make_plan
-from structprune.checking import DATA, FLAG, INPUTS, MODEL, ON_BATCH, PATH, SEED, Check, real, require, several, whole
-from structprune.coupling.graph import ChannelGraph
+from structprune.checking import (
+    DATA,
+    FLAG,
+    INPUTS,
+    MODEL,
+    ON_BATCH,
+    PATH,
+    SEED,
+    Check,
+    instance,
+    real,
+    require,
+    several,
+    whole,
+)
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.html import html_table
-from structprune.importance.base import Importance
 from structprune.importance.weight import LnNorm
+from structprune.planning.allocation import Problem
 from structprune.planning.build import plan_removal
 from structprune.planning.decide import Deciding, Ranking
 from structprune.planning.options import PlanKeywords, PlanOptions
 from structprune.planning.plan import Plan
 from structprune.recovery.batches import Forward
 from structprune.recovery.prices import prices
-from structprune.recovery.probes import Probes
 from structprune.search.entries import Entry, Shelf, key_of
+from structprune.search.evolution import Evolution, Evolved, Search, States
+from structprune.search.making import Making, Measuring
 from structprune.search.outputs import DISTANCE, Distance, Outputs, distance_of, name_of
-from structprune.search.solving import Solution, Solver, Stream
-from structprune.surgery.slicing import smaller_tensor
+from structprune.search.solving import Stream, changed
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import ExampleInputs, preserved_random_state
 from structprune.wrapping import prunable
@@ -78,7 +90,8 @@ class Library:
 
     def __repr__(self) -> str:
         """How much was measured; the table is shown by notebooks, and in `entries`."""
-        return f"Library({type(self._model).__name__}: {len(self._shelf)} groups, {sum(len(e.kept) for e in self.entries)} widths)"
+        widths = sum(len(entry.kept) for entry in self.entries)
+        return f"Library({type(self._model).__name__}: {len(self._shelf)} groups, {widths} widths)"
 
     def _repr_html_(self) -> str:
         """A line for each group: what is lost at each width."""
@@ -118,7 +131,7 @@ class Library:
         """The feasible numbers of channels that the group was measured with, and all of them."""
         entry = self._entry(group)
         measured = np.empty(0, dtype=np.int64) if entry is None else entry.kept
-        return feasible[np.isin(feasible, [*measured, group.channels])]
+        return feasible[np.isin(feasible, np.append(measured, group.channels))]
 
     def _entry(self, group: Group) -> Entry | None:
         return self._shelf.get(key_of(group))
@@ -146,6 +159,57 @@ class Library:
         """
         return make_plan(self._model, self._inputs, **self.options(options))
 
+    def evolve(
+        self,
+        data: Iterable[Any],
+        *,
+        how: Evolution | None = None,
+        probes: int = 256,
+        forward: Forward | None = None,
+        **options: Any,
+    ) -> Evolved:
+        """The plan of `plan`, refined: widths are exchanged between groups as long as the whole network loses less.
+
+        What is compared are networks with the layers of the library (`assemble`), by their true outputs.
+
+        Args:
+            data: batches as for `library`; best the same, since layers were not solved on the first of them.
+            how: how many generations, offspring and switches; by default those of `Evolution`.
+            probes: samples to compare on: those that come first, batch by batch. The smaller the batches, the sooner
+                bad offspring are dropped.
+            forward: as for `library`.
+            options: as for `plan`; there is a target.
+
+        Raises:
+            PlanError: what is asked for cannot be planned.
+            RecoveryError: there is no data, or it does not fit the model.
+        """
+        require(locals(), data=DATA, how=_EVOLUTION.or_none, probes=whole(1), forward=ON_BATCH.or_none)
+        how = how or Evolution()
+        outputs = Outputs(self._model, Stream(self._model, data, forward).probes(probes), self._distance)
+        asked = PlanOptions(**self.options(options))
+        graph = coupled_channels(self._model, self._inputs, asked)
+        while True:
+            with torch.no_grad():
+                ranking = Ranking(graph, self)
+                deciding = Deciding(graph, asked, ranking, None)
+                problem = deciding.problem()
+                start = problem.states(deciding.decision(None).kept)
+
+            def network(states: States, problem: Problem = problem, ranking: Ranking = ranking) -> nn.Module:
+                kept = problem.kept(states)
+                return self.assembled(plan_removal(graph, ranking.removed(kept), config=False), kept)
+
+            search = Search(problem, outputs, network, how)
+            best, history = search.go(start)
+            decision = deciding.decided(problem.kept(best), None)
+            if graph.settle(graph.components.removed(decision.chosen)):
+                break
+        with torch.no_grad():
+            plan = plan_removal(graph, decision.chosen, decision.settings)
+        lost = search.lost(start, len(outputs)), search.lost(best, len(outputs))
+        return Evolved(plan, *lost, tuple(history), search.evaluations)
+
     def assemble(self, plan: Plan) -> nn.Module:
         """The pruned model with the layers that were solved for its widths.
 
@@ -166,7 +230,7 @@ class Library:
             if count < group.channels:
                 for name, change in self._shelf.changes(key_of(group), count).items():
                     changes[name] = changes.get(name, 0) + change
-        return _changed(plan.apply(self._model), plan, changes)
+        return changed(plan.apply(self._model), plan, changes)
 
     def _kept_by(self, plan: Plan, group: Group) -> int:
         """How many channels of a group a plan keeps.
@@ -188,20 +252,11 @@ class Library:
         return kept
 
 
+_EVOLUTION = instance(Evolution, "give a structprune.search.evolution.Evolution")
 _PLAN = Check(lambda value: isinstance(value, Plan), "give a plan of this library")
 
 
-def _changed(slim: nn.Module, plan: Plan, changes: Mapping[str, Tensor]) -> nn.Module:
-    """A pruned model with changes, given in the shapes of the original, added to its tensors."""
-    held = held_tensors(slim)
-    with torch.no_grad():
-        for name, change in changes.items():
-            tensor = held[name].tensor
-            tensor.data += smaller_tensor(change.to(tensor.device), plan, {name})
-    return slim
-
-
-# -- made ---------------------------------------------------------------------------------------------------------------
+# -- made ----------------------------------------------------------------------------------------------------------
 
 
 def library(
@@ -218,7 +273,7 @@ def library(
     seed: int = 0,
     forward: Forward | None = None,
     progress: bool = False,
-    **options: Unpack[PlanKeywords],
+    **options: Any,
 ) -> Library:
     """Every group of channels at several widths: the layers that consume it solved for each, and what the output loses.
 
@@ -282,18 +337,20 @@ def library(
         "data": None if stream is None else {"samples": stream.sizes, "probes": probes, "rows": rows, "seed": seed},
     }
     shelf = Shelf(None if folder is None else Path(folder), settings)
-    making = _Making(model, example_inputs, asked, sorted(set(levels)))
+    making = Making(model, example_inputs, asked, sorted(set(levels)))
     missing = making.missing(shelf)
     if missing and stream is None:
         raise PlanError(f"The library lacks {len(missing)} groups. Give data, so that they can be measured.")
-    found = Library(model, example_inputs, options, shelf, distance_of(distance))
+    how = Measuring(
+        distance=distance_of(distance), probes=probes, rows=rows, memory=memory, seed=seed, progress=progress
+    )
     if missing and stream is not None:
         graph_inputs = next(iter(stream))  # forwards may branch on the size of the batch
-        making = _Making(model, graph_inputs, asked, sorted(set(levels)))
+        making = Making(model, graph_inputs, asked, sorted(set(levels)))
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
-            making.fill(found, shelf, stream, probes, rows, memory, seed, progress)
-    return found
+            making.fill(shelf, stream, how)
+    return Library(model, example_inputs, options, shelf, how.distance)
 
 
 def _digest(model: nn.Module) -> str:
@@ -304,142 +361,3 @@ def _digest(model: nn.Module) -> str:
         if not held.tensor.is_meta:
             digest.update(held.tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()[:16]
-
-
-class _Making:
-    """What there is to solve and to measure.
-
-    Args:
-        model: the model.
-        example_inputs: what it runs on.
-        options: what may go.
-        levels: shares of the channels to remove, ascending.
-    """
-
-    def __init__(
-        self, model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions, levels: Sequence[float]
-    ) -> None:
-        self._graph = coupled_channels(model, example_inputs, options)
-        while True:  # what the forward computes from its sizes may show that more has to stay
-            with torch.no_grad():
-                deciding = Deciding(self._graph, options, Ranking(self._graph, LnNorm(2.0)), None)
-            self._units = [unit for unit in _units(self._graph) if set(unit) <= set(deciding.chosen)]
-            self._kept = self._counts(deciding.feasible, levels)
-            least = {group: counts[-1] for group, counts in self._kept.items() if counts}
-            gone = [group.components[: group.channels - count] for group, count in least.items()]
-            removed = np.concatenate([np.zeros(0, dtype=np.int64), *gone])
-            if self._graph.settle(self._graph.components.removed(removed)):
-                break
-        if not least:
-            raise PlanError("No group of channels has a width to choose: nothing may go, or round_to is too coarse.")
-
-    def _counts(self, feasible: Mapping[Group, NDArray[Any]], levels: Sequence[float]) -> dict[Group, list[int]]:
-        """For each group how many channels it keeps at each level, descending; groups of one unit go together."""
-        kept: dict[Group, list[int]] = {}
-        for unit in self._units:
-            lines = _lines(self._graph, unit, feasible)
-            wanted = [
-                min(lines, key=lambda line, level=level: abs(1 - level - line[0] / unit[0].channels))
-                for level in levels
-            ]
-            chosen = sorted({line for line in wanted if line[0] < unit[0].channels}, reverse=True)
-            kept |= {group: [line[place] for line in chosen] for place, group in enumerate(unit)}
-        return kept
-
-    def missing(self, shelf: Shelf) -> list[Group]:
-        """The groups that are not in the library yet."""
-        return [group for group, counts in self._kept.items() if counts and key_of(group) not in shelf]
-
-    def fill(
-        self,
-        found: Library,
-        shelf: Shelf,
-        stream: Stream,
-        samples: int,
-        rows: int,
-        memory: int,
-        seed: int,
-        progress: bool,
-    ) -> None:
-        """Solve and measure what is missing."""
-        probes = stream.probes(samples)
-        solver = Solver(self._graph, stream, probes, rows, seed)
-        outputs = Outputs(self._graph.model, probes, found._distance)
-        missing = set(self.missing(shelf))
-        units = [unit for unit in self._units if missing.intersection(unit)]
-        bar = track(list(self._passes(units, solver, memory)), "solving", disable=not progress, transient=True)
-        for some in bar:
-            groups = [group for unit in some for group in unit]
-            solved = dict(solver.solve(groups, self._kept))
-            for unit in some:
-                for group, entry in self._measured(unit, solved, outputs):
-                    shelf.add(key_of(group), entry, solved[group].changes)
-
-    @staticmethod
-    def _passes(units: Sequence[tuple[Group, ...]], solver: Solver, memory: int) -> Iterator[list[tuple[Group, ...]]]:
-        """The units that are solved in one pass over the data: as many as fit, at least one."""
-        some: list[tuple[Group, ...]] = []
-        taken = 0
-        for unit in units:
-            size = sum(map(solver.memory, unit))
-            if some and taken + size > memory:
-                yield some
-                some, taken = [], 0
-            some.append(unit)
-            taken += size
-        if some:
-            yield some
-
-    def _measured(
-        self, unit: tuple[Group, ...], solved: Mapping[Group, Solution], outputs: Outputs
-    ) -> Iterator[tuple[Group, Entry]]:
-        """The entries of groups that go together, which share what they lose."""
-        losses: list[float] = []
-        for counts in zip(*(self._kept[group] for group in unit), strict=True):
-            gone = [solved[g].order[: g.channels - count] for g, count in zip(unit, counts, strict=True)]
-            chosen = np.concatenate([g.components[which] for g, which in zip(unit, gone, strict=True)])
-            plan = plan_removal(self._graph, chosen, config=False)
-            changes: dict[str, Tensor] = {}
-            for group, count in zip(unit, counts, strict=True):
-                for name, change in solved[group].changes[count].items():
-                    changes[name] = changes.get(name, 0) + change
-            slim = _changed(plan.apply(self._graph.model), plan, changes)
-            losses.append(outputs.lost(slim) / len(unit))
-        for group in unit:
-            kept, loss = np.array(self._kept[group]), np.array(losses)
-            yield (
-                group,
-                Entry(group.name, group.axis, solved[group].order, solved[group].error, kept, loss, self._saved(group)),
-            )
-
-    def _saved(self, group: Group) -> float:
-        """Multiply-accumulates that one channel of a group saves."""
-        graph = self._graph
-        full, less = (
-            graph.costs.at(graph.counter(graph.components.removed(gone))).macs
-            for gone in (group.components[:0], group.components[:1])
-        )
-        return max(1.0, float(full - less))
-
-
-def _units(graph: ChannelGraph) -> list[tuple[Group, ...]]:
-    """The groups one by one, and those together whose numbers of channels depend on each other."""
-    known = graph.groups()
-    together = [tuple(known[number] for number in balanced.groups) for balanced in graph.balanced()]
-    bound = {group for unit in together for group in unit}
-    return [(group,) for group in known if group not in bound] + together
-
-
-def _lines(
-    graph: ChannelGraph, unit: tuple[Group, ...], feasible: Mapping[Group, NDArray[Any]]
-) -> list[tuple[int, ...]]:
-    """How many channels the groups of a unit may keep together."""
-    if len(unit) == 1:
-        return [(int(count),) for count in feasible[unit[0]]]
-    known = graph.groups()
-    (balanced,) = (b for b in graph.balanced() if tuple(known[number] for number in b.groups) == unit)
-    return [
-        tuple(line)
-        for line in balanced.counts.tolist()
-        if all(c in feasible[g] for g, c in zip(unit, line, strict=True))
-    ]

@@ -8,7 +8,7 @@ it), for each of the two widths.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,12 +25,15 @@ from structprune.importance.base import check_scores
 from structprune.importance.weight import LnNorm
 from structprune.ops.arguments import arguments
 from structprune.planning.build import tensors_of
+from structprune.planning.plan import Plan
 from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.layers import GroupConsumer, as_consumer, group_consumers, norm_scale, uses_batch_statistics
 from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.probes import SOLVED_SHARE, Probes
+from structprune.surgery.slicing import smaller_tensor
 from structprune.tracing.replay import FoundCall, Replay
+from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import as_call
 
 CHUNK = 1 << 25  # entries of features that are unfolded at a time
@@ -260,3 +263,18 @@ def _without_intercept(xx: Tensor) -> Tensor:
     xx[-1], xx[:, -1] = 0.0, 0.0
     xx[-1, -1] = 1.0
     return xx
+
+
+def changed(slim: nn.Module, plan: Plan, changes: Mapping[str, Tensor]) -> nn.Module:
+    """A pruned model with changes, given in the shapes of the original, added to its tensors in place.
+
+    Args:
+        slim: what the plan made of the original.
+        plan: the plan.
+        changes: by the names of the original's tensors.
+    """
+    held = held_tensors(slim)
+    for name, change in changes.items():
+        tensor = held[name].tensor
+        tensor.data += smaller_tensor(change.to(tensor.device), plan, {name})
+    return slim

@@ -29,6 +29,9 @@ from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
 from structprune.reporting import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
 from structprune.search.library import Library, library
+from structprune.search.optimize import Searching, optimize
+from structprune.search.result import Optimized
+from structprune.search.space import Space
 from structprune.surgery.history import kept
 from structprune.surgery.materialize import materialize_weights
 from structprune.surgery.verify import Report, verify
@@ -48,6 +51,7 @@ __all__ = [
     "Member",
     "OnnxExport",
     "OnnxInfo",
+    "Optimized",
     "Plan",
     "Pruner",
     "Random",
@@ -55,7 +59,9 @@ __all__ = [
     "RecoveryReport",
     "Removal",
     "Report",
+    "Searching",
     "Sensitivity",
+    "Space",
     "benchmark",
     "branches",
     "choose_branches",
@@ -67,6 +73,7 @@ __all__ = [
     "load",
     "materialize_weights",
     "onnx_info",
+    "optimize",
     "plan",
     "plot_costs",
     "plot_curve",

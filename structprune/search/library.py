@@ -41,18 +41,16 @@ from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.html import html_table
 from structprune.importance.weight import LnNorm
-from structprune.planning.allocation import Problem
-from structprune.planning.build import plan_removal
-from structprune.planning.decide import Deciding, Ranking
 from structprune.planning.options import PlanKeywords, PlanOptions
 from structprune.planning.plan import Plan
 from structprune.recovery.batches import Forward
 from structprune.recovery.prices import prices
 from structprune.search.entries import Entry, Shelf, key_of
-from structprune.search.evolution import Evolution, Evolved, Search, States
+from structprune.search.evolution import Evolution, Evolved, Search
 from structprune.search.making import Making, Measuring
 from structprune.search.outputs import DISTANCE, Distance, Outputs, distance_of, name_of
 from structprune.search.solving import Stream, changed
+from structprune.search.widths import Widths
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import ExampleInputs, preserved_random_state
 from structprune.wrapping import prunable
@@ -102,6 +100,16 @@ class Library:
             for entry in self.entries
         ]
         return html_table(["group", "axis", "channels", *(f"level {i + 1}" for i in range(most))], lines, repr(self))
+
+    @property
+    def distance(self) -> Distance:
+        """How outputs were compared: a sum over the samples."""
+        return self._distance
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """The options of `structprune.plan` that it was made with."""
+        return dict(self._options)
 
     # -- a criterion and a scope -----------------------------------------------------------------------------------
 
@@ -187,28 +195,22 @@ class Library:
         require(locals(), data=DATA, how=_EVOLUTION.or_none, probes=whole(1), forward=ON_BATCH.or_none)
         how = how or Evolution()
         outputs = Outputs(self._model, Stream(self._model, data, forward).probes(probes), self._distance)
-        asked = PlanOptions(**self.options(options))
-        graph = coupled_channels(self._model, self._inputs, asked)
         while True:
-            with torch.no_grad():
-                ranking = Ranking(graph, self)
-                deciding = Deciding(graph, asked, ranking, None)
-                problem = deciding.problem()
-                start = problem.states(deciding.decision(None).kept)
-
-            def network(states: States, problem: Problem = problem, ranking: Ranking = ranking) -> nn.Module:
-                kept = problem.kept(states)
-                return self.assembled(plan_removal(graph, ranking.removed(kept), config=False), kept)
-
-            search = Search(problem, outputs, network, how)
-            best, history = search.go(start)
-            decision = deciding.decided(problem.kept(best), None)
-            if graph.settle(graph.components.removed(decision.chosen)):
+            widths = self.widths(options)
+            search = Search(widths.problem, outputs, lambda states, widths=widths: widths.network(states), how)
+            best, history = search.go(widths.start)
+            if (plan := widths.plan(best)) is not None:
                 break
-        with torch.no_grad():
-            plan = plan_removal(graph, decision.chosen, decision.settings)
-        lost = search.lost(start, len(outputs)), search.lost(best, len(outputs))
+        lost = search.lost(widths.start, len(outputs)), search.lost(best, len(outputs))
         return Evolved(plan, *lost, tuple(history), search.evaluations)
+
+    def widths(self, options: Mapping[str, Any]) -> Widths:
+        """The widths that there are to choose from; see `Widths`.
+
+        Args:
+            options: as for `plan`; there is a target.
+        """
+        return Widths(self, coupled_channels(self._model, self._inputs, PlanOptions(**self.options(options))), options)
 
     def assemble(self, plan: Plan) -> nn.Module:
         """The pruned model with the layers that were solved for its widths.

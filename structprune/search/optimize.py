@@ -246,7 +246,13 @@ class _Work:
             return replace(trial, state="ended early", why=f"no plan: {error}")
         share = plan.after.macs / plan.before.macs
         trial = replace(trial, share=share, cost=self._costs.share(plan.apply(self._model), plan))
+        trial = replace(trial, network=f"{plan.digest[:16]} {trial.point.get(RECOVERY, '')}")
         known = self._study.trials
+        same = next((t for t in known if t.network == trial.network and (t.evaluated or t.error is not None)), None)
+        if same is not None:
+            return replace(
+                trial, state="ended early", why=f"as trial {same.number}", missed=same.missed, error=same.error
+            )
         best = best_of(known)
         if self._how.strategy != "nsga2" and best is not None and (trial.cost or 0.0) >= (best.cost or 0.0):
             return replace(trial, state="ended early", why=f"no cheaper than trial {best.number}")
@@ -257,12 +263,12 @@ class _Work:
         trial = replace(trial, error=self._outputs.lost(slim))
         missed = [t.error for t in known if t.state == "infeasible" and t.error is not None]
         if missed and (trial.error or 0.0) > HOPELESS * min(missed):
-            return replace(trial, state="ended early", why="its output is too far off")
+            return replace(trial, state="ended early", why="its output is too far off", missed=True)
         quality = number_of(self._evaluate, slim, "evaluate")
-        state = "feasible" if quality >= self._least else "infeasible"
-        if state == "feasible":
-            self._kept = trial.number, slim, plan
-        return replace(trial, state=state, quality=quality)
+        if quality < self._least:
+            return replace(trial, state="infeasible", missed=True, quality=quality)
+        self._kept = trial.number, slim, plan
+        return replace(trial, state="feasible", quality=quality)
 
     def _planned(self, point: Mapping[str, Any]) -> Plan:
         """The plan at a point.

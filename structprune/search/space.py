@@ -107,11 +107,13 @@ class Trial:
     Attributes:
         number: in the study.
         point: what was chosen.
-        state: ``"feasible"``, ``"infeasible"``, ``"ended early"``, ``"running"`` or ``"failed"``.
-        why: it ended early, or failed.
+        state: ``"feasible"``, ``"infeasible"``, ``"ended early"`` or ``"running"``.
+        why: it ended early.
+        missed: whether it is not good enough, or certainly not.
         cost: of the network, as a share of the whole one's; None before it is known.
         quality: what `evaluate` said; None if it was not asked.
         share: of the multiply-accumulates that remain; None before it is known.
+        network: tells the pruned network from others.
         error: how far the output is from the whole network's, on calibration samples; None before it is known.
         seconds: it took.
     """
@@ -120,9 +122,11 @@ class Trial:
     point: Mapping[str, Any] = field(default_factory=dict)
     state: str = "running"
     why: str = ""
+    missed: bool = False
     cost: float | None = None
     quality: float | None = None
     share: float | None = None
+    network: str = ""
     error: float | None = None
     seconds: float = 0.0
 

@@ -18,6 +18,8 @@ from structprune.search.space import LEVEL, REMAINING, Dimension, Point, Trial, 
 
 # Of so many evaluated trials evolution draws parents.
 PARENTS = 4
+# Bisection ends where shares are so near to each other.
+NARROW = 2e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,13 @@ class Strategy(Protocol):
 def bisection(trials: Sequence[Trial], setting: Setting, random: np.random.Generator) -> Point:
     """Between the smallest share that was feasible and the greatest below it that was not, in the widest gap.
 
-    Networks that keep more are taken to be better, which they mostly are. Trials that still run count as dividing the
-    gap, so that workers do not try the same.
+    Networks that keep more are taken to be better, which they mostly are. Trials that still run divide gaps too, so
+    that workers do not try the same. Where no gap is left, it goes on as `evolution`.
 
     Example:
-        With shares from 0.2 to 1, 0.6 infeasible and 0.8 feasible, the next is 0.7:
+        With shares from 0.2 to 1.0, 0.6 infeasible and 0.8 feasible, the next is 0.7:
 
-        >>> tried = [Trial(0, state="infeasible", share=0.6), Trial(1, state="feasible", share=0.8)]
+        >>> tried = [Trial(0, state="infeasible", missed=True, share=0.6), Trial(1, state="feasible", share=0.8)]
         >>> setting = Setting([], (0.2, 1.0), lambda share: {"remaining": round(share, 3)})
         >>> bisection(tried, setting, np.random.default_rng(0))
         {'remaining': 0.7}
@@ -68,15 +70,14 @@ def bisection(trials: Sequence[Trial], setting: Setting, random: np.random.Gener
     low, high = setting.shares
     known = [(t.share, t) for t in trials if t.share is not None]
     high = min((share for share, t in known if t.feasible), default=high)
-    bad = [share for share, t in known if t.state in ("infeasible", "ended early") and share < high]
+    bad = [share for share, t in known if t.missed and share < high]
     low = max([low, *bad])
-    inside = sorted({low, high, *(share for share, _ in known if low < share < high)})
-    running = [t.point[REMAINING] for t in trials if t.state == "running" and t.share is None and REMAINING in t.point]
-    inside = sorted({*inside, *(share for share in running if low < share < high)})
-    gaps = [(after - before, before, after) for before, after in pairwise(inside)]
-    if not gaps:
-        return setting.at_share(high)
-    _, before, after = max(gaps)
+    asked = [t.point[REMAINING] for t in trials if REMAINING in t.point]
+    between = (share for share in [*(share for share, _ in known), *asked] if low < share < high)
+    gaps = [(after - before, before, after) for before, after in pairwise(sorted({low, high, *between}))]
+    width, before, after = max(gaps, default=(0.0, high, high))
+    if width < NARROW and trials:
+        return evolution(trials, setting, random)
     return setting.at_share((before + after) / 2)
 
 

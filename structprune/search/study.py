@@ -137,14 +137,14 @@ class Study:
         for name, value in facts.items():
             trial.set_user_attr(name, value)
         if hasattr(trial, "set_constraint"):
-            trial.set_constraint("quality", 0.0 if found.feasible else 1.0)
+            trial.set_constraint("quality", float(found.missed))
         states = self._optuna.trial.TrialState
         try:
-            if found.evaluated and found.cost is not None:
-                values = [found.cost] if self._objectives == 1 else [found.cost, found.quality]
-                self._study.tell(trial.number, values)
-            else:
+            values = [found.cost] if self._objectives == 1 else [found.cost, found.quality]
+            if None in values:
                 self._study.tell(trial.number, state=states.PRUNED)
+            else:  # also of one that ended early: a sampler that knows the cost does not ask for it again
+                self._study.tell(trial.number, values)
         except ValueError:
             # Others gave it up, since it showed no sign of life for long, and it is done again.
             if self._study.get_trials(deepcopy=False)[trial.number].state != states.FAIL:
@@ -245,7 +245,7 @@ def _trials(study: Any) -> tuple[Trial, ...]:
 
 def _violation(trial: Any) -> Sequence[float]:
     """Above zero where a trial was not good enough, as samplers before Optuna 5 ask for it."""
-    return (0.0 if trial.user_attrs.get("state") == "feasible" else 1.0,)
+    return (float(trial.user_attrs.get("missed", False)),)
 
 
 def _inner(optuna: Any, strategy: str, seed: int) -> Any:

@@ -297,14 +297,12 @@ class _Work:
     def _recovered(self, point: Mapping[str, Any], plan: Plan) -> nn.Module:
         space = self._how.space
         recovery = point.get(RECOVERY, space.recoveries[0])
+        if recovery == "recover":  # which solves all layers itself, and does no better from those of the library
+            how: dict[str, Any] = {"rows": self._how.rows, "rounds": self._how.rounds, "seed": self._how.seed}
+            return recover(plan.apply(self._model), self._model, self._batches, forward=self._forward, **how)
         solved = space.per_group or point.get(CRITERION, space.criteria[0]) == LIBRARY
         slim = self._library.assemble(plan) if solved else plan.apply(self._model)
-        if recovery == "recover":
-            how: dict[str, Any] = {"rows": self._how.rows, "rounds": self._how.rounds, "seed": self._how.seed}
-            return recover(slim, self._model, self._batches, forward=self._forward, **how)
-        if recovery == "recalibrate":
-            return recalibrate(slim, self._batches, forward=self._forward)
-        return slim
+        return recalibrate(slim, self._batches, forward=self._forward) if recovery == "recalibrate" else slim
 
     def _at_share(self, share: float) -> Point:
         """The point of the library's own choice that keeps about this share of the multiply-accumulates."""

@@ -1,9 +1,9 @@
 """The fastest ResNet-20 within half a point of the dense one, by measured latency: a search, and what it is beside.
 
-CIFAR-10, ONNX Runtime, one thread, a batch of 16. No labels are used to prune or recover; `structprune.optimize` sees the
-labels of the first 2,000 test images through its `evaluate`. What is found is then judged on the other 8,000, beside
-uniform pruning of equal measured speed that is recovered in the same way, and torch-pruning's global magnitude pruner at
-equal speed, raw and with its norms recalibrated.
+CIFAR-10, ONNX Runtime, one thread, a batch of 16. No labels are used to prune or recover; `structprune.optimize` sees
+the labels of the first 2,000 test images through its `evaluate`. What is found is then judged on the other 8,000,
+beside uniform pruning of equal measured speed that is recovered in the same way, and torch-pruning's global magnitude
+pruner at equal speed, raw and with its norms recalibrated.
 
 Run from the root: ``python benchmarks/search.py``; ``--images``, ``--trials`` and ``--rounds`` say how long it takes.
 """
@@ -111,8 +111,8 @@ def page(data: dict[str, Any]) -> str:
     asked = data["asked"]
     lines = ["# The fastest network within half a point", "", (__doc__ or "").partition("\n\n")[2].partition("Run")[0]]
     lines += [
-        f"{asked['images']:,} images to calibrate, {asked['trials']} trials of which {data['evaluations']} were evaluated, "
-        f"{asked['cpu_seconds']} CPU seconds for library and search.",
+        f"{asked['images']:,} images to calibrate, {asked['trials']} trials of which {data['evaluations']} were "
+        f"evaluated, {asked['cpu_seconds']} CPU seconds for library and search.",
         "",
         "| network | time, share of the dense one's | MACs | accuracy on 8,000 other test images |",
         "|---|--:|--:|--:|",

@@ -61,12 +61,17 @@ _NOT_HERE = ("ratio", "target", "importance", "scope", "allocation", "uniform", 
 
 
 class Library:
-    """What every group of channels loses at several widths, with the layers solved for each; see `library`.
+    """What every group of channels loses at several widths, with the layers solved for each.
 
-    It is a criterion and a scope of its own: ``structprune.plan(..., importance=library, scope=library)``.
+    See `structprune.library` for an example. It is a criterion and a scope of its own: ``structprune.plan(...,
+    importance=library, scope=library)``.
 
-    Attributes:
-        entries: by group; see `structprune.search.entries.Entry`.
+    Args:
+        model: the whole network.
+        example_inputs: what it is traced on.
+        options: those of `structprune.plan` that it was made with.
+        shelf: the entries.
+        distance: how outputs were compared.
     """
 
     def __init__(

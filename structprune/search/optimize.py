@@ -66,7 +66,7 @@ HOPELESS = 1.5
 
 @dataclass(frozen=True, kw_only=True)
 class Searching:
-    """How `optimize` searches.
+    """How `optimize` searches. See `structprune.optimize` for an example.
 
     Attributes:
         strategy: ``"tpe"``, ``"gp"`` or ``"nsga2"`` of Optuna, ``"bisection"``, ``"evolution"`` or ``"netadapt"``.

@@ -19,7 +19,7 @@ SCOPES = ("global", "local", "isomorphic")
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What is chosen in each trial.
+    """What is chosen in each trial. See `structprune.optimize` for an example.
 
     Attributes:
         remaining: the least and the greatest share of the multiply-accumulates that remain.

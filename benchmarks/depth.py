@@ -3,7 +3,8 @@
     python benchmarks/depth.py exact             # models of tests/test_zoo.py; --only for some, --most for all branches
     python benchmarks/depth.py resnet56          # needs the data, see `harness.cifar`
     python benchmarks/depth.py speed             # the same at measured speeds: channels, blocks, both
-    python benchmarks/depth.py macs              # the same at equal MACs, timed afterwards
+    python benchmarks/depth.py macs              # the same at equal MACs, timed afterwards; --network ViT for another
+    python benchmarks/depth.py llama             # tokens a second of a Llama of half a billion random weights
     python benchmarks/depth.py stories           # a small trained Llama
 
 Results go to ``results/depth.json`` and ``results/depth.md``. In the first part each branch alone and random subsets of
@@ -135,7 +136,8 @@ def markdown(facts: dict[str, Any]) -> str:
 def main() -> None:
     """Run one part and write all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("exact", "resnet56", "speed", "macs", "stories"))
+    parser.add_argument("part", choices=("exact", "resnet56", "speed", "macs", "stories", "llama"))
+    parser.add_argument("--network", choices=tuple(depth_speed.NETWORKS), default="ResNet-56", help="for macs")
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--most", type=int, default=8, help="branches of a model that are tried alone")
     parser.add_argument("--share", type=float, default=1 / 1.5, help="of the MACs of ResNet-56 that is to be left")
@@ -158,7 +160,14 @@ def main() -> None:
         depth_speed.resnet56(known.get("speed", {}), lambda found: write(speed=found))
         return
     if options.part == "macs":
-        depth_speed.resnet56_macs(known.get("at equal MACs", {}), lambda found: write(**{"at equal MACs": found}))
+        networks: dict[str, Any] = known.get("at equal MACs", {})
+        name = options.network
+        depth_speed.at_equal_macs(
+            name, networks.get(name, {}), lambda found: write(**{"at equal MACs": {**networks, name: found}})
+        )
+        return
+    if options.part == "llama":
+        depth_speed.large_llama({}, lambda found: write(**{"large llama": found}))
         return
     if options.part == "stories":
         depth_speed.stories({}, lambda found: write(stories=found))

@@ -160,8 +160,9 @@ def saved_exactly(entry: Entry, model: nn.Module, slim: nn.Module, inputs: Any, 
     def factory() -> nn.Module:
         torch.manual_seed(SEED + 1)
         made = entry.build()[0].eval()
-        for name, buffer in unsaved.items():
-            made.get_buffer(name).copy_(buffer)
+        for name, buffer in unsaved.items():  # some have another shape once the model has run
+            path, _, key = name.rpartition(".")
+            made.get_submodule(path).register_buffer(key, buffer.clone(), persistent=False)
         return made
 
     with tempfile.TemporaryDirectory() as folder:

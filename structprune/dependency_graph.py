@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import nn
+from torch import fx, nn
 
 from structprune.checking import INDICES, LAYER, require
 from structprune.coupling.graph import ChannelGraph, Layer
@@ -20,7 +20,6 @@ from structprune.planning.build import plan_removal
 from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings
 from structprune.tracing.state import collection_paused
-from structprune.tracing.subgraph import layer_flow
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ class DependencyGraph(ChannelGraph):
         for number, group in enumerate(self.groups()):
             for member in group.members:
                 numbers.setdefault(member.tensor.rpartition(".")[0], set()).add(number)
-        for path, before in layer_flow(self.trace):
+        for path, before in _layer_flow(self.trace):
             result.add_node(path, groups=sorted(numbers.get(path, ())))
             result.add_edges_from((other, path) for other in before if other != path)
         return result
@@ -170,3 +169,15 @@ class DependencyGraph(ChannelGraph):
             if isinstance(target, Group):  # components are numbered anew
                 found = [group for group in self.groups() if str(group) == str(target)]
                 target = found[0] if len(found) == 1 else target.name
+
+
+def _layer_flow(trace: Trace) -> Iterator[tuple[str, frozenset[str]]]:
+    """Paths of the modules whose tensors operations take, in order, and those whose output reaches the operation."""
+    reach: dict[fx.Node, frozenset[str]] = {}
+    for node in trace.nodes:
+        sources = [n for n in node.all_input_nodes if n.meta["name"] != "parameter"]
+        held = {str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.meta["name"] == "parameter"}
+        before = frozenset().union(*(reach.get(n, frozenset()) for n in sources)) if sources else frozenset()
+        for path in held:
+            yield path, before
+        reach[node] = frozenset(held) or before

@@ -161,3 +161,51 @@ def test_the_branches_that_matter_least_are_chosen(score, greedy):
 def test_a_choice_that_cannot_be_made_is_refused(options, message):
     with pytest.raises(PlanError, match=message):
         structprune.choose_branches(graded(), x_of(), [x_of()], **options)
+
+
+class _Pooled(nn.Module):
+    """Gives the size of its map beside it, as a plain number."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        y = self.conv(x)
+        return y.relu(), y.shape[2]
+
+
+class _Sized(nn.Module):
+    """Uses the number that a child computed from a tensor which is the child's alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.norm = _Pooled(), nn.BatchNorm1d(8)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        y, length = self.pool(x)
+        flat = y.transpose(1, 2).reshape(-1, length, 8)
+        return self.norm((flat + flat @ self.weight).transpose(1, 2)), length
+
+
+class _Sizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = _Sized(), _Sized()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.first(x)
+        z, length = self.second(y)
+        return z.reshape(-1, 8 * length)
+
+
+def test_a_size_that_a_child_gives_as_a_number_serves_a_rewritten_forward():
+    torch.manual_seed(0)
+    model, x = _Sizes().double().eval(), torch.randn(2, 8, 16, dtype=torch.float64)
+    names = [branch.name for branch in structprune.branches(model, x)]
+    assert names, "each _Sized has a branch"
+    for name in names:
+        slim, error = error_without(model, x, [name])
+        assert error < 1e-12
+        assert slim(torch.randn(3, 8, 24, dtype=torch.float64)).shape == (3, 8 * 6)

@@ -75,23 +75,23 @@ class Masks:
         self._whole: dict[int, bool] = {}
         self._along: dict[tuple[int, int], Tensor | None] = {}
         self._reached: dict[object, list[bool]] = {}
-        self._alive: list[Tensor] = []
+        self._used_masks: list[Tensor] = []
 
     def full(self, shape: tuple[int, ...]) -> Tensor:
         """The mask that holds everything."""
-        found = self._full.get(shape)
-        if found is None:
-            found = self._full[shape] = torch.ones(shape, dtype=torch.bool)
-            self._whole[id(found)] = True
-        return found
+        mask = self._full.get(shape)
+        if mask is None:
+            mask = self._full[shape] = torch.ones(shape, dtype=torch.bool)
+            self._whole[id(mask)] = True
+        return mask
 
     def is_full(self, mask: Tensor) -> bool:
         """Whether the mask holds everything."""
-        found = self._whole.get(id(mask))
-        if found is None:
-            found = self._whole[id(mask)] = bool(mask.all())
-            self._alive.append(mask)
-        return found
+        whole = self._whole.get(id(mask))
+        if whole is None:
+            whole = self._whole[id(mask)] = bool(mask.all())
+            self._used_masks.append(mask)
+        return whole
 
     def along(self, mask: Tensor, dim: int) -> Tensor | None:
         """The mask as one of the indices of `dim`; None where the other dimensions matter too."""
@@ -100,7 +100,7 @@ class Masks:
             flat = _lines(mask, dim)
             line = flat.any(1)
             self._along[key] = line if torch.equal(line, flat.all(1)) else None
-            self._alive.append(mask)
+            self._used_masks.append(mask)
         return self._along[key]
 
     def forward(self, node: fx.Node, mask: Tensor) -> list[bool]:
@@ -110,24 +110,24 @@ class Masks:
             moved = _run(node, mask)
             pieces = moved if isinstance(moved, (tuple, list)) else [moved]
             self._reached[key] = [bool(piece.any()) for piece in pieces]
-            self._alive.append(mask)
+            self._used_masks.append(mask)
         return self._reached[key]
 
     def back(self, node: fx.Node, part: Any, mask: Tensor) -> Tensor:
         """The entries of the input of a movement that land in `mask`, a mask of its result (or of a part of it)."""
         shape = _tensors(node)[0].meta["shape"]
         key = (str(node.target), str(plain(_others(node))), shape, part, id(mask))
-        found = self._moved.get(key)
-        if found is None:
+        source = self._moved.get(key)
+        if source is None:
             numbers = torch.arange(prod(shape), dtype=torch.int32).view(shape)
             moved = _run(node, numbers)
             moved = moved if part is None else moved[part]
             flat = torch.zeros(prod(shape), dtype=torch.bool)
             flat[(moved if self.is_full(mask) else moved[mask]).reshape(-1).long()] = True
-            found = flat.view(shape)
-            found = self._moved[key] = self.full(shape) if bool(flat.all()) else found
-            self._alive.append(mask)  # so that its id stays its own
-        return found
+            source = flat.view(shape)
+            source = self._moved[key] = self.full(shape) if bool(flat.all()) else source
+            self._used_masks.append(mask)  # so that no other mask gets its id
+        return source
 
 
 def _others(node: fx.Node) -> Any:
@@ -192,7 +192,7 @@ class _Search:
         return []
 
     def _back(self, node: fx.Node, part: Any, mask: Tensor) -> None:
-        user = node if part is None else None  # what becomes of the other parts is looked at by `_check_users`
+        user = node if part is None else None  # `_check_users` looks at the other parts
         self._ask(_tensors(node)[0], self._cache.back(node, part, mask), user)
 
     def _whole(self, node: fx.Node, mask: Tensor) -> None:
@@ -263,9 +263,13 @@ class _Search:
             if user in self._masks or scaling_of(user) is not Scaling.MOVES or _tensors(user)[0] is not node:
                 raise NotCompensableError
             for place, reached in enumerate(self._cache.forward(user, mask)):
-                parts = [p for p in user.users if p.meta["name"] == "part" and p.args[1] == place]
-                if reached and (not parts or any(p not in self._masks and p.users for p in parts)):
+                if reached and self._reads_part(user, place):
                     raise NotCompensableError
+
+    def _reads_part(self, user: fx.Node, place: int) -> bool:
+        """Whether anything off the path reads the result of a movement, or its part number `place`."""
+        parts = [p for p in user.users if p.meta["name"] == "part" and p.args[1] == place]
+        return not parts or any(p not in self._masks and p.users for p in parts)
 
 
 def _lines(mask: Tensor, dim: int) -> Tensor:

@@ -85,17 +85,20 @@ class SearchAhead:
             self._reach(node, self._masks[first])
         elif scaling is Scaling.SUM:
             self._sum(node)
-        elif scaling is Scaling.PRODUCT and self._once(node, scaled):
-            if node.meta["name"] == "div" and node.args[0] is not scaled[0]:
-                raise NotCompensableError
-            self._reach(node, self._masks[scaled[0]].expand(node.meta["shape"]))
-        elif (
-            scaling is Scaling.CONTRACTION and self._once(node, scaled) and self._cache.is_full(self._masks[scaled[0]])
-        ):
-            self._reach(node, self._cache.full(node.meta["shape"]))
+        elif self._once(node, scaled):
+            self._reach(node, self._product(node, scaling, scaled[0]))
         else:
             raise NotCompensableError
         return []
+
+    def _product(self, node: fx.Node, scaling: Scaling, scaled: fx.Node) -> Tensor:
+        """The mask of a product or a contraction of which one factor is scaled."""
+        mask = self._masks[scaled]
+        if scaling is Scaling.PRODUCT and (node.meta["name"] != "div" or node.args[0] is scaled):
+            return mask.expand(node.meta["shape"])
+        if scaling is Scaling.CONTRACTION and self._cache.is_full(mask):
+            return self._cache.full(node.meta["shape"])
+        raise NotCompensableError
 
     def _once(self, node: fx.Node, scaled: list[fx.Node]) -> bool:
         """Whether one argument of `node` is scaled, and stands in one place."""

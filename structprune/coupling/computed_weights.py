@@ -63,10 +63,12 @@ def normalised_together(trace: Trace, channels: Channels) -> list[fx.Node]:
 
 def _normalised(computed: _Computed) -> tuple[list[Normalised], list[tuple[fx.Node, list[Axis]]]]:
     """Those for which a parameter makes up, and the operations that normalise others, with their channels."""
-    found = list(computed.normalisations())
-    gains = [gain for node in computed.trace.all_nodes if (gain := computed.gain(node)) is not None] if found else []
+    normalisations = list(computed.normalisations())
+    if not normalisations:
+        return [], []
+    gains = [gain for node in computed.trace.all_nodes if (gain := computed.gain(node)) is not None]
     covered = {part for gain in gains for part in gain.parts}
-    return gains, [(node, axes) for node, axes in found if node not in covered]
+    return gains, [(node, axes) for node, axes in normalisations if node not in covered]
 
 
 class _Computed:
@@ -95,7 +97,7 @@ class _Computed:
     @cached_property
     def used(self) -> list[fx.Node]:
         """What layers use as weights, and is a parameter or is computed from such, each once and in order."""
-        found: dict[fx.Node, None] = {}
+        weights: dict[fx.Node, None] = {}
         for node in self.trace.all_nodes:
             if node in self._held:
                 continue
@@ -103,8 +105,8 @@ class _Computed:
             for pair in self._pairs(node):
                 for mine, other in ((pair.operand, pair.weight), (pair.weight, pair.operand)):
                     if operands[mine] in self._held and operands[other] not in self._held:
-                        found[operands[mine]] = None
-        return list(found)
+                        weights[operands[mine]] = None
+        return list(weights)
 
     def _pairs(self, node: fx.Node) -> list[Pair]:
         known = op_of(node.meta["name"])
@@ -115,13 +117,13 @@ class _Computed:
     @cached_property
     def _reduced(self) -> dict[int, list[Axis]]:
         """The channels that each operation reduces or normalises over, by its number."""
-        found: dict[int, list[Axis]] = {}
+        axes: dict[int, list[Axis]] = {}
         for reduction in self._relations.reductions:
-            found.setdefault(reduction.node, []).extend(reduction.axes)
+            axes.setdefault(reduction.node, []).extend(reduction.axes)
         for scale in self._relations.scales:
             if self.trace.all_nodes[scale.node].meta["name"] == "mean":
-                found.setdefault(scale.node, []).append(scale.axis)
-        return found
+                axes.setdefault(scale.node, []).append(scale.axis)
+        return axes
 
     def _mixed(self, node: fx.Node) -> list[Axis]:
         operands = tensors(node)
@@ -147,16 +149,16 @@ class _Computed:
         A product is not looked into: the factors of a low rank, or learnt queries and the weights that project them,
         are other channels.
         """
-        waiting, seen, found = [weight], {weight}, set[fx.Node]()
+        waiting, seen, origins = [weight], {weight}, set[fx.Node]()
         while waiting:
             at = waiting.pop()
             if at.meta["name"] == "parameter" or self._pairs(at):
-                found.add(at)
+                origins.add(at)
                 continue
             sources = set(at.all_input_nodes) - seen
             seen |= sources
             waiting += sources
-        return found
+        return origins
 
     def _only_way(self, node: fx.Node) -> bool:
         """Whether the parameters that `node` mixes are used through it alone, as the two factors of a low rank are."""

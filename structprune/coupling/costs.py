@@ -38,8 +38,8 @@ class Cost:
         params: entries of all parameters, each tied one once.
         macs: multiply-accumulates of convolutions, linear layers, matrix products, attention and recurrences.
         weight_bytes: bytes of all parameters and buffers.
-        peak_activation_bytes: bytes of the inputs and results that are alive at once, at the worst moment, if each is
-            freed after its last use and views take no memory.
+        peak_activation_bytes: bytes of the inputs and results that are in memory at once, at the worst moment, if each
+            is freed after its last use and views take no memory.
     """
 
     params: int
@@ -152,10 +152,10 @@ def count_layers(model: nn.Module, recorded: Trace, channels: Channels, count: C
             path = name.rpartition(".")[0]
             params[path] = params.get(path, 0) + numel
     for node in recorded.nodes:
-        if found := node_macs(node, channels, count):
+        if node_count := node_macs(node, channels, count):
             call = node.meta["call"]
             path = recorded.calls[call].path if call >= 0 else ""
-            macs[path] = macs.get(path, 0) + found
+            macs[path] = macs.get(path, 0) + node_count
     order = [path for path, _ in model.named_modules(remove_duplicate=False) if path in params or path in macs]
     return {path: LayerCost(params.get(path, 0), macs.get(path, 0)) for path in order}
 
@@ -205,36 +205,36 @@ class CostModel:
     def _unknown(self, axis: Axis) -> int | Polynomial:
         if not axis.free:
             return axis.size
-        found = self._by_key.get(axis.key)
-        if found is None:
+        unknown = self._by_key.get(axis.key)
+        if unknown is None:
             same = self._identity(axis)
-            found = self._known.get(same)
-            if found is None:
-                found = self._known[same] = Polynomial({(len(self.axes),): 1}, axis.size)
+            unknown = self._known.get(same)
+            if unknown is None:
+                unknown = self._known[same] = Polynomial({(len(self.axes),): 1}, axis.size)
                 self.axes.append(axis)
-            self._by_key[axis.key] = found
-        return found
+            self._by_key[axis.key] = unknown
+        return unknown
 
     def at(self, count: Count) -> Cost:
         """The cost when `count` gives the number of kept channels of each axis."""
         numbers = [count(axis) for axis in self.axes]
         params, macs, weight_bytes = self._totals(numbers).tolist()
-        return Cost(params, macs, weight_bytes, int(self._alive(numbers).max(initial=0)))
+        return Cost(params, macs, weight_bytes, int(self._in_memory(numbers).max(initial=0)))
 
-    def _alive(self, numbers: Sequence[int]) -> NDArray[np.int64]:
-        """Bytes of the results that are alive at each operation: made by then, and not used up before it."""
+    def _in_memory(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+        """Bytes of the results that are in memory at each operation: made by then, and not used up before it."""
         sizes = self._results(numbers)
         made, gone = np.zeros(self._steps, dtype=sizes.dtype), np.zeros(self._steps + 1, dtype=sizes.dtype)
         np.add.at(made, self._made, sizes)
         np.add.at(gone, self._last + 1, sizes)
         return np.cumsum(made - gone[:-1])
 
-    def alive_at_peak(self, count: Count) -> tuple[int, ...]:
-        """The numbers of the results that are alive at the worst moment, when `count` gives the kept channels."""
-        alive = self._alive([count(axis) for axis in self.axes])
-        if not len(alive):
+    def held_at_peak(self, count: Count) -> tuple[int, ...]:
+        """The numbers of the results that are in memory at the worst moment, when `count` gives the kept channels."""
+        sizes = self._in_memory([count(axis) for axis in self.axes])
+        if not len(sizes):
             return ()
-        worst = int(np.argmax(alive))
+        worst = int(np.argmax(sizes))
         return tuple(np.flatnonzero((self._made <= worst) & (self._last >= worst)).tolist())
 
 
@@ -270,7 +270,7 @@ _WEIGHTS = ("parameter", "constant")
 
 
 class KeyValueCache:
-    """What attention keeps for each token as a function of the living channels.
+    """What attention keeps for each token as a function of the kept channels.
 
     Keys and values are the operands of ``scaled_dot_product_attention``, or those of two products of activations with a
     softmax between them. Where heads are repeated for several queries, they count once, as a cache holds them.
@@ -284,13 +284,13 @@ class KeyValueCache:
     """
 
     def __init__(self, recorded: Trace, channels: Channels) -> None:
-        self.kept = tuple(dict.fromkeys(_stored(found) for node in recorded.nodes for found in _keys_and_values(node)))
+        self.kept = tuple(dict.fromkeys(_stored(pair) for node in recorded.nodes for pair in _keys_and_values(node)))
         self._channels = channels
         given = next((n for n in recorded.nodes if n.meta["name"] == "input" and n.meta.get("shape")), None)
         self._samples = 1 if given is None else int(given.meta["shape"][0])
 
     def bytes(self, count: Count) -> float:
-        """Bytes for one token, when `count` gives the living channels of each axis."""
+        """Bytes for one token, when `count` gives the kept channels of each axis."""
         return sum(number * prod(count(axis) for axis in axes) for number, axes in self.products())
 
     def products(self) -> Iterator[tuple[float, tuple[Axis, ...]]]:
@@ -360,9 +360,9 @@ def _values_behind(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _stored(found: tuple[fx.Node, int]) -> tuple[fx.Node, int]:
+def _stored(pair: tuple[fx.Node, int]) -> tuple[fx.Node, int]:
     """The smallest tensor that keys or values are a repetition or another view of."""
-    node, tokens = found
+    node, tokens = pair
     best = node
     while node.op.startswith("call_") and (held := tensors(node)):
         known = op_of(node.meta["name"])

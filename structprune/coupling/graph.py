@@ -20,7 +20,7 @@ from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coup
 from structprune.coupling.naming import Layer, path_of
 from structprune.coupling.propagate import Channels, Invariant, propagate
 from structprune.coupling.random_removals import Counter
-from structprune.coupling.rehearsed import Rehearsals, described_row, follows_inputs
+from structprune.coupling.rehearsed import Rehearsals, described_axis, follows_inputs
 from structprune.coupling.roles import Roles, roles
 from structprune.coupling.size_solver import SizeSolver
 from structprune.coupling.solve import Mask
@@ -87,14 +87,14 @@ class ChannelGraph:
         pin_what_is_not_zero(self.trace, self.channels)
         self.compensations: list[Compensation] = []
         scales = self.channels.relations.scales
-        for scale, found in zip(scales, compensations(self.trace, scales), strict=True):
+        for scale, compensation in zip(scales, compensations(self.trace, scales), strict=True):
             factor = Invariant(scale.expression, self.trace.all_nodes[scale.node].meta["where"])
-            if found is None or follows_inputs(scale.expression, self.channels.axes):
+            if compensation is None or follows_inputs(scale.expression, self.channels.axes):
                 self.channels.invariants.append(factor)
             else:
-                self.compensations.append(found)
+                self.compensations.append(compensation)
                 self.channels.factors.append(factor)
-        described = partial(described_row, self._modules, self.trace, self.channels)
+        described = partial(described_axis, self._modules, self.trace, self.channels)
         self._solver = SizeSolver(self.channels, self.trace.comparisons, self.read, self._rewritable, described)
         self._rehearsals = Rehearsals(self.model, self.trace, self.example_inputs)
         self._solve()
@@ -112,26 +112,26 @@ class ChannelGraph:
         `check` to refuse): ask for groups once more.
         """
         with collection_paused():
-            found = self._rehearsals.deviations(self.sizes, removed)
-            if found and self._rehearsals.trace_back(self.sizes, removed, found):
+            deviations = self._rehearsals.deviations(self.sizes, removed)
+            if deviations and self._rehearsals.trace_back(self.sizes, removed, deviations):
                 self._relate()
                 return False
-            if found and pin:
-                self._pin_deviating(removed, found[0])
-        return not found or not pin
+            if deviations and pin:
+                self._pin_deviating(removed, deviations[0])
+        return not deviations or not pin
 
     @property
     def unchecked(self) -> str:
-        """What could not be rehearsed at other widths; empty if nothing, or if no rehearsal was in need of it."""
+        """What could not be rehearsed at other widths; empty if nothing, or if no rehearsal needed it."""
         return self._rehearsals.unchecked
 
-    def _pin_deviating(self, removed: Mask, found: Deviation) -> None:
+    def _pin_deviating(self, removed: Mask, deviation: Deviation) -> None:
         groups = [group.components for group in coupled_groups(self.components, self.slots)]
         before = self.components.pinned_ids
-        self._rehearsals.pin_deviating(self.sizes, removed, groups, f"with fewer of its channels, {found}")
+        self._rehearsals.pin_deviating(self.sizes, removed, groups, f"with fewer of its channels, {deviation}")
         self._solve()
         if self.components.pinned_ids <= before:
-            raise PlanError(f"With fewer channels, {found}, and no channels are known that it depends on.")
+            raise PlanError(f"With fewer channels, {deviation}, and no channels are known that it depends on.")
 
     def _rewritable(self, number: int) -> bool:
         """Whether the forward of the module that runs this node can be rebuilt with another literal in it."""
@@ -165,18 +165,18 @@ class ChannelGraph:
     @cached_property
     def slots(self) -> list[Slot]:
         """Every dimension of every tensor that the model holds and the forward uses, where channels may go."""
-        found = []
+        slots = []
         for node in self.trace.all_nodes:
             if node.meta["name"] == "parameter":
                 for dim, axis in enumerate(self.channels.axes[node.meta["index"]]):
                     if axis.free and axis.size:
-                        found.append(Slot(str(node.target), dim, axis))
-        return found
+                        slots.append(Slot(str(node.target), dim, axis))
+        return slots
 
     @cached_property
     def _groups(self) -> tuple[Group, ...]:
-        found = coupled_groups(self.components, self.slots)
-        return tuple(dataclasses.replace(group, axis=self.roles.axis(group)) for group in found)
+        groups = coupled_groups(self.components, self.slots)
+        return tuple(dataclasses.replace(group, axis=self.roles.axis(group)) for group in groups)
 
     @cached_property
     def roles(self) -> Roles:
@@ -212,16 +212,14 @@ class ChannelGraph:
             for split_group in self.components.splits.split_groups
         )
 
-    def output_row(self, layer: Layer) -> tuple[str, Axis]:
+    def output_axis(self, layer: Layer) -> tuple[str, Axis]:
         """The path of a layer and the axis of its output channels.
 
         Raises:
             UnknownLayerError: there is no such layer, or it takes no part in the forward.
         """
         path = self.path_of(layer)
-        nodes = [n for call in self.trace.every_call if call.path == path for n in leaves_of(call.output, fx.Node)]
-        nodes += [node for node in self.trace.all_nodes if node.op == "get_attr" and node.target == path]
-        axes = [axis for node in nodes for axis in self.channels.axes[node.meta["index"]] if isinstance(axis, Axis)]
+        axes = self._axes_at(path)
         if not axes:
             raise UnknownLayerError(
                 f"The layer {path!r} takes no part in the forward on these example inputs, so it has no channels."
@@ -229,18 +227,24 @@ class ChannelGraph:
         free = [axis for axis in axes if axis.free]
         return path, ([axis for axis in free if self.sizes.moves(axis)] or free or axes)[-1]
 
+    def _axes_at(self, path: str) -> list[Axis]:
+        """The axes of what the module at `path` gives, or of the tensor of that name."""
+        nodes = [n for call in self.trace.every_call if call.path == path for n in leaves_of(call.output, fx.Node)]
+        nodes += [node for node in self.trace.all_nodes if node.op == "get_attr" and node.target == path]
+        return [axis for node in nodes for axis in self.channels.axes[node.meta["index"]] if isinstance(axis, Axis)]
+
     def _layer_roots(self, layer: Layer) -> tuple[str, Ids]:
         """For each output channel of a layer, the component that decides about it (of a cell: the longest factor)."""
-        path, axis = self.output_row(layer)
+        path, axis = self.output_axis(layer)
         if not axis.free or self.components.pinned[self.components.of(axis)].all():
             raise PinnedError(f"The channels of {path!r} may not be removed: {self._reason(axis)}.")
         parts = self.components.of(axis)
-        positions, found = self.roots.of(parts)
+        positions, roots = self.roots.of(parts)
         sizes = np.zeros(self.components.count, dtype=np.int64)
-        np.add.at(sizes, found, 1)
-        order = np.lexsort((sizes[found], positions))
+        np.add.at(sizes, roots, 1)
+        order = np.lexsort((sizes[roots], positions))
         first = np.unique(positions[order], return_index=True)[1]
-        return path, found[order][first]
+        return path, roots[order][first]
 
     def group(self, layer: Layer) -> Group:
         """The group of a layer's output channels.
@@ -252,8 +256,8 @@ class ChannelGraph:
             UnknownLayerError: there is no such layer, or the forward does not use it.
             PinnedError: its channels may not be removed; the message says why.
         """
-        path, found = self._layer_roots(layer)
-        chosen, first = np.unique(found, return_index=True)
+        path, roots = self._layer_roots(layer)
+        chosen, first = np.unique(roots, return_index=True)
         chosen = chosen[np.argsort(first)]
         chosen = chosen[self.components.roots[chosen]]
         members = [member for group in self.groups() for member in restricted(group, chosen)]
@@ -277,7 +281,7 @@ class ChannelGraph:
             >>> print(graph.explain("1"))
             1: 2 channels, pinned: it is a dimension of the model's output
         """
-        path, axis = self.output_row(layer)
+        path, axis = self.output_axis(layer)
         pinned = self.components.pinned[self.components.of(axis)] if axis.free else np.ones(axis.size, dtype=bool)
         if pinned.all():
             return f"{path}: {axis.size} channels, pinned: {self._reason(axis)}"
@@ -288,11 +292,11 @@ class ChannelGraph:
 
     def pinned(self) -> dict[str, str]:
         """Every dimension of a parameter whose channels may not be removed, and the reason."""
-        found: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         for slot in self.slots:
             if self.components.pinned[self.components.of(slot.axis)].all():
-                found[f"{slot.tensor}, dim {slot.dim}"] = self._reason(slot.axis)
-        return found
+                reasons[f"{slot.tensor}, dim {slot.dim}"] = self._reason(slot.axis)
+        return reasons
 
     # -- removing ------------------------------------------------------------------------------------------------
 
@@ -307,24 +311,25 @@ class ChannelGraph:
         """
         require(locals(), indices=INDICES)
         if isinstance(target, Group):
-            name, found = target.name, target.components
+            name, components = target.name, target.components
         else:
             require(locals(), target=LAYER)
-            name, found = self._layer_roots(target)
+            name, components = self._layer_roots(target)
         picked = np.asarray(list(indices), dtype=np.int64)
-        if len(picked) and (picked.min() < 0 or picked.max() >= len(found)):
+        if len(picked) and (picked.min() < 0 or picked.max() >= len(components)):
             raise PlanError(
-                f"{name!r} has channels 0 to {len(found) - 1}; the indices {sorted(set(picked.tolist()))} go beyond."
+                f"{name!r} has channels 0 to {len(components) - 1}; "
+                f"the indices {sorted(set(picked.tolist()))} go beyond."
             )
         if len(np.unique(picked)) < len(picked):
             raise PlanError(f"Some of the indices for {name!r} are repeated: {sorted(picked.tolist())}.")
-        if len(picked) == len(found):
-            raise PlanError(f"indices are all {len(found)} channels of {name!r}; at least one has to stay.")
-        chosen = found[picked]
+        if len(picked) == len(components):
+            raise PlanError(f"indices are all {len(components)} channels of {name!r}; at least one has to stay.")
+        chosen = components[picked]
         if not isinstance(target, Group):
-            parts = self.components.of(self.output_row(target)[1])
+            parts = self.components.of(self.output_axis(target)[1])
             whole, rest = self.roots.taking(parts, picked)
-            chosen = np.concatenate([whole, found[rest]])
+            chosen = np.concatenate([whole, components[rest]])
             if len(rest) and len(picked) < len(parts) and self.components.removed(chosen)[parts].all():
                 raise PlanError(
                     f"All {len(parts)} channels of {name!r} would go with {picked.tolist()}: they form a "
@@ -374,6 +379,6 @@ class ChannelGraph:
                     f"of {bound.step} are needed, by {bound.where}. Remove fewer, or give round_to={bound.step}."
                 )
         values = self.sizes.values(count)
-        for found in self._rehearsals.deviations(self.sizes, removed):
-            raise PlanError(f"With fewer channels, {found}, and nothing tells how it follows. Name it in ignore=.")
+        for deviation in self._rehearsals.deviations(self.sizes, removed):
+            raise PlanError(f"With fewer channels, {deviation}, and nothing tells how it follows. Name it in ignore=.")
         return values

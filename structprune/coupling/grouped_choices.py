@@ -54,7 +54,7 @@ def grouped_choice(graph: ChannelGraph, target: Group | Layer, indices: Sequence
     """
     if isinstance(target, Group):
         return None
-    axis = graph.output_row(target)[1]
+    axis = graph.output_axis(target)[1]
     gone = np.zeros(axis.size, dtype=bool)
     picked = np.asarray(list(indices), dtype=np.int64)
     if not axis.free or not len(picked) or picked.min() < 0 or picked.max() >= axis.size:
@@ -83,12 +83,12 @@ def _only_product(graph: ChannelGraph, parts: Ids) -> FactoredAxis | None:
     """The product ``(groups, channels in a group)`` that has these channels as its cells, if no other one has some."""
     inside = np.zeros(graph.components.count, dtype=bool)
     inside[parts] = True
-    found = [f for f in graph.components.factored_axes if inside[f.cells].any()]
+    products = [f for f in graph.components.factored_axes if inside[f.cells].any()]
     factors = [part for f in graph.components.factored_axes for part in f.factors]
-    if len(found) != 1 or found[0].dims != (0, 1) or any(inside[part].any() for part in factors):
+    if len(products) != 1 or products[0].dims != (0, 1) or any(inside[part].any() for part in factors):
         return None
-    free = bool(graph.components.roots[found[0].factors[1]].all() and not graph.components.pinned[parts].any())
-    return found[0] if free and np.array_equal(found[0].cells.ravel(), parts) else None
+    free = bool(graph.components.roots[products[0].factors[1]].all() and not graph.components.pinned[parts].any())
+    return products[0] if free and np.array_equal(products[0].cells.ravel(), parts) else None
 
 
 def _seen_by_weights_alone(graph: ChannelGraph, factored: FactoredAxis) -> bool:

@@ -35,12 +35,12 @@ class Polynomial:
     def __mul__(self, other: int | Polynomial) -> Polynomial:
         if isinstance(other, int):
             return Polynomial({product: other * number for product, number in self.terms.items()}, self.full * other)
-        found: dict[Monomial, int] = {}
+        terms: dict[Monomial, int] = {}
         for left, a in self.terms.items():
             for right, b in other.terms.items():
                 product = tuple(sorted(left + right))
-                found[product] = found.get(product, 0) + a * b
-        return Polynomial(found, self.full * other.full)
+                terms[product] = terms.get(product, 0) + a * b
+        return Polynomial(terms, self.full * other.full)
 
     def __add__(self, other: int | Polynomial) -> Polynomial:
         return total([self, other])
@@ -65,13 +65,13 @@ def full(value: int | Polynomial) -> int:
 
 def total(values: Iterable[int | Polynomial]) -> Polynomial:
     """The sum of all `values`, with equal products taken together."""
-    found: dict[Monomial, int] = {}
+    terms: dict[Monomial, int] = {}
     whole = 0
     for value in values:
         whole += full(value)
         for product, number in ({(): value} if isinstance(value, int) else value.terms).items():
-            found[product] = found.get(product, 0) + number
-    return Polynomial(found, whole)
+            terms[product] = terms.get(product, 0) + number
+    return Polynomial(terms, whole)
 
 
 class Evaluator:
@@ -89,16 +89,18 @@ class Evaluator:
 
     def __init__(self, values: Sequence[int | Polynomial], unknowns: int) -> None:
         terms = [({(): value} if isinstance(value, int) else value.terms) for value in values]
-        longest = max((len(product) for found in terms for product in found), default=0)
+        longest = max((len(product) for by_product in terms for product in by_product), default=0)
         # A product of fewer factors is filled up with a last unknown, which is always 1: x0 * x1 of at most three
         # factors among two unknowns are the factors 0, 1, 2.
-        factors = [[*p, *[unknowns] * (longest - len(p))] for found in terms for p in found]
+        factors = [[*p, *[unknowns] * (longest - len(p))] for by_product in terms for p in by_product]
         self._factors = np.array(factors, dtype=np.int64).reshape(len(factors), longest)
         # Whole numbers of Python where those of 64 bits could overflow.
         large = sum(abs(full(value)) for value in values) >= 2**62
         self._kind: type = object if large else np.int64
-        self._coefficients = np.array([number for found in terms for number in found.values()], dtype=self._kind)
-        self._owner = np.repeat(np.arange(len(values)), [len(found) for found in terms])
+        self._coefficients = np.array(
+            [number for by_product in terms for number in by_product.values()], dtype=self._kind
+        )
+        self._owner = np.repeat(np.arange(len(values)), [len(by_product) for by_product in terms])
         self._count = len(values)
 
     def __call__(self, numbers: Sequence[int]) -> NDArray[np.int64]:

@@ -41,7 +41,7 @@ class Channels:
     unforeseen: frozenset[int] = frozenset()
     factors: list[Invariant] = field(default_factory=list)
 
-    def every_row(self) -> Iterator[Axis]:
+    def every_axis(self) -> Iterator[Axis]:
         """The axes of all tensors."""
         for axes in self.axes:
             for part in axes if isinstance(axes, list) else [axes]:

@@ -21,7 +21,7 @@ class Counter:
 
     def __init__(self, components: Components, removed: Mask) -> None:
         self._components = components
-        self._alive = ~removed
+        self._kept = ~removed
         self._known: dict[object, int] = {}
 
     def __call__(self, axis: Axis) -> int:
@@ -29,14 +29,14 @@ class Counter:
         if not axis.free:
             return axis.size
         key = axis.key
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = int(np.count_nonzero(self._alive[self._components.of(axis)]))
-        return found
+        number = self._known.get(key)
+        if number is None:
+            number = self._known[key] = int(np.count_nonzero(self._kept[self._components.of(axis)]))
+        return number
 
     def kept(self, components: Ids) -> int:
         """Number of kept ones among `components`."""
-        return int(np.count_nonzero(self._alive[components]))
+        return int(np.count_nonzero(self._kept[components]))
 
 
 def trials(components: Components, axes: Sequence[Axis], relations: Relations) -> Iterator[Mask]:

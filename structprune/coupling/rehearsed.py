@@ -56,14 +56,14 @@ class Rehearsals:
         """What the forward does that is not foreseen once `removed` is removed, other than what it does anyway."""
         if not removed.any() or removed.tobytes() == self._settled:
             return []
-        found = self._at(sizes, removed)
-        if found and self._always is None:
+        deviations = self._at(sizes, removed)
+        if deviations and self._always is None:
             # A forward that counts its calls, or draws numbers, is never twice the same: that says nothing of widths.
             self._always = tuple(self._at(sizes, np.zeros_like(removed)))
         always = {deviation.place for deviation in self._always or ()}
-        found = [deviation for deviation in found if deviation.place not in always]
-        self._settled = b"" if found else removed.tobytes()
-        return found
+        deviations = [deviation for deviation in deviations if deviation.place not in always]
+        self._settled = b"" if deviations else removed.tobytes()
+        return deviations
 
     @property
     def unchecked(self) -> str:
@@ -79,10 +79,10 @@ class Rehearsals:
         axes = sizes.channels.axes
 
         def shape(number: int) -> Any:
-            found = axes[number]
-            if isinstance(found, list):
-                return [None if part is None else tuple(map(count, part)) for part in found]
-            return tuple(map(count, found))
+            of_node = axes[number]
+            if isinstance(of_node, list):
+                return [None if part is None else tuple(map(count, part)) for part in of_node]
+            return tuple(map(count, of_node))
 
         try:
             values = sizes.values(count)
@@ -141,17 +141,17 @@ def _divides(number: Callable[[Expression], float], expression: Expression) -> b
     return bool(value) and isfinite(value)
 
 
-def described_row(
+def described_axis(
     modules: Mapping[str, nn.Module], trace: Trace, channels: Channels, attribute: Attribute
 ) -> Axis | None:
     """The axis that an attribute of a standard layer counts by what the layer says of its own shape."""
-    found = described_dim(modules[attribute.module], attribute.chain)
-    if found is None:
+    described = described_dim(modules[attribute.module], attribute.chain)
+    if described is None:
         return None
-    name = join(attribute.module, found[0])
+    name = join(attribute.module, described[0])
     name = next((names[0] for names in trace.tensors.values() if name in names), name)
     axis = next((channels.axes[n.meta["index"]] for n in trace.all_nodes if n.target == name), None)
-    return None if axis is None else axis[found[1]]
+    return None if axis is None else axis[described[1]]
 
 
 # -- where a number came from that lost its origin: ``int(c) ** -0.5`` reaches a product as a plain float ------------
@@ -161,18 +161,18 @@ def described_row(
 _POWERS = (-0.5, 0.5, -1.0, 1.0)
 
 
-def trace_back(trace: Trace, axes: Sequence[Any], count: Callable[[Axis], int], found: Deviation) -> bool:
+def trace_back(trace: Trace, axes: Sequence[Any], count: Callable[[Axis], int], deviation: Deviation) -> bool:
     """Give a factor in a product or quotient back its origin, in `trace`; whether that was possible.
 
     Args:
         trace: what was recorded.
         axes: the axes of its nodes.
         count: the kept channels of an axis in the rehearsal.
-        found: what the rehearsal found.
+        deviation: what the forward did that was not foreseen.
     """
-    if found.numbers is None or len(found.place) != 3 or found.place[1] != "args":
+    if deviation.numbers is None or len(deviation.place) != 3 or deviation.place[1] != "args":
         return False
-    node, position = trace.all_nodes[int(found.place[0])], int(found.place[2])
+    node, position = trace.all_nodes[int(deviation.place[0])], int(deviation.place[2])
     args = list(node.args)
     if node.meta["name"] not in ("mul", "div") or len(args) != 2 or not isinstance(args[1 - position], fx.Node):
         return False
@@ -181,9 +181,9 @@ def trace_back(trace: Trace, axes: Sequence[Any], count: Callable[[Axis], int], 
     for dim, axis in _counted(axes, node.meta["index"]):
         for exponent in _POWERS:
             sizes = axis.size**exponent, count(axis) ** exponent
-            if all(isclose(a, b, rel_tol=1e-9) for a, b in zip(sizes, found.numbers, strict=True)):
+            if all(isclose(a, b, rel_tol=1e-9) for a, b in zip(sizes, deviation.numbers, strict=True)):
                 origin = Arithmetic("**", power, dim, Constant(exponent))
-                args[position] = number = SizeFloat(found.numbers[0], origin)
+                args[position] = number = SizeFloat(deviation.numbers[0], origin)
                 node.args = tuple(args)
                 node.meta["tracked"] = [*node.meta.get("tracked", ()), number]
                 return True

@@ -60,8 +60,8 @@ class Roles:
 
     def makers(self, group: Group) -> list[str]:
         """Tensors of the layers that make the channels of a group."""
-        found = [m.tensor for m in group.members if (m.tensor, m.dim) in self.producers]
-        return found or [m.tensor for m in group.members]
+        made_by = [m.tensor for m in group.members if (m.tensor, m.dim) in self.producers]
+        return made_by or [m.tensor for m in group.members]
 
 
 class _Reader:
@@ -103,19 +103,25 @@ class _Reader:
             return
         inputs = tensors(node)
         known = op_of(name)
-        before = [self._layers[n] for n in inputs if n in self._layers]
-        if name == "input" or (before and not self._looked_up(node, inputs)):
-            # A product of two tensors that depend on the input passes channels on; one with a weight makes them.
-            is_layer = known is not None and known.contraction is not None and len(before) < len(inputs)
-            self._layers[node] = self._bit() if name == "input" or is_layer else reduce(or_, before)
-        else:
-            self._made_of[node] = tuple(dict.fromkeys(x for n in inputs for x in self._made_of.get(n, ())))
+        self._note_source(node, inputs, contracts=known is not None and known.contraction is not None)
         if known is None:
             return
         if known.contraction is not None:
             _READERS.get(known.contraction.kind, _Reader.contraction)(self, node, inputs)
         elif known.elementwise and known.scaling is Scaling.SUM:
             self.sum(node, inputs)
+
+    def _note_source(self, node: fx.Node, inputs: list[fx.Node], *, contracts: bool) -> None:
+        """Note the layers that `node` comes from, or the parameters if it does not depend on the input."""
+        before = [self._layers[n] for n in inputs if n in self._layers]
+        if node.meta["name"] == "input":
+            self._layers[node] = self._bit()
+        elif before and not self._looked_up(node, inputs):
+            # A product of two tensors that depend on the input passes channels on; one with a weight makes them.
+            is_layer = contracts and len(before) < len(inputs)
+            self._layers[node] = self._bit() if is_layer else reduce(or_, before)
+        else:
+            self._made_of[node] = tuple(dict.fromkeys(x for n in inputs for x in self._made_of.get(n, ())))
 
     def _bit(self) -> int:
         self._count += 1

@@ -63,7 +63,7 @@ class Sizes:
         constraints: the ints that must equal a number of channels.
         comparisons: what Python compared; the outcome must stay.
         attributes: the axis whose channels each attribute counts.
-        read: today's value of an attribute of the model.
+    read: the value that an attribute of the model has now.
     """
 
     channels: Channels
@@ -101,7 +101,7 @@ class Sizes:
         """What sizes and attributes are when `count` counts the kept channels.
 
         Attributes that count an axis are counted. Others are solved for, one after the other, in `constraints` (all of
-        them by default) that would not hold with their value of today.
+        them by default) that would not hold with their present value.
         """
         known: dict[Attribute, Number] = {attribute: count(axis) for attribute, axis in self.attributes.items()}
         solved: list[Attribute] = []
@@ -154,7 +154,7 @@ class Sizes:
 
     def _matters(self, e: SizeConstraint, rewritable: Callable[[int], bool]) -> bool:
         if any(isinstance(leaf, Attribute) for leaf in leaves(e.expression)):
-            return True  # an attribute may change for another layer's sake
+            return True  # an attribute may change because another layer needs it
         if not self.moves(e.axis):
             return self.depends(e.expression)
         return not (e.is_literal and rewritable(e.node))

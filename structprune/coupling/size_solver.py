@@ -1,13 +1,13 @@
 """Every int of a forward is made to follow the channels: by setting attributes, by tying channels, or by pinning them.
 
 Whether an int follows is decided by trial: random channels are removed on paper and both sides of each constraint are
-counted (`coupling/size_constraints.py`). What fails is mended, and all is solved and tried anew, until nothing fails.
+counted (`coupling/size_constraints.py`). What fails is repaired, and all is solved and tried anew, until nothing fails.
 So planning knows before surgery.
 
 Example: ``y.view(2, 5, 4, n // 4)``, where n = 32 is the size of y's last dimension.
     In: the constraints "4 counts the axis of heads" and "n // 4 counts the axis of sizes" (8 channels in each head).
     Trial: with a head removed, 24 channels are left and n // 4 = 6, but each head still has 8. The second one fails.
-    Mended: the axis of heads is pinned, since a literal counts it. With a channel of every head removed, n // 4 = 7.
+    Repaired: the axis of heads is pinned, since a literal counts it. With a channel of every head removed, n // 4 = 7.
     Out: one group of 8 channels, each of which takes 4 of the 32 along.
 """
 
@@ -34,7 +34,7 @@ from structprune.tracing.provenance import (
     leaves,
 )
 
-_ROUNDS = 100  # of mending, after which what fails is pinned
+_ROUNDS = 100  # of repairs, after which what fails is pinned
 
 
 class SizeSolver:
@@ -66,7 +66,7 @@ class SizeSolver:
         self._attempted: set[tuple[object, ...]] = set()
         self._bounded: set[Comparison] = set()
         held = (axis for number in channels.held for axis in channels.axes[number])
-        self._sections = Sections(self._relations, channels.every_row(), held)
+        self._sections = Sections(self._relations, channels.every_axis(), held)
 
     def _promised(self) -> Iterator[SizeConstraint]:
         """Comparisons that found two numbers equal, one of them a size: after pruning they must be equal still."""
@@ -90,7 +90,7 @@ class SizeSolver:
                 if hold_pieces(self._channels, sizes.components):
                     continue
                 return sizes
-            self._mend(failures, sizes)
+            self._repair(failures, sizes)
             # Each round must join or pin something, or try a tie that was not tried yet.
             progress = (sizes.components.count, int(sizes.components.pinned.sum()), len(self._attempted))
             rounds += 1
@@ -113,7 +113,7 @@ class SizeSolver:
 
     def _pin_unsettled(self, where: str) -> None:
         """The ints that fail neither follow nor stand still with their axes: then nothing that is counted may go."""
-        for axis in self._channels.every_row():
+        for axis in self._channels.every_axis():
             self._relations.pin(axis, f"sizes that contradict each other are used at {where}")
 
     def _attribute_axes(self, components: Components) -> dict[Attribute, Axis]:
@@ -139,9 +139,9 @@ class SizeSolver:
         numbers += [scale.expression for scale in self._relations.scales]
         return [*dict.fromkeys(leaf for number in numbers for leaf in leaves(number) if isinstance(leaf, Attribute))]
 
-    # -- mending -------------------------------------------------------------------------------------------------
+    # -- repairing -------------------------------------------------------------------------------------------------
 
-    def _mend(self, failures: list[Check], sizes: Sizes) -> None:
+    def _repair(self, failures: list[Check], sizes: Sizes) -> None:
         """Tie what can be tied; only where nothing more can, pin: first sizes, then what Python compared."""
         constraints = [failure for failure in failures if isinstance(failure, SizeConstraint)]
         ties = SizeTies(sizes)

@@ -1,4 +1,4 @@
-"""From relations to components: one search for what hangs together, and products brought to a form that can be trusted.
+"""From relations to components: connected components, and products brought to a form that can be trusted.
 
 The solution numbers the classes of channels that are removed or kept together (components). What remains as a
 `FactoredAxis` is a product with at least two prunable factors: its cells follow from its factors. Every component that
@@ -316,7 +316,7 @@ def connected_components(count: int, left: Ids, right: Ids) -> Ids:
     # Older versions of scipy take only these ints, and on others go on without an error, joining nothing.
     ends = (left.astype(np.int32), right.astype(np.int32)) if count < 2**31 else (left, right)
     graph = coo_array((np.ones(len(left), dtype=np.int8), ends), shape=(count, count))
-    number, found = csgraph.connected_components(graph, directed=False)
-    if count and (int(found.min()) != 0 or int(found.max()) != number - 1 or (found[left] != found[right]).any()):
+    number, labels = csgraph.connected_components(graph, directed=False)
+    if count and (int(labels.min()) != 0 or int(labels.max()) != number - 1 or (labels[left] != labels[right]).any()):
         raise RuleError("scipy did not join what it was given. Install a later one: pip install -U scipy.")
-    return found.astype(np.int64)
+    return labels.astype(np.int64)

@@ -83,12 +83,12 @@ def _pin_sources(node: fx.Node, reason: str, channels: Channels) -> None:
     """Pin the channels of `node`; where it has none left, those of what it was computed from."""
     pending = [node]
     while pending:
-        found = pending.pop()
-        free = [axis for axis in _axes(channels, found) if axis.free]
+        current = pending.pop()
+        free = [axis for axis in _axes(channels, current) if axis.free]
         for axis in free:
             channels.relations.pin(axis, reason)
         if not free:
-            pending += _sources(found)
+            pending += _sources(current)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

@@ -1,11 +1,12 @@
 """Where a removed channel is zero, and where that matters.
 
-A consumer with weights of its own does not care what a removed channel holds, since its weights for the channel go as
-well. A plain sum over channels, or a product of two activations, does: there a channel may only go if it is zero when
-it is removed. Where it is not, it is pinned. What each operation does to zeros stands in its record.
+A consumer with weights of its own gives the same result whatever a removed channel holds, since its weights for the
+channel go as well. For a plain sum over channels, or a product of two activations, it matters: there a channel may only
+go if it is zero when it is removed. Where it is not, it is pinned. What each operation does to zeros stands in its
+record.
 
-A norm over channels runs over those that are kept, so it does not care either, as long as nothing of the kept channels
-or the inputs is left in a removed one. ``sigmoid(x)`` is one half there, which the norm does without; after
+A norm over channels runs over those that are kept, so it does not matter there either, as long as nothing of the kept
+channels or the inputs is left in a removed one. ``sigmoid(x)`` is one half there, which the norm does without; after
 ``x + x.sum(-1, keepdim=True)`` it would do without a sum of kept channels, and the channel is pinned.
 """
 
@@ -56,8 +57,8 @@ def _pin_what_holds_others(trace: Trace, channels: Channels) -> None:
     memories = [Memory(channels.axes, zeros), Memory(channels.axes, constant)]
     for node in trace.all_nodes:
         zeros.append(_known(node, channels, zeros, partial(_zeros, of_zeros, node, channels.unforeseen)))
-        found = _known(node, channels, constant, partial(_constant, of_constants, node, trace.held))
-        constant.append(_either(found, zeros[-1]))
+        here = _known(node, channels, constant, partial(_constant, of_constants, node, trace.held))
+        constant.append(_either(here, zeros[-1]))
         for memory in memories:
             memory.note(node)
     for reduction in channels.relations.reductions:
@@ -121,7 +122,7 @@ class Memory:
         self._views: dict[int, list[int]] = {}
 
     def note(self, node: fx.Node) -> None:
-        """The zeros of `node` are known now; if it writes, those of the tensors that share its memory are fewer."""
+        """Take in the zeros of `node`; if it writes, fewer zeros are left in the tensors that share its memory."""
         number, source = node.meta["index"], _shares_with(node)
         owner = number if source is None else self._owner[source.meta["index"]]
         self._owner[number] = owner
@@ -170,8 +171,8 @@ def _known(node: fx.Node, channels: Channels, known: list[Any], single: Callable
     if not isinstance(axes, list):
         return single(axes)
     parts: list[Axes | None] = axes
-    found = single(next((part for part in parts if part is not None), ()))
-    return [found if part is not None and len(part) == len(found) else (False,) * len(part or ()) for part in parts]
+    zeros = single(next((part for part in parts if part is not None), ()))
+    return [zeros if part is not None and len(part) == len(zeros) else (False,) * len(part or ()) for part in parts]
 
 
 def _zeros(context: ZeroContext, node: fx.Node, unforeseen: frozenset[int], axes: Axes) -> Zeros:

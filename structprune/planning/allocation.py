@@ -231,7 +231,7 @@ class _Limits:
     def _add_peak(self, states: Sequence[int]) -> bool:
         """Limit memory at the moment at which most is alive in these states too; whether that is new."""
         problem = self._problem
-        alive = problem.graph.costs.alive_at_peak(problem.counter(problem.kept(states)))
+        alive = problem.graph.costs.held_at_peak(problem.counter(problem.kept(states)))
         if alive in self._alive:
             return False
         self._alive.add(alive)

@@ -102,7 +102,7 @@ def _width(graph: ChannelGraph, path: str, before: Count, after: Count) -> Pair 
     if not path:  # what the model returns is no width of a layer
         return None
     try:
-        _, row = graph.output_row(path)
+        _, row = graph.output_axis(path)
     except UnknownLayerError:  # it takes no part in the forward
         return None
     return before(row), after(row)

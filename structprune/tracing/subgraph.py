@@ -10,7 +10,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -81,18 +81,6 @@ def own_operations(trace: Trace, path: str) -> tuple[ModuleCall, list[fx.Node]]:
     return calls[0], trace.own.get(path, [])
 
 
-def layer_flow(trace: Trace) -> Iterator[tuple[str, frozenset[str]]]:
-    """Paths of the modules whose tensors operations take, in order, and those whose output reaches the operation."""
-    reach: dict[fx.Node, frozenset[str]] = {}
-    for node in trace.nodes:
-        sources = [n for n in node.all_input_nodes if n.meta["name"] != "parameter"]
-        held = {str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.meta["name"] == "parameter"}
-        before = frozenset().union(*(reach.get(n, frozenset()) for n in sources)) if sources else frozenset()
-        for path in held:
-            yield path, before
-        reach[node] = frozenset(held) or before
-
-
 def changed_graph(trace: Trace, call: ModuleCall, change: Change) -> fx.Graph:
     """The forward of a module, as `call` ran it, with a change.
 
@@ -131,6 +119,7 @@ class _Builder:
         self._objects: dict[int, fx.Node] = {}
         self._graph = fx.Graph()
         self._made: dict[fx.Node, fx.Node] = {}
+        self._numbers: dict[Expression, fx.Node] = {}  # sizes that come as plain numbers, from a caller or a child
         self._prefix = f"{call.path}." if call.path else ""
 
     def build(self) -> fx.Graph:
@@ -236,6 +225,8 @@ class _Builder:
         elif isinstance(output, (tuple, list)):
             for position, item in enumerate(output):
                 self._unpack(item, self._item(made, position))
+        elif isinstance(output, SizeInt):
+            self._numbers.setdefault(output.expression, made)
         elif self._changed and not _is_plain(output):
             self._objects.setdefault(id(output), made)
 
@@ -309,6 +300,8 @@ class _Builder:
     def _expression(self, expression: Expression) -> Any:
         if isinstance(expression, Constant):
             return expression.value
+        if expression in self._numbers and not self._is_known(expression):
+            return self._numbers[expression]
         if isinstance(expression, Dim):
             sized = self._node(self._trace.nodes[expression.node])
             if sized is None:
@@ -321,6 +314,14 @@ class _Builder:
         if expression.right is not None:
             operands.append(self._expression(expression.right))
         return self._graph.call_function(expression.function, tuple(operands))
+
+    def _is_known(self, expression: Expression) -> bool:
+        """Whether a size can be taken where the forward itself took it, rather than from a number that it was given."""
+        if isinstance(expression, Dim):
+            node = self._trace.nodes[expression.node]
+            value = self._change.value(node)
+            return node in self._made or value in self._made or node.meta["name"] == "parameter"
+        return isinstance(expression, Attribute) and f"{expression.module}.".startswith(self._prefix)
 
     def _attribute(self, attribute: Attribute) -> Any:
         if attribute.module != self._call.path and not attribute.module.startswith(self._prefix):

@@ -35,6 +35,10 @@ from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
 from structprune.reporting import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
+from structprune.search.library import Library, library
+from structprune.search.optimize import Searching, optimize
+from structprune.search.result import Optimized
+from structprune.search.space import Space
 from structprune.surgery.history import kept
 from structprune.surgery.materialize import materialize_weights
 from structprune.surgery.verify import Report, verify
@@ -51,11 +55,13 @@ __all__ = [
     "GgufExport",
     "Group",
     "Latency",
+    "Library",
     "LnNorm",
     "Member",
     "Objection",
     "OnnxExport",
     "OnnxInfo",
+    "Optimized",
     "Plan",
     "Pruner",
     "Quantized",
@@ -64,7 +70,9 @@ __all__ = [
     "RecoveryReport",
     "Removal",
     "Report",
+    "Searching",
     "Sensitivity",
+    "Space",
     "benchmark",
     "branches",
     "choose_branches",
@@ -76,10 +84,12 @@ __all__ = [
     "export_openvino",
     "kept",
     "layer_times",
+    "library",
     "load",
     "materialize_weights",
     "onnx_info",
     "onnx_model",
+    "optimize",
     "plan",
     "plot_costs",
     "plot_curve",

@@ -105,3 +105,16 @@ def test_the_version_and_the_module():
     command = [sys.executable, "-m", "structprune", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"structprune {structprune.__version__}\n"
+
+
+def test_a_search_saves_the_best_network_and_goes_on_in_its_study(images):
+    asked = ("optimize", "own:pair", "--data", "images", "--out", "out", "--samples", "20", "--batch", "4")
+    asked += ("--minimize", "macs", "--eps", "100", "--trials", "2", "--storage", "study.db")
+    found = as_json(*asked)
+    assert found["folder"] == "out"
+    assert found["gain"] > 1
+    assert [trial["state"] for trial in found["trials"]] == ["feasible", "feasible"]
+    assert structprune.load(improving_net, "out")[0].out_channels < 16
+    assert "Optimized(macs" in Path("out/search.html").read_text()
+    again = as_json(*asked)
+    assert again["trials"] == found["trials"]

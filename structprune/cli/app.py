@@ -1,4 +1,4 @@
-"""The commands plan, prune, sensitivity, benchmark, export, report and info; those of `improving` are added."""
+"""The commands plan, prune, sensitivity, benchmark, export, report and info; others are added to them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from structprune.cli.info import describe_machine, describe_model, model_tables,
 from structprune.cli.models import Loaded, named_object, parse_points
 from structprune.cli.options import AsJson, File, ModelFlags, PlanFlags, SlimFlags, among, command, new_file, new_folder
 from structprune.cli.output import Output, costs, reporting
+from structprune.cli.searching import optimize_command
 from structprune.dependency_graph import DependencyGraph
 from structprune.export.metadata import onnx_info
 from structprune.extras import require
@@ -272,6 +273,7 @@ def report_command(
 command(app, "compress")(compress_command)
 command(app, "recover")(recover_command)
 command(app, "finetune")(finetune_command)
+command(app, "optimize")(optimize_command)
 
 
 @command(app, "info")

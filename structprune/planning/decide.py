@@ -42,6 +42,7 @@ from structprune.planning.rounding import Rounding, divisors, prunable_groups
 from structprune.planning.scopes import (
     CoupledGroups,
     Curves,
+    KnownCounts,
     Scope,
     ScoreNormalisation,
     Steps,
@@ -117,11 +118,11 @@ def decide_channels(
     """
     if options.dimensions:
         return _of_dimensions(graph, options, ranking)
-    deciding = _Deciding(graph, options, ranking, time)
+    deciding = Deciding(graph, options, ranking, time)
     return _uniform(deciding) if deciding.uniform else deciding.decision(None)
 
 
-def _uniform(deciding: _Deciding) -> Decision:
+def _uniform(deciding: Deciding) -> Decision:
     """One width for each axis over all layers; where the model has a configuration, in steps that it can describe."""
     graph, options = deciding.graph, deciding.options
     widths = alike(graph)
@@ -171,7 +172,7 @@ def _of_dimensions(graph: ChannelGraph, options: PlanOptions, ranking: Ranking) 
     raise PlanError(f"The target cannot be met: {options.dimensions} gives no model to prune to, as {reason}.")
 
 
-class _Deciding:
+class Deciding:
     """What is known before the numbers of channels are chosen.
 
     Args:
@@ -204,6 +205,8 @@ class _Deciding:
             group: rounding.feasible(group, graph.roles, graph.bounds(group), step, shared[group])
             for group, step in zip(groups, steps_measured, strict=True)
         }
+        if isinstance(self._scope, KnownCounts):
+            self.feasible = {group: self._scope.known(group, counts) for group, counts in self.feasible.items()}
         self.uniform = options.is_uniform(is_built_from_config(graph.model))
         self._axes = None if options.width_axes is None else frozenset(options.width_axes)
         self.chosen = prunable_groups(graph, self._ratio, self.feasible, self._axes, heads_first=self.uniform)
@@ -231,18 +234,30 @@ class _Deciding:
 
     def _allocated(self, kept: Kept, all_coupled: list[CoupledGroups], target: Target) -> Kept:
         """What an exact choice keeps in place of the greedy one."""
-        losses = [np.append(lost[::-1], 0.0) for lost in _losses(all_coupled, self._scope, self._ranking)]
-        problem = Problem(
+        how = self.options.allocation
+        return allocate(self._problem(all_coupled, target), kept, seconds=SECONDS[how], entries=ENTRIES[how])
+
+    def problem(self) -> Problem:
+        """What is to be chosen within the target, where each group has a width of its own.
+
+        Raises:
+            PlanError: there is no target.
+        """
+        if self._target is None:
+            raise PlanError("There is no target to search within. Give target=, such as {'macs': 0.5}.")
+        self._ranking.rank(self.chosen)
+        return self._problem(_coupled(self.graph, self.chosen, self.feasible, None), self._target)
+
+    def _problem(self, all_coupled: list[CoupledGroups], target: Target) -> Problem:
+        return Problem(
             graph=self.graph,
             all_coupled=all_coupled,
-            losses=losses,
+            losses=[np.append(lost[::-1], 0.0) for lost in _losses(all_coupled, self._scope, self._ranking)],
             target=target,
             measure=self._measure,
             counter=self._measure.counter,
             time=self._time,
         )
-        how = self.options.allocation
-        return allocate(problem, kept, seconds=SECONDS[how], entries=ENTRIES[how])
 
     def meets(self, kept: Kept) -> bool:
         """Whether the target, if there is one, is met."""

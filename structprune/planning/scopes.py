@@ -35,6 +35,15 @@ class AddedCurves(Curves, Protocol):
         ...
 
 
+@runtime_checkable
+class KnownCounts(Curves, Protocol):
+    """Curves that allow only some numbers of channels: those that were measured, say."""
+
+    def known(self, group: Group, feasible: np.ndarray) -> np.ndarray:
+        """Those of the feasible numbers of channels that `group` may keep, ascending, the last one always."""
+        ...
+
+
 Scope = Literal["local", "global", "isomorphic", "per_cost"] | Sequence[Iterable[str]] | Curves
 SCOPES = ("local", "global", "isomorphic", "per_cost")
 

@@ -25,53 +25,58 @@ class Widened(Tensor):
     """A tensor in half precision that takes part in operations in float32. What is written into it is rounded.
 
     Args:
-        narrow: the tensor; it is shared.
+        stored: the tensor; it is shared.
 
     Example:
         >>> weight = Widened(torch.ones(2, 3, dtype=torch.bfloat16))
-        >>> weight.dtype, (weight * 2).dtype, weight.narrow.dtype
+        >>> weight.dtype, (weight * 2).dtype, weight.stored.dtype
         (torch.float32, torch.float32, torch.bfloat16)
-        >>> weight.copy_(torch.full((2, 3), 0.3)).narrow[0, 0].item()
+        >>> weight.copy_(torch.full((2, 3), 0.3)).stored[0, 0].item()
         0.30078125
     """
 
-    narrow: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    stored: Tensor
 
-    def __new__(cls, narrow: Tensor) -> Widened:
+    def __new__(cls, stored: Tensor) -> Widened:
         """A tensor without memory of its own."""
         return Tensor._make_wrapper_subclass(
-            cls, narrow.shape, strides=narrow.stride(), dtype=torch.float32, device=narrow.device
+            cls, stored.shape, strides=stored.stride(), dtype=torch.float32, device=stored.device
         )
 
-    def __init__(self, narrow: Tensor) -> None:
-        self.narrow = narrow
+    def __init__(self, stored: Tensor) -> None:
+        self.stored = stored
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave an operation as it is: it comes to `__torch_dispatch__`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on float32 copies; what it writes into is rounded."""
         if func in _SAME:
-            return cls(args[0].narrow)
+            return cls(args[0].stored)
         if func is torch.ops.aten.clone.default and not kwargs:
-            return cls(args[0].narrow.clone())
+            return cls(args[0].stored.clone())
         if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
-            source = args[1].narrow if isinstance(args[1], cls) else args[1]
-            args[0].narrow.copy_(source)
+            source = args[1].stored if isinstance(args[1], cls) else args[1]
+            args[0].stored.copy_(source)
             return args[0]
         copies: dict[int, tuple[Widened, Tensor]] = {}
 
         def wide(tensor: Widened) -> Tensor:
-            return copies.setdefault(id(tensor), (tensor, tensor.narrow.float()))[1]
+            return copies.setdefault(id(tensor), (tensor, tensor.stored.float()))[1]
 
         result = func(*tree_map_only(cls, wide, args), **tree_map_only(cls, wide, kwargs or {}))
         if func._schema.is_mutable:
             for tensor, copy in copies.values():
-                tensor.narrow.copy_(copy)
+                tensor.stored.copy_(copy)
         return result
 
     def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The tensor that it widens."""
-        return f"Widened({self.narrow!r})"
+        return f"Widened({self.stored!r})"
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from structprune.search.task import Best, Found, Task, mean_of, sgd
 _MU = 1e-3
 _PUBLISHED = (0.01, 1e-4, 3000, 0.95)
 _TURNS_GROWTH = 1.1**28  # from the first of 29 L steps to the last
-# So many batches give the statistics of batch norms. Whether to give up is asked when so much is done: theta is no good
-# network before w has come near to it.
+# So many batches give the statistics of batch norms. Whether to give up is asked in the training at the end; if
+# there is none, when so much is done: theta is no good network before w has come near to it.
 _SHOWN, _LATE = 8, 0.75
 
 
@@ -111,6 +111,7 @@ class LC:
         best = Best(w, task, [next(batches) for _ in range(_SHOWN)])
         best.offer(theta, None)
         mu = self._first_mu(task)
+        last = self.steps - 1 - self._turns
         for step in range(1, 1 + self._turns):
             loss = self._learn(w, theta, multipliers, mu, batches, self._length(step, task), task)
             with torch.no_grad():
@@ -122,9 +123,8 @@ class LC:
                     multiplier.sub_(values[name] - theta[name], alpha=mu)
             mu = min(mu * self.mu_factor, self.mu_cap)
             done = step / (self.steps - 1)
-            if done >= _LATE and best.hopeless(done):
+            if not last and done >= _LATE and best.hopeless(done):
                 return best.found(model, True)
-        last = self.steps - 1 - self._turns
         if not last:
             return best.found(model, False)
         w.load_state_dict(best.kept.state_dict())

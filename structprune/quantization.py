@@ -216,12 +216,11 @@ def _counts(file: Path) -> tuple[int, int]:
     graph = onnx.load(file).graph
     kinds = {each.name: onnx.TensorProto.DataType.Name(each.data_type) for each in graph.initializer}
     large = {each.name for each in graph.initializer if len(each.dims) > 1}
-    dequantised = {
-        node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input
-    }
+    dequantisers = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input]
+    sources = {node.output[0]: node.input[0] for node in dequantisers}
     quantised = left = 0
     for node in graph.node:
-        weights = [name for name in (dequantised.get(each, each) for each in node.input) if name in large]
+        weights = large.intersection(sources.get(each, each) for each in node.input)
         narrow = any(kinds[name] in _NARROW for name in weights)
         if narrow and node.op_type in (*_WEIGHTY, *_INTEGER):
             quantised += 1

@@ -147,9 +147,8 @@ def test_files_are_short():
 
 
 # How much may happen in one function: branches, loops, comprehensions with their conditions, and boolean operators,
-# counted from 1. Folders with a limit of their own have functions that are still to be split.
+# counted from 1.
 COMPLEXITY = 15
-COMPLEXITY_OF = {"compat": 23, "quantization": 16, "search": 20}
 BRANCHES = (ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.Assert, ast.match_case)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -179,8 +178,7 @@ def too_complex(source: str, limit: int) -> dict[str, int]:
 
 
 def test_functions_are_simple():
-    limits = {file: COMPLEXITY_OF.get(file.relative_to(PACKAGE).with_suffix("").parts[0], COMPLEXITY) for file in FILES}
-    over = {str(file.relative_to(PACKAGE)): too_complex(file.read_text(), limit) for file, limit in limits.items()}
+    over = {str(file.relative_to(PACKAGE)): too_complex(file.read_text(), COMPLEXITY) for file in FILES}
     assert {file: functions for file, functions in over.items() if functions} == {}
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -248,27 +248,33 @@ class _Work:
         trial = replace(trial, share=share, cost=self._costs.share(plan.apply(self._model), plan))
         trial = replace(trial, network=f"{plan.digest[:16]} {trial.point.get(RECOVERY, '')}")
         known = self._study.trials
-        same = next((t for t in known if t.network == trial.network and (t.evaluated or t.error is not None)), None)
-        if same is not None:
-            return replace(
-                trial, state="ended early", why=f"as trial {same.number}", missed=same.missed, error=same.error
-            )
-        best = best_of(known)
-        if self._how.strategy != "nsga2" and best is not None and (trial.cost or 0.0) >= (best.cost or 0.0):
-            return replace(trial, state="ended early", why=f"no cheaper than trial {best.number}")
+        if (ended := self._not_worth_building(trial, known)) is not None:
+            return ended
         try:
             slim = self._recovered(trial.point, plan)
         except RecoveryError as error:
             return replace(trial, state="ended early", why=f"not recovered: {error}")
-        trial = replace(trial, error=self._outputs.lost(slim))
+        error = self._outputs.lost(slim)
+        trial = replace(trial, error=error)
         missed = [t.error for t in known if t.state == "infeasible" and t.error is not None]
-        if missed and (trial.error or 0.0) > HOPELESS * min(missed):
+        if missed and error > HOPELESS * min(missed):
             return replace(trial, state="ended early", why="its output is too far off", missed=True)
         quality = number_of(self._evaluate, slim, "evaluate")
         if quality < self._least:
             return replace(trial, state="infeasible", missed=True, quality=quality)
         self._kept = trial.number, slim, plan
         return replace(trial, state="feasible", quality=quality)
+
+    def _not_worth_building(self, trial: Trial, known: Sequence[Trial]) -> Trial | None:
+        """A trial that ends since its network is known, or is no cheaper than the best; None if it goes on."""
+        same = next((t for t in known if t.network == trial.network and (t.evaluated or t.error is not None)), None)
+        if same is not None:
+            why = f"as trial {same.number}"
+            return replace(trial, state="ended early", why=why, missed=same.missed, error=same.error)
+        best = best_of(known)
+        if self._how.strategy != "nsga2" and best is not None and (trial.cost or 0.0) >= (best.cost or 0.0):
+            return replace(trial, state="ended early", why=f"no cheaper than trial {best.number}")
+        return None
 
     def _planned(self, point: Mapping[str, Any]) -> Plan:
         """The plan at a point.

@@ -67,18 +67,23 @@ def bisection(trials: Sequence[Trial], setting: Setting, random: np.random.Gener
         >>> bisection(tried, setting, np.random.default_rng(0))
         {'remaining': 0.7}
     """
-    low, high = setting.shares
-    known = [(t.share, t) for t in trials if t.share is not None]
-    high = min((share for share, t in known if t.feasible), default=high)
-    bad = [share for share, t in known if t.missed and share < high]
-    low = max([low, *bad])
-    asked = [t.point[REMAINING] for t in trials if REMAINING in t.point]
-    between = (share for share in [*(share for share, _ in known), *asked] if low < share < high)
+    low, high = _bracket(trials, setting)
+    known = [t.share for t in trials if t.share is not None]
+    known += [t.point[REMAINING] for t in trials if REMAINING in t.point]
+    between = (share for share in known if low < share < high)
     gaps = [(after - before, before, after) for before, after in pairwise(sorted({low, high, *between}))]
     width, before, after = max(gaps, default=(0.0, high, high))
     if width < NARROW and trials:
         return evolution(trials, setting, random)
     return setting.at_share((before + after) / 2)
+
+
+def _bracket(trials: Sequence[Trial], setting: Setting) -> tuple[float, float]:
+    """The greatest share that was infeasible, and the smallest above it that was feasible."""
+    known = [(t.share, t) for t in trials if t.share is not None]
+    low, high = setting.shares
+    high = min((share for share, t in known if t.feasible), default=high)
+    return max([low, *(share for share, t in known if t.missed and share < high)]), high
 
 
 def evolution(trials: Sequence[Trial], setting: Setting, random: np.random.Generator) -> Point:
@@ -122,26 +127,29 @@ def netadapt(trials: Sequence[Trial], setting: Setting, random: np.random.Genera
     here each is recovered). It needs a width for each group.
     """
     levels = [dimension for dimension in setting.dimensions if dimension.name.startswith(f"{LEVEL}/")]
-    root = best_of([t for t in trials if t.number < setting.warm]) or best_of(trials)
-    if root is None or not levels:
+    start = best_of([t for t in trials if t.number < setting.warm]) or best_of(trials)
+    if start is None or not levels:
         return bisection(trials, setting, random)
     tried = {_key(t.point): t for t in trials}
-    start: Trial = root
-    while True:
+    while start is not None:
         children = list(_narrower(start.point, levels))
         untried = [child for child in children if _key(child) not in tried]
         if untried:
             return untried[0]
-        good = [t for t in (tried[_key(child)] for child in children) if t.feasible]
-        if not good:
-            return evolution(trials, setting, random)
-        begin = start
+        start = _cheapest(start, [tried[_key(child)] for child in children])
+    return evolution(trials, setting, random)
 
-        def price(trial: Trial, begin: Trial = begin) -> float:
-            saved = max((begin.cost or 0.0) - (trial.cost or 0.0), 1e-9)
-            return ((begin.quality or 0.0) - (trial.quality or 0.0)) / saved
 
-        start = min(good, key=lambda t: (price(t), t.number))
+def _cheapest(start: Trial, children: Sequence[Trial]) -> Trial | None:
+    """The feasible trial that costs least quality for what it saves; None if none is feasible."""
+    feasible = [trial for trial in children if trial.feasible]
+    return min(feasible, key=lambda trial: (_price(start, trial), trial.number), default=None)
+
+
+def _price(start: Trial, narrower: Trial) -> float:
+    """The quality that a narrower network loses for each unit of cost that it saves."""
+    saved = max((start.cost or 0.0) - (narrower.cost or 0.0), 1e-9)
+    return ((start.quality or 0.0) - (narrower.quality or 0.0)) / saved
 
 
 def _narrower(point: Mapping[str, Any], levels: Sequence[Dimension]) -> Sequence[Point]:

@@ -321,20 +321,20 @@ class DependencyGraph:
                 continue
             theirs, ours = copy.deepcopy(module), plan.apply(self.model).get_submodule(path)
             pruner.prune_out_channels(theirs, list(*gone))
-            made, wanted = theirs.state_dict(), ours.state_dict()
-            shapes = [(name, dim) for name, tensor in wanted.items() for dim in range(tensor.dim())]
-            beyond = [(name, dim) for name, dim in shapes if made[name].shape[dim] < wanted[name].shape[dim]]
-            for name, dim in beyond:
-                first = self._first(f"{path}.{name}", dim)
-                more |= {component for component, position in first.items() if position in {*chain(*gone)}}
-            if not more and not all(_alike(made[name], wanted[name]) for name in wanted):
+            beyond = self._beyond(path, theirs, ours, {*chain(*gone)})
+            if not beyond and not _all_alike(theirs, ours):
                 raise PlanError(f"{type(pruner).__name__} makes other tensors of {path!r} than the forward asks for.")
-            edits += [
-                AttributeEdit(path, (name,), old, new)
-                for name, old in vars(module).items()
-                if type(old) is type(new := vars(theirs)[name]) is int and old != new != vars(ours)[name]
-            ]
+            more |= beyond
+            edits += _own_edits(path, module, theirs, ours)
         return more, edits
+
+    def _beyond(self, path: str, theirs: nn.Module, ours: nn.Module, gone: set[int]) -> set[int]:
+        """What else goes, where a customized pruner makes a layer's tensors smaller than the plan does."""
+        made, wanted = theirs.state_dict(), ours.state_dict()
+        shapes = [(name, dim) for name, tensor in wanted.items() for dim in range(tensor.dim())]
+        smaller = [(name, dim) for name, dim in shapes if made[name].shape[dim] < wanted[name].shape[dim]]
+        firsts = [self._first(f"{path}.{name}", dim) for name, dim in smaller]
+        return {component for first in firsts for component, position in first.items() if position in gone}
 
     def pruning_history(self) -> History:
         """What was removed, in order: name of a layer, whether outputs were meant, indices; or the plan of a step."""
@@ -352,5 +352,19 @@ class DependencyGraph:
             self._history.append(entry)
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+def _all_alike(theirs: nn.Module, ours: nn.Module) -> bool:
+    """Whether two layers hold the same tensors."""
+    made, wanted = theirs.state_dict(), ours.state_dict()
+    return all(
+        made[name].shape == tensor.shape and torch.equal(made[name].nan_to_num(), tensor.nan_to_num())
+        for name, tensor in wanted.items()
+    )
+
+
+def _own_edits(path: str, module: nn.Module, theirs: nn.Module, ours: nn.Module) -> list[AttributeEdit]:
+    """The ints of a layer that a customized pruner sets and the plan does not."""
+    return [
+        AttributeEdit(path, (name,), old, new)
+        for name, old in vars(module).items()
+        if type(old) is type(new := vars(theirs)[name]) is int and old != new != vars(ours)[name]
+    ]

@@ -54,6 +54,22 @@ class PruningFunction:
             PlanError: the layer is of another kind, or one whose channels cannot be removed from it alone.
         """
         require(locals(), layer=instance(nn.Module, "give a layer"), idxs=INDICES)
+        sizes = self._sizes(layer)
+        size, gone = int(getattr(layer, sizes[0])), tuple(sorted({int(index) for index in idxs}))
+        if not gone:
+            return layer
+        if gone[0] < 0 or gone[-1] >= size or len(gone) == size:
+            raise PlanError(f"idxs is {shown(idxs)}; give some of the channels 0 to {size - 1}, and not all.")
+        edits = [AttributeEdit("", (name,), size, size - len(gone)) for name in sizes]
+        edited = Edits(tuple(self._slices(layer, size, gone)), tuple(edits), (), (), (), None, None)
+        return apply(layer, edited, inplace=True)
+
+    def _sizes(self, layer: nn.Module) -> list[str]:
+        """The attributes that say how many channels a layer has on this side.
+
+        Raises:
+            PlanError: the layer is of another kind, or one whose channels cannot be removed from it alone.
+        """
         kind, grouped = kind_of(layer), getattr(layer, "groups", 1) > 1
         sizes = _KINDS[kind][2][not self.out].split()
         if not self.name.startswith(f"{kind}_") or not sizes or (grouped and kind == "conv"):
@@ -61,19 +77,17 @@ class PruningFunction:
                 f"prune_{self.name} is not for {shown(layer)} alone. Let a graph do it: "
                 f"graph.get_pruning_group(layer, tp.prune_{self.name}, idxs).prune()."
             )
-        size, gone = int(getattr(layer, sizes[0])), tuple(sorted({int(index) for index in idxs}))
-        if gone and not (gone[0] >= 0 and gone[-1] < size and len(gone) < size):
-            raise PlanError(f"idxs is {shown(idxs)}; give some of the channels 0 to {size - 1}, and not all.")
+        return sizes
+
+    def _slices(self, layer: nn.Module, size: int, gone: tuple[int, ...]) -> list[RemovedSlice]:
+        """What is cut out of the weight, and of what else has an entry for each output."""
         outputs = self.out or dim_of(layer, True) == dim_of(layer, False)
         tensors = [(name, held.tensor) for name, held in held_tensors(layer).items() if held.tensor.dim()]
-        slices = [
+        return [
             RemovedSlice(name, dim_of(layer, self.out) if name == "weight" else 0, size, gone)
             for name, tensor in tensors
             if name == "weight" or (outputs and len(tensor) == size)
         ]
-        edits = [AttributeEdit("", (name,), size, size - len(gone)) for name in sizes]
-        edited = Edits(tuple(slices), tuple(edits), (), (), (), None, None)
-        return apply(layer, edited, inplace=True) if gone else layer
 
 
 PRUNING_FUNCTIONS = {

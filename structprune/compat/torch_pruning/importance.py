@@ -76,24 +76,34 @@ class GroupMagnitudeImportance(Importance):
         place = {root: number for number, root in enumerate(sorted({r for item in group for r in item.root_idxs}))}
         parts: list[tuple[Tensor, Tensor]] = []
         for item in group:
-            layer, handler = item.dep.layer, item.dep.handler
-            if handler not in SCORED or not isinstance(layer, self.target_types) or layer.weight is None:
-                continue
             roots, idxs = torch.tensor([place[root] for root in item.root_idxs]), torch.tensor(item.idxs)
-            scores = [self._slices(layer.weight, dim_of(layer, handler.out))]
-            if self.bias and handler.out and layer.bias is not None:
-                scores.append(self._entries(layer.bias))
+            scores = self._scores_of(item.dep.layer, item.dep.handler)
             parts += [self._gathered(score.float().cpu()[idxs], roots, len(place)) for score in scores]
         if not parts:
             return None
         if self.group_reduction is None:
             return torch.stack([score for score, _ in parts])
-        gate = self.group_reduction == "gate"
-        scores = reduced(parts[-1:] if gate else parts, "sum" if gate else self.group_reduction, len(place))
-        if self.group_reduction == "mean":  # over all, where structprune's is over those that have the channel
-            scores = reduced(parts, "sum", len(place)) / len(parts)
+        scores = self._reduced(parts, len(place))
         normalize = _NORMALIZERS[self.normalizer] if isinstance(self.normalizer, str) else self.normalizer
         return scores if normalize is None else normalize(scores)
+
+    def _scores_of(self, layer: Any, handler: Any) -> list[Tensor]:
+        """The scores of a layer's channels: from its weight, and from its bias if that counts."""
+        if handler not in SCORED or not isinstance(layer, self.target_types) or layer.weight is None:
+            return []
+        scores = [self._slices(layer.weight, dim_of(layer, handler.out))]
+        if self.bias and handler.out and layer.bias is not None:
+            scores.append(self._entries(layer.bias))
+        return scores
+
+    def _reduced(self, parts: list[tuple[Tensor, Tensor]], channels: int) -> Tensor:
+        """One score for each channel from those of all layers."""
+        how = self.group_reduction
+        if how == "gate":
+            return reduced(parts[-1:], "sum", channels)
+        if how == "mean":  # over all, where structprune's is over those that have the channel
+            return reduced(parts, "sum", channels) / len(parts)
+        return reduced(parts, how, channels)
 
     def _gathered(self, values: Tensor, roots: Tensor, channels: int) -> tuple[Tensor, Tensor]:
         """One value for each root from those of all its indices, and which roots have any."""

@@ -255,12 +255,18 @@ class BNScalePruner(BasePruner):
     def regularize(self, model: nn.Module, reg: float | None = None, bias: bool = False) -> None:
         """Add the penalty's gradient; call it between ``backward`` and the optimizer's step."""
         strength = self.reg if reg is None else reg
+        if self.group_lasso:
+            self._pull_groups(strength, bias)
+            return
         ignored = {id(layer) for layer in self.ignored_layers}
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine and id(m) not in ignored]
-        for norm in norms if not self.group_lasso else []:
+        for norm in norms:
             if norm.weight.grad is not None:
                 norm.weight.grad.add_(norm.weight.sign(), alpha=strength)
-        for group in self._groups if self.group_lasso else []:
+
+    def _pull_groups(self, strength: float, bias: bool) -> None:
+        """Pull the scales of each group together, by the root of their mean square."""
+        for group in self._groups:
             scales = [item for item in group if isinstance(item.dep.layer, _BatchNorm)]
             if scales:
                 squares = torch.zeros(len(group[0].idxs))

@@ -5,9 +5,10 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := structprune tests examples docs/assets $(wildcard benchmarks)
+DEMO := $(VENV)/.demo
+CODE := structprune tests examples docs/assets .ci/lowest.py $(wildcard benchmarks)
 
-.PHONY: help install demo test lint types tests dist docs bench zoo ops format clean
+.PHONY: help install demo test lint types tests lowest dist docs bench zoo ops format clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits, prune it, export it and time it"
@@ -15,6 +16,7 @@ help:
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   pyright, strict"
 	@echo "make tests   pytest alone"
+	@echo "make lowest  the core tests with the lowest versions that pyproject.toml declares, in .venv-lowest"
 	@echo "make dist    build wheel and sdist, look into them, and prune with the wheel in an environment of its own"
 	@echo "make docs    the documentation, into site/; any broken link is an error"
 	@echo "make bench   time whole calls against torch-pruning"
@@ -26,13 +28,17 @@ help:
 install: $(INSTALLED)
 
 # torch goes first and alone: asked for with an exact version, pip takes a CPU build where it is offered one.
-$(INSTALLED): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(INSTALLED): $(DEMO)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)
+demo: $(DEMO)
 	$(BIN)/python examples/digits.py
 
 # One after the other, whatever -j says: the cheapest check speaks first.
@@ -50,6 +56,10 @@ types: $(INSTALLED)
 
 tests: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# TORCH=2.13.0+cpu, say, where the lowest torch is not to be had.
+lowest:
+	$(PYTHON) .ci/lowest.py --jobs $(JOBS) $(if $(TORCH),--torch $(TORCH))
 
 # The environment has what the build needs, so that nothing is fetched for it.
 dist: $(INSTALLED)
@@ -75,4 +85,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info
+	rm -rf $(VENV) .venv-lowest .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info

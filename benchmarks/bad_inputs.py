@@ -120,6 +120,11 @@ PLAN_OPTIONS: dict[str, tuple[Any, ...]] = {
     ),
     "scope": (3, "world", [], [[]], [3], [["nope"]], [[3]], {}, True, 0.5, "", [[""]], "per_cost", nn.ReLU(), Odd()),
     "axes": (3, [3], [], ["width"], "width", "", True, {}, 0.5, [None], Odd()),
+    "allocation": (None, 3, "best", "", [], True, ["exact"], "exact", Odd()),
+    "uniform": (3, "yes", 0, 1.0, [], [True], NAN, Odd()),
+    "tensor_parallel": (0, -1, 1.5, "2", NAN, INF, True, [2], Odd()),
+    "branch_score": (3, "nope", "", [], True, "loss", Odd()),
+    "ignore_outputs": (None, *LAYERS),
     "round_to": (0, -8, 1.5, None, "8", "fast", True, NAN, INF, [8], Odd()),
     "min_channels": (0, *COUNTS),
     "max_ratio": SHARES,
@@ -198,6 +203,25 @@ GRAPH = _Made(lambda model, folder: structprune.DependencyGraph(model, X))
 
 def _file(name: str) -> _Made:
     return _Made(lambda model, folder: folder / name)
+
+
+def _transformer(model: nn.Module, folder: Path) -> Path:
+    """A folder with a small model of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    state = torch.get_rng_state()
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    torch.set_rng_state(state)
+    return folder / "llama"
+
+
+FOLDER = _Made(_transformer)
 
 
 def _stepped(**given: Any) -> Any:
@@ -299,6 +323,21 @@ def subjects() -> Iterator[Subject]:
         _called(structprune.verify, original=MODEL, slim=SLIM, plan=PLAN, example_inputs=X),
         {"original": MODELS, "slim": MODELS, "plan": PLANS, "example_inputs": INPUTS},
     )
+    yield Subject(
+        "materialize_weights",
+        _called(structprune.materialize_weights, **GOOD),
+        {**OF_MODEL, "inplace": FLAGS},
+    )
+    yield Subject(
+        "prune_folder",
+        _called(structprune.prune_folder, folder=FOLDER, into=_file("smaller"), ratio=0.5),
+        {"folder": (*PATHS, "/tmp"), "into": (None, 3, [], Odd(), b"\0", "/proc/nope/x", "/dev/null", "")}
+        | {"example_inputs": (3, "x", (2, 4), nn.Linear(4, 2), torch.zeros(2, 5), {"y": X}, Odd())}
+        | {"data": ([torch.ones(1, 4, dtype=torch.long)],), "importance": ("taylor", "l9", 3, Odd())}
+        | {
+            name: PLAN_OPTIONS[name] for name in ("ratio", "target", "allocation", "uniform", "tensor_parallel", "axes")
+        },
+    )
     yield Subject("cost", _called(structprune.cost, **GOOD), OF_MODEL)
     yield Subject(
         "recover",
@@ -369,6 +408,7 @@ def subjects() -> Iterator[Subject]:
             "clock": (None, 3, "sun", ""),
             "memory": FLAGS,
             "explanations": FLAGS,
+            "progress": (3, "yes", [], Odd()),
         },
     )
     yield Subject(

@@ -150,7 +150,9 @@ def main() -> None:
         tick()
 
         bar.update(task, description="timing")
-        times = benchmark({"dense": dense, "slim": slim}, batch, backends=("eager", "onnxruntime"), threads=1)
+        times = benchmark(
+            {"dense": dense, "slim": slim}, batch, backends=("eager", "onnxruntime"), threads=1, progress=False
+        )
         tick()
         bar.update(task, description="done")
 

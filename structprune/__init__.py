@@ -1,6 +1,7 @@
 """structprune: trained PyTorch networks made smaller and faster by removing whole channels."""
 
 from structprune import masks as masks
+from structprune import search as search
 from structprune import training as training
 from structprune.api import plan, prune
 from structprune.benchmarking import Benchmark, benchmark, layer_times
@@ -10,8 +11,13 @@ from structprune.dependency_graph import DependencyGraph
 from structprune.depth import Branch, Removal, branches, remove_branches
 from structprune.depth import choose as choose_branches
 from structprune.depth.plan import DepthPlan
+from structprune.export.language_models import GgufExport, Objection, export_gguf, serving_objections
 from structprune.export.metadata import OnnxInfo, onnx_info
+from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import OnnxExport, export_onnx
+from structprune.export.onnx_model import onnx_model
+from structprune.export.openvino import export_openvino
+from structprune.export.verified import Export
 from structprune.folders import prune_folder
 from structprune.importance.weight import LnNorm, Random
 from structprune.io import load, save
@@ -23,6 +29,7 @@ from structprune.optimizers import remap_optimizer
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity, sensitivity
 from structprune.pruner import Pruner
+from structprune.quantization import Quantized, quantize
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
@@ -44,16 +51,20 @@ __all__ = [
     "Cost",
     "DependencyGraph",
     "DepthPlan",
+    "Export",
+    "GgufExport",
     "Group",
     "Latency",
     "Library",
     "LnNorm",
     "Member",
+    "Objection",
     "OnnxExport",
     "OnnxInfo",
     "Optimized",
     "Plan",
     "Pruner",
+    "Quantized",
     "Random",
     "Reconstruction",
     "RecoveryReport",
@@ -66,13 +77,18 @@ __all__ = [
     "branches",
     "choose_branches",
     "cost",
+    "export_executorch",
+    "export_gguf",
+    "export_litert",
     "export_onnx",
+    "export_openvino",
     "kept",
     "layer_times",
     "library",
     "load",
     "materialize_weights",
     "onnx_info",
+    "onnx_model",
     "optimize",
     "plan",
     "plot_costs",
@@ -82,6 +98,7 @@ __all__ = [
     "plot_widths",
     "prune",
     "prune_folder",
+    "quantize",
     "recalibrate",
     "recover",
     "recovery_report",
@@ -93,5 +110,6 @@ __all__ = [
     "report",
     "save",
     "sensitivity",
+    "serving_objections",
     "verify",
 ]

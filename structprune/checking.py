@@ -1,4 +1,4 @@
-"""The front door of what public functions are given: each argument is checked before any work, by `require`.
+"""Checks of the arguments of public functions: `require` makes them before any work is done.
 
 An error names the argument, what was given and what is allowed. What needs the model, such as whether a layer of that
 name exists, is checked where it is looked up; the options of a plan, in `structprune.planning.checks`.

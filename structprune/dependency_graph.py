@@ -89,7 +89,7 @@ class DependencyGraph(ChannelGraph):
         """The branches and blocks that may be removed as a whole: see `structprune.branches`."""
         if self._branches is None or self._branches[0] is not self.trace:
             with collection_paused():
-                self._branches = self.trace, tuple(found.branch for found in find(self.model, self.trace))
+                self._branches = self.trace, tuple(item.branch for item in find(self.model, self.trace))
         return self._branches[1]
 
     def explain(self, layer: Layer) -> str:
@@ -167,8 +167,8 @@ class DependencyGraph(ChannelGraph):
             if emptied or self.settle(removed, pin=False):
                 return chosen
             if isinstance(target, Group):  # components are numbered anew
-                found = [group for group in self.groups() if str(group) == str(target)]
-                target = found[0] if len(found) == 1 else target.name
+                same = [group for group in self.groups() if str(group) == str(target)]
+                target = same[0] if len(same) == 1 else target.name
 
 
 def _layer_flow(trace: Trace) -> Iterator[tuple[str, frozenset[str]]]:

@@ -57,7 +57,7 @@ def all_summed(tensors: dict[Hashable, Tensor]) -> dict[Hashable, Tensor]:
     mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     theirs: list[dict[Hashable, tuple[tuple[int, ...], torch.dtype]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(theirs, mine)
-    union = {name: kind for found in theirs for name, kind in found.items()}
+    union = {name: kind for named in theirs for name, kind in named.items()}
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     return {
         name: _reduce(tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype, device=device))
@@ -78,7 +78,7 @@ class _Block:
     over: bool = False
 
     def tell(self, error: Exception | None) -> None:
-        """Tell the other ranks whether this one has failed, and hear of theirs.
+        """Tell the other ranks whether this one has failed, and learn the same of them.
 
         Raises:
             StructpruneError: of the type `raises`; this rank has not failed, but another has.
@@ -131,10 +131,10 @@ def failing_together(raises: type[StructpruneError], doing: str) -> Generator[No
     token = _BLOCK.set(block)
     try:
         yield
-        # Without sums so far, what happens here may be the affair of this rank alone.
+        # Without sums so far, what happens here may concern this rank alone.
         if block.summed:
             block.tell(None)
-    except Exception as error:  # whatever it is, the other ranks must hear of it; raised again here
+    except Exception as error:  # whatever it is, the other ranks must know of it; raised again here
         if not block.over:
             block.tell(error)
         raise

@@ -136,7 +136,7 @@ def sync_folder(folder: Path) -> None:
 def locked(folder: Path) -> Generator[None]:
     """Keep other processes and threads that ask for the same from writing to `folder` meanwhile; wait for them.
 
-    The system lets go of the lock when a process ends, however it ends. Where a file system cannot lock a folder (a
+    The system releases the lock when a process ends, however it ends. Where a file system cannot lock a folder (a
     network drive), a file in it is locked, which stays; where it can lock nothing, this does nothing.
     """
     if sys.platform == "win32":

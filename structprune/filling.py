@@ -55,7 +55,7 @@ def _make(model: nn.Module, tensors: dict[str, Tensor]) -> bool:
     """Put tensors with memory in the place of those on the meta device; whether there were any.
 
     Raises:
-        LoadError: one of them is no part of the state, so that nobody knows its values.
+        LoadError: one of them is no part of the state, so that its values are not known.
     """
     made: dict[int, Tensor] = {}
     for name, held in held_tensors(model).items():

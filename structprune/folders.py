@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from structprune.api import coupled_channels, decide
-from structprune.checking import INPUTS, require
-from structprune.errors import LoadError, PlanError
+from structprune.checking import INPUTS, PATH, require
+from structprune.errors import LoadError, PlanError, TraceError
 from structprune.extras import require as extra
 from structprune.files import drafts_in
 from structprune.importance.base import Fittable, importance_of
@@ -39,7 +39,7 @@ TOKENS = 16
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a folder by name, each read when it is asked for and held by nobody here.
+    """The tensors of a folder by name, each read when it is asked for, and not kept.
 
     Args:
         folder: holds ``model.safetensors``, or an index and the shards that it names.
@@ -145,23 +145,30 @@ def prune_folder(
         structprune.prune_folder("llama", "llama-small", target={"params": 0.7}, tensor_parallel=4)
 
     Raises:
-        PlanError: what is asked for cannot be planned, or no configuration can say what comes of it.
+        PlanError: what is asked for cannot be planned, or no configuration can describe what comes of it.
         LoadError: the folder lacks a shard or a tensor, or `into` exists.
     """
     asked = PlanOptions(**options)
+    require(locals(), LoadError, folder=PATH, into=PATH)
     require(locals(), example_inputs=INPUTS.or_none)
     source, goal = Path(folder), Path(into)
     if goal.exists():
         raise LoadError(f"{goal} exists already. Name a folder that does not.")
     if asked.data is not None or asked.times or isinstance(importance_of(asked.importance), Fittable):
-        raise PlanError("prune_folder has no weights to run: rank by weights alone, and give no data and no latency.")
+        raise PlanError(
+            "prune_folder has no weights to run: importance must look at weights alone, and data and a target of "
+            "latency have no place here."
+        )
     shards = Shards(source)
     model = _model_in(source)
     shards.fit(model)
     if example_inputs is None:
         example_inputs = {"input_ids": torch.ones(1, TOKENS, dtype=torch.long)}
     with torch.no_grad():
-        graph = coupled_channels(model, example_inputs, asked)
+        try:
+            graph = coupled_channels(model, example_inputs, asked)
+        except TraceError as error:
+            raise TraceError(f"The model in {source} does not run on the example_inputs: {error}") from error
         decision = decide(graph, asked, tensors=shards)
         with collection_paused():
             plan = plan_removal(graph, decision.chosen, decision.settings, described=decision.described)

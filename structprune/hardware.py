@@ -60,14 +60,14 @@ def environment(device: torch.device, packages: Iterable[str] = ()) -> dict[str,
         device: where models run.
         packages: whose versions are told beside those of Python, torch and this package, if they are installed.
     """
-    found: dict[str, Any] = {
+    told: dict[str, Any] = {
         "processor": processor(),
         "cores": os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
     }
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    found |= {"python": platform.python_version(), "torch": str(torch.__version__)}
+        told |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    told |= {"python": platform.python_version(), "torch": str(torch.__version__)}
     known = {name: installed(name) for name in ("structprune", *packages)}
-    return found | {name: number for name, number in known.items() if number is not None}
+    return told | {name: number for name, number in known.items() if number is not None}

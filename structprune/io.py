@@ -95,8 +95,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     plans = plans_of(model)
     if not plans and (pruned := next(iter(kept(model)), None)) is not None:
         raise PlanError(
-            f"{pruned!r} was pruned as part of another model, and this one does not know by which plans, so nobody "
-            "could build it again. Save the model that was pruned, or prune the whole."
+            f"{pruned!r} was pruned as part of another model, and this one does not know by which plans, so it cannot "
+            "be built again. Save the model that was pruned, or prune the whole."
         )
     plans_data = [json.loads(plan.to_json()) for plan in plans]
     with locked(folder):
@@ -131,7 +131,7 @@ def load(build_model: Callable[[], nn.Module], path: str | os.PathLike[str]) -> 
         raise LoadError(f"build_model returned a {type(model).__name__}; let it return the original model.")
     try:
         plans = [Plan.from_data(data) for data in record["plans"]]
-        # A removal of branches, read by the same door, has no numbers of its own.
+        # A removal of branches, read by the same function, has no numbers of its own.
         numbers = [plan for plan in plans if isinstance(plan, Plan) and (plan.attribute_edits or plan.literal_edits)]
         before = _shapes(model, numbers[0]) if numbers else None
         for plan in plans:

@@ -71,7 +71,7 @@ class _Change:
 def remap_optimizer(
     optimizer: O, plan: Edits | Renaming, model: nn.Module | None = None, slim: nn.Module | None = None
 ) -> O:
-    """Let `optimizer` go on with the pruned model, keeping momentum and moving averages of what survives.
+    """Let `optimizer` go on with the pruned model, keeping momentum and moving averages of what is kept.
 
     The optimizer is changed in place, and returned: schedulers, hooks and gradient scalers that hold it keep working.
     Each state tensor of its parameter's shape is sliced like the parameter, steps and other single numbers stay, and
@@ -210,28 +210,28 @@ def _changes(
     plan: Edits | Renaming, old: Tensors, new: Tensors, inplace: bool, names: Mapping[str, str | None]
 ) -> dict[int, _Change]:
     """What became of each parameter, by the ``id`` of the old one."""
-    found: dict[int, _Change] = {}
+    changes: dict[int, _Change] = {}
     for name, tensor in old.items():
         now = name if inplace else names.get(name, name)
         if now is None:
-            found.setdefault(id(tensor), _Change(name, tensor, None, tuple(tensor.shape)))
+            changes.setdefault(id(tensor), _Change(name, tensor, None, tuple(tensor.shape)))
             continue
         if now not in new:
             raise SurgeryError(f"slim has no tensor {name!r}. Give the model that plan.apply returned.")
-        found.setdefault(id(tensor), _Change(name, tensor, new[now], tuple(tensor.shape)))
+        changes.setdefault(id(tensor), _Change(name, tensor, new[now], tuple(tensor.shape)))
     # A plan that removes branches first names what it slices as it is called without them.
     before = {} if inplace else {now: name for name, now in names.items() if now is not None}
     for sliced in plan.slices:
         if (tensor := old.get(before.get(sliced.tensor, sliced.tensor))) is not None:
-            found[id(tensor)].slices.append(sliced)
+            changes[id(tensor)].slices.append(sliced)
     for rescale in plan.rescales:
         if not isinstance(rescale, Rescale):
             continue
         if (tensor := old.get(before.get(rescale.tensor, rescale.tensor))) is not None:
-            found[id(tensor)].rescales.append(rescale)
-    for change in found.values():
+            changes[id(tensor)].rescales.append(rescale)
+    for change in changes.values():
         _check_shapes(change, inplace)
-    return found
+    return changes
 
 
 def _check_shapes(change: _Change, inplace: bool) -> None:

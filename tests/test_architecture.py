@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors", "files", "hardware", "html"),
     ("checking",),
-    ("extras", "distributed"),
+    ("extras", "distributed", "progress"),
     ("wrapping",),
     ("tracing",),
     ("ops",),
@@ -37,7 +37,7 @@ ORDER = (
     ("depth",),
     ("dependency_graph",),
     ("recovery",),
-    ("joint",),
+    ("joint", "quantization"),
     ("api",),
     ("pruner", "folders"),
     ("training", "masks"),
@@ -56,7 +56,8 @@ MAX_LINES = 400
 COMMANDS = ("typer",)
 # The last two are always there, but importing them takes longer than all of structprune: they are imported when used.
 HEAVY = (
-    "accelerate", "ignite", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna",
+    "accelerate", "ai_edge_litert", "executorch", "gguf", "ignite", "litert_torch",
+    "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "optuna",
     "pytorch_lightning", "timm", "torchvision", "transformers", "networkx", "scipy",
 )  # fmt: skip
 # Each is for one library, and importing it is using that.
@@ -143,6 +144,61 @@ def test_files_are_short():
     tests = Path(__file__).parent.rglob("*.py")
     lengths = {file.name: len(file.read_text().splitlines()) for file in (*FILES, *tests)}
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+# How much may happen in one function: branches, loops, comprehensions with their conditions, and boolean operators,
+# counted from 1. Folders with a limit of their own have functions that are still to be split.
+COMPLEXITY = 15
+COMPLEXITY_OF = {"benchmarking": 18, "compat": 23, "quantization": 16, "search": 18}
+BRANCHES = (ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.Assert, ast.match_case)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def complexity(function: ast.AST) -> int:
+    """The number of ways through a function, without those of functions and classes inside it."""
+    count, waiting = 1, list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, DEFINITIONS):
+            continue
+        if isinstance(node, BRANCHES):
+            count += 1
+        elif isinstance(node, ast.comprehension):
+            count += 1 + len(node.ifs)
+        elif isinstance(node, ast.BoolOp):
+            count += len(node.values) - 1
+        waiting += ast.iter_child_nodes(node)
+    return count
+
+
+def too_complex(source: str, limit: int) -> dict[str, int]:
+    functions = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    return {function.name: count for function in functions if (count := complexity(function)) > limit}
+
+
+def test_functions_are_simple():
+    limits = {file: COMPLEXITY_OF.get(file.relative_to(PACKAGE).with_suffix("").parts[0], COMPLEXITY) for file in FILES}
+    over = {str(file.relative_to(PACKAGE)): too_complex(file.read_text(), limit) for file, limit in limits.items()}
+    assert {file: functions for file, functions in over.items() if functions} == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        ("return 1", 1),
+        ("return 1 if a and b or c else 2", 4),
+        ("return [x for x in y if x for z in x]", 4),
+        ("for x in y:\n        if x:\n            return x", 3),
+        ("def g():\n        return 1 if a else 2\n    return g", 1),
+    ],
+)
+def test_complexity_is_counted(body, count):
+    source = f"def f():\n    {body}"
+    assert complexity(ast.parse(source).body[0]) == count
+    assert "f" not in too_complex(source, count)
+    assert too_complex(source, count - 1)["f"] == count
 
 
 IMPORT_ALL = f"""

@@ -109,7 +109,7 @@ def test_equals_the_original_with_the_channels_off(name: str, importance: str) -
     build, example = MODELS[name]
     model, inputs = oracle.jitter(build(), seed=0), oracle.double(example)
     before = snapshot(model)
-    # Each width by itself, whatever a configuration could say.
+    # Each width by itself, whatever a configuration could describe.
     plan = structprune.plan(model, inputs, ratio=0.5, importance=importance, uniform=False)
     slim = plan.apply(model)
     assert_untouched(model, before)

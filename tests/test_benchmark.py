@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from support.timed_nets import ALONE, Recorder, Sleeper
 from torch import nn
 
+import structprune
 from structprune.benchmarking import Benchmark, Timing, benchmark, timing
 from structprune.benchmarking.results import bootstrap_speedup
 from structprune.errors import MissingExtraError
@@ -157,7 +160,7 @@ def test_onnxruntime_without_the_device_is_refused(monkeypatch):
         (
             {"a": nn.ReLU()},
             {"backends": ("eager", "tpu")},
-            r"out of eager, channels_last, compile, onnxruntime, tensorrt; got \('eager', 'tpu'",
+            r"out of eager, channels_last, compile, onnxruntime, openvino, .*; got \('eager', 'tpu'",
         ),
         ({"a": nn.ReLU()}, {"backends": "eager"}, "must be a sequence of different names"),
         ({"a": nn.ReLU()}, {"backends": ()}, "must be a sequence of different names"),
@@ -246,3 +249,27 @@ def test_a_slow_spell_that_hits_both_widens_nothing():
     speedup = bootstrap_speedup(tuple(dense), tuple(dense / 2))
     assert (speedup.low, speedup.high) == (pytest.approx(2), pytest.approx(2))
     assert bootstrap_speedup(tuple(dense), tuple(random.permutation(dense) / 2)).low < 1.9
+
+
+@pytest.mark.parametrize("width", [60, 80, 99])
+def test_narrow_tables_keep_whole_names(width):
+    name = "encoder_of_a_long_name_" * 4
+    model = nn.Sequential()
+    model.add_module(name, nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    plan = structprune.plan(model, torch.ones(1, 4), ratio=0.5, round_to=1)
+    timings = tuple(Timing(each, "eager", (1e-3, 2e-3), 1, 10**7) for each in (f"dense_{name}", f"slim_{name}"))
+    for shown in (Benchmark(timings, "cpu", 1, 1), plan.table()):
+        console = Console(width=width, file=io.StringIO())
+        console.print(shown)
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        first = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
+        assert name in first
+
+
+def test_bars_on_a_terminal_only(capsys, monkeypatch):
+    models = {"a": nn.Linear(2, 2)}
+    benchmark(models, torch.ones(1, 2), runs=2, memory=False)
+    assert capsys.readouterr().err == ""
+    benchmark(models, torch.ones(1, 2), runs=2, memory=False, progress=True)
+    assert "timing on eager" in capsys.readouterr().err

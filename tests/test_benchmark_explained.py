@@ -11,7 +11,8 @@ from structprune.benchmarking import benchmark, layer_times
 from structprune.benchmarking.counting import Counted, count_model
 from structprune.benchmarking.explain import Side, causes, explain, odd_widths
 from structprune.benchmarking.machine import Machine
-from structprune.benchmarking.profiling import Profile, Spent, by_layer, read_session
+from structprune.benchmarking.nodes import read_events
+from structprune.benchmarking.profiling import Profile, Spent, by_layer, by_module
 from structprune.export.onnx import export_onnx
 
 
@@ -47,7 +48,7 @@ def test_a_profile_of_fused_nodes_goes_to_the_layers_of_their_weights(tmp_path):
         for _ in range(3)
         for name, op, dur in (("relu_nchwc", "Conv", 30), ("node_conv2d_1", "Conv", 10), ("made up", "Reorder", 5))
     ] + [{"name": "model_run", "dur": 90}] * 3
-    found = read_session(events, graph, [path for path, _ in Stack().named_modules()])
+    found = by_module(read_events(events), graph, [path for path, _ in Stack().named_modules()])
     assert by_layer(found.spent) == pytest.approx({"block.0": 30e-6, "head": 10e-6, "": 5e-6})
     assert found.seconds == pytest.approx(90e-6)
 

@@ -11,8 +11,8 @@ from support.timed_nets import ALONE, Recorder, Sleeper
 from torch import nn
 
 from structprune.benchmarking import Benchmark, Timing, backends, benchmark
-from structprune.export.files import session
 from structprune.export.onnx import export_onnx
+from structprune.export.runtimes import session
 
 # Runs beside those that are timed are left out where calls are counted.
 

@@ -250,3 +250,17 @@ def test_info_of_a_model(folder):
     assert found["pinned"]["5.weight, dim 0"] == "it is a dimension of the model's output"
     assert "pinned: it is a dimension of the model's output" in found["layers"]["5"]
     assert "group" in run("info", "own:pair").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "tpu"], "known are onnx, openvino, executorch, litert, gguf"),
+        (["--to", "litert", "--opset", 20], "--to litert takes no --opset"),
+        (["--to", "executorch", "--no-dynamic-batch"], "takes no --no-dynamic-batch"),
+        (["--largest-batch", 8], "--to onnx takes no --largest-batch"),
+    ],
+)
+def test_formats_and_the_options_that_they_take(folder, arguments, message):
+    done = run("export", "own:pair", "x.onnx", "--dense", *arguments, code=2)
+    assert message in " ".join(done.stderr.replace("│", " ").split())

@@ -141,8 +141,8 @@ for line in {lines!r}:
 print(json.dumps(found))
 """
 FOR_EXTRAS = (
-    "accelerate", "ignite", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna", "peft",
-    "pytorch_lightning", "sklearn", "timm", "torchvision", "transformers",
+    "accelerate", "ignite", "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "optuna",
+    "peft", "pytorch_lightning", "sklearn", "timm", "torchvision", "transformers",
 )  # fmt: skip
 NEEDED = {
     "info": None,

@@ -164,12 +164,10 @@ def test_over_pruning_is_seen_and_outputs_stay() -> None:
     assert "idxs=[0, 1" in whole.details()
     with pytest.raises(PlanError):
         whole.prune()
-    with pytest.raises(PinnedError, match="dimension of the model's output"):
-        graph.get_pruning_group(model.fc, ours.prune_linear_out_channels, [0])
-    with pytest.raises(PlanError, match="Let a graph do it"):
-        ours.prune_linear_out_channels(model.fc, [0])
-    with pytest.raises(PlanError, match="customized_pruners have no meaning here"):
-        ours.DependencyGraph().build_dependency(model, X, customized_pruners={nn.ReLU: object()})
+    with pytest.raises(PinnedError, match="'conv1' may not be removed: it is a dimension of the model's input"):
+        graph.get_pruning_group(model.conv1, ours.prune_conv_in_channels, [0])
+    graph.get_pruning_group(model.fc, ours.prune_linear_out_channels, [0]).prune()
+    assert model(X).shape == (1, 9)  # by hand, an output may go
 
 
 def test_interactive_steps_and_histories() -> None:
@@ -191,9 +189,100 @@ def test_interactive_steps_and_histories() -> None:
 def test_state_dicts_hold_what_makes_the_model_again(tmp_path: Any) -> None:
     model, last = make("resnet18")
     slim, _ = pruned(ours, model, last)
+    slim.note = 8
     ours.save(ours.state_dict(slim), tmp_path / "slim.pt")
     again = ours.load_state_dict(make("resnet18")[0], ours.load(tmp_path / "slim.pt"))
     assert_same(slim, again)
+    assert again.note == 8
+
+
+def test_one_layer_alone() -> None:
+    for kind, make, idxs in (
+        ("conv", lambda: nn.Conv2d(3, 8, 3), [0, 5]),
+        ("conv", lambda: nn.ConvTranspose2d(3, 8, 3), [1]),
+        ("linear", lambda: nn.Linear(4, 8), [2, 3]),
+        ("batchnorm", lambda: nn.BatchNorm2d(8), [7]),
+        ("depthwise_conv", lambda: nn.Conv2d(8, 8, 3, groups=8), [0, 1, 2]),
+    ):
+        results = []
+        for tp in BOTH:
+            torch.manual_seed(0)
+            layer = make()
+            getattr(tp, f"prune_{kind}_out_channels")(layer, idxs)
+            if kind in ("conv", "linear"):
+                getattr(tp, f"prune_{kind}_in_channels")(layer, [0])
+            results.append(layer)
+        assert_same(*results)
+        assert str(results[0]) == str(results[1])
+    with pytest.raises(PlanError, match="Let a graph do it"):
+        ours.prune_conv_out_channels(nn.Conv2d(4, 4, 1, groups=2), [0])
+    with pytest.raises(PlanError, match="some of the channels 0 to 2"):
+        ours.prune_linear_out_channels(nn.Linear(2, 3), [3])
+
+
+class Scaled(nn.Module):
+    """Knows its width beside its parameters."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.scale = width, nn.Parameter(torch.rand(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+class ScaledPruner(ours.function.BasePruningFunc):
+    def prune_out_channels(self, layer: Scaled, idxs: list[int]) -> Scaled:
+        keep = [i for i in range(layer.width) if i not in idxs]
+        layer.scale = self._prune_parameter_and_grad(layer.scale, keep, pruning_dim=0)
+        layer.width = len(keep)
+        return layer
+
+
+class WrongPruner(ScaledPruner):
+    def prune_out_channels(self, layer: Scaled, idxs: list[int]) -> Scaled:
+        return super().prune_out_channels(layer, [i + 1 for i in idxs])
+
+
+def test_customized_pruners_are_asked_and_checked() -> None:
+    def group(pruner: Any) -> tuple[nn.Sequential, Any]:
+        model = nn.Sequential(nn.Linear(3, 6), Scaled(6), nn.Linear(6, 2))
+        graph = ours.DependencyGraph()
+        graph.register_customized_layer(Scaled, pruner)
+        graph.build_dependency(model, torch.randn(2, 3))
+        return model, graph.get_pruning_group(model[0], pruner.prune_out_channels, [1, 4])
+
+    model, found = group(ScaledPruner())
+    found.prune()
+    assert (model[1].width, model[0].out_features, model(torch.ones(1, 3)).shape) == (4, 4, (1, 2))
+    model, found = group(WrongPruner())
+    with pytest.raises(PlanError, match="makes other tensors of '1'"):
+        found.prune()
+    assert model[0].out_features == 6
+
+
+def test_groups_made_before_a_removal_still_mean_their_channels() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 12), nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = torch.split(self.a(x), [self.b.in_features, self.c.in_features], 1)
+            return self.b(left) + self.c(right)
+
+    model = Split()
+    pruner = ours.pruner.MagnitudePruner(model, torch.randn(1, 4), ours.importance.MagnitudeImportance())
+    groups = list(pruner.step(interactive=True))
+    again = copy.deepcopy(model)
+    kept = {i: model.a.weight[i].clone() for i in range(12)}
+    gone = {i for group in groups for item in group for i in item.idxs if item.dep.layer is model.a}
+    for group in groups:
+        group.prune()
+    assert torch.equal(model.a.weight, torch.stack([row for i, row in kept.items() if i not in gone]))
+    assert model(torch.ones(1, 4)).shape == (1, 2)
+    ours.DependencyGraph().build_dependency(again, torch.randn(1, 4)).load_pruning_history(pruner.pruning_history())
+    assert_same(model, again)
 
 
 # -- where ours is right ----------------------------------------------------------------------------------------------
@@ -250,7 +339,7 @@ def test_regularisers_pull_by_the_same_gradients(kind: str) -> None:
         mine = copy.deepcopy(model)
         importance = tp.importance.MagnitudeImportance(p=2, normalizer=None, group_reduction="sum")
         pruner = getattr(tp.pruner, kind)(mine, x, importance, reg=0.1, ignored_layers=[mine[5]])
-        mine.eval()(x).sum().backward()  # torch-pruning leaves the model in eval mode, ours as it was
+        mine.eval()(x).sum().backward()
         if kind == "GrowingRegPruner":
             pruner.update_reg()
         pruner.regularize(mine)
@@ -267,7 +356,7 @@ def test_what_utils_count() -> None:
     assert 0.9 < macs / their_macs <= 1
     assert ours.utils.count_params(model) == params
     _, _, by_layer, of_params = ours.utils.count_ops_and_params(model, X, layer_wise=True)
-    assert sum(by_layer.values()) == macs
+    assert by_layer[model] == macs == sum(by_layer[child] for child in model.children())
     assert of_params[model.fc] == 5130
     assert structprune.cost(model, X).macs == macs
 

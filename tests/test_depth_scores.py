@@ -14,7 +14,7 @@ import structprune
 from structprune.depth.finding import find
 from structprune.depth.gates import gated
 from structprune.depth.ordering import candidates_of, choices
-from structprune.depth.records import Found
+from structprune.depth.records import PlacedBranch
 from structprune.depth.scoring import SCORES, Scorer
 from structprune.errors import PlanError
 from structprune.importance.data import Batches
@@ -33,7 +33,7 @@ def labelled(model: nn.Module, x: torch.Tensor, parts: int = 2) -> list[tuple[to
     return list(zip(x.chunk(parts), labels.chunk(parts), strict=True))
 
 
-def scorer_of(model: nn.Module, x: torch.Tensor, parts: int = 2) -> tuple[Scorer, list[Found]]:
+def scorer_of(model: nn.Module, x: torch.Tensor, parts: int = 2) -> tuple[Scorer, list[PlacedBranch]]:
     recorded = trace(model, x, operations=op_of)
     batches = Batches(labelled(model, x, parts), loss=cross_entropy)
     return Scorer(model, recorded, batches), list(find(model, recorded))

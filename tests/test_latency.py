@@ -11,12 +11,13 @@ from support.latency import IMAGES, NETWORKS, NONE, Convolutions, Machine, seede
 from torch import nn
 
 import structprune
+from structprune.benchmarking.nodes import read_events
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.latency.eager import time_eager
-from structprune.latency.ort import read_profile, time_onnxruntime
 from structprune.latency.predict import Calibration, TimeModel, calibrated
+from structprune.latency.runtimes import by_point, time_in_runtime
 from structprune.latency.specs import OpSpec, uses
 from structprune.latency.table import LatencyTable
 from structprune.latency.widths import Widths
@@ -315,20 +316,20 @@ def test_real_operations_have_times(name):
     points = [(use.spec, use.spec.widths) for use in uses(graph.trace, graph.channels)]
     state = torch.get_rng_state()
     assert all(0 < t < 60 for t in time_eager(points, torch.device("cpu"), 3, 60.0))
-    assert all(0 < t < 60 for t in time_onnxruntime(points, 1, 3, 60.0))
+    assert all(0 < t < 60 for t in time_in_runtime(points, "onnxruntime", 1, 3, 60.0))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_type_that_onnx_runtime_lacks_is_refused():
     spec = OpSpec("matmul", (("rows", 1), ("in", 4), ("out", 4)), ("out",), (("weight", True),), "bfloat16")
     with pytest.raises(PlanError, match="bfloat16"):
-        time_onnxruntime([(spec, (4,))], 1, 3, 1.0)
+        time_in_runtime([(spec, (4,))], "onnxruntime", 1, 3, 1.0)
 
 
 def test_equal_operations_are_timed_each_by_itself():
     """ONNX Runtime keeps one of nodes that compute the same."""
     weighted = OpSpec("matmul", (("rows", 1), ("in", 4), ("out", 4)), ("out",), (("weight", True),), "float32")
-    assert all(t > 0 for t in time_onnxruntime([(weighted, (4,))] * 3, 1, 3, 1.0))
+    assert all(t > 0 for t in time_in_runtime([(weighted, (4,))] * 3, "onnxruntime", 1, 3, 1.0))
 
 
 def test_reorders_are_not_counted_in_a_profile():
@@ -340,11 +341,11 @@ def test_reorders_are_not_counted_in_a_profile():
         events += [event("p0_y_nchwc_kernel_time", "Conv", 100 + run), event("p0_y_kernel_time", "ReorderOutput", 999)]
         events += [event("p1_scores_kernel_time", "MatMul", 10), event("p1_y_kernel_time", "MatMul", 20)]
         events += [event("r1_kernel_time", "ReduceMax", 999), {"cat": "Session", "name": "model_run", "dur": 5000}]
-    found = read_profile(events, 2)
+    found = by_point(read_events(events), 2)
     assert 100e-6 <= found[0] < 112e-6
     assert found[1] == pytest.approx(30e-6)
     with pytest.raises(PlanError, match="operation 2"):
-        read_profile(events, 3)
+        by_point(read_events(events), 3)
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])

@@ -135,7 +135,7 @@ def test_after_a_kill_it_goes_on_training_by_training(tmp_path):
     training = Training()
     assert lottery(build, training, evaluate, 2, 1, amount=0.5, folder=tmp_path).draws == whole.draws
     assert training.starts == []
-    with pytest.raises(PlanError, match="holds what was found with"):
+    with pytest.raises(PlanError, match="holds the results of"):
         lottery(build, training, evaluate, 2, 1, amount=0.3, folder=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Recovery of models in half precision: solved in float32, rounded at the end."""
+"""Recovery of models in half precision: solved in float32, on weights that stay as they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.peak_memory import needs_proc, peak_over_weights
 from support.snapshot import assert_untouched, snapshot
 from torch import nn
 
@@ -104,3 +105,26 @@ def test_the_models_stay_as_they_were():
         assert_untouched(one, was)
     assert found.training
     assert all(p.dtype == torch.float16 for p in found.parameters())
+
+
+DEEP = """
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 1024, dtype=torch.bfloat16), nn.Linear(1024, 256, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+with torch.no_grad():
+    model = nn.Sequential(*(Block() for _ in range(160)))
+data = [torch.randn(64, 256, dtype=torch.bfloat16)]
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+slim = structprune.prune(model, data[0], ratio=0.9, importance="random", verify=False)
+"""
+
+
+@needs_proc
+def test_no_model_is_copied_in_float32():
+    # The new model and the best one so far hold a tenth of the weights each; one float32 copy of the original, twice.
+    assert 0 < peak_over_weights(DEEP, "structprune.recover(slim, model, data, rounds=0)") < 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from structprune.recovery.least_squares import ConsumerMoments, NormalEquations, eliminate, fit
+from structprune.recovery.least_squares import RIDGES, ConsumerMoments, NormalEquations, eliminate, fit
 
 
 def sums_of(x, y):
@@ -31,6 +31,20 @@ def test_noise_is_not_fitted():
     assert not found.helps
     assert found.after == found.before
     assert not found.matrix.any()
+
+
+def test_the_ridge_of_many_outputs_is_chosen_on_some_and_the_error_is_that_of_all():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(80, 30, generator=generator, dtype=torch.float64)
+    noise = torch.randn(80, 700, generator=generator, dtype=torch.float64)
+    y = x @ torch.randn(30, 700, generator=generator, dtype=torch.float64) + 5 * noise
+    train, held_out = sums_of(x[:60], y[:60]), sums_of(x[60:], y[60:])
+    found = fit(train, held_out, 0)
+    errors = {ridge: float(held_out.error(train.solve(ridge, 0)).sum()) for ridge in RIDGES}
+    assert found.ridge == min(errors, key=errors.get)
+    assert found.after == pytest.approx(errors[found.ridge])
+    assert found.before == pytest.approx(float(y[60:].square().sum()))
+    assert found.matrix.shape == (1, 30, 700)
 
 
 # -- elimination -----------------------------------------------------------------------------------------------------

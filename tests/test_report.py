@@ -22,6 +22,7 @@ from structprune.coupling.costs import count_layers
 from structprune.coupling.graph import ChannelGraph
 from structprune.planning.sensitivities import GroupCurve, Sensitivity
 from structprune.reporting.charts import _ticks
+from structprune.reporting.drawing import called
 from structprune.reporting.layers import blocks, counts, layer_rows
 from structprune.reporting.layout import HEIGHT, WIDTH, layered
 from structprune.reporting.network import network_of
@@ -205,7 +206,10 @@ def test_the_page_fetches_nothing_and_escapes_names(case):
 
 def test_the_page_holds_the_plan(case):
     data = data_of(case.text)
-    assert [group["name"] for group in data["groups"]] == [group.name for group in case.graph.groups()]
+    assert [group["name"] for group in data["groups"]] == [called(group) for group in case.graph.groups()]
+    assert [group["number"] for group in data["groups"]] == list(range(1, 1 + len(data["groups"])))
+    kinds = {group["axis"] for group in data["groups"] if "residual stream" in group["axis"]}
+    assert kinds == {"residual stream"}
     assert sum(group["channels"][1] for group in data["groups"]) == sum(axis.after for axis in case.plan.axes)
     assert sum(node["macs"][0] for node in data["nodes"]) == case.plan.before.macs
     assert sum(node["macs"][1] for node in data["nodes"]) == case.plan.after.macs
@@ -233,7 +237,7 @@ def test_the_page_holds_what_was_measured(case):
     assert "slim &lt;1&gt;" in case.text
     assert "Memory-bound: &lt;60%&gt; of it." in case.text
     assert "2.00x, 2.00 to 2.00" in case.text
-    assert '<td data-value="0.6666666667">0.67</td>' in case.text
+    assert '<td data-value="0.6666666667" data-label="efficiency">0.67</td>' in case.text
     assert "MACs, parameters and time by block" in case.text
     after = "2.5 → 1.25" if "layer1" in case.text else "2.5"
     assert after in case.text
@@ -296,8 +300,10 @@ def test_it_renders_alone_and_whole(browser, case, width, scheme):
     })()"""
     assert browser.evaluate(outside) == []
     # No name of a layer is broken into letters.
-    lines = "[...document.querySelectorAll('#layers tbody th')].map((cell) => cell.getClientRects()[0].height)"
-    assert max(browser.evaluate(lines)) < 60
+    lines = (
+        "[...document.querySelectorAll('#layers tr:not(.minor) th')].map((cell) => cell.getClientRects()[0]?.height)"
+    )
+    assert max(height for height in browser.evaluate(lines) if height is not None) < 60
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(17, 19, 24)") == (scheme == "dark")
 
@@ -306,15 +312,17 @@ def test_it_renders_alone_and_whole(browser, case, width, scheme):
 def test_the_keyboard_reaches_everything(browser, case):
     browser.open(case.file)
     order = []
-    for _ in range(60):
+    for _ in range(100):
         browser.press("Tab")
         order.append(
             browser.evaluate("document.activeElement.closest('nav, .zoom, .stage, .legend, .scroll')?.className")
         )
-        if order[-1] == "scroll":
+        if order[-1] == "scroll" and "legend" in order:
             break
-    # Links, buttons, one stop for the whole graph, the groups, then the tables.
-    assert list(dict.fromkeys(order)) == ["", "zoom", "stage", "legend", "scroll"]
+    # Links, what was measured, buttons, one stop for the whole graph, the groups, then the other tables.
+    reached = [name for name, before in zip(order, [None, *order], strict=False) if name not in (before, None)]
+    assert list(dict.fromkeys(reached)) == ["", "scroll", "zoom", "stage", "legend"]
+    assert reached[-1] == "scroll"
     assert order.count("stage") == 1
 
     browser.evaluate("document.getElementById('n0').focus()")
@@ -337,6 +345,7 @@ def test_pinned_axes_say_why_on_hover(browser, case):
     browser.open(case.file, height=1400)
     nodes = data_of(case.text)["nodes"]
     number = next(i for i, node in enumerate(nodes) if any("output" in reason for _, reason in node["pins"]))
+    browser.evaluate(f"document.getElementById('n{number}').scrollIntoView({{behavior: 'instant', block: 'center'}})")
     box = f"document.getElementById('n{number}').getBoundingClientRect()"
     left, top, width, height = (browser.evaluate(f"{box}.{key}") for key in ("left", "top", "width", "height"))
     browser.mouse("mouseMoved", left + width / 2, top + height / 2)
@@ -351,7 +360,8 @@ def test_it_zooms_and_moves(browser, case):
     browser.open(case.file, height=1400)
     width = "document.getElementById('graph').viewBox.baseVal.width"
     whole = browser.evaluate(width)
-    browser.evaluate("document.getElementById('n0').focus()")
+    browser.evaluate("document.getElementById('graph').scrollIntoView({behavior: 'instant', block: 'center'})")
+    browser.evaluate("document.getElementById('n0').focus({preventScroll: true})")
     browser.press("+")
     assert browser.evaluate(width) == pytest.approx(0.75 * whole)
     middle = "document.getElementById('graph').getBoundingClientRect()"
@@ -370,6 +380,21 @@ def test_it_zooms_and_moves(browser, case):
     browser.evaluate("document.getElementById('n0').focus()")
     browser.press("0")
     assert browser.evaluate(width) == pytest.approx(whole)
+    assert browser.problems == []
+
+
+@needs_browser
+def test_rows_without_multiplications_are_folded_and_narrow_rows_say_what_they_hold(browser, case):
+    shown = "[...document.querySelectorAll('#layers tbody tr')].filter((row) => row.getClientRects().length).length"
+    browser.open(case.file, width=420)
+    rows = layer_rows(case.graph, *counts(case.graph, case.plan), TIMES["resnet50" if case.has("conv1") else "vit"])
+    heavy = sum(bool(row.macs[0] or row.seconds) for row in rows)
+    assert browser.evaluate(shown) == heavy < len(rows)
+    label = "getComputedStyle(document.querySelector('#layers td'), '::before').content"
+    assert browser.evaluate(label) == 'attr(data-label) ": "' or "kind" in browser.evaluate(label)
+    browser.evaluate("document.querySelector('#layers .unfold input').click()")
+    assert browser.evaluate(shown) == len(rows)
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert browser.problems == []
 
 

@@ -1,4 +1,4 @@
-"""One width for each axis over all layers, in steps that a configuration can say."""
+"""One width for each axis over all layers, in steps that a configuration can describe."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_no_configuration_says_stays_whole_by_default_and_the_plan_tells() 
     network, inputs = made(MODELS["marian"])
     plan = structprune.plan(network, inputs, ratio=0.5, outputs=["logits"])
     assert {axis.axis for axis in plan.axes if axis.after < axis.before} == {"mlp"}
-    assert "no configuration could say it" in plan.settings.left["axes"]
+    assert "no configuration could describe it" in plan.settings.left["axes"]
     named = structprune.plan(network, inputs, ratio=0.5, axes=["hidden"], outputs=["logits"])
     assert {axis.axis for axis in named.axes if axis.after < axis.before} == {"hidden"}
     assert "axes" not in named.settings.left

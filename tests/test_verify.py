@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.peak_memory import needs_proc, peak_over_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -225,37 +223,19 @@ def test_prune_traces_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(traced) == 1
 
 
-# In a process of its own: what other tests hold or free moves the peak of this one.
-PEAK_OF_VERIFICATION = """
-from pathlib import Path
-import torch, structprune
-from torch import nn
-
-def peak():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-
-torch.set_num_threads(1)
+PREPARED = """
 with torch.no_grad():
     layers = [nn.Linear(1536, 1536, dtype=torch.bfloat16) for _ in range(24)]
 model, x = nn.Sequential(*layers), torch.randn(2, 1536, dtype=torch.bfloat16)
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
 plan = structprune.plan(model, x, ratio=0.5, importance="random")
 slim = plan.apply(model)
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before = peak()
-assert structprune.verify(model, slim, plan, x).ok
-print((peak() - before) / weights)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+@needs_proc
 def test_verifying_takes_little_memory_beyond_the_two_models() -> None:
-    # Each tensor has pages of its own, which go back when it is freed: no heap with holes is measured.
-    given = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", PEAK_OF_VERIFICATION]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
-    assert 0 <= float(done.stdout) < 0.5
+    assert 0 <= peak_over_weights(PREPARED, "assert structprune.verify(model, slim, plan, x).ok") < 0.5
 
 
 # -- what is not plain zeroing is named ------------------------------------------------------------------------------

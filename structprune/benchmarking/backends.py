@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -14,9 +15,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.benchmarking.memory import held_bytes, peak_of_run, peak_of_session
-from structprune.benchmarking.profiling import Profile, profile_session, profile_torch
-from structprune.export.files import input_names, require, session, tensors, to_numpy
+from structprune.benchmarking.nodes import NODE_TIMERS, onnxruntime_nodes
+from structprune.benchmarking.profiling import Profile, profile_file, profile_torch
+from structprune.benchmarking.session_memory import LOAD
+from structprune.export.files import input_names, require, tensors, to_numpy
+from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import export_onnx
+from structprune.export.openvino import export_openvino
+from structprune.export.runtimes import RUNTIMES, session
 from structprune.tracing.trace import ExampleInputs, as_call
 
 Call: TypeAlias = Callable[[], Any]
@@ -111,13 +117,53 @@ class SessionRun:
 
     def memory(self) -> int | None:
         """What the file's weights, its inputs and ONNX Runtime's arena take, with the code that it loads; CPU only."""
-        return peak_of_session(self._file, self._feed, self._threads) if self._device.type == "cpu" else None
+        if self._device.type != "cpu":
+            return None
+        return peak_of_session("onnxruntime", self._file, self._feed, self._threads)
 
     def profile(self) -> Profile:
         """What each node takes; with TensorRT, which fuses the network into one, what eager operations take."""
         if self._provider.startswith("Tensorrt"):
             return self._eager.profile()
-        return profile_session(self._file, self._feed, self._threads, self._paths, self._provider)
+        timer = partial(onnxruntime_nodes, provider=self._provider)
+        return profile_file(self._file, self._feed, self._threads, self._paths, timer)
+
+
+class FileRun:
+    """A model's file that a runtime other than ONNX Runtime runs on the CPU.
+
+    Args:
+        backend: the name of the runtime, one of `structprune.export.runtimes.RUNTIMES`.
+        model: what was exported.
+        inputs: what it is called on.
+        threads: how many threads an operation may use.
+        file: the file.
+    """
+
+    def __init__(self, backend: str, model: nn.Module, inputs: ExampleInputs, threads: int, file: Path) -> None:
+        self._backend, self._model, self._inputs = backend, model, inputs
+        self._threads, self._file = threads, file
+        names, given = input_names(model, inputs), tensors(as_call(inputs))
+        self._feed = to_numpy(dict(zip(names, given, strict=True)), RUNTIMES[backend].name)
+        self._run = RUNTIMES[backend].load(file, threads)
+
+    def __call__(self) -> Any:
+        """One forward."""
+        return self._run(self._feed)
+
+    def memory(self) -> int | None:
+        """What the file's weights, its inputs and the runtime take, with the code that it loads; not of all known."""
+        if self._backend not in LOAD:
+            return None
+        return peak_of_session(self._backend, self._file, self._feed, self._threads)
+
+    def profile(self) -> Profile:
+        """What each node of the same model as ONNX takes in this runtime, or each operation in eager mode."""
+        if self._backend not in NODE_TIMERS:
+            return TorchRun(self._model, self._inputs, torch.device("cpu")).profile()
+        paths = [path for path, _ in self._model.named_modules()]
+        file = export_onnx(self._model, self._file.with_suffix(".onnx"), self._inputs, dynamic_batch=False).path
+        return profile_file(file, self._feed, self._threads, paths, NODE_TIMERS[self._backend])
 
 
 def bound(runtime_session: Any, feed: dict[str, Any], device: torch.device) -> Any:
@@ -179,6 +225,48 @@ def onnxruntime(
     return _exported(model, inputs, device, threads, folder, provider)
 
 
+def _on_the_cpu(runtime: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"{runtime} runs on the CPU here, and the inputs are on {device}; pass device='cpu'")
+
+
+def openvino(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> FileRun:
+    """Exported to OpenVINO, checked, and run by it on the CPU, in float32.
+
+    Raises:
+        MissingExtraError: openvino, onnx or onnxscript is not installed.
+        ExportError: The model cannot be exported faithfully.
+        ValueError: The inputs are not on the CPU.
+    """
+    _on_the_cpu("OpenVINO", device)
+    file = export_openvino(model, folder / "model.xml", inputs, dynamic_batch=False).path
+    return FileRun("openvino", model, inputs, threads, file)
+
+
+def executorch(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> FileRun:
+    """Exported to ExecuTorch with XNNPACK, checked, and run by it on the CPU.
+
+    Raises:
+        MissingExtraError: executorch is not installed.
+        ExportError: The model cannot be exported faithfully.
+        ValueError: The inputs are not on the CPU.
+    """
+    _on_the_cpu("ExecuTorch", device)
+    return FileRun("executorch", model, inputs, threads, export_executorch(model, folder / "model.pte", inputs).path)
+
+
+def litert(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> FileRun:
+    """Exported to LiteRT, checked, and run by it on the CPU.
+
+    Raises:
+        MissingExtraError: litert-torch is not installed.
+        ExportError: The model cannot be exported faithfully.
+        ValueError: The inputs are not on the CPU.
+    """
+    _on_the_cpu("LiteRT", device)
+    return FileRun("litert", model, inputs, threads, export_litert(model, folder / "model.tflite", inputs).path)
+
+
 def tensorrt(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> Run:
     """By TensorRT: through ONNX Runtime if it offers that, else through ``torch_tensorrt``.
 
@@ -213,7 +301,10 @@ BACKENDS: dict[str, Callable[[nn.Module, ExampleInputs, torch.device, int, Path]
     "channels_last": channels_last,
     "compile": compiled,
     "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "executorch": executorch,
+    "litert": litert,
     "tensorrt": tensorrt,
 }
 # Those whose calls return when all is done, on a GPU too.
-WAITING = ("onnxruntime",)
+WAITING = tuple(RUNTIMES)

@@ -56,8 +56,8 @@ def count_model(model: nn.Module, inputs: ExampleInputs) -> dict[str, Counted]:
 
     Example:
         >>> import torch
-        >>> found = count_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.zeros(2, 4))
-        >>> found["0"].macs, found["0"].bytes, found["0"].operations, found["1"].bytes
+        >>> counted = count_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.zeros(2, 4))
+        >>> counted["0"].macs, counted["0"].bytes, counted["0"].operations, counted["1"].bytes
         (64, 256, {'product': 1}, 128)
     """
     model = prunable(model)
@@ -92,9 +92,9 @@ def _widths(module: Any) -> tuple[int, ...]:
     """Channels on both sides of a layer."""
     sides = (("in_channels", "out_channels"), ("in_features", "out_features"))
     for names in sides:
-        found = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(width, int) for width in found):
-            return tuple(int(width) for width in found if width is not None)
+        widths = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(width, int) for width in widths):
+            return tuple(int(width) for width in widths if width is not None)
     return ()
 
 
@@ -119,7 +119,8 @@ def layer_times(
     Args:
         model: The model.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        backend: ``"eager"``, ``"channels_last"``, ``"compile"``, ``"onnxruntime"`` or ``"tensorrt"``.
+        backend: ``"eager"``, ``"channels_last"``, ``"compile"``, ``"onnxruntime"``, ``"openvino"``, ``"executorch"``,
+            ``"litert"`` or ``"tensorrt"``.
         batch_size: Samples in one run; those given are repeated or cut. As given, if not set.
         device: Where to run, on a copy of the model if it is elsewhere; where the inputs are, if not set.
         threads: Threads that an operation may use on the CPU; as many as torch uses now, if not set.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from structprune.benchmarking.counting import Counted
@@ -79,25 +79,30 @@ def causes(dense: Side, slim: Side, machine: Machine, step: int, *, starts_count
     total = sum(times.values())
     if not total:
         return {}
-    starts = {
-        layer: sum(machine.start[kind] * number for kind, number in counted.operations.items())
-        for layer, counted in slim.counted.items()
-    }
+    starts = {layer: _start(counted, machine) for layer, counted in slim.counted.items()}
     known = {layer: seconds / total for layer, seconds in times.items() if layer in slim.counted}
-    found = {
-        "launch": sum(starts.values()) / slim.seconds
-        if starts_counted
-        else 1 - total / (slim.profile.seconds or slim.seconds),
-        "memory": sum(s for layer, s in known.items() if _moves(slim.counted[layer], machine, starts[layer])),
-        "untouched": sum(s for layer, s in known.items() if _untouched(layer, dense, slim)),
+    beyond_profile = 1 - total / (slim.profile.seconds or slim.seconds)
+    shares = {
+        "launch": sum(starts.values()) / slim.seconds if starts_counted else beyond_profile,
+        "memory": _of_layers(known, lambda layer: _moves(slim.counted[layer], machine, starts[layer])),
+        "untouched": _of_layers(known, lambda layer: _untouched(layer, dense, slim)),
     }
-    named = {name: min(1.0, share) for name, share in found.items() if share >= SHARE}
+    named = {name: min(1.0, share) for name, share in shares.items() if share >= SHARE}
     # Where starting takes longer than computing, widths do not matter.
     busy = [layer for layer in known if slim.counted[layer].macs / machine.macs > starts[layer]]
     lost = sum(_lost(layer, dense, slim, step) for layer in busy) / total
     if lost >= LOST:
         named["widths"] = lost
     return dict(sorted(named.items(), key=lambda item: -item[1]))
+
+
+def _of_layers(shares: Mapping[str, float], which: Callable[[str], bool]) -> float:
+    return sum(share for layer, share in shares.items() if which(layer))
+
+
+def _start(counted: Counted, machine: Machine) -> float:
+    """Seconds that starting the operations of a layer takes."""
+    return sum(machine.start[kind] * number for kind, number in counted.operations.items())
 
 
 def _moves(layer: Counted, machine: Machine, start: float) -> bool:
@@ -153,20 +158,20 @@ def explain(
         gain: the speed-up in words.
         starts_counted: see `causes`.
     """
-    found = causes(dense, slim, machine, step, starts_counted=starts_counted)
+    reasons = causes(dense, slim, machine, step, starts_counted=starts_counted)
     times = by_layer(slim.profile.spent)
     layer = next(iter(times), "")
     share = times[layer] / sum(times.values()) if times else 0.0
     said = [f"{name} on {backend}, batch of {batch_size}: {gain}"]
-    said += [_sentence(cause, part, dense, slim, machine, step) for cause, part in found.items()]
-    if not found:
+    said += [_sentence(cause, part, dense, slim, machine, step) for cause, part in reasons.items()]
+    if not reasons:
         said.append("No single cause stands out.")
     if times:
         where = layer or "operations outside of all layers"
         said.append(f"The largest share of the time, {share:.0%}, goes to {where}.")
-    if found:
-        said.append(_ADVICE[next(iter(found))])
-    return Explanation(name, backend, batch_size, found, layer, share, " ".join(said))
+    if reasons:
+        said.append(_ADVICE[next(iter(reasons))])
+    return Explanation(name, backend, batch_size, reasons, layer, share, " ".join(said))
 
 
 def _sentence(cause: str, share: float, dense: Side, slim: Side, machine: Machine, step: int) -> str:

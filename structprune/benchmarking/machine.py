@@ -58,13 +58,13 @@ def _times(call: Callable[[], Tensor], device: torch.device) -> list[float]:
     # On one thread it is the process's own time that counts: other work on the machine adds nothing to it.
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
-    found: list[float] = []
+    seconds: list[float] = []
     for _ in range(_RUNS):
         start = clock()
         call()
         _wait(device)
-        found.append(clock() - start)
-    return found
+        seconds.append(clock() - start)
+    return seconds
 
 
 def _start(call: Callable[[], Tensor], device: torch.device) -> float:

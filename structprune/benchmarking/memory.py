@@ -51,16 +51,16 @@ def peak_of_run(call: Callable[[], Any], device: torch.device) -> int:
     return max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
-def peak_of_session(file: Path, feed: Mapping[str, Any], threads: int) -> int | None:
-    """Bytes by which a process grows at most when ONNX Runtime loads and runs a file on the CPU.
+def peak_of_session(runtime: str, file: Path, feed: Mapping[str, Any], threads: int) -> int | None:
+    """Bytes by which a process grows at most when a runtime loads and runs a file on the CPU.
 
-    A process of its own is asked, as ONNX Runtime tells nothing of its arena, and memory that was freed before would
-    hide what it takes. None where the kernel does not tell (elsewhere than on Linux).
+    A process of its own is asked, as ONNX Runtime, for one, tells nothing of its arena, and memory that was freed
+    before would hide what it takes. None where the kernel does not tell (elsewhere than on Linux).
     """
     if not Path("/proc/self/status").exists():
         return None
     inputs = file.with_suffix(".npz")
     np.savez(inputs, **feed)
-    command = [sys.executable, str(Path(session_memory.__file__)), str(file), str(inputs), str(threads)]
+    command = [sys.executable, str(Path(session_memory.__file__)), runtime, str(file), str(inputs), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout)

@@ -17,36 +17,38 @@ if TYPE_CHECKING:
 _COLOURS = ("#9aa3b2", "#2a62c9", "#d9822b", "#1d8a7a", "#8a4fbf", "#b8345b")
 
 
-def draw(found: Benchmark, path: Path) -> Path:
+def draw(measured: Benchmark, path: Path) -> Path:
     """Draw throughput, speed-up and memory by batch size, a column for each backend.
 
     Raises:
         MissingExtraError: Matplotlib is not installed.
     """
-    backends = list(dict.fromkeys(timing.backend for timing in found.timings))
-    with_memory = any(timing.memory is not None for timing in found.timings)
+    backends = list(dict.fromkeys(timing.backend for timing in measured.timings))
+    with_memory = any(timing.memory is not None for timing in measured.timings)
     rows = 3 if with_memory else 2
     figure = matplotlib_figure((1.4 + 2.9 * len(backends), 0.9 + 2.1 * rows))
     grid = figure.subplots(rows, len(backends), squeeze=False, sharey="row")
-    names = list(dict.fromkeys(timing.model for timing in found.timings))
+    names = list(dict.fromkeys(timing.model for timing in measured.timings))
     for column, backend in enumerate(backends):
         grid[0, column].set_title(backend, fontsize=10)
         for number, name in enumerate(names):
-            mine = [t for t in found.timings if (t.backend, t.model) == (backend, name)]
+            mine = [t for t in measured.timings if (t.backend, t.model) == (backend, name)]
             bars = _Bars(grid[:, column], number, len(names), _COLOURS[number % len(_COLOURS)], name)
-            _model(found, mine, bars, first=number == 0, with_memory=with_memory)
+            _model(measured, mine, bars, first=number == 0, with_memory=with_memory)
         grid[-1, column].set_xlabel("batch size")
         for axes in grid[:, column]:
-            axes.set_xticks(np.arange(len(found.batch_sizes)), [str(size) for size in found.batch_sizes])
+            axes.set_xticks(np.arange(len(measured.batch_sizes)), [str(size) for size in measured.batch_sizes])
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
     for row, label in enumerate(("samples per second", "speed-up", "peak memory, MB")[:rows]):
         grid[row, 0].set_ylabel(label)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
-    threads = f"{found.threads} thread{'s' if found.threads != 1 else ''}"
-    where = found.environment.get("gpu") or found.environment.get("processor") or found.device
-    figure.supxlabel(f"{where}, {threads}; bars: {found.confidence:.0%} intervals; dashed: ratio of MACs", fontsize=7)
+    threads = f"{measured.threads} thread{'s' if measured.threads != 1 else ''}"
+    where = measured.environment.get("gpu") or measured.environment.get("processor") or measured.device
+    figure.supxlabel(
+        f"{where}, {threads}; bars: {measured.confidence:.0%} intervals; dashed: ratio of MACs", fontsize=7
+    )
     return save_figure(figure, path, 150)
 
 
@@ -81,13 +83,13 @@ class _Bars:
         self.panels[row].axhline(value, color=self.colour, linestyle="--", linewidth=1)
 
 
-def _model(found: Benchmark, mine: Sequence[Timing], bars: _Bars, *, first: bool, with_memory: bool) -> None:
-    sizes = np.array([timing.batch_size or found.batch_size for timing in mine])
-    ends = np.array([timing.interval(found.confidence) for timing in mine])
+def _model(measured: Benchmark, mine: Sequence[Timing], bars: _Bars, *, first: bool, with_memory: bool) -> None:
+    sizes = np.array([timing.batch_size or measured.batch_size for timing in mine])
+    ends = np.array([timing.interval(measured.confidence) for timing in mine])
     bars.add(0, (sizes / [timing.median for timing in mine]).tolist(), sizes / ends[:, 1], sizes / ends[:, 0])
-    gains = [found.speedup(t.model, t.backend, int(size)) for t, size in zip(mine, sizes, strict=True)]
+    gains = [measured.speedup(t.model, t.backend, int(size)) for t, size in zip(mine, sizes, strict=True)]
     bars.add(1, [g.ratio for g in gains], [g.low for g in gains], [g.high for g in gains])
-    ratio = found.macs_ratio(mine[0].model)
+    ratio = measured.macs_ratio(mine[0].model)
     if ratio is not None and not first:
         bars.line(1, ratio)
     if with_memory:

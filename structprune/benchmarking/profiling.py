@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -17,11 +16,11 @@ from torch import nn
 from torch.autograd.profiler import profile, record_function
 from torch.nn.modules import module as modules
 
+from structprune.benchmarking.nodes import NodeTimer, NodeTimes
 from structprune.export.files import require
 
 _MARK = "structprune module "
 _RUNS = 5
-_KERNEL = "_kernel_time"
 _WEIGHTY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Read when the profiler starts for the first time: without it, it writes lines of its own to the standard error.
 _LOG = "KINETO_LOG_LEVEL"
@@ -156,31 +155,21 @@ def _sums(events: Iterable[Any], cuda: bool) -> dict[tuple[str, str], tuple[floa
     return found
 
 
-# -- ONNX Runtime -----------------------------------------------------------------------------------------------------
+# -- files of ONNX -----------------------------------------------------------------------------------------------------
 
 
-def profile_session(
-    file: Path, feed: Mapping[str, Any], threads: int, paths: Iterable[str], provider: str = "CPUExecutionProvider"
-) -> Profile:
-    """What the nodes of an ONNX file take, by ONNX Runtime's profiler; fused ones count for the layer of the weight.
+def profile_file(file: Path, feed: Mapping[str, Any], threads: int, paths: Iterable[str], timer: NodeTimer) -> Profile:
+    """What the nodes of an ONNX file take; fused ones count for the layer of the weight.
 
     Args:
         file: the ONNX file, written by `structprune.export_onnx`.
         feed: its inputs.
         threads: how many threads a node may use.
         paths: paths of the model's modules.
-        provider: the execution provider.
+        timer: times the nodes.
     """
-    runtime = require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.enable_profiling = True
-    options.profile_file_prefix = str(file.with_suffix(""))
-    session = runtime.InferenceSession(str(file), options, providers=[provider])
-    for _ in range(_RUNS + 1):
-        session.run(None, dict(feed))
-    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return read_session(events, require("onnx").load(str(file), load_external_data=False).graph, paths)
+    times = timer(str(file), feed, threads, _RUNS, float("inf"))
+    return by_module(times, require("onnx").load(str(file), load_external_data=False).graph, paths)
 
 
 class _Nodes:
@@ -229,43 +218,34 @@ def _inside(name: str) -> str:
     return name.removeprefix("model").removeprefix(".")
 
 
-def read_session(events: Sequence[Any], graph: Any, paths: Iterable[str]) -> Profile:
+def by_module(times: NodeTimes, graph: Any, paths: Iterable[str]) -> Profile:
     """Times by layer and operation.
 
     Args:
-        events: of ONNX Runtime's profile, durations in microseconds.
+        times: of the nodes that a runtime has made of the graph.
         graph: of the ONNX file as it was exported.
         paths: paths of the model's modules.
     """
-    times: dict[str, list[float]] = {}
-    kinds: dict[str, str] = {}
-    whole: list[float] = []
-    for event in events:
-        name = event.get("name", "")
-        if event.get("cat") == "Node" and name.endswith(_KERNEL):
-            times.setdefault(name, []).append(float(event["dur"]))
-            kinds[name] = event["args"]["op_name"]
-        elif name == "model_run":
-            whole.append(float(event["dur"]))
     nodes = _Nodes(graph, paths)
-    origins = {name: nodes.of_event(name.removesuffix(_KERNEL)) for name in times}
+    origins = {name: nodes.of_event(name) for name in times.seconds}
     taken = {node.name for node in origins.values() if node is not None and nodes.weighty(node)}
     found: dict[tuple[str, str], tuple[float, int]] = {}
-    for name, each in times.items():
-        node, kind = origins[name], kinds[name].removeprefix("Fused")
+    for name, each in times.seconds.items():
+        node, kind = origins[name], times.kinds[name].removeprefix("Fused")
         if node is not None and kind in _WEIGHTY and not nodes.weighty(node):
             node = nodes.behind(node, taken)
             taken.add(node.name)
-        key = "" if node is None else nodes.layer(node), kinds[name]
+        key = "" if node is None else nodes.layer(node), times.kinds[name]
         time, calls = found.get(key, (0.0, 0))
-        found[key] = time + min(each[1:] or each), calls + 1
-    spent = tuple(Spent(layer, name, time * 1e-6, calls) for (layer, name), (time, calls) in found.items())
-    return Profile(spent, _whole([each for each in times.values() if len(each) == len(whole)], whole, spent))
+        found[key] = time + min(each), calls + 1
+    spent = tuple(Spent(layer, name, time, calls) for (layer, name), (time, calls) in found.items())
+    whole = times.whole
+    return Profile(spent, _whole([each for each in times.seconds.values() if len(each) == len(whole)], whole, spent))
 
 
 def _whole(times: Sequence[Sequence[float]], whole: Sequence[float], spent: Iterable[Spent]) -> float | None:
     """The time of a run that spends `spent` in its nodes; by shares, since other work may disturb any of the runs."""
-    if not times:
+    if not times or not whole:
         return None
-    share = float(np.median((np.sum(times, axis=0) / whole)[1:]))
+    share = float(np.median(np.sum(times, axis=0) / whole))
     return sum(each.seconds for each in spent) / share

@@ -1,4 +1,4 @@
-"""What a benchmark found: the times themselves, and the statistics that are read off them."""
+"""The result of a benchmark: the times themselves, and the statistics that are read off them."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ class Benchmark:
             KeyError: No such model, backend or batch size was timed.
 
         Example:
-            >>> found = Benchmark((Timing("slim", "eager", (0.002, 0.002)),), "cpu", 1, 8)
-            >>> found.points({"slim": 0.91})
+            >>> result = Benchmark((Timing("slim", "eager", (0.002, 0.002)),), "cpu", 1, 8)
+            >>> result.points({"slim": 0.91})
             [(2.0, 0.91, 'slim')]
         """
         return [(1e3 * self.timing(name, backend, batch_size).median, value, name) for name, value in metric.items()]
@@ -265,7 +265,9 @@ class Benchmark:
         table = Table(title=self._title(), caption=notes or None, caption_justify="left")
         headings, lines = self._fitting(options.max_width)
         for heading in headings:
-            table.add_column(heading, justify="left" if heading in ("model", "backend") else "right", no_wrap=True)
+            # A name that is too long is folded, never cut.
+            named = heading in ("model", "backend")
+            table.add_column(heading, justify="left" if named else "right", no_wrap=not named, overflow="fold")
         for line in lines:
             table.add_row(*line)
         yield table

@@ -35,7 +35,13 @@ from structprune.inputs import batch_size as batch_size_of
 from structprune.inputs import evaluating, resize_batch
 from structprune.tracing.trace import ExampleInputs
 
-_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnx"), "tensorrt": ("tensorrt", "torch-tensorrt")}
+_PACKAGES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnx"),
+    "openvino": ("openvino", "onnx"),
+    "executorch": ("executorch",),
+    "litert": ("litert-torch", "ai-edge-litert"),
+    "tensorrt": ("tensorrt", "torch-tensorrt"),
+}
 
 # What is no faster than this is called no gain.
 NOTHING = 1.05
@@ -55,17 +61,19 @@ def benchmark(
     clock: Literal["wall", "process"] = "wall",
     memory: bool = True,
     explanations: bool = True,
+    progress: bool | None = None,
 ) -> Benchmark:
     """Time models against each other, and tell what they gain, what memory they take, and why they gain no more.
 
-    They run in turns, A B A B, so that a slow spell of the machine falls on all of them. Models run in eval mode
+    They run in turns, A B A B, so that when the machine is slow for a while, all of them are. Models run in eval mode
     without gradients and are left as they were, and so are the caller's thread count and random state.
 
     Args:
         models: Name to model; the first is what the others are compared with.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         backends: Any of ``"eager"``, ``"channels_last"`` (eager, with images and kernels laid out channel by channel),
-            ``"compile"`` (``torch.compile``), ``"onnxruntime"`` and, on CUDA, ``"tensorrt"``.
+            ``"compile"`` (``torch.compile``), ``"onnxruntime"``, ``"openvino"``, ``"executorch"``, ``"litert"`` and,
+            on CUDA, ``"tensorrt"``.
         batch_size: Samples in one run; those given are repeated or cut. As given, if not set.
         batch_sizes: Several such sizes, in place of one.
         device: Where to run, on copies of the models that are elsewhere; where the inputs are, if not set.
@@ -77,6 +85,7 @@ def benchmark(
         memory: Measure the peak of memory too, by one run more of each model.
         explanations: Count MACs, so that efficiencies are told; and where a model gains less than they promise, profile
             it to find out why.
+        progress: Show a bar for each backend; by default if the standard error is a terminal. It moves between runs.
 
     Returns:
         All durations in seconds, with medians, intervals, speed-ups and efficiencies; prints as a table. On CUDA,
@@ -93,7 +102,7 @@ def benchmark(
         >>> [timing.model for timing in result.timings], result.batch_size, result.macs_ratio("narrow")
         (['wide', 'narrow'], 8, 4.0)
     """
-    require(locals(), ValueError, example_inputs=INPUTS, memory=FLAG, explanations=FLAG)
+    require(locals(), ValueError, example_inputs=INPUTS, memory=FLAG, explanations=FLAG, progress=FLAG.or_none)
     _validate(models, backends, batch_size, batch_sizes, runs=runs, warmup=warmup, threads=threads)
     where = known_device(device) if device is not None else device_of(example_inputs)
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(where), example_inputs)
@@ -109,8 +118,10 @@ def benchmark(
             macs = macs or round_.macs
             for backend in backends:
                 with said_if_not_running(there.values(), inputs):
-                    found = round_.run(backend, Path(folder), runs=runs, warmup=warmup, memory=memory)
-                timings += found
+                    timed = round_.run(
+                        backend, Path(folder), runs=runs, warmup=warmup, memory=memory, progress=progress
+                    )
+                timings += timed
                 notes += round_.explained
     order = {backend: number for number, backend in enumerate(backends)}
     facts = environment(where, (name for backend in backends for name in _PACKAGES.get(backend, ())))
@@ -153,8 +164,8 @@ class _Round:
     @property
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of each model, if they can be counted."""
-        found = self._counted if self._counting else {}
-        return {name: sum(layer.macs for layer in layers.values()) for name, layers in found.items()}
+        counted = self._counted if self._counting else {}
+        return {name: sum(layer.macs for layer in layers.values()) for name, layers in counted.items()}
 
     @cached_property
     def _dtype(self) -> torch.dtype:
@@ -165,7 +176,9 @@ class _Round:
     def _machine(self) -> Machine:
         return measure_machine(self._device, self._dtype)
 
-    def run(self, backend: str, folder: Path, *, runs: int, warmup: int, memory: bool) -> list[Timing]:
+    def run(
+        self, backend: str, folder: Path, *, runs: int, warmup: int, memory: bool, progress: bool | None
+    ) -> list[Timing]:
         """Time all models on one backend; then measure memory, and explain what is left to explain."""
         calls: dict[str, Run] = {}
         for index, (name, model) in enumerate(self._models.items()):
@@ -173,13 +186,15 @@ class _Round:
             own.mkdir()
             calls[name] = BACKENDS[backend](model, self._inputs, self._device, self._threads, own)
         clock = cpu_clock if self._clock == "process" else clock_of(backend, self._device)
-        seconds = interleaved(calls, clock, self._device, runs=runs, warmup=warmup)
-        found = [
+        seconds = interleaved(
+            calls, clock, self._device, runs=runs, warmup=warmup, what=f"timing on {backend}", progress=progress
+        )
+        timings = [
             Timing(name, backend, tuple(seconds[name]), self._size, call.memory() if memory else None)
             for name, call in calls.items()
         ]
-        self.explained = [*self._explain(backend, calls, found)] if self._counting else []
-        return found
+        self.explained = [*self._explain(backend, calls, timings)] if self._counting else []
+        return timings
 
     def _explain(self, backend: str, calls: Mapping[str, Run], timings: Sequence[Timing]) -> Generator[Explanation]:
         """Ask of each model but the first why it gains no more, if it gains less than its MACs promise."""

@@ -15,14 +15,15 @@ from torch import nn
 from structprune.benchmarking.backends import WAITING, Call
 from structprune.errors import StructpruneError
 from structprune.export.files import tensors
+from structprune.progress import shown
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, as_call, require_running
 
 
 def device_of(example_inputs: ExampleInputs) -> torch.device:
     """Where the inputs are: the device of the first tensor."""
-    found = tensors(as_call(example_inputs))
-    return found[0].device if found else torch.device("cpu")
+    given = tensors(as_call(example_inputs))
+    return given[0].device if given else torch.device("cpu")
 
 
 def known_device(given: torch.device | str) -> torch.device:
@@ -78,16 +79,18 @@ def interleaved(
     *,
     runs: int,
     warmup: int,
+    what: str = "",
+    progress: bool | None = False,
 ) -> dict[str, list[float]]:
-    """Durations in seconds of each call, run in turns."""
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
+    """Durations in seconds of each call, run in turns; `progress` shows a bar that says `what`."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with collection_paused():
-        for _ in range(runs):
+        for number in shown(range(warmup + runs), what, progress=progress, still=True):
             for name, call in calls.items():
-                seconds[name].append(clock(call, device))
+                if number < warmup:
+                    call()
+                else:
+                    seconds[name].append(clock(call, device))
     return seconds
 
 

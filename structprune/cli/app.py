@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
+from torch import nn
 
 from structprune.benchmarking import Benchmark, benchmark, layer_times
 from structprune.benchmarking.backends import BACKENDS
+from structprune.cli.exporting import export_command
 from structprune.cli.improving import compress_command, finetune_command, recover_command
 from structprune.cli.info import describe_machine, describe_model, model_tables, onnx_tables
-from structprune.cli.models import named_object, parse_dimensions, parse_points
+from structprune.cli.models import Loaded, named_object, parse_points
 from structprune.cli.options import AsJson, File, ModelFlags, PlanFlags, SlimFlags, among, command, new_file, new_folder
 from structprune.cli.output import Output, costs, reporting
 from structprune.cli.searching import optimize_command
 from structprune.dependency_graph import DependencyGraph
 from structprune.export.metadata import onnx_info
-from structprune.export.onnx import export_onnx
 from structprune.extras import require
 from structprune.io import save
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import RATIOS, Sensitivity, sensitivity
 from structprune.reporting import report
 from structprune.surgery.verify import Report, verify
+
+T = TypeVar("T")
 
 _CLOCKS = ("wall", "process")
 
@@ -82,17 +86,19 @@ def prune_command(
         loaded = source.load()
         decided = wanted.plan(loaded)
         slim = decided.apply(loaded.model)
-        found = verify(loaded.model, slim, decided, loaded.inputs) if check else None
-        if found is not None:
-            found.raise_for_error()
+        verification = verify(loaded.model, slim, decided, loaded.inputs) if check else None
+        if verification is not None:
+            verification.raise_for_error()
         save(slim, folder)
         data = {"folder": str(folder), "digest": decided.digest, "before": asdict(decided.before)}
-        data |= {"after": asdict(decided.after), "verification": _verified(found)}
-        output.result(data, costs(decided.before, decided.after), f"{found or 'not verified'}\nsaved to {folder}")
+        data |= {"after": asdict(decided.after), "verification": _verified(verification)}
+        output.result(
+            data, costs(decided.before, decided.after), f"{verification or 'not verified'}\nsaved to {folder}"
+        )
 
 
-def _verified(found: Report | None) -> dict[str, Any] | None:
-    return None if found is None else {"ok": found.ok, **asdict(found)}
+def _verified(verification: Report | None) -> dict[str, Any] | None:
+    return None if verification is None else {"ok": verification.ok, **asdict(verification)}
 
 
 @command(app, "sensitivity")
@@ -120,7 +126,7 @@ def sensitivity_command(
         data = loaded.inputs if loader is None else named_object(loader)()
         if restart:
             out.unlink(missing_ok=True)
-        found = sensitivity(
+        curves = sensitivity(
             loaded.model,
             loaded.inputs,
             data,
@@ -131,10 +137,10 @@ def sensitivity_command(
             checkpoint=out,
             progress=not output.quiet,
         )
-        out.write_text(found.to_json(), encoding="utf-8")
+        out.write_text(curves.to_json(), encoding="utf-8")
         if plot is not None:
-            found.plot(plot)
-        output.result(found.to_json(), found.table() if found.curves else "No group may lose channels.")
+            curves.plot(plot)
+        output.result(curves.to_json(), curves.table() if curves.curves else "No group may lose channels.")
 
 
 def _require_matplotlib() -> None:
@@ -147,7 +153,7 @@ def benchmark_command(
     wanted: SlimFlags,
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=among(BACKENDS)),
+        typer.Option("--backend", "--backends", "-b", help=f"{', '.join(BACKENDS)}.", autocompletion=among(BACKENDS)),
     ] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option("--batch-size", "--batch-sizes", help="Samples in one run, repeated.", min=1)
@@ -178,7 +184,7 @@ def benchmark_command(
     with reporting(as_json) as output:
         loaded = source.load()
         models = {"dense": loaded.model, "slim": wanted.slim(loaded)}
-        found = benchmark(
+        timings = benchmark(
             models,
             loaded.inputs,
             backends=list(dict.fromkeys(chosen)),
@@ -188,46 +194,29 @@ def benchmark_command(
             warmup=warmup,
             clock="process" if clock == "process" else "wall",
             explanations=explain,
+            progress=not output.quiet,
         )
         if plot is not None:
-            found.plot(plot)
+            timings.plot(plot)
         if out is not None:
-            out.write_text(found.to_json(), encoding="utf-8")
-        output.result(found.to_json(), cast("Any", found))
+            out.write_text(timings.to_json(), encoding="utf-8")
+        output.result(timings.to_json(), cast("Any", timings))
 
 
-@command(app, "export")
-def export_command(
-    source: ModelFlags,
-    file: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
-    wanted: SlimFlags,
-    dense: Annotated[bool, typer.Option("--dense", help="Export the model as it is.")] = False,
-    dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch free.")] = True,
-    dynamic: Annotated[
-        list[str] | None, typer.Option(help="Further free dimension, INPUT:DIM=NAME, repeated.", metavar="DIMENSION")
-    ] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Largest relative error allowed.", min=0)] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write an ONNX file of a saved or pruned model, checked by ONNX Runtime; needs the extra onnx."""
-    new_file(file)
-    with reporting(as_json) as output:
-        dims = parse_dimensions(dynamic or ())
-        loaded = source.load()
-        model = loaded.model if dense else wanted.slim(loaded)
-        found = export_onnx(
-            model,
-            file,
-            loaded.inputs,
-            dynamic_batch=dynamic_batch,
-            dynamic_dims=dims,
-            opset=opset,
-            tolerance=tolerance,
-        )
-        data = {**asdict(found), "path": str(found.path)}
-        text = f"{found.path}: {found.bytes:,} bytes, opset {found.opset}"
-        output.result(data, f"{text}, max relative error {found.max_relative_error:.1e} in ONNX Runtime")
+command(app, "export")(export_command)
+
+
+def _decided(loaded: Loaded, wanted: PlanFlags, check: bool) -> tuple[Plan | None, nn.Module | None, Report | None]:
+    """The plan that was asked for, the smaller model and what `verify` says of it; None for each if none was."""
+    if not wanted.given:
+        return None, None, None
+    decided = wanted.plan(loaded)
+    slim = decided.apply(loaded.model)
+    return decided, slim, verify(loaded.model, slim, decided, loaded.inputs) if check else None
+
+
+def _from_file(made: Callable[[str], T], file: Path | None) -> T | None:
+    return None if file is None else made(file.read_text(encoding="utf-8"))
 
 
 @command(app, "report")
@@ -260,29 +249,25 @@ def report_command(
     new_file(file)
     with reporting(as_json) as output:
         loaded = source.load()
-        decided: Plan | None = wanted.plan(loaded) if wanted.given else None
-        slim = None if decided is None else decided.apply(loaded.model)
-        found = None
-        if decided is not None and slim is not None and check:
-            found = verify(loaded.model, slim, decided, loaded.inputs)
-        timed = [each for each in (loaded.model, slim) if each is not None and times is not None]
+        decided, slim, verification = _decided(loaded, wanted, check)
+        timed = [] if times is None else [loaded.model] if slim is None else [loaded.model, slim]
         written = report(
             loaded.model,
             loaded.inputs,
             file,
             plan=decided,
-            verification=found,
-            sensitivity=None if curves is None else Sensitivity.from_json(curves.read_text(encoding="utf-8")),
+            verification=verification,
+            sensitivity=_from_file(Sensitivity.from_json, curves),
             points=() if points is None else parse_points(points),
             times=[layer_times(each, loaded.inputs, backend=times or "eager") for each in timed],
-            benchmark=None if measured is None else Benchmark.from_json(measured.read_text(encoding="utf-8")),
+            benchmark=_from_file(Benchmark.from_json, measured),
             title=title or source.model,
         )
         size = written.stat().st_size
-        data = {"path": str(written), "bytes": size, "verification": _verified(found)}
-        output.result(data, *([str(found)] if found else []), f"{written}: {size:,} bytes")
-        if found is not None:
-            found.raise_for_error()
+        data = {"path": str(written), "bytes": size, "verification": _verified(verification)}
+        output.result(data, *([str(verification)] if verification else []), f"{written}: {size:,} bytes")
+        if verification is not None:
+            verification.raise_for_error()
 
 
 command(app, "compress")(compress_command)

@@ -68,14 +68,14 @@ def images_in(folder: Path, model: nn.Module, inputs: Any, samples: int, batch: 
     """
     if not isinstance(inputs, Tensor) or inputs.dim() != 4 or inputs.shape[1] != 3:
         raise typer.BadParameter("--data is a folder, but the model takes no images; give module:function of batches.")
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
-    if not found:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
+    if not files:
         raise typer.BadParameter(f"There is no image in {folder} or in the folders below it.")
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     height, width = inputs.shape[2:]
     return Images(
-        tuple(found[i] for i in order),
+        tuple(files[i] for i in order),
         (int(height), int(width)),
         tuple(config.get("mean", _MEAN)),
         tuple(config.get("std", _STD)),
@@ -86,13 +86,13 @@ def images_in(folder: Path, model: nn.Module, inputs: Any, samples: int, batch: 
 def batches_of(data: str, loaded: Loaded, samples: int, batch: int, seed: int) -> list[Tensor]:
     """Batches without labels from a folder of images, or what ``module:function`` makes, on the device of the model."""
     if Path(data).is_dir():
-        found: Any = images_in(Path(data), loaded.model, loaded.inputs, samples, batch, seed)
+        given: Any = images_in(Path(data), loaded.model, loaded.inputs, samples, batch, seed)
     elif ":" in data:
-        found = named_object(data)()
+        given = named_object(data)()
     else:
         raise typer.BadParameter(f"--data is {data!r}; give a folder of images, or module:function of batches.")
     device = next(loaded.model.parameters()).device
-    batches = [each[0] if isinstance(each, (tuple, list)) else each for each in found]
+    batches = [each[0] if isinstance(each, (tuple, list)) else each for each in given]
     if not batches or not all(isinstance(each, Tensor) for each in batches):
         raise typer.BadParameter(f"{data} gives no batches of tensors, nor pairs that begin with one.")
     return [each.to(device) for each in batches]

@@ -49,10 +49,10 @@ def agreement(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> floa
 
 
 def _logits(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise typer.BadParameter(f"The model returns a {type(output).__name__}, in which no class scores are found.")
-    return found
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise typer.BadParameter(f"The model returns a {type(output).__name__}, which holds no class scores.")
+    return logits
 
 
 def held_out(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -214,11 +214,13 @@ class _Compression:
         if "speedup" not in self._state or not timed.exists():
             self._output.step("timing")
             backends = ["eager", *(["onnxruntime"] if onnx and next(slim.parameters()).device.type == "cpu" else [])]
-            found = benchmark({"dense": model, "slim": slim}, inputs, backends=backends, runs=20)
-            write_text(timed, found.to_json())
-            self._done(speedup={backend: found.speedup("slim", backend=backend).ratio for backend in backends})
-        found = Benchmark.from_json(timed.read_text(encoding="utf-8"))
-        self.shown.append(found)
+            timings = benchmark(
+                {"dense": model, "slim": slim}, inputs, backends=backends, runs=20, progress=not self._output.quiet
+            )
+            write_text(timed, timings.to_json())
+            self._done(speedup={backend: timings.speedup("slim", backend=backend).ratio for backend in backends})
+        timings = Benchmark.from_json(timed.read_text(encoding="utf-8"))
+        self.shown.append(timings)
         self._output.step("writing the report")
         left = float(self.plan.after.macs)
         names = [name for name in ("pruned", "recovered", "trained") if name in self._state]
@@ -226,5 +228,5 @@ class _Compression:
         with torch.no_grad():
             report(
                 model, inputs, self._folder / "report.html", plan=self.plan, points=points, recovery=recovery,
-                point_axes=("MACs", "agreement with the dense model, %"), benchmark=found, title=title,
+                point_axes=("MACs", "agreement with the dense model, %"), benchmark=timings, title=title,
             )  # fmt: skip

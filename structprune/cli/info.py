@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from structprune.cli.output import costs
 from structprune.dependency_graph import DependencyGraph
@@ -22,7 +22,7 @@ from structprune.reporting.text import places
 # Of these a report of a fault has to tell the versions.
 _REPORTED = (
     "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "networkx", "safetensors", "onnx", "onnxscript",
-    "onnxruntime", "rich", "typer",
+    "onnxruntime", "openvino", "rich", "typer",
 )  # fmt: skip
 
 
@@ -44,14 +44,14 @@ def describe_machine() -> dict[str, Any]:
 
 def _extras() -> Iterator[tuple[str, list[str]]]:
     """The extras that the package declares, with the packages of each that are not installed."""
-    found: dict[str, list[str]] = {}
+    missing_by_extra: dict[str, list[str]] = {}
     for requirement in requires("structprune") or ():
         if match := re.fullmatch(r"([\w.-]+).*extra == [\"'](\w+)[\"'].*", requirement):
             name, extra = match.groups()
-            missing = found.setdefault(extra, [])
+            missing = missing_by_extra.setdefault(extra, [])
             if not _installed(name):
                 missing.append(name)
-    yield from found.items()
+    yield from missing_by_extra.items()
 
 
 def _installed(name: str) -> bool:
@@ -85,16 +85,16 @@ def describe_model(graph: DependencyGraph) -> dict[str, Any]:
 
 def model_tables(data: dict[str, Any]) -> list[Any]:
     """The same as tables."""
-    groups = Table("group", "axis", "channels", "tensors", title=data["class"])
+    groups = Table(Column("group", overflow="fold"), "axis", "channels", "tensors", title=data["class"])
     for group in data["groups"]:
         groups.add_row(group["name"], group["axis"], str(group["channels"]), str(len(group["tensors"])))
-    pinned = Table("pinned axis", "reason")
+    pinned = Table(Column("pinned axis", overflow="fold"), Column("reason", overflow="fold"))
     for place, reason in data["pinned"].items():
         pinned.add_row(place, reason)
     lines = [f"{name.replace('_', ' ')}: {value:,}" for name, value in data["cost"].items()]
     if not data["branches"]:
         return [groups, pinned, "\n".join(lines)]
-    branches = Table("branch or block", "kind", "layers", "params", "MACs")
+    branches = Table(Column("branch or block", overflow="fold"), "kind", "layers", "params", "MACs")
     for each in data["branches"]:
         numbers = (len(each["layers"]), each["params"], each["macs"])
         branches.add_row(each["name"], each["kind"], *(f"{number:,}" for number in numbers))
@@ -103,7 +103,11 @@ def model_tables(data: dict[str, Any]) -> list[Any]:
 
 def onnx_tables(said: OnnxInfo) -> list[Any]:
     """What an ONNX file says of itself, as tables."""
-    table = Table("input or output", "shape", title=f"{said.path}: {said.bytes:,} bytes, opset {said.opset}")
+    table = Table(
+        Column("input or output", overflow="fold"),
+        "shape",
+        title=f"{said.path}: {said.bytes:,} bytes, opset {said.opset}",
+    )
     for name, shape in [*said.inputs.items(), *said.outputs.items()]:
         table.add_row(name, " x ".join(map(str, shape)))
     if said.version is None:

@@ -64,7 +64,7 @@ def load_model(
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise typer.BadParameter(
-                f"--pretrained: the weights of {spec} could not be had ({lines[0]}). Without a network, give --weights."
+                f"--pretrained: the weights of {spec} were not loaded ({lines[0]}). Without a network, give --weights."
             ) from error
         return model.eval(), own
 
@@ -160,12 +160,12 @@ def named_object(spec: str) -> Any:
         raise typer.BadParameter(f"{spec!r} is not of the form module:function.")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    found: Any = _module_of_file(Path(place)) if place.endswith(".py") else _module(place)
+    value: Any = _module_of_file(Path(place)) if place.endswith(".py") else _module(place)
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise typer.BadParameter(f"{place} has no {name!r}.")
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def _module(name: str) -> Any:
@@ -188,8 +188,8 @@ def _module_of_file(file: Path) -> Any:
 
 
 def _own(spec: str) -> Made:
-    found = named_object(spec)
-    made = found if isinstance(found, nn.Module) else found()
+    value = named_object(spec)
+    made = value if isinstance(value, nn.Module) else value()
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise typer.BadParameter(
@@ -224,8 +224,8 @@ def parse_inputs(texts: list[str]) -> ExampleInputs:
         return {name: _tensor(shape) for name, _, shape in named}
     if any(equals for _, equals, _ in named):
         raise typer.BadParameter("Give all inputs by name, or none.")
-    found = tuple(_tensor(text) for text in texts)
-    return found[0] if len(found) == 1 else found
+    inputs = tuple(_tensor(text) for text in texts)
+    return inputs[0] if len(inputs) == 1 else inputs
 
 
 def _tensor(text: str) -> Tensor:
@@ -265,7 +265,7 @@ def parse_points(file: Path) -> list[Any]:
 
 def parse_dimensions(texts: Iterable[str]) -> dict[str, dict[int, str]]:
     """Free dimensions of inputs, each written ``INPUT:DIM=NAME``."""
-    found: dict[str, dict[int, str]] = {}
+    dimensions: dict[str, dict[int, str]] = {}
     for text in texts:
         match = re.fullmatch(r"(.+):(\d+)=(\w+)", text)
         if match is None:
@@ -273,5 +273,5 @@ def parse_dimensions(texts: Iterable[str]) -> dict[str, dict[int, str]]:
                 f"{text!r} is no free dimension; write INPUT:DIM=NAME, as in input_ids:1=sequence."
             )
         name, dim, label = match.groups()
-        found.setdefault(name, {})[int(dim)] = label
-    return found
+        dimensions.setdefault(name, {})[int(dim)] = label
+    return dimensions

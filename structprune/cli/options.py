@@ -132,10 +132,10 @@ class PlanFlags:
         if self.plan_file is not None:
             if self._amount:
                 raise typer.BadParameter("A plan says how much goes: give --plan alone, or --ratio or --target.")
-            found = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
-            if not isinstance(found, Plan):  # a removal of branches is read by the same door
+            made = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+            if not isinstance(made, Plan):  # a removal of branches is read by the same function
                 raise typer.BadParameter(f"{self.plan_file} removes branches: it is no plan of channels.")
-            return found
+            return made
         given = {name: text for name, text in self.options.items() if text not in (None, [])}
         options: Any = {name: FORMS[OPTIONS[name].form].read(_flag(name), text) for name, text in given.items()}
         return plan(loaded.model, loaded.inputs, **({} if data is None else {"data": data}) | options)
@@ -304,18 +304,18 @@ def _made(kind: Any, values: dict[str, Any]) -> Any:
 def _flags(kind: Any) -> list[inspect.Parameter]:
     """The parameters that typer reads for a bundle: one for each field, and for each of the options of a plan."""
     hints = get_type_hints(kind, include_extras=True)
-    found: list[inspect.Parameter] = []
+    parameters: list[inspect.Parameter] = []
     for field in dataclasses.fields(kind):
         if field.name == "options":
-            found += _plan_flags()
+            parameters += _plan_flags()
         else:
             default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-            found.append(_parameter(field.name, hints[field.name], default))
-    return found
+            parameters.append(_parameter(field.name, hints[field.name], default))
+    return parameters
 
 
 def _plan_flags() -> list[inspect.Parameter]:
-    found: list[inspect.Parameter] = []
+    parameters: list[inspect.Parameter] = []
     for field in dataclasses.fields(PlanOptions):
         option = OPTIONS[field.name]
         negative = f"/--no-{field.name.replace('_', '-')}" if option.form == "flag" else ""
@@ -323,8 +323,8 @@ def _plan_flags() -> list[inspect.Parameter]:
         completion = among(option.words) if option.words else None
         shown = typer.Option(*flags, help=option.help, autocompletion=completion)
         default = field.default if isinstance(field.default, (str, int, float)) else None
-        found.append(_parameter(field.name, Annotated[FORMS[option.form].kind, shown], default))
-    return found
+        parameters.append(_parameter(field.name, Annotated[FORMS[option.form].kind, shown], default))
+    return parameters
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

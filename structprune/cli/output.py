@@ -20,7 +20,7 @@ from structprune.errors import ExportError, MissingExtraError, StructpruneError,
 
 
 class Exit(IntEnum):
-    """Exit codes; 0 is success, and 1 an error that nobody foresaw, with its traceback."""
+    """Exit codes; 0 is success, and 1 an unexpected error, with its traceback."""
 
     USAGE = 2
     MISSING_EXTRA = 3

@@ -16,7 +16,7 @@ from structprune.cli.output import reporting
 from structprune.files import write_text
 from structprune.io import save
 from structprune.latency.measure import LATENCY_BACKENDS, Latency
-from structprune.search.objective import COUNTED
+from structprune.search.network_costs import COUNTED
 from structprune.search.optimize import Searching, optimize
 from structprune.search.space import Space
 from structprune.search.strategies import STRATEGIES

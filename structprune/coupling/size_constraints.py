@@ -163,7 +163,7 @@ class Sizes:
         """What the attributes that change must be when `count` counts the kept channels.
 
         Raises:
-            PlanError: some int of the forward would be wrong all the same.
+            PlanError: some int of the forward would still be wrong.
         """
         value = self.valuation(count)
         for e in self.constraints:

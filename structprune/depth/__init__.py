@@ -1,4 +1,4 @@
-"""Depth: whole branches and blocks found on a trace, and taken out of a model."""
+"""Depth: whole branches and blocks, located in a trace and taken out of a model."""
 
 from structprune.depth.choosing import choose
 from structprune.depth.finding import branches

@@ -17,8 +17,8 @@ from structprune.tracing.trace import describe, part_of
 
 def zeros_of(cut_trace: Any, paths: frozenset[str]) -> list[int]:
     """The numbers of the operations by which modules at `paths` give zeros in place of a branch."""
-    found = [node for path in paths for node in cut_trace.own.get(path, ())]
-    return [node.meta["index"] for node in found if node.meta["name"] in ("zeros_like", "new_zeros")]
+    nodes = [node for path in paths for node in cut_trace.own.get(path, ())]
+    return [node.meta["index"] for node in nodes if node.meta["name"] in ("zeros_like", "new_zeros")]
 
 
 class Comparison:
@@ -89,7 +89,7 @@ class Comparison:
 def _operations(cut: Cut) -> list[fx.Node]:
     """What is run, in order."""
     return [
-        n for n in cut.trace.nodes if n in cut.live and n.op.startswith("call_") and n.meta["name"] != "part"
+        n for n in cut.trace.nodes if n in cut.needed and n.op.startswith("call_") and n.meta["name"] != "part"
     ]  # fmt: skip
 
 

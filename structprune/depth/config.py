@@ -33,7 +33,7 @@ def repair_config(
     Args:
         model: the smaller model.
         shortened: length before, and places that are left, of each list that lost items, by its path.
-        thinner: paths of modules that lost tensors of their own, which no configuration can say.
+        thinner: paths of modules that lost tensors of their own, which no configuration can describe.
         undo: gets what takes the change back.
 
     Returns:
@@ -45,26 +45,34 @@ def repair_config(
     lacks = f"a model built from it has what {', '.join(thinner[:3])} lost; structprune.save and load keep it"
     if not shortened:
         return lacks
-    config: Any = model.config
-    wanted = state_shapes(model)
     with preserved_random_state():
-        for settings in islice(_choices(config, shortened), TRIES):
-            changed = copy.deepcopy(config)
-            for one in _configs(changed):
-                _set(one, settings)
-            try:
-                built = rebuilt(type(model), changed)
-            except UnknownError:
-                continue
-            found = state_shapes(built)
-            more = found.keys() - wanted.keys()
-            same = all(found.get(name) == shape for name, shape in wanted.items())
-            if same and all(f"{name}.".startswith(inside) for name in more) and _alike(built, model, inside):
+        for settings in islice(_choices(model.config, shortened), TRIES):
+            built = _built(model, settings)
+            if built is not None and _is_like(built, model, inside):
                 for one in _all_configs(model):
                     _keep(one, undo)
                     _set(one, settings)
-                return lacks if more else ""
+                return lacks if state_shapes(built).keys() - state_shapes(model).keys() else ""
     return "no numbers in it give a model with these layers left; structprune.save and load keep them"
+
+
+def _built(model: nn.Module, settings: Sequence[Setting]) -> nn.Module | None:
+    """The class of `model`, built from its configuration with these settings; None if it cannot be built."""
+    changed = copy.deepcopy(model.config)
+    for one in _configs(changed):
+        _set(one, settings)
+    try:
+        return rebuilt(type(model), changed)
+    except UnknownError:
+        return None
+
+
+def _is_like(built: nn.Module, model: nn.Module, inside: tuple[str, ...]) -> bool:
+    """Whether `built` has the modules and tensors of `model`, and others only in the modules `inside`."""
+    shapes, wanted = state_shapes(built), state_shapes(model)
+    same = all(shapes.get(name) == shape for name, shape in wanted.items())
+    more = shapes.keys() - wanted.keys()
+    return same and all(f"{name}.".startswith(inside) for name in more) and _alike(built, model, inside)
 
 
 def _keep(config: Any, undo: list[Callable[[], None]]) -> None:

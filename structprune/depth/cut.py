@@ -1,7 +1,7 @@
 """A trace with terms of sums left out: what each tensor is then, and what is still computed.
 
 y = relu(bn(conv(x)) + x), where x is a ReLU's result. With the first term of the sum left out, the sum is x, and so
-is its ReLU. What led to the term is dead, unless something else reads it.
+is its ReLU. What led to the term is no longer computed, unless something else reads it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Cut:
 
     Attributes:
         value: what each node is: itself, another node that it equals, or None for zero.
-        live: the nodes that the outputs are computed from.
+        needed: the nodes that the outputs are computed from.
 
     Raises:
         PlanError: the rest cannot be computed: nothing is left of a sum that is used otherwise, or memory that is
@@ -50,21 +50,21 @@ class Cut:
         self._roots: dict[fx.Node, fx.Node] = {}
         for node in trace.nodes:
             self.value[node] = self._valued(node)
-        self.live = self._living()
+        self.needed = self._needed()
         self._check()
 
     def terms(self, node: fx.Node) -> list[fx.Node]:
         """The terms of a sum that are left."""
         number = node.meta["index"]
-        found = [self.value[term] for i, term in enumerate(terms_of(node)) if (number, i) not in self._off]
-        return [term for term in found if term is not None]
+        values = [self.value[term] for i, term in enumerate(terms_of(node)) if (number, i) not in self._off]
+        return [term for term in values if term is not None]
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that an operation takes now, after what they are replaced by."""
-        found = [self.value[n] for n in tensors(node)]
+        values = [self.value[n] for n in tensors(node)]
         if node.meta["name"] == "stack" and len(node.users) == 1 and stacked(user := next(iter(node.users))) is node:
             return self.terms(user)
-        return [value for value in found if value is not None]
+        return [value for value in values if value is not None]
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -116,10 +116,10 @@ class Cut:
         self._faults[node] = f"nothing is left of what {describe(node, self.trace)} takes, so something has to stay"
         return node
 
-    # -- what lives ----------------------------------------------------------------------------------------------
+    # -- what is still needed ------------------------------------------------------------------------------------
 
-    def _living(self) -> set[fx.Node]:
-        live: set[fx.Node] = set()
+    def _needed(self) -> set[fx.Node]:
+        needed: set[fx.Node] = set()
         pending: list[fx.Node] = []
         for name, node in self.trace.outputs.items():
             value = self.value[node]
@@ -128,21 +128,21 @@ class Cut:
             pending.append(value)
         writers = [node for node in self.trace.nodes if "writes" in node.meta and self.value[node] is node]
         while pending:
-            self._reach(pending, live)
-            roots = {self.root(node) for node in live}
-            # What is written into the memory of a living tensor is needed, though nobody takes the operation's result.
-            pending = [w for w in writers if w not in live and self._target(w) in roots]
-        return live
+            self._reach(pending, needed)
+            roots = {self.root(node) for node in needed}
+            # A write into the memory of a needed tensor is needed too, although no operation takes its result.
+            pending = [w for w in writers if w not in needed and self._target(w) in roots]
+        return needed
 
     def _target(self, writer: fx.Node) -> fx.Node | None:
         value = self.value[writer.meta["writes"]]
         return None if value is None else self.root(value)
 
-    def _reach(self, pending: list[fx.Node], live: set[fx.Node]) -> None:
+    def _reach(self, pending: list[fx.Node], needed: set[fx.Node]) -> None:
         while pending:
             node = pending.pop()
-            if node not in live:
-                live.add(node)
+            if node not in needed:
+                needed.add(node)
                 pending += self.operands(node)
 
     def root(self, node: fx.Node) -> fx.Node:
@@ -162,22 +162,22 @@ class Cut:
 
     def _check(self) -> None:
         for node, reason in self._faults.items():
-            if node in self.live:
+            if node in self.needed:
                 raise PlanError(f"This cannot be removed: {reason}.")
         merged = {node for node in self.trace.nodes if (v := self.value[node]) is not None and v is not node}
         if merged:
             self._check_writes()
 
     def _check_writes(self) -> None:
-        """Two tensors that are one now must not be written to while the other is still read."""
+        """Of two tensors that have become one, neither may be written to while the other is still read."""
         writers: dict[fx.Node, list[fx.Node]] = {}
-        for node in self.live:
+        for node in self.needed:
             if "writes" in node.meta and self.value[node] is node and (root := self._target(node)) is not None:
                 writers.setdefault(root, []).append(node)
         if not writers:
             return
         own = _Memory()
-        readers = [(n, n.meta["index"], tensors(n)) for n in self.live if n.op.startswith("call_")]
+        readers = [(n, n.meta["index"], tensors(n)) for n in self.needed if n.op.startswith("call_")]
         readers += [(n, len(self.trace.nodes), [n]) for n in self.trace.outputs.values()]
         for reader, at, taken in readers:
             for node in taken:

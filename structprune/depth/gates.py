@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from structprune.depth.records import Found
+from structprune.depth.records import PlacedBranch
 from structprune.depth.reference import branches_off, passing
 from structprune.depth.sums import stacked
 from structprune.ops.arguments import arguments
-from structprune.tracing.replay import FoundCall, Hook
+from structprune.tracing.replay import Hook, ReplayedCall
 from structprune.tracing.trace import Trace
 
 # Given the number of a branch and the sum that it goes into, its gate: ones that broadcast with that sum.
@@ -22,7 +22,11 @@ MakeGate = Callable[[int, Tensor], Tensor]
 
 @contextmanager
 def gated(
-    model: nn.Module, recorded: Trace, found: Sequence[Found], make: MakeGate, off: Sequence[Found] = ()
+    model: nn.Module,
+    recorded: Trace,
+    branches: Sequence[PlacedBranch],
+    make: MakeGate,
+    off: Sequence[PlacedBranch] = (),
 ) -> Generator[None]:
     """While the block runs, what each branch adds is multiplied with a gate, which is one: nothing changes.
 
@@ -31,12 +35,12 @@ def gated(
     Args:
         model: the traced model, without wrappers.
         recorded: its trace.
-        found: the branches and blocks.
+        branches: the branches and blocks.
         make: makes the gates; called anew for each sum of a branch and each forward.
         off: branches that are zero meanwhile.
     """
     terms: dict[int, list[tuple[int, int]]] = {}
-    for which, item in enumerate(found):
+    for which, item in enumerate(branches):
         for number, position in item.off:
             terms.setdefault(number, []).append((which, position))
     hooks: dict[int, Hook] = {
@@ -47,13 +51,13 @@ def gated(
         return result + (make(which, result) - 1) * (result - given).detach()
 
     with branches_off(model, recorded, off, hooks), ExitStack() as stack:
-        for which, item in enumerate(found):
+        for which, item in enumerate(branches):
             if item.skipped:
                 stack.enter_context(passing(model, recorded, item, partial(through, which)))
         yield
 
 
-def _opened(node: fx.Node, terms: list[tuple[int, int]], make: MakeGate, operation: FoundCall) -> Any:
+def _opened(node: fx.Node, terms: list[tuple[int, int]], make: MakeGate, operation: ReplayedCall) -> Any:
     """Run a sum, with gates on some of its terms, given as (number of the branch, position)."""
     stack = stacked(node)
     before = operands(operation)
@@ -69,7 +73,7 @@ def _opened(node: fx.Node, terms: list[tuple[int, int]], make: MakeGate, operati
     return result
 
 
-def operands(operation: FoundCall) -> dict[int, Tensor]:
+def operands(operation: ReplayedCall) -> dict[int, Tensor]:
     """Copies of the tensors that a sum is about to take, by their position: it may write into one of them."""
     taken = dict(enumerate(operation.args)) | ({1: operation.kwargs["other"]} if "other" in operation.kwargs else {})
     return {place: tensor.detach().clone() for place, tensor in taken.items() if isinstance(tensor, Tensor)}

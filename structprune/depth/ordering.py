@@ -12,21 +12,21 @@ from torch import Tensor, fx, nn
 
 from structprune.coupling.costs import node_macs
 from structprune.depth.cut import Cut
-from structprune.depth.records import Found
+from structprune.depth.records import PlacedBranch
 from structprune.depth.removal import cut_of
 from structprune.depth.scoring import SCORES, Scorer
 from structprune.distributed import all_reduced
 from structprune.errors import PlanError
 from structprune.tracing.state import held_tensors
 
-Chosen = tuple[Found, ...]
+Chosen = tuple[PlacedBranch, ...]
 
 
-def candidates_of(found: Iterable[Found], kinds: Collection[str]) -> list[Found]:
+def candidates_of(branches: Iterable[PlacedBranch], kinds: Collection[str]) -> list[PlacedBranch]:
     """Those of the kinds ``"blocks"`` (nothing is left of their module) and ``"branches"`` (single terms of sums)."""
     return [
         item
-        for item in found
+        for item in branches
         if ("blocks" in kinds and item.branch.identity) or ("branches" in kinds and item.branch.kind == "branch")
     ]
 
@@ -68,39 +68,39 @@ class Saved:
         self._whole = Cut(scorer.trace)
         self.totals = {name: sum(of(node) for node in scorer.trace.nodes) for name, of in costs.items()}
 
-    def dead(self, chosen: Sequence[Found]) -> set[fx.Node]:
+    def removed_nodes(self, chosen: Sequence[PlacedBranch]) -> set[fx.Node]:
         """What is no longer computed or used.
 
         Raises:
             PlanError: nothing would be left of an output.
         """
-        return self._whole.live - cut_of(self._trace, chosen).live
+        return self._whole.needed - cut_of(self._trace, chosen).needed
 
-    def amounts(self, chosen: Sequence[Found]) -> dict[str, float]:
+    def amounts(self, chosen: Sequence[PlacedBranch]) -> dict[str, float]:
         """How much of each goes with these branches.
 
         Raises:
             PlanError: nothing would be left of an output.
         """
-        dead = self.dead(chosen)
-        return {name: sum(of(node) for node in dead) for name, of in self._costs.items()}
+        removed = self.removed_nodes(chosen)
+        return {name: sum(of(node) for node in removed) for name, of in self._costs.items()}
 
-    def shares(self, chosen: Sequence[Found]) -> dict[str, float]:
+    def shares(self, chosen: Sequence[PlacedBranch]) -> dict[str, float]:
         """The same as shares of what there is."""
         return {name: amount / (self.totals[name] or 1) for name, amount in self.amounts(chosen).items()}
 
-    def __call__(self, chosen: Sequence[Found]) -> float:
+    def __call__(self, chosen: Sequence[PlacedBranch]) -> float:
         """The shares added up."""
         return sum(self.shares(chosen).values())
 
 
 def choices(
     scorer: Scorer,
-    candidates: Sequence[Found],
+    candidates: Sequence[PlacedBranch],
     score: str,
     greedy: bool,
     price: Saved | None,
-    may_go: Callable[[Found], bool] = lambda _: True,
+    may_go: Callable[[PlacedBranch], bool] = lambda _: True,
 ) -> Iterator[Chosen]:
     """What goes if one branch goes, if two go, and so on, until no more can go.
 
@@ -117,30 +117,30 @@ def choices(
     return _one_by_one(scorer, candidates, score, greedy, price, may_go)
 
 
-def _scores(score: str, scorer: Scorer, left: Sequence[Found], chosen: Sequence[Found]) -> list[float]:
+def _scores(score: str, scorer: Scorer, left: Sequence[PlacedBranch], chosen: Sequence[PlacedBranch]) -> list[float]:
     """What is lost without each of the branches that are left.
 
     Raises:
         PlanError: a score is no number.
     """
-    found = SCORES[score](scorer, left, chosen)
-    if not all(map(math.isfinite, found)):
+    scores = SCORES[score](scorer, left, chosen)
+    if not all(map(math.isfinite, scores)):
         raise PlanError("A score of a branch is NaN or infinite on the data. Check the data and the weights.")
-    return found
+    return scores
 
 
 def _one_by_one(
     scorer: Scorer,
-    candidates: Sequence[Found],
+    candidates: Sequence[PlacedBranch],
     score: str,
     greedy: bool,
     price: Saved | None,
-    may_go: Callable[[Found], bool],
+    may_go: Callable[[PlacedBranch], bool],
 ) -> Iterator[Chosen]:
     saved = price or Saved(scorer, {})
     lost = dict(zip(map(_name, candidates), _scores(score, scorer, candidates, ()), strict=True))
     fresh = dict.fromkeys(lost, 0)
-    chosen: list[Found] = []
+    chosen: list[PlacedBranch] = []
     left = list(candidates)
     while (best := _next(left, chosen, lost, saved, price is not None)) is not None:
         if greedy and fresh[_name(best)] < len(chosen):
@@ -154,17 +154,17 @@ def _one_by_one(
         chosen.append(best)
         yield tuple(chosen)
         # What is inside of it, or around it and nothing else, went with it.
-        gone = saved.dead(chosen)
-        left = [item for item in left if not item.dead <= gone]
+        gone = saved.removed_nodes(chosen)
+        left = [item for item in left if not item.own_nodes <= gone]
 
 
-def _name(item: Found) -> str:
+def _name(item: PlacedBranch) -> str:
     return item.branch.name
 
 
 def _next(
-    left: Sequence[Found], chosen: Sequence[Found], lost: dict[str, float], saved: Saved, per_cost: bool
-) -> Found | None:
+    left: Sequence[PlacedBranch], chosen: Sequence[PlacedBranch], lost: dict[str, float], saved: Saved, per_cost: bool
+) -> PlacedBranch | None:
     """The next to go; those are passed over without which nothing would be left, or which save nothing."""
     before = saved(chosen) if per_cost else 0.0
     worth: list[tuple[float, int]] = []
@@ -181,7 +181,7 @@ def _next(
 # -- consecutive blocks -----------------------------------------------------------------------------------------------
 
 
-def _by_runs(scorer: Scorer, candidates: Sequence[Found]) -> Iterator[Chosen]:
+def _by_runs(scorer: Scorer, candidates: Sequence[PlacedBranch]) -> Iterator[Chosen]:
     """For each number of blocks, the runs of consecutive ones of each stack that turn the stream least.
 
     Of a stack of n blocks, the run of m whose input and output make the smallest angle goes (Gromov et al., 2024,
@@ -208,17 +208,17 @@ def _by_runs(scorer: Scorer, candidates: Sequence[Found]) -> Iterator[Chosen]:
         yield tuple(chosen)
 
 
-def _stacks(candidates: Sequence[Found]) -> list[list[Found]]:
+def _stacks(candidates: Sequence[PlacedBranch]) -> list[list[PlacedBranch]]:
     """Blocks that follow each other in one list with streams of one shape; others stand alone."""
-    found: dict[tuple[str, ...], list[Found]] = {}
+    stacks: dict[tuple[str, ...], list[PlacedBranch]] = {}
     for item in candidates:
         holder = item.branch.module.rpartition(".")[0]
         key = (holder,) if item.branch.identity else (holder, item.branch.name)
-        found.setdefault(key, []).append(item)
-    return list(found.values())
+        stacks.setdefault(key, []).append(item)
+    return list(stacks.values())
 
 
-def _angles(scorer: Scorer, stacks: Sequence[Sequence[Found]]) -> list[NDArray[np.float64]]:
+def _angles(scorer: Scorer, stacks: Sequence[Sequence[PlacedBranch]]) -> list[NDArray[np.float64]]:
     """For each stack of n blocks the angles over pi between all streams before, between and behind them.
 
     Shape ``(n + 1, n + 1)``; averaged over positions and batches. Infinite between streams of different shape.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from structprune.depth.removal import Removal, cut_model, shell_of, take_back
@@ -138,7 +138,7 @@ class DepthPlan(Plan):
     def table(self) -> Table:
         """The branches that go, then layers and axes of what is left with their channels, and the cost."""
         table = super().table()
-        whole = Table(*(str(column.header) for column in table.columns))
+        whole = Table(*(Column(str(column.header), overflow=column.overflow) for column in table.columns))
         for name in self.removal.branches:
             whole.add_row(name, "removed", "")
         whole.add_section()

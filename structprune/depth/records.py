@@ -44,20 +44,20 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PlacedBranch:
     """A `Branch` with where it stands in the trace.
 
     Attributes:
         branch: what users see.
         off: the terms that count as zero, as (sum, position).
         skipped: the block's result and what it got, by number; one pair for each call of the block.
-        dead: what only it computes and uses.
+        own_nodes: what only it computes and uses.
     """
 
     branch: Branch
     off: tuple[Edge, ...]
     skipped: tuple[tuple[int, int], ...]
-    dead: frozenset[fx.Node]
+    own_nodes: frozenset[fx.Node]
 
 
 def name_of(module: str, layers: tuple[str, ...]) -> str:
@@ -80,17 +80,17 @@ def name_of(module: str, layers: tuple[str, ...]) -> str:
     return f"{prefix} ({text})" if prefix else f"({text})"
 
 
-def named_apart(found: list[Found]) -> Iterator[Found]:
+def named_apart(branches: list[PlacedBranch]) -> Iterator[PlacedBranch]:
     """The same, with numbers behind names that more than one has."""
     counts: dict[str, int] = {}
-    for item in found:
+    for item in branches:
         branch = item.branch
         number = counts[branch.name] = counts.get(branch.name, 0) + 1
         if number == 1:
             yield item
             continue
         named = replace(branch, name=f"{branch.name} #{number}")
-        yield Found(named, item.off, item.skipped, item.dead)
+        yield PlacedBranch(named, item.off, item.skipped, item.own_nodes)
 
 
 def nodes_in(value: Any) -> Iterator[fx.Node]:

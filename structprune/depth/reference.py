@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.depth.cut import Cut
-from structprune.depth.records import Found
+from structprune.depth.records import PlacedBranch
 from structprune.depth.sums import stacked
 from structprune.ops.arguments import arguments
 from structprune.tracing.containers import Path, located
-from structprune.tracing.replay import FoundCall, Hook, Replay
+from structprune.tracing.replay import Hook, Replay, ReplayedCall
 from structprune.tracing.trace import Trace
 
 
 @contextmanager
 def branches_off(
-    model: nn.Module, recorded: Trace, chosen: Iterable[Found], hooks: Mapping[int, Hook] = MappingProxyType({})
+    model: nn.Module, recorded: Trace, chosen: Iterable[PlacedBranch], hooks: Mapping[int, Hook] = MappingProxyType({})
 ) -> Generator[None]:
     """While the block runs, these branches of `model` are zero and these blocks give back what they get.
 
@@ -40,7 +40,7 @@ def branches_off(
     for number, position in (edge for item in chosen for edge in item.off):
         positions.setdefault(number, []).append(position)
     everything: dict[int, Hook] = dict(hooks) | {
-        number: partial(_zeroed, recorded.nodes[number], places, hooks.get(number, FoundCall.__call__))
+        number: partial(_zeroed, recorded.nodes[number], places, hooks.get(number, ReplayedCall.__call__))
         for number, places in positions.items()
     }
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ def branches_off(
         yield
 
 
-def _zeroed(node: fx.Node, positions: list[int], run: Hook, operation: FoundCall) -> Any:
+def _zeroed(node: fx.Node, positions: list[int], run: Hook, operation: ReplayedCall) -> Any:
     """Let `run` run a sum with the terms at these positions at zero."""
     args = list(operation.args)
     stack = stacked(node)
@@ -74,7 +74,7 @@ def _zeroed(node: fx.Node, positions: list[int], run: Hook, operation: FoundCall
 
 @contextmanager
 def passing(
-    model: nn.Module, recorded: Trace, block: Found, combine: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, recorded: Trace, block: PlacedBranch, combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Generator[None]:
     """While the block runs, a module gives `combine` of what it got and what it computed, each of them one tensor."""
     calls = [call for call in recorded.calls if call.path == block.branch.module]
@@ -84,8 +84,8 @@ def passing(
     for call in calls:
         outputs = {whole.value[node]: path for path, node in located(call.output, fx.Node)}
         given = {whole.value[node]: path for path, node in reversed(list(located((call.args, call.kwargs), fx.Node)))}
-        found = [(outputs[y], given[x]) for y, x in pairs.items() if y in outputs and x in given]
-        places.append(found[0] if found else None)
+        pairs_here = [(outputs[y], given[x]) for y, x in pairs.items() if y in outputs and x in given]
+        places.append(pairs_here[0] if pairs_here else None)
     count = iter(places)
 
     def passed(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -19,7 +19,7 @@ from structprune.depth.check import Comparison, zeros_of
 from structprune.depth.config import repair_config
 from structprune.depth.cut import Cut
 from structprune.depth.finding import find
-from structprune.depth.records import Branch, Found
+from structprune.depth.records import Branch, PlacedBranch
 from structprune.depth.reference import branches_off
 from structprune.depth.steps import Steps, Undo, carry_out, paths_of
 from structprune.depth.surgery import WAYS, Planner
@@ -81,10 +81,10 @@ class Removal:
         Raises:
             PlanError: there was none.
         """
-        found = [plan for plan in plans_of(model) if isinstance(plan, Removal)]
-        if not found:
+        removals = [plan for plan in plans_of(model) if isinstance(plan, Removal)]
+        if not removals:
             raise PlanError("No branch was removed from this model. Give what structprune.remove_branches returned.")
-        return found[-1]
+        return removals[-1]
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """The model without the branches.
@@ -192,13 +192,13 @@ def _listed(branches: Iterable[str | Branch]) -> Iterable[str | Branch]:
     return listed
 
 
-def chosen_of(found: tuple[Found, ...], names: Iterable[str]) -> list[Found]:
+def chosen_of(candidates: tuple[PlacedBranch, ...], names: Iterable[str]) -> list[PlacedBranch]:
     """Those of these names.
 
     Raises:
         PlanError: there is none of one of the names.
     """
-    by_name = {item.branch.name: item for item in found}
+    by_name = {item.branch.name: item for item in candidates}
     missing = [name for name in names if name not in by_name]
     if missing:
         known = ", ".join(map(repr, list(by_name)[:8])) + (", ..." if len(by_name) > 8 else "")
@@ -209,7 +209,7 @@ def chosen_of(found: tuple[Found, ...], names: Iterable[str]) -> list[Found]:
     return [by_name[name] for name in names]
 
 
-def cut_of(recorded: Trace, chosen: Iterable[Found]) -> Cut:
+def cut_of(recorded: Trace, chosen: Iterable[PlacedBranch]) -> Cut:
     """What is left of a trace without these.
 
     Raises:
@@ -268,7 +268,7 @@ def _copied(model: nn.Module, whole: Cut, cut: Cut) -> nn.Module:
     """A copy, in which tensors that are about to go are those of the model."""
     held = held_tensors(model)
     memo = _memo(held, {})
-    gone = [str(n.target) for n in whole.live - cut.live if n.meta["name"] == "parameter"]
+    gone = [str(n.target) for n in whole.needed - cut.needed if n.meta["name"] == "parameter"]
     memo |= {id(held[name].tensor): held[name].tensor for name in gone}
     return copy.deepcopy(model, memo)
 

@@ -125,7 +125,7 @@ def _places(items: list[nn.Module | None]) -> list[tuple[str, str]]:
     """
     if len(items) < 2:
         return []
-    found: set[tuple[str, str]] | None = None
+    places: set[tuple[str, str]] | None = None
     for number, item in enumerate(items):
         here = {
             (inner, name)
@@ -133,13 +133,13 @@ def _places(items: list[nn.Module | None]) -> list[tuple[str, str]]:
             for name, value in part.__dict__.items()
             if type(value) is int and value == number
         }
-        found = here if found is None else found & here
-    return sorted(found or ())
+        places = here if places is None else places & here
+    return sorted(places or ())
 
 
 def paths_of(moved: dict[str, str], names: Iterable[str]) -> dict[str, str]:
     """The new name of each of `names`, when modules have moved."""
-    found: dict[str, str] = {}
+    names_now: dict[str, str] = {}
     for name in names:
         old = name.split(".")
         steps = list(old)
@@ -147,5 +147,5 @@ def paths_of(moved: dict[str, str], names: Iterable[str]) -> dict[str, str]:
             path = ".".join(old[:length])
             if path in moved:
                 steps[length - 1] = moved[path].rpartition(".")[2]
-        found[name] = ".".join(steps)
-    return found
+        names_now[name] = ".".join(steps)
+    return names_now

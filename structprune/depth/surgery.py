@@ -53,14 +53,14 @@ class _Left(Change):
 
     def value(self, node: fx.Node) -> fx.Node | None:
         value = self._planner.cut.value[node]
-        return value if value in self._planner.cut.live else None
+        return value if value in self._planner.cut.needed else None
 
     def runs(self, node: fx.Node) -> bool:
         if node.meta["name"] == "part":
             return self.value(node) is node
         if is_itself(node):
             return not self.zeros and self.value(node) is not None
-        return self._planner.lives(node)
+        return self._planner.still_run(node)
 
     def calls(self, child: ModuleCall) -> bool:
         if self.zeros or self._planner.did(child)[0]:
@@ -85,7 +85,7 @@ class Planner:
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, whole: Cut, cut: Cut) -> None:
         self._model, self._inputs = model, example_inputs
         self.whole, self.cut, self._trace = whole, cut, cut.trace
-        self.read = {n for node in whole.live for n in whole.operands(node) if node.op.startswith("call_")}
+        self.read = {n for node in whole.needed for n in whole.operands(node) if node.op.startswith("call_")}
         self._children: dict[int, list[ModuleCall]] = {}
         self._by_path: dict[str, list[ModuleCall]] = {}
         for call in self._trace.calls:
@@ -98,22 +98,22 @@ class Planner:
                 self._own.setdefault(node.meta["call"], []).append(node)
         self._kind: dict[int, tuple[bool, bool]] = {}
 
-    def lives(self, node: fx.Node) -> bool:
+    def still_run(self, node: fx.Node) -> bool:
         """Whether an operation is still run."""
-        return node in self.cut.live
+        return node in self.cut.needed
 
     def _has(self, node: fx.Node) -> bool:
         value = self.cut.value[node]
-        return value is not None and (value in self.cut.live or node not in self.whole.live)
+        return value is not None and (value in self.cut.needed or node not in self.whole.needed)
 
     def did(self, call: ModuleCall) -> tuple[bool, bool]:
         """Whether a call, with those in it, computed something that mattered, and whether some of that is left."""
         number = self._numbers[id(call)]
         if number not in self._kind:
-            own = [node for node in self._own.get(number, ()) if node in self.whole.live]
+            own = [node for node in self._own.get(number, ()) if node in self.whole.needed]
             inner = [self.did(child) for child in self._children.get(number, ())]
             did = bool(own) or any(a for a, _ in inner)
-            left = any(self.lives(node) for node in own) or any(b for _, b in inner)
+            left = any(self.still_run(node) for node in own) or any(b for _, b in inner)
             self._kind[number] = did, left
         return self._kind[number]
 
@@ -125,7 +125,7 @@ class Planner:
     def _passes(self, call: ModuleCall) -> bool:
         """Whether a call of which nothing is left gives on what it got."""
         values = [self.cut.value[node] for node in nodes_in(call.output) if node in self.read or self._is_output(node)]
-        return any(value is not None and value in self.cut.live for value in values)
+        return any(value is not None and value in self.cut.needed for value in values)
 
     def _is_output(self, node: fx.Node) -> bool:
         return node in self._trace.outputs.values()
@@ -139,23 +139,23 @@ class Planner:
             PlanError: a module that is called several times would have to differ between its calls.
             TraceError: a forward that would have to be rewritten uses something that a graph cannot hold.
         """
-        found = Steps({}, [], [], {})
+        steps = Steps({}, [], [], {})
         (root,) = self._children[-1]
         done: set[str] = set()
-        self._visit(root, way, found, done)
-        found.kept = self._still_used(found)
-        return found
+        self._visit(root, way, steps, done)
+        steps.kept = self._still_used(steps)
+        return steps
 
     def _still_used(self, steps: Steps) -> frozenset[str]:
         """Names of tensors in modules that go which something else uses, and which no other module holds."""
         inside = tuple(f"{path}." for path in (*steps.emptied, *steps.dropped))
-        used = [str(n.target) for n in self.cut.live if n.meta["name"] == "parameter"]
-        found: set[str] = set()
+        used = [str(n.target) for n in self.cut.needed if n.meta["name"] == "parameter"]
+        names_used: set[str] = set()
         for name in used:
             names = self._trace.tensors[name]
             if all(f"{one}.".startswith(inside) for one in names):
-                found.update(names)
-        return frozenset(found)
+                names_used.update(names)
+        return frozenset(names_used)
 
     def _check_alike(self, path: str) -> None:
         """A module that is called several times has one forward."""
@@ -172,13 +172,13 @@ class Planner:
         return all(self.gone(call) for call in self._by_path[child.path] if self.did(call)[0])
 
     def _kept_own(self, call: ModuleCall) -> list[fx.Node]:
-        return [node for node in self._own.get(self._numbers[id(call)], ()) if self.lives(node)]
+        return [node for node in self._own.get(self._numbers[id(call)], ()) if self.still_run(node)]
 
     def _changes(self, call: ModuleCall) -> bool:
         """Whether the forward of a module itself loses something."""
         number = self._numbers[id(call)]
         for node in self._own.get(number, ()):
-            if node in self.whole.live and not self.lives(node):
+            if node in self.whole.needed and not self.still_run(node):
                 return True
         for child in self._children.get(number, ()):
             if self.gone(child):
@@ -188,7 +188,7 @@ class Planner:
                 return True
         return False
 
-    def _visit(self, call: ModuleCall, way: Way, found: Steps, done: set[str]) -> None:
+    def _visit(self, call: ModuleCall, way: Way, steps: Steps, done: set[str]) -> None:
         """Decide about a call of which something is left, and those in it."""
         if call.path in done:
             return
@@ -198,35 +198,35 @@ class Planner:
         rewrite = changes and way.rewrite and self._may_be_rewritten(call, way.guard)
         if rewrite:
             self._check_alike(call.path)
-            found.forwards[call.path] = self._forward(call, zeros=False, guarded=way.guard)
-            found.dropped += [child.path for child in children if self._goes(child)]
-            found.dropped += self._own_tensors(call)
+            steps.forwards[call.path] = self._forward(call, zeros=False, guarded=way.guard)
+            steps.dropped += [child.path for child in children if self._goes(child)]
+            steps.dropped += self._own_tensors(call)
         for child in children:
             if self.gone(child):
                 if not rewrite:
-                    self._leave(child, way, found, done)
+                    self._leave(child, way, steps, done)
             elif self.did(child)[0]:
-                self._visit(child, way, found, done)
+                self._visit(child, way, steps, done)
 
-    def _leave(self, call: ModuleCall, way: Way, found: Steps, done: set[str]) -> None:
+    def _leave(self, call: ModuleCall, way: Way, steps: Steps, done: set[str]) -> None:
         """Decide about a call of which nothing is left, in a forward that stays as it is."""
         if call.path in done:
             return
         done.add(call.path)
         if not self._goes(call):
-            return  # it is shared with what lives, and stays as it is
+            return  # it is shared with what stays, and stays as it is
         parent, _, key = call.path.rpartition(".")
         holder = self._model.get_submodule(parent)
         listed = isinstance(holder, LISTS) and type(holder).forward in (nn.Sequential.forward, nn.Module.forward)
         if listed and self._passes(call) and (way.shorten or isinstance(holder, nn.Sequential)):
-            found.shortened.setdefault(parent, []).append(key)
+            steps.shortened.setdefault(parent, []).append(key)
             return
         if self._passes(call) and not self._changes(call):
             done.remove(call.path)
-            self._visit(call, way, found, done)
+            self._visit(call, way, steps, done)
             return
-        found.forwards[call.path] = self._forward(call, zeros=True, guarded=False)
-        found.emptied.append(call.path)
+        steps.forwards[call.path] = self._forward(call, zeros=True, guarded=False)
+        steps.emptied.append(call.path)
 
     def _forward(self, call: ModuleCall, zeros: bool, guarded: bool) -> Rewritten:
         graph = changed_graph(self._trace, call, _Left(self, zeros, guarded))
@@ -234,7 +234,7 @@ class Planner:
 
     def _own_tensors(self, call: ModuleCall) -> list[str]:
         """Names of the tensors that a module itself holds and nothing uses any more."""
-        held = [n for n in self.whole.live if n.meta["name"] == "parameter" and n not in self.cut.live]
+        held = [n for n in self.whole.needed if n.meta["name"] == "parameter" and n not in self.cut.needed]
         return [str(n.target) for n in held if str(n.target).rpartition(".")[0] == call.path]
 
     # -- what may be rewritten -----------------------------------------------------------------------------------
@@ -265,10 +265,10 @@ class Planner:
         for node in both.all_nodes[len(both.nodes) :]:
             if node.op.startswith("call_"):
                 own.setdefault(node.meta["call"], []).append(node.meta["name"])
-        found: dict[str, list[list[str]]] = {}
+        by_path: dict[str, list[list[str]]] = {}
         for number in range(len(both.calls), len(both.every_call)):
-            found.setdefault(both.every_call[number].path, []).append(own.get(number, []))
-        return found
+            by_path.setdefault(both.every_call[number].path, []).append(own.get(number, []))
+        return by_path
 
     def _same_in_training(self, call: ModuleCall) -> bool:
         number = self._numbers[id(call)]

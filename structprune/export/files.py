@@ -1,4 +1,4 @@
-"""An ONNX file by itself: the names of its inputs, a session that runs it, and its distance to the model."""
+"""A model file by itself: the names of its inputs, whether it is sound, and its distance to the model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import ExportError
+from structprune.export.runtimes import Loaded, copied
 from structprune.extras import require as required
 from structprune.inputs import batch_size
 from structprune.tracing.trace import ExampleInputs, as_call
@@ -53,20 +54,21 @@ def check(file: Path) -> None:
 
 
 def compare(
-    model: nn.Module, inputs: ExampleInputs, file: Path, names: Sequence[str], limit: float, at: str = ""
+    model: nn.Module, inputs: ExampleInputs, run: Loaded, runtime: str, names: Sequence[str], limit: float, at: str = ""
 ) -> float:
-    """Largest relative error of the file on these inputs.
+    """Largest relative error of a file on these inputs.
 
     Args:
         model: the model that was written.
         inputs: of any size that the file is meant for.
-        file: the ONNX file.
+        run: the file, loaded by what runs it.
+        runtime: the name of that.
         names: of the inputs.
         limit: the largest error allowed.
         at: says in messages which inputs these are; their batch size, if not given.
 
     Raises:
-        ExportError: It is above the limit, or ONNX Runtime refuses the file or the inputs.
+        ExportError: It is above the limit, or the runtime refuses the inputs.
     """
     where = f"{type(model).__name__} at {at or f'batch size {batch_size(inputs)}'}"
     args, kwargs = as_call(inputs)
@@ -77,49 +79,41 @@ def compare(
             f"{where}: the model itself does not run ({error}); if its forward fixes the batch size, export with "
             "dynamic_batch=False"
         ) from error
-    actual = _run(file, dict(zip(names, tensors((args, kwargs)), strict=True)), where)
+    arrays = to_numpy(dict(zip(names, tensors((args, kwargs)), strict=True)), runtime)
+    try:
+        actual = [torch.as_tensor(output) for output in copied(run(arrays))]
+    except ExportError as error:
+        raise ExportError(f"{where}: {error}") from error
     if len(actual) != len(expected):
-        raise ExportError(f"{where}: the ONNX file has {len(actual)} outputs, the model {len(expected)}")
-    worst = 0.0
-    for index, (ours, theirs) in enumerate(zip(expected, actual, strict=True)):
-        if ours.shape != theirs.shape:
-            raise ExportError(
-                f"{where}: output {index} has shape {tuple(theirs.shape)} in ONNX Runtime and {tuple(ours.shape)} in "
-                "PyTorch; the forward depends on the size of its inputs, so export with dynamic_batch=False, and "
-                "without dynamic_dims"
-            )
-        error = relative_error(ours, theirs)
-        # Written so that an error that is no number fails as well.
-        if not error <= limit:
-            raise ExportError(
-                f"{where}: output {index} differs by {error:.3g} of its largest magnitude between PyTorch and ONNX "
-                f"Runtime, more than {limit:.3g}; export an eval-mode model whose outputs do not depend on random "
-                "numbers, or pass a larger tolerance= if this accuracy is enough"
-            )
-        worst = max(worst, error)
-    return worst
+        raise ExportError(f"{where}: the file has {len(actual)} outputs, the model {len(expected)}")
+    return max(
+        (_error(where, runtime, pair, index, limit) for index, pair in enumerate(zip(expected, actual, strict=True))),
+        default=0.0,
+    )
 
 
-def session(file: Path, *, threads: int | None = None, provider: str = "CPUExecutionProvider") -> Any:
-    """Load the file into ONNX Runtime.
+def _error(where: str, runtime: str, pair: tuple[Tensor, Tensor], index: int, limit: float) -> float:
+    """The relative error of one output."""
+    ours, theirs = pair
+    if ours.shape != theirs.shape:
+        raise ExportError(
+            f"{where}: output {index} has shape {tuple(theirs.shape)} in {runtime} and {tuple(ours.shape)} in "
+            "PyTorch; the forward depends on the size of its inputs, so export with dynamic_batch=False, and "
+            "without dynamic_dims"
+        )
+    error = relative_error(ours, theirs)
+    # Written so that an error that is no number fails as well.
+    if not error <= limit:
+        raise ExportError(
+            f"{where}: output {index} differs by {error:.3g} of its largest magnitude between PyTorch and {runtime}, "
+            f"more than {limit:.3g}; export an eval-mode model whose outputs do not depend on random numbers, or pass "
+            "a larger tolerance= if this accuracy is enough"
+        )
+    return error
 
-    Args:
-        file: The ONNX file.
-        threads: How many threads one operation may use; ONNX Runtime's own choice if not given.
-        provider: The execution provider, which must be one of ``onnxruntime.get_available_providers()``.
-    """
-    runtime = require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # what it could not simplify is no concern of the reader's; errors are raised anyway
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    # Threads that wait by spinning would take the cores from whatever runs next, and these files are run in turns.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return runtime.InferenceSession(str(file), options, providers=[provider])
 
-
-def to_numpy(inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """The inputs as ONNX Runtime takes them.
+def to_numpy(inputs: dict[str, Tensor], runtime: str = "ONNX Runtime") -> dict[str, Any]:
+    """The inputs as a runtime takes them.
 
     Raises:
         ExportError: A tensor is of bfloat16, which NumPy does not know.
@@ -127,28 +121,10 @@ def to_numpy(inputs: dict[str, Tensor]) -> dict[str, Any]:
     for name, tensor in inputs.items():
         if tensor.dtype is torch.bfloat16:
             raise ExportError(
-                f"input {name!r} is of bfloat16, which ONNX Runtime cannot be given from Python; export "
+                f"input {name!r} is of bfloat16, which {runtime} cannot be given from Python; export "
                 "model.float() with float32 inputs, or model.half() with float16 inputs"
             )
     return {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
-
-
-def _run(file: Path, inputs: dict[str, Tensor], where: str) -> list[Tensor]:
-    """Run the file on the CPU."""
-    failures = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    refusals = (
-        failures.Fail,
-        failures.InvalidArgument,
-        failures.InvalidGraph,
-        failures.NotImplemented,
-        failures.RuntimeException,
-    )
-    arrays = to_numpy(inputs)
-    try:
-        outputs = session(file).run(None, arrays)
-    except refusals as error:
-        raise ExportError(f"{where}: ONNX Runtime cannot run the file: {error}") from error
-    return [torch.as_tensor(output) for output in outputs]
 
 
 def relative_error(expected: Tensor, actual: Tensor) -> float:

@@ -7,28 +7,25 @@ example inputs and on another batch size, and only then moved to where it was as
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from structprune.checking import FLAG, INPUTS, PATH, real, shown, whole
+from structprune.checking import FLAG, INPUTS, PATH, shown, whole
 from structprune.checking import require as require_arguments
 from structprune.errors import ExportError
-from structprune.export.files import check, compare, require, tensors
+from structprune.export.files import check, tensors
 from structprune.export.metadata import metadata
 from structprune.export.program import FreeDims, program_of
-from structprune.files import drafts_in, put, target_of
-from structprune.inputs import evaluating
+from structprune.export.runtimes import ONNXRUNTIME
+from structprune.export.verified import Flat, Wanted, write_verified
 from structprune.tracing.trace import ExampleInputs, as_call, require_running
 
 # Beyond 2 GiB a protobuf cannot hold the weights; they then go into a second file beside the first.
 _EXTERNAL_DATA_ABOVE = 1_800_000_000
-# How far the largest difference may be, as a share of the largest output.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -47,26 +44,6 @@ class OnnxExport:
     opset: int
     max_relative_error: float
     bytes: int
-
-
-class _Flat(nn.Module):
-    """A model as a function from a flat list of tensors to a flat list of tensors, which is what an ONNX file is."""
-
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
-        super().__init__()
-        self.model = model
-        leaves, self.spec = pytree.tree_flatten(as_call(example_inputs))
-        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        # Not `eval()`: the caller holds the model's modes, and this wrapper has none of its own.
-        self.training = False
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        given = iter(inputs)
-        pairs = zip(self.is_tensor, self.constants, strict=True)
-        leaves = [next(given) if is_tensor else constant for is_tensor, constant in pairs]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return tensors(self.model(*args, **kwargs))
 
 
 def export_onnx(
@@ -119,56 +96,33 @@ def export_onnx(
         True
     """
     require_arguments(locals(), ExportError, path=PATH, example_inputs=INPUTS, dynamic_batch=FLAG)
-    _check_options(model, check_inputs, opset, tolerance)
-    for extra in ("onnx", "onnxscript", "onnxruntime"):
-        require(extra)
-    try:
-        target = target_of(Path(path))
-    except (OSError, TypeError) as error:
-        raise ExportError(f"cannot write {path}: {error}") from error
-    free = FreeDims.of(model, example_inputs, dynamic_batch, dynamic_dims or {})
-    limit = _default_tolerance(model) if tolerance is None else tolerance
-    with evaluating(model), drafts_in(target.parent) as folder:
-        draft = folder / target.name
-        opset_written = _write(model, free, draft, opset)
-        check(draft)
-        trials = [*free.batches(), *((inputs, "check_inputs") for inputs in check_inputs)]
-        if len(trials) == len(free.batches()):
-            trials += free.other_sizes(model)
-        error = max(compare(model, inputs, draft, free.names, limit, at) for inputs, at in trials)
-        written = list(folder.iterdir())
-        total = sum(file.stat().st_size for file in written)
-        # The weights before the file that points to them.
-        for file in sorted(written, key=lambda file: file == draft):
-            put(file, target.parent / file.name)
-    return OnnxExport(path=Path(path), opset=opset_written, max_relative_error=error, bytes=total)
+    _check_opset(opset)
+    wanted = Wanted(dynamic_batch, dynamic_dims or {}, check_inputs, tolerance)
+    written_opset = 0
+
+    def write(free: FreeDims, draft: Path) -> None:
+        nonlocal written_opset
+        written_opset = write_onnx(model, free, draft, opset)
+
+    found = write_verified(model, path, example_inputs, wanted, write, ONNXRUNTIME)
+    return OnnxExport(found.path, written_opset, found.max_relative_error, found.bytes)
 
 
-def _check_options(model: object, check_inputs: object, opset: object, tolerance: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ExportError(f"model is a {type(model).__name__}; give the model, an nn.Module")
-    if not isinstance(check_inputs, Iterable) or isinstance(check_inputs, (Tensor, Mapping, str)):
-        raise ExportError(f"check_inputs is a {type(check_inputs).__name__}; give a list of inputs like the example")
-    if not isinstance(check_inputs, Iterator) and not all(map(INPUTS.fits, check_inputs)):
-        raise ExportError(f"check_inputs holds something else than inputs; {INPUTS.allowed}")
+def _check_opset(opset: object) -> None:
     if opset is not None and not whole(1).fits(opset):
         raise ExportError(f"opset is {shown(opset)}; give the number of an operator set")
-    if tolerance is not None and not real(least=0).fits(tolerance):
-        raise ExportError(f"tolerance is {shown(tolerance)}; give the largest relative error allowed")
 
 
-def _default_tolerance(model: nn.Module) -> float:
-    """The loosest one that a floating dtype of the model asks for; a model without parameters is taken for float32."""
-    found = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} or {torch.float32}
-    return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in found)
+def write_onnx(model: nn.Module, free: FreeDims, file: Path, opset: int | None = None) -> int:
+    """Write a model as an ONNX file that is sound, but not yet compared; returns the operator set.
 
-
-def _write(model: nn.Module, free: FreeDims, file: Path, opset: int | None) -> int:
-    """Run the exporter; returns the operator set of the file."""
+    Raises:
+        ExportError: the exporter refuses the model, or what it writes is no valid ONNX file.
+    """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     traced = free.traced()
     try:
-        program = program_of(_Flat(model, traced), tensors(as_call(traced)), free.names, free.dims, opset)
+        program = program_of(Flat(model, traced), tensors(as_call(traced)), free.names, free.dims, opset)
     except torch.onnx.OnnxExporterError as error:
         require_running(model, traced, ExportError)
         advice = "; if its forward fixes the batch size, pass dynamic_batch=False" if free.dynamic_batch else ""
@@ -177,6 +131,7 @@ def _write(model: nn.Module, free: FreeDims, file: Path, opset: int | None) -> i
         ) from error
     program.model.metadata_props.update(metadata(model))
     program.save(file, external_data=weights > _EXTERNAL_DATA_ABOVE)
+    check(file)
     return int(program.model.opset_imports[""])
 
 

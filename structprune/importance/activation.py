@@ -268,12 +268,12 @@ class Wanda(ActivationCriterion):
 
         look(graph, batches, [use.site for use in uses], visit)
         sums.reduce()
-        found: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
         for use in uses:
             weight = wide(graph.model.get_parameter(use.name).detach())
             spread = (sums[use.name, "square"] / sums[use.name, "count"]).sqrt()
-            found[use.name] = (weight.abs() * use.spread(spread, weight)).pow(self.n)
-        return found
+            scores[use.name] = (weight.abs() * use.spread(spread, weight)).pow(self.n)
+        return scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structprune.distributed import all_summed
 from structprune.errors import PlanError
-from structprune.tracing.replay import FoundCall
+from structprune.tracing.replay import ReplayedCall
 
 
 class Sums:
@@ -74,7 +74,7 @@ class Activation:
     weight: Tensor | None
     weight_dim: int
     samples: int
-    operation: FoundCall
+    operation: ReplayedCall
     where: str
 
     def rows(self) -> Tensor:

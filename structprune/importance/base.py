@@ -243,10 +243,10 @@ def member_sums(group: Group, entries: Callable[[str], Tensor | None]) -> Iterat
         entries: entries of the tensor of this name, in its shape; None to leave it out.
     """
     for member in group.members:
-        found = entries(member.tensor)
-        if found is not None:
-            positions, channels = indices(member, found.device)
-            yield gathered(along(found, member.dim), positions, channels, group.channels)
+        values = entries(member.tensor)
+        if values is not None:
+            positions, channels = indices(member, values.device)
+            yield gathered(along(values, member.dim), positions, channels, group.channels)
 
 
 def padded(positions: Tensor, channels: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -67,8 +67,8 @@ class Sum:
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
-        found = [_scores(importance_of(part), group, tensors) for part in self.parts]
-        return torch.stack([w * s.cpu() for w, s in zip(self.weights or (), found, strict=True)]).sum(0)
+        scores = [_scores(importance_of(part), group, tensors) for part in self.parts]
+        return torch.stack([w * s.cpu() for w, s in zip(self.weights or (), scores, strict=True)]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Product:
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)``."""
-        found = [_scores(importance_of(part), group, tensors) for part in self.parts]
-        return torch.stack([s.cpu() ** p for p, s in zip(self.powers or (), found, strict=True)]).prod(0)
+        scores = [_scores(importance_of(part), group, tensors) for part in self.parts]
+        return torch.stack([s.cpu() ** p for p, s in zip(self.powers or (), scores, strict=True)]).prod(0)
 
 
 def _all(parts: Sequence[Part]) -> tuple[Importance, ...]:
@@ -227,41 +227,41 @@ def macs_of_channels(graph: ChannelGraph) -> Tensor:
     total = 0
     known: dict[object, tuple[Ids, Ids]] = {}
     for node in graph.trace.nodes:
-        rows: dict[object, Axis] = {}
+        axes: dict[object, Axis] = {}
 
-        def full(row: Axis, rows: dict[object, Axis] = rows) -> int:
-            if row.free:
-                rows[row.key] = row
-            return row.size
+        def full(axis: Axis, axes: dict[object, Axis] = axes) -> int:
+            if axis.free:
+                axes[axis.key] = axis
+            return axis.size
 
         macs = node_macs(node, graph.channels, full)
         total += macs
-        if not macs or not rows:
+        if not macs or not axes:
             continue
-        counts = {key: _multiplicity(graph, row, known) for key, row in rows.items()}
-        roots = np.unique(np.concatenate([found for found, _ in counts.values()]))
-        # How many positions of each row each root takes; roots that take alike cost alike.
-        table = np.zeros((len(rows), len(roots)), dtype=np.int64)
-        for i, (found, number) in enumerate(counts.values()):
-            table[i, np.searchsorted(roots, found)] = number
+        counts = {key: _multiplicity(graph, axis, known) for key, axis in axes.items()}
+        roots = np.unique(np.concatenate([these for these, _ in counts.values()]))
+        # How many positions of each axis each root takes; roots that take alike cost alike.
+        table = np.zeros((len(axes), len(roots)), dtype=np.int64)
+        for i, (these, number) in enumerate(counts.values()):
+            table[i, np.searchsorted(roots, these)] = number
         kinds, inverse = np.unique(table, axis=1, return_inverse=True)
         for kind in range(kinds.shape[1]):
-            taken = dict(zip(rows, kinds[:, kind].tolist(), strict=True))
+            taken = dict(zip(axes, kinds[:, kind].tolist(), strict=True))
             left = node_macs(node, graph.channels, partial(_left, taken=taken))
             saved[roots[inverse.ravel() == kind]] += macs - left
     return torch.from_numpy(saved / max(1, total))
 
 
-def _left(row: Axis, taken: Mapping[object, int]) -> int:
-    return row.size - taken.get(row.key, 0) if row.free else row.size
+def _left(axis: Axis, taken: Mapping[object, int]) -> int:
+    return axis.size - taken.get(axis.key, 0) if axis.free else axis.size
 
 
-def _multiplicity(graph: ChannelGraph, row: Axis, known: dict[object, tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
-    """The roots in a row, and how many positions each takes."""
-    found = known.get(row.key)
-    if found is None:
+def _multiplicity(graph: ChannelGraph, axis: Axis, known: dict[object, tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
+    """The roots in an axis, and how many positions each takes."""
+    counted = known.get(axis.key)
+    if counted is None:
         components: Components = graph.components
-        _, roots = graph.roots.of(components.of(row))
+        _, roots = graph.roots.of(components.of(axis))
         roots = roots[components.roots[roots]]
-        found = known[row.key] = np.unique(roots, return_counts=True)
-    return found
+        counted = known[axis.key] = np.unique(roots, return_counts=True)
+    return counted

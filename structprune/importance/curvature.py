@@ -56,8 +56,8 @@ def _weight_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: in
     sums = Sums()
     with trained(graph) as (parameters, watch), sdpa_kernel(SDPBackend.MATH):
         for value, samples in losses(graph.model, batches, watch, "looking at curvature"):
-            found = hessian_diagonal(value, list(parameters.values()), probes, seed)
-            for name, diagonal in zip(parameters, found, strict=True):
+            diagonals = hessian_diagonal(value, list(parameters.values()), probes, seed)
+            for name, diagonal in zip(parameters, diagonals, strict=True):
                 sums.add(name, diagonal)
             sums.add("", torch.tensor(float(samples)))
         sums.reduce()
@@ -82,8 +82,8 @@ def _gate_hessian(graph: ChannelGraph, batches: Batches, probes: int, seed: int)
         return activation.gated(factor.expand(activation.samples, -1))
 
     def after(value: Tensor, samples: int) -> None:
-        (found,) = hessian_diagonal(value, shared, probes, seed)
-        sums.add("sum", found.cpu())
+        (diagonal,) = hessian_diagonal(value, shared, probes, seed)
+        sums.add("sum", diagonal.cpu())
         sums.add("count", torch.tensor(float(samples)))
         shared.clear()
 
@@ -150,11 +150,11 @@ class OBD(Unfitted):
         if self.variables == "gates":
             raise PlanError("OBD of gates scores channels, not weights. Give variables='weights'.")
         if self.curvature == "fisher":
-            found = weight_gradients(graph, batches, squares=True)
+            hessian = weight_gradients(graph, batches, squares=True)
         else:
-            found = _weight_hessian(graph, batches, self.probes, self.seed)
+            hessian = _weight_hessian(graph, batches, self.probes, self.seed)
         weights = dict(graph.model.named_parameters())
-        return {n: h.abs() * weights[n].detach().to(h.dtype).square() / 2 for n, h in found.items()}
+        return {n: h.abs() * weights[n].detach().to(h.dtype).square() / 2 for n, h in hessian.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from structprune.checking import DATA, FLAG, ON_BATCH, one_of, require
 from structprune.errors import PlanError, StructpruneError
+from structprune.progress import shown
 from structprune.tracing.trace import map_tensors, tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -110,28 +110,15 @@ class Batches:
             )
         self._spent = single
         count = 0
-        for batch in self._shown(iterator, what):
+        length = getattr(self.data, "__len__", None)
+        total = None if length is None else int(length())
+        for batch in shown(iterator, what, total, progress=self.progress):
             count += 1
             if any(not len(tensor) for tensor in islice((t for t in tensors_in(batch) if t.dim()), 1)):
                 raise PlanError(f"Batch {count} of data holds no sample. Leave such batches out.")
             yield batch
         if not count:
             raise PlanError("data holds no batch, so there is nothing to measure a channel by.")
-
-    def _shown(self, iterator: Iterator[Any], what: str) -> Iterator[Any]:
-        shown = sys.stderr.isatty() if self.progress is None else self.progress
-        if not shown:
-            yield from iterator
-            return
-        # Here, since importing rich takes longer than most plans.
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        length = getattr(self.data, "__len__", None)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, transient=console.is_terminal) as bar:
-            yield from bar.track(iterator, total=length() if length is not None else None, description=what)
 
     def require_loss(self, criterion: object) -> None:
         """Check that there is a loss.

@@ -78,10 +78,10 @@ class _SampleGates:
     def derivatives(self, value: Tensor) -> Tensor:
         """Shape ``(samples, gates)``; the placed gates are forgotten."""
         placed, self._placed = self._placed, []
-        found = torch.autograd.grad(value, [gate for _, gate in placed], allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(value, [gate for _, gate in placed], allow_unused=True, materialize_grads=True)
         samples = max(len(gate) for _, gate in placed)
         total = torch.zeros(samples, self._gates.count, dtype=torch.float64)
-        for (number, _), gradient in zip(placed, found, strict=True):
+        for (number, _), gradient in zip(placed, gradients, strict=True):
             wide = gradient.detach().cpu().double()
             for positions, channels in self._gates.at[number]:
                 total[: len(wide)].index_add_(1, channels, wide[:, positions])
@@ -115,8 +115,8 @@ def gate_sums(graph: ChannelGraph, batches: Batches, function: Callable[[Tensor]
     sums = Sums()
 
     def after(value: Tensor, samples: int) -> None:
-        found = placed.derivatives(value)
-        sums.add("sum", function(found).sum(0))
+        derivatives = placed.derivatives(value)
+        sums.add("sum", function(derivatives).sum(0))
         sums.add("count", torch.tensor(float(samples)))
 
     descend(graph, batches, gates.sites.all, placed.place, None, after)
@@ -178,8 +178,8 @@ def weight_gradients(graph: ChannelGraph, batches: Batches, *, squares: bool = F
     with trained(graph) as (parameters, watch):
         tensors = list(parameters.values())
         for value, samples in losses(graph.model, batches, watch, "looking at gradients", by_sample=squares):
-            found = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
-            for name, gradient in zip(parameters, found, strict=True):
+            gradients = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
                 wide = gradient.double() if gradient.device.type != "mps" else gradient
                 sums.add(name, wide.square() if squares else wide)
             sums.add("", torch.tensor(float(samples)))

@@ -84,8 +84,8 @@ class ObservedLayer:
         total: Tensor | None = None
         count = 0
         for rows in self.rows(activation):
-            found = rows.transpose(1, 2) @ rows
-            total = found if total is None else total + found
+            products = rows.transpose(1, 2) @ rows
+            total = products if total is None else total + products
             count += rows.shape[1]
         assert total is not None
         return total, count
@@ -182,8 +182,8 @@ class _QuadraticScores:
         weight = layer.weight if self.outputs is None else layer.full()
         taken = weight[table].transpose(1, 2).flatten(2)  # (channels, outputs, most * kernel)
         # What no input ever reaches costs nothing, whatever the damping.
-        alive = torch.diagonal(moments, dim1=1, dim2=2)[number_of, local] > 0
-        taken = taken * (there & alive).unsqueeze(1)
+        reached = torch.diagonal(moments, dim1=1, dim2=2)[number_of, local] > 0
+        taken = taken * (there & reached).unsqueeze(1)
         product = taken @ block
         if self.outputs is not None:
             # One product for all channels: a product for each would read the whole of G as often.
@@ -256,16 +256,16 @@ class OBS(Unfitted):
         with torch.no_grad():
             look(graph, batches, [use.site for use in uses], visit)
         sums.reduce()
-        found: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
         for use in uses:
             weight = graph.model.get_parameter(use.name).detach()
             moments = sums[use.name, "moments"] / float(sums[use.name, "count"])
             diagonal = torch.diagonal(_inverse(moments, self.damping), dim1=1, dim2=2).reshape(-1)
-            alive = torch.diagonal(moments, dim1=1, dim2=2).reshape(-1) > 0
+            reached = torch.diagonal(moments, dim1=1, dim2=2).reshape(-1) > 0
             # What no input ever reaches costs nothing, whatever the damping.
-            each = torch.where(alive, 1 / diagonal, 0)
-            found[use.name] = weight.to(each.dtype).square() * use.spread(each, weight)
-        return found
+            each = torch.where(reached, 1 / diagonal, 0)
+            scores[use.name] = weight.to(each.dtype).square() * use.spread(each, weight)
+        return scores
 
 
 class _Moments:
@@ -286,8 +286,8 @@ class _Moments:
     def add(self, activation: Activation) -> None:
         """Count in what comes into a layer."""
         with torch.no_grad():
-            found, count = self.layer(activation).moments(activation)
-        self.sums.add(("input", activation.number), found)
+            moments, count = self.layer(activation).moments(activation)
+        self.sums.add(("input", activation.number), moments)
         self.sums.add(("count", activation.number), torch.tensor(float(count)))
         self.sums.add(("samples", activation.number), torch.tensor(float(activation.samples)))
 
@@ -344,10 +344,10 @@ class KFAC(Unfitted):
             return y + shift
 
         def after(value: Tensor, samples: int) -> None:
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 value, [shift for *_, shift in shifts], allow_unused=True, materialize_grads=True
             )
-            for (number, dim, _), gradient in zip(shifts, found, strict=True):
+            for (number, dim, _), gradient in zip(shifts, gradients, strict=True):
                 rows = gradient.detach().movedim(dim, -1).reshape(-1, gradient.shape[dim])
                 rows = rows.double() if rows.device.type != "mps" else rows
                 moments.sums.add(("output", number), rows.T @ rows)

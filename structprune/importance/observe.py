@@ -1,4 +1,4 @@
-"""Running a model over data and looking at chosen tensors on the way, without leaving a mark on the model."""
+"""Running a model over data and looking at chosen tensors on the way, and leaving the model as it was."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from structprune.importance.activations import Activation
 from structprune.importance.data import Batches, samples_of
 from structprune.importance.sites import Site
 from structprune.tracing.containers import leaves_of
-from structprune.tracing.replay import FoundCall, Replay
+from structprune.tracing.replay import Replay, ReplayedCall
 from structprune.tracing.state import swapped_tensors
 from structprune.tracing.trace import Trace, map_tensors, preserved_random_state, tensors_in
 
@@ -41,7 +41,7 @@ class Watch:
         wanted: dict[int, list[tuple[int, Site]]] = {}
         for number, site in enumerate(sites):
             wanted.setdefault(site.operation, []).append((number, site))
-        hooks = {operation: partial(self._operation, found) for operation, found in wanted.items()}
+        hooks = {operation: partial(self._operation, here) for operation, here in wanted.items()}
         self._replay = Replay(trace, hooks, error=PlanError, begin=self._begin)
         self.samples = 1
 
@@ -57,7 +57,7 @@ class Watch:
     def _begin(self, *inputs: Any) -> None:
         self.samples = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()), 1)
 
-    def _operation(self, wanted: list[tuple[int, Site]], operation: FoundCall) -> Any:
+    def _operation(self, wanted: list[tuple[int, Site]], operation: ReplayedCall) -> Any:
         tensors = list(leaves_of([operation.args, operation.kwargs], Tensor, slices=True))
         activations: list[Activation] = []
         for number, site in wanted:
@@ -77,7 +77,7 @@ class Watch:
                 result = self._visit_result(one, result)
         return result
 
-    def _on_result(self, number: int, site: Site, result: Any, tensors: list[Tensor], operation: FoundCall) -> Any:
+    def _on_result(self, number: int, site: Site, result: Any, tensors: list[Tensor], operation: ReplayedCall) -> Any:
         several = isinstance(result, (tuple, list))
         x = result[site.part] if several else result
         changed = self._visit(self._activation(number, site, x, tensors, operation))
@@ -90,7 +90,7 @@ class Watch:
         return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
     def _activation(
-        self, number: int, site: Site, x: Tensor, tensors: list[Tensor], operation: FoundCall
+        self, number: int, site: Site, x: Tensor, tensors: list[Tensor], operation: ReplayedCall
     ) -> Activation:
         if x.dim() < -site.dim or x.shape[site.dim] != site.size:
             raise PlanError(
@@ -170,7 +170,7 @@ def losses(
     """The sum of the losses of a batch's samples, and how many they are, for one batch after the other.
 
     Args:
-        model: the model, borrowed.
+        model: the model, on swapped tensors.
         batches: data and loss.
         watch: follows the model.
         what: stands before the progress bar.

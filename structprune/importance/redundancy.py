@@ -161,14 +161,14 @@ class Cosine:
         rows = _joined(group, tensors, self.slices)
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         rows = rows / torch.where(length > 0, length, 1)
-        found: list[Tensor] = []
+        unlike: list[Tensor] = []
         for start in range(0, group.channels, _BLOCK):
             alike = (rows[start : start + _BLOCK] @ rows.T).abs()
             number = torch.arange(len(alike), device=alike.device)
             alike[number, start + number] = 0
             others = max(1, group.channels - 1)
-            found.append(alike.amax(1) if self.against == "nearest" else alike.sum(1) / others)
-        return torch.where(length[:, 0] > 0, (1 - torch.cat(found)).clamp(min=0), 0)
+            unlike.append(alike.amax(1) if self.against == "nearest" else alike.sum(1) / others)
+        return torch.where(length[:, 0] > 0, (1 - torch.cat(unlike)).clamp(min=0), 0)
 
 
 criterion("fpgm")(lambda: FPGM("all", squared=True))
@@ -207,26 +207,26 @@ class TVSeparability(ActivationCriterion):
         """Sums, squares and counts of each class, named by the class."""
         means = wide(activation.by_sample()).mean(2)
         labels = self._labels(batch, len(means)).to(means.device)
-        found: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for label in labels.unique().tolist():
             mine = means[labels == label]
-            found[f"sum {label}"] = mine.sum(0)
-            found[f"square {label}"] = mine.square().sum(0)
-            found[f"count {label}"] = counted(mine)
-        return found
+            sums[f"sum {label}"] = mine.sum(0)
+            sums[f"square {label}"] = mine.square().sum(0)
+            sums[f"count {label}"] = counted(mine)
+        return sums
 
     def _labels(self, batch: Any, samples: int) -> Tensor:
-        found: Any = None
+        classes: Any = None
         if self.labels is not None:
-            found = self.labels(batch)
+            classes = self.labels(batch)
         elif isinstance(batch, Sequence):
-            found = next(islice(batch, 1, None), None)
-        if not isinstance(found, Tensor) or tuple(found.shape) != (samples,):
+            classes = next(islice(batch, 1, None), None)
+        if not isinstance(classes, Tensor) or tuple(classes.shape) != (samples,):
             raise PlanError(
                 "TVSeparability needs the class of each sample, as a tensor of shape (samples,): let data give pairs "
                 "of inputs and labels, or pass labels=, a function of the batch."
             )
-        return found
+        return classes
 
     def position_scores(self, sums: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """The squared Hellinger distance of the least (or the average) pair of classes."""

@@ -1,7 +1,7 @@
 """Where in a forward the channels of a group can be looked at.
 
 A channel is looked at where it *ends*: at the input of each convolution, linear layer or matrix product whose weight
-sums it away. There it has been through its norm and its activation, so the map is the one that the papers speak of
+sums it away. There it has been through its norm and its activation, so the map is the one that the papers mean
 (APoZ counts zeros after the ReLU); and the channel is off exactly when it is zero at all of its ends, whatever
 residual sums it went through, so that a gate on all ends is a gate on the channel. A depthwise convolution hands its
 channel on and is no end. A channel that no weight sums away (the size of a query head) is looked at where it is
@@ -76,7 +76,7 @@ def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozen
     masks) are in products with others before they are used, so that their dimensions are not listed.
     """
     held = held_nodes(graph)
-    found: set[tuple[str, int]] = set()
+    summed: set[tuple[str, int]] = set()
     computed: set[str] = set()
     for node in graph.trace.nodes:
         arguments = tensors(node)
@@ -93,20 +93,20 @@ def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozen
                 continue
             axis = graph.channels.axes[weight.meta["index"]][c.weight_dim]
             axes = graph.channels.axes[source.meta["index"]]
-            found |= {
+            summed |= {
                 (str(source.target), dim) for dim, r in enumerate(axes) if r.free and axis.free and r.key == axis.key
             }
-    return frozenset(found), frozenset(computed)
+    return frozenset(summed), frozenset(computed)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
     """The node and all that it is computed from."""
-    found, left = {node}, [node]
+    ancestors, left = {node}, [node]
     while left:
-        new = set(left.pop().all_input_nodes) - found
-        found |= new
+        new = set(left.pop().all_input_nodes) - ancestors
+        ancestors |= new
         left += new
-    return found
+    return ancestors
 
 
 class Sites:
@@ -121,18 +121,18 @@ class Sites:
     def __init__(self, graph: ChannelGraph, *, each_edge: bool = False, weighted: bool = False) -> None:
         self._graph = graph
         self._covered = np.zeros(graph.components.count, dtype=bool)
-        self._rows: dict[tuple[object, object], tuple[Ids, Ids]] = {}
+        self._known: dict[tuple[object, object], tuple[Ids, Ids]] = {}
         self._places: set[tuple[int, int]] = set()
         self._each_edge = each_edge
         self._entries: list[tuple[Ids, Ids]] = []
         self.all: list[Site] = []
         held = held_nodes(graph)
-        found = [(node, c) for node in graph.trace.nodes for c in pairs_of(node)]
-        for node, c in found:
+        pairs = [(node, c) for node in graph.trace.nodes for c in pairs_of(node)]
+        for node, c in pairs:
             if self._side(node, c.weight) in held and self._side(node, c.operand) not in held:
                 self._end(node, c)
         if not weighted:
-            self._without_weight(found)
+            self._without_weight(pairs)
             self._last_tensors()
         self._sort()
 
@@ -143,7 +143,7 @@ class Sites:
 
     # -- finding -------------------------------------------------------------------------------------------------
 
-    def _row(self, node: fx.Node, operand: int, dim: int) -> tuple[fx.Node, Axis, int] | None:
+    def _axis_at(self, node: fx.Node, operand: int, dim: int) -> tuple[fx.Node, Axis, int] | None:
         """The tensor, the axis of its dimension and that dimension from the end; None if there is none that may go."""
         side = self._side(node, operand)
         if side is None:
@@ -156,7 +156,7 @@ class Sites:
     def _members(self, axis: Axis, against: Axis | None) -> tuple[Ids, Ids]:
         """Positions of `axis` and prunable roots there, those only that `against` has too."""
         key = (axis.key, against.key if against is not None and against.free else None)
-        known = self._rows.get(key)
+        known = self._known.get(key)
         if known is None:
             components = self._graph.components
             positions, roots = self._graph.roots.of(components.of(axis))
@@ -166,15 +166,15 @@ class Sites:
                 if against.free:
                     ends[self._graph.roots.of(components.of(against))[1]] = True
                 keep = keep & ends[roots]
-            known = self._rows[key] = positions[keep], roots[keep]
+            known = self._known[key] = positions[keep], roots[keep]
         return known
 
     def _end(self, node: fx.Node, c: Pair, uncovered: bool = False) -> None:
-        found = self._row(node, c.operand, c.dim)
-        other = self._row(node, c.weight, c.weight_dim)
-        if found is None or other is None:
+        mine = self._axis_at(node, c.operand, c.dim)
+        other = self._axis_at(node, c.weight, c.weight_dim)
+        if mine is None or other is None:
             return
-        side, axis, dim = found
+        side, axis, dim = mine
         positions, roots = self._members(axis, other[1])
         if kind_of(node.meta["name"]) == "transposed":
             positions, roots = self._not_handed_on(node, c, positions, roots)
@@ -215,10 +215,10 @@ class Sites:
         keep = ~self._covered[roots]
         return positions[keep], roots[keep]
 
-    def _without_weight(self, found: list[tuple[fx.Node, Pair]]) -> None:
+    def _without_weight(self, pairs: list[tuple[fx.Node, Pair]]) -> None:
         """Channels that end at no weight: the first operand of a contraction of two activations."""
         self._cover()
-        for node, c in found:
+        for node, c in pairs:
             if c.operand < c.weight:
                 self._end(node, c, uncovered=True)
 
@@ -344,7 +344,7 @@ def weight_sites(graph: ChannelGraph) -> list[WeightSite]:
     Parameters that a weight is computed from (a weight norm) are not among them.
     """
     held = held_nodes(graph)
-    found: list[WeightSite] = []
+    uses: list[WeightSite] = []
     for node in graph.trace.nodes:
         given = tensors(node)
         for pair in pairs_of(node):
@@ -359,8 +359,8 @@ def weight_sites(graph: ChannelGraph) -> list[WeightSite]:
                 node.meta["index"], pair.operand, 0, pair.dim if pair.dim < 0 else pair.dim - len(sizes),
                 int(sizes[pair.dim]), pair.weight, pair.weight_dim, x.meta["index"], describe(node, graph.trace),
             )  # fmt: skip
-            found.append(WeightSite(str(weight.target), site, pair.weight_dim % len(shape)))
-    return found
+            uses.append(WeightSite(str(weight.target), site, pair.weight_dim % len(shape)))
+    return uses
 
 
 def _is_layer(node: fx.Node, dims: int) -> bool:

@@ -119,8 +119,8 @@ class _Eliminated:
             channels = torch.from_numpy(part.channels).to(products.device)
             met = products.new_zeros(group.channels, len(products))
             met[channels, positions] = 1
-            found = met @ products @ met.T
-            total = found if total is None else total + found.to(total.device)
+            here = met @ products @ met.T
+            total = here if total is None else total + here.to(total.device)
         assert total is not None
         return eliminated(total)
 

@@ -122,5 +122,5 @@ def costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, float]:
         >>> costs(nn.Linear(4, 2), torch.randn(1, 4))
         {'macs': 8, 'params': 10}
     """
-    found = cost(model, example_inputs)
-    return {"macs": found.macs, "params": found.params}
+    counted = cost(model, example_inputs)
+    return {"macs": counted.macs, "params": counted.params}

@@ -184,9 +184,9 @@ class PruningCallback(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with _detached(pl_module, trainer):
-            found = costs(self._network_of(pl_module), self._inputs_of(pl_module))
+            amounts = costs(self._network_of(pl_module), self._inputs_of(pl_module))
         for logger in trainer.loggers:
-            logger.log_metrics(found, step=trainer.global_step)
+            logger.log_metrics(amounts, step=trainer.global_step)
 
 
 class MaskingCallback(Callback):

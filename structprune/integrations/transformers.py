@@ -39,10 +39,10 @@ MASKS = "structprune_masks.pt"
 class PruningCallback(TrainerCallback):
     """Prunes the Trainer's model in place at the times that you name, in the steps of `structprune.Pruner`.
 
-    The optimizer's state goes on with what is left. Gradients are accumulated as ever: a step counts once the optimizer
-    has taken it. ``macs`` (of the example inputs) and ``params`` go into ``trainer.state.log_history`` when training
-    starts and after each step. Which checkpoint is the best is judged anew after each step, since an earlier one holds
-    a wider model.
+    The optimizer's state goes on with what is left. Gradients are accumulated as before: a step counts once the
+    optimizer has taken it. ``macs`` (of the example inputs) and ``params`` go into ``trainer.state.log_history`` when
+    training starts and after each step. Which checkpoint is the best is judged anew after each step, since an earlier
+    one holds a wider model.
 
     Checkpoints get a file that says what was removed. To go on from one, build the model as it was before the first
     step and call `resume` before ``trainer.train(resume_from_checkpoint=...)``.
@@ -220,7 +220,7 @@ def restore(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
 
 
 def save_pruned(model: Any, folder: str | os.PathLike[str]) -> bool:
-    """Save a pruned model of transformers through its configuration if that can say the shapes, else by `save`.
+    """Save a pruned model of transformers through its configuration if that can describe the shapes, else by `save`.
 
     Args:
         model: a ``PreTrainedModel``, pruned or not.

@@ -40,21 +40,21 @@ class Amounts:
 
     def whole(self) -> dict[str, float]:
         """The amounts of the whole network; latency in milliseconds."""
-        found = self._counted(self._model)
+        reached = self._counted(self._model)
         if "latency" in self._kinds:
             with self._timer() as timer:
                 (self._seconds,) = timer.networks([self._model], self._inputs)
-            found["latency"] = 1e3 * self._seconds
-        return found
+            reached["latency"] = 1e3 * self._seconds
+        return reached
 
     def of(self, slim: nn.Module) -> dict[str, float]:
         """The amounts of a smaller network, timed beside the whole one, which counts as it did at first."""
-        found = self._counted(slim)
+        reached = self._counted(slim)
         if self._seconds is not None:
             with self._timer() as timer:
                 now, then = timer.networks([self._model, slim], self._inputs)
-            found["latency"] = 1e3 * self._seconds * then / now
-        return found
+            reached["latency"] = 1e3 * self._seconds * then / now
+        return reached
 
     def _counted(self, model: nn.Module) -> dict[str, float]:
         recorded = trace(model, self._inputs, operations=op_of)
@@ -62,20 +62,20 @@ class Amounts:
         total = 0
         if "channels" in self._kinds:
             total = sum(group.channels for group in ChannelGraph(model, self._inputs).groups())
-        found = amounts(count_cost(model, recorded, channels, lambda axis: axis.size), total)
+        reached = amounts(count_cost(model, recorded, channels, lambda axis: axis.size), total)
         if "kv_cache" in self._kinds:
-            found["kv_cache"] = KeyValueCache(recorded, channels).bytes(lambda axis: axis.size)
-        return {kind: amount for kind, amount in found.items() if kind in self._kinds}
+            reached["kv_cache"] = KeyValueCache(recorded, channels).bytes(lambda axis: axis.size)
+        return {kind: amount for kind, amount in reached.items() if kind in self._kinds}
 
     def _timer(self) -> _Opened:
         return _Opened(self._latency, self._inputs)
 
     def times(self, scorer: Scorer) -> dict[fx.Node, float]:
         """Seconds of each operation of the whole network that the table of latencies holds."""
-        found = uses(scorer.trace, scorer.channels)
+        operations = uses(scorer.trace, scorer.channels)
         with self._timer() as timer:
-            table = self._latency.table([use.spec for use in found], timer, device_of(self._inputs))
-        return {use.node: table.seconds(use.spec, use.spec.widths) for use in found}
+            table = self._latency.table([use.spec for use in operations], timer, device_of(self._inputs))
+        return {use.node: table.seconds(use.spec, use.spec.widths) for use in operations}
 
 
 class _Opened:

@@ -33,9 +33,9 @@ def best_of(tried: Mapping[int, Candidate]) -> int | None:
         >>> best_of({0: Candidate(None, 0.3, recovered=0.1), 4: Candidate(None, 0.2, recovered=0.15)})
         0
     """
-    found = [(each.recovered, count) for count, each in tried.items() if each.recovered is not None]
-    found = found or [(each.lost, count) for count, each in tried.items() if each.lost is not None]
-    return min(found)[1] if found else None
+    losses = [(each.recovered, count) for count, each in tried.items() if each.recovered is not None]
+    losses = losses or [(each.lost, count) for count, each in tried.items() if each.lost is not None]
+    return min(losses)[1] if losses else None
 
 
 def finalists(tried: Mapping[int, Candidate]) -> list[int]:
@@ -59,15 +59,15 @@ def with_recovered(
 
     One candidate alone is not recovered: there is nothing to compare it with.
     """
-    found, chosen = dict(tried), finalists(tried)
+    compared, chosen = dict(tried), finalists(tried)
     try:
         for count in chosen if len(chosen) > 1 else ():
             plan = tried[count].plan
             assert plan is not None
-            found[count] = replace(tried[count], recovered=lost_when_recovered(plan))
+            compared[count] = replace(tried[count], recovered=lost_when_recovered(plan))
     except RecoveryError as error:
         return dict(tried), str(error)
-    return found, ""
+    return compared, ""
 
 
 def between(tried: Mapping[int, Candidate]) -> int | None:

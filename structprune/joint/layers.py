@@ -9,7 +9,7 @@ from itertools import islice
 
 from torch import nn
 
-from structprune.depth.records import Found
+from structprune.depth.records import PlacedBranch
 from structprune.errors import PlanError
 from structprune.joint.search import PlanWidths, Search, joined
 from structprune.planning.built_from_config import not_rebuilt
@@ -22,33 +22,33 @@ from structprune.tracing.trace import ExampleInputs
 class _LayerSearch(Search):
     """The search for the layers that are worth least."""
 
-    def found(self, stacks: Mapping[str, int], rest: Mapping[str, float]) -> Plan:
-        """The plan by which so many layers of each stack go, and the channels of what is left by another target.
+    def plan(self, stacks: Mapping[str, int], rest: Mapping[str, float]) -> Plan:
+        """The plan that removes so many layers of each stack, and channels of what is left by another target.
 
         Raises:
             PlanError: so many cannot go.
         """
-        chosen: list[Found] = []
+        chosen: list[PlacedBranch] = []
         for stack, count in stacks.items():
             layer = re.compile(rf"{re.escape(stack)}\.\d+")
             units = [item for item in self._units if layer.fullmatch(item.branch.module)]
             picked = self._picked(stack, units, count)
             if not_rebuilt(self._cut(picked)) is not None:
                 # Some layers hold what others use (a table of positions, say), and no configuration leaves them out.
-                said = [item for item in units if not_rebuilt(self._cut((item,))) is None]
-                picked = self._picked(stack, said, count)
+                alone = [item for item in units if not_rebuilt(self._cut((item,))) is None]
+                picked = self._picked(stack, alone, count)
             chosen += picked
         cut = self._cut(tuple(chosen))
         widths = self._planned(cut, self._of_widths(target=rest) if rest else None)
         return self._finished(joined(cut, widths, len(chosen)), {}, {}, {})
 
-    def _picked(self, stack: str, units: Sequence[Found], count: int) -> tuple[Found, ...]:
+    def _picked(self, stack: str, units: Sequence[PlacedBranch], count: int) -> tuple[PlacedBranch, ...]:
         sets = list(islice(self._order(units, None), count))
         if len(sets) < count:
             why = f" Refused: {next(iter(self._refused.items()))}." if self._refused else ""
             raise PlanError(
                 f"target asks for {count} layers less in {stack!r}, of which {len(sets)} can go so that the "
-                f"configuration says it.{why}"
+                f"configuration describes it.{why}"
             )
         return sets[-1]
 
@@ -69,4 +69,4 @@ def search_layers(
         PlanError: the model cannot have these sizes.
     """
     of_layers = replace(options, target=None, axes=("blocks", WIDTHS))
-    return _LayerSearch(model, example_inputs, of_layers, plan, options).found(stacks, options.target or {})
+    return _LayerSearch(model, example_inputs, of_layers, plan, options).plan(stacks, options.target or {})

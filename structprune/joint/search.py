@@ -31,7 +31,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.depth.finding import find
 from structprune.depth.ordering import Chosen, Saved, candidates_of, choices
 from structprune.depth.plan import DepthPlan, Tried
-from structprune.depth.records import Found
+from structprune.depth.records import PlacedBranch
 from structprune.depth.removal import Removal, cut_model
 from structprune.depth.scoring import Scorer
 from structprune.errors import PlanError
@@ -105,7 +105,9 @@ class Search:
             named = " and ".join(sorted(options.depth))
             raise PlanError(f"{named} are asked for, and the model has none that may go. See structprune.branches.")
         # Blocks are made of branches, and stacks of blocks: a share of them is one of the parts that hold no other.
-        self._finest = [item for item in self._units if not any(other.dead < item.dead for other in self._units)]
+        self._finest = [
+            item for item in self._units if not any(other.own_nodes < item.own_nodes for other in self._units)
+        ]
         self._scorer = Scorer(self._model, recorded, batches)
         self._score = options.branch_score or ("loss" if batches.has_loss else "error")
         self._judge = judge_of(self._model, recorded, batches, options, self._score)
@@ -114,16 +116,16 @@ class Search:
         self._calibration: Calibration | None = None
         self._known: dict[tuple[str, ...], dict[str, float]] = {}
 
-    def _is_ignored(self, item: Found) -> bool:
+    def _is_ignored(self, item: PlacedBranch) -> bool:
         """Whether a layer that is to stay whole would go with a branch."""
         held = (*item.branch.layers, *item.branch.tensors, item.branch.module)
         return any(name == path or name.startswith(f"{path}.") for name in held for path in self._ignored)
 
-    def _order(self, units: Sequence[Found], price: Saved | None) -> Iterator[Chosen]:
+    def _order(self, units: Sequence[PlacedBranch], price: Saved | None) -> Iterator[Chosen]:
         """What goes if one branch goes, if two go, and so on."""
         return choices(self._scorer, units, self._score, self._score in OF_NETWORKS, price, self._may_go)
 
-    def _may_go(self, item: Found) -> bool:
+    def _may_go(self, item: PlacedBranch) -> bool:
         """Whether the model can be changed so that a branch is gone."""
         try:
             self._cut((item,))
@@ -147,12 +149,12 @@ class Search:
     # -- a ratio -------------------------------------------------------------------------------------------------
 
     def for_ratio(self) -> Plan:
-        """The plan by which a share of the blocks goes, and of the channels of what is left.
+        """The plan that removes a share of the blocks, and a share of the channels of what is left.
 
         Raises:
             PlanError: a name in the ratio matches nothing, or so many cannot go.
         """
-        chosen: list[Found] = []
+        chosen: list[PlacedBranch] = []
         for share, units in shares_of(self._finest, self._graph, self._options.ratio_or_default).items():
             count = int(min(share, self._options.max_ratio) * len(units) + 0.5)
             sets = list(islice(self._order(units, None), count))
@@ -168,7 +170,7 @@ class Search:
     # -- a target ------------------------------------------------------------------------------------------------
 
     def for_target(self) -> Plan:
-        """The plan by which as much goes as the target takes, and least is lost.
+        """The plan that meets the target and loses least.
 
         Raises:
             PlanError: the target cannot be met.
@@ -200,11 +202,11 @@ class Search:
         return self._judge.lost_when_recovered(plan.apply(self._model))
 
     def _kept_to(
-        self, limits: Mapping[str, float], amounts: Amounts, chosen: Chosen, found: Candidate
+        self, limits: Mapping[str, float], amounts: Amounts, chosen: Chosen, candidate: Candidate
     ) -> tuple[Plan, dict[str, float]]:
         """The plan and the amounts of its network; planned anew where it was measured to be too slow, or too fast."""
-        assert found.plan is not None
-        tried = [(found.plan, amounts.of(found.plan.apply(self._model)))]
+        assert candidate.plan is not None
+        tried = [(candidate.plan, amounts.of(candidate.plan.apply(self._model)))]
         if "latency" not in limits:
             return tried[0]
 
@@ -230,8 +232,8 @@ class Search:
         if max(wanted.values()) <= 0:
             return sets
         for chosen in self._order(self._units, price):
-            gone = price.dead(chosen)
-            if sum(item.dead <= gone for item in self._finest) > most:
+            gone = price.removed_nodes(chosen)
+            if sum(item.own_nodes <= gone for item in self._finest) > most:
                 break
             sets.append(chosen)
             saved = price.shares(chosen)
@@ -305,13 +307,13 @@ class Search:
         if cut is self._model:
             return self._ignored
         names = _removal_of(cut).names
-        found: dict[str, None] = {}
+        ignored: dict[str, None] = {}
         for path in self._ignored:
             for name in held_tensors(self._model):
                 inside = name == path or name.startswith(f"{path}.")
                 if inside and (now := names.get(name, name)) is not None:
-                    found[now.removesuffix(name.removeprefix(path))] = None
-        return list(found)
+                    ignored[now.removesuffix(name.removeprefix(path))] = None
+        return list(ignored)
 
     def _finished(
         self,
@@ -386,5 +388,5 @@ def search(model: nn.Module, example_inputs: ExampleInputs, options: PlanOptions
     Raises:
         PlanError: what is asked for cannot be planned.
     """
-    found = Search(model, example_inputs, options, plan_widths)
-    return found.for_ratio() if options.target is None else found.for_target()
+    searching = Search(model, example_inputs, options, plan_widths)
+    return searching.for_ratio() if options.target is None else searching.for_target()

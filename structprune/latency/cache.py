@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,8 +13,10 @@ from typing import Any
 
 import torch
 
+from structprune.benchmarking.nodes import NODE_TIMERS
 from structprune.errors import PlanError
 from structprune.files import locked, write_text
+from structprune.hardware import installed
 from structprune.latency.table import SCHEMA, LatencyTable
 
 
@@ -35,11 +36,9 @@ def cache_folder() -> Path:
 def conditions(backend: str, device: torch.device, threads: int) -> dict[str, Any]:
     """What the times depend on beside the operation."""
     versions = {"torch": str(torch.__version__)}
-    if backend == "onnxruntime":
-        try:
-            versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
-        except importlib.metadata.PackageNotFoundError:
-            versions["onnxruntime"] = "unknown"  # a build of another name, such as onnxruntime-gpu
+    if backend in NODE_TIMERS:
+        # Unknown where it is a build of another name, such as onnxruntime-gpu.
+        versions[backend] = installed(backend) or "unknown"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     # Compiled models call the same convolutions and products, so they share the times of eager mode.
     measured = "eager" if backend == "compile" else backend

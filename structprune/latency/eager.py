@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structprune.latency.specs import OpSpec
+from structprune.progress import shown
 
 Point = tuple[OpSpec, tuple[int, ...]]
 # Of the runs of an operation nearly the fastest counts: other work on the machine only ever adds time.
@@ -80,8 +81,8 @@ class Buffers:
     def operands(self, point: Point) -> list[Tensor]:
         """The operands of a point."""
         spec, widths = point
-        found = shapes(spec, widths)
-        return [self._held[i, spec.dtype][: prod(shape)].view(shape) for i, shape in enumerate(found)]
+        sizes = shapes(spec, widths)
+        return [self._held[i, spec.dtype][: prod(shape)].view(shape) for i, shape in enumerate(sizes)]
 
 
 def time_eager(points: Sequence[Point], device: torch.device, runs: int, seconds: float) -> list[float]:
@@ -102,7 +103,7 @@ def time_eager(points: Sequence[Point], device: torch.device, runs: int, seconds
         for call in calls:
             call()
         clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-        for number in range(runs):
+        for number in shown(range(runs), f"timing {len(points)} operations", still=True):
             if number >= 3 and time.perf_counter() - began > seconds:
                 break
             times.append([_once(call, device, clock) for call in calls])

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from structprune.benchmarking.backends import BACKENDS, Call
+from structprune.benchmarking.nodes import NODE_TIMERS
 from structprune.benchmarking.timing import clock_of, cpu_clock, device_of, interleaved, threads_set
 from structprune.checking import PATH, Check, instance, one_of, require, whole
 from structprune.errors import PlanError
+from structprune.export.runtimes import RUNTIMES
 from structprune.inputs import evaluating
 from structprune.latency.cache import cache_folder, conditions, load, save
 from structprune.latency.eager import Point, time_eager
-from structprune.latency.ort import time_onnxruntime
+from structprune.latency.runtimes import time_in_runtime
 from structprune.latency.specs import OpSpec
 from structprune.latency.table import LatencyTable
 from structprune.tracing.trace import ExampleInputs
@@ -28,7 +30,7 @@ from structprune.tracing.trace import ExampleInputs
 # What measuring a table may take, in seconds, once every operation has run a few times.
 SECONDS = 60.0
 # Those whose operations can be timed one by one.
-LATENCY_BACKENDS = ("eager", "compile", "onnxruntime")
+LATENCY_BACKENDS = ("eager", "compile", *NODE_TIMERS)
 
 
 @runtime_checkable
@@ -49,7 +51,7 @@ class Latency:
     """Where and how the time of a network is measured, for ``target={"latency": ...}``.
 
     Args:
-        backend: ``"eager"``, ``"compile"`` (``torch.compile``) or ``"onnxruntime"``.
+        backend: ``"eager"``, ``"compile"`` (``torch.compile``), ``"onnxruntime"`` or ``"openvino"``.
         threads: how many threads an operation may use on the CPU; as many as torch uses now, if not given.
         runs: how often each network and each operation is run.
         cache: the folder where tables are kept; the user's cache folder if not given, none if False.
@@ -102,10 +104,10 @@ class DeviceTimer:
     def __init__(self, latency: Latency, example_inputs: ExampleInputs) -> None:
         self._latency = latency
         self.device = device_of(example_inputs)
-        if latency.backend == "onnxruntime" and self.device.type != "cpu":
+        if latency.backend in NODE_TIMERS and self.device.type != "cpu":
             raise PlanError(
-                f"Operations of ONNX Runtime are timed on the CPU only, and the inputs are on {self.device}. Move "
-                "model and inputs to the CPU, or measure with backend='eager'."
+                f"Operations of {RUNTIMES[latency.backend].name} are timed on the CPU only, and the inputs are on "
+                f"{self.device}. Move model and inputs to the CPU, or measure with backend='eager'."
             )
         if self.device.type == "meta":
             raise PlanError("The example inputs are on the meta device, where nothing takes time. Give real ones.")
@@ -123,8 +125,8 @@ class DeviceTimer:
     def operations(self, points: Sequence[Point]) -> list[float]:
         """Seconds of each operation alone; of compiled models those of eager mode, whose kernels they call."""
         with threads_set(self._latency.threads) as threads:
-            if self._latency.backend == "onnxruntime":
-                return time_onnxruntime(points, threads, self._latency.runs, SECONDS)
+            if self._latency.backend in NODE_TIMERS:
+                return time_in_runtime(points, self._latency.backend, threads, self._latency.runs, SECONDS)
             return time_eager(points, self.device, self._latency.runs, SECONDS)
 
     def networks(self, models: Sequence[nn.Module], example_inputs: ExampleInputs) -> list[float]:

@@ -25,20 +25,20 @@ _NO_OPERATION = frozenset({"parameter", "constant", "input", "part"})
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """Bytes that elementwise operations, norms, pooling and the like read and write: a number times sizes of rows."""
+    """Bytes that elementwise operations, norms, pooling and the like read and write: a number times sizes of axes."""
 
     bytes: float
-    rows: tuple[Axis, ...]
+    axes: tuple[Axis, ...]
 
     def __call__(self, count: Count) -> float:
         """How many bytes when `count` gives the kept channels."""
-        return self.bytes * prod(count(row) for row in self.rows)
+        return self.bytes * prod(count(axis) for axis in self.axes)
 
 
 def moved(recorded: Trace, channels: Channels, others: Iterable[fx.Node] = ()) -> list[Moved]:
-    """What all nodes but `others` move; those over the same rows are added up."""
+    """What all nodes but `others` move; those over the same axes are added up."""
     left_out = set(others)
-    found: dict[tuple[object, ...], Moved] = {}
+    by_axes: dict[tuple[object, ...], Moved] = {}
     for node in recorded.nodes:
         name = node.meta["name"]
         if node in left_out or name in _NO_OPERATION or is_view(node):
@@ -47,12 +47,12 @@ def moved(recorded: Trace, channels: Channels, others: Iterable[fx.Node] = ()) -
             shape = tensor.meta.get("shape")
             if not isinstance(shape, tuple):
                 continue  # several results at once: each is counted where it is used
-            rows = channels.axes[tensor.meta["index"]]
-            free = tuple(row for row in rows if row.free)
-            key = tuple(row.key for row in free)
-            fixed = prod(row.size for row in rows if not row.free) * tensor.meta["dtype"].itemsize
-            found[key] = Moved(fixed + (found[key].bytes if key in found else 0), free)
-    return list(found.values())
+            axes = channels.axes[tensor.meta["index"]]
+            free = tuple(axis for axis in axes if axis.free)
+            key = tuple(axis.key for axis in free)
+            fixed = prod(axis.size for axis in axes if not axis.free) * tensor.meta["dtype"].itemsize
+            by_axes[key] = Moved(fixed + (by_axes[key].bytes if key in by_axes else 0), free)
+    return list(by_axes.values())
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def calibrated(features: Sequence[tuple[float, float]], seconds: Sequence[float]
         PlanError: a time is no positive number.
 
     Example:
-        >>> found = calibrated([(1.0, 4.0), (0.5, 2.5), (0.25, 2.0)], [1.0 * 2 + 4, 0.5 * 2 + 2.5, 0.25 * 2 + 2])
-        >>> f"{found.operations:.3f} {found.byte:.3f} {found.constant:.3f}"
+        >>> fit = calibrated([(1.0, 4.0), (0.5, 2.5), (0.25, 2.0)], [1.0 * 2 + 4, 0.5 * 2 + 2.5, 0.25 * 2 + 2])
+        >>> f"{fit.operations:.3f} {fit.byte:.3f} {fit.constant:.3f}"
         '2.000 1.000 0.000'
     """
     # Here, since it imports most of scipy.
@@ -96,8 +96,8 @@ def calibrated(features: Sequence[tuple[float, float]], seconds: Sequence[float]
     columns = np.column_stack([np.asarray(features, dtype=float), np.ones(len(measured))])
     scale = columns.max(axis=0)
     scale[scale == 0] = 1.0
-    found = nnls(columns / scale / measured[:, None], np.ones(len(measured)))[0] / scale
-    return Calibration(*found.tolist())
+    terms = nnls(columns / scale / measured[:, None], np.ones(len(measured)))[0] / scale
+    return Calibration(*terms.tolist())
 
 
 def _coarsest(weights: dict[int, float]) -> int:
@@ -115,8 +115,8 @@ class TimeModel:
 
     Args:
         recorded: the trace of the network.
-        channels: its rows.
-        found: its operations that the table holds (`structprune.latency.specs.uses`).
+        channels: its axes.
+        operations: its operations that the table holds (`structprune.latency.specs.uses`).
         table: their times.
 
     Attributes:
@@ -126,9 +126,9 @@ class TimeModel:
         whole: the time of the whole network as measured, in seconds; predicted if it is not set.
     """
 
-    def __init__(self, recorded: Trace, channels: Channels, found: Sequence[Use], table: LatencyTable) -> None:
+    def __init__(self, recorded: Trace, channels: Channels, operations: Sequence[Use], table: LatencyTable) -> None:
         self.table = table
-        self.uses = tuple(found)
+        self.uses = tuple(operations)
         self.moved = moved(recorded, channels, (use.node for use in self.uses))
         self.calibration = Calibration()
         self.whole: float | None = None
@@ -163,7 +163,7 @@ class TimeModel:
             seconds = self.table.seconds(use.spec, use.spec.widths)
             groups = use.spec.full.get("groups", 1) if isinstance(use, Grouped) else 1
             for axis, step in zip(use.spec.axes, self.table.grid(use.spec).steps, strict=True):
-                for group in widths.groups_of(use.rows[axis]):
+                for group in widths.groups_of(use.channels[axis]):
                     weights[group][groups * step] = weights[group].get(groups * step, 0.0) + seconds
         return [_coarsest(weight) for weight in weights]
 

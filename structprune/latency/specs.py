@@ -86,19 +86,19 @@ class Use:
     Attributes:
         node: the node of the trace.
         spec: what it is at full size.
-        rows: for each dimension of the specification that channels may leave, the rows whose counts it multiplies.
+        channels: for each dimension of the specification that channels may leave, the axes whose counts it multiplies.
     """
 
     node: fx.Node
     spec: OpSpec
-    rows: Mapping[str, Axes]
+    channels: Mapping[str, Axes]
 
     def sizes(self, count: Count) -> dict[str, int]:
         """Lengths of its dimensions when `count` gives the kept channels of each axis."""
-        return self.spec.full | {name: prod(count(row) for row in rows) for name, rows in self.rows.items()}
+        return self.spec.full | {name: prod(count(axis) for axis in axes) for name, axes in self.channels.items()}
 
     def point(self, count: Count) -> tuple[tuple[int, ...], float]:
-        """The place in the table, and by what the time found there is to be multiplied."""
+        """The place in the table, and by what the time there is to be multiplied."""
         full, now = self.spec.full, self.sizes(count)
         scale = 1.0
         for name in now:
@@ -121,9 +121,9 @@ class Grouped(Use):
 
     def sizes(self, count: Count) -> dict[str, int]:
         """As of any use; there are as many groups as a group's channels go into those of that side."""
-        found = Use.sizes(self, count)
-        groups = max(1, found[self.side] // max(1, count(self.each)))
-        return found | {"groups": groups, "in": found["in"] // groups, "out": found["out"] // groups}
+        sizes = Use.sizes(self, count)
+        groups = max(1, sizes[self.side] // max(1, count(self.each)))
+        return sizes | {"groups": groups, "in": sizes["in"] // groups, "out": sizes["out"] // groups}
 
 
 def _contraction(node: fx.Node) -> Contraction:
@@ -133,12 +133,12 @@ def _contraction(node: fx.Node) -> Contraction:
     return known.contraction
 
 
-def _rows(channels: Channels, node: fx.Node) -> Axes:
+def _axes_of(channels: Channels, node: fx.Node) -> Axes:
     return channels.axes[node.meta["index"]]
 
 
-def _lengths(rows: Axes) -> int:
-    return prod(row.size for row in rows)
+def _lengths(axes: Axes) -> int:
+    return prod(axis.size for axis in axes)
 
 
 def _tuple(value: Any, dims: int) -> Any:
@@ -149,18 +149,18 @@ def _tuple(value: Any, dims: int) -> Any:
     return tuple(items * dims if len(items) == 1 else items)
 
 
-def _use(kind: str, rows: Mapping[str, Axes], wanted: tuple[str, ...], node: fx.Node, **more: Any) -> Use:
+def _use(kind: str, by_dim: Mapping[str, Axes], wanted: tuple[str, ...], node: fx.Node, **more: Any) -> Use:
     """A use whose axes are the first of `wanted` that channels can leave."""
-    free = {name: held for name, held in rows.items() if any(row.free for row in held)}
+    free = {name: held for name, held in by_dim.items() if any(axis.free for axis in held)}
     axes = tuple(name for name in wanted if name in free)[:MOST_AXES]
-    sizes = {name: _lengths(held) for name, held in rows.items()} | more.pop("sizes", {})
+    sizes = {name: _lengths(held) for name, held in by_dim.items()} | more.pop("sizes", {})
     dtype = str(node.meta.get("dtype", torch.float32)).removeprefix("torch.")
     return Use(node, OpSpec(kind, tuple(sizes.items()), axes, tuple(more.items()), dtype), free)
 
 
 def _convolution(node: fx.Node, channels: Channels) -> Use:
     kind, given = node.meta["name"], arguments(node)
-    x, weight, out = (_rows(channels, n) for n in (given["input"], given["weight"], node))
+    x, weight, out = (_axes_of(channels, n) for n in (given["input"], given["weight"], node))
     dims = len(weight) - 2
     transposed = kind_of(node.meta["name"]) == "transposed"
     options = {
@@ -172,36 +172,36 @@ def _convolution(node: fx.Node, channels: Channels) -> Use:
         options["output_padding"] = _tuple(given["output_padding"], dims)
     inputs, outputs = x[-dims - 1], out[-dims - 1]
     groups = int(plain(given["groups"]))
-    rows: dict[str, Axes] = {"n": x[:1] if len(x) == dims + 2 else (), "in": (inputs,), "out": (outputs,)}
+    by_dim: dict[str, Axes] = {"n": x[:1] if len(x) == dims + 2 else (), "in": (inputs,), "out": (outputs,)}
     sizes = {"groups": groups, "in": inputs.size // groups, "out": outputs.size // groups}
-    sizes |= {f"x{i}": row.size for i, row in enumerate(x[-dims:])}
-    sizes |= {f"k{i}": row.size for i, row in enumerate(weight[2:])}
+    sizes |= {f"x{i}": axis.size for i, axis in enumerate(x[-dims:])}
+    sizes |= {f"k{i}": axis.size for i, axis in enumerate(weight[2:])}
     if groups > 1 and groups == inputs.size:  # depthwise: channels are groups, and come and go with them
-        rows = {"n": rows["n"], "groups": (inputs,)}
-    use = _use(kind, rows, ("groups",) if "groups" in rows else ("out", "in"), node, sizes=sizes, **options)
-    if groups == 1 or "groups" in rows:
+        by_dim = {"n": by_dim["n"], "groups": (inputs,)}
+    use = _use(kind, by_dim, ("groups",) if "groups" in by_dim else ("out", "in"), node, sizes=sizes, **options)
+    if groups == 1 or "groups" in by_dim:
         return use
-    return Grouped(node, use.spec, use.rows, "out" if transposed else "in", weight[1])
+    return Grouped(node, use.spec, use.channels, "out" if transposed else "in", weight[1])
 
 
 def _product(node: fx.Node, channels: Channels) -> Use | None:
     inputs = tensors(node)
     pair = next(iter(_contraction(node).pairs(node)))
     left, right = inputs[pair.operand], inputs[pair.weight]
-    x, out = _rows(channels, left), _rows(channels, node)
-    if len(x) < 2 or len(_rows(channels, right)) < 2:
+    x, out = _axes_of(channels, left), _axes_of(channels, node)
+    if len(x) < 2 or len(_axes_of(channels, right)) < 2:
         return None
     weight = right.meta["name"] == "parameter" or node.meta["name"] in ("linear", "addmm", "mm")
     if weight:
-        rows: dict[str, Axes] = {"rows": x[:-1], "in": x[-1:], "out": out[-1:]}
+        by_dim: dict[str, Axes] = {"rows": x[:-1], "in": x[-1:], "out": out[-1:]}
     else:
-        rows = {"batch": out[:-2], "rows": out[-2:-1], "in": x[-1:], "out": out[-1:]}
-    return _use("matmul", rows, ("out", "in", "batch", "rows"), node, weight=weight)
+        by_dim = {"batch": out[:-2], "rows": out[-2:-1], "in": x[-1:], "out": out[-1:]}
+    return _use("matmul", by_dim, ("out", "in", "batch", "rows"), node, weight=weight)
 
 
 def _attention(node: fx.Node, channels: Channels) -> Use:
-    query, key, value = (_rows(channels, n) for n in tensors(node)[:3])
-    rows: dict[str, Axes] = {
+    query, key, value = (_axes_of(channels, n) for n in tensors(node)[:3])
+    by_dim: dict[str, Axes] = {
         "batch": query[:1] if len(query) > 3 else (),
         "heads": query[1:-2] if len(query) > 3 else query[:-2],
         "query": query[-2:-1],
@@ -210,18 +210,18 @@ def _attention(node: fx.Node, channels: Channels) -> Use:
         "value": value[-1:],
     }
     causal = bool(arguments(node)["is_causal"])
-    return _use("attention", rows, ("heads", "size"), node, causal=causal)
+    return _use("attention", by_dim, ("heads", "size"), node, causal=causal)
 
 
 def uses(recorded: Trace, channels: Channels) -> list[Use]:
     """The operations of a trace that the table holds, in order."""
-    found: list[Use] = []
+    operations: list[Use] = []
     for node in recorded.nodes:
         use = _USES.get(kind_of(node.meta["name"]))
         made = None if use is None else use(node, channels)
         if made is not None:
-            found.append(made)
-    return found
+            operations.append(made)
+    return operations
 
 
 _USES: dict[str, Callable[[fx.Node, Channels], Use | None]] = {

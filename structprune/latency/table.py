@@ -105,10 +105,10 @@ class LatencyTable:
             PlanError: the table does not hold the operation.
         """
         point = spec, widths
-        found = self._known.get(point)
-        if found is None:
-            found = self._known[point] = 0.0 if 0 in widths else self.grid(spec)(widths)
-        return found
+        seconds = self._known.get(point)
+        if seconds is None:
+            seconds = self._known[point] = 0.0 if 0 in widths else self.grid(spec)(widths)
+        return seconds
 
     def grid(self, spec: OpSpec) -> Grid:
         """All times of an operation.

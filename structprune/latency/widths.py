@@ -35,10 +35,10 @@ class Widths:
 
     def terms(self, axis: Axis) -> tuple[Term, ...]:
         """The terms of an axis."""
-        found = self._terms.get(axis.key) if axis.free else ((axis.size, ()),)
-        if found is None:
-            found = self._terms[axis.key] = self._read(axis)
-        return found
+        terms = self._terms.get(axis.key) if axis.free else ((axis.size, ()),)
+        if terms is None:
+            terms = self._terms[axis.key] = self._read(axis)
+        return terms
 
     def _read(self, axis: Axis) -> tuple[Term, ...]:
         positions, roots = self._graph.roots.of(self._graph.components.of(axis))

@@ -46,8 +46,8 @@ def lowest(
     """Masks of some tensors without their lowest scores; of equal ones the later go.
 
     Args:
-        parts: by name, scores and which of them still live (None: all do).
-        amount: a fraction or a count of what lives, over all the tensors together.
+        parts: by name, scores and which of them are still kept (None: all are).
+        amount: a fraction or a count of what is kept, over all the tensors together.
         dim: slices along this dimension go as a whole; None for single entries.
         n: order of the norm of a slice.
         by_output: the amount is of each index of the first dimension instead.
@@ -57,50 +57,48 @@ def lowest(
         PlanError: `amount` is out of range.
     """
     if by_output:
-        return {
-            name: _lowest_of_rows(name, scores, living, amount, cumulative) for name, (scores, living) in parts.items()
-        }
-    flat = [_units(scores, living, dim, n) for scores, living in parts.values()]
-    scores, living = torch.cat([unit[0] for unit in flat]), torch.cat([unit[1] for unit in flat])
-    count = _count(amount, int(living.sum()), len(living) if cumulative else None, list(parts))
-    keep = _without_lowest(scores[None], living[None], count)[0]
+        return {name: _lowest_of_rows(name, scores, kept, amount, cumulative) for name, (scores, kept) in parts.items()}
+    flat = [_units(scores, kept, dim, n) for scores, kept in parts.values()]
+    scores, kept = torch.cat([unit[0] for unit in flat]), torch.cat([unit[1] for unit in flat])
+    count = _count(amount, int(kept.sum()), len(kept) if cumulative else None, list(parts))
+    keep = _without_lowest(scores[None], kept[None], count)[0]
     pieces = keep.split([len(unit[0]) for unit in flat])
-    found: dict[str, Tensor] = {}
-    for (name, (tensor, alive)), piece in zip(parts.items(), pieces, strict=True):
+    masks: dict[str, Tensor] = {}
+    for (name, (tensor, kept_before)), piece in zip(parts.items(), pieces, strict=True):
         shape = tensor.shape if dim is None else [-1 if d == dim % tensor.dim() else 1 for d in range(tensor.dim())]
         mask = piece.view(shape).expand(tensor.shape).to(tensor.device)
-        found[name] = mask if alive is None else mask & alive.to(tensor.device)
-    return found
+        masks[name] = mask if kept_before is None else mask & kept_before.to(tensor.device)
+    return masks
 
 
-def _units(scores: Tensor, living: Tensor | None, dim: int | None, n: float) -> tuple[Tensor, Tensor]:
-    """Scores of entries or slices in a row, and which of them live."""
-    alive = torch.ones_like(scores, dtype=torch.bool) if living is None else living.to(scores.device)
+def _units(scores: Tensor, given: Tensor | None, dim: int | None, n: float) -> tuple[Tensor, Tensor]:
+    """Scores of entries or slices in a row, and which of them are kept."""
+    kept = torch.ones_like(scores, dtype=torch.bool) if given is None else given.to(scores.device)
     if dim is None:
-        return scores.reshape(-1).cpu(), alive.reshape(-1).cpu()
-    rows = (scores * alive).movedim(dim, 0).reshape(scores.shape[dim], -1)
-    return torch.linalg.vector_norm(rows, n, dim=1).cpu(), alive.movedim(dim, 0).flatten(1).any(1).cpu()
+        return scores.reshape(-1).cpu(), kept.reshape(-1).cpu()
+    rows = (scores * kept).movedim(dim, 0).reshape(scores.shape[dim], -1)
+    return torch.linalg.vector_norm(rows, n, dim=1).cpu(), kept.movedim(dim, 0).flatten(1).any(1).cpu()
 
 
-def _lowest_of_rows(name: str, scores: Tensor, living: Tensor | None, amount: float, cumulative: bool) -> Tensor:
+def _lowest_of_rows(name: str, scores: Tensor, given: Tensor | None, amount: float, cumulative: bool) -> Tensor:
     rows = scores.reshape(len(scores), -1) if scores.dim() else scores.reshape(1, 1)
-    alive = torch.ones_like(rows, dtype=torch.bool) if living is None else living.reshape(rows.shape).to(rows.device)
-    each = alive.sum(1)
-    found = torch.empty_like(alive)
+    kept = torch.ones_like(rows, dtype=torch.bool) if given is None else given.reshape(rows.shape).to(rows.device)
+    each = kept.sum(1)
+    stay = torch.empty_like(kept)
     for entries in each.unique().tolist():
         count = _count(amount, entries, rows.shape[1] if cumulative else None, [name])
         these = each == entries
-        found[these] = _without_lowest(rows[these], alive[these], count)
-    return found.view(scores.shape)
+        stay[these] = _without_lowest(rows[these], kept[these], count)
+    return stay.view(scores.shape)
 
 
-def _without_lowest(scores: Tensor, living: Tensor, count: int) -> Tensor:
-    """In each row, which of the living entries stay when the `count` lowest go."""
+def _without_lowest(scores: Tensor, kept: Tensor, count: int) -> Tensor:
+    """In each row, which of the kept entries stay when the `count` lowest go."""
     # What is gone comes last in the order; sorted from behind, so that of equal scores the later go.
-    order = scores.masked_fill(~living, math.inf).flip(1).argsort(dim=1, stable=True)
-    # An infinite score of what lives would tie with what is gone.
-    order = order.gather(1, (~living.flip(1)).gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
-    keep = living.clone()
+    order = scores.masked_fill(~kept, math.inf).flip(1).argsort(dim=1, stable=True)
+    # An infinite score of what is kept would tie with what is gone.
+    order = order.gather(1, (~kept.flip(1)).gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
+    keep = kept.clone()
     return keep.scatter_(1, scores.shape[1] - 1 - order[:, :count], False)
 
 
@@ -123,14 +121,14 @@ def best_of_blocks(name: str, scores: Tensor, n: int, m: int) -> Tensor:
     return mask.flatten(-2).movedim(-1, 1).contiguous()
 
 
-def _count(amount: float, living: int, total: int | None, names: list[str]) -> int:
-    """How many of the `living` entries go; of a total, those that are gone already are taken off."""
+def _count(amount: float, kept: int, total: int | None, names: list[str]) -> int:
+    """How many of the `kept` entries go; of a total, those that are gone already are taken off."""
     where = ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")
-    entries = living if total is None else total
+    entries = kept if total is None else total
     whole = isinstance(amount, int) and not isinstance(amount, bool)
     if not 0 <= amount <= (entries if whole else 1):  # NaN is in no range
         raise PlanError(
             f"amount={amount} is out of range for {where}: give a fraction from 0.0 to 1.0, or a count from 0 to "
             f"{entries}."
         )
-    return max(0, (int(amount) if whole else round(amount * entries)) - (entries - living))
+    return max(0, (int(amount) if whole else round(amount * entries)) - (entries - kept))

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError, VerificationError
 from structprune.masks.constants import Constants
 from structprune.masks.folding import Fold
-from structprune.masks.liveness import Liveness
+from structprune.masks.removable import RemovableChannels
 from structprune.masks.torch_masks import remove
 from structprune.planning.build import plan_removal
 from structprune.planning.plan import Plan, Settings
@@ -64,7 +64,7 @@ class Compaction:
 
     def __str__(self) -> str:
         """A table: a line for each layer, and the reasons for what stayed."""
-        table = Table("layer", "channels", "off", "gone", "constants folded in", title=None)
+        table = Table(Column("layer", overflow="fold"), "channels", "off", "gone", "constants folded in", title=None)
         for layer in self.layers:
             numbers = (layer.channels, len(layer.off), len(layer.removed), layer.folded)
             table.add_row(layer.layer, *map(str, numbers))
@@ -115,16 +115,16 @@ def compaction(model: nn.Module, example_inputs: ExampleInputs) -> Compaction:
             raise PlanError(f"{name!r} is on the meta device: its zeros cannot be seen. Load its weights first.")
     slim = permanent(unwrapped(model))
     with collection_paused():
-        graph, found, constants = _settled(slim, example_inputs)
-        for compensation in found.compensations:
+        graph, removable, constants = _settled(slim, example_inputs)
+        for compensation in removable.compensations:
             if compensation.tensor is None:
                 _give_bias(slim, compensation)
-        if any(compensation.tensor is None for compensation in found.compensations):
-            graph, found, constants = _settled(slim, example_inputs)
-        layers = _reports(graph, found, constants)
-        if len(found.chosen):
-            plan = plan_removal(graph, found.chosen, Settings(asked={"compact": True}))
-            _add(slim, found.compensations)
+        if any(compensation.tensor is None for compensation in removable.compensations):
+            graph, removable, constants = _settled(slim, example_inputs)
+        layers = _reports(graph, removable, constants)
+        if len(removable.chosen):
+            plan = plan_removal(graph, removable.chosen, Settings(asked={"compact": True}))
+            _add(slim, removable.compensations)
             plan.apply(slim, inplace=True)
         else:
             plan = None
@@ -132,14 +132,14 @@ def compaction(model: nn.Module, example_inputs: ExampleInputs) -> Compaction:
     return Compaction(rewrapped(model, slim), plan, layers)
 
 
-def _settled(model: nn.Module, example_inputs: ExampleInputs) -> tuple[DependencyGraph, Liveness, Constants]:
+def _settled(model: nn.Module, example_inputs: ExampleInputs) -> tuple[DependencyGraph, RemovableChannels, Constants]:
     """What may go, once the forward is known to run without it."""
     graph = DependencyGraph(model, example_inputs)
     while True:
         constants = Constants(graph)
-        found = Liveness(graph, constants)
-        if not len(found.chosen) or graph.settle(found.dead):
-            return graph, found, constants
+        removable = RemovableChannels(graph, constants)
+        if not len(removable.chosen) or graph.settle(removable.removed):
+            return graph, removable, constants
 
 
 def permanent(model: nn.Module) -> nn.Module:
@@ -169,8 +169,8 @@ def _add(model: nn.Module, compensations: list[Fold]) -> None:
             tensor.copy_((tensor.double().cpu() + compensation.amount).to(tensor.dtype))
 
 
-def _reports(graph: DependencyGraph, found: Liveness, constants: Constants) -> tuple[LayerReport, ...]:
-    folded = {compensation.layer: compensation.channels for compensation in found.compensations}
+def _reports(graph: DependencyGraph, removable: RemovableChannels, constants: Constants) -> tuple[LayerReport, ...]:
+    folded = {compensation.layer: compensation.channels for compensation in removable.compensations}
     reports: dict[str, LayerReport] = {}
     for node, layer in constants.layers.items():
         axis = constants.axes(node)[layer.result_dim]
@@ -178,11 +178,11 @@ def _reports(graph: DependencyGraph, found: Liveness, constants: Constants) -> t
         if not axis.free or path in reports:
             continue
         known = constants.made[node].known.movedim(layer.result_dim, 0).flatten(1).all(1).expand(axis.size).numpy()
-        gone = found.off(axis)
+        gone = removable.off(axis)
         parts = graph.components.of(axis)
         stays: dict[str, list[int]] = {}
         for index in np.flatnonzero(known & ~gone).tolist():
-            stays.setdefault(_why(graph, found, int(parts[index])), []).append(index)
+            stays.setdefault(_why(graph, removable, int(parts[index])), []).append(index)
         reports[path] = LayerReport(
             path,
             axis.size,
@@ -194,9 +194,9 @@ def _reports(graph: DependencyGraph, found: Liveness, constants: Constants) -> t
     return tuple(reports.values())
 
 
-def _why(graph: DependencyGraph, found: Liveness, component: int) -> str:
-    if component in found.reasons:
-        return found.reasons[component]
+def _why(graph: DependencyGraph, removable: RemovableChannels, component: int) -> str:
+    if component in removable.reasons:
+        return removable.reasons[component]
     number = int(graph.components.reason[component])
     return graph.components.reasons[number] if number >= 0 else "other channels that stay are coupled to it"
 

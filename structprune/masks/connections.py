@@ -1,4 +1,4 @@
-"""`learn_connections`: prune below thresholds by the sensitivity of each layer, retrain the survivors, repeat."""
+"""`learn_connections`: prune below thresholds by the sensitivity of each layer, retrain what is kept, repeat."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Connections:
         """A line for each round."""
         table = Table("round", "connections left", "pruned", "retrained")
         table.add_row("0", "100.0%", "", f"{self.dense:.4g}")
-        for number, found in enumerate(self.rounds, 1):
-            table.add_row(str(number), f"{found.remaining:.1%}", f"{found.pruned:.4g}", f"{found.retrained:.4g}")
+        for number, each in enumerate(self.rounds, 1):
+            table.add_row(str(number), f"{each.remaining:.1%}", f"{each.pruned:.4g}", f"{each.retrained:.4g}")
         text = io.StringIO()
         Console(file=text, width=100).print(table)
         return text.getvalue().rstrip()
@@ -80,11 +80,11 @@ def learn_connections(
     qualities: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
     names: Iterable[str] | None = None,
 ) -> Connections:
-    """Learn both weights and connections: prune what is below thresholds, retrain the survivors, and again.
+    """Learn both weights and connections: prune what is below thresholds, retrain what is kept, and again.
 
     Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015. In each round the sensitivity
     of each tensor is measured: the largest threshold, in standard deviations of its weights, at which it alone can be
-    pruned before the score falls by more than `tolerance`; the most sensitive gets the smallest. The survivors are
+    pruned before the score falls by more than `tolerance`; the most sensitive gets the smallest. Kept weights are
     retrained from the values that they have, with the ratio of each dropout scaled by the square root of the share of
     connections left in the layer behind it (equation 2 of the paper; the layer that is next in the order of
     ``named_modules``). Add `weight_penalty` to the loss for L1 or L2 regularisation.
@@ -114,8 +114,8 @@ def learn_connections(
         ...         optimizer.zero_grad()
         ...         (error(model) + weight_penalty(model, l2=1e-4)).backward()
         ...         optimizer.step()
-        >>> found = learn_connections(model, train, lambda m: -float(error(m).detach()), rounds=2, drop=10.0)
-        >>> len(found.rounds), found.mask.kept < found.mask.entries
+        >>> result = learn_connections(model, train, lambda m: -float(error(m).detach()), rounds=2, drop=10.0)
+        >>> len(result.rounds), result.mask.kept < result.mask.entries
         (2, True)
     """
     if rounds < 1 or not tolerance >= 0 or not drop >= 0:
@@ -132,8 +132,8 @@ def learn_connections(
     try:
         for _ in range(rounds):
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            found = {name: _quality(model, mask, name, evaluate, tried, tolerance) for name in mask}
-            smaller = _below(model, found, mask)
+            thresholds = {name: _quality(model, mask, name, evaluate, tried, tolerance) for name in mask}
+            smaller = _below(model, thresholds, mask)
             if smaller.kept == mask.kept:
                 break
             update(inner, smaller)
@@ -148,7 +148,7 @@ def learn_connections(
                 update(inner, mask)
                 break
             mask = smaller
-            kept.append(ConnectionRound(found, mask.kept / mask.entries, pruned, retrained))
+            kept.append(ConnectionRound(thresholds, mask.kept / mask.entries, pruned, retrained))
     finally:
         for module, ratio, _ in dropouts:
             module.p = ratio
@@ -161,7 +161,7 @@ def weight_penalty(model: nn.Module, l1: float = 0.0, l2: float = 0.0, names: It
     Args:
         model: masked or not.
         l1: factor of the absolute values; L1 before pruning, as the paper found, drives more weights to zero.
-        l2: factor of the squares; better once the survivors are retrained.
+        l2: factor of the squares; better when the kept weights are retrained.
         names: of parameters; None for all of two dimensions or more.
 
     Returns:
@@ -219,13 +219,13 @@ def _below(model: nn.Module, qualities: dict[str, float], mask: Mask) -> Mask:
 
 def _dropouts(model: nn.Module, names: set[str]) -> list[tuple[nn.modules.dropout._DropoutNd, float, str]]:
     """Dropouts, their ratios, and the masked weight that comes next."""
-    found: list[tuple[nn.modules.dropout._DropoutNd, float, str]] = []
+    dropouts: list[tuple[nn.modules.dropout._DropoutNd, float, str]] = []
     waiting: list[nn.modules.dropout._DropoutNd] = []
     for path, module in model.named_modules():
         if isinstance(module, DROPOUTS):
             waiting.append(module)
         here = [f"{path}.{hook._tensor_name}".lstrip(".") for hook in hooks_of(module)]
         if masked := [name for name in here if name in names]:
-            found += [(dropout, dropout.p, masked[0]) for dropout in waiting]
+            dropouts += [(dropout, dropout.p, masked[0]) for dropout in waiting]
             waiting = []
-    return found
+    return dropouts

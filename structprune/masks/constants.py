@@ -80,27 +80,33 @@ class Constants:
         if name == "part":
             parent, position = part_of(node)
             return self._states[parent][position] if isinstance(self._states[parent], list) else self._nothing(node)
-        dtype = node.meta.get("dtype")
         if name == "parameter":
-            if dtype is None or not dtype.is_floating_point:
-                return unknown(axes)
-            value = self.weight(node)
-            return collapse(value, torch.ones_like(value, dtype=torch.bool), axes)
-        known = op_of(name)
-        if known is None or not node.op.startswith("call_") or not self._foreseen(node):
-            return self._nothing(node)
-        if (known.random and not _at_rest(node)) or known.creates:
+            return self._of_parameter(node, axes)
+        if not self._is_function(node):
             return self._nothing(node)
         if isinstance(axes, list):
-            found = moved_states(node, self._states, axes) if may_move(node) else None
-            if found is not None:
+            state = moved_states(node, self._states, axes) if may_move(node) else None
+            if state is not None:
                 self.apart.add(node)
-            return found or self._nothing(node)
-        found = self._single(node, axes)
-        return self._nothing(node) if found is None else found
+            return state or self._nothing(node)
+        state = self._single(node, axes)
+        return self._nothing(node) if state is None else state
+
+    def _of_parameter(self, node: fx.Node, axes: Axes) -> State:
+        if not _is_floating(node):
+            return unknown(axes)
+        value = self.weight(node)
+        return collapse(value, torch.ones_like(value, dtype=torch.bool), axes)
+
+    def _is_function(self, node: fx.Node) -> bool:
+        """Whether the result of an operation follows from its arguments alone, and the arguments are known."""
+        known = op_of(node.meta["name"])
+        if known is None or not node.op.startswith("call_") or not self._foreseen(node):
+            return False
+        return not known.creates and (not known.random or _at_rest(node))
 
     def _foreseen(self, node: fx.Node) -> bool:
-        """Whether the record of its operation speaks of this call, and all it takes has been walked over."""
+        """Whether the record of its operation foresees this call, and all its arguments have been walked over."""
         given = tensors(node)
         return (
             node.meta["index"] not in self._graph.channels.unforeseen
@@ -116,22 +122,22 @@ class Constants:
         if known.contraction is not None:
             return self._layer(node, axes)
         if may_move(node):
-            found = moved_states(node, self._states, [axes])
-            if found is not None:
+            states = moved_states(node, self._states, [axes])
+            if states is not None:
                 self.apart.add(node)
-                return found[0]
+                return states[0]
         if known.elementwise:
             self.apart.add(node)
             return self._elementwise(node, axes)
         sources = set(tensors(node))
-        if known.own and len(sources) == 1 and not self._over_survivors(node):
+        if known.own and len(sources) == 1 and not self._over_kept(node):
             (source,) = sources
             if passes(node, self.axes(source), axes) is not None:
                 self.apart.add(node)
                 return passed_state(self.of(source), self.axes(source), axes)
         return None
 
-    def _over_survivors(self, node: fx.Node) -> bool:
+    def _over_kept(self, node: fx.Node) -> bool:
         return any(s.node == node.meta["index"] for s in self._graph.channels.relations.reductions)
 
     def _batch_norm(self, node: fx.Node, axes: Axes) -> State | None:
@@ -156,59 +162,56 @@ class Constants:
 
     def _layer(self, node: fx.Node, axes: Axes) -> State | None:
         """A result is constant where all that its weights read is."""
-        found = layer(node, self.axes)
-        if found is None:
+        made = layer(node, self.axes)
+        if made is None:
             return None
-        weight = self.weight(found.weight)
-        if not runs(found, weight):
+        weight = self.weight(made.weight)
+        if not runs(made, weight):
             return None
-        self.layers[node] = found
-        state = self.of(found.x)
-        added, uneven = found.added(state.value, weight)
-        reached = found.run(found.spread((~state.known).double()), weight.abs())
-        dims = [d for d in range(reached.dim()) if d != found.result_dim % reached.dim()]
+        self.layers[node] = made
+        state = self.of(made.x)
+        added, uneven = made.added(state.value, weight)
+        reached = made.run(made.spread((~state.known).double()), weight.abs())
+        dims = [d for d in range(reached.dim()) if d != made.result_dim % reached.dim()]
         unread = (reached.amax(dims, keepdim=True) if dims else reached) == 0
         known = unread & ~uneven
-        if found.bias is not None:
-            added = added + self.weight(found.bias).view(
-                [-1 if d == found.result_dim % reached.dim() else 1 for d in range(reached.dim())]
+        if made.bias is not None:
+            added = added + self.weight(made.bias).view(
+                [-1 if d == made.result_dim % reached.dim() else 1 for d in range(reached.dim())]
             )
         shape = collapsed(axes)
-        if not axes[found.result_dim].free:  # constants are told channel by channel
+        if not axes[made.result_dim].free:  # constants are told channel by channel
             return None
         return State(torch.where(known, added, 0.0).expand(shape), known.expand(shape))
 
     def _elementwise(self, node: fx.Node, axes: Axes) -> State | None:
         sources = tensors(node)
-        dtype = node.meta.get("dtype")
-        if dtype is None or not dtype.is_floating_point or len(axes) != len(node.meta["shape"]):
-            return None
-        if any(not source.meta["dtype"].is_floating_point for source in sources):
+        if not all(map(_is_floating, (node, *sources))) or len(axes) != len(node.meta["shape"]):
             return None
         shape = collapsed(axes)
-        known: list[Tensor] = []
-        zero: list[Tensor] = []
-        for source in sources:
-            place = self._aligned(source, axes)
-            if place is None:
-                return None
-            known.append(self.of(source).known.view(place).expand(shape))
-            zero.append(self.of(source).zero.view(place).expand(shape))
-        given = {source: self.of(source).value.clone() for source in sources}
-        try:
-            value = call(node, given)
-        except FAILURES:
+        places = [self._aligned(source, axes) for source in sources]
+        value = self._run(node, shape) if None not in places else None
+        if value is None:
             return None
-        if not isinstance(value, Tensor) or value.is_meta or list(value.shape) != shape:
-            return None
-        value = value.double()
-        constant = torch.stack(known).all(0)
-        for place, off in enumerate(zero):
-            if bool((off & ~constant).any()) and len(sources) > 1 and gives_zero(node, frozenset({place})):
+        states = [(self.of(source), place) for source, place in zip(sources, places, strict=True) if place is not None]
+        constant = torch.stack([state.known.view(place).expand(shape) for state, place in states]).all(0)
+        for number, (state, place) in enumerate(states if len(sources) > 1 else ()):
+            off = state.zero.view(place).expand(shape)
+            if bool((off & ~constant).any()) and gives_zero(node, frozenset({number})):
                 value = torch.where(off & ~constant, 0.0, value)
                 constant = constant | off
         constant = constant & value.isfinite()
         return State(torch.where(constant, value, 0.0), constant)
+
+    def _run(self, node: fx.Node, shape: list[int]) -> Tensor | None:
+        """The result on the constants of its arguments, in float64; None if it does not run, or has another shape."""
+        try:
+            value = call(node, {source: self.of(source).value.clone() for source in tensors(node)})
+        except FAILURES:
+            return None
+        if not isinstance(value, Tensor) or value.is_meta or list(value.shape) != shape:
+            return None
+        return value.double()
 
     def _aligned(self, source: fx.Node, axes: Axes) -> list[int] | None:
         """The shape by which the state of an argument is broadcast to the result; None if that cannot be told.
@@ -252,9 +255,14 @@ class _Memory:
         owner = node if source is None else self._owner[source]
         self._owner[node] = owner
         shared = self._shared.setdefault(owner, [])
-        found = list(shared) if "writes" in node.meta else []
+        others = list(shared) if "writes" in node.meta else []
         shared.append(node)
-        return found
+        return others
+
+
+def _is_floating(node: fx.Node) -> bool:
+    dtype = node.meta.get("dtype")
+    return dtype is not None and dtype.is_floating_point
 
 
 def _at_rest(node: fx.Node) -> bool:

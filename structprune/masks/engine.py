@@ -1,4 +1,4 @@
-"""`PruningEngine`: masks that grow step by step beside a training loop, with events for whoever wants to look on."""
+"""`PruningEngine`: masks that grow step by step beside a training loop, with events for handlers of yours."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ class PruningEngine:
         return Mask.unpacked(self._masks[number], {name: list(self.mask[name].shape) for name in self.mask})
 
     def graph(self, step: int | None = None) -> nx.DiGraph[Unit]:
-        """The channels and neurons that a path of living weights led through after a step, as a networkx graph.
+        """The channels and neurons that a path of kept weights led through after a step, as a networkx graph.
 
         Args:
             step: how many steps were taken then; None for now.

@@ -59,20 +59,20 @@ class Places:
             return f"it is a constant, and {where} has no bias that could take it"
         return None
 
-    def compensation(self, layer: Layer, weight: Tensor, constants: Tensor, living: Tensor) -> Fold | None:
+    def compensation(self, layer: Layer, weight: Tensor, constants: Tensor, kept: Tensor) -> Fold | None:
         """The constants of a layer's input as one for each channel of its result; None if they add nothing.
 
         Args:
             layer: a call of it.
             weight: its weight in float64.
             constants: shaped as a state of the input; 0 where a channel stays.
-            living: which channels of the result stay, shape ``(channels,)``.
+            kept: which channels of the result stay, shape ``(channels,)``.
         """
-        amount = layer.added(constants, weight)[0].reshape(-1) * living
+        amount = layer.added(constants, weight)[0].reshape(-1) * kept
         if not bool((amount != 0).any()):
             return None
         path = str(layer.weight.target).rpartition(".")[0]
-        read = by_channel(layer.read(weight, living), layer.dim) != 0
+        read = by_channel(layer.read(weight, kept), layer.dim) != 0
         count = int((read & (by_channel(constants.abs(), layer.dim) != 0)).sum())
         for node in self._targets(layer):
             # The batch norm subtracts its mean.
@@ -118,5 +118,5 @@ def by_channel(x: Tensor, dim: int) -> Tensor:
 
 def all_by_channel(x: Tensor, dim: int, size: int) -> Tensor:
     """Whether all are set at each index of a dimension; a state has size 1 where a dimension holds no channels."""
-    found = x.movedim(dim, 0).flatten(1).all(1) if x.dim() > 1 else x
-    return found.expand(size)
+    each = x.movedim(dim, 0).flatten(1).all(1) if x.dim() > 1 else x
+    return each.expand(size)

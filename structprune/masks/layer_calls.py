@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -75,21 +75,21 @@ class Layer:
         """The dimension of the result that holds the layer's channels, counted from the end."""
         return self.dim
 
-    def read(self, weight: Tensor, living: Tensor) -> Tensor:
-        """How much of each input channel reaches results that live: the sum of the absolute weights, of shape `shape`.
+    def read(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """The sum of the absolute weights by which each input channel reaches kept results, of shape `shape`.
 
         Args:
             weight: float64.
-            living: for each channel of the result, whether it lives; shape ``(channels,)``.
+            kept: for each channel of the result, whether it is kept; shape ``(channels,)``.
         """
         with torch.enable_grad():
             x = torch.zeros(self.shape, dtype=torch.float64, requires_grad=True)
             result = self.run(x, weight.abs())
             shape = [-1 if d == self.result_dim % result.dim() else 1 for d in range(result.dim())]
-            (found,) = torch.autograd.grad((result * living.double().view(shape)).sum(), x)
-        return found
+            (reached,) = torch.autograd.grad((result * kept.double().view(shape)).sum(), x)
+        return reached
 
-    def uneven_channels(self, weight: Tensor, living: Tensor) -> Tensor:
+    def uneven_channels(self, weight: Tensor, kept: Tensor) -> Tensor:
         """Input channels that, as constants, add other amounts at the border than inside; shape ``(channels,)``.
 
         One channel of ones goes through the kernel of each pair of channels, as if each were a filter of its own:
@@ -106,7 +106,7 @@ class Layer:
             given[self.bias] = torch.zeros(weight.shape[0] * weight.shape[1], dtype=torch.float64)
         result = call(self.node, given, {**self.options, "groups": 1}).flatten(2)[0]
         uneven = (result.amax(1) - result.amin(1)) > ROUNDING * weight.abs().reshape(len(result), -1).sum(1)
-        uneven = uneven.view(weight.shape[0], weight.shape[1]) & living[:, None]
+        uneven = uneven.view(weight.shape[0], weight.shape[1]) & kept[:, None]
         groups = size // weight.shape[1]
         return uneven.view(groups, -1, weight.shape[1]).any(1).reshape(-1)
 
@@ -123,9 +123,9 @@ def layer(node: fx.Node, axes_of: Callable[[fx.Node], Axes]) -> Layer | None:
         return None
     given = arguments(node)
     x, weight, bias = given.get(known.input), given.get(known.weight), given.get(known.bias)
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or x is weight:
+    if not isinstance(x, fx.Node) or not _is_parameter(weight) or (bias is not None and not _is_vector(bias)):
         return None
-    if weight.meta["name"] != "parameter" or (bias is not None and not _is_vector(bias)):
+    if x is weight:
         return None
     axes, dim, options = axes_of(x), -1, dict[str, Any]()
     if known.kind != "product":
@@ -135,8 +135,13 @@ def layer(node: fx.Node, axes_of: Callable[[fx.Node], Axes]) -> Layer | None:
         return None
     if any(axis.free for axis in axes[len(axes) + dim + 1 :]):  # positions that may go themselves
         return None
-    ahead = [axis.size if axis.free else 1 for axis in axes[: len(axes) + dim]]
-    return Layer(node, x, weight, bias, dim, (*ahead, axes[dim].size, *_image(weight, given, -1 - dim)), options)
+    shape = (*_ahead(axes[: len(axes) + dim]), axes[dim].size, *_image(weight, given, -1 - dim))
+    return Layer(node, x, weight, bias, dim, shape, options)
+
+
+def _ahead(axes: Axes) -> list[int]:
+    """Sizes of the dimensions before the channels: one of each batch entry and token, as they are all alike."""
+    return [axis.size if axis.free else 1 for axis in axes]
 
 
 def _image(weight: fx.Node, given: Mapping[str, Any], space: int) -> list[int]:
@@ -150,14 +155,18 @@ def _image(weight: fx.Node, given: Mapping[str, Any], space: int) -> list[int]:
     return [2 * d * (int(k) - 1) + 3 for d, k in zip(dilations, kernel, strict=True)]
 
 
-def _is_vector(bias: object) -> bool:
-    return isinstance(bias, fx.Node) and bias.meta["name"] == "parameter" and len(bias.meta["shape"]) == 1
+def _is_parameter(value: object) -> TypeGuard[fx.Node]:
+    return isinstance(value, fx.Node) and value.meta["name"] == "parameter"
 
 
-def runs(found: Layer, weight: Tensor) -> bool:
+def _is_vector(bias: object) -> TypeGuard[fx.Node]:
+    return _is_parameter(bias) and len(bias.meta["shape"]) == 1
+
+
+def runs(one: Layer, weight: Tensor) -> bool:
     """Whether the layer can be run on constants at all."""
     try:
-        found.run(torch.zeros(found.shape, dtype=torch.float64), weight)
+        one.run(torch.zeros(one.shape, dtype=torch.float64), weight)
     except FAILURES:
         return False
     return True

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from structprune.errors import LoadError, PlanError
@@ -50,7 +50,7 @@ class Comparison:
 
     def __str__(self) -> str:
         """A line for each tensor."""
-        table = Table("tensor", "entries", "kept", "kept by the other", "overlap", "Hamming")
+        table = Table(Column("tensor", overflow="fold"), "entries", "kept", "kept by the other", "overlap", "Hamming")
         for row in self.tensors:
             numbers = (f"{row.entries:,}", f"{row.kept[0]:,}", f"{row.kept[1]:,}", f"{row.overlap:.3f}")
             table.add_row(row.tensor, *numbers, f"{row.hamming:,}")
@@ -152,14 +152,14 @@ class Mask(NamedTensors):
         packed, shapes = read(path, KIND)
         if shapes.keys() != packed.keys():
             raise LoadError(f"{path} does not say the shapes of its tensors.")
-        found: dict[str, list[int]] = {}
+        sizes_of: dict[str, list[int]] = {}
         for name, text in shapes.items():
             sizes = text.split(",") if text else []
             if not all(size.isdecimal() for size in sizes):
                 raise LoadError(f"{path}: {name!r} is no packed mask.")
-            found[name] = [int(size) for size in sizes]
+            sizes_of[name] = [int(size) for size in sizes]
         try:
-            return cls.unpacked(packed, found)
+            return cls.unpacked(packed, sizes_of)
         except PlanError as error:
             raise LoadError(f"{path}: {error}") from error
 
@@ -174,13 +174,13 @@ class Mask(NamedTensors):
         Raises:
             PlanError: a tensor has not the bytes that its shape needs.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             bits, count = packed[name], int(np.prod(shape, dtype=np.int64))
             if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-count // 8):
                 raise PlanError(f"{name!r} has {bits.numel()} bytes, where its shape {shape} needs {-(-count // 8)}.")
-            found[name] = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().view(shape)
-        return cls(found)
+            tensors[name] = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool().view(shape)
+        return cls(tensors)
 
     def draw(self, path: str | os.PathLike[str]) -> Path:
         """Draw each tensor as a matrix of outputs x inputs: dark where an entry stays.

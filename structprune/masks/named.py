@@ -60,12 +60,12 @@ class NamedTensors(Mapping[str, Tensor]):
         Raises:
             PlanError: a tensor has another shape than the plan was made for.
         """
-        found = dict(self._tensors)
+        tensors = dict(self._tensors)
         for sliced in plan.slices:
             name = sliced.tensor.removesuffix("_orig")
-            if name not in found:
+            if name not in tensors:
                 continue
-            tensor = found[name]
+            tensor = tensors[name]
             if sliced.dim >= tensor.dim() or tensor.shape[sliced.dim] != sliced.size:
                 raise PlanError(
                     f"The plan removes entries of dimension {sliced.dim} of {name!r} from {sliced.size}, but its shape "
@@ -73,8 +73,10 @@ class NamedTensors(Mapping[str, Tensor]):
                 )
             gone = frozenset(sliced.removed)
             stays = sliced.order or [index for index in range(sliced.size) if index not in gone]
-            found[name] = tensor.index_select(sliced.dim, torch.tensor(stays, dtype=torch.int64, device=tensor.device))
-        return type(self)(found)
+            tensors[name] = tensor.index_select(
+                sliced.dim, torch.tensor(stays, dtype=torch.int64, device=tensor.device)
+            )
+        return type(self)(tensors)
 
     def _with(self, other: NamedTensors, join: Callable[[Tensor, Tensor], Tensor]) -> Self:
         """Entry by entry.

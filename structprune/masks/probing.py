@@ -1,4 +1,4 @@
-"""What an operation does to entries and channels, found by running it.
+"""What an operation does to entries and channels, shown by running it.
 
 Whether a ``view``, a ``cat`` or a ``chunk`` moved an entry is seen on tensors that hold the number of each entry;
 whether a pooling or a mean lets constants through, and keeps channels apart, on constants and on random numbers.
@@ -7,6 +7,7 @@ whether a pooling or a mean lets constants through, and keeps channels apart, on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -33,41 +34,70 @@ def moved_states(node: fx.Node, states: dict[fx.Node, State], axes: list[Axes | 
     the same entry of an argument both times, it was moved there; if it holds the same number, it is a constant.
     """
     sources = list(dict.fromkeys(tensors(node)))
-    if any(not source.meta["dtype"].is_floating_point for source in sources):
+    if not _all_floating(sources):
         return None
-    sizes = [int(torch.Size(source.meta["shape"]).numel()) for source in sources]
-    total = sum(sizes)
-    if not total:
+    total = sum(torch.Size(source.meta["shape"]).numel() for source in sources)
+    if not total or not axes:
         return None
     order = torch.randperm(total, generator=torch.Generator().manual_seed(total))
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(total)
-    results: list[list[Tensor]] = []
-    for numbers in (torch.arange(total), order):
-        parts = (numbers + 1).double().split(sizes)
-        given = {s: part.reshape(s.meta["shape"]) for s, part in zip(sources, parts, strict=True)}
-        try:
-            found = call(node, given)
-        except FAILURES:
-            return None
-        results.append(list(found) if isinstance(found, (tuple, list)) else [found])
-    if len(results[0]) != len(axes):
+    results = [_on_numbers(node, sources, numbers) for numbers in (torch.arange(total), order)]
+    if any(len(result) != len(axes) for result in results):
         return None
-    value = torch.cat([states[s].value.expand(s.meta["shape"]).reshape(-1) for s in sources])
-    known = torch.cat([states[s].known.expand(s.meta["shape"]).reshape(-1) for s in sources])
+    entries = [(states[source], source.meta["shape"]) for source in sources]
+    value = torch.cat([state.value.expand(shape).reshape(-1) for state, shape in entries])
+    known = torch.cat([state.known.expand(shape).reshape(-1) for state, shape in entries])
     moved_to: list[State] = []
     for first, second, dims in zip(*results, axes, strict=True):
-        if dims is None or not isinstance(first, Tensor) or first.dtype != torch.float64:
+        if dims is None or not _is_double(first):
             return None
-        a, b = first.round().long() - 1, second.round().long() - 1
-        inside = (first == a + 1) & (second == b + 1) & (a >= 0) & (a < total) & (b >= 0) & (b < total)
-        place = a.clamp(0, total - 1)
-        entry = inside & (inverse[b.clamp(0, total - 1)] == place)
-        constant = ~entry & (first == second)
-        if not bool((entry | constant).all()):
+        place, moved_here = _places(first, second, order)
+        constant = ~moved_here & (first == second)
+        if not bool((moved_here | constant).all()):
             return None
-        moved_to.append(collapse(torch.where(entry, value[place], first), constant | known[place], dims))
+        moved_to.append(collapse(torch.where(moved_here, value[place], first), constant | known[place], dims))
     return moved_to
+
+
+def _all_floating(nodes: Sequence[fx.Node]) -> bool:
+    return all(node.meta["dtype"].is_floating_point for node in nodes)
+
+
+def _is_double(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dtype == torch.float64
+
+
+def _on_numbers(node: fx.Node, sources: Sequence[fx.Node], numbers: Tensor) -> list[Any]:
+    """The results of an operation on tensors whose entries hold `numbers`, counted from 1; none if it does not run."""
+    parts = (numbers + 1).double().split([torch.Size(source.meta["shape"]).numel() for source in sources])
+    given = {s: part.reshape(s.meta["shape"]) for s, part in zip(sources, parts, strict=True)}
+    try:
+        outputs = call(node, given)
+    except FAILURES:
+        return []
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+
+
+def _places(first: Tensor, second: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """For each entry of a result the place of the argument's entry that it may be, and whether it is that entry.
+
+    Args:
+        first: the result on entries that hold 1, 2, 3, ...
+        second: the result on entries that hold ``order + 1``.
+        order: a permutation. With [2, 0, 1], an entry moved from place 1 is 2 in `first` and ``order[1] + 1`` = 1 in
+            `second`.
+    """
+    total = len(order)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(total)
+    a, b = first.round().long() - 1, second.round().long() - 1
+    inside = (first == a + 1) & (second == b + 1) & (a >= 0) & (a < total) & (b >= 0) & (b < total)
+    place = a.clamp(0, total - 1)
+    return place, inside & (inverse[b.clamp(0, total - 1)] == place)
+
+
+def _keys(axes: Axes) -> list[object]:
+    """What tells the free axes apart; None for the others."""
+    return [axis.key if axis.free else None for axis in axes]
 
 
 def passes(node: fx.Node, source: Axes, result: Axes) -> list[int] | None:
@@ -76,9 +106,8 @@ def passes(node: fx.Node, source: Axes, result: Axes) -> list[int] | None:
     None if the operation mixes channels, or does not let a constant through as it is whatever the size of the image.
     Two channels along each dimension are enough to see both.
     """
-    keys = [axis.key if axis.free else None for axis in source]
-    free = [axis.key for axis in result if axis.free]
-    if len(set(free)) != len(free) or set(free) - set(keys) or len(free) != sum(key is not None for key in keys):
+    keys, free = _keys(source), [axis.key for axis in result if axis.free]
+    if len(set(free)) != len(free) or set(free) - set(keys) or len(free) != len(keys) - keys.count(None):
         return None
     (x,) = set(tensors(node))
     shape = [int(size) for size in x.meta["shape"]]
@@ -102,16 +131,16 @@ def _two_values(sizes: Sequence[int], axes: Axes) -> Tensor:
 def _lets_through(node: fx.Node, x: fx.Node, given: Tensor, source: Axes, result: Axes) -> bool:
     """Whether the operation, run on `given`, gives the same constants along the axes of the result."""
     try:
-        found = call(node, {x: given})
+        made = call(node, {x: given})
     except FAILURES:
         return False
-    if not isinstance(found, Tensor) or found.dim() != len(result) or found.dtype != given.dtype:
+    if not isinstance(made, Tensor) or made.dim() != len(result) or made.dtype != given.dtype:
         return False
-    if any(found.shape[d] != 2 for d, axis in enumerate(result) if axis.free):
+    if any(made.shape[d] != 2 for d, axis in enumerate(result) if axis.free):
         return False
-    keys: list[object] = [axis.key if axis.free else None for axis in source]
+    keys = _keys(source)
     wanted = given.amax([d for d, axis in enumerate(source) if not axis.free], keepdim=True)
-    return torch.allclose(found, _arranged(wanted, keys, result).expand_as(found), rtol=1e-14, atol=0)
+    return torch.allclose(made, _arranged(wanted, keys, result).expand_as(made), rtol=1e-14, atol=0)
 
 
 def _stretched(size: int, stretch: bool) -> int:
@@ -126,6 +155,6 @@ def _arranged(x: Tensor, keys: list[object], result: Axes) -> Tensor:
 
 
 def passed_state(state: State, source: Axes, result: Axes) -> State:
-    """The state of a result that `passes` found to hold the constants of the argument."""
-    keys: list[object] = [axis.key if axis.free else None for axis in source]
+    """The state of a result that `passes` says to hold the constants of the argument."""
+    keys = _keys(source)
     return State(_arranged(state.value, keys, result), _arranged(state.known, keys, result))

@@ -126,23 +126,20 @@ class Saliency(NamedTensors):
         criterion = importance_of(importance)
         if not isinstance(criterion, WeightCriterion):
             raise PlanError(f"{type(criterion).__name__} scores channels, and has no scores for single weights.")
-        if isinstance(data, Batches) and (loss is not None or forward is not None):
-            raise PlanError("data is Batches, which hold loss and forward; give them there.")
         inner = prunable(model)
         if any(hooks_of(module) for module in inner.modules()):
             inner = permanent(unwrapped(model))
-        batches = data if isinstance(data, Batches) or data is None else Batches(data, forward, loss)
-        found = criterion.weight_scores(ChannelGraph(inner, example_inputs), batches)
+        scores = criterion.weight_scores(ChannelGraph(inner, example_inputs), _batches(data, forward, loss))
         if names is None:
-            return cls({name: tensor for name, tensor in found.items() if tensor.dim() > 1})
+            return cls({name: tensor for name, tensor in scores.items() if tensor.dim() > 1})
         wanted = list(names)
         known = dict(inner.named_parameters())
         for name in wanted:
             if name not in known:
                 raise PlanError(f"The model has no parameter {name!r}.")
-            if name not in found:
+            if name not in scores:
                 raise PlanError(f"{type(criterion).__name__} has no scores for {name!r}: it is no weight of a layer.")
-        return cls({name: found[name] for name in wanted})
+        return cls({name: scores[name] for name in wanted})
 
     @classmethod
     def gradient_times_weight(cls, model: nn.Module, names: Iterable[str] | None = None) -> Saliency:
@@ -193,7 +190,7 @@ class Saliency(NamedTensors):
         Raises:
             PlanError: there is no such scope.
         """
-        found: dict[str, Tensor] = {}
+        ranked: dict[str, Tensor] = {}
         for names in self._groups(scope):
             parts = [self._tensors[name] for name in names]
             scores = torch.cat([part.reshape(-1).cpu() for part in parts])
@@ -201,8 +198,8 @@ class Saliency(NamedTensors):
             ranks = torch.empty(len(scores), dtype=torch.float64)
             ranks[order] = torch.arange(1, len(scores) + 1, dtype=torch.float64) / max(1, len(scores))
             pieces = ranks.split([part.numel() for part in parts])
-            found |= {name: piece.view(part.shape) for name, piece, part in zip(names, pieces, parts, strict=True)}
-        return Saliency({name: found[name] for name in self})
+            ranked |= {name: piece.view(part.shape) for name, piece, part in zip(names, pieces, parts, strict=True)}
+        return Saliency({name: ranked[name] for name in self})
 
     def correlation(self, other: Saliency) -> dict[str, float]:
         """By tensor, how alike two saliencies rank its entries: Spearman's coefficient, from -1 to 1.
@@ -259,12 +256,12 @@ class Saliency(NamedTensors):
         for name, tensor in self._tensors.items():
             if dim is not None and not -tensor.dim() <= dim < tensor.dim():
                 raise PlanError(f"{name!r} has no dimension {dim}: its shape is {list(tensor.shape)}.")
-        living = {name: None if default_mask is None else default_mask[name] for name in self}
-        found: dict[str, Tensor] = {}
+        kept = {name: None if default_mask is None else default_mask[name] for name in self}
+        masks: dict[str, Tensor] = {}
         for names in self._groups(scope, dim):
-            parts = {name: (self._tensors[name], living[name]) for name in names}
-            found |= lowest(parts, amount, dim, n, by_output=scope == "output", cumulative=cumulative)
-        return Mask({name: found[name] for name in self})
+            parts = {name: (self._tensors[name], kept[name]) for name in names}
+            masks |= lowest(parts, amount, dim, n, by_output=scope == "output", cumulative=cumulative)
+        return Mask({name: masks[name] for name in self})
 
     def above(self, threshold: float | Mapping[str, float], *, default_mask: Mask | None = None) -> Mask:
         """The mask of the scores that are at least a threshold.
@@ -282,8 +279,8 @@ class Saliency(NamedTensors):
                 raise PlanError(f"There is no threshold for {name!r}.")
             if each[name] != each[name]:
                 raise PlanError(f"The threshold of {name!r} is NaN.")
-        found = Mask({name: tensor >= each[name] for name, tensor in self._tensors.items()})
-        return found if default_mask is None else found & default_mask
+        above = Mask({name: tensor >= each[name] for name, tensor in self._tensors.items()})
+        return above if default_mask is None else above & default_mask
 
     def n_of_m(self, n: int = 2, m: int = 4) -> Mask:
         """The mask that keeps the `n` highest of each `m` entries that follow each other along the inputs.
@@ -337,3 +334,11 @@ class Saliency(NamedTensors):
             MissingExtraError: Matplotlib is not installed.
         """
         return draw_matrices(self._tensors, path)
+
+
+def _batches(data: Iterable[Any] | Batches | None, forward: Forward | None, loss: Loss | None) -> Batches | None:
+    if not isinstance(data, Batches):
+        return None if data is None else Batches(data, forward, loss)
+    if loss is not None or forward is not None:
+        raise PlanError("data is Batches, which hold loss and forward; give them there.")
+    return data

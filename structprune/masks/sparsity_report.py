@@ -132,10 +132,10 @@ def sparsity(model: nn.Module, example_inputs: ExampleInputs | None = None) -> S
         PlanError: a tensor is on the ``meta`` device.
         TraceError: the forward cannot be recorded.
     """
-    found: list[TensorSparsity] = []
+    counts: list[TensorSparsity] = []
     for name, tensor in masked_tensors(prunable(model)).items():
-        found.append(TensorSparsity(name, _zeros(name, tensor), tensor.numel()))
-    return Sparsity(tuple(found), None if example_inputs is None else _gain(model, example_inputs))
+        counts.append(TensorSparsity(name, _zeros(name, tensor), tensor.numel()))
+    return Sparsity(tuple(counts), None if example_inputs is None else _gain(model, example_inputs))
 
 
 def _gain(model: nn.Module, example_inputs: ExampleInputs) -> Gain:

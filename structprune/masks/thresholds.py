@@ -45,7 +45,7 @@ def standard_deviations(
     """
     chosen = chosen_tensors(model, quality if names is None and isinstance(quality, Mapping) else names)
     require_scope(scope, None, among=("model", "layer", "tensor"))
-    found: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
     for group in grouped(chosen, scope):
         weights = torch.cat([chosen[name].reshape(-1).double() for name in group])
         weights = weights[weights != 0]
@@ -54,5 +54,5 @@ def standard_deviations(
             factor = quality.get(name) if isinstance(quality, Mapping) else quality
             if factor is None or not factor >= 0:
                 raise PlanError(f"The quality of {name!r} is {factor}; give a number of at least 0.")
-            found[name] = factor * spread
-    return found
+            thresholds[name] = factor * spread
+    return thresholds

@@ -45,7 +45,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Lottery:
-    """What `lottery` found.
+    """What `lottery` returns.
 
     Attributes:
         draws: one for each training; round 0 is the dense network.
@@ -62,10 +62,10 @@ class Lottery:
     def __str__(self) -> str:
         """A line for each round, a column for each variant."""
         variants = list(dict.fromkeys(d.variant for d in self.draws))
-        found = {(d.round, d.variant): d for d in self.draws}
+        by_variant = {(d.round, d.variant): d for d in self.draws}
         table = Table("round", "weights left", *variants)
         for number in sorted({d.round for d in self.draws}):
-            scores = [found.get((number, variant)) for variant in variants]
+            scores = [by_variant.get((number, variant)) for variant in variants]
             left = next(d.remaining for d in scores if d is not None)
             table.add_row(str(number), f"{left:.1%}", *("" if d is None else f"{d.score:.4g}" for d in scores))
         text = io.StringIO()
@@ -139,12 +139,12 @@ def lottery(
             left is that of all parameters.
         controls: ``"reinitialised"``: the ticket's mask on a network built anew; ``"random mask"``: the first network
             with as many weights of each tensor left, drawn at random.
-        folder: keep what was found there, training by training. After a kill, the same call goes on where it was.
+        folder: keep the results there, training by training. After a kill, the same call goes on where it was.
         seed: of all random numbers; the generators are afterwards as they were.
 
     Raises:
         PlanError: an argument is out of range, `train` does not yield at the epoch to rewind to, or the folder holds
-            what was found with other arguments.
+            results of other arguments.
 
     Example:
         >>> x = torch.randn(64, 4)
@@ -158,8 +158,8 @@ def lottery(
         >>> def evaluate(model):
         ...     return -float((model(x) - x.sum(1, keepdim=True)).square().mean().detach())
         >>> build = lambda: nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
-        >>> found = lottery(build, train, evaluate, rounds=2, rewind=1, amount=0.5)
-        >>> [round(left, 2) for left, score in found.curve("ticket")]
+        >>> result = lottery(build, train, evaluate, rounds=2, rewind=1, amount=0.5)
+        >>> [round(left, 2) for left, score in result.curve("ticket")]
         [1.0, 0.5, 0.25]
     """
     wanted = tuple(controls)
@@ -319,7 +319,7 @@ class _Drawing:
             return
         record = json.loads(file.read_text(encoding="utf-8"))
         if record["asked"] != self._asked:
-            raise PlanError(f"{folder} holds what was found with {record['asked']}, not with {dict(self._asked)}.")
+            raise PlanError(f"{folder} holds the results of {record['asked']}, not of {dict(self._asked)}.")
         self._draws = [Draw(**d) for d in record["draws"]]
         last = max(d.round for d in self._draws)
         self._masks = {n: Mask.load(folder / f"mask-{n}.safetensors") for n in range(1, last + 2)}

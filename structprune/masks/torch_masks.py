@@ -24,7 +24,7 @@ def hooks_of(module: nn.Module) -> list[torch_prune.BasePruningMethod]:
 
 def masked_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of a model by name; a masked one under the name and with the zeros that its layer uses."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
         hooks = {f"{hook._tensor_name}_orig": hook for hook in hooks_of(module)}
@@ -34,8 +34,8 @@ def masked_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(parameter))
             hook = hooks.get(key)
             used = parameter.detach() if hook is None else hook.apply_mask(module).detach()
-            found[join(path, key if hook is None else hook._tensor_name)] = used
-    return found
+            tensors[join(path, key if hook is None else hook._tensor_name)] = used
+    return tensors
 
 
 def chosen_tensors(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
@@ -81,8 +81,8 @@ def from_plan(plan: Plan, model: nn.Module) -> nn.Module:
     """
     if isinstance(plan, DepthPlan):
         raise SurgeryError(
-            "The plan removes blocks or branches, which masks on weights cannot say. Apply plan.removal, and mask what "
-            "plan.widths removes of the result."
+            "The plan removes blocks or branches, which masks on weights cannot express. Apply plan.removal, and mask "
+            "what plan.widths removes of the result."
         )
     require(locals(), plan=instance(Plan, "give a structprune.Plan"), model=MODEL)
     inner = prunable(model, inplace=True)
@@ -94,7 +94,7 @@ def masks_of_plan(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
     """The mask of each parameter that the plan slices: one where an entry stays."""
     parameters = masked_tensors(model)
     buffers = dict(model.named_buffers())
-    found: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
     for sliced in plan.slices:
         name = sliced.tensor.removesuffix("_orig")
         tensor = parameters.get(name)
@@ -107,9 +107,9 @@ def masks_of_plan(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
                 f"The plan slices dimension {sliced.dim} of {name!r} from {sliced.size} entries, but its shape is "
                 f"{list(tensor.shape)}. Make a new plan for this model."
             )
-        mask = found.setdefault(name, torch.ones_like(tensor))
+        mask = masks.setdefault(name, torch.ones_like(tensor))
         zero(mask, sliced)
-    return found
+    return masks
 
 
 def put_on(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -51,13 +51,13 @@ def semi_structured(model: nn.Module) -> list[str]:
     weights = {name: w for name, w in masked_tensors(inner).items() if name in linear and fits_blocks(w)}
     if not weights:
         raise PlanError("No weight of a linear layer is 2:4 sparse. Apply Saliency.n_of_m(2, 4) first.")
-    found: list[str] = []
+    fitting: list[str] = []
     for name, weight in weights.items():
         if weight.device.type != "cuda":
             raise UnsupportedModelError(f"{name!r} is on {weight.device}: semi-structured tensors are of CUDA alone.")
         rows, columns = MULTIPLES.get(weight.dtype, (0, 0))
         if rows and weight.shape[0] % rows == 0 and weight.shape[1] % columns == 0:
-            found.append(name)
-    for name in found:
+            fitting.append(name)
+    for name in fitting:
         linear[name].weight = nn.Parameter(to_sparse_semi_structured(weights[name]), requires_grad=False)
-    return found
+    return fitting

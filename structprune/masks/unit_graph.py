@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Unit = tuple[str, int]
 
 
-def unit_graph(model: nn.Module, example_inputs: ExampleInputs, living: Mapping[str, Tensor]) -> nx.DiGraph[Unit]:
-    """The units that a path of living weights leads through, from an input of the network to an output.
+def unit_graph(model: nn.Module, example_inputs: ExampleInputs, kept: Mapping[str, Tensor]) -> nx.DiGraph[Unit]:
+    """The units that a path of kept weights leads through, from an input of the network to an output.
 
     A node is ``(layer, index)``: an output channel of the layer that makes it first, or ``("input", index)``. Channels
     that are coupled (on both sides of a residual sum, before and after a norm) are one unit. An edge says that at least
@@ -30,7 +30,7 @@ def unit_graph(model: nn.Module, example_inputs: ExampleInputs, living: Mapping[
     Args:
         model: without masks; its values do not matter.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
-        living: by name of the parameter, which entries are left; parameters that are not named are whole.
+        kept: by name of the parameter, which entries are left; parameters that are not named are whole.
     """
     import networkx as nx  # it takes longer than most graphs
 
@@ -38,7 +38,7 @@ def unit_graph(model: nn.Module, example_inputs: ExampleInputs, living: Mapping[
     units = _Units(graph)
     dense: nx.DiGraph[Unit] = nx.DiGraph()
     for use in weight_sites(graph):
-        for source, target, weights in units.edges(use, living.get(use.name)):
+        for source, target, weights in units.edges(use, kept.get(use.name)):
             if source == target:  # a depthwise convolution hands its channels on
                 continue
             known = dense.get_edge_data(source, target, {"weights": 0})["weights"]
@@ -53,12 +53,12 @@ def unit_graph(model: nn.Module, example_inputs: ExampleInputs, living: Mapping[
 
 
 def _reached(graph: nx.DiGraph[Unit], starts: set[Unit]) -> set[Unit]:
-    found, waiting = set(starts), list(starts)
+    reached, waiting = set(starts), list(starts)
     while waiting:
-        new = set(graph.successors(waiting.pop())) - found
-        found |= new
+        new = set(graph.successors(waiting.pop())) - reached
+        reached |= new
         waiting += new
-    return found
+    return reached
 
 
 class _Units:
@@ -72,25 +72,25 @@ class _Units:
         for use in weight_sites(graph):  # the layers that make units name them
             self._of(self._nodes[use.site.operation], use.site.dim, use.name.removesuffix(".weight"))
 
-    def edges(self, use: WeightSite, living: Tensor | None) -> list[tuple[Unit, Unit, int]]:
+    def edges(self, use: WeightSite, kept: Tensor | None) -> list[tuple[Unit, Unit, int]]:
         """Pairs of units with the number of weights left between them, zero included."""
         node, weight = self._nodes[use.site.operation], self._graph.model.get_parameter(use.name)
         x = self._nodes[use.site.node]
         inside = weight.shape[use.dim]
-        counts = np.ones(weight.shape, dtype=np.int64) if living is None else living.cpu().numpy().astype(np.int64)
+        counts = np.ones(weight.shape, dtype=np.int64) if kept is None else kept.cpu().numpy().astype(np.int64)
         table = np.moveaxis(counts, use.dim, 1).reshape(weight.shape[1 - use.dim], inside, -1).sum(2)
         sources, targets = self._of(x, use.site.dim), self._of(node, use.site.dim)
         groups, outputs = use.site.size // inside, len(targets)
-        found: list[tuple[Unit, Unit, int]] = []
+        pairs: list[tuple[Unit, Unit, int]] = []
         if use.dim == 1:  # (outputs, channels of a group)
             for out, row in enumerate(table):
                 start = out // (outputs // groups) * inside
-                found += [(sources[start + j], targets[out], int(c)) for j, c in enumerate(row)]
+                pairs += [(sources[start + j], targets[out], int(c)) for j, c in enumerate(row)]
         else:  # (outputs of a group, channels), of a transposed convolution or a product
             each = use.site.size // (outputs // len(table))
             for out, row in enumerate(table):
-                found += [(sources[j], targets[j // each * len(table) + out], int(c)) for j, c in enumerate(row)]
-        return found
+                pairs += [(sources[j], targets[j // each * len(table) + out], int(c)) for j, c in enumerate(row)]
+        return pairs
 
     def _of(self, node: fx.Node, dim: int, layer: str | None = None) -> list[Unit]:
         """The unit at each index of a dimension; those that nothing has named yet get the name of `layer`."""
@@ -102,7 +102,7 @@ class _Units:
         return [self._names[key] for key in keys]
 
     def _keys(self, axis: Axis) -> list[tuple[int, ...]]:
-        """For each index the roots that it lives by: a column of a head lives by the head and by the column."""
+        """For each index the roots that it depends on: a column of a head depends on the head and on the column."""
         positions, roots = self._graph.roots.of(self._graph.components.of(axis))
         keys: list[tuple[int, ...]] = [() for _ in range(axis.size)]
         for position, root in zip(positions.tolist(), roots.tolist(), strict=True):

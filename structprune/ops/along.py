@@ -102,7 +102,7 @@ def safe_softmax(c: Context, x: Operand, dim: Any, *_: Any) -> Result:
 
 @register_op("quantile", "nanquantile")
 def quantile(c: Context, x: Operand, q: Any, *_: Any, **__: Any) -> Result:
-    """Each of several quantiles is had alone; they stand in a dimension before the others."""
+    """Each of several quantiles is computed alone; they stand in a dimension before the others."""
     dims = dims_of(c.node, len(x.axes))
     if dims is None:
         return competing(c, x, None)

@@ -90,7 +90,7 @@ def _takes(parameter: Parameter, kind: str) -> bool:
 def signatures(name: str) -> tuple[Signature, ...]:
     """The signatures of the operator of this canonical name, one an overload; empty where torch has none."""
     space, _, bare = name.rpartition("::")
-    found: list[Signature] = []
+    overloads: list[Signature] = []
     for schema in torch._C._jit_get_schemas_for_operator(f"{space or 'aten'}::{bare}"):
         parameters = tuple(
             Parameter(
@@ -103,8 +103,8 @@ def signatures(name: str) -> tuple[Signature, ...]:
             for argument in schema.arguments
         )
         if not any(p.name == "out" or "Dimname" in p.kind for p in parameters):
-            found.append(parameters)
-    return tuple(found)
+            overloads.append(parameters)
+    return tuple(overloads)
 
 
 @cache
@@ -123,9 +123,9 @@ def _python_signature(function: Callable[..., Any]) -> Signature | None:
 def _places(name: str, kinds: tuple[str, ...], keywords: tuple[tuple[str, str], ...]) -> tuple[Signature, Any] | None:
     """The first overload that takes such a call, and where each of its parameters stands in it."""
     for signature in signatures(name):
-        found = _fit(signature, kinds, dict(keywords))
-        if found is not None:
-            return signature, found
+        places = _fit(signature, kinds, dict(keywords))
+        if places is not None:
+            return signature, places
     return None
 
 
@@ -199,8 +199,8 @@ def bind(name: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
         places = _fit(signature, [_kind(a) for a in args], {key: _kind(v) for key, v in kwargs.items()})
     else:
         kinds = tuple(_kind(value) for value in args)
-        found = _places(name, kinds, tuple((key, _kind(value)) for key, value in kwargs.items()))
-        signature, places = found if found is not None else (None, None)
+        fitting = _places(name, kinds, tuple((key, _kind(value)) for key, value in kwargs.items()))
+        signature, places = fitting if fitting is not None else (None, None)
     if signature is None or places is None:
         return None
     bound: dict[str, Any] = {}
@@ -233,9 +233,9 @@ def positional(
 
 def _signature_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature:
     kinds = tuple(_kind(value) for value in args)
-    found = _places(name, kinds, tuple((key, _kind(value)) for key, value in kwargs.items()))
-    assert found is not None
-    return found[0]
+    fitting = _places(name, kinds, tuple((key, _kind(value)) for key, value in kwargs.items()))
+    assert fitting is not None
+    return fitting[0]
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:
@@ -245,9 +245,9 @@ def tensors(node: fx.Node) -> list[fx.Node]:
     """
     if not node.kwargs:
         return operands(node)
-    found: list[fx.Node] = []
-    fx.map_arg(tuple(arguments(node).values()), found.append)
-    return found
+    nodes: list[fx.Node] = []
+    fx.map_arg(tuple(arguments(node).values()), nodes.append)
+    return nodes
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

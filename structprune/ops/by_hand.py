@@ -38,10 +38,10 @@ def normalises(statistic: fx.Node) -> bool:
 
 def _line(node: fx.Node) -> list[fx.Node]:
     """`node`, and what it is made of entry by entry, alone or with tensors that are broadcast."""
-    found = [node]
-    while (source := _whole_operand(found[-1])) is not None:
-        found.append(source)
-    return found
+    sources = [node]
+    while (source := _whole_operand(sources[-1])) is not None:
+        sources.append(source)
+    return sources
 
 
 def _whole_operand(node: fx.Node) -> fx.Node | None:

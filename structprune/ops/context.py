@@ -64,8 +64,8 @@ class Context:
         self.claimed.add(id(value))
         if axis.free or isinstance(value, SizeInt):
             meta = self.node.meta
-            found = SizeConstraint(expression_of(value), axis, meta["index"], meta["where"])
-            self.relations.constraints.append(found)
+            constraint = SizeConstraint(expression_of(value), axis, meta["index"], meta["where"])
+            self.relations.constraints.append(constraint)
 
     def follows_input(self, value: Any) -> bool:
         """Whether `value` was computed from a size that the inputs decide."""

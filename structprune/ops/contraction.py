@@ -119,6 +119,15 @@ def _bilinear_zeros(z: ZeroContext) -> Zeros:
     return (False,) * (len(z.axes) - 1) + (made,)
 
 
+def _fit(x: Any, weight: Any, bias: Any, groups: Any) -> bool:
+    """Whether a convolution takes a batch, a weight and a bias of these shapes and types."""
+    if x.dim() != weight.dim() or x.dtype != weight.dtype:
+        return False
+    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return False
+    return bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype)
+
+
 def _conv_shape(
     x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
 ) -> Tensor | None:
@@ -126,10 +135,7 @@ def _conv_shape(
     # Asked here, a tracked number would be taken for one that the forward asks for.
     stride, padding, dilation, groups = (plain(value) for value in (stride, padding, dilation, groups))
     dims = weight.dim() - 2
-    if x.dim() != weight.dim() or isinstance(padding, str) or not x.is_contiguous() or x.dtype != weight.dtype:
-        return None
-    wrong = x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups
-    if wrong or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype)):
+    if isinstance(padding, str) or not x.is_contiguous() or not _fit(x, weight, bias, groups):
         return None
     each = [(value,) * dims if isinstance(value, int) else value for value in (stride, padding, dilation)]
     if any(len(values) != dims for values in each):

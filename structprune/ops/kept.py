@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structprune.tracing.replay import FoundCall
+from structprune.tracing.replay import ReplayedCall
 
 Keep = Mapping[int, Tensor]
-OverKept = Callable[[FoundCall, Keep, bool], Any]
+OverKept = Callable[[ReplayedCall, Keep, bool], Any]
 
 
-def entries_kept(call: FoundCall, keep: Keep, same: bool) -> Any:
+def entries_kept(call: ReplayedCall, keep: Keep, same: bool) -> Any:
     """The call on the kept entries alone; the result stands in their places where it has the `same` dimensions."""
     x, rest, named = _taken(call)
     result = call.func(_selected(x, keep), *rest, **named)
     return _scattered(result, x, keep) if same else result
 
 
-def shape_kept(call: FoundCall, keep: Keep, _: bool) -> Tensor:
+def shape_kept(call: ReplayedCall, keep: Keep, _: bool) -> Tensor:
     """A norm over the last dimensions, which is told their sizes, and has a scale and a shift of them."""
     x, rest, named = _taken(call)
     small = _selected(x, keep)
@@ -37,7 +37,7 @@ def shape_kept(call: FoundCall, keep: Keep, _: bool) -> Tensor:
     return _scattered(call.func(small, *rest, **named), x, keep)
 
 
-def groups_kept(call: FoundCall, keep: Keep, _: bool) -> Tensor:
+def groups_kept(call: ReplayedCall, keep: Keep, _: bool) -> Tensor:
     """A norm over groups of channels: as many groups as any channel is left of."""
     x, rest, named = _taken(call)
     (index,) = keep.values()
@@ -46,7 +46,7 @@ def groups_kept(call: FoundCall, keep: Keep, _: bool) -> Tensor:
     return _scattered(call.func(_selected(x, keep), *rest, **named), x, keep)
 
 
-def lengths_kept(call: FoundCall, keep: Keep, _: bool) -> Tensor:
+def lengths_kept(call: ReplayedCall, keep: Keep, _: bool) -> Tensor:
     """``g * v / |v|``: `g` has size 1 where the norm runs over all."""
     v, rest, named = _taken(call)
     length: Tensor = rest[0]
@@ -54,7 +54,7 @@ def lengths_kept(call: FoundCall, keep: Keep, _: bool) -> Tensor:
     return _scattered(call.func(_selected(v, keep), *rest, **named), v, keep)
 
 
-def choices_kept(call: FoundCall, keep: Keep, _: bool) -> Any:
+def choices_kept(call: ReplayedCall, keep: Keep, _: bool) -> Any:
     """The largest entries; the choices are numbered as the original numbers them."""
     x, rest, named = _taken(call)
     values, numbers = call.func(_selected(x, keep), *rest, **named)
@@ -62,7 +62,7 @@ def choices_kept(call: FoundCall, keep: Keep, _: bool) -> Any:
     return torch.return_types.topk((values, index[numbers]))
 
 
-def _taken(call: FoundCall) -> tuple[Tensor, list[Any], dict[str, Any]]:
+def _taken(call: ReplayedCall) -> tuple[Tensor, list[Any], dict[str, Any]]:
     """The tensor that a call runs over, its other positional arguments, and those by keyword."""
     named = {key: value for key, value in call.kwargs.items() if key != "input"}
     return call.args[0] if call.args else call.kwargs["input"], list(call.args[1:]), named

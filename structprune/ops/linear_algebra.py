@@ -72,12 +72,13 @@ def _by_form(*forms: str, right: Sequence[str] = ()) -> Coupling:
         results = _parts(c.shape)
         shapes = [operand.shape for operand in operands]
         given = right if right and not arguments(c.node).get("left", True) else forms
-        found = next((_read(form) for form in given if _fits(_read(form), shapes, results)), None)
-        if found is None:
+        form_read = next((_read(form) for form in given if _fits(_read(form), shapes, results)), None)
+        if form_read is None:
             raise RuleError(f"tensors of shapes {', '.join(map(str, shapes))}")
-        c.node.meta["form"] = found
+        c.node.meta["form"] = form_read
         axes = [
-            _result(c, found, operands, letters, shape) for letters, shape in zip(found.results, results, strict=True)
+            _result(c, form_read, operands, letters, shape)
+            for letters, shape in zip(form_read.results, results, strict=True)
         ]
         return axes if isinstance(c.shape, list) else axes[0]
 

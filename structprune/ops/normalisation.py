@@ -219,11 +219,11 @@ def native_batch_norm(c: Context, x: Operand, *parts: Any, **named: Any) -> Resu
         c.same(x.axes[1], operand.axes[0])
     if arguments(c.node).get("training", True):
         _pinned(c, (x.axes[0], *x.axes[2:]))
-    found: list[Axes | None] = [x.axes]
+    axes: list[Axes | None] = [x.axes]
     for shape in c.shape[1:]:
         each = shape is not None and tuple(shape) == (x.axes[1].size,)
-        found.append(None if shape is None else (x.axes[1],) if each else c.fresh(shape, f"it is kept by {c.where()}"))
-    return found
+        axes.append(None if shape is None else (x.axes[1],) if each else c.fresh(shape, f"it is kept by {c.where()}"))
+    return axes
 
 
 @register_op("native_group_norm")

@@ -36,7 +36,7 @@ def like(x: Tensor) -> Tensor:
 
 
 class Scaling(Enum):
-    """How a factor on the result of an operation can be had from factors on what goes into it."""
+    """How a factor on the result of an operation can be made of factors on what goes into it."""
 
     NONE = auto()
     """It cannot."""

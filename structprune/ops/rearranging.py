@@ -51,7 +51,9 @@ def rearranged(c: Context, *args: Any, **named: Any) -> Result:
         for dim, axis in enumerate(operand.axes):
             if axis.size > 1:
                 _follow(c, operands, number, dim, drivers, reason)
-    result: list[Axes | None] = [_rows(c, shape, found, reason) for shape, found in zip(parts, drivers, strict=True)]
+    result: list[Axes | None] = [
+        _rows(c, shape, along_each, reason) for shape, along_each in zip(parts, drivers, strict=True)
+    ]
     return result if isinstance(c.shape, list) else result[0]
 
 
@@ -79,13 +81,13 @@ def diag(c: Context, x: Operand, diagonal: int = 0) -> Result:
 
 def _rows(c: Context, shape: Sequence[int], drivers: list[list[Axis]], reason: str) -> Axes:
     axes: list[Axis] = []
-    for size, found in zip(shape, drivers, strict=True):
-        if found and all(axis.size == size for axis in found):
-            axis = found[0]
-            for other in found[1:]:
+    for size, along in zip(shape, drivers, strict=True):
+        if along and all(axis.size == size for axis in along):
+            axis = along[0]
+            for other in along[1:]:
                 axis = c.same(axis, other)
         else:
-            for other in found:  # one of them does not run along it whole: none may shift
+            for other in along:  # one of them does not run along it whole: none may shift
                 c.pin(other, reason)
             axis = UNIT if size == 1 else Axis(int(size), pin=reason)
         axes.append(axis)
@@ -128,8 +130,8 @@ def _run(node: fx.Node, operands: Sequence[Operand], number: int, dim: int) -> l
     args, kwargs = plain(fx.map_arg((node.args, node.kwargs), value))
     function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
     with torch.device("cpu"):
-        found = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
-    return list(found) if isinstance(found, (tuple, list)) else [found]
+        results = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
+    return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
 # -- operations that write at positions: from a tensor, or of a slice, a diagonal, a place in memory -----------------

@@ -127,7 +127,7 @@ class ReducesOver:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """How many channels `axis` may keep: at least `least`, and a multiple of `step`, for the sake of `where`."""
+    """How many channels `axis` may keep: at least `least`, and a multiple of `step`, since `where` needs it."""
 
     axis: Axis
     where: str
@@ -245,12 +245,16 @@ class Relations:
             rest = iter(self.split(axis, [size for size in sizes if size != 1]))
             return tuple(UNIT if size == 1 else next(rest) for size in sizes)
         key = (axis.key, tuple(sizes))
-        known = self._splits.get(key)
-        if known is None:
-            known = self._splits[key] = tuple(self.new_axis(size) for size in sizes)
-            self.products.append(ProductRelation(axis, known))
-            self._merges[tuple(factor.key if factor.free else factor.size for factor in known)] = axis
-        return known
+        if key not in self._splits:
+            self._splits[key] = self._new_factors(axis, sizes)
+        return self._splits[key]
+
+    def _new_factors(self, axis: Axis, sizes: Sequence[int]) -> Axes:
+        """New axes of these sizes whose product is `axis`."""
+        factors = tuple(self.new_axis(size) for size in sizes)
+        self.products.append(ProductRelation(axis, factors))
+        self._merges[tuple(factor.key if factor.free else factor.size for factor in factors)] = axis
+        return factors
 
     def merged(self, axes: Sequence[Axis]) -> Axis:
         """The product that has these axes as its factors, flattened into one axis."""

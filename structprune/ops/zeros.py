@@ -142,7 +142,7 @@ def by_value(z: ZeroContext) -> Zeros:
 
     An argument without the channels of a dimension (a number, a tensor of size 1 there) may have any value.
     """
-    found: dict[frozenset[int], bool] = {}
+    zero_given: dict[frozenset[int], bool] = {}
     result: list[bool] = []
     tensors = z.tensors
     for dim in range(len(z.axes)):
@@ -153,9 +153,9 @@ def by_value(z: ZeroContext) -> Zeros:
             for place, tensor in enumerate(tensors)
             if (z.whole(tensor, back) and z.of(tensor)[back]) or _is_mean(z, tensor, tensors[0], back)
         )
-        if off not in found:
-            found[off] = bool(off) and gives_zero(z.node, off)
-        result.append(found[off])
+        if off not in zero_given:
+            zero_given[off] = bool(off) and gives_zero(z.node, off)
+        result.append(zero_given[off])
     return tuple(result)
 
 
@@ -237,5 +237,5 @@ def _run(node: fx.Node, tensors: list[fx.Node], off: frozenset[int], others: int
     results: tuple[Any, ...] = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     if any(not isinstance(r, Tensor) or r.is_meta or r.shape != met_zero.shape for r in results):
         return False
-    # Nothing over nothing is nothing: both belong to channels that are removed.
+    # 0 / 0 counts as 0: both belong to channels that are removed.
     return all(bool(((r == 0) | (torch.isnan(r) & met_zero)).all()) for r in results)

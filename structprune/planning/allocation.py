@@ -4,7 +4,7 @@ The greedy choice takes channels in one order and stops once the limits are met.
 chosen at once, by a mixed-integer programme (`programme`) over what each of them costs beside the others
 (`cost_tables`). Where the widths to choose from are too many for one programme, it is solved on some of them first,
 evenly spaced, and then on finer ones around the solution, until all that are near are among them. The greedy choice is
-always one to choose from, so that what is found loses no more.
+always one to choose from, so that the result loses no more.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECONDS = {"exact": 9.0, "auto": 2.0}
 ENTRIES = {"exact": (1_000, 4_000, 16_000), "auto": (1_000, 4_000)}
 # A programme on states from the whole range takes at most this share of the time that is left.
 WIDE = 0.6
-# Finer programmes see this many states on each side of the one that was found, or as few as it takes to fit.
+# Finer programmes see this many states on each side of the last solution, or as few as it takes to fit.
 REACH = 6
 # How often limits are corrected where the counted amounts exceed what the tables say, and at least by which share.
 CORRECTIONS = 4
@@ -117,10 +117,10 @@ def _round(
     while (left := until - perf_counter()) > 0:
         finest = max(spaces) == 1
         spaces = [max(1, space // 2) for space in spaces]
-        found = _best_of(problem, limits, _near(counts, spaces, best, limits.owners, entries), best, left)
-        if finest and found == best:
+        finer = _best_of(problem, limits, _near(counts, spaces, best, limits.owners, entries), best, left)
+        if finest and finer == best:
             break
-        best = found
+        best = finer
     return best, False
 
 
@@ -132,10 +132,10 @@ def _best_of(
     losses = [loss[mine] for loss, mine in zip(problem.losses, states, strict=True)]
     for _ in range(CORRECTIONS):
         left = until - perf_counter()
-        found = solved(losses, limits.tables(states, best), left) if left > 0 else None
-        if found is None:
+        solution = solved(losses, limits.tables(states, best), left) if left > 0 else None
+        if solution is None:
             break
-        chosen = tuple(int(mine[state]) for mine, state in zip(states, found.states, strict=True))
+        chosen = tuple(int(mine[state]) for mine, state in zip(states, solution.states, strict=True))
         if problem.lost(chosen) >= problem.lost(best):
             break
         if limits.hold(chosen):
@@ -180,20 +180,20 @@ def _near(
 ) -> list[NDArray[np.int64]]:
     """States around the best ones, on each side as many as fit."""
     together = [each for each in owners if 1 < len(each) <= MOST_OWNERS]
-    found: list[NDArray[np.int64]] = []
+    states: list[NDArray[np.int64]] = []
     for reach in range(REACH, 0, -1):
         steps = np.arange(-reach, reach + 1)
         wanted = [at + space * steps for space, at in zip(spaces, best, strict=True)]
-        found = [near[(near >= 0) & (near < count)] for near, count in zip(wanted, counts, strict=True)]
-        if _entries(together, [len(near) for near in found]) <= entries:
+        states = [near[(near >= 0) & (near < count)] for near, count in zip(wanted, counts, strict=True)]
+        if _entries(together, [len(near) for near in states]) <= entries:
             break
-    return found
+    return states
 
 
 class _Limits:
     """The limits of a problem as tables, and as they are counted.
 
-    Memory is limited at the moments of the forward at which most was alive so far; more of them come up as choices are
+    Memory is limited at the moments of the forward at which most was held so far; more of them come up as choices are
     counted.
     """
 
@@ -201,7 +201,7 @@ class _Limits:
         self._problem = problem
         self._costs = CostTables(problem.graph, problem.all_coupled, problem.time)
         self._parts = [(name, self._costs.of(name)) for name in problem.target.limits if name != "memory"]
-        self._alive: set[tuple[int, ...]] = set()
+        self._peaks: set[tuple[int, ...]] = set()
         self._most = dict(problem.target.limits)
         if "memory" in self._most:
             for states in ([len(coupled.counts) - 1 for coupled in problem.all_coupled], best):
@@ -222,18 +222,18 @@ class _Limits:
     def hold(self, states: Sequence[int]) -> bool:
         """Whether all limits hold as they are counted; those that do not are corrected."""
         problem = self._problem
-        found = problem.measure(problem.kept(states))
+        counted = problem.measure(problem.kept(states))
         for name, limit in problem.target.limits.items():
-            if found[name] > limit and not (name == "memory" and self._add_peak(states)):
-                self._most[name] -= max(found[name] - limit, CORRECTED * limit)
-        return problem.target.misses(found) <= 0
+            if counted[name] > limit and not (name == "memory" and self._add_peak(states)):
+                self._most[name] -= max(counted[name] - limit, CORRECTED * limit)
+        return problem.target.misses(counted) <= 0
 
     def _add_peak(self, states: Sequence[int]) -> bool:
-        """Limit memory at the moment at which most is alive in these states too; whether that is new."""
+        """Limit memory at the moment at which most is held in these states too; whether that is new."""
         problem = self._problem
-        alive = problem.graph.costs.held_at_peak(problem.counter(problem.kept(states)))
-        if alive in self._alive:
+        held = problem.graph.costs.held_at_peak(problem.counter(problem.kept(states)))
+        if held in self._peaks:
             return False
-        self._alive.add(alive)
-        self._parts.append(("memory", self._costs.memory(alive)))
+        self._peaks.add(held)
+        self._parts.append(("memory", self._costs.memory(held)))
         return True

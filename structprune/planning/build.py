@@ -124,28 +124,28 @@ def _edits(graph: ChannelGraph, removed: Mask, values: Mapping[Attribute, int], 
 
 def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
     """What a reader of the plan should know was left as it is."""
-    found = {"config": f"unchanged: {config}"} if config else {}
+    left = {"config": f"unchanged: {config}"} if config else {}
     if graph.trace.training_error:
         unseen = ", ".join(sorted({name.rpartition(".")[0] for name in graph.trace.unreached(graph.model)})[:5])
-        found["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"
+        left["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"
     if graph.unchecked:
-        found["rehearsal"] = graph.unchecked
-    return found
+        left["rehearsal"] = graph.unchecked
+    return left
 
 
 def _norms(graph: ChannelGraph, removed: Mask) -> tuple[str, ...]:
     """Where the smaller model does not compute what the original does with the channels switched off, by name."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for reduction, _ in norms_over_kept(graph, removed):
         node = graph.trace.all_nodes[reduction.node]
         call = node.meta["call"]
         path = graph.trace.every_call[call].path if call >= 0 else ""
-        found[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
-    return tuple(found)
+        names[f"{path or 'the model'} ({node.meta['name'].removeprefix('python.')})"] = None
+    return tuple(names)
 
 
 def _slices(graph: ChannelGraph, removed: Mask, grouped: GroupedChoice | None) -> tuple[RemovedSlice, ...]:
-    found: list[RemovedSlice] = []
+    slices: list[RemovedSlice] = []
     orders = graph.components.splits.orders(removed)
     # Coupled tensors lose the same channels: they share one tuple of them.
     shared: dict[bytes, tuple[tuple[int, ...], tuple[int, ...] | None]] = {}
@@ -154,7 +154,7 @@ def _slices(graph: ChannelGraph, removed: Mask, grouped: GroupedChoice | None) -
         if grouped is not None and np.array_equal(parts, grouped.positions):
             sections = tuple(tuple(kept.tolist()) for kept in grouped.kept)
             last = tuple(range(grouped.kept.shape[1], slot.axis.size))
-            found.append(SectionedSlice(slot.tensor, slot.dim, slot.axis.size, last, None, sections))
+            slices.append(SectionedSlice(slot.tensor, slot.dim, slot.axis.size, last, None, sections))
             continue
         key = parts.tobytes()
         if key not in shared:
@@ -169,8 +169,8 @@ def _slices(graph: ChannelGraph, removed: Mask, grouped: GroupedChoice | None) -
             shared[key] = tuple(np.flatnonzero(gone).tolist()), places
         indices, places = shared[key]
         if indices:
-            found.append(RemovedSlice(slot.tensor, slot.dim, slot.axis.size, indices, places))
-    return tuple(found)
+            slices.append(RemovedSlice(slot.tensor, slot.dim, slot.axis.size, indices, places))
+    return tuple(slices)
 
 
 def _layers(slices: tuple[RemovedSlice, ...]) -> tuple[LayerWidth, ...]:
@@ -182,14 +182,14 @@ def _layers(slices: tuple[RemovedSlice, ...]) -> tuple[LayerWidth, ...]:
 
 
 def _axes(graph: ChannelGraph, removed: Mask) -> tuple[AxisWidth, ...]:
-    found: list[AxisWidth] = []
+    widths: list[AxisWidth] = []
     for axis in AXES:
         mine = [group for group in graph.groups() if group.axis == axis]
         if mine:
             before = sum(group.channels for group in mine)
             after = before - sum(int(np.count_nonzero(removed[group.components])) for group in mine)
-            found.append(AxisWidth(axis, len(mine), before, after))
-    return tuple(found)
+            widths.append(AxisWidth(axis, len(mine), before, after))
+    return tuple(widths)
 
 
 def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, int]) -> tuple[Rescale, ...]:
@@ -201,28 +201,28 @@ def _rescales(graph: ChannelGraph, count: Counter, values: Mapping[Attribute, in
             return count(graph.channels.axes[leaf.node][leaf.dim])
         return values.get(leaf, graph.read(leaf))
 
-    found: list[Rescale] = []
+    rescales: list[Rescale] = []
     for compensation in graph.compensations:
         old, new = (evaluate(compensation.scale.expression, each) for each in (before, after))
         if old != new:
             factor = old / new
-            found += [Rescale(c.tensor, c.dim, c.positions, factor) for c in compensation.scaled]
-    return tuple(found)
+            rescales += [Rescale(c.tensor, c.dim, c.positions, factor) for c in compensation.scaled]
+    return tuple(rescales)
 
 
 def _gains(graph: ChannelGraph, slices: tuple[RemovedSlice, ...]) -> tuple[Gain, ...]:
     """What makes up for the norms of weights that lose some of what the norms run over."""
     sliced_dims = {(sliced.tensor, sliced.dim) for sliced in slices}
-    found = dict.fromkeys(normalised.gain for normalised in graph.normalised)
+    gains = dict.fromkeys(normalised.gain for normalised in graph.normalised)
     return tuple(
         gain
-        for gain in found
+        for gain in gains
         if any(tensor == gain.weight and (dim != gain.dim or gain.vectors) for tensor, dim in sliced_dims)
     )
 
 
 def _literal_edits(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ...]:
-    found: dict[tuple[str, int, tuple[int | str, ...]], LiteralEdit] = {}
+    edits: dict[tuple[str, int, tuple[int | str, ...]], LiteralEdit] = {}
     for constraint in graph.sizes.literals:
         (literal,) = literals(constraint.expression)
         new = int(literal_for(constraint.expression, count(constraint.axis)))
@@ -230,7 +230,7 @@ def _literal_edits(graph: ChannelGraph, count: Counter) -> tuple[LiteralEdit, ..
             continue
         path, number = graph.literal_site(literal.node)
         rewrite = LiteralEdit(path, number, literal.place, literal.value, new)
-        known = found.setdefault((path, number, literal.place), rewrite)
+        known = edits.setdefault((path, number, literal.place), rewrite)
         if known != rewrite:
             raise PlanError(f"The literal {literal.value} at {constraint.where} would have to be two numbers at once.")
-    return tuple(found.values())
+    return tuple(edits.values())

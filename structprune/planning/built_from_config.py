@@ -22,7 +22,7 @@ Numbers = dict[Place, Any]
 
 
 class UnknownError(Exception):
-    """The configuration cannot say what the pruned model is; the message says why."""
+    """The configuration cannot describe what the pruned model is; the message says why."""
 
 
 def is_built_from_config(model: nn.Module) -> bool:
@@ -63,7 +63,7 @@ def shapes_of(model: nn.Module, numbers: Mapping[Chain, int]) -> dict[str, tuple
             read_back(config)
             return state_shapes(rebuilt(type(model), config))
     except UnknownError as reason:
-        raise PlanError(f"target gives numbers of the configuration that cannot be had together: {reason}.") from reason
+        raise PlanError(f"target gives numbers of the configuration that do not fit together: {reason}.") from reason
 
 
 def accepts(model: nn.Module, numbers: Mapping[Chain, int]) -> bool:
@@ -123,26 +123,26 @@ def state_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def numbers_in(model: nn.Module) -> Numbers:
     """Every number in the attributes of the modules and of the settings that they hold, by its place."""
-    found: Numbers = {}
+    numbers: Numbers = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
         for key, value in vars(module).items():
             if key not in INTERNAL:
-                _collect(found, seen, path, (key,), value)
-    return found
+                _collect(numbers, seen, path, (key,), value)
+    return numbers
 
 
-def _collect(found: Numbers, seen: set[int], path: str, chain: tuple[str | int, ...], value: Any) -> None:
+def _collect(numbers: Numbers, seen: set[int], path: str, chain: tuple[str | int, ...], value: Any) -> None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        found[path, chain] = value
+        numbers[path, chain] = value
     elif isinstance(value, (tuple, list)) and len(value) <= 64:
         for i, item in enumerate(value):
             if isinstance(item, (int, float, tuple)):
-                _collect(found, seen, path, (*chain, i), item)
+                _collect(numbers, seen, path, (*chain, i), item)
     elif is_config(value) and id(value) not in seen:
         seen.add(id(value))
         for key, item in vars(value).items():
-            _collect(found, seen, path, (*chain, key), item)
+            _collect(numbers, seen, path, (*chain, key), item)
 
 
 class _IntType(type):

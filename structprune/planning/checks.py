@@ -1,4 +1,4 @@
-"""The one front door of all options: each check gives the value as it is kept, or says what is allowed instead.
+"""The checks of all options: each gives the value as it is kept, or says what is allowed instead.
 
 A check takes the name of the option and what was given for it. Whatever needs the model, such as whether a layer of
 that name exists, is checked where it is looked up.
@@ -51,8 +51,8 @@ def check_ratios(name: str, given: Any) -> Ratio | None:
         return None
     if callable(given) and not isinstance(given, nn.Module):
         require({name: given}, **{name: function("group")})
-        found: Any = given
-        return found
+        asked: Any = given
+        return asked
     return check_ratio(cast("Any", given), name)
 
 
@@ -85,15 +85,16 @@ def check_scope(name: str, given: Any) -> Scope | None:
         return known
     if not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes, nn.Module)):
         raise bad(name, given, allowed)
-    sets = list[list[str]]()
-    for names in given:
-        members = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else []
-        if not members or not all(isinstance(member, str) and member for member in members):
-            raise bad(name, given, allowed)
-        sets.append(members)
-    if not sets:
+    sets = [_layer_names(names) for names in given]
+    if not sets or not all(sets):
         raise bad(name, given, allowed)
     return sets
+
+
+def _layer_names(given: Any) -> list[str]:
+    """One name, or several, as a list; empty if it is something else."""
+    names: list[Any] = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
+    return names if all(isinstance(name, str) and name for name in names) else []
 
 
 def check_axes(name: str, given: Any) -> tuple[str, ...] | None:

@@ -1,8 +1,8 @@
 """Configurations: what `model.config` must say, so that the class, built from it, has the shapes of the pruned model.
 
 Some models are built from one object of settings (``model.config``, which can be written out with ``to_dict``), and are
-saved and loaded through it. After pruning that object should tell the truth; which of its numbers are which width is
-found out, not assumed:
+saved and loaded through it. After pruning that object should describe the pruned model. Which of its numbers is which
+width is worked out, not assumed:
 
 1. The class is built from the configuration on the ``meta`` device while every int in it remembers where it came from.
    Attributes of modules then carry formulas (``head_dim = hidden_size // num_attention_heads``).
@@ -59,7 +59,7 @@ from structprune.tracing.state import tracked_object
 from structprune.tracing.trace import Trace, preserved_random_state, trace
 
 Assignment = dict[Attribute, int]
-# Classes are built for the last check; more candidates than these would not be a question of which number is which.
+# Each candidate takes building the class once; no more than these are tried.
 CANDIDATES = 8
 COMBINATIONS = 4096
 
@@ -149,12 +149,12 @@ class _Search:
 
         With `read`, those too that the forward reads and surgery leaves; they may turn out to decide nothing.
         """
-        found: dict[tuple[Expression, Any], None] = {}
+        equations: dict[tuple[Expression, Any], None] = {}
         for place, value in self._formulas.items():
             needed = place in self._known or (read and place in self._read)
             if isinstance(value, (SizeInt, SizeFloat)) and needed:
-                found[value.expression, self._after[place]] = None
-        return list(found)
+                equations[value.expression, self._after[place]] = None
+        return list(equations)
 
     def _fixed(self) -> Assignment:
         """Numbers of the configuration that are the width of something themselves."""
@@ -199,12 +199,12 @@ class _Search:
 
     def _shrunk(self, leaf: Attribute, old: int) -> set[int]:
         """The number, shrunk as a width is that it takes part in: 8 heads of 8 channels are 4, if 64 became 32."""
-        found: set[int] = set()
+        numbers: set[int] = set()
         for place, value in self._formulas.items():
             before, after = self._before[place], self._after[place]
             if place in self._known and type(before) is int and before and leaf in leaves(expression_of(value)):
-                found.add(old * after // before if old * after % before == 0 else old)
-        return found
+                numbers.add(old * after // before if old * after % before == 0 else old)
+        return numbers
 
     def _changes(self, assignment: Assignment) -> int:
         return sum(self._value(leaf) != value for leaf, value in assignment.items())
@@ -224,12 +224,12 @@ class _Search:
 
     def _channels_left(self) -> dict[int, set[int]]:
         """How many channels are left of dimensions of each size."""
-        found: dict[int, set[int]] = {}
+        left: dict[int, set[int]] = {}
         for axes in self._graph.channels.axes:
             for axis in axes if isinstance(axes, tuple) else ():
                 if isinstance(axis, Axis) and axis.free:
-                    found.setdefault(axis.size, set()).add(self._count(axis))
-        return found
+                    left.setdefault(axis.size, set()).add(self._count(axis))
+        return left
 
     # -- the check -----------------------------------------------------------------------------------------------
 
@@ -251,14 +251,14 @@ class _Search:
             raise UnknownError(self._doubts[0])
         return tuple(sorted(attribute_edits, key=lambda edit: (edit.module, str(edit.chain))))
 
-    def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in self._shapes.items():
-            if found.get(name) != shape:
+            if shapes.get(name) != shape:
                 used = any(node.op == "get_attr" and node.target == name for node in self._graph.trace.all_nodes)
                 unused = "" if used else ", which the forward does not use on the example inputs"
                 raise _ShapesError(
                     f"it cannot give {name!r}{unused}, the shape {list(shape)} together with all others; a model built "
-                    f"from it has {list(found.get(name, ()))} there"
+                    f"from it has {list(shapes.get(name, ()))} there"
                 )
 
     def _compared(self, place: Place, new: Any) -> list[AttributeEdit]:

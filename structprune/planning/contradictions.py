@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from structprune.planning.options import PlanOptions
 
 
+def _check_scope_without_target(options: PlanOptions) -> None:
+    if isinstance(options.scope, Curves):
+        raise PlanError(
+            "Curves as a scope say what removing channels costs, not how much is to go: give a target as well."
+        )
+    if options.scope == "per_cost":
+        raise PlanError("scope='per_cost' weighs importance against what is saved: give a target, not a ratio.")
+
+
 def refuse_contradictions(options: PlanOptions) -> None:
     """Check what single options cannot tell.
 
@@ -21,12 +30,8 @@ def refuse_contradictions(options: PlanOptions) -> None:
     """
     if options.ratio is not None and options.target is not None:
         raise PlanError("Both ratio and target are given. A ratio says what each group loses, a target what remains.")
-    if options.target is None and isinstance(options.scope, Curves):
-        raise PlanError(
-            "Curves as a scope say what removing channels costs, not how much is to go: give a target as well."
-        )
-    if options.target is None and options.scope == "per_cost":
-        raise PlanError("scope='per_cost' weighs importance against what is saved: give a target, not a ratio.")
+    if options.target is None:
+        _check_scope_without_target(options)
     if options.dimensions and (
         len(options.dimensions) < len(options.target or {}) or options.axes is not None or options.scope
     ):

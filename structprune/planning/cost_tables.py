@@ -84,7 +84,7 @@ class CountedPart(Part):
 
     def values(self, states: States) -> NDArray[np.float64]:
         """See `Part.values`."""
-        found = np.zeros([len(each) for each in states])
+        total = np.zeros([len(each) for each in states])
         for groups, number in self._products.items():
             product = np.full([1] * len(states), number)
             for group in groups:
@@ -92,8 +92,8 @@ class CountedPart(Part):
                 shape = [1] * len(states)
                 shape[place] = -1
                 product = product * share[states[place]].reshape(shape)
-            found += product
-        return found
+            total += product
+        return total
 
 
 class TimedPart(Part):
@@ -122,8 +122,8 @@ class TimedPart(Part):
     def values(self, states: States) -> NDArray[np.float64]:
         """See `Part.values`."""
         points = np.stack(np.meshgrid(*states, indexing="ij"), axis=-1)
-        found = [self._at(tuple(point)) for point in points.reshape(-1, len(states)).tolist()]
-        return np.array(found).reshape(points.shape[:-1])
+        seconds = [self._at(tuple(point)) for point in points.reshape(-1, len(states)).tolist()]
+        return np.array(seconds).reshape(points.shape[:-1])
 
     def _at(self, point: tuple[int, ...]) -> float:
         if point not in self._known:
@@ -177,10 +177,10 @@ class CostTables:
             return self._counted(_added(self._product(number, axes) for number, axes in cache.products()))
         return self._counted(self._expanded([self._graph.costs.totals[name]]))
 
-    def memory(self, alive: Iterable[int]) -> CostParts:
+    def memory(self, held: Iterable[int]) -> CostParts:
         """The bytes of the weights and of the results of these numbers; see `CostModel.results`."""
         costs = self._graph.costs
-        return self._counted(self._expanded([costs.totals["weight_bytes"], *(costs.results[i] for i in alive)]))
+        return self._counted(self._expanded([costs.totals["weight_bytes"], *(costs.results[i] for i in held)]))
 
     # -- counted ---------------------------------------------------------------------------------------------------
 
@@ -195,15 +195,15 @@ class CostTables:
 
         Times 9 and with one such axis: ``{(0,): 432, (1,): 144}``.
         """
-        found: Products = {(): number}
+        products: Products = {(): number}
         for axis in axes:
             terms = self._widths.terms(axis)
-            found = _added(
+            products = _added(
                 {tuple(sorted((*groups, *more))): value * count}
-                for groups, value in found.items()
+                for groups, value in products.items()
                 for count, more in terms
             )
-        return found
+        return products
 
     def _counted(self, products: Products) -> CostParts:
         of_owners: dict[tuple[int, ...], Products] = {}
@@ -227,8 +227,8 @@ class CostTables:
         parts: list[Part] = []
         constant = time.calibration.constant
         for part in time.parts:
-            rows = part.rows if isinstance(part, Moved) else [row for held in part.rows.values() for row in held]
-            if groups := self._widths.groups_of(rows):
+            axes = part.axes if isinstance(part, Moved) else [axis for held in part.channels.values() for axis in held]
+            if groups := self._widths.groups_of(axes):
                 owners = tuple(sorted({self._owner[group] for group in groups}))
                 shares = [
                     (group, owners.index(owner), self._shares[group])
@@ -242,8 +242,8 @@ class CostTables:
 
 
 def _added(several: Iterable[Products]) -> Products:
-    found: Products = {}
+    total: Products = {}
     for products in several:
         for groups, number in products.items():
-            found[groups] = found.get(groups, 0.0) + number
-    return found
+            total[groups] = total.get(groups, 0.0) + number
+    return total

@@ -37,7 +37,7 @@ from structprune.planning.dimensions import chains_of, widths_for
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
 from structprune.planning.ratios import ratio_of
-from structprune.planning.reasons import left_whole, unsaid, why_nothing
+from structprune.planning.reasons import left_whole, not_describable, why_nothing
 from structprune.planning.rounding import Rounding, divisors, prunable_groups
 from structprune.planning.scopes import (
     CoupledGroups,
@@ -52,9 +52,9 @@ from structprune.planning.scopes import (
 )
 from structprune.planning.targets import Amounts, Kept, Target, amounts, kept_for, target_of
 from structprune.planning.time_saved import losses_in_states, steps_by_time
-from structprune.planning.uniform import UniformWidths, alike, coupled_by, sayable
+from structprune.planning.uniform import UniformWidths, alike, coupled_by, describable
 
-# So many widths near those that were decided are tried where a configuration cannot say these.
+# So many widths near those that were decided are tried where a configuration cannot describe these.
 NEAREST = 4
 
 
@@ -123,7 +123,7 @@ def decide_channels(
 
 
 def _uniform(deciding: Deciding) -> Decision:
-    """One width for each axis over all layers; where the model has a configuration, in steps that it can say."""
+    """One width for each axis over all layers; where the model has a configuration, in steps that it can describe."""
     graph, options = deciding.graph, deciding.options
     widths = alike(graph)
     decision = deciding.decision(widths)
@@ -135,19 +135,19 @@ def _uniform(deciding: Deciding) -> Decision:
     if not options.uniform and not_rebuilt(graph.model) is not None:
         return replace(deciding.decision(None), described=None)
     all_wanted = options.width_axes is not None or options.uniform is True
-    said = sayable(graph, widths, deciding.feasible, wanted=deciding.chosen, all_wanted=all_wanted)
+    steps = describable(graph, widths, deciding.feasible, wanted=deciding.chosen, all_wanted=all_wanted)
     try:
-        tied = deciding.decision(said.widths)
-    except PlanError:  # too little may go so; what was asked for comes before what the configuration can say
+        tied = deciding.decision(steps.widths)
+    except PlanError:  # too little may go so; what was asked for comes before what the configuration can describe
         if options.uniform:
             raise
         return replace(decision, described=described)
     described = describe(graph, tied.chosen)
     if described.reason is None:
         return replace(tied, described=described)
-    # Each width can be said, and not those of all: a width that has to be a multiple of the number of heads, say.
-    for kept in islice(said.nearest(tied.kept, deciding.feasible, deciding.meets), NEAREST):
-        near = deciding.decided(kept, said.widths)
+    # Each width can be described, and not those of all: a width that has to be a multiple of the number of heads, say.
+    for kept in islice(steps.nearest(tied.kept, deciding.feasible, deciding.meets), NEAREST):
+        near = deciding.decided(kept, steps.widths)
         again = describe(graph, near.chosen)
         if again.reason is None:
             return replace(near, described=again)
@@ -273,7 +273,7 @@ class Deciding:
         gone = ranking.removed(kept)
         left = {} if len(gone) else {"nothing": why_nothing(graph, options, self.chosen, self.feasible)}
         if widths is not None and widths.whole:
-            left["axes"] = unsaid(graph, widths)
+            left["axes"] = not_describable(graph, widths)
         settings = Settings(asked=options.recorded(graph), reached=reached, left=left)
         return Decision(kept=kept, chosen=gone, settings=settings)
 
@@ -326,14 +326,14 @@ class _Measure:
         """The amounts when each group keeps so many channels (all by default)."""
         graph = self._graph
         count = self.counter(kept)
-        found = amounts(graph.costs.at(count), sum(kept.get(group, group.channels) for group in graph.groups()))
+        reached = amounts(graph.costs.at(count), sum(kept.get(group, group.channels) for group in graph.groups()))
         if self._cache is not None:
-            found["kv_cache"] = self._cache.bytes(count)
+            reached["kv_cache"] = self._cache.bytes(count)
         if self._time is not None:
             chosen = any(number < group.channels for group, number in kept.items())
             measured = None if chosen else self._time.whole
-            found["latency"] = 1e3 * (measured or self._time.seconds(count))
-        return found
+            reached["latency"] = 1e3 * (measured or self._time.seconds(count))
+        return reached
 
     def counter(self, kept: Kept) -> Counter:
         """Counts the channels of axes when each group keeps so many."""
@@ -348,18 +348,18 @@ def _coupled(
 ) -> list[CoupledGroups]:
     """The groups one by one or by their widths; balanced ones together, and none of those unless all of them."""
     known, chosen = graph.groups(), set(groups)
-    found: list[CoupledGroups] = []
+    coupled: list[CoupledGroups] = []
     together: set[Group] = set()
     for balanced in graph.balanced():
         members = tuple(known[number] for number in balanced.groups)
         together.update(members)
         if chosen.issuperset(members):
             allowed = [np.isin(balanced.counts[:, i], feasible[group]) for i, group in enumerate(members)]
-            found.append(CoupledGroups(members, _nested(balanced.counts, np.all(allowed, axis=0))))
+            coupled.append(CoupledGroups(members, _nested(balanced.counts, np.all(allowed, axis=0))))
     if widths is not None:
-        return coupled_by(widths, graph, groups, feasible) + found
+        return coupled_by(widths, graph, groups, feasible) + coupled
     alone = [CoupledGroups((group,), feasible[group][:, None]) for group in groups if group not in together]
-    return alone + found
+    return alone + coupled
 
 
 def _nested(counts: np.ndarray, allowed: np.ndarray) -> np.ndarray:

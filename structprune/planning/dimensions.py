@@ -8,7 +8,7 @@ For example, of a Llama with 8 heads, 4 of them for keys and values, that is ask
 
     q_proj     64 -> 32 rows, k_proj 32 -> 16 rows
     tried      all 4 key-value heads with 1 of 2 query heads each: k_proj would keep 32
-    found      2 key-value heads with 2 query heads each
+    works      2 key-value heads with 2 query heads each
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def chains_of(model: nn.Module, dimensions: Mapping[str, int]) -> dict[Chain, in
             "configuration of a model that is built from one (model.config), which this model is not."
         )
     known = dict(_numbers(model.config))
-    found: dict[Chain, int] = {}
+    asked: dict[Chain, int] = {}
     for name, new in dimensions.items():
         aliases: Mapping[str, str] = getattr(type(model.config), "attribute_map", {})
         steps = aliases.get(name, name).split(".")
         matching = [chain for chain in known if list(chain[-len(steps) :]) == steps]
-        found[_only(name, matching, known, len(steps))] = new
-    for chain, new in found.items():
+        asked[_only(name, matching, known, len(steps))] = new
+    for chain, new in asked.items():
         old = known[chain]
         if old is not None and new > old:
             raise PlanError(f"target asks for {new} of {_dotted(chain)}, and there are {old}.")
-    return found
+    return asked
 
 
 def _only(name: str, matching: Sequence[Chain], known: Iterable[Chain], steps: int) -> Chain:

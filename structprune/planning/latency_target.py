@@ -102,15 +102,15 @@ def _timed(graph: ChannelGraph, options: PlanOptions) -> Generator[tuple[TimeMod
         PlanError: the model cannot be timed.
     """
     if any(held.tensor.is_meta for held in held_tensors(graph.model).values()):
-        raise PlanError("The model's weights are on the meta device, where nothing takes time. Give real ones.")
+        raise PlanError("The model's weights are on the meta device, where no time can be measured. Give real ones.")
     latency = options.latency or Latency()
     with ExitStack() as stack:
         timer: Timer = latency.timer or stack.enter_context(DeviceTimer(latency, graph.example_inputs))
-        found = uses(graph.trace, graph.channels)
-        table = latency.table([use.spec for use in found], timer, device_of(graph.example_inputs))
+        operations = uses(graph.trace, graph.channels)
+        table = latency.table([use.spec for use in operations], timer, device_of(graph.example_inputs))
         (whole,) = timer.networks([graph.model], graph.example_inputs)
         yield (
-            TimeModel(graph.trace, graph.channels, found, table),
+            TimeModel(graph.trace, graph.channels, operations, table),
             NetworkTimes(graph=graph, timer=timer, whole=whole),
         )
 
@@ -148,11 +148,11 @@ def decide_by_prediction(
         PlanError: the target cannot be met.
     """
     latency = options.latency or Latency()
-    found = uses(graph.trace, graph.channels)
+    operations = uses(graph.trace, graph.channels)
     with ExitStack() as stack:
         timer: Timer = latency.timer or stack.enter_context(DeviceTimer(latency, graph.example_inputs))
-        table = latency.table([use.spec for use in found], timer, device_of(graph.example_inputs))
-    time = TimeModel(graph.trace, graph.channels, found, table)
+        table = latency.table([use.spec for use in operations], timer, device_of(graph.example_inputs))
+    time = TimeModel(graph.trace, graph.channels, operations, table)
     time.calibration, time.whole = calibration, whole
     time.calibration = calibration.scaled(whole / time.seconds(lambda axis: axis.size))
     return decide_channels(graph, options, ranking, time)
@@ -187,13 +187,13 @@ def _attempts(
 ) -> list[Attempt]:
     """Decide, measure, correct the prediction by what was measured, and decide again until it is near enough."""
     graph = times.graph
-    found: list[Attempt] = []
+    attempts: list[Attempt] = []
     for _ in range(ATTEMPTS):
         decision = decide_channels(graph, options, ranking, time)
         predicted = time.seconds(graph.counter(graph.components.removed(decision.chosen)))
         (measured,) = times.measure([decision])
-        found.append(Attempt(decision=decision, predicted=predicted, measured=measured))
+        attempts.append(Attempt(decision=decision, predicted=predicted, measured=measured))
         if abs(measured / predicted - 1) <= NEAR and not _misses(measured, limit):
             break
         time.calibration = time.calibration.scaled(measured / predicted)
-    return found
+    return attempts

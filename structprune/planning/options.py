@@ -93,10 +93,10 @@ class PlanOptions:
             they are named: ``"blocks"`` (residual blocks, layers of a stack) and ``"branches"`` (attention apart from
             MLP; see `structprune.branches`), alone or beside kinds of channels, as in ``("blocks", "widths")``.
         uniform: one width for each axis over all layers, whose channels are chosen by score layer by layer; where the
-            model is built from a configuration (``model.config``), in steps that it can say, so that the class built
-            from the new one has the shapes of the pruned model. None: so for such a model, unless `ratio` or `scope`
-            tell layers apart; of its axes those go that the configuration can say, and whole heads before positions in
-            them. Axes that are named go in any case.
+            model is built from a configuration (``model.config``), in steps that it can describe, so that the class
+            built from the new one has the shapes of the pruned model. None: so for such a model, unless `ratio` or
+            `scope` tell layers apart; of its axes those go that the configuration can describe, and whole heads before
+            positions in them. Axes that are named go in any case.
         branch_score: what a block or branch is worth: ``"loss"``, how much the loss rises without it, the default where
             there is one; ``"error"``, by how much the outputs change, the default otherwise; ``"kl"``, the divergence
             of the scores of classes or tokens; ``"influence"``, ``"angular"``, ``"taylor"`` or ``"fisher"`` (see

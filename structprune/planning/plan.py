@@ -8,10 +8,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from structprune.checking import FLAG, MODEL, TEXT, require
@@ -24,10 +24,12 @@ from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, Removed
 from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
+T = TypeVar("T")
+
 SCHEMA = 3
 # So many of those norms are printed; the plan holds all of them.
 SHOWN = 20
-# Under this name a pruned model remembers its plans; no parameter and no buffer, so the state dict knows nothing of it.
+# Under this name a pruned model remembers its plans; no parameter and no buffer, so it is not in the state dict.
 RECORD = "_structprune_plans"
 # What else may have been done to a model between two plans, by its kind: how it is made from the data of a file.
 KINDS: dict[str, Callable[[Any], Any]] = {}
@@ -91,13 +93,13 @@ class Settings(Mapping[str, Any]):
 
 def _split_settings(data: dict[str, Any]) -> dict[str, Any]:
     """Schema 1 held the settings side by side."""
-    found = dict(settings(data["settings"]))
+    rest = dict(settings(data["settings"]))
     split: dict[str, Any] = {
-        "reached": found.pop("reached", {}),
-        "measured": found.pop("latency", {}),
-        "left": {name: found.pop(name) for name in ("config", "training") if name in found},
-        "over_survivors": found.pop("over_survivors", []),
-        "asked": found,
+        "reached": rest.pop("reached", {}),
+        "measured": rest.pop("latency", {}),
+        "left": {name: rest.pop(name) for name in ("config", "training") if name in rest},
+        "over_survivors": rest.pop("over_survivors", []),
+        "asked": rest,
     }
     return data | {"settings": split}
 
@@ -158,12 +160,12 @@ class Plan(Edits):
         Where each group of a grouped convolution loses other inputs, no index of its weight goes as a whole: that
         dimension is left out.
         """
-        found: dict[str, dict[int, tuple[int, ...]]] = {}
+        removed: dict[str, dict[int, tuple[int, ...]]] = {}
         for sliced in self.slices:
             if isinstance(sliced, SectionedSlice):
                 continue
-            found.setdefault(sliced.tensor, {})[sliced.dim] = sliced.removed
-        return found
+            removed.setdefault(sliced.tensor, {})[sliced.dim] = sliced.removed
+        return removed
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """The smaller model.
@@ -185,7 +187,7 @@ class Plan(Edits):
 
     def table(self) -> Table:
         """Layers and axes with their channels before and after, and the cost."""
-        table = Table("layer", "channels", "kept", title=None)
+        table = Table(Column("layer", overflow="fold"), "channels", "kept", title=None)
         for layer in self.layers:
             table.add_row(layer.layer, str(layer.before), str(layer.after))
         table.add_section()
@@ -282,14 +284,14 @@ class Plan(Edits):
                 return KINDS[kind](data)
             return Plan(
                 slices=tuple(record(SectionedSlice if "sections" in t else RemovedSlice, t) for t in data["slices"]),
-                attribute_edits=tuple(record(AttributeEdit, r) for r in data["attribute_edits"]),
+                attribute_edits=_records(AttributeEdit, data["attribute_edits"]),
                 rescales=tuple(record(Gain if "weight" in r else Rescale, r) for r in data["rescales"]),
-                literal_edits=tuple(record(LiteralEdit, r) for r in data["literal_edits"]),
+                literal_edits=_records(LiteralEdit, data["literal_edits"]),
                 caches=tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
                 inputs=inputs(data["inputs"]),
                 outputs=None if data["outputs"] is None else texts(data["outputs"]),
-                layers=tuple(record(LayerWidth, layer) for layer in data["layers"]),
-                axes=tuple(record(AxisWidth, axis) for axis in data["axes"]),
+                layers=_records(LayerWidth, data["layers"]),
+                axes=_records(AxisWidth, data["axes"]),
                 before=record(Cost, data["before"]),
                 after=record(Cost, data["after"]),
                 settings=_read_settings(data["settings"]),
@@ -299,18 +301,23 @@ class Plan(Edits):
             raise PlanError(f"This text of a plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
 
 
+def _records(kind: type[T], data: Any) -> tuple[T, ...]:
+    """The records of a list of JSON objects."""
+    return tuple(record(kind, each) for each in data)
+
+
 def _read_settings(data: Any) -> Settings:
     """The settings from their JSON object.
 
     Raises:
         FormError: a field is missing, unknown or of another kind than it should be.
     """
-    found = settings(data)
+    given = settings(data)
     names = [each.name for each in fields(Settings)]
-    if sorted(found) != sorted(names):
-        raise FormError(f"the settings have the fields {sorted(found)!r:.200}, not {sorted(names)}")
-    parts = {name: settings(found[name]) for name in names if name != "over_survivors"}
-    return Settings(**parts, over_survivors=texts(found["over_survivors"]))
+    if sorted(given) != sorted(names):
+        raise FormError(f"the settings have the fields {sorted(given)!r:.200}, not {sorted(names)}")
+    parts = {name: settings(given[name]) for name in names if name != "over_survivors"}
+    return Settings(**parts, over_survivors=texts(given["over_survivors"]))
 
 
 def remember_plan(model: nn.Module, plans: tuple[Any, ...], undo: list[Callable[[], None]] | None = None) -> None:

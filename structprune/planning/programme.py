@@ -93,11 +93,11 @@ def solved(losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit], secon
     whole = np.zeros(columns.count)
     whole[: columns.binaries] = 1
     options = {"time_limit": seconds, "mip_rel_gap": GAP}
-    found: Any = milp(objective, integrality=whole, bounds=Bounds(0, 1), constraints=rows, options=options)
-    if found.x is None:
+    result: Any = milp(objective, integrality=whole, bounds=Bounds(0, 1), constraints=rows, options=options)
+    if result.x is None:
         return None
-    states = tuple(int(np.argmax(found.x[first:last])) for first, last in columns.spans)
-    return Solution(states, found.status == 0)
+    states = tuple(int(np.argmax(result.x[first:last])) for first, last in columns.spans)
+    return Solution(states, result.status == 0)
 
 
 def _summed(limit: Limit) -> tuple[dict[tuple[int, ...], NDArray[np.float64]], float]:
@@ -189,8 +189,8 @@ class _Columns:
 
     def row(self, held: dict[tuple[int, ...], NDArray[np.float64]]) -> NDArray[np.float64]:
         """The coefficients of a limit; shape ``(variables,)``."""
-        found = np.zeros(self.count)
+        coefficients = np.zeros(self.count)
         for owners, table in held.items():
             first = self._first[owners]
-            found[first : first + table.size] += table.reshape(-1)
-        return found
+            coefficients[first : first + table.size] += table.reshape(-1)
+        return coefficients

@@ -67,8 +67,8 @@ class Rounding:
         step = lcm(self.step(group, roles, measured), multiple)
         part = step if measured is None else lcm(self.step(group, roles, max(1, measured // BELOW)), multiple)
         least = max(bounds[0], self.min_channels, int(np.ceil(size * (1 - self.max_ratio) - 1e-9)))
-        found = np.append(np.arange(part, min(step, size), part), np.arange(step, size, step))
-        return np.append(found[found >= least], size)
+        counts = np.append(np.arange(part, min(step, size), part), np.arange(step, size, step))
+        return np.append(counts[counts >= least], size)
 
     def step(self, group: Group, roles: Roles, measured: int | None = None) -> int:
         """How many channels of `group` must go at a time; see `feasible`."""
@@ -104,9 +104,9 @@ def nearest(feasible: np.ndarray, wanted: float) -> int:
 def _widths(group: Group, roles: Roles) -> list[Member]:
     """The members that show how wide the layers are: outputs of layers, else sides of their weights, else any."""
     for dims in (roles.producers, roles.weights):
-        found = [m for m in group.members if (m.tensor, m.dim) in dims]
-        if found:
-            return found
+        members = [m for m in group.members if (m.tensor, m.dim) in dims]
+        if members:
+            return members
     return list(group.members)
 
 
@@ -124,18 +124,18 @@ def divisors(graph: ChannelGraph, devices: int) -> dict[Group, int]:
     even number of query heads each.
     """
     groups = graph.groups()
-    found = {group: devices if group.axis in _SHARED else 1 for group in groups}
+    required = {group: devices if group.axis in _SHARED else 1 for group in groups}
     numbers = group_numbers(graph.components, groups)
     for factored in graph.components.factored_axes:
         inside = [n for factor in _factors(graph, numbers, factored) for n in factor if groups[n].axis == "heads"]
         for number in inside[1:]:
             first, other = groups[inside[0]], groups[number]
             if first.channels % devices:
-                found[first] = first.channels
-                found[other] = devices // gcd(first.channels, devices)
+                required[first] = first.channels
+                required[other] = devices // gcd(first.channels, devices)
             else:
-                found[other] = 1
-    return found
+                required[other] = 1
+    return required
 
 
 # -- which groups lose channels --------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def prunable_groups(
 def _factors(graph: ChannelGraph, numbers: np.ndarray, factored: FactoredAxis) -> list[list[int]]:
     """The groups in each factor of a product, by number."""
     inside = (np.unique(numbers[np.unique(graph.roots.of(part)[1])]) for part in factored.factors)
-    return [found[found >= 0].tolist() for found in inside]
+    return [numbers_in[numbers_in >= 0].tolist() for numbers_in in inside]
 
 
 class _FactorChoice:

@@ -258,17 +258,17 @@ def savings(graph: ChannelGraph, kinds: Iterable[str], tensors: Mapping[str, Ten
         tensors: the tensors of the model by name.
     """
     groups = graph.groups()
-    found = np.zeros(len(groups))
+    saved = np.zeros(len(groups))
     for kind in kinds:
         if kind == "macs":
             macs = macs_of_channels(graph).numpy()
-            found += [macs[group.components].mean() for group in groups]
+            saved += [macs[group.components].mean() for group in groups]
         elif kind == "channels":
-            found += 1 / sum(group.channels for group in groups)
+            saved += 1 / sum(group.channels for group in groups)
         else:
             total = sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, nn.Parameter))
-            found += [_entries(group, tensors) / max(1, total) for group in groups]
-    return dict(zip(groups, found.tolist(), strict=True))
+            saved += [_entries(group, tensors) / max(1, total) for group in groups]
+    return dict(zip(groups, saved.tolist(), strict=True))
 
 
 def _entries(group: Group, tensors: Mapping[str, Tensor]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from structprune.checking import DATA, FLAG, ON_BATCH, PATH, function, real, require, several
@@ -65,7 +65,7 @@ class GroupCurve:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What `sensitivity` found. See `structprune.sensitivity` for an example.
+    """What `sensitivity` measured. See `structprune.sensitivity` for an example.
 
     Attributes:
         dense: the metric of the whole model.
@@ -91,7 +91,7 @@ class Sensitivity:
     def table(self) -> Table:
         """A line for each group, most sensitive first: how far the metric falls at each ratio."""
         headings, lines = self._lines()
-        table = Table(*headings)
+        table = Table(Column(headings[0], overflow="fold"), *headings[1:])
         for line in lines:
             table.add_row(*line)
         return table
@@ -191,8 +191,8 @@ def sensitivity(
         >>> import torch, structprune
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> x = torch.randn(16, 4)
-        >>> found = structprune.sensitivity(model, x, x, lambda m, x: -float((m(x) - model(x)).abs().mean()))
-        >>> [(curve.group, curve.kept) for curve in found.curves]
+        >>> result = structprune.sensitivity(model, x, x, lambda m, x: -float((m(x) - model(x)).abs().mean()))
+        >>> [(curve.group, curve.kept) for curve in result.curves]
         [('0', (7, 6, 4, 2))]
     """
     named = {"metric": function("model", "loader"), "ratios": _RATIOS, "progress": FLAG}
@@ -268,11 +268,11 @@ def _resumed(checkpoint: str | Path | None) -> Sensitivity | None:
 
 def _measured(metric: Metric, model: nn.Module, loader: Any) -> float:
     with torch.no_grad():
-        found = metric(model, loader)
+        given = metric(model, loader)
     try:
-        value = float(found)
+        value = float(given)
     except (TypeError, ValueError) as error:
-        raise PlanError(f"metric returned a {type(found).__name__}; let it return a number.") from error
+        raise PlanError(f"metric returned a {type(given).__name__}; let it return a number.") from error
     if math.isnan(value):
         raise PlanError("metric returned NaN. Check the data that loader gives.")
     return value
@@ -287,5 +287,5 @@ def _kept(group: Group, ratios: Sequence[float], bounds: tuple[int, int]) -> tup
     return tuple(sorted({min(n, most) for n in wanted}, reverse=True)) if most >= lowest else ()
 
 
-def _write(path: Path, found: Sensitivity) -> None:
-    write_text(path, found.to_json())
+def _write(path: Path, measured: Sensitivity) -> None:
+    write_text(path, measured.to_json())

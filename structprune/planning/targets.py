@@ -87,11 +87,11 @@ def kept_for(
 
     nothing = np.zeros(len(order), dtype=bool)
     if miss(~nothing) > 0:
-        found = measure(steps.kept(~nothing))
+        fewest = measure(steps.kept(~nothing))
         limits = target.limits.items()
-        reached = ", ".join(f"{name} {_number(found[name])} of at most {_number(most)}" for name, most in limits)
+        reached = ", ".join(f"{name} {_number(fewest[name])} of at most {_number(most)}" for name, most in limits)
         raise PlanError(
-            f"The target cannot be met: with all that may go gone there remain {reached}. Allow more to go."
+            f"The target cannot be met: with everything removed that may go there remain {reached}. Allow more to go."
             f"{left_whole()}"
         )
     priorities = np.append(-1.0, np.unique(steps.priority))

@@ -80,8 +80,8 @@ def _pieces(time: TimeModel, widths: Widths) -> list[Piece]:
     """What takes time, each with the groups that it follows; what follows none is left out."""
 
     def piece(part: Use | Moved) -> Piece | None:
-        rows = part.rows if isinstance(part, Moved) else [row for held in part.rows.values() for row in held]
-        groups = widths.groups_of(rows)
+        axes = part.axes if isinstance(part, Moved) else [axis for held in part.channels.values() for axis in held]
+        groups = widths.groups_of(axes)
         known: dict[tuple[float, ...], float] = {}
 
         def seconds(shares: list[float]) -> float:
@@ -92,7 +92,7 @@ def _pieces(time: TimeModel, widths: Widths) -> list[Piece]:
 
         return Piece(groups, seconds) if groups else None
 
-    return [found for part in time.parts if (found := piece(part)) is not None]
+    return [follows for part in time.parts if (follows := piece(part)) is not None]
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,14 @@ class Knapsack:
     def _best(self, owner: int) -> tuple[float, int] | None:
         """The block that loses least for the time it saves, and where it leads; None if no block saves time."""
         now = self._at[owner]
-        found: tuple[float, int] | None = None
+        best: tuple[float, int] | None = None
         for then in range(now + 1, self._last(owner) + 1):
             saved = self._saved(owner, then)
             if saved > self._least:
                 ratio = self._loss(owner, now, then) / saved
-                if found is None or ratio < found[0]:
-                    found = ratio, then
-        return found
+                if best is None or ratio < best[0]:
+                    best = ratio, then
+        return best
 
     def _go(self, owner: int, then: int) -> None:
         self._at[owner] = then
@@ -194,15 +194,15 @@ class Knapsack:
 
 def _least(best: Sequence[tuple[float, int] | None]) -> tuple[int, int] | None:
     """The coupled groups whose block has the smallest ratio, and where that leads."""
-    found = [(block[0], owner, block[1]) for owner, block in enumerate(best) if block is not None]
-    return min(found)[1:] if found else None
+    ratios = [(block[0], owner, block[1]) for owner, block in enumerate(best) if block is not None]
+    return min(ratios)[1:] if ratios else None
 
 
 def _rising(rest: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
     """Steps of the same groups stay in their order: none counts for less than the one before it."""
-    found: list[tuple[float, int, int]] = []
+    rising: list[tuple[float, int, int]] = []
     highest: dict[int, float] = {}
     for loss, owner, number in rest:
         highest[owner] = max(loss, highest.get(owner, 0.0))
-        found.append((highest[owner], owner, number))
-    return found
+        rising.append((highest[owner], owner, number))
+    return rising

@@ -1,15 +1,15 @@
-"""One width for each axis over all layers, in steps that the model's configuration can say.
+"""One width for each axis over all layers, in steps that the model's configuration can describe.
 
 Groups that play the same part in every layer are *alike* and keep equally many channels, each its own choice. Where a
 class is built from a configuration, numbers of it may tie more than that: the width of GPT-2's residual stream is its
-number of heads times a fixed size. Which sets of groups a configuration can say together is tried, by asking for the
-configuration of a model in which they have about half of their channels.
+number of heads times a fixed size. Which sets of groups a configuration can describe together is tried, by asking for
+the configuration of a model in which they have about half of their channels.
 
 For example, of two layers of GPT-2 with a width of 64, 4 heads and an inner width of 256::
 
     alike        {hidden}, {heads of layer 0, heads of layer 1}, {inner width of layer 0, that of layer 1}
-    said alone   the inner widths
-    said at once hidden and heads: 64 and 4 channels keep (16, 1), (32, 2), (48, 3) or (64, 4)
+    alone        the inner widths
+    together     hidden and heads: 64 and 4 channels keep (16, 1), (32, 2), (48, 3) or (64, 4)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class UniformWidths:
 
     Attributes:
         sets: the groups of each width, by number in `ChannelGraph.groups`.
-        whole: why groups lose nothing, by number: no configuration could say it.
+        whole: why groups lose nothing, by number: no configuration could describe it.
     """
 
     sets: tuple[tuple[int, ...], ...]
@@ -57,13 +57,13 @@ def alike(graph: ChannelGraph) -> UniformWidths:
     Balanced groups are left out: the forward itself says how many channels each of them keeps.
     """
     balanced = {number for together in graph.balanced() for number in together.groups}
-    found: dict[Hashable, list[int]] = {}
+    sets: dict[Hashable, list[int]] = {}
     for number, group in enumerate(graph.groups()):
         if number not in balanced:
             dims = frozenset((re.sub(r"\d+", "#", member.tensor), member.dim) for member in group.members)
             key = group.axis, group.channels, re.sub(r"\d+", "#", group.name), dims
-            found.setdefault(key, []).append(number)
-    return UniformWidths(tuple(map(tuple, found.values())))
+            sets.setdefault(key, []).append(number)
+    return UniformWidths(tuple(map(tuple, sets.values())))
 
 
 def coupled_by(
@@ -71,14 +71,14 @@ def coupled_by(
 ) -> list[CoupledGroups]:
     """The groups of each set as one; sets of which not all groups are `chosen` stay whole."""
     groups, wanted = graph.groups(), set(chosen)
-    found: list[CoupledGroups] = []
+    coupled: list[CoupledGroups] = []
     for numbers in widths.sets:
         members = tuple(groups[number] for number in numbers)
         if wanted.issuperset(members) and widths.whole.keys().isdisjoint(numbers):
             counts = shares(members)
             allowed = np.all([np.isin(counts[:, i], feasible[group]) for i, group in enumerate(members)], axis=0)
-            found.append(CoupledGroups(members, counts[allowed]))
-    return found
+            coupled.append(CoupledGroups(members, counts[allowed]))
+    return coupled
 
 
 def shares(groups: Sequence[Group]) -> np.ndarray:
@@ -92,14 +92,14 @@ def shares(groups: Sequence[Group]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Said:
-    """Widths that a configuration can say one by one, and its numbers that follow each of them.
+class DescribableWidths:
+    """Widths that a configuration can describe one by one, and its numbers that follow each of them.
 
     Attributes:
         graph: the coupled channels.
         widths: the groups of each width.
         numbers: for each set of groups, the numbers of the configuration that shrink in proportion, by their chains.
-        complete: whether a configuration can say all of the widths.
+        complete: whether a configuration can describe all of the widths.
     """
 
     graph: ChannelGraph
@@ -129,14 +129,14 @@ class Said:
             sizes = one.counts[:, 0] / one.counts[-1, 0]
             near.append(sorted((abs(float(sizes[line] - sizes[at])), line) for line in lines))
         for state in islice(_cheapest(near), STATES):
-            found = dict(kept)
+            near_kept = dict(kept)
             shares = list[Fraction]()
             for one, line in zip(coupled, state, strict=True):
                 counts = one.counts[line].tolist()
-                found.update(zip(one.groups, counts, strict=True))
+                near_kept.update(zip(one.groups, counts, strict=True))
                 shares.append(Fraction(counts[0], one.groups[0].channels))
-            if self._accepted(dict(zip(sets, shares, strict=True))) and meets(found):
-                yield found
+            if self._accepted(dict(zip(sets, shares, strict=True))) and meets(near_kept):
+                yield near_kept
 
     def _accepted(self, shares: Mapping[Numbers, Fraction]) -> bool:
         """Whether the configuration can be read back with its numbers at these shares."""
@@ -170,50 +170,53 @@ def _cheapest(options: Sequence[Sequence[tuple[float, int]]]) -> Iterator[list[i
                 heappush(waiting, (cost, following))
 
 
-def sayable(
+def describable(
     graph: ChannelGraph, widths: UniformWidths, feasible: Feasible, *, wanted: Collection[Group], all_wanted: bool
-) -> Said:
-    """The same widths, tied further until the configuration can say each of them.
+) -> DescribableWidths:
+    """The same widths, tied further until the configuration can describe each of them.
 
     Args:
         graph: the coupled channels of a model that is built from a configuration.
         widths: groups that are alike.
         feasible: the numbers of channels that each group may keep.
         wanted: the groups that may lose channels.
-        all_wanted: whether sets that no configuration can say lose channels all the same; else they stay whole.
+        all_wanted: whether sets that no configuration can describe lose channels nevertheless; else they stay whole.
     """
     search = _Search(graph)
     groups = graph.groups()
     open_sets = [numbers for numbers in widths.sets if {groups[number] for number in numbers} <= set(wanted)]
-    alone = [numbers for numbers in open_sets if search.reason(numbers) is None]
-    rest = [numbers for numbers in open_sets if numbers not in alone]
-    together = search.largest(rest)
-    joined = search.parts(together)
-    never = [numbers for numbers in rest if numbers not in together]
-    known = {numbers: search.numbers(numbers) for numbers in (*alone, *joined)}
+    possible, never = search.divided(open_sets)
+    known = {numbers: search.numbers(numbers) for numbers in possible}
     if all_wanted or not known:
-        return Said(graph, UniformWidths((*alone, *joined, *never)), known, complete=not never)
+        return DescribableWidths(graph, UniformWidths((*possible, *never)), known, complete=not never)
     reasons = {number: search.reason(numbers) or "" for numbers in never for number in numbers}
-    return Said(graph, UniformWidths((*alone, *joined), reasons), known)
+    return DescribableWidths(graph, UniformWidths(tuple(possible), reasons), known)
 
 
 class _Search:
-    """Asks which sets of groups a configuration can say when they keep about half of their channels."""
+    """Asks which sets of groups a configuration can describe when they keep about half of their channels."""
 
     def __init__(self, graph: ChannelGraph) -> None:
         self._graph = graph
         self._known: dict[frozenset[int], tuple[Description, Fraction]] = {}
 
+    def divided(self, sets: Sequence[Numbers]) -> tuple[list[Numbers], list[Numbers]]:
+        """Sets that a configuration can describe, alone or joined with others, and those that it cannot."""
+        alone = [numbers for numbers in sets if self.reason(numbers) is None]
+        rest = [numbers for numbers in sets if numbers not in alone]
+        together = self.largest(rest)
+        return [*alone, *self.parts(together)], [numbers for numbers in rest if numbers not in together]
+
     def reason(self, numbers: Iterable[int]) -> str | None:
-        """Why no configuration can say these groups at about half of their channels; None if one can."""
+        """Why no configuration can describe these groups at about half of their channels; None if one can."""
         return self._asked(numbers)[0].reason
 
     def numbers(self, numbers: Iterable[int]) -> dict[Chain, int]:
         """The numbers of the configuration that then shrink by the same share, by their chains from the model."""
-        found, share = self._asked(numbers)
+        trial, share = self._asked(numbers)
         return {
             edit.chain: edit.old
-            for edit in found.edits
+            for edit in trial.edits
             if not edit.module and edit.chain[0] == "config" and edit.old and edit.old * share == edit.new
         }
 
@@ -240,7 +243,7 @@ class _Search:
             return Description(reason=str(error)), share
 
     def largest(self, sets: Sequence[Numbers]) -> list[Numbers]:
-        """The sets that can be said together: all of them, or what is left as one after the other is given up."""
+        """The sets that can be described together: all of them, or what is left as one after the other is given up."""
         left = list(sets)
         while left and self._together(left) is not None:
             if len(left) == 1:
@@ -253,14 +256,14 @@ class _Search:
         return self.reason(number for numbers in sets for number in numbers)
 
     def parts(self, sets: Sequence[Numbers]) -> list[Numbers]:
-        """Sets that can be said together, in the smallest parts that can."""
-        left, found = list(sets), list[Numbers]()
+        """Sets that can be described together, in the smallest parts that can."""
+        left, parts = list(sets), list[Numbers]()
         while left:
             part = left
             for one in left[1:]:
                 rest = [other for other in part if other is not one]
                 if self._together(rest) is None:
                     part = rest
-            found.append(tuple(sorted(number for numbers in part for number in numbers)))
+            parts.append(tuple(sorted(number for numbers in part for number in numbers)))
             left = [numbers for numbers in left if numbers not in part]
-        return found
+        return parts

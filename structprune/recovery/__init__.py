@@ -1,1 +1,1 @@
-"""Accuracy back without training: layers solved again by least squares, statistics of norms computed again."""
+"""Accuracy regained without training: layers solved again by least squares, statistics of norms computed again."""

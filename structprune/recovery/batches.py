@@ -32,16 +32,16 @@ def batches_of(model: nn.Module, data: Iterable[Any], forward: Forward | None, w
         RecoveryError: there is no batch, or one has no sample, or the model cannot be called on it.
     """
     require(locals(), RecoveryError, data=DATA)
-    found: list[Any] = []
+    batches: list[Any] = []
     for batch in data:
         new = [inputs_of(batch, device_of(model))] if forward is None else calls_of(model, batch, forward)
         for inputs in new:
             _require_samples(inputs)
             _require_fitting(model, inputs, forward is None)
-        found += new
-    if not found:
+        batches += new
+    if not batches:
         raise RecoveryError(f"data holds no batch, so there {what}.")
-    return found
+    return batches
 
 
 def samples_in(batch: Any) -> int:
@@ -72,23 +72,23 @@ def inputs_of(batch: Any, device: torch.device) -> Any:
 
 def calls_of(model: nn.Module, batch: Any, forward: Forward) -> list[Any]:
     """What `forward` calls the model with on a batch: the arguments of each call."""
-    found: list[Any] = []
+    calls: list[Any] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Copies, since a forward may write over what it is given.
         args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs))
-        found.append(_one_form(model, args, kwargs))
+        calls.append(_one_form(model, args, kwargs))
 
     shadow = shadow_of(model, lambda _, tensor: copy_buffer(tensor), tracked=False).model
     shadow.register_forward_pre_hook(note, with_kwargs=True)
     with preserved_random_state(), torch.no_grad():
         forward(shadow.eval(), batch)
-    if not found:
+    if not calls:
         raise RecoveryError(
             "forward= does not call the model that it is given, so there is nothing to solve its layers on. Let it "
             "call its first argument: forward=lambda model, batch: model(*batch)."
         )
-    return found
+    return calls
 
 
 def _one_form(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

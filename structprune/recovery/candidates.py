@@ -105,24 +105,28 @@ class Candidates:
         self.kept = ""
         self._best = float("inf")
         self._tensors: dict[str, Tensor] = {}
-        self._goal = self._parts(outputs(original, batches, graph.trace), of_original=True)
+        self._goal = [self._kept_part(part) for part in self.parts(outputs(original, batches, graph.trace))]
 
-    def offer(self, name: str, model: nn.Module, results: Iterable[Any] | None = None) -> bool:
+    def offer(self, name: str, model: nn.Module, parts: list[Tensor | None] | None = None) -> bool:
         """Compare what a model computes; whether it is the best so far, and is remembered.
 
         Args:
             name: of the candidate.
             model: with its tensors as they are now.
-            results: what it returns on each batch, if known.
+            parts: what `parts` makes of its results, if they are known.
         """
-        found = self._parts(outputs(model, self._batches, self._graph.trace) if results is None else results)
-        error = self._error(found)
+        parts = self.parts(outputs(model, self._batches, self._graph.trace)) if parts is None else parts
+        error = self._error(parts)
         self.tried.append(Candidate(name, error))
         # The first stands even where nothing can be compared.
         if self.kept and not error < self._best:
             return False
         self.kept, self._best = name, error
-        self._tensors = {key: held.tensor.detach().clone() for key, held in held_tensors(model).items()}
+        for key, held in held_tensors(model).items():
+            if key in self._tensors:  # written over, so that there is never a second copy
+                self._tensors[key].copy_(held.tensor.detach())
+            else:
+                self._tensors[key] = held.tensor.detach().clone()
         return True
 
     def restore(self, model: nn.Module) -> None:
@@ -130,32 +134,32 @@ class Candidates:
         for name, held in held_tensors(model).items():
             held.tensor.data.copy_(self._tensors[name])
 
-    def _parts(self, results: Iterable[Any], of_original: bool = False) -> list[Tensor | None]:
-        """Of the first tensor returned on each batch the samples held out, with the kept channels alone."""
+    def parts(self, results: Iterable[Any]) -> list[Tensor | None]:
+        """Of the first tensor returned on each batch, one after the other, the samples held out."""
         parts: list[Tensor | None] = []
         for number, result in enumerate(results):
             part = next(tensors_in(result), None)
             if part is not None and self._any_held:
                 part = part[self._held_out.solved_on(number, part.shape[0]) :] if part.dim() else None
-            if part is not None and of_original:
-                part = self._kept_part(part)
             parts.append(None if part is None or not part.is_floating_point() else part.clone())
         return parts
 
-    def _kept_part(self, result: Tensor) -> Tensor:
+    def _kept_part(self, result: Tensor | None) -> Tensor | None:
         """The original's result without the channels that were removed from the output of the model."""
+        if result is None:
+            return None
         node = next(iter(self._graph.trace.outputs.values()))
-        rows = self._graph.channels.axes[node.meta["index"]]
-        for dim, row in enumerate(rows if isinstance(rows, tuple) else ()):
-            index = kept_indices(self._graph, self._removed, row) if isinstance(row, Axis) else None
+        axes = self._graph.channels.axes[node.meta["index"]]
+        for dim, axis in enumerate(axes if isinstance(axes, tuple) else ()):
+            index = kept_indices(self._graph, self._removed, axis) if isinstance(axis, Axis) else None
             if index is not None:
                 result = result.index_select(dim, torch.from_numpy(index).to(result.device))
         return result
 
-    def _error(self, found: list[Tensor | None]) -> float:
+    def _error(self, results: list[Tensor | None]) -> float:
         """The relative error; infinite where the outputs are no numbers, or have other shapes than the original's."""
         sums = torch.zeros(2, dtype=torch.float64)
-        for ours, goal in zip(found, self._goal, strict=True):
+        for ours, goal in zip(results, self._goal, strict=True):
             if ours is None or goal is None:
                 continue
             if ours.shape != goal.shape:

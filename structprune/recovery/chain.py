@@ -213,6 +213,25 @@ def producers_of(graph: ChannelGraph, consumer: Consumer) -> Producers | str:
     source = _input_of(graph.trace.nodes[consumer.node])
     if source is None:
         return "its input is none of the trace"
+    behind = _behind(source)
+    if isinstance(behind, str):
+        return behind
+    between, ends = behind
+    obstacle = _obstacle([*between.values(), *ends.values()], {consumer.node, *between, *ends}, source)
+    if obstacle:
+        return obstacle
+    layers = [as_consumer(graph, node, sums=False) for _, node in sorted(ends.items())]
+    with_weight = tuple(layer for layer in layers if layer is not None)
+    if not layers or len(with_weight) < len(layers):
+        return "what makes its channels has no weight of its own"
+    return Producers(with_weight, tuple(node for _, node in sorted(between.items())))
+
+
+def _behind(source: fx.Node) -> tuple[dict[int, fx.Node], dict[int, fx.Node]] | str:
+    """Backwards from a tensor: the elementwise operations up to the layers that make its channels, and those layers.
+
+    By number; or why the walk ends at something else.
+    """
     between: dict[int, fx.Node] = {}
     ends: dict[int, fx.Node] = {}
     waiting = [source]
@@ -230,13 +249,7 @@ def producers_of(graph: ChannelGraph, consumer: Consumer) -> Producers | str:
             waiting += [part for part in node.all_input_nodes if part.meta["name"] != "parameter"]
         else:
             return f"its channels come through {name}, which does not treat each entry alone"
-    obstacle = _obstacle([*between.values(), *ends.values()], {consumer.node, *between, *ends}, source)
-    if obstacle:
-        return obstacle
-    layers = [as_consumer(graph, node, sums=False) for _, node in sorted(ends.items())]
-    if not layers or any(layer is None for layer in layers):
-        return "what makes its channels has no weight of its own"
-    return Producers(tuple(p for p in layers if p is not None), tuple(node for _, node in sorted(between.items())))
+    return between, ends
 
 
 def _obstacle(nodes: Iterable[fx.Node], inside: set[int], source: fx.Node) -> str:

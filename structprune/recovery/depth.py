@@ -62,18 +62,18 @@ class Shorter:
         """The operations at which the models begin to differ, and those that are gone."""
         chosen = chosen_of(find(self.aligned, recorded), self.removal.branches)
         begins = {recorded.nodes[n] for item in chosen for n, _ in (*item.off, *item.skipped)}
-        return begins, Cut(recorded).live - cut_of(recorded, chosen).live
+        return begins, Cut(recorded).needed - cut_of(recorded, chosen).needed
 
     def shortened(self, slim: nn.Module) -> nn.Module:
         """A copy of the shorter model with the weights of `aligned`."""
-        found = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
-        solved, left = held_tensors(self.aligned), held_tensors(found)
+        shorter = copy.deepcopy(slim, _memo(held_tensors(slim), {}))
+        solved, left = held_tensors(self.aligned), held_tensors(shorter)
         with torch.no_grad():
             for name, held in solved.items():
                 now = self.removal.names.get(name, name)
                 if now is not None:
                     left[now].tensor.data.copy_(held.tensor)
-        return found
+        return shorter
 
 
 def _between(slim: nn.Module, original: nn.Module) -> tuple[Any, ...]:
@@ -88,15 +88,15 @@ def stages(slim: nn.Module, original: nn.Module) -> list[tuple[Any, ...]]:
         RecoveryError: there are several parts, and the weights of `slim` are no longer those that they make of the
             original's, so that those in between are not known.
     """
-    found: list[tuple[Any, ...]] = []
+    parts: list[tuple[Any, ...]] = []
     for plan in _between(slim, original):
-        if found and not isinstance(plan, Removal) and not isinstance(found[-1][-1], Removal):
-            found[-1] = (*found[-1], plan)
+        if parts and not isinstance(plan, Removal) and not isinstance(parts[-1][-1], Removal):
+            parts[-1] = (*parts[-1], plan)
         else:
-            found.append((plan,))
-    if len(found) > 1:
+            parts.append((plan,))
+    if len(parts) > 1:
         again = shell_of(unwrapped(original))
-        for plan in (plan for stage in found for plan in stage):
+        for plan in (plan for stage in parts for plan in stage):
             again = plan.apply(again, inplace=isinstance(plan, Removal))
         here = held_tensors(unwrapped(slim))
         made = held_tensors(again)
@@ -108,7 +108,7 @@ def stages(slim: nn.Module, original: nn.Module) -> list[tuple[Any, ...]]:
                 "Branches were removed from this model and more was done to it since or before, and its weights are no "
                 "longer the original's. Recover after each step, from the model before that step."
             )
-    return found
+    return parts
 
 
 def _check(slim: nn.Module, aligned: nn.Module, batch: Any) -> None:

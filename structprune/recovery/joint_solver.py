@@ -125,7 +125,7 @@ class JointSolver:
         return False
 
     def forget(self) -> None:
-        """Let go of what was stored."""
+        """Forget what was stored."""
         for producer in self._producers:
             producer.pauses = []
 

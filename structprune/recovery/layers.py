@@ -117,12 +117,12 @@ def changed_operations(graph: ChannelGraph, removed: Mask, begins: Collection[fx
 
 def _removed_components(graph: ChannelGraph, removed: Mask, node: fx.Node) -> set[int]:
     """The removed components among the channels of a result."""
-    rows = graph.channels.axes[node.meta["index"]]
+    axes = graph.channels.axes[node.meta["index"]]
     components: set[int] = set()
-    for row in rows if isinstance(rows, tuple) else ():
-        if isinstance(row, Axis) and row.free:
-            in_row = graph.components.of(row)
-            components.update(in_row[removed[in_row]].tolist())
+    for axis in axes if isinstance(axes, tuple) else ():
+        if isinstance(axis, Axis) and axis.free:
+            on_axis = graph.components.of(axis)
+            components.update(on_axis[removed[on_axis]].tolist())
     return components
 
 

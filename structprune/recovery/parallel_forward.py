@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
-from structprune.tracing.replay import FoundCall, Hook, Replay
+from structprune.tracing.replay import Hook, Replay, ReplayedCall
 from structprune.tracing.shadow import shadow_of
 from structprune.tracing.trace import Trace, as_call, map_tensors, tensors_in
 
@@ -113,7 +113,7 @@ class BatchRun:
         """The hooks of the run, given the numbers of the operations where it can pause."""
         return dict.fromkeys(numbers, self._with_pauses)
 
-    def _with_pauses(self, operation: FoundCall) -> Any:
+    def _with_pauses(self, operation: ReplayedCall) -> Any:
         """Run an operation, and pause before it and after it where that was asked for."""
         assert operation.node is not None
         number = operation.node.meta["index"]
@@ -122,7 +122,7 @@ class BatchRun:
         self._wait_at(Pause((number, Side.AFTER), operation.args, operation.kwargs, result))
         return result
 
-    def _result(self, operation: FoundCall) -> Any:
+    def _result(self, operation: ReplayedCall) -> Any:
         return operation()
 
     def _wait_at(self, pause: Pause) -> None:
@@ -156,10 +156,11 @@ class BatchRun:
         return not self._ended
 
     def finish(self) -> Any:
-        """Let the batch run to the end; what the model returned."""
+        """Let the batch run to the end; what the model returned, which is not kept."""
         while self._run_to_next_pause():
             pass
-        return self._output
+        output, self._output = self._output, None
+        return output
 
     def cancel(self) -> None:
         """End the thread."""
@@ -217,7 +218,7 @@ class PrefixCache(BatchRun):
     def _hooks(self, trace: Trace, numbers: set[int]) -> dict[int, Hook]:
         return dict.fromkeys(trace.keys, self._with_pauses)
 
-    def _result(self, operation: FoundCall) -> Any:
+    def _result(self, operation: ReplayedCall) -> Any:
         assert operation.node is not None
         number = operation.node.meta["index"]
         result = self.results[number] = operation()
@@ -247,7 +248,7 @@ def output_of(model: nn.Module, inputs: Any, hooks: Mapping[int, Hook], trace: T
 def prefix_hooks(trace: Trace, start: int, results: Mapping[int, Any]) -> dict[int, Hook]:
     """Hooks for a forward that computes from operation `start` on: earlier ones return what is in `results`."""
 
-    def cached(operation: FoundCall) -> Any:
+    def cached(operation: ReplayedCall) -> Any:
         assert operation.node is not None
         result = results[operation.node.meta["index"]]
         # An operation in place returns its argument, which the cache holds as it was after the last write before start.
@@ -293,7 +294,8 @@ def _creator(node: fx.Node) -> fx.Node:
 def _last_uses(nodes: Sequence[fx.Node]) -> dict[int, list[int]]:
     """For the number of an operation, the operations whose results nothing needs once it has run.
 
-    For ``1: a = relu(x); 2: b = a * 2; 3: c = a + b`` it is ``{3: [1, 2]}``; ``c`` is the output and is never let go.
+    For ``1: a = relu(x); 2: b = a * 2; 3: c = a + b`` it is ``{3: [1, 2]}``; ``c`` is the output and is kept to the
+    end.
     """
     last: dict[int, float] = {}
     for node in nodes:

@@ -23,7 +23,7 @@ class Probes:
 
     Attributes:
         batches: the first ones of the data.
-        solved: the share of each, from its beginning, that consumers are solved on all the same; 0 where other batches
+        solved: the share of each, from its beginning, that consumers are solved on nevertheless; 0 where other batches
             hold at least as many samples.
     """
 

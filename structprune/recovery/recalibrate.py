@@ -76,7 +76,7 @@ def set_statistics(model: nn.Module, batches: Sequence[Any], traced: Trace) -> d
     """
     norms = {(node.meta["index"], Side.BEFORE): node for node in _norms(traced)}
     own = {name: held.tensor for name, held in held_tensors(model).items()}
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     with (
         swapped_tensors(model, copy_buffer, track=False),
         parallel_runs(BatchRun, model.eval(), batches if norms else (), traced, set(norms)) as runs,
@@ -95,8 +95,8 @@ def set_statistics(model: nn.Module, batches: Sequence[Any], traced: Trace) -> d
                 name = str(arguments(node)[key].target)
                 tensors[name].copy_(value)
                 own[name].data.copy_(value)
-                found[name] = value
-    return found
+                statistics[name] = value
+    return statistics
 
 
 _STATISTICS = ("running_mean", "running_var")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from structprune.checking import MODEL, ON_BATCH, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
-from structprune.recovery.batches import Forward, batches_of
+from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
 from structprune.recovery.layer_solver import LayerSolver
@@ -25,6 +25,7 @@ from structprune.recovery.layers import Consumer, consumers
 from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
 from structprune.recovery.recalibrate import set_statistics
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
+from structprune.recovery.widened import wide, widened
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept
@@ -32,9 +33,10 @@ from structprune.surgery.verify import removed_components
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import map_tensors, preserved_random_state
 
-HALF = (torch.float16, torch.bfloat16)
 AS_GIVEN, RECALIBRATED = "as given", "norms recalibrated"
 SOLVED_ALONE, SOLVED_WITH_PRODUCERS = "layers solved", "layers solved with producers"
+# A layer is left whose result is so many times as large as its input, and takes so many bytes in both models.
+WIDER, MOST_BYTES = 8, 1 << 28
 
 
 def recover(
@@ -76,8 +78,9 @@ def recover(
     original; the report then names layers as the original does. One that lost channels as well is made again step by
     step, and each step is recovered, if its weights are still the original's.
 
-    Models in half precision run and are solved in float32, on widened copies of their weights and of the data, and the
-    new weights are rounded at the end; so `recover` needs the memory of float32 models while it runs.
+    Models in half precision compute and are solved in float32: each operation gets a float32 copy of the weights that
+    it takes, and new weights are rounded at once, so that the layers behind make up for that. In all `recover` needs
+    memory for the new model, for one more copy of its weights, and for what all batches hold at one layer.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
     fails, all raise.
@@ -144,18 +147,49 @@ def _recovered(
     shorter = Shorter.of(slim, original, batches[0])
     edits = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {})) if shorter is None else shorter.aligned
-    with _widened(original, recovered) as wide:
-        batches = [map_tensors(_wide, batch) for batch in batches] if wide else batches
+    with widened(original, recovered) as in_float32:
+        batches = [map_tensors(wide, batch) for batch in batches] if in_float32 else batches
         graph = ChannelGraph(original, batches[0])
         removed = removed_components(graph, edits)
         begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
-        layers = consumers(graph, removed, begins, without)
+        layers, too_wide = _affordable(consumers(graph, removed, begins, without), graph, batches)
         with preserved_random_state(), torch.no_grad():
             report = _best(recovered, original, batches, _Solving(graph, removed, layers, rows, seed), rounds)
+        report = replace(report, skipped={**too_wide, **report.skipped})
     if shorter is not None:
         recovered = shorter.shortened(slim)
     keep_report(recovered, report)
     return recovered
+
+
+def _affordable(
+    layers: list[Consumer], graph: ChannelGraph, batches: list[Any]
+) -> tuple[list[Consumer], dict[str, str]]:
+    """The layers to solve, and why others are left: the results of all batches are in memory at once.
+
+    For 8,192 tokens, the result of a language model's last layer, with 32,000 tokens to choose from, takes 1 GB in each
+    of both models, and its input of 1,536 channels 50 MB.
+    """
+    chosen: list[Consumer] = []
+    left: dict[str, str] = {}
+    batches_like_the_first = sum(map(samples_in, batches)) / samples_in(batches[0])
+    for layer in layers:
+        node = graph.trace.nodes[layer.node]
+        result, taken = (math.prod(n.meta["shape"]) for n in (node, _input_of(node)))
+        size = 2 * 4 * result * batches_like_the_first
+        if result > WIDER * taken and size > MOST_BYTES:
+            left[layer.layer] = (
+                f"on all samples its result takes {size / 1e9:.1f} GB in both models; with fewer samples it is solved"
+            )
+        else:
+            chosen.append(layer)
+    return chosen, left
+
+
+def _input_of(node: fx.Node) -> fx.Node:
+    """What goes into a layer: the largest tensor that it takes and the model does not hold."""
+    taken = [n for n in node.all_input_nodes if n.meta["name"] != "parameter"]
+    return max(taken or [node], key=lambda n: math.prod(n.meta["shape"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,40 +231,13 @@ def _best(
             break
         candidates.restore(recovered)
         solvers = solving.solvers(held_out, count)
-        reports, results = _solve_in_order(recovered, original, batches, solving.graph, solvers)
+        reports, parts = _solve_in_order(recovered, original, batches, solving.graph, solvers, candidates)
         skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
-        better = candidates.offer(SOLVED_WITH_PRODUCERS if count else SOLVED_ALONE, recovered, results)
+        better = candidates.offer(SOLVED_WITH_PRODUCERS if count else SOLVED_ALONE, recovered, parts)
     candidates.restore(recovered)
     if not better:  # nothing that was solved is returned
         reports = [replace(row, after=row.before, changed=False, producers=()) for row in reports]
     return RecoveryReport(tuple(reports), skipped, tuple(candidates.tried), candidates.kept, candidates.samples)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor itself; in float32 if it is in half precision."""
-    if tensor.dtype not in HALF:
-        return tensor
-    wide = tensor.detach().float()
-    return nn.Parameter(wide, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
-
-
-@contextmanager
-def _widened(original: nn.Module, recovered: nn.Module) -> Generator[bool]:
-    """Both models in float32 if any of their tensors is in half precision; yields whether one is.
-
-    Half precision cannot tell the errors that are left from its own rounding, and conjugate gradients do not converge
-    in it. Afterwards the tensors of `recovered` are the solved ones, rounded.
-    """
-    before = {name: held.tensor for name, held in held_tensors(recovered).items()}
-    others = (held.tensor for held in held_tensors(original).values())
-    if all(tensor.dtype not in HALF for tensor in (*before.values(), *others)):
-        yield False
-        return
-    with swapped_tensors(original, _wide, track=False), swapped_tensors(recovered, _wide, track=False):
-        yield True
-        for name, held in held_tensors(recovered).items():
-            if name in before:
-                before[name].data.copy_(held.tensor)
 
 
 def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
@@ -269,13 +276,18 @@ def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
 
 
 def _solve_in_order(
-    slim: nn.Module, original: nn.Module, batches: list[Any], graph: ChannelGraph, solvers: list[LayerSolver]
-) -> tuple[list[LayerRecovery], list[Any]]:
+    slim: nn.Module,
+    original: nn.Module,
+    batches: list[Any],
+    graph: ChannelGraph,
+    solvers: list[LayerSolver],
+    candidates: Candidates,
+) -> tuple[list[LayerRecovery], list[Tensor | None]]:
     """Solve layer after layer while all batches pass once through both models.
 
-    The reports on the layers are returned in that order, and what the solved model returns on each batch. At each
-    event all batches pause in the pruned model. Solvers that only observe it keep what they need. One whose target it
-    is also gets the original's results there; it is solved, and the batches go on with its new weight.
+    The reports on the layers are returned in that order, and of the solved model's results what candidates are compared
+    by. At each event all batches pause in the pruned model. Solvers that only observe it keep what they need. One whose
+    target it is also gets the original's results there; it is solved, and the batches go on with its new weight.
     """
     schedule = _schedule(solvers)
     targets = {solver.target for solver in solvers}
@@ -301,8 +313,8 @@ def _solve_in_order(
                         _require_numbers(results, of, solver.consumer.layer)
                     report = solver.solve(ours, goal, tensors)
                     reports += [report] if report is not None else []
-            results = [run.finish() for run in slim_runs]
-    return reports, results
+            parts = candidates.parts(run.finish() for run in slim_runs)
+    return reports, parts
 
 
 def _require_numbers(results: list[Tensor], of: str, layer: str) -> None:

@@ -1,4 +1,4 @@
-"""What `recover` did to each layer; the report of a model is kept for as long as the model lives."""
+"""What `recover` did to each layer; the report of a model is kept as long as the model exists."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ _REPORTS: WeakKeyDictionary[nn.Module, RecoveryReport] = WeakKeyDictionary()
 
 
 def keep_report(model: nn.Module, report: RecoveryReport) -> None:
-    """Remember the report of a recovered model for as long as the model lives."""
+    """Remember the report of a recovered model as long as the model exists."""
     _REPORTS[model] = report
 
 

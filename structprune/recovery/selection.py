@@ -28,7 +28,7 @@ from structprune.recovery.linear_maps import LinearMap, argument, linear_map, wi
 from structprune.recovery.parallel_forward import BatchRun, Pause, PrefixCache, Side, output_of, parallel_runs
 from structprune.recovery.prices import prices
 from structprune.recovery.probes import Probes
-from structprune.tracing.replay import FoundCall, Hook
+from structprune.tracing.replay import Hook, ReplayedCall
 from structprune.tracing.state import copy_buffer, swapped_tensors
 from structprune.tracing.trace import preserved_random_state
 
@@ -354,7 +354,7 @@ class Reconstruction:
 # -- changed consumers -----------------------------------------------------------------------------------------------
 
 
-def _map_of(name: str, call: Pause | FoundCall) -> LinearMap:
+def _map_of(name: str, call: Pause | ReplayedCall) -> LinearMap:
     """The linear map of an operation for a batch.
 
     Raises:
@@ -372,7 +372,7 @@ def _changing_hooks(consumers: Sequence[GroupConsumer], changes: Sequence[Tensor
     return {number: partial(_changed_result, change) for number, change in zip(numbers, changes, strict=True)}
 
 
-def _changed_result(change: Tensor, call: FoundCall) -> Tensor:
+def _changed_result(change: Tensor, call: ReplayedCall) -> Tensor:
     """The result of a layer when `change` is added to its matrix, shape ``(features + 1, outputs)``, intercept last."""
     name = call.call.name
     layer = _map_of(name, call)

@@ -1,4 +1,4 @@
-"""What was found and decided, as one HTML file and as figures for papers."""
+"""What was measured and decided, as one HTML file and as figures for papers."""
 
 from structprune.reporting.figures import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths
 from structprune.reporting.page import report

@@ -15,6 +15,8 @@ from structprune.reporting.text import element, kept, short
 
 Point = tuple[float, float] | tuple[float, float, str]
 _STEPS = 8
+# Wider tables scroll on narrow screens, as cells beside each other are what they show.
+_STACKED = 8
 
 
 class RecoveredLayer(Protocol):
@@ -63,27 +65,49 @@ POINTS = Check(
 RECOVERY = instance(Recovery, "give what structprune.recovery_report returned")
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str, sortable: bool = True) -> str:
-    """A table from cells that are ``td`` or ``th`` elements; its columns can be sorted by their headings."""
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str,
+    sortable: bool = True,
+    minor: Sequence[bool] = (),
+    folded: str = "",
+) -> str:
+    """A table from cells that are ``td`` or ``th`` elements; its columns can be sorted by their headings.
+
+    Rows that are `minor` are folded away behind a switch that says `folded`. On narrow screens each row becomes a
+    block, whose cells say what they are.
+    """
     head = "".join(
         element("th", element("button", escape(h), type="button") if sortable else escape(h), scope="col")
         for h in headings
     )
-    body = "".join(element("tr", *row) for row in rows)
-    return element(
+    small = [*minor, *[False] * (len(rows) - len(minor))]
+    body = "".join(
+        element("tr", *map(_labelled, row, headings), class_="minor" if least else None)
+        for row, least in zip(rows, small, strict=True)
+    )
+    switch = element("label", '<input type="checkbox">', f" {escape(folded)}", class_="unfold") if any(small) else ""
+    return switch + element(
         "div",
         element(
             "table",
             element("caption", escape(caption)),
             element("thead", element("tr", head)),
             element("tbody", body),
-            class_="sortable" if sortable else None,
+            class_=" ".join(["sortable"] * sortable + ["stacked"] * (len(headings) <= _STACKED)) or None,
         ),
         class_="scroll",
         tabindex=0,
         role="region",
         aria_label=caption,
     )
+
+
+def _labelled(cell: str, heading: str) -> str:
+    """A cell that knows its heading: on narrow screens it stands beside it."""
+    return cell.replace(">", f' data-label="{escape(heading)}">', 1) if cell.startswith("<td") else cell
 
 
 def bar(pair: tuple[float, float], most: float, text: str) -> str:
@@ -98,19 +122,33 @@ def layers_table(rows: Sequence[LayerRow], caption: str) -> str:
     widths = any(row.channels for row in rows)
     slowest = max((max(row.seconds) for row in rows if row.seconds), default=0.0)
     widest = max([1, *(row.channels[0] for row in rows if row.channels)])
-    macs, params = max([1, *(row.macs[0] for row in rows)]), max([1, *(row.params[0] for row in rows)])
-    lines: list[list[str]] = []
-    for row in rows:
-        cells = [element("th", escape(row.path or "(model)"), scope="row"), element("td", escape(row.kind))]
-        if widths:
-            cells.append(bar(row.channels, widest, _change(row.channels, exact=True)) if row.channels else EMPTY)
-        cells += [bar(row.macs, macs, _change(row.macs)), bar(row.params, params, _change(row.params))]
-        if slowest:
-            cells.append(bar(row.seconds, slowest, _milliseconds(row.seconds)) if row.seconds else EMPTY)
-        lines.append(cells)
+    most = LayerRow("", "", (widest, 0), _greatest(rows, "macs"), _greatest(rows, "params"), (slowest, 0.0))
+    lines = [_cells(row, most, widths) for row in rows]
     headings = ["layer" if widths else "block", "kind", *(["channels"] if widths else []), "MACs", "parameters"]
     headings += ["time, ms"] if slowest else []
-    return table(headings, lines, caption=caption)
+    minor = [not (row.macs[0] or row.seconds or row.kind.endswith(" layers")) for row in rows]
+    minor = minor if any(minor) and not all(minor) else []
+    folded = f"show {sum(minor)} more without multiply-accumulates, such as norms"
+    return table(headings, lines, caption=caption, minor=minor, folded=folded)
+
+
+def _greatest(rows: Sequence[LayerRow], name: str) -> Pair:
+    return max([1, *(getattr(row, name)[0] for row in rows)]), 0
+
+
+def _cells(row: LayerRow, most: LayerRow, widths: bool) -> list[str]:
+    """The cells of a layer; `most` holds the numbers whose bars fill a cell, a time of 0 if none was measured."""
+    cells = [element("th", escape(row.path or "(model)"), scope="row"), element("td", escape(row.kind))]
+    if widths:
+        cells.append(_bar_of(row.channels, most.channels, _change(row.channels, exact=True) if row.channels else ""))
+    cells += [_bar_of(row.macs, most.macs, _change(row.macs)), _bar_of(row.params, most.params, _change(row.params))]
+    if most.seconds and most.seconds[0]:
+        cells.append(_bar_of(row.seconds, most.seconds, _milliseconds(row.seconds) if row.seconds else ""))
+    return cells
+
+
+def _bar_of(pair: tuple[float, float] | None, most: tuple[float, float] | None, text: str) -> str:
+    return EMPTY if pair is None or most is None else bar(pair, most[0], text)
 
 
 def _milliseconds(pair: tuple[float, float]) -> str:
@@ -131,14 +169,14 @@ def _change(pair: Pair, exact: bool = False) -> str:
     return f"{before} → {after} {share}"
 
 
-def heat_map(found: Sensitivity) -> str:
+def heat_map(sensitivity: Sensitivity) -> str:
     """How far the metric falls when each group alone loses a share of its channels."""
-    deepest = max(1 - curve.kept[-1] / curve.channels for curve in found.curves)
+    deepest = max(1 - curve.kept[-1] / curve.channels for curve in sensitivity.curves)
     shares = deepest * np.arange(1, _STEPS + 1) / _STEPS
-    drops = [curve.drop(found.dense, curve.channels * (1 - shares)) for curve in found.curves]
+    drops = [curve.drop(sensitivity.dense, curve.channels * (1 - shares)) for curve in sensitivity.curves]
     worst = max(1e-12, float(np.max(drops)))
     rows: list[list[str]] = []
-    for curve, drop in zip(found.curves, drops, strict=True):
+    for curve, drop in zip(sensitivity.curves, drops, strict=True):
         cells = [
             element(
                 "td",
@@ -151,22 +189,25 @@ def heat_map(found: Sensitivity) -> str:
         ]
         name = f"{escape(curve.group)} {element('span', escape(curve.axis.replace('_', ' ')), class_='muted')}"
         rows.append([element("th", name, scope="row"), *cells])
-    caption = f"Fall of the metric (whole model: {found.dense:.4g}) by the share of a group's channels that is removed"
+    caption = (
+        f"Fall of the metric (whole model: {sensitivity.dense:.4g}) by the share of a group's channels that is removed"
+    )
     return table(["group", *(f"{share:.0%}" for share in shares)], rows, caption=caption)
 
 
-def recovery_table(found: Recovery) -> str:
+def recovery_table(recovery: Recovery) -> str:
     """Relative errors of recovered layers, and what was left."""
-    most = max([1e-12, *(max(row.before, row.after) for row in found.layers)])
+    most = max([1e-12, *(max(row.before, row.after) for row in recovery.layers)])
     rows = [
         [
             element("th", escape(row.layer), scope="row"),
             bar((row.before, row.after), most, f"{row.before:.4f} → {row.after:.4f}"),
         ]
-        for row in found.layers
+        for row in recovery.layers
     ]
     skipped = "".join(
-        element("li", element("code", escape(layer)), f": {escape(reason)}") for layer, reason in found.skipped.items()
+        element("li", element("code", escape(layer)), f": {escape(reason)}")
+        for layer, reason in recovery.skipped.items()
     )
     left = element("p", "As they were:") + element("ul", skipped) if skipped else ""
     return table(["layer", "relative error"], rows, caption="Relative errors before and after recovery") + left

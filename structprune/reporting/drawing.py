@@ -24,6 +24,33 @@ def hue(number: int) -> float:
     return round((210 + number * _GOLDEN) % 360, 1)
 
 
+# What people call the kinds of channels.
+AXIS_WORDS = {
+    "hidden": "residual stream",
+    "mlp": "inside an MLP",
+    "head_size": "size of heads",
+    "groups": "groups of a convolution",
+}
+
+
+def called(group: Group) -> str:
+    """The layer that makes a group's channels; of several, the block that holds all of them, if there is one.
+
+    Example:
+        >>> import torch
+        >>> graph = ChannelGraph(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.ones(1, 4))
+        >>> [called(group) for group in graph.groups()]
+        ['0']
+    """
+    makers = {m.tensor.rpartition(".")[0] for m in group.members if m.dim == 0 and m.tensor.endswith(".weight")}
+    shared: list[str] = []
+    for parts in zip(*(maker.split(".") for maker in makers), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared) if group.axis == "hidden" and len(makers) > 1 and shared else group.name
+
+
 class Drawing:
     """The network of a graph, laid out, with costs before and after.
 
@@ -86,11 +113,11 @@ class Drawing:
         """Output channels of the operation itself before and after: along the last dimension that could lose some."""
         if not node.operations:
             return None
-        rows = self._graph.channels.axes[node.operations[0].meta["index"]]
-        free = [row for row in rows if row.free] if isinstance(rows, tuple) else []
-        chosen = [row for row in free if not self._graph.components.pinned[self._graph.components.of(row)].all()]
-        row = (chosen or free or [None])[-1]
-        return None if row is None else (self._before(row), self._after(row))
+        axes = self._graph.channels.axes[node.operations[0].meta["index"]]
+        free = [axis for axis in axes if axis.free] if isinstance(axes, tuple) else []
+        chosen = [axis for axis in free if not self._graph.components.pinned[self._graph.components.of(axis)].all()]
+        axis = (chosen or free or [None])[-1]
+        return None if axis is None else (self._before(axis), self._after(axis))
 
     def _params_of(self, node: Node) -> tuple[int, int]:
         return self._entries(node, self._before), self._entries(node, self._after)
@@ -107,8 +134,9 @@ class Drawing:
     def _group(self, number: int, group: Group) -> dict[str, Any]:
         layers = dict.fromkeys(member.tensor.rpartition(".")[0] or member.tensor for member in group.members)
         return {
-            "name": group.name,
-            "axis": group.axis.replace("_", " "),
+            "number": number + 1,
+            "name": called(group),
+            "axis": AXIS_WORDS.get(group.axis, group.axis),
             "channels": self._group_width(group),
             "layers": list(layers),
             "hue": hue(number),
@@ -202,15 +230,19 @@ class Drawing:
             parts.append(element("rect", class_="load", x=left + 13, y="14", height="1.6", width=f"{share:.1f}"))
         if node.channels is None:
             parts.append(_pin(-left - 12, -8.5))
+        else:
+            parts.append(
+                element("text", str(node.channels + 1), class_="small", x=-left - 8, y="-4", text_anchor="end")
+            )
         return parts
 
     def _described(self, number: int, node: Node) -> str:
-        """The node in words, for those who hear it."""
+        """The node in words, for screen readers."""
         said = [self._title(node) if node.kind != "join" else node.label]
         if pair := self._width(node):
             said.append(f"{pair[0]} channels" if pair[0] == pair[1] else f"{pair[0]} channels, {pair[1]} kept")
         if node.channels is not None:
-            said.append(f"group {self._graph.groups()[node.channels].name}")
+            said.append(f"group {node.channels + 1}, {called(self._graph.groups()[node.channels])}")
         elif node.kind != "join":
             said.append("pinned")
         before, after = self._macs[number]
@@ -234,10 +266,10 @@ def _shortened(path: str) -> str:
 
 def _gathered(pins: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Places with the same reason together."""
-    found: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for place, reason in pins:
-        found.setdefault(reason, []).append(place)
-    return [("; ".join(where), reason) for reason, where in found.items()]
+        by_reason.setdefault(reason, []).append(place)
+    return [("; ".join(where), reason) for reason, where in by_reason.items()]
 
 
 def _arrow(pair: tuple[int, int]) -> str:

@@ -103,8 +103,8 @@ def plot_costs(
         raise ValueError("of='time' needs times, and only it: what structprune.layer_times returns, in a list.")
     rows = _rows(model, example_inputs, plan, times)
     if of == "time":
-        found = [(row.path, (1e3 * row.seconds[0], 1e3 * row.seconds[1])) for row in rows if row.seconds]
-        return _drawn(found, "time, ms", path, ax)
+        milliseconds = [(row.path, (1e3 * row.seconds[0], 1e3 * row.seconds[1])) for row in rows if row.seconds]
+        return _drawn(milliseconds, "time, ms", path, ax)
     pairs = [(row.path, row.macs if of == "macs" else row.params) for row in rows]
     label = "multiply-accumulates" if of == "macs" else "parameters"
     return _drawn([(name, pair) for name, pair in pairs if pair[0]], label, path, ax)

@@ -75,7 +75,7 @@ def layer_rows(
     paths = PathsAfter(graph.model, plan)
     old = count_layers(graph.model, graph.trace, graph.channels, before)
     new = count_layers(graph.model, graph.trace, graph.channels, after)
-    found: list[LayerRow] = []
+    rows: list[LayerRow] = []
     for path, module in graph.model.named_modules(remove_duplicate=False):
         now = paths.of(path)
         seconds = _seconds(path, now, times)
@@ -86,8 +86,8 @@ def layer_rows(
         if width is not None and now is None:
             width = width[0], 0
         macs, params = (cost.macs, left.macs), (cost.params, left.params)
-        found.append(LayerRow(path, type(module).__name__, width, macs, params, seconds))
-    return found
+        rows.append(LayerRow(path, type(module).__name__, width, macs, params, seconds))
+    return rows
 
 
 def _seconds(path: str, now: str | None, times: Times) -> tuple[float, float] | None:
@@ -102,22 +102,22 @@ def _width(graph: ChannelGraph, path: str, before: Count, after: Count) -> Pair 
     if not path:  # what the model returns is no width of a layer
         return None
     try:
-        _, row = graph.output_axis(path)
+        _, axis = graph.output_axis(path)
     except UnknownLayerError:  # it takes no part in the forward
         return None
-    return before(row), after(row)
+    return before(axis), after(axis)
 
 
 def blocks(rows: list[LayerRow]) -> list[LayerRow]:
     """The rows summed up by block: as deep into the model as a short table allows."""
     best: dict[str, list[LayerRow]] = {}
     for depth in range(1, 1 + max((row.path.count(".") + 1 for row in rows), default=0)):
-        found: dict[str, list[LayerRow]] = {}
+        by_block: dict[str, list[LayerRow]] = {}
         for row in rows:
-            found.setdefault(".".join(row.path.split(".")[:depth]), []).append(row)
-        if len(found) > _MOST_BLOCKS and best:
+            by_block.setdefault(".".join(row.path.split(".")[:depth]), []).append(row)
+        if len(by_block) > _MOST_BLOCKS and best:
             break
-        best = found
+        best = by_block
     return [
         LayerRow(
             path,

@@ -108,17 +108,23 @@ def _ordered(rank: list[int], links: list[Edge]) -> list[list[int]]:
     above, below = _neighbours(len(rank), links)
     best, fewest = [list(row) for row in rows], _crossings(rows, above)
     for sweep in range(_SWEEPS):
-        down = sweep % 2 == 0
-        place = {node: i for row in rows for i, node in enumerate(row)}
-        for row in rows if down else reversed(rows):
-            near = above if down else below
-            centre = {n: float(np.mean([place[m] for m in near[n]])) if near[n] else float(place[n]) for n in row}
-            row.sort(key=lambda node, centre=centre: centre[node])
-            place.update({node: i for i, node in enumerate(row)})
+        if sweep % 2 == 0:
+            _sort_by_centres(rows, above)
+        else:
+            _sort_by_centres(rows[::-1], below)
         crossings = _crossings(rows, above)
         if crossings < fewest:
             best, fewest = [list(row) for row in rows], crossings
     return best
+
+
+def _sort_by_centres(rows: list[list[int]], near: list[list[int]]) -> None:
+    """Sort each row, in place, by the mean place of each node's neighbours in the row before it."""
+    place = {node: i for row in rows for i, node in enumerate(row)}
+    for row in rows:
+        centre = {n: float(np.mean([place[m] for m in near[n]])) if near[n] else float(place[n]) for n in row}
+        row.sort(key=lambda node, centre=centre: centre[node])
+        place.update({node: i for i, node in enumerate(row)})
 
 
 def _neighbours(count: int, links: list[Edge]) -> tuple[list[list[int]], list[list[int]]]:
@@ -185,7 +191,7 @@ def _columns(
     low = np.array([(x[row] - widths[row] / 2).min() for row in rows])
     high = np.array([(x[row] + widths[row] / 2).max() for row in rows])
     rank = {node: r for r, row in enumerate(rows) for node in row}
-    # How much there is to tear apart above each rank.
+    # How many lines would be cut above each rank.
     cut = np.array([len(row) for row in rows])
     for start, _ in {(a, rank[b]) for a, b in links}:
         cut[rank[start] + 1] += 1
@@ -220,16 +226,8 @@ def _placed(
     column: list[int],
 ) -> Layout:
     rank = {node: r for r, row in enumerate(rows) for node in row}
-    left, tops = 0.0, {c: column.index(c) for c in set(column)}
-    shift = np.zeros(len(rows))
-    right_edge: dict[int, float] = {}
-    for c in sorted(tops):
-        nodes = [node for r, row in enumerate(rows) if column[r] == c for node in row]
-        low = float((x[nodes] - widths[nodes] / 2).min())
-        high = float((x[nodes] + widths[nodes] / 2).max())
-        shift[[r for r in range(len(rows)) if column[r] == c]] = MARGIN + left - low
-        left += high - low + GUTTER
-        right_edge[c] = MARGIN + left - GUTTER
+    tops = {c: column.index(c) for c in set(column)}
+    shift, right_edge = _column_places(rows, x, widths, column)
     point = {
         node: (float(x[node] + shift[r]), MARGIN + HEIGHT / 2 + GUTTER / 3 + PITCH * (r - tops[column[r]]))
         for node, r in rank.items()
@@ -238,7 +236,24 @@ def _placed(
     bends = _Bends(point, rank, column, right_edge, count)
     courses = [bends.course(chain) for chain in chains]
     ranks = [[node for node in row if node < count] for row in rows]
-    return Layout([point[n] for n in range(count)], courses, ranks, left - GUTTER + 2 * MARGIN, height)
+    return Layout([point[n] for n in range(count)], courses, ranks, max(right_edge.values()) + MARGIN, height)
+
+
+def _column_places(
+    rows: list[list[int]], x: NDArray[np.float64], widths: NDArray[np.float64], column: list[int]
+) -> tuple[NDArray[np.float64], dict[int, float]]:
+    """How far the nodes of each rank move to the right into their column, and where each column ends."""
+    left, shift = 0.0, np.zeros(len(rows))
+    right_edge: dict[int, float] = {}
+    for c in sorted(set(column)):
+        ranks = [r for r in range(len(rows)) if column[r] == c]
+        nodes = [node for r in ranks for node in rows[r]]
+        low = float((x[nodes] - widths[nodes] / 2).min())
+        high = float((x[nodes] + widths[nodes] / 2).max())
+        shift[ranks] = MARGIN + left - low
+        left += high - low + GUTTER
+        right_edge[c] = MARGIN + left - GUTTER
+    return shift, right_edge
 
 
 class _Bends:

@@ -1,4 +1,4 @@
-"""A trace as a small drawing of itself: layers, the places where their results meet, and what flows between them."""
+"""What is drawn of a trace: layers, the places where their results meet, and what flows between them."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class _Groups:
 
     def of(self, node: fx.Node) -> int | None:
         """The largest group that channels of a result belong to."""
-        rows = self._graph.channels.axes[node.meta["index"]]
-        found: set[int] = set()
-        for row in rows if isinstance(rows, tuple) else ():
-            if row.free:
-                _, roots = self._graph.roots.of(self._graph.components.of(row))
-                found.update(np.unique(self._group_of[roots]).tolist())
+        axes = self._graph.channels.axes[node.meta["index"]]
+        numbers: set[int] = set()
+        for axis in axes if isinstance(axes, tuple) else ():
+            if axis.free:
+                _, roots = self._graph.roots.of(self._graph.components.of(axis))
+                numbers.update(np.unique(self._group_of[roots]).tolist())
         groups = self._graph.groups()
-        return max(found - {-1}, key=lambda number: (groups[number].channels, number), default=None)
+        return max(numbers - {-1}, key=lambda number: (groups[number].channels, number), default=None)
 
 
 class _Reader:

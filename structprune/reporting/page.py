@@ -46,8 +46,8 @@ from structprune.tracing.trace import ExampleInputs
 _COSTS = {
     "params": "Parameters",
     "macs": "MACs",
-    "weight_bytes": "Bytes of weights",
-    "peak_activation_bytes": "Bytes of activations at most",
+    "weight_bytes": "Size of the weights, bytes",
+    "peak_activation_bytes": "Activations at their peak, bytes",
 }
 # Nothing may be fetched: whatever a name in the model holds, the page stays by itself.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -115,13 +115,13 @@ def report(
     takes = "MACs, parameters and time" if times else "MACs and parameters"
     sections = [
         ("overview", "", _cards(total, plan.after if plan else total, verification)),
+        ("measured", "Measured", benchmark_table(benchmark) if benchmark else ""),
+        ("curve", "Accuracy and cost", curve(points, point_axes) if points else ""),
+        ("recovery", "Recovery", recovery_table(recovery) if recovery else ""),
         ("graph-section", "What is coupled", _graph(drawing)),
         ("blocks", "Where the cost is", layers_table(blocks(rows), f"{takes} by block")),
         ("layers", "Layers", layers_table(rows, f"Channels, {takes} of each layer")),
-        ("measured", "Measured", benchmark_table(benchmark) if benchmark else ""),
         ("sensitivity", "Sensitivity", heat_map(sensitivity) if sensitivity and sensitivity.curves else ""),
-        ("curve", "Accuracy and cost", curve(points, point_axes) if points else ""),
-        ("recovery", "Recovery", recovery_table(recovery) if recovery else ""),
         ("settings", "The plan", _settings(plan) if plan else ""),
     ]
     file = Path(path)
@@ -208,8 +208,9 @@ def _card(label: str, before: int, after: int) -> str:
 def _graph(drawing: Drawing) -> str:
     data = drawing.data()
     help_text = (
-        "Lines and bands of one colour are channels that are kept or removed together; grey ones are pinned. "
-        "Hover over a node or focus it; arrow keys follow the graph, Enter keeps a node marked, Escape lets it go. "
+        "Lines and bands of one colour, and boxes of one number, are channels that are kept or removed together; grey "
+        "ones are pinned. Hover over a node or focus it; arrow keys follow the graph, Enter keeps a node marked, "
+        "Escape lets it go. "
         "Drag to move; Ctrl and the wheel, or + and -, zoom; 0 shows all."
     )
     buttons = "".join(
@@ -238,7 +239,7 @@ def _overview(data: dict[str, Any]) -> str:
     pinned = [it for it in data["nodes"] if it["group"] is None and it["kind"] not in ("join", "input", "output")]
     held = "".join(element("li", element("code", escape(it["label"]))) for it in pinned)
     parts = [
-        element("h3", f"{len(data['nodes'])} nodes"),
+        element("h3", f"{len(data['nodes'])} layers and sums"),
         element("p", "Point at one to see what it is tied to.", class_="muted"),
     ]
     parts.append(element("h4", "Channels by kind") + element("dl", lines) if lines else "")
@@ -252,7 +253,7 @@ def _arrow(before: int, after: int) -> str:
 def _legend(number: int, group: dict[str, Any]) -> str:
     return element(
         "button",
-        element("i", class_="swatch", aria_hidden="true"),
+        element("i", str(number + 1), class_="swatch"),
         element("span", escape(group["name"]), class_="name"),
         element("span", f"{escape(group['axis'])}, {_arrow(*group['channels'])}", class_="muted"),
         type="button",
@@ -299,34 +300,36 @@ def _plain(value: Any) -> str:
 # -- what was measured, as a table of the report ---------------------------------------------------------------------
 
 
-def benchmark_table(found: Benchmark) -> str:
+def benchmark_table(measured: Benchmark) -> str:
     """Measured medians, throughput, memory and gains; and why no more is gained."""
-    slowest = max(timing.median for timing in found.timings)
-    several = len(found.batch_sizes) > 1
-    rows = [_row(found, timing, slowest, several) for timing in found.timings]
-    headings = ["model", "backend", *(["batch"] if several else []), "median and interval, ms", "samples/s", "peak MB"]
-    notes = "".join(element("li", escape(each.text)) for each in found.explanations)
-    return table([*headings, "speed-up", "efficiency"], rows, caption=_caption(found)) + (
+    slowest = max(timing.median for timing in measured.timings)
+    several = len(measured.batch_sizes) > 1
+    memory = any(timing.memory is not None for timing in measured.timings)
+    rows = [_row(measured, timing, slowest, several, memory) for timing in measured.timings]
+    headings = ["model", "backend", *(["batch"] if several else []), "median and interval, ms", "samples/s"]
+    headings += ["peak MB"] if memory else []
+    notes = "".join(element("li", escape(each.text)) for each in measured.explanations)
+    return table([*headings, "speed-up", "efficiency"], rows, caption=_caption(measured)) + (
         element("ul", notes, class_="notes") if notes else ""
     )
 
 
-def _caption(found: Benchmark) -> str:
-    threads = f"{found.threads} thread{'s' if found.threads != 1 else ''}"
-    where = [str(found.environment[key]) for key in ("gpu", "processor") if found.environment.get(key)]
+def _caption(measured: Benchmark) -> str:
+    threads = f"{measured.threads} thread{'s' if measured.threads != 1 else ''}"
+    where = [str(measured.environment[key]) for key in ("gpu", "processor") if measured.environment.get(key)]
     return (
-        f"{(where or [found.device])[0]}, {threads}, batch of {', '.join(map(str, found.batch_sizes))}: medians of "
-        f"{len(found.timings[0].seconds)} runs in turns, with {found.confidence:.0%} intervals"
+        f"{(where or [measured.device])[0]}, {threads}, batch of {', '.join(map(str, measured.batch_sizes))}: "
+        f"medians of {len(measured.timings[0].seconds)} runs in turns, with {measured.confidence:.0%} intervals"
     )
 
 
-def _row(found: Benchmark, timing: Timing, slowest: float, several: bool) -> list[str]:
-    size = timing.batch_size or found.batch_size
-    low, high = (1e3 * end for end in timing.interval(found.confidence))
+def _row(measured: Benchmark, timing: Timing, slowest: float, several: bool, memory: bool) -> list[str]:
+    size = timing.batch_size or measured.batch_size
+    low, high = (1e3 * end for end in timing.interval(measured.confidence))
     gains = [EMPTY_GAIN, EMPTY_GAIN]
-    if timing.model != found.timings[0].model:
-        gain = found.speedup(timing.model, timing.backend, size)
-        share = found.efficiency(timing.model, timing.backend, size)
+    if timing.model != measured.timings[0].model:
+        gain = measured.speedup(timing.model, timing.backend, size)
+        share = measured.efficiency(timing.model, timing.backend, size)
         gains = [_gain(gain), EMPTY if share is None else number_cell(share, f"{share:.2f}")]
     return [
         element("th", escape(timing.model), scope="row"),
@@ -334,9 +337,13 @@ def _row(found: Benchmark, timing: Timing, slowest: float, several: bool) -> lis
         *([number_cell(size, str(size))] if several else []),
         bar((timing.median, timing.median), slowest, f"{1e3 * timing.median:.3g}, {low:.3g} to {high:.3g}"),
         number_cell(size / timing.median, f"{size / timing.median:.4g}"),
-        EMPTY if timing.memory is None else number_cell(timing.memory, f"{timing.memory / 1e6:.4g}"),
+        *([_megabytes(timing)] if memory else []),
         *gains,
     ]
+
+
+def _megabytes(timing: Timing) -> str:
+    return EMPTY if timing.memory is None else number_cell(timing.memory, f"{timing.memory / 1e6:.4g}")
 
 
 EMPTY_GAIN = element("td", data_value=1)

@@ -29,7 +29,7 @@
   function group(number) {
     const it = data.groups[number];
     const made = make("li");
-    const swatch = make("i", undefined, "swatch");
+    const swatch = make("i", it.number, "swatch");
     swatch.style.setProperty("--h", it.hue);
     made.append(swatch, make("code", it.name), `, ${it.axis}: ${change(it.channels)}`);
     made.append(make("div", `in ${it.layers.length} layers: ${it.layers.join(", ")}`, "names"));

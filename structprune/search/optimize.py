@@ -37,7 +37,7 @@ from structprune.recovery.batches import Forward
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.search.library import Library, library
-from structprune.search.objective import COUNTED, Costs, Evaluate, number_of
+from structprune.search.network_costs import COUNTED, Costs, Evaluate, number_of
 from structprune.search.outputs import Outputs
 from structprune.search.result import Optimized
 from structprune.search.solving import Stream

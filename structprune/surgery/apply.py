@@ -124,7 +124,7 @@ def _swap(tensor: Tensor, new: dict[int, Tensor], undo: list[Callable[[], None]]
 def _set_data(tensor: Tensor, data: Tensor) -> None:
     """Give a tensor other data, in the next backward too.
 
-    While a graph of before is alive (a loop's last ``loss`` is one), autograd goes on with the node that gathers this
+    While an older graph exists (a loop's last ``loss`` holds one), autograd goes on with the node that gathers this
     parameter's gradient, which knows its old shape. Torch makes a new one only where the dtype changes.
     """
     if tensor.is_leaf and tensor.requires_grad:
@@ -243,8 +243,8 @@ def fake_quantization_off(*models: nn.Module) -> Generator[None]:
     for model in models:
         for module in model.modules():
             if _FAKE in class_names(module):
-                found = (module.get_buffer("fake_quant_enabled"), module.get_buffer("observer_enabled"))
-                switches += [(switch, switch.clone()) for switch in found]
+                here = (module.get_buffer("fake_quant_enabled"), module.get_buffer("observer_enabled"))
+                switches += [(switch, switch.clone()) for switch in here]
     try:
         with torch.no_grad():
             for switch, _ in switches:

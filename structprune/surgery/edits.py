@@ -115,16 +115,16 @@ Rewritten = type[nn.Module] | fx.Graph
 
 
 def _literal(path: str, pending: Pending, number: int, place: tuple[int | str, ...], old: int) -> int:
-    """The new value of a literal, if the plan has one; what is found is taken out of `pending`."""
-    found = pending.pop((number, place), None)
-    if found is None:
+    """The new value of a literal, if the plan has one; an edit that is used is taken out of `pending`."""
+    edit = pending.pop((number, place), None)
+    if edit is None:
         return old
-    if found.old != old:
+    if edit.old != old:
         raise SurgeryError(
-            f"The forward of {path or 'the model'} has the literal {old} where the plan expects {found.old}. "
+            f"The forward of {path or 'the model'} has the literal {old} where the plan expects {edit.old}. "
             "Make a new plan for this model."
         )
-    return found.new
+    return edit.new
 
 
 def rewritten_classes(model: nn.Module, edits: Edits) -> dict[str, Rewritten]:

@@ -22,8 +22,8 @@ from structprune.tracing.state import Held, held_tensors, join, modules_of
 from structprune.wrapping import unwrapped
 
 # Of a module: the name of a tensor that it holds -> dimension -> (size in the first model, indices kept). The indices
-# are None once something else has resized a pruned tensor, since then nobody knows which channels they are; their shape
-# is (0, number kept) where each group of a grouped convolution keeps others.
+# are None once something else has resized a pruned tensor, since then it is unknown which channels they are; their
+# shape is (0, number kept) where each group of a grouped convolution keeps others.
 RECORD = "_structprune_kept"
 # A copy of a GraphModule is built from its graph anew, and takes along only the attributes that its meta names here.
 _PRESERVED = "_user_preserved_attributes"
@@ -153,9 +153,9 @@ def kept(model: nn.Module) -> dict[str, dict[int, tuple[int, ...]]]:
         {1: (2, 4, 6, 7)}
     """
     require(locals(), SurgeryError, model=MODEL)
-    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    indices_left: dict[str, dict[int, tuple[int, ...]]] = {}
     for name, dims, shape in _records(model):
-        found[name] = {}
+        indices_left[name] = {}
         for dim, (first, indices) in sorted(dims.items()):
             if indices is None or dim >= len(shape) or indices.shape[-1] != shape[dim]:
                 raise SurgeryError(
@@ -164,8 +164,8 @@ def kept(model: nn.Module) -> dict[str, dict[int, tuple[int, ...]]]:
                     "new layer in its place instead, or resize before the first pruning."
                 )
             if indices.ndim == 1:
-                found[name][dim] = tuple(indices.tolist())
-    return found
+                indices_left[name][dim] = tuple(indices.tolist())
+    return indices_left
 
 
 def first_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -181,7 +181,7 @@ def first_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         >>> first_shapes(slim)["2.weight"], tuple(slim[2].weight.shape)
         ((2, 8), (2, 4))
     """
-    found = {name: tuple(held.tensor.shape) for name, held in held_tensors(unwrapped(model)).items()}
+    shapes = {name: tuple(held.tensor.shape) for name, held in held_tensors(unwrapped(model)).items()}
     for name, dims, shape in _records(model):
-        found[name] = tuple(dims[dim][0] if dim in dims else size for dim, size in enumerate(shape))
-    return found
+        shapes[name] = tuple(dims[dim][0] if dim in dims else size for dim, size in enumerate(shape))
+    return shapes

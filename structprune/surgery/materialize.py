@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.checking import INPUTS, require
+from structprune.checking import FLAG, INPUTS, MODEL, require
 from structprune.coupling.compensation_ahead import run_movement
 from structprune.coupling.computed_weights import normalised_together
 from structprune.coupling.graph import ChannelGraph
@@ -48,6 +48,7 @@ def materialize_weights(model: nn.Module, example_inputs: ExampleInputs, *, inpl
         `model`, or a copy.
 
     Raises:
+        PlanError: an argument is of the wrong type.
         TraceError: the model does not run on `example_inputs`.
 
     Example:
@@ -64,15 +65,15 @@ def materialize_weights(model: nn.Module, example_inputs: ExampleInputs, *, inpl
         >>> len(structprune.plan(plain, x, ratio=0.5).removed["2.weight"][1])
         4
     """
-    require(locals(), example_inputs=INPUTS)
+    require(locals(), model=MODEL, example_inputs=INPUTS, inplace=FLAG)
     inner = prunable(model, inplace=inplace)
     graph = ChannelGraph(inner, example_inputs)
     made = inner if inplace else copy.deepcopy(inner)
     # All is computed before anything changes: a model in place is as it was if some of it cannot be.
-    found: dict[str, list[_Computed]] = {}
+    by_layer: dict[str, list[_Computed]] = {}
     for weight in _computed_weights(graph):
-        found.setdefault(weight.call.path, []).append(weight)
-    for change in [_change(made, graph.trace, weights) for weights in found.values()]:
+        by_layer.setdefault(weight.call.path, []).append(weight)
+    for change in [_change(made, graph.trace, weights) for weights in by_layer.values()]:
         change()
     return model if inplace else rewrapped(model, made)
 
@@ -100,13 +101,20 @@ def _computed_weights(graph: ChannelGraph) -> Iterator[_Computed]:
         if node.meta["index"] >= len(trace.nodes):
             continue  # of layers that run in training alone
         parts = _only_for(node)
-        known = {source for part in parts for source in part.all_input_nodes} | {*parts}
-        alike = [part for part in parts if part.meta["shape"] == node.meta["shape"] and _trained(graph.model, part)]
-        if len(alike) == 1 and all(part.meta["name"] == "parameter" for part in known if part.op == "get_attr"):
-            call = _holder(trace, node, str(alike[0].target))
-            found = _Computed(call, node, alike[0], tuple(part for part in parts if part is not alike[0]))
-            if trace.counts[call.path] == 1 and _rewritable(trace, found):
-                yield found
+        parameter = _made_from(graph.model, node, parts)
+        if parameter is not None:
+            call = _holder(trace, node, str(parameter.target))
+            computed = _Computed(call, node, parameter, tuple(part for part in parts if part is not parameter))
+            if trace.counts[call.path] == 1 and _rewritable(trace, computed):
+                yield computed
+
+
+def _made_from(model: nn.Module, node: fx.Node, parts: Sequence[fx.Node]) -> fx.Node | None:
+    """The only trained parameter of the shape of `node` among `parts`, if these read nothing but parameters."""
+    read = {source for part in parts for source in part.all_input_nodes} | {*parts}
+    alike = [part for part in parts if part.meta["shape"] == node.meta["shape"] and _trained(model, part)]
+    only_parameters = all(part.meta["name"] == "parameter" for part in read if part.op == "get_attr")
+    return alike[0] if len(alike) == 1 and only_parameters else None
 
 
 def _holder(trace: Trace, node: fx.Node, parameter: str) -> ModuleCall:
@@ -123,13 +131,13 @@ def _trained(model: nn.Module, node: fx.Node) -> bool:
 
 def _only_for(node: fx.Node) -> tuple[fx.Node, ...]:
     """`node` and all that is used for nothing but it, in the order of the trace."""
-    found, waiting = {node}, [node]
+    part_of, waiting = {node}, [node]
     while waiting:
         for source in waiting.pop().all_input_nodes:
-            if source not in found and all(user in found for user in source.users):
-                found.add(source)
+            if source not in part_of and all(user in part_of for user in source.users):
+                part_of.add(source)
                 waiting.append(source)
-    return tuple(sorted(found, key=lambda part: part.meta["index"]))
+    return tuple(sorted(part_of, key=lambda part: part.meta["index"]))
 
 
 class _Held(Change):

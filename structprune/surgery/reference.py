@@ -16,7 +16,7 @@ from structprune.ops import op_of
 from structprune.ops.gains import Gain, effective
 from structprune.ops.kept import entries_kept
 from structprune.ops.relations import ReducesOver
-from structprune.tracing.replay import FoundCall, Hook
+from structprune.tracing.replay import Hook, ReplayedCall
 
 
 def norms_over_kept(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[ReducesOver, list[Mask]]]:
@@ -30,18 +30,18 @@ def norms_over_kept(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[Reduce
                 yield reduction, masks
 
 
-def over_kept_channels(graph: ChannelGraph, found: ReducesOver, masks: list[Mask]) -> Hook:
+def over_kept_channels(graph: ChannelGraph, reduction: ReducesOver, masks: list[Mask]) -> Hook:
     """What runs a norm or a mean over the channels kept: those that `masks` keep of each axis."""
-    axes = graph.channels.axes[found.node]
-    known = op_of(graph.trace.all_nodes[found.node].meta["name"])
+    axes = graph.channels.axes[reduction.node]
+    known = op_of(graph.trace.all_nodes[reduction.node].meta["name"])
     run = entries_kept if known is None or known.over_kept is None else known.over_kept
 
-    def hook(operation: FoundCall) -> Any:
+    def hook(operation: ReplayedCall) -> Any:
         x: Tensor = operation.args[0] if operation.args else operation.kwargs["input"]
         indices = [torch.from_numpy(np.flatnonzero(mask)).to(x.device) for mask in masks]
         # A reduction leaves size 1, or nothing, of what it runs over.
-        same = isinstance(axes, tuple) and len(axes) == x.dim() and all(axes[dim].free for dim in found.dims)
-        return run(operation, dict(zip(found.dims, indices, strict=True)), same)
+        same = isinstance(axes, tuple) and len(axes) == x.dim() and all(axes[dim].free for dim in reduction.dims)
+        return run(operation, dict(zip(reduction.dims, indices, strict=True)), same)
 
     return hook
 
@@ -56,7 +56,7 @@ def weights_kept(graph: ChannelGraph, removed: Mask) -> Iterator[tuple[int, Norm
 
 
 def weight_kept(
-    gain: Gain, tensors: Mapping[str, Tensor], gone: list[tuple[int, Mask]], operation: FoundCall
+    gain: Gain, tensors: Mapping[str, Tensor], gone: list[tuple[int, Mask]], operation: ReplayedCall
 ) -> Tensor:
     """The weight that the original computes, with those of removed channels zero."""
     like: Tensor = operation.args[0]
@@ -66,14 +66,14 @@ def weight_kept(
     return result
 
 
-def off_over_off(operation: FoundCall) -> Any:
-    """A quotient in which nothing over nothing is nothing: both belong to a channel that is off."""
+def zero_over_zero(operation: ReplayedCall) -> Any:
+    """A quotient in which 0 / 0 is 0: both belong to a channel that is off."""
     result, operands = operation(), operation.args
     if operation.call.inplace or len(operands) < 2 or not all(isinstance(operand, Tensor) for operand in operands[:2]):
         return result
     return torch.where((operands[0] == 0) & (operands[1] == 0), 0, result)
 
 
-def nothing_of_nothing(operation: FoundCall) -> Tensor:
+def zero_weight_over_zero_norm(operation: ReplayedCall) -> Tensor:
     """A weight over its norm, of which both are zero where the channel is off."""
     return operation().nan_to_num(0.0)

@@ -15,7 +15,12 @@ from structprune.tracing.state import Held
 
 
 def kept(sliced: RemovedSlice) -> np.ndarray:
-    """Original indices that stay, as the smaller tensor has them."""
+    """Original indices that stay, as the smaller tensor has them.
+
+    Example:
+        >>> kept(RemovedSlice("w", 0, 5, (1, 3))).tolist(), kept(RemovedSlice("w", 0, 5, (1, 3), (4, 0, 2))).tolist()
+        ([0, 2, 4], [4, 0, 2])
+    """
     mask = np.ones(sliced.size, dtype=bool)
     mask[np.fromiter(sliced.removed, dtype=np.int64, count=len(sliced.removed))] = False
     stays = np.flatnonzero(mask)
@@ -37,18 +42,18 @@ class KeptIndices:
         """Original indices that stay; not to be written into."""
         # The very tuples first, since they may be long.
         same = sliced.size, id(sliced.removed), id(sliced.order)
-        found = self._known.get(same)
-        if found is None:
+        indices = self._known.get(same)
+        if indices is None:
             equal = sliced.size, sliced.removed, sliced.order
-            found = self._known.get(equal)
-            if found is None:
-                found = self._known[equal] = kept(sliced)
-            self._known[same] = found
-        return found
+            indices = self._known.get(equal)
+            if indices is None:
+                indices = self._known[equal] = kept(sliced)
+            self._known[same] = indices
+        return indices
 
 
 def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:
-    """The entries `index` of dimension `dim`; a run is cut out without an index."""
+    """The entries `index` of dimension `dim`; a run such as [2, 3, 4] is cut out without an index, as a view."""
     run = len(index) and index[-1] - index[0] == len(index) - 1
     if run and bool((np.diff(index) == 1).all()):
         return tensor.narrow(dim, int(index[0]), len(index))
@@ -56,7 +61,12 @@ def take(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:
 
 
 def taken(tensor: Tensor, slices: list[RemovedSlice], stays: Callable[[RemovedSlice], np.ndarray] = kept) -> Tensor:
-    """What stays of a tensor; a view of it where each dimension keeps a run. `stays` gives the indices that stay."""
+    """What stays of a tensor; a view of it where each dimension keeps a run. `stays` gives the indices that stay.
+
+    A weight (8, 6) that loses 2 of its outputs and 3 of its inputs: first (8, 6) -> (8, 3), then (8, 3) -> (6, 3).
+    Of a grouped convolution, a weight (4, 3, 3, 3) with sections ((0, 2), (1, 2)): outputs 0 and 1 keep inputs 0 and 2,
+    outputs 2 and 3 keep inputs 1 and 2, which gives (4, 2, 3, 3).
+    """
     # Sections are those of the whole dimension 0. Then the dimension that loses the largest share goes first: less is
     # copied twice.
     for sliced in sorted(slices, key=lambda t: (not isinstance(t, SectionedSlice), -len(t.removed) / t.size)):
@@ -75,7 +85,7 @@ def zero(tensor: Tensor, sliced: RemovedSlice, value: float = 0) -> None:
         tensor.index_fill_(sliced.dim, torch.tensor(sliced.removed, device=tensor.device), value)
         return
     for part, section in zip(tensor.chunk(len(sliced.sections)), sliced.sections, strict=True):
-        gone = np.setdiff1d(np.arange(sliced.size), section)
+        gone = np.setdiff1d(np.arange(sliced.size), section)  # of 3 indices with section (0, 2): [1]
         part.index_fill_(sliced.dim, torch.from_numpy(gone).to(tensor.device), value)
 
 
@@ -105,6 +115,7 @@ def _shares(result: Tensor, tensor: Tensor) -> bool:
 def _rescaled(tensor: Tensor, rescale: Rescale, slices: list[RemovedSlice]) -> Tensor:
     if rescale.positions is None:
         return tensor * rescale.factor
+    # Positions are original ones: with [0, 2, 4] left, positions (2, 3) and factor 0.5, `factor` is [1, 0.5, 1].
     stays = next((kept(t) for t in slices if t.dim == rescale.dim), np.arange(tensor.shape[rescale.dim]))
     factor = np.where(np.isin(stays, rescale.positions), rescale.factor, 1.0)
     shape = [-1 if dim == rescale.dim else 1 for dim in range(tensor.dim())]

@@ -66,7 +66,7 @@ class Streamed(CallMode):
         if not parameter or unseen or type(tensor) is not nn.Parameter or _bytes(tensor) <= SMALL:
             made = self._changed(tensor, slices, fresh=True)
             return nn.Parameter(made, requires_grad=False) if parameter else made
-        # An operation that the mode does not see must not pass for right: with NaN, the comparison fails.
+        # An operation that the mode does not see must not go unnoticed: with NaN, the comparison fails.
         nothing = torch.full((1,), float("nan"), dtype=self._kind_of(tensor), device=tensor.device)
         made = nn.Parameter(nothing.expand(tensor.shape), requires_grad=False)
         self._sources[id(made)] = tensor, slices
@@ -126,14 +126,14 @@ class Streamed(CallMode):
         source = self._sources.get(id(tensor))
         if source is None:
             return tensor
-        found = self._written.get(id(tensor), self._made.get(id(tensor)))
-        if found is None:
-            found = self._changed(*source)
-            if _bytes(found) <= KEPT:
-                while sum(map(_bytes, self._made.values())) + _bytes(found) > KEPT:
+        weight = self._written.get(id(tensor), self._made.get(id(tensor)))
+        if weight is None:
+            weight = self._changed(*source)
+            if _bytes(weight) <= KEPT:
+                while sum(map(_bytes, self._made.values())) + _bytes(weight) > KEPT:
                     del self._made[next(iter(self._made))]  # the one made first
-                self._made[id(tensor)] = found
-        return found
+                self._made[id(tensor)] = weight
+        return weight
 
     def _by_pieces(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Looking up rows of a large table, or a product with it, without the whole of it; None for anything else."""
@@ -145,10 +145,10 @@ class Streamed(CallMode):
         if weight.numel() * self._kind_of(weight).itemsize <= PIECE or weight.dim() != 2:
             return None
         if call.name == "embedding" and all(sliced.dim for sliced in slices):
-            found = func(weight, *map_tensors(self._weight, args[1:]), **kwargs).to(self._kind_of(weight))
+            entries = func(weight, *map_tensors(self._weight, args[1:]), **kwargs).to(self._kind_of(weight))
             for sliced in slices:
-                found.index_fill_(-1, torch.tensor(sliced.removed, device=found.device), 0)
-            return found
+                entries.index_fill_(-1, torch.tensor(sliced.removed, device=entries.device), 0)
+            return entries
         if call.name == "embedding":
             return None
         rest = [self._weight(t) if isinstance(t, Tensor) else t for t in (args[0], *args[2:], *kwargs.values())]

@@ -21,11 +21,11 @@ from structprune.surgery.apply import fake_quantization_off
 from structprune.surgery.edits import Edits, SectionedSlice
 from structprune.surgery.reference import (
     norms_over_kept,
-    nothing_of_nothing,
-    off_over_off,
     over_kept_channels,
     weight_kept,
     weights_kept,
+    zero_over_zero,
+    zero_weight_over_zero_norm,
 )
 from structprune.surgery.streamed import streamed
 from structprune.tracing.replay import Hook, Replay
@@ -47,7 +47,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `verify` found. See `structprune.verify` for an example.
+    """The result of `verify`. See `structprune.verify` for an example.
 
     Attributes:
         max_relative_error: largest difference of an output tensor over the largest entry of the reference; 0 on the
@@ -127,14 +127,14 @@ def _switched_off(
         if kind is not None:
             # What a forward does may depend on the precision: operations are found in a trace of this one.
             graph, removed = ChannelGraph(off, inputs, outputs=edits.outputs), None
-        hooks: dict[int | str, Hook] = {"div": off_over_off, "_weight_norm": nothing_of_nothing}
+        hooks: dict[int | str, Hook] = {"div": zero_over_zero, "_weight_norm": zero_weight_over_zero_norm}
         removed = removed_components(graph, edits) if removed is None else removed
         for number, normalised, gone in weights_kept(graph, removed):
             if number in graph.trace.keys:
                 hooks[number] = partial(weight_kept, normalised.gain, tensors, gone)
-        for found, masks in norms_over_kept(graph, removed):
-            if found.node in graph.trace.keys:  # those of the forward in training mode have none
-                hooks[found.node] = over_kept_channels(graph, found, masks)
+        for reduction, masks in norms_over_kept(graph, removed):
+            if reduction.node in graph.trace.keys:  # those of the forward in training mode have none
+                hooks[reduction.node] = over_kept_channels(graph, reduction, masks)
         # Which experts run, or how often a loop does, may depend on what is switched off.
         replay = Replay(graph.trace, hooks, required=False, error=VerificationError)
         with replay.over(off):

@@ -26,11 +26,11 @@ _CALL, _ABSENT = "_compiled_call_impl", object()
 
 
 class Leaf(NamedTuple):
-    """A call of a module that is declared opaque, which stands for `live`; `forward` is what its hooks stand around."""
+    """A call of a module that is declared opaque, standing for `original`; `forward` is what its hooks stand around."""
 
     opaque: Opaque
     module: nn.Module
-    live: nn.Module
+    original: nn.Module
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -84,10 +84,10 @@ class CallMode(TorchFunctionMode, ABC):
         """Run an operation, or answer for the size of a tensor."""
 
     def _called(
-        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, path: str, module: nn.Module, original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run ``module._call_impl``: the module of the model that was called, which stands for `live`."""
-        del path, live
+        """Run ``module._call_impl``: the module of the model that was called, which stands for `original`."""
+        del path, original
         return module._call_impl(*args, **kwargs)
 
     def _leaf(self, leaf: Leaf) -> Any:
@@ -95,19 +95,19 @@ class CallMode(TorchFunctionMode, ABC):
         return leaf.forward(*leaf.args, **leaf.kwargs)
 
     @contextmanager
-    def watching(self, model: nn.Module, live: Mapping[int, nn.Module] = MappingProxyType({})) -> Generator[None]:
+    def watching(self, model: nn.Module, originals: Mapping[int, nn.Module] = MappingProxyType({})) -> Generator[None]:
         """While the block runs, calls of the modules of `model` are seen; other models and threads are left alone.
 
         Args:
             model: what runs, in this thread only.
-            live: the modules that those of `model` stand for, by ``id`` of the latter.
+            originals: the modules that those of `model` stand for, by ``id`` of the latter.
         """
         before: list[tuple[dict[str, Any], Any]] = []
         for path, module in modules_of(model):
             state = module.__dict__
             before.append((state, state.get(_CALL, _ABSENT)))
             # What ``nn.Module.__call__`` runs in place of ``_call_impl``: this module's own, so no other is touched.
-            state[_CALL] = partial(self._module, path, module, live.get(id(module), module))
+            state[_CALL] = partial(self._module, path, module, originals.get(id(module), module))
         watch_scripted(1)
         try:
             yield
@@ -119,23 +119,23 @@ class CallMode(TorchFunctionMode, ABC):
                 else:
                     state[_CALL] = own
 
-    def _module(self, path: str, module: nn.Module, live: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _module(self, path: str, module: nn.Module, original: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._away:
             return module._call_impl(*args, **kwargs)
         opaque = opaque_of(module)
         if opaque is None:
-            return self._called(path, module, live, args, kwargs)
-        with self._taken_whole(opaque, module, live):
-            return self._called(path, module, live, args, kwargs)
+            return self._called(path, module, original, args, kwargs)
+        with self._taken_whole(opaque, module, original):
+            return self._called(path, module, original, args, kwargs)
 
     @contextmanager
-    def _taken_whole(self, opaque: Opaque, module: nn.Module, live: nn.Module) -> Generator[None]:
+    def _taken_whole(self, opaque: Opaque, module: nn.Module, original: nn.Module) -> Generator[None]:
         """While the block runs, the forward of a module declared opaque is one operation, its hooks are others."""
         forward, own = module.forward, module.__dict__.get("forward")
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():  # unlike calls of the torch API, this one arrives with the mode on
-                return self._leaf(Leaf(opaque, module, live, forward, args, kwargs))
+                return self._leaf(Leaf(opaque, module, original, forward, args, kwargs))
 
         module.__dict__["forward"] = whole
         try:
@@ -216,9 +216,9 @@ class CallKey(NamedTuple):
 
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor arguments of an operation in order, with repeats."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
+    nodes: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), nodes.append)
+    return nodes
 
 
 def equal_calls(nodes: Sequence[fx.Node], calls: Sequence[ModuleCall]) -> dict[Group, list[int]]:
@@ -228,10 +228,10 @@ def equal_calls(nodes: Sequence[fx.Node], calls: Sequence[ModuleCall]) -> dict[G
     for call in calls:
         places.append((call.path, counts[call.path]))
         counts[call.path] += 1
-    found: dict[Group, list[int]] = {}
+    groups: dict[Group, list[int]] = {}
     for node in nodes:
         if node.op.startswith("call_") and node.meta["name"] != "part" and node.meta["call"] >= 0:
             held = tuple(str(n.target) for n in operands(node) if n.meta["name"] == "parameter")
             group = (*places[node.meta["call"]], node.meta["name"], held)
-            found.setdefault(group, []).append(node.meta["index"])
-    return found
+            groups.setdefault(group, []).append(node.meta["index"])
+    return groups

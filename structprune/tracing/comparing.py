@@ -50,13 +50,13 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def raised_at(error: BaseException) -> str:
     """The innermost line outside torch and this library that `error` came through."""
-    found, step = "unknown line", error.__traceback__
+    line, step = "unknown line", error.__traceback__
     while step is not None:
         name = step.tb_frame.f_code.co_filename
         if not name.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, "<")):
-            found = f"{name}:{step.tb_lineno}"
+            line = f"{name}:{step.tb_lineno}"
         step = step.tb_next
-    return found
+    return line
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

@@ -109,11 +109,11 @@ def _describe(
     attributes: dict[str, Callable[[Any, Any], Any]],
     undo: list[Callable[[], None]],
 ) -> None:
-    found = tensor(module)
-    if found is None:
+    described = tensor(module)
+    if described is None:
         return
     for name, shape in attributes.items():
-        value = shape(module, found)
+        value = shape(module, described)
         if getattr(module, name) != value:
             set_attribute(module, name, value, undo)
 

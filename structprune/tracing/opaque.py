@@ -100,7 +100,7 @@ def untracked(module: nn.Module) -> Generator[None]:
 
 @runtime_checkable
 class SeesScripted(Protocol):
-    """A ``TorchFunctionMode`` that is told of calls of scripted functions, which torch itself hands to no mode."""
+    """A ``TorchFunctionMode`` that sees calls of scripted functions, which torch itself hands to no mode."""
 
     def scripted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for the call of a scripted function."""
@@ -136,7 +136,7 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def watch_scripted(change: int) -> None:
-    """One mode more or less that is told of calls of scripted functions, in whatever thread."""
+    """Count a mode that begins (1) or ends (-1) to see calls of scripted functions, in all threads together."""
     global _watchers
     with _lock:
         _watchers += change
@@ -147,8 +147,8 @@ def copied_module(module: ScriptModule, tensor_of: Callable[[Tensor], Tensor]) -
     """A scripted module of its own with other tensors: `tensor_of` gives them from those of `module`."""
     with torch.no_grad():
         made = copy.deepcopy(module)
-    for live, part in zip(module.modules(), made.modules(), strict=True):
-        for old, new in zip(_stores(live), _stores(part), strict=True):
+    for original, part in zip(module.modules(), made.modules(), strict=True):
+        for old, new in zip(_stores(original), _stores(part), strict=True):
             for name, tensor in old.items():
                 if tensor is not None:
                     new[name] = tensor_of(tensor)

@@ -159,8 +159,8 @@ class Ledger:
 
 
 _ledger: ContextVar[Ledger | None] = ContextVar("structprune_ledger", default=None)
-# For each code object that was seen, by ``id`` since hashing one takes long: the object itself, so that it stays that
-# one, and its lines by instruction; None for torch's and the library's own.
+# For each code object that was seen, by ``id`` since hashing one takes long: the object itself, so that no
+# other gets its id, and its lines by instruction; None for torch's and the library's own.
 _seen_code: dict[int, tuple[Any, dict[int, str] | None]] = {}
 
 
@@ -175,10 +175,10 @@ def source_line() -> str:
             known = _seen_code[id(code)] = code, None if own else {}
         lines = known[1]
         if lines is not None:
-            found = lines.get(frame.f_lasti)
-            if found is None:
-                found = lines[frame.f_lasti] = f"{code.co_filename}:{frame.f_lineno}"
-            return found
+            line = lines.get(frame.f_lasti)
+            if line is None:
+                line = lines[frame.f_lasti] = f"{code.co_filename}:{frame.f_lineno}"
+            return line
         frame = frame.f_back
     return "unknown line"
 
@@ -335,7 +335,7 @@ def _sqrt(value: Any) -> Any:
 
 
 def _traces(change: int) -> None:
-    """One trace more or less; while there are any, in whatever threads, ``math.sqrt`` knows tracked numbers."""
+    """Count a trace that begins (1) or ends (-1); while there are any, in all threads, ``math.sqrt`` tracks numbers."""
     global _tracing, _original_sqrt
     with _lock:
         if not _tracing:
@@ -360,10 +360,10 @@ def tracked_numbers() -> Generator[Ledger]:
 def evaluated(expression: Expression, value: Callable[[Dim | Attribute], float]) -> float:
     """Value of `expression`, or NaN, which equals nothing, where it has none: a quotient by 0, say."""
     try:
-        found = evaluate(expression, value)
+        number = evaluate(expression, value)
     except (ZeroDivisionError, OverflowError, ValueError):
         return math.nan
-    return found if isinstance(found, (int, float)) else math.nan  # a root of a negative number is complex
+    return number if isinstance(number, (int, float)) else math.nan  # a root of a negative number is complex
 
 
 def literal_for(expression: Expression, target: float) -> float:

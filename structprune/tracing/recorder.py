@@ -29,7 +29,7 @@ class Recorder(CallMode):
         operations: what is known of the operation of a name; a Python function that is known is not opened.
         meta: whether the model runs on stand-ins on the ``meta`` device.
         buffer: the real tensor of this name, if a forward on stand-ins may ask for its values.
-        stands_for: what the model's own tensors, by ``id``, are replaced by where the forward reaches them all the same
+        stands_for: what the model's own tensors, by ``id``, are replaced by where the forward reaches them nevertheless
             (through a global, say).
     """
 
@@ -48,7 +48,7 @@ class Recorder(CallMode):
         self._meta = meta
         self.values = Values(self.recording.nodes, buffer, operations)
         self._known: dict[int, fx.Node] = {}
-        self._alive: list[Tensor] = []
+        self._referenced: list[Tensor] = []
         self._constants: dict[int, Tensor] = {}
         self._originals: dict[int, Tensor] = {}
         self._stack: list[int] = []
@@ -75,7 +75,7 @@ class Recorder(CallMode):
         node.meta["stride"] = tensor.stride()
         node.meta["device"] = tensor.device
         self._known[id(tensor)] = node
-        self._alive.append(tensor)
+        self._referenced.append(tensor)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that made `tensor`; a parameter, buffer or constant gets its node on first use."""
@@ -125,15 +125,15 @@ class Recorder(CallMode):
     def _on_meta(self, value: Any) -> Any:
         """Arguments with tensors from outside the model moved to the ``meta`` device."""
         if isinstance(value, Tensor):
-            found = self._stands_for.get(id(value))
-            if found is not None or value.is_meta:
-                return value if found is None else found
+            double = self._stands_for.get(id(value))
+            if double is not None or value.is_meta:
+                return value if double is None else double
             moved = self._constants.get(id(value))
             if moved is None:
                 moved = self._constants[id(value)] = value.detach().to("meta")
                 self._constants[id(moved)] = moved
                 self._originals[id(moved)] = value
-                self._alive += [value, moved]
+                self._referenced += [value, moved]
             return moved
         if type(value) in (tuple, list):
             return type(value)(self._on_meta(item) for item in value)
@@ -144,6 +144,17 @@ class Recorder(CallMode):
         return value
 
     # -- the mode ------------------------------------------------------------------------------------------------
+
+    def _to_meta(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call that makes or moves a tensor, with the ``meta`` device as the place."""
+        known = self._operations(call.name)
+        if known is not None and known.creates:
+            return args, kwargs | {"device": torch.device("meta")}
+        if call.name == "to":
+            return tuple("meta" if isinstance(a, str) else a for a in args), kwargs
+        return args, kwargs
 
     def _seen(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the torch API and write it down."""
@@ -158,12 +169,9 @@ class Recorder(CallMode):
         keywords = {key: self._argument(value) for key, value in kwargs.items()}
         if self._meta and call.name in VALUES:
             result = self._value(call, func, before, keywords)
+        elif self._meta:
+            result = self._execute(call, func, *self._to_meta(call, args, kwargs))
         else:
-            known = self._operations(call.name) if self._meta else None
-            if known is not None and known.creates:
-                kwargs["device"] = torch.device("meta")
-            elif self._meta and call.name == "to":
-                args = tuple("meta" if isinstance(a, str) else a for a in args)
             result = self._execute(call, func, args, kwargs)
         self._record(call, before, keywords, result)
         if call.name in VALUES and not isinstance(result, Tensor):
@@ -178,7 +186,7 @@ class Recorder(CallMode):
         result = func(*args, **kwargs)
         if result is not args[0]:
             self._known[id(result)] = self.node_of(args[0])
-            self._alive.append(result)
+            self._referenced.append(result)
         return result
 
     def _execute(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,8 +213,8 @@ class Recorder(CallMode):
         known = self._operations(call.name)
         if known is None or known.shape is None or not args:
             return None
-        found = known.shape(*args, **kwargs)
-        return args[0] if call.inplace and found is not None else found
+        result = known.shape(*args, **kwargs)
+        return args[0] if call.inplace and result is not None else result
 
     def _value(self, call: Call, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """What Python asks of a stand-in, if that is decided by the inputs alone."""
@@ -307,12 +315,12 @@ class Recorder(CallMode):
     # -- modules -------------------------------------------------------------------------------------------------
 
     def _called(
-        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, path: str, module: nn.Module, original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Note which module is called, and what goes in and comes out."""
         calls = self.recording.calls
         number = len(calls)
-        entry = ModuleCall(path, live, len(self.recording.nodes))
+        entry = ModuleCall(path, original, len(self.recording.nodes))
         entry.parent = self._stack[-1] if self._stack else -1
         entry.args, entry.kwargs = self._known_only(args), self._known_only(kwargs)
         calls.append(entry)
@@ -328,7 +336,7 @@ class Recorder(CallMode):
 
     def _leaf(self, leaf: Leaf) -> Any:
         """Run an opaque module, or what tells its results' shape, and write it down as one operation."""
-        opaque, module, live, forward, args, kwargs = leaf
+        opaque, module, original, forward, args, kwargs = leaf
         if self._meta:
             args, kwargs = self._on_meta(args), self._on_meta(kwargs)
         self._tracked = []
@@ -349,7 +357,7 @@ class Recorder(CallMode):
         self._tracked = tracked
         self._record(Call(opaque.name, Kind.OPERATION, opaque_call, False), before, keywords, result)
         node = next(node for node in reversed(self.recording.nodes) if node.target is opaque_call)
-        node.meta["module"] = live
+        node.meta["module"] = original
         return result
 
     def _known_only(self, value: Any) -> Any:

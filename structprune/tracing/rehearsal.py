@@ -191,11 +191,11 @@ class _Rehearsal(Recorder):
                 self.remember(tensor, node)
                 self._first[node] = next(inputs)
                 self.values.give(node, two_samples(original) if training else original)
-            with self.watching(model, self._shadow.live), self:
+            with self.watching(model, self._shadow.originals), self:
                 result = model(*args, **kwargs)
             expected = self._trace.training_outputs if training else tuple(self._trace.outputs.values())
-            found = [self._first.get(self.node_of(tensor)) for _, tensor in named_tensors(result)]
-            if found != list(expected):
+            returned = [self._first.get(self.node_of(tensor)) for _, tensor in named_tensors(result)]
+            if returned != list(expected):
                 raise _DeviatesError("other tensors are returned")
         if self._at < len(self._steps):
             raise _DeviatesError(f"{self._steps[self._at].meta['name']} is not called")
@@ -216,9 +216,9 @@ class _Rehearsal(Recorder):
         """The node of `tensor`, with the recorded one that it stands for."""
         node = super().node_of(tensor)
         if node.op == "get_attr" and node not in self._first:
-            found = self._parameters.get(str(node.target))
-            if found is not None:
-                self._first[node] = found
+            recorded = self._parameters.get(str(node.target))
+            if recorded is not None:
+                self._first[node] = recorded
         return node
 
     def _made(self, node: fx.Node, shape: Any) -> Tensor:
@@ -255,9 +255,9 @@ class _Rehearsal(Recorder):
             return None if call.name == "setitem" else super()._execute(call, func, args, kwargs)
         again = node.meta["again"]
         if again is not None:
-            found = next((t for t in tensors_in((args, kwargs)) if self._first.get(self.node_of(t)) is again), None)
-            if found is not None:
-                return found
+            same = next((t for t in tensors_in((args, kwargs)) if self._first.get(self.node_of(t)) is again), None)
+            if same is not None:
+                return same
         foreseen = self._widths.shape(node.meta["index"])
         if not isinstance(shape, list):
             return self._made(node, foreseen)
@@ -273,7 +273,7 @@ class _Rehearsal(Recorder):
         if computed is not None:
             return computed[0]
         if call.name not in HANDED_OUT and self._is_next(call.name):
-            return self._execute(call, func, (), {})  # positions, as many as were found
+            return self._execute(call, func, (), {})  # positions, as many as there are
         answers = self._trace.answers
         place = len(self.recording.answers)
         if place < len(answers):
@@ -323,13 +323,13 @@ class _Rehearsal(Recorder):
 
     def _number(self, foreseen: float, now: Any, node: fx.Node, way: tuple[int | str, ...]) -> None:
         """A number that is another does not end the rehearsal: results have the shapes that are foreseen."""
-        found = float(now) if is_number(now) else None
-        alike = found is not None and (
-            foreseen == found or isclose(foreseen, found, rel_tol=1e-9) or (isnan(foreseen) and isnan(found))
+        becomes = float(now) if is_number(now) else None
+        alike = becomes is not None and (
+            foreseen == becomes or isclose(foreseen, becomes, rel_tol=1e-9) or (isnan(foreseen) and isnan(becomes))
         )
         if not alike:
             what = f"a number in {node.meta['name']} becomes {now}, where {plain(foreseen)} is foreseen"
-            numbers = None if found is None else (foreseen, found)
+            numbers = None if becomes is None else (foreseen, becomes)
             self.deviations.append(Deviation(what, source_line(), (node.meta["index"], *way), numbers=numbers))
 
     def _is_recorded(self, now: Any, recorded: fx.Node) -> bool:
@@ -355,28 +355,36 @@ class _Rehearsal(Recorder):
     # -- layers that are passed over -----------------------------------------------------------------------------
 
     def _called(
-        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, path: str, module: nn.Module, original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         number = len(self.recording.calls)
         call = self._trace.every_call[number] if number < len(self._trace.every_call) else None
         if call is None or call.path != path:
             raise _DeviatesError(f"{path or 'the model'} is called")
         passed = self._passed(call, module, args, kwargs) if known_layer(module) else None
-        return super()._called(path, module, live, args, kwargs) if passed is None else passed
+        return super()._called(path, module, original, args, kwargs) if passed is None else passed
+
+    def _takes_the_same(self, call: ModuleCall, args: tuple[Any, ...]) -> bool:
+        """Whether a layer gets one tensor, and it stands for the one that it got when `call` was recorded."""
+        if len(args) != 1 or len(call.args) != 1 or not isinstance(args[0], Tensor):
+            return False
+        source = self._known.get(id(args[0]))
+        return source is not None and self._first.get(source) is call.args[0]
+
+    def _steps_inside(self, call: ModuleCall) -> list[fx.Node]:
+        """The recorded operations of a layer, if they come next and each makes a tensor of its own; else none."""
+        steps = [node for node in self._trace.all_nodes[call.first : call.last] if node in self._place]
+        if any("writes" in node.meta or node.meta["again"] is not None for node in steps):
+            return []
+        return steps if steps and self._place[steps[0]] == self._at else []
 
     def _passed(self, call: ModuleCall, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
         """The result of a layer of torch; None where its operations have to be looked at."""
         output = call.output
-        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, fx.Node):
+        if kwargs or not isinstance(output, fx.Node) or not self._takes_the_same(call, args):
             return None
-        source = self._known.get(id(args[0]))
-        if source is None or len(call.args) != 1 or self._first.get(source) is not call.args[0]:
-            return None
-        inside = self._trace.all_nodes[call.first : call.last]
-        steps = [node for node in inside if node in self._place]
-        if any("writes" in node.meta or node.meta["again"] is not None for node in steps):
-            return None
-        if not steps or output.meta["index"] < call.first or self._place[steps[0]] != self._at:
+        steps = self._steps_inside(call)
+        if not steps or output.meta["index"] < call.first:
             return None
         self._at += len(steps)
         self.recording.calls.append(call)

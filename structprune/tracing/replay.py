@@ -20,7 +20,7 @@ from structprune.tracing.vocabulary import Call, Kind
 
 
 @dataclass(slots=True)
-class FoundCall:
+class ReplayedCall:
     """An operation that is about to run. Calling it runs it on `args` and `kwargs`, which a hook may exchange first.
 
     Attributes:
@@ -42,7 +42,7 @@ class FoundCall:
         return self.func(*self.args, **self.kwargs)
 
 
-Hook = Callable[[FoundCall], Any]
+Hook = Callable[[ReplayedCall], Any]
 
 
 class Replay(CallMode):
@@ -70,11 +70,11 @@ class Replay(CallMode):
         >>> import torch
         >>> from structprune.tracing.trace import trace
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-        >>> found = trace(model, torch.randn(1, 2))
-        >>> relu = next(number for number, key in found.keys.items() if key.name == "relu")
+        >>> recorded = trace(model, torch.randn(1, 2))
+        >>> relu = next(number for number, key in recorded.keys.items() if key.name == "relu")
         >>> def none(operation):
         ...     return torch.zeros_like(operation())
-        >>> with Replay(found, {relu: none}).over(model):
+        >>> with Replay(recorded, {relu: none}).over(model):
         ...     output = model(torch.randn(5, 2))
         >>> torch.equal(output, model[2].bias.expand(5, 1))
         True
@@ -116,7 +116,7 @@ class Replay(CallMode):
         self._stack: list[tuple[str, int]] = []
         self._calls: Counter[str] = Counter()
         self._done: Counter[Group] = Counter()
-        self._held, self._alive = dict(self._model_names), list[Tensor]()
+        self._held, self._referenced = dict(self._model_names), list[Tensor]()
         self._at = 0
         self.asked = False
 
@@ -135,7 +135,7 @@ class Replay(CallMode):
     # -- modules -------------------------------------------------------------------------------------------------
 
     def _called(
-        self, path: str, module: nn.Module, live: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, path: str, module: nn.Module, original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if not self._stack:
             return module._call_impl(*args, **kwargs) if path else self._forward(module, args, kwargs)
@@ -194,19 +194,19 @@ class Replay(CallMode):
         if call.name in MOVES:
             return self._moved(func(*args, **kwargs), args[0])
         if self._whole:
-            return self._next(FoundCall(None, call, func, args, kwargs))
+            return self._next(ReplayedCall(None, call, func, args, kwargs))
         if call.name in self._names or call.name in self._hooks:
-            return self._among_equals(FoundCall(None, call, func, args, kwargs), [args, kwargs])
+            return self._among_equals(ReplayedCall(None, call, func, args, kwargs), [args, kwargs])
         return self._made(func(*args, **kwargs))
 
     def _leaf(self, leaf: Leaf) -> Any:
         call = Call(leaf.opaque.name, Kind.OPERATION, opaque_call, False)
-        operation = FoundCall(None, call, leaf.forward, leaf.args, leaf.kwargs)
+        operation = ReplayedCall(None, call, leaf.forward, leaf.args, leaf.kwargs)
         if self._whole:
             return self._next(operation)
         return self._among_equals(operation, [*holdings(leaf.module), leaf.args, leaf.kwargs])
 
-    def _among_equals(self, operation: FoundCall, taken: list[Any]) -> Any:
+    def _among_equals(self, operation: ReplayedCall, taken: list[Any]) -> Any:
         """Run an operation that may be asked for; `taken` is what the trace has as its arguments."""
         held = tuple(self._held[id(t)] for t in leaves_of(taken, Tensor, slices=True) if id(t) in self._held)
         group: Group = (*self._stack[-1], operation.call.name, held)
@@ -218,7 +218,7 @@ class Replay(CallMode):
         self._done[group] += 1
         return self._made(result)
 
-    def _next(self, operation: FoundCall) -> Any:
+    def _next(self, operation: ReplayedCall) -> Any:
         """Run the operation that has to be the next of the trace."""
         number = self._order[self._at] if self._at < len(self._order) else None
         name = operation.call.name
@@ -236,10 +236,10 @@ class Replay(CallMode):
         self._at += 1
         return result
 
-    def _run(self, operation: FoundCall, number: int | None) -> Any:
+    def _run(self, operation: ReplayedCall, number: int | None) -> Any:
         if number is not None:
             operation.node = self._trace.nodes[number]
-        hook = self._hooks.get(number) or self._hooks.get(operation.call.name, FoundCall.__call__)
+        hook = self._hooks.get(number) or self._hooks.get(operation.call.name, ReplayedCall.__call__)
         self._away = True
         try:
             return hook(operation)
@@ -250,7 +250,7 @@ class Replay(CallMode):
         """A tensor of the model on another device is still that tensor."""
         if id(source) in self._held and result is not source:
             self._held[id(result)] = self._held[id(source)]
-            self._alive.append(result)
+            self._referenced.append(result)
         return result
 
     def _made(self, result: Any) -> Any:

@@ -33,13 +33,13 @@ class Shadow:
     Attributes:
         model: the double.
         names: the names of its tensors, by ``id``.
-        live: the model's own modules by ``id`` of their doubles.
+        originals: the model's own modules by ``id`` of their doubles.
         stands_for: the stand-in of each of the model's own tensors, by ``id`` of the latter.
     """
 
     model: nn.Module
     names: dict[int, str]
-    live: dict[int, nn.Module]
+    originals: dict[int, nn.Module]
     stands_for: dict[int, Tensor]
 
 
@@ -64,7 +64,7 @@ def shadow_of(
 class _Copier:
     tracked: bool
     memo: dict[int, Any] = field(default_factory=dict)
-    alive: list[Any] = field(default_factory=list)
+    referenced: list[Any] = field(default_factory=list)
 
     def run(self, model: nn.Module, replace: Callable[[str, Tensor], Tensor], tensors: Mapping[str, Held]) -> Shadow:
         """Tensors first, then the modules, so that what leads to them finds their doubles."""
@@ -92,8 +92,8 @@ class _Copier:
                     state[key] = kind()
                 else:
                     state[key] = self.copied(value) if key in INTERNAL else self._attribute(path, (key,), value)
-        live = {id(self.memo[id(module)]): module for _, module in modules}
-        return Shadow(self.memo[id(model)], names, live, stands_for)
+        originals = {id(self.memo[id(module)]): module for _, module in modules}
+        return Shadow(self.memo[id(model)], names, originals, stands_for)
 
     def _copy_scripted(self, model: nn.Module, stands_for: dict[int, Tensor]) -> None:
         for _, module in modules_of(model):
@@ -103,8 +103,8 @@ class _Copier:
 
     def _attribute(self, path: str, chain: tuple[str, ...], value: Any) -> Any:
         if self.tracked and type(value) in (int, tuple, list):
-            found = track(path, chain, value)
-            return self.copied(value) if found is value else found
+            with_origin = track(path, chain, value)
+            return self.copied(value) if with_origin is value else with_origin
         if is_config(value) and id(value) not in self.memo and _is_plain(value):
             new = self._shell(value)
             for key, item in value.__dict__.items():
@@ -115,7 +115,7 @@ class _Copier:
     def _shell(self, value: Any) -> Any:
         """An empty object of the same class, which is from now on the copy of `value`."""
         new = self.memo[id(value)] = object.__new__(type(value))
-        self.alive.append(value)
+        self.referenced.append(value)
         return new
 
     def copied(self, value: Any) -> Any:
@@ -123,9 +123,9 @@ class _Copier:
         kind = type(value)
         if kind in _PLAIN:
             return value
-        found = self.memo.get(id(value))
-        if found is not None:
-            return found
+        known = self.memo.get(id(value))
+        if known is not None:
+            return known
         if kind in _CONTAINERS:
             return self._container(value)
         if isinstance(value, tuple):
@@ -143,7 +143,7 @@ class _Copier:
 
     def _container(self, value: Any) -> Any:
         new = self.memo[id(value)] = type(value)()
-        self.alive.append(value)
+        self.referenced.append(value)
         if isinstance(value, dict):
             new.update({key: self.copied(item) for key, item in value.items()})
         elif isinstance(value, set):
@@ -169,7 +169,7 @@ class _Copier:
     def _function(self, value: types.FunctionType) -> Any:
         """A function whose closure or defaults lead to the model gets others: ``lambda m, x, y: y * model.gain``."""
         self.memo[id(value)] = value  # one that calls itself
-        self.alive.append(value)
+        self.referenced.append(value)
         held = [_content(cell) for cell in value.__closure__ or ()]
         cells = [self.copied(item) if _leads(item) else item for item in held]
         defaults = self.copied(value.__defaults__ or ())
@@ -187,7 +187,7 @@ class _Copier:
     def _object(self, value: Any) -> Any:
         """An object of a plain class is copied only if something in it is: a hook that holds a module, say."""
         self.memo[id(value)] = value
-        self.alive.append(value)
+        self.referenced.append(value)
         items = {key: self.copied(item) for key, item in value.__dict__.items()}
         if not any(_differs(items[key], item) for key, item in value.__dict__.items()):
             return value

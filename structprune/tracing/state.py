@@ -1,4 +1,4 @@
-"""What a model holds, and how to run it on other tensors without leaving a mark.
+"""What a model holds, and how to run it on other tensors without changing the model.
 
 `Holdings` lists the tensors of a model by name. `swapped_tensors` replaces them by empty ones on the ``meta`` device,
 or by copies where real values are needed, replaces int attributes by tracked ones, and puts everything back afterwards:
@@ -54,20 +54,20 @@ def join(path: str, name: str) -> str:
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What ``model.named_modules()`` gives, whose nested generators take several times as long."""
-    found: list[tuple[str, nn.Module]] = []
+    modules: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     pending = [("", model)]
     while pending:
         path, module = pending.pop()
         if id(module) not in seen:
             seen.add(id(module))
-            found.append((path, module))
+            modules.append((path, module))
             if children := module._modules:
                 inside = [
                     (f"{path}.{key}" if path else key, child) for key, child in children.items() if child is not None
                 ]
                 pending += reversed(inside)
-    return found
+    return modules
 
 
 def module_finder(model: nn.Module) -> Callable[[str], nn.Module]:
@@ -78,15 +78,15 @@ def module_finder(model: nn.Module) -> Callable[[str], nn.Module]:
 
 def held_tensors(model: nn.Module) -> dict[str, Held]:
     """Every tensor that the modules of `model` hold, by dotted name; a tied one appears under each of its names."""
-    found: dict[str, Held] = {}
+    tensors: dict[str, Held] = {}
     for path, module in modules_of(model):
         state = module.__dict__
         for store in (module._parameters, module._buffers, state):
             for key, value in store.items():
                 # Of the some thirty attributes of a module most are of these types: a look at the type is cheaper.
                 if type(value) not in _NO_TENSORS and isinstance(value, Tensor):
-                    found[join(path, key)] = Held(module, key, store, value)
-    return found
+                    tensors[join(path, key)] = Held(module, key, store, value)
+    return tensors
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
@@ -101,9 +101,9 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
                 saved.append((value, dict(value)))
 
     def restore() -> None:
-        for live, before in saved:
-            live.clear()
-            live.update(before)
+        for current, before in saved:
+            current.clear()
+            current.update(before)
 
     return restore
 
@@ -195,7 +195,7 @@ def _track_attributes(model: nn.Module, stack: ExitStack) -> None:
 
 @contextmanager
 def collection_paused() -> Generator[None]:
-    """Graphs and plans are many objects and little garbage: searching them again and again costs more than they do."""
+    """No garbage is collected while the block runs: graphs are many objects, of which few become garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -182,20 +182,24 @@ class _Builder:
 
     def _result(self, output: Any) -> Any:
         """What the module returns; with a change, a tensor that is gone is None, or zeros where they are asked for."""
-        if isinstance(output, fx.Node) and self._changed:
+        if not self._changed or not isinstance(output, (fx.Node, dict, tuple, list)):
+            return self._map(output)
+        if isinstance(output, fx.Node):
             value = self._change.value(output)
-            if value is None or (value not in self._made and value.meta["name"] != "parameter"):
-                if output in self._made:
-                    return self._made[output]
-                return self._zeros(output) if self._change.zeros and self._change.reads(output) else None
-        if isinstance(output, dict) and self._changed:
+            computed = value in self._made or (value is not None and value.meta["name"] == "parameter")
+            return self._map(output) if computed else self._substitute(output)
+        if isinstance(output, dict):
             kind = self._call.mapping if output is self._call.output else None
             if kind is None or not all(isinstance(key, str) for key in output):
                 raise self._fail("returns a mapping of a kind of its own")
             return self._graph.call_function(kind, (), {key: self._result(item) for key, item in output.items()})
-        if isinstance(output, (tuple, list)) and self._changed:
-            return type(output)(self._result(item) for item in output)
-        return self._map(output)
+        return type(output)(self._result(item) for item in output)
+
+    def _substitute(self, output: fx.Node) -> Any:
+        """What is returned in place of a tensor that is gone."""
+        if output in self._made:
+            return self._made[output]
+        return self._zeros(output) if self._change.zeros and self._change.reads(output) else None
 
     def _zeros(self, output: fx.Node) -> fx.Node:
         """Zeros: in the shape of an argument like `output`, else of one entry, which does for a sum of any shape."""
@@ -237,9 +241,9 @@ class _Builder:
             self._made.setdefault(value, made)
 
     def _item(self, made: fx.Node, key: Any) -> fx.Node:
-        found = self._graph.call_function(operator.getitem, (made, key))
-        found.meta["unpacked"] = self._changed
-        return found
+        item = self._graph.call_function(operator.getitem, (made, key))
+        item.meta["unpacked"] = self._changed
+        return item
 
     def _operation(self, node: fx.Node, number: int) -> None:
         if node.meta["name"] == "batch_norm" or node.target in (setattr, opaque_call, scripted_call):
@@ -370,9 +374,9 @@ def _metaclass(kind: type) -> type:
     """`kind`, or a subclass of it, of which pickle knows how its instances are made."""
     if issubclass(kind, _Rewritten):
         return kind
-    found = _Rewritten if kind is type else type("_Rewritten", (_Rewritten, kind), {})
-    copyreg.pickle(found, _made_of)
-    return found
+    rewritten = _Rewritten if kind is type else type("_Rewritten", (_Rewritten, kind), {})
+    copyreg.pickle(rewritten, _made_of)
+    return rewritten
 
 
 def _made_of(kind: Any) -> tuple[Callable[..., type[nn.Module]], tuple[type[nn.Module], fx.Graph]]:

@@ -73,8 +73,8 @@ class Trace:
     @cached_property
     def keys(self) -> dict[int, CallKey]:
         """What each operation of `nodes` is found again by, by its number, in the order in which they run."""
-        found = ((n, CallKey(*group, i)) for group, numbers in self.equals.items() for i, n in enumerate(numbers))
-        return dict(sorted(found))
+        keyed = ((n, CallKey(*group, i)) for group, numbers in self.equals.items() for i, n in enumerate(numbers))
+        return dict(sorted(keyed))
 
     @cached_property
     def equals(self) -> dict[Group, list[int]]:
@@ -89,21 +89,21 @@ class Trace:
     @cached_property
     def own(self) -> dict[str, list[fx.Node]]:
         """The operations that each module runs itself and the parts of their results, by its path, in order."""
-        found: dict[str, list[fx.Node]] = {}
+        by_path: dict[str, list[fx.Node]] = {}
         for node in self.nodes:
             if node.op.startswith("call_") and node.meta["call"] >= 0:
-                found.setdefault(self.calls[node.meta["call"]].path, []).append(node)
-        return found
+                by_path.setdefault(self.calls[node.meta["call"]].path, []).append(node)
+        return by_path
 
     @cached_property
     def held(self) -> frozenset[fx.Node]:
         """The model's own tensors, and what is computed from such alone."""
-        found: set[fx.Node] = set()
+        held: set[fx.Node] = set()
         for node in self.all_nodes:
             sources = node.all_input_nodes
-            if node.op == "get_attr" or (sources and all(source in found for source in sources)):
-                found.add(node)
-        return frozenset(found)
+            if node.op == "get_attr" or (sources and all(source in held for source in sources)):
+                held.add(node)
+        return frozenset(held)
 
     def unreached(self, model: nn.Module) -> set[str]:
         """Parameters of `model`, by the first of their names, that take no part."""
@@ -186,13 +186,13 @@ def chosen_names(names: Iterable[str], wanted: Iterable[OutputName] | None) -> l
     names = list(names)
     if wanted is None:
         return names
-    found: set[str] = set()
+    chosen: set[str] = set()
     for name in map(str, [wanted] if isinstance(wanted, (str, int)) else wanted):
         hit = {n for n in names if n == name or n.startswith(f"{name}.")}
         if not hit:
             raise PlanError(f"The model has no output {name!r}. It returns {', '.join(map(repr, names))}.")
-        found |= hit
-    return [name for name in names if name in found]
+        chosen |= hit
+    return [name for name in names if name in chosen]
 
 
 @contextmanager
@@ -210,8 +210,8 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
         aliases.setdefault(id(held.tensor), []).append(name)
     tensors = {group[0]: tuple(group) for group in aliases.values()}
     replace: Callable[[Tensor], Tensor] = meta_like if meta else (lambda tensor: tensor.detach().clone())
-    lend = meta_like if meta else copy_buffer
-    shadow = shadow_of(model, lambda _, tensor: lend(tensor), held=names)
+    stand_in = meta_like if meta else copy_buffer
+    shadow = shadow_of(model, lambda _, tensor: stand_in(tensor), held=names)
     args, kwargs = as_call(inputs)
     given = distinct_tensors((args, kwargs))
     args, kwargs = map_tensors(replace, (args, kwargs))
@@ -229,7 +229,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
                 recorder.values.give(node, original)
             placeholders.append(node)
         before = dictionaries(model)
-        with recorder.watching(model, shadow.live), recorder:
+        with recorder.watching(model, shadow.originals), recorder:
             result = model(*args, **kwargs)
         kept = caches(model, before)
         outputs = {name: recorder.node_of(tensor) for name, tensor in named_tensors(result)}
@@ -242,7 +242,7 @@ def _run(model: nn.Module, inputs: ExampleInputs, operations: Lookup, meta: bool
                 node = recorder.input_node()
                 recorder.remember(tensor, node)
                 recorder.values.give(node, two_samples(original))
-            with recorder.watching(model, shadow.live), recorder:
+            with recorder.watching(model, shadow.originals), recorder:
                 result = model(*args, **kwargs)
             trained = tuple(recorder.node_of(tensor) for tensor in tensors_in(result))
     fx.Node(recording.graph, "output", "output", "output", (tuple(outputs.values()),), {})  # it is a user of each
@@ -365,16 +365,16 @@ def in_both_modes(model: nn.Module, example_inputs: ExampleInputs, operations: L
         return None
 
 
-def _with_training(found: Trace, model: nn.Module, example_inputs: ExampleInputs, operations: Lookup) -> Trace:
-    """`found`, or a trace of both modes if the forward in training mode reaches parameters that it does not."""
-    missing = found.unreached(model)
+def _with_training(recorded: Trace, model: nn.Module, example_inputs: ExampleInputs, operations: Lookup) -> Trace:
+    """`recorded`, or a trace of both modes if the forward in training mode reaches parameters that it does not."""
+    missing = recorded.unreached(model)
     if not missing:
-        return found
+        return recorded
     try:
         both = _run(model, example_inputs, operations, meta=True, training=True)
     except Exception as error:  # in training mode the user's forward may ask for more: labels, a larger batch
-        return dataclasses.replace(found, training_error=f"{type(error).__name__}: {error}")
-    return both if both.unreached(model) < missing else found
+        return dataclasses.replace(recorded, training_error=f"{type(error).__name__}: {error}")
+    return both if both.unreached(model) < missing else recorded
 
 
 def part_of(node: fx.Node) -> tuple[fx.Node, int]:

@@ -1,8 +1,8 @@
 """Real values beside the stand-ins: what a forward computes from its inputs alone, with no weight in it.
 
 A forward on the ``meta`` device has no numbers, yet some branch on them: on whether a mask is all ones, on how many
-image tokens there are. Where such a number comes from the example inputs and constants, it is had by running the few
-operations that lead to it once more, for real; nothing is computed until a number is asked for.
+image tokens there are. Where such a number comes from the example inputs and constants, it is computed by running the
+few operations that lead to it once more, for real; nothing is computed until a number is asked for.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Values:
     def of(self, node: fx.Node) -> Tensor | None:
         """The value of `node`; None where it depends on weights or on chance."""
         self._catch_up()
-        found = self._known.get(node)
-        return found if isinstance(found, Tensor) else None
+        value = self._known.get(node)
+        return value if isinstance(value, Tensor) else None
 
     def _catch_up(self) -> None:
         for node in self._nodes[self._done :]:

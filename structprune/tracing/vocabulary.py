@@ -32,6 +32,7 @@ _SPELLINGS = {
     "not_equal": "ne", "clip": "clamp", "moveaxis": "movedim", "arctan": "atan", "row_stack": "vstack",
     "arctan2": "atan2", "fix": "trunc", "inner_product": "inner",
 }  # fmt: skip
+_METHODS = {"neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "pos"}
 _SPECIAL = {
     "expit": "sigmoid", "psi": "digamma", "gammaln": "lgamma", "multigammaln": "mvlgamma", "gammainc": "igamma",
     "gammaincc": "igammac",
@@ -159,19 +160,21 @@ def _is_view(name: str) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+def _operator(name: str) -> tuple[str, bool]:
+    """The name of the operator behind a method of Python, and whether it writes: ``__iadd__`` is ``("add", True)``."""
+    inner = name.strip("_")
+    if inner[0] in "ir" and inner[1:] in _OPERATORS:
+        return inner[1:], inner[0] == "i"
+    return (inner if inner in _OPERATORS or inner in _METHODS else name), False
+
+
 def canonical(name: str) -> tuple[str, bool]:
     """Canonical name, and whether the call writes into its first argument."""
     inplace = False
     if name.startswith("__") and name.endswith("__"):
-        inner = name.strip("_")
-        if inner in ("getitem", "setitem"):
-            return inner, inner == "setitem"
-        if inner[0] == "i" and inner[1:] in _OPERATORS:
-            inner, inplace = inner[1:], True
-        elif inner[0] == "r" and inner[1:] in _OPERATORS:
-            inner = inner[1:]
-        name = inner if inner in _OPERATORS or inner in ("neg", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge",
-                                                        "pos") else name  # fmt: skip
+        if name in ("__getitem__", "__setitem__"):
+            return name.strip("_"), name == "__setitem__"
+        name, inplace = _operator(name)
     elif name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
         name, inplace = name[:-1], True
     name = _SPELLINGS.get(name, name)
@@ -192,10 +195,10 @@ def call_of(function: Any, operations: Lookup) -> Call:
     key: Any = (getattr(function.__self__, "__name__", ""), function.__name__) if prop else function
     if isinstance(function, types.FunctionType):
         key = function, operations(f"python.{function.__name__}") is None
-    found = _cache.get(key)
-    if found is None:
-        found = _cache[key] = _property(*key) if prop else _call(function, operations)
-    return found
+    call = _cache.get(key)
+    if call is None:
+        call = _cache[key] = _property(*key) if prop else _call(function, operations)
+    return call
 
 
 def _property(name: str, accessor: str) -> Call:

@@ -13,14 +13,14 @@ from structprune.checking import MODEL, real, require
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the state dict by name, each tied one once; the live tensors."""
-    found: dict[str, Tensor] = {}
+    """Parameters and buffers of the state dict by name, each tied one once; the tensors themselves."""
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))
-            found[name] = value.detach()
-    return found
+            tensors[name] = value.detach()
+    return tensors
 
 
 @torch.no_grad()
@@ -59,14 +59,14 @@ class WeightAverage:
         """Take in the weights as they are now."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        live = tensors_of(model)
+        now = tensors_of(model)
         # One call for all tensors of a kind: a loop costs more than the arithmetic on small models.
         moving = [name for name, value in self.values.items() if value.is_floating_point() or value.is_complex()]
         if moving:
             towards = get_ema_multi_avg_fn(decay)
-            towards([self.values[name] for name in moving], [live[name] for name in moving], None)
+            towards([self.values[name] for name in moving], [now[name] for name in moving], None)
         for name in self.values.keys() - set(moving):
-            self.values[name].copy_(live[name])
+            self.values[name].copy_(now[name])
 
     @contextmanager
     def lent(self, model: nn.Module) -> Generator[None]:

@@ -199,10 +199,10 @@ class _Layer:
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
-    found = dict(unwrapped(model).named_modules()).get(name)
-    if found is None:
+    module = dict(unwrapped(model).named_modules()).get(name)
+    if module is None:
         raise PlanError(f"{type(model).__name__} has no layer {name!r}. Name layers that both models have.")
-    return found
+    return module
 
 
 def _output_channels(module: nn.Module, name: str) -> tuple[str, int]:

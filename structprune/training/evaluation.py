@@ -23,15 +23,15 @@ def logits_of(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, (tuple, list)) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
         raise PlanError(
-            f"The model returns a {type(output).__name__}, in which no logits are found: a tensor, something named "
+            f"The model returns a {type(output).__name__}, that holds no logits: give a tensor, something named "
             "'logits', or the first of a tuple. Write the training step yourself, with structprune.training's losses."
         )
-    return found
+    return logits
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -50,13 +50,13 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     labels = labels_of(batch)
     if labels is not None:
         return F.cross_entropy(logits_of(output), labels)
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(found, Tensor):
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
         raise PlanError(
             "There is no loss to train on: the batch is no pair of inputs and labels, and the model returns none "
             "(transformers' models do when 'labels' is among the inputs). Pass loss=, a function of model and batch."
         )
-    return found
+    return loss
 
 
 @torch.no_grad()
@@ -80,11 +80,11 @@ def score_of(
         PlanError: there are no batches.
     """
     if not isinstance(validate, Iterable):
-        found = validate(model)
+        score = validate(model)
         try:
-            return float(found)
+            return float(score)
         except (TypeError, ValueError) as error:
-            raise PlanError(f"validate returned {shown(found)}; it returns a number, the higher the better.") from error
+            raise PlanError(f"validate returned {shown(score)}; it returns a number, the higher the better.") from error
     total, count = 0.0, 0
     for batch in map(moved, validate):
         labels = labels_of(batch)

@@ -219,7 +219,7 @@ class _Run:
         try:
             for epoch in range(len(self.history), self.settings.epochs):
                 self._go_through(epoch, on_epoch, shown)
-        finally:  # after an error too: weights that are NaN help nobody
+        finally:  # after an error too: the last weights may be NaN
             fill(self.model, self.best_tensors)
             self.step.optimizer.zero_grad(set_to_none=True)
             for group, peak in zip(self.step.optimizer.param_groups, self.step.peaks, strict=True):

@@ -1,6 +1,6 @@
 """Penalties that drive whole channels to zero while a model trains, to add to its loss.
 
-Each is built once, from the coupled groups of a model or from a plan, and then called with the live model: it finds the
+Each is built once, from the coupled groups of a model or from a plan, and then called with the model: it finds the
 parameters by name, so that it goes on after the model was moved to another device, wrapped or loaded anew. Once
 channels were removed it raises, and has to be built again.
 """
@@ -35,24 +35,25 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _checked(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], made_from: str) -> dict[str, Tensor]:
-    """The live parameters of these names, in float32 if they are narrower.
+    """The parameters of these names, in float32 if they are narrower.
 
     Raises:
         PlanError: one is gone, or has another shape: the model was pruned since.
     """
-    live = _parameters(model)
-    found: dict[str, Tensor] = {}
+    parameters = _parameters(model)
+    checked: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        if name not in live:
+        if name not in parameters:
             raise PlanError(f"{type(model).__name__} has no parameter {name!r}. Give the model of the {made_from}.")
-        if tuple(live[name].shape) != shape:
+        if tuple(parameters[name].shape) != shape:
             raise PlanError(
-                f"{name!r} had the shape {list(shape)} when this penalty was built and has {list(live[name].shape)} "
-                f"now: the model was pruned since. Build the penalty again, from a new {made_from}."
+                f"{name!r} had the shape {list(shape)} when this penalty was built and has "
+                f"{list(parameters[name].shape)} now: the model was pruned since. Build the penalty again, from a new "
+                f"{made_from}."
             )
-        narrow = live[name].dtype in (torch.float16, torch.bfloat16)
-        found[name] = live[name].float() if narrow else live[name]
-    return found
+        narrow = parameters[name].dtype in (torch.float16, torch.bfloat16)
+        checked[name] = parameters[name].float() if narrow else parameters[name]
+    return checked
 
 
 class _Slices:
@@ -67,23 +68,23 @@ class _Slices:
     def __init__(
         self, graph: ChannelGraph, groups: Iterable[Group] | None, names: frozenset[str] | None = None
     ) -> None:
-        live = _parameters(graph.model)
-        found: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        parameters = _parameters(graph.model)
+        parts_of: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
         self.channels = 0
         for group in graph.groups() if groups is None else groups:
             for member in group.members:
                 counts = names is None or member.tensor in names
-                if counts and member.tensor in live and _trainable(live[member.tensor]):
+                if counts and member.tensor in parameters and _trainable(parameters[member.tensor]):
                     entry = (member.positions, member.channels + self.channels)
-                    found.setdefault((member.tensor, member.dim), []).append(entry)
+                    parts_of.setdefault((member.tensor, member.dim), []).append(entry)
             self.channels += group.channels
-        if not found:
+        if not parts_of:
             raise PlanError("No parameter goes with any of the channels, so there is nothing to penalise.")
         self._index = {
             key: tuple(torch.from_numpy(np.concatenate(side)) for side in zip(*parts, strict=True))
-            for key, parts in found.items()
+            for key, parts in parts_of.items()
         }
-        self.shapes: Sizes = {name: tuple(live[name].shape) for name, _ in found}
+        self.shapes: Sizes = {name: tuple(parameters[name].shape) for name, _ in parts_of}
         self._sizes = self._summed({name: torch.ones(shape) for name, shape in self.shapes.items()})
 
     def sums(self, entries: Mapping[str, Tensor]) -> Tensor:
@@ -159,11 +160,11 @@ class GroupLasso:
         Raises:
             PlanError: the model was pruned since, or is another.
         """
-        live = _checked(model, self._slices.shapes, "DependencyGraph")
-        squares = self._slices.sums({name: value.square() for name, value in live.items()})
+        parameters = _checked(model, self._slices.shapes, "DependencyGraph")
+        squares = self._slices.sums({name: value.square() for name, value in parameters.items()})
         # The root of zero has no gradient; what stands in its place must not be seen by it either.
-        alive = squares > 0
-        norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)
+        positive = squares > 0
+        norms = torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0)
         return self.strength * (norms * self._slices.sizes(norms.device).sqrt().to(norms.dtype)).sum()
 
 
@@ -207,8 +208,8 @@ class NormScalePenalty:
         Raises:
             PlanError: the model was pruned since, or is another.
         """
-        live = _checked(model, self._slices.shapes, "DependencyGraph")
-        return self.strength * self._slices.sums({name: value.abs() for name, value in live.items()}).sum()
+        parameters = _checked(model, self._slices.shapes, "DependencyGraph")
+        return self.strength * self._slices.sums({name: value.abs() for name, value in parameters.items()}).sum()
 
 
 class GrowingRegularisation:

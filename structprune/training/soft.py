@@ -32,7 +32,7 @@ class SoftPruner:
 
     He et al., Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks, 2018 (algorithm 1); with
     ``importance=FPGM()``: He et al., Filter Pruning via Geometric Median, 2019 (algorithm 1). Which channels go is
-    decided anew each time, so a wrong choice is not for ever, and the network trains with its full width.
+    decided anew each time, so a wrong choice can be undone, and the network trains with its full width.
 
     Only a part of what a plan removes is set to zero, since a channel of which everything is zero has no gradient left
     to come back by.
@@ -106,7 +106,7 @@ class SoftPruner:
     def cut(self, inplace: bool = False) -> nn.Module:
         """The compact model: without the channels that the last `step` switched off.
 
-        Call it right after `step`: what the model is trained in between comes back to life first and is lost then.
+        Call it right after `step`: what channels learn after it is lost with them.
 
         Args:
             inplace: change the model itself and return it; otherwise it stays untouched.
@@ -122,7 +122,7 @@ class SoftPruner:
         """The slices to set to zero, after checking that every group that loses channels has some."""
         summed, computed = summed_dims(graph)
         tensors = held_tensors(graph.model)
-        found: list[RemovedSlice] = []
+        slices: list[RemovedSlice] = []
         for sliced in plan.slices:
             tensor = tensors[sliced.tensor].tensor
             if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
@@ -133,9 +133,9 @@ class SoftPruner:
                     "known. Remove the parametrization or the mask while you train with SoftPruner."
                 )
             if ((sliced.tensor, sliced.dim) in summed) == (self.places == "consumers"):
-                found.append(sliced)
-        self._require_all(graph, chosen, {(sliced.tensor, sliced.dim) for sliced in found})
-        return found
+                slices.append(sliced)
+        self._require_all(graph, chosen, {(sliced.tensor, sliced.dim) for sliced in slices})
+        return slices
 
     def _require_all(self, graph: ChannelGraph, chosen: Ids, zeroed: set[tuple[str, int]]) -> None:
         for group in graph.groups():

@@ -193,7 +193,7 @@ def _owners(data: Any) -> Iterator[Any]:
 
 def _generators(loaders: Iterable[Any]) -> list[torch.Generator]:
     held = (getattr(owner, "generator", None) for data in loaders for owner in _owners(data))
-    return list({id(found): found for found in held if isinstance(found, torch.Generator)}.values())
+    return list({id(each): each for each in held if isinstance(each, torch.Generator)}.values())
 
 
 def begin_epoch(train: Any, validate: Any, seed: int, epoch: int) -> None:

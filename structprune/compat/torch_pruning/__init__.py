@@ -17,15 +17,16 @@ Example:
     4
 """
 
+from torch import load as load
+from torch import save as save
+
+from structprune.compat.torch_pruning import function as function
 from structprune.compat.torch_pruning import importance as importance
 from structprune.compat.torch_pruning import pruner as pruner
 from structprune.compat.torch_pruning import utils as utils
 from structprune.compat.torch_pruning.dependency import DependencyGraph as DependencyGraph
 from structprune.compat.torch_pruning.dependency import Group as Group
-from structprune.compat.torch_pruning.functions import PRUNING_FUNCTIONS
-from structprune.compat.torch_pruning.saving import load as load
-from structprune.compat.torch_pruning.saving import load_state_dict as load_state_dict
-from structprune.compat.torch_pruning.saving import save as save
-from structprune.compat.torch_pruning.saving import state_dict as state_dict
+from structprune.compat.torch_pruning.utils import load_state_dict as load_state_dict
+from structprune.compat.torch_pruning.utils import state_dict as state_dict
 
-globals().update({f"prune_{function.name}": function for function in PRUNING_FUNCTIONS})
+globals().update(function.PRUNING_FUNCTIONS)

@@ -12,8 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from structprune.checking import one_of, require
 from structprune.compat.torch_pruning.dependency import Group
-from structprune.compat.torch_pruning.functions import CONV_IN, CONV_OUT, LINEAR_IN, LINEAR_OUT, NORMS, dim_of
+from structprune.compat.torch_pruning.function import SCORED, dim_of
 from structprune.errors import PlanError
+from structprune.importance.base import along, gathered, reduced
 
 TARGET_TYPES = (_ConvNd, nn.Linear, _BatchNorm, nn.LayerNorm)
 Normalizer = str | Callable[[Tensor], Tensor] | None
@@ -37,10 +38,10 @@ _NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Importance:
-    """What scores the channels of a group."""
+    """What scores the channels of a group: a score for each, None if nothing of the group can be scored."""
 
     def __call__(self, group: Group) -> Tensor | None:
-        """A score for each of the root's channels; None if nothing of the group can be scored."""
+        """The scores."""
         raise NotImplementedError
 
 
@@ -50,12 +51,12 @@ class GroupMagnitudeImportance(Importance):
     def __init__(
         self,
         p: float = 2,
-        group_reduction: str = "mean",
+        group_reduction: str | None = "mean",
         normalizer: Normalizer = "mean",
         bias: bool = False,
         target_types: Sequence[type] = TARGET_TYPES,
     ) -> None:
-        require(locals(), group_reduction=one_of(("sum", "mean", "max", "prod", "first")))
+        require(locals(), group_reduction=one_of(("sum", "mean", "max", "prod", "first", "gate")).or_none)
         if isinstance(normalizer, str):
             require(locals(), normalizer=one_of(_NORMALIZERS))
         self.p, self.group_reduction, self.normalizer, self.bias = p, group_reduction, normalizer, bias
@@ -66,46 +67,47 @@ class GroupMagnitudeImportance(Importance):
 
     def _slices(self, tensor: nn.Parameter, dim: int) -> Tensor:
         """One number for each index of a dimension, from all entries there."""
-        return self._entries(tensor).movedim(dim, 0).flatten(1).sum(1) if tensor.dim() > 1 else self._entries(tensor)
+        return along(self._entries(tensor), dim)
 
     @torch.no_grad()
     def __call__(self, group: Group) -> Tensor | None:
         """A score for each of the root's channels; None if the group has no layer of the target types."""
+        # Roots may be few of the layer's channels, and any of them: [2, 6, 9] are scored as [0, 1, 2].
+        place = {root: number for number, root in enumerate(sorted({r for item in group for r in item.root_idxs}))}
         found: list[tuple[Tensor, Tensor]] = []
         for item in group:
             layer, handler = item.dep.layer, item.dep.handler
-            scored = handler in (CONV_OUT, CONV_IN, LINEAR_OUT, LINEAR_IN, *NORMS)
-            if not scored or not isinstance(layer, self.target_types) or layer.weight is None:
+            if handler not in SCORED or not isinstance(layer, self.target_types) or layer.weight is None:
                 continue
-            roots = torch.tensor(item.root_idxs, device=layer.weight.device)
-            found.append((self._slices(layer.weight, dim_of(layer, handler))[item.idxs], roots))
+            roots, idxs = torch.tensor([place[root] for root in item.root_idxs]), torch.tensor(item.idxs)
+            scores = [self._slices(layer.weight, dim_of(layer, handler.out))]
             if self.bias and handler.out and layer.bias is not None:
-                found.append((self._entries(layer.bias)[item.idxs], roots))
+                scores.append(self._entries(layer.bias))
+            found += [self._gathered(score.float().cpu()[idxs], roots, len(place)) for score in scores]
         if not found:
             return None
-        # Roots may be few of the layer's channels, and any of them: [2, 6, 9] are scored as [0, 1, 2].
-        known, place = torch.cat([roots.cpu() for _, roots in found]).unique(return_inverse=True)
-        places = place.split([len(roots) for _, roots in found])
-        scores = self._reduced([score.float().cpu() for score, _ in found], list(places), len(known))
-        if self.normalizer is None:
-            return scores
-        return (_NORMALIZERS[self.normalizer] if isinstance(self.normalizer, str) else self.normalizer)(scores)
+        if self.group_reduction is None:
+            return torch.stack([score for score, _ in found])
+        gate = self.group_reduction == "gate"
+        scores = reduced(found[-1:] if gate else found, "sum" if gate else self.group_reduction, len(place))
+        if self.group_reduction == "mean":  # over all, where structprune's is over those that have the channel
+            scores = reduced(found, "sum", len(place)) / len(found)
+        normalize = _NORMALIZERS[self.normalizer] if isinstance(self.normalizer, str) else self.normalizer
+        return scores if normalize is None else normalize(scores)
 
-    def _reduced(self, scores: list[Tensor], places: list[Tensor], channels: int) -> Tensor:
-        if self.group_reduction == "first":
-            return torch.zeros(channels).scatter_(0, places[0], scores[0])
-        how = {"max": "amax", "prod": "prod"}.get(self.group_reduction, "sum")
-        start = {"amax": torch.full((channels,), -torch.inf), "prod": torch.ones(channels)}.get(
-            how, torch.zeros(channels)
-        )
-        total = start.scatter_reduce(0, torch.cat(places), torch.cat(scores), how)
-        return total / len(scores) if self.group_reduction == "mean" else total
+    def _gathered(self, values: Tensor, roots: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+        """One value for each root from those of all its indices, and which roots have any."""
+        if self.group_reduction not in ("max", "prod"):
+            return gathered(values, torch.arange(len(values)), roots, channels)
+        how = "amax" if self.group_reduction == "max" else "prod"
+        best = torch.ones(channels).scatter_reduce(0, roots, values, how, include_self=False)
+        return best, torch.bincount(roots, minlength=channels) > 0
 
 
 class BNScaleImportance(GroupMagnitudeImportance):
     """The absolute scales of batch norms (Liu et al., Network Slimming, 2017)."""
 
-    def __init__(self, group_reduction: str = "mean", normalizer: Normalizer = "mean") -> None:
+    def __init__(self, group_reduction: str | None = "mean", normalizer: Normalizer = "mean") -> None:
         super().__init__(1, group_reduction, normalizer, False, (_BatchNorm,))
 
 
@@ -113,7 +115,7 @@ class LAMPImportance(GroupMagnitudeImportance):
     """Magnitude over what is left (Lee et al., Layer-adaptive Sparsity, 2021)."""
 
     def __init__(
-        self, p: float = 2, group_reduction: str = "mean", normalizer: str = "lamp", bias: bool = False
+        self, p: float = 2, group_reduction: str | None = "mean", normalizer: Normalizer = "lamp", bias: bool = False
     ) -> None:
         super().__init__(p, group_reduction, normalizer, bias)
 
@@ -122,13 +124,11 @@ class FPGMImportance(GroupMagnitudeImportance):
     """The sum of distances to the other filters (He et al., 2019), of the p-th powers of weights."""
 
     def __init__(
-        self, p: float = 2, group_reduction: str = "mean", normalizer: Normalizer = "mean", bias: bool = False
+        self, p: float = 2, group_reduction: str | None = "mean", normalizer: Normalizer = "mean", bias: bool = False
     ) -> None:
         super().__init__(p, group_reduction, normalizer, bias, (_ConvNd, nn.Linear))
 
     def _slices(self, tensor: nn.Parameter, dim: int) -> Tensor:
-        if tensor.dim() == 1:
-            return self._entries(tensor)
         rows = self._entries(tensor).movedim(dim, 0).flatten(1)
         return torch.cdist(rows[None], rows[None])[0].sum(1)
 
@@ -146,7 +146,7 @@ class GroupTaylorImportance(GroupMagnitudeImportance):
 
     def __init__(
         self,
-        group_reduction: str = "mean",
+        group_reduction: str | None = "mean",
         normalizer: Normalizer = "mean",
         multivariable: bool = False,
         bias: bool = False,
@@ -155,53 +155,49 @@ class GroupTaylorImportance(GroupMagnitudeImportance):
         super().__init__(1, group_reduction, normalizer, bias, target_types)
         self.multivariable = multivariable
 
-    def _gradient(self, tensor: nn.Parameter) -> Tensor:
+    def _products(self, tensor: nn.Parameter) -> Tensor:
         if tensor.grad is None:
             raise PlanError(
                 f"{type(self).__name__} looks at gradients, and there are none: call loss.backward() first."
             )
-        return tensor.grad
+        return tensor * tensor.grad
 
     def _entries(self, tensor: nn.Parameter) -> Tensor:
-        return (tensor * self._gradient(tensor)).abs()
+        return self._products(tensor).abs()
 
     def _slices(self, tensor: nn.Parameter, dim: int) -> Tensor:
-        if not self.multivariable or tensor.dim() == 1:
-            return super()._slices(tensor, dim)
-        return (tensor * self._gradient(tensor)).movedim(dim, 0).flatten(1).sum(1).abs()
+        return along(self._products(tensor), dim).abs() if self.multivariable else super()._slices(tensor, dim)
 
 
-class GroupHessianImportance(GroupTaylorImportance):
-    """Squared weight times the sum of squared gradients of samples, from `accumulate_grad` (Optimal Brain Damage)."""
+class GroupHessianImportance(GroupMagnitudeImportance):
+    """Squared weight times the mean of squared gradients of samples, from `accumulate_grad` (Optimal Brain Damage)."""
 
-    def __init__(self, group_reduction: str = "mean", normalizer: Normalizer = "mean", bias: bool = False) -> None:
-        super().__init__(group_reduction, normalizer, False, bias)
-        self._sums: dict[nn.Parameter, Tensor] = {}
-        self._counts: dict[nn.Parameter, int] = {}
+    def __init__(
+        self, group_reduction: str | None = "mean", normalizer: Normalizer = "mean", bias: bool = False
+    ) -> None:
+        super().__init__(1, group_reduction, normalizer, bias)
+        self.zero_grad()
 
     def zero_grad(self) -> None:
         """Begin anew."""
-        self._sums.clear()
-        self._counts.clear()
+        self._sums: dict[nn.Parameter, tuple[Tensor, int]] = {}
 
     def accumulate_grad(self, model: nn.Module) -> None:
         """Add the squares of the gradients that the model holds; call it after the ``backward`` of each sample."""
         for parameter in model.parameters():
             if parameter.grad is not None:
-                self._sums[parameter] = self._sums.get(parameter, 0) + parameter.grad.detach().square()
-                self._counts[parameter] = self._counts.get(parameter, 0) + 1
+                total, count = self._sums.get(parameter, (torch.zeros_like(parameter), 0))
+                self._sums[parameter] = total + parameter.grad.detach().square(), count + 1
 
     def _entries(self, tensor: nn.Parameter) -> Tensor:
         if tensor not in self._sums:
             raise PlanError("GroupHessianImportance has no gradients: call accumulate_grad(model) after backward().")
-        return tensor.square() * self._sums[tensor] / self._counts[tensor]
+        total, count = self._sums[tensor]
+        return tensor.square() * total / count
 
 
-MagnitudeImportance, TaylorImportance, HessianImportance = (
-    GroupMagnitudeImportance,
-    GroupTaylorImportance,
-    GroupHessianImportance,
-)
+MagnitudeImportance, TaylorImportance = GroupMagnitudeImportance, GroupTaylorImportance
+HessianImportance = GroupHessianImportance
 _ELSEWHERE = {"OBDCImportance": "kfac", "ActivationImportance": "activation_l2"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,26 @@ from torch.nn.modules.conv import _ConvNd
 from structprune.api import decide
 from structprune.checking import MODEL, function, real, require, whole
 from structprune.compat.torch_pruning.dependency import DependencyGraph, Group, History
-from structprune.compat.torch_pruning.functions import CONV_IN, CONV_OUT, LINEAR_IN, LINEAR_OUT, PruningFunction, dim_of
+from structprune.compat.torch_pruning.function import BasePruningFunc as BasePruningFunc
+from structprune.compat.torch_pruning.function import dim_of, kind_of
 from structprune.coupling import groups as coupled
+from structprune.coupling.naming import path_of
 from structprune.coupling.roles import AXES
-from structprune.dependency_graph import DependencyGraph as Graph
-from structprune.planning.build import plan_removal
 from structprune.planning.options import PlanOptions
 from structprune.pruner import keys_of
 
 Ratios = Mapping[nn.Module | tuple[nn.Module, ...], float]
 Scheduler = Callable[[float, int], Sequence[float]]
+_NOT_NEEDED = frozenset(
+    {
+        "num_heads",
+        "in_channel_groups",
+        "out_channel_groups",
+        "channel_groups",
+        "unwrapped_parameters",
+        "output_transform",
+    }
+)
 
 
 def linear_scheduler(pruning_ratio: float, steps: int) -> list[float]:
@@ -54,18 +64,13 @@ class BasePruner:
         head_pruning_ratio_dict: that of the layers that make them.
         root_module_types: only groups that such layers make.
         forward_fn: called with the model and the example inputs; what it gives the model is traced.
-        not_needed: ``num_heads``, ``in_channel_groups``, ``out_channel_groups``, ``channel_groups``,
-            ``unwrapped_parameters`` and ``output_transform``, which the trace tells; ``customized_pruners``, refused.
+        customized_pruners: see `DependencyGraph.register_customized_layer`.
+        not_needed: what the trace tells: ``num_heads``, ``unwrapped_parameters``, ``output_transform``, channel groups.
 
     Raises:
         PlanError: an argument is wrong.
         TraceError: the forward cannot be recorded.
     """
-
-    _NOT_NEEDED: ClassVar = frozenset(
-        {"num_heads", "in_channel_groups", "out_channel_groups", "channel_groups", "unwrapped_parameters",
-         "output_transform", "customized_pruners"}
-    )  # fmt: skip
 
     def __init__(
         self,
@@ -85,41 +90,38 @@ class BasePruner:
         prune_num_heads: bool = False,
         prune_head_dims: bool = True,
         head_pruning_ratio: float = 0.0,
-        head_pruning_ratio_dict: Mapping[nn.Module, float] | None = None,
+        head_pruning_ratio_dict: Ratios | None = None,
         root_module_types: Sequence[type] = (_ConvNd, nn.Linear, nn.LSTM),
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        customized_pruners: Mapping[type, BasePruningFunc] | None = None,
         **not_needed: Any,
     ) -> None:
         share = real(least=0, most=1)
         require(locals(), model=MODEL, importance=function("group"), pruning_ratio=share, max_pruning_ratio=share)
         require(locals(), iterative_steps=whole(1), round_to=whole(1).or_none, head_pruning_ratio=share)
-        if unknown := sorted(not_needed.keys() - self._NOT_NEEDED):
+        if unknown := sorted(not_needed.keys() - _NOT_NEEDED):
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}.")
         self.model, self.importance = model, importance
         self.global_pruning, self.isomorphic, self.round_to = global_pruning, isomorphic, round_to
         self.max_pruning_ratio, self.iterative_steps, self.current_step = max_pruning_ratio, iterative_steps, 0
         self.root_module_types = tuple(root_module_types)
         self.ignored_layers = [m for layer in ignored_layers or () for m in _parts(layer)]
-        customized = not_needed.get("customized_pruners")
+        kept = [path_of(model, layer) for layer in self.ignored_layers]
         self.DG = DependencyGraph().build_dependency(
-            model, example_inputs, forward_fn=forward_fn, customized_pruners=customized
+            model,
+            example_inputs,
+            forward_fn=forward_fn,
+            customized_pruners=customized_pruners,
+            ignore_outputs=kept,
+            outputs=None,
         )
-        paths = [self.DG._path(layer) for layer in self.ignored_layers]
-        self.DG.graph = Graph(model, self.DG.graph.example_inputs, ignore_outputs=paths)
         self._schedule = iterative_pruning_ratio_scheduler
-        self._ratio, self._head_ratio = pruning_ratio, head_pruning_ratio
-        self._ratios = _by_layer(pruning_ratio_dict or {})
-        self._head_ratios = _by_layer(head_pruning_ratio_dict or {})
-        self._axes = tuple(
-            axis
-            for axis in AXES
-            if not (axis == "heads" and not prune_num_heads)
-            and not (axis == "head_size" and not prune_head_dims)
-            and axis not in ("groups", "experts")
-        )
-        groups = self.DG.graph.groups()
-        self._first = {key: group.channels for group, key in keys_of(groups).items()}
-        self._groups = self._all_groups()
+        self._ratios = {False: (pruning_ratio, _by_layer(pruning_ratio_dict or {}))}
+        self._ratios[True] = head_pruning_ratio, _by_layer(head_pruning_ratio_dict or {})
+        without = {"groups", "experts", "" if prune_num_heads else "heads", "" if prune_head_dims else "head_size"}
+        self._axes = tuple(axis for axis in AXES if axis not in without)
+        self._first = {key: group.channels for group, key in keys_of(self.DG.graph.groups()).items()}
+        self.update_regularizer()
 
     # -- which channels --------------------------------------------------------------------------------------------
 
@@ -127,85 +129,48 @@ class BasePruner:
         """The scores of a group's channels."""
         return self.importance(group)
 
-    def _made(self, group: Group) -> list[Any]:
-        return [dep.layer for dep, _ in group if dep.handler.out]
+    def _now(self, key: coupled.Group, seen: Group) -> tuple[object, float]:
+        """The groups that this one competes with, and the share of them that is to be gone by now."""
+        heads = key.axis == "heads"
+        ratio, given = self._ratios[heads]
+        layers = [dep.layer for dep, _ in seen if dep.handler.out]
+        named, ratio = next((given[id(layer)] for layer in layers if id(layer) in given), (None, ratio))
+        alike = tuple(sorted((type(dep.layer).__name__, dep.handler.name) for dep, _ in seen))
+        scope = "heads" if heads else alike if self.isomorphic else "all"
+        share = self._schedule(ratio, self.iterative_steps)[self.current_step]
+        competing = id(key) if not self.global_pruning else scope if named is None else named
+        return competing, min(share, self.max_pruning_ratio)
 
-    def _target(self, layers: list[Any], heads: bool) -> tuple[object, float]:
-        """What a group competes in by the ratios given, None if by none, and the share that is to be gone by now."""
-        given = self._head_ratios if heads else self._ratios
-        scope, ratio = next(
-            (given[id(m)] for m in layers if id(m) in given), (None, self._head_ratio if heads else self._ratio)
-        )
-        return scope, min(self._schedule(ratio, self.iterative_steps)[self.current_step], self.max_pruning_ratio)
-
-    def _scope(self, group: coupled.Group, alike: object, named: object) -> object:
-        """What is equal for the groups that compete."""
-        if not self.global_pruning:
-            return id(group)
-        if named is not None:
-            return named
-        if group.axis == "heads":
-            return "heads"
-        return alike if self.isomorphic else "all"
-
-    def _numbers(self, graph: Graph) -> tuple[dict[coupled.Group, int], dict[coupled.Group, Tensor]]:
-        """How many channels of each group go now, and the scores of all."""
-        scopes: dict[object, list[tuple[coupled.Group, float]]] = {}
-        scores: dict[coupled.Group, Tensor] = {}
-        keys = keys_of(graph.groups())
-        for group in graph.groups():
+    def _numbers(self, groups: Iterable[coupled.Group]) -> dict[coupled.Group, tuple[int, Tensor]]:
+        """How many channels of each group go now, and the scores of them."""
+        scopes: dict[object, list[tuple[coupled.Group, Tensor, int, float]]] = {}
+        for group, key in keys_of(groups).items():
             seen = self.DG.of(group)
-            layers = self._made(seen)
-            if not any(isinstance(layer, self.root_module_types) for layer in layers) or group.axis not in self._axes:
-                continue
-            found = self.estimate_importance(seen)
-            if found is not None:
-                scores[group] = found.detach().double().cpu()
-                named, ratio = self._target(layers, group.axis == "heads")
-                alike = tuple(sorted((type(dep.layer).__name__, dep.handler.name) for dep, _ in seen))
-                scopes.setdefault(self._scope(group, alike, named), []).append((group, ratio))
-        going: dict[coupled.Group, int] = {}
+            made = (dep.layer for dep, _ in seen if dep.handler.out)
+            if group.axis in self._axes and any(isinstance(layer, self.root_module_types) for layer in made):
+                scores = self.estimate_importance(seen)
+                if scores is not None:
+                    scope, ratio = self._now(group, seen)
+                    known = group, scores.detach().double().cpu(), self._first.get(key, group.channels), ratio
+                    scopes.setdefault(scope, []).append(known)
+        found: dict[coupled.Group, tuple[int, Tensor]] = {}
         for members in scopes.values():
-            joined = torch.cat([scores[group] for group, _ in members])
-            first = sum(self._first[keys[group]] for group, _ in members)
-            ratio = members[0][1]
-            heads = members[0][0].axis == "heads"
-            count = math.ceil(ratio * len(joined)) if heads else len(joined) - int(first * (1 - ratio))
-            if count <= 0:
-                continue
-            threshold = joined.sort().values[min(count, len(joined)) - 1]
-            for group, _ in members:
-                alone = not self.global_pruning or len(members) == 1
-                wanted = count if alone else int((scores[group] <= threshold).sum())
-                going[group] = self._rounded(wanted, group.channels, self._first[keys[group]])
-        return going, scores
+            joined = torch.cat([scores for _, scores, _, _ in members])
+            heads, ratio = members[0][0].axis == "heads", members[0][-1]
+            left = int(sum(first for _, _, first, _ in members) * (1 - ratio))
+            count = math.ceil(ratio * len(joined)) if heads else len(joined) - left
+            threshold = joined.sort().values[min(count, len(joined)) - 1] if count > 0 else -math.inf
+            for group, scores, first, _ in members:
+                going = max(0, count) if len(members) == 1 else int((scores <= threshold).sum())
+                found[group] = self._rounded(going, group.channels, first), scores
+        return found
 
     def _rounded(self, going: int, channels: int, first: int) -> int:
-        most = channels - max(1, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9))
-        left = channels - min(going, most)
+        least = max(1, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9))
+        left = max(channels - going, min(least, channels))
         if self.round_to and going:
             left -= left % self.round_to
         return channels - left if left > 0 else 0
-
-    def _planned(self) -> tuple[Graph, dict[coupled.Group, Any]]:
-        """The channels that go now: components of each group, as far as groups that depend on each other allow."""
-        graph = self.DG.graph
-        going: dict[coupled.Group, int] = {}
-        scores: dict[coupled.Group, Tensor] = {}
-
-        def ratio(group: coupled.Group) -> float:
-            if group not in scores and group not in going:
-                more, found = self._numbers(graph)
-                going.update(more)
-                scores.update(found)
-            return going.get(group, 0) / group.channels
-
-        def score(group: coupled.Group, tensors: Mapping[str, Tensor]) -> Tensor:
-            return scores.get(group, torch.zeros(group.channels, dtype=torch.float64))
-
-        options = PlanOptions(ratio=ratio, importance=score, axes=self._axes, round_to=1)
-        chosen = set(decide(graph, options).chosen.tolist())
-        return graph, {g: [c for c in g.components.tolist() if c in chosen] for g in graph.groups()}
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -214,72 +179,67 @@ class BasePruner:
         self.current_step += 1
         if self.current_step > self.iterative_steps:
             raise ValueError(f"All {self.iterative_steps} steps were taken. Make a new pruner to go further.")
-        with torch.no_grad():
-            graph, chosen = self._planned()
-            removed = [self._group(graph, group, components) for group, components in chosen.items() if components]
-            if interactive:
-                return iter(removed)
-            everything = np.array([c for components in chosen.values() for c in components], dtype=np.int64)
-            if len(everything):
-                plan_removal(graph, everything).apply(self.model, inplace=True)
-                graph._analyse()
-        for group in removed:
-            item = group[0]
-            self.DG.pruning_history().append([item.dep.target.name, True, item.idxs])
+        numbers: dict[coupled.Group, tuple[int, Tensor]] = {}
+
+        def known(group: coupled.Group) -> tuple[int, Tensor]:
+            if group not in numbers:  # groups are made anew where the engine finds that more has to stay
+                numbers.update({each: (0, torch.zeros(each.channels)) for each in self.DG.graph.groups()})
+                numbers.update(self._numbers(self.DG.graph.groups()))
+            return numbers[group]
+
+        options = PlanOptions(
+            ratio=lambda group: known(group)[0] / group.channels,
+            importance=lambda group, tensors: known(group)[1],
+            axes=self._axes,
+            round_to=1,
+        )
+        chosen = decide(self.DG.graph, options).chosen
+        if interactive:
+            parts = [self.DG.of(g, chosen) for g in self.DG.graph.groups() if np.isin(g.components, chosen).any()]
+            return iter(parts)
+        if len(chosen):
+            self.DG.carry_out(chosen, "plan")
         return None
 
-    def _group(self, graph: Graph, group: coupled.Group, components: list[int]) -> Group:
-        ids = np.array(components, dtype=np.int64)
-        channels = np.flatnonzero(np.isin(group.components, ids)).tolist()
-        return Group(self.DG, self.DG.items_of(list(coupled.restricted(group, group.components[channels])), channels))
-
-    def manual_prune_width(self, layer: nn.Module, pruning_fn: PruningFunction, pruning_ratios_or_idxs: Any) -> None:
+    def manual_prune_width(self, layer: Any, pruning_fn: Any, pruning_ratios_or_idxs: Any) -> None:
         """Remove channels of one layer: a list of indices, or the share that is to go, the lowest scores first."""
         if isinstance(pruning_ratios_or_idxs, float):
-            size = int(getattr(layer, "weight").shape[dim_of(layer, pruning_fn)])  # noqa: B009 - typed as a module
-            scores = self.estimate_importance(self.DG.get_pruning_group(layer, pruning_fn, range(size)))
+            group = self.DG.get_pruning_group(layer, pruning_fn, range(1 << 30))
+            scores = self.estimate_importance(group)
             assert scores is not None
-            pruning_ratios_or_idxs = scores.argsort()[: int(size * pruning_ratios_or_idxs)].tolist()
+            lowest = scores.argsort()[: int(len(scores) * pruning_ratios_or_idxs)]
+            pruning_ratios_or_idxs = [sorted(set(group[0].root_idxs))[number] for number in lowest]
         self.DG.get_pruning_group(layer, pruning_fn, pruning_ratios_or_idxs).prune()
 
     def pruning_history(self) -> History:
-        """What was removed: name of the layer, whether outputs were meant, indices."""
+        """What was removed: see `DependencyGraph.pruning_history`."""
         return self.DG.pruning_history()
 
     def load_pruning_history(self, pruning_history: History) -> None:
         """Remove again what a history says."""
         self.DG.load_pruning_history(pruning_history)
 
-    def reset(self) -> None:
-        """Begin to count steps anew."""
-        self.current_step = 0
-
     # -- sparse training -------------------------------------------------------------------------------------------
-
-    def _all_groups(self) -> list[Group]:
-        if type(self) is BasePruner:
-            return []
-        found = self.DG.get_all_groups(root_module_types=self.root_module_types)
-        return [group for group in found if self.importance(group) is not None]
 
     def update_regularizer(self) -> None:
         """Find the groups anew after a step."""
-        self._groups = self._all_groups()
+        found = [] if type(self) is BasePruner else self.DG.get_all_groups(root_module_types=self.root_module_types)
+        self._groups = list(found)
 
-    def _pull(self, group: Group, strength: Tensor, bias: bool) -> None:
+    def _pull(self, group: Iterable[Any], strength: Tensor, bias: bool) -> None:
         """Add each channel's strength times its weights to the gradients."""
         for item in group:
             layer, handler = item.dep.layer, item.dep.handler
-            if handler not in (CONV_OUT, CONV_IN, LINEAR_OUT, LINEAR_IN) and not isinstance(layer, _BatchNorm):
+            if kind_of(layer) not in ("conv", "linear", "batchnorm"):
                 continue
             for tensor in (layer.weight, layer.bias if bias and handler.out else None):
                 if tensor is None or tensor.grad is None:
                     continue
-                dim = dim_of(layer, handler) if tensor is layer.weight else 0
-                own = strength[torch.tensor(item.root_idxs)].to(tensor.device, tensor.dtype)
-                rows = tensor.detach().index_select(dim, torch.tensor(item.idxs, device=tensor.device))
-                shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
-                tensor.grad.index_add_(dim, torch.tensor(item.idxs, device=tensor.device), rows * own.view(shape))
+                dim = dim_of(layer, handler.out) if tensor is layer.weight else 0
+                idxs = torch.tensor(item.idxs, device=tensor.device)
+                own = strength.cpu()[item.root_idxs].to(tensor.device, tensor.dtype)
+                rows = tensor.detach().index_select(dim, idxs).movedim(dim, -1) * own
+                tensor.grad.index_add_(dim, idxs, rows.movedim(-1, dim))
 
 
 class BNScalePruner(BasePruner):
@@ -304,7 +264,7 @@ class BNScalePruner(BasePruner):
                 squares = torch.zeros(len(group[0].idxs))
                 for item in scales:
                     squares.index_add_(0, torch.tensor(item.root_idxs), item.dep.layer.weight[item.idxs].cpu().square())
-                self._pull(Group(self.DG, scales), strength / (squares / len(scales) + 1e-9).sqrt(), bias)
+                self._pull(scales, strength / (squares / len(scales) + 1e-9).sqrt(), bias)
 
 
 class GroupNormPruner(BasePruner):
@@ -319,7 +279,8 @@ class GroupNormPruner(BasePruner):
         """Add the penalty's gradient; call it between ``backward`` and the optimizer's step."""
         for group in self._groups:
             scores = self.estimate_importance(group)
-            assert scores is not None
+            if scores is None:
+                continue
             roots = scores.sqrt()
             spread = (roots.max() - roots) / (roots.max() - roots.min())
             if not bool(spread.isnan().any()):
@@ -330,9 +291,8 @@ class GrowingRegPruner(BasePruner):
     """Weight decay on the channels of a group that grows with each `update_reg`, fastest for the least important."""
 
     def __init__(self, *args: Any, reg: float = 1e-5, delta_reg: float = 1e-5, **options: Any) -> None:
-        super().__init__(*args, **options)
         self.base_reg, self.delta_reg = reg, delta_reg
-        self.update_regularizer()
+        super().__init__(*args, **options)
 
     def update_regularizer(self) -> None:
         """Find the groups anew after a step, and begin with the first strength."""
@@ -344,7 +304,8 @@ class GrowingRegPruner(BasePruner):
         """Let the strengths grow."""
         for group in self._groups:
             scores = self.estimate_importance(group)
-            assert scores is not None
+            if scores is None:
+                continue
             lacking = (scores.max() - scores) / (scores.max() - scores.min() + 1e-8)
             self.group_reg[id(group)] = self.group_reg[id(group)] + self.delta_reg * lacking.cpu()
 

@@ -1,9 +1,9 @@
 """Which channels may go without a change of what the network computes, and the constants that they leave behind.
 
-All channels that can go are taken to be off at first. The operations are looked at from the last to the first: where
-one that still gives something needs a channel, the channel lives. What is off in the end is the most that can be. A
-channel is not needed where it is a constant that a layer can take into its bias, or where all weights that read it are
-zero.
+At first all channels that can go count as removable. The operations are looked at from the last to the first: where an
+operation of whose result something is kept needs a channel, the channel is kept. What is still removable in the end is
+the largest set that can go. A channel is not needed where it is a constant that a layer can take into its bias, or
+where all weights that read it are zero.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from structprune.ops.arguments import tensors
 from structprune.ops.relations import Axis, Ids
 from structprune.tracing.trace import describe
 
+# Place of an argument and its dimension -> the zeros of what it is multiplied by there.
+_Summed = dict[tuple[int, int], Mask | None]
 
-class Liveness:
+
+class RemovableChannels:
     """The channels that may go.
 
     Args:
@@ -35,7 +38,7 @@ class Liveness:
         constants: its constants.
 
     Attributes:
-        dead: for each component, whether it goes.
+        removed: for each component, whether it goes.
         compensations: what is added to biases once they are gone.
         reasons: why a component stays, by its number.
     """
@@ -54,7 +57,7 @@ class Liveness:
         while self._sweep() or self._allow():
             pass
         self.compensations = [
-            compensation for found in constants.layers.values() if (compensation := self._fold(found)) is not None
+            compensation for layer in constants.layers.values() if (compensation := self._fold(layer)) is not None
         ]
 
     @property
@@ -62,17 +65,17 @@ class Liveness:
         """The roots that go."""
         return np.flatnonzero(self._off)
 
-    # -- what must live ------------------------------------------------------------------------------------------
+    # -- what must be kept ---------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        self.dead: Mask = self._graph.components.removed(self.chosen)
+        self.removed: Mask = self._graph.components.removed(self.chosen)
 
     def off(self, axis: Axis) -> Mask:
         """Which indices of a dimension go."""
-        return self.dead[self._graph.components.of(axis)] if axis.free else np.zeros(axis.size, dtype=bool)
+        return self.removed[self._graph.components.of(axis)] if axis.free else np.zeros(axis.size, dtype=bool)
 
     def _keep(self, axis: Axis, which: Mask, why: str) -> bool:
-        """The channels `which` of a dimension live; whether that is changed."""
+        """Keep the channels `which` of a dimension; whether one of them was removable before."""
         parts = self._graph.components.of(axis)[which & self.off(axis)]
         if not len(parts):
             return False
@@ -84,7 +87,7 @@ class Liveness:
         return True
 
     def _sweep(self) -> bool:
-        """Look at each operation once; whether any channel turned out to live."""
+        """Look at each operation once; whether any channel turned out to be needed."""
         changed = False
         for node in reversed(self._graph.trace.all_nodes):
             if node.op.startswith("call_") and node.meta["name"] != "part" and self._gives(node):
@@ -92,7 +95,7 @@ class Liveness:
         return changed
 
     def _gives(self, node: fx.Node) -> bool:
-        """Whether anything of the result lives."""
+        """Whether anything of the result is kept."""
         axes = self._graph.channels.axes[node.meta["index"]]
         results = axes if isinstance(axes, list) else [axes]
         return any(
@@ -107,27 +110,24 @@ class Liveness:
         if node in self._constants.layers:
             return self._look_at_layer(self._constants.layers[node])
         changed = False
+        normalised, summed = self._normalised(node), self._needed(node)
         where = describe(node, self._graph.trace)
-        normalised = {axis.key for axis in self._reduced.get(node.meta["index"], ())}
-        known = op_of(node.meta["name"])
-        summed = known is not None and known.over_kept is None
-        checked = self._needed(node)
         for place, source in enumerate(tensors(node)):
             for dim, axis in enumerate(self._constants.axes(source)):
-                if not axis.free or not self.off(axis).any():
-                    continue
-                zero = along(self._constants.of(source), dim).numpy()
-                if axis.key in normalised and not summed:
-                    changed = self._keep(axis, ~np.zeros_like(zero), f"{where} normalises over it") or changed
-                elif checked is None:
-                    changed = self._keep(axis, ~zero, f"it is needed by {where}") or changed
-                elif (place, dim) in checked:
-                    other = checked[place, dim]
-                    both = zero | other if other is not None and len(other) == len(zero) else zero
-                    changed = self._keep(axis, ~both, f"it is summed over by {where}") or changed
+                if axis.free and self.off(axis).any():
+                    zero = along(self._constants.of(source), dim).numpy()
+                    which, why = _read_of(axis, (place, dim), zero, normalised, summed)
+                    changed = self._keep(axis, which, why.format(where)) or changed
         return changed
 
-    def _needed(self, node: fx.Node) -> dict[tuple[int, int], Mask | None] | None:
+    def _normalised(self, node: fx.Node) -> set[object]:
+        """The keys of the axes that an operation normalises over; a plain sum does not normalise."""
+        known = op_of(node.meta["name"])
+        if known is not None and known.over_kept is None:
+            return set()
+        return {axis.key for axis in self._reduced.get(node.meta["index"], ())}
+
+    def _needed(self, node: fx.Node) -> _Summed | None:
         """The dimensions that an operation sums away, with the zeros of what they are multiplied by there.
 
         None if it is not known which those are.
@@ -138,7 +138,7 @@ class Liveness:
         if known.contraction.kind not in KINDS | {"attention"} or node.meta["index"] in self._graph.channels.unforeseen:
             return None
         given = tensors(node)
-        found: dict[tuple[int, int], Mask | None] = {}
+        zeros: _Summed = {}
         for pair in known.contraction.pairs(node):
             for mine, dim, theirs, other in (
                 (pair.operand, pair.dim, pair.weight, pair.weight_dim),
@@ -150,8 +150,8 @@ class Liveness:
                 zero = None
                 if -other <= len(b) and b[other].free:
                     zero = along(self._constants.of(given[theirs]), other % len(b)).numpy()
-                found[mine, dim % len(a)] = zero
-        return found
+                zeros[mine, dim % len(a)] = zero
+        return zeros
 
     def _look_at_layer(self, layer: Layer) -> bool:
         axis = self._constants.axes(layer.x)[layer.dim]
@@ -159,8 +159,8 @@ class Liveness:
             return False
         where = describe(layer.node, self._graph.trace)
         weight = self._constants.weight(layer.weight)
-        living = torch.from_numpy(~self.off(self._constants.axes(layer.node)[layer.dim]))
-        read = by_channel(layer.read(weight, living), layer.dim).numpy() != 0
+        kept = torch.from_numpy(~self.off(self._constants.axes(layer.node)[layer.dim]))
+        read = by_channel(layer.read(weight, kept), layer.dim).numpy() != 0
         state = self._constants.of(layer.x)
         known = all_by_channel(state.known, layer.dim, axis.size).numpy()
         zero = all_by_channel(state.zero, layer.dim, axis.size).numpy()
@@ -171,8 +171,8 @@ class Liveness:
         if (why := self._places.missing(layer)) is not None:
             return self._keep(axis, bearing, why) or changed
         _, uneven = layer.added(part_of_state(state, layer, bearing), weight)
-        if bool((uneven.reshape(-1) & living).any()):
-            blamed = bearing & layer.uneven_channels(weight, living).numpy()
+        if bool((uneven.reshape(-1) & kept).any()):
+            blamed = bearing & layer.uneven_channels(weight, kept).numpy()
             blamed = blamed if blamed.any() else bearing
             why = f"it is a constant that {where} adds unevenly: less at the border than inside"
             changed = self._keep(axis, blamed, why) or changed
@@ -212,20 +212,24 @@ class Liveness:
             kept = int((~self._off[group.components]).sum())
             wanted = max(least, -(-kept // step) * step)
             if kept < group.channels and wanted > kept:
-                changed = self._revive(group.components, wanted - kept, f"at least {least}, a multiple of {step}, stay")
+                changed = self._keep_more(
+                    group.components, wanted - kept, f"at least {least}, a multiple of {step}, stay"
+                )
         return changed
 
     def _fit(self, groups: Sequence[Group], counts: Ids) -> bool:
-        """Sections keep the fewest that fit and are no fewer than live; whether that is more."""
+        """Sections keep the smallest numbers that fit, at least those kept so far; whether that is more."""
         kept = np.array([int((~self._off[group.components]).sum()) for group in groups])
         enough = counts[(counts >= kept).all(1)]
         line = enough[enough.sum(1).argmin()]
         changed = False
         for group, more in zip(groups, line - kept, strict=True):
-            changed = self._revive(group.components, int(more), "sections of equal size keep equally many") or changed
+            changed = (
+                self._keep_more(group.components, int(more), "sections of equal size keep equally many") or changed
+            )
         return changed
 
-    def _revive(self, components: Ids, count: int, why: str) -> bool:
+    def _keep_more(self, components: Ids, count: int, why: str) -> bool:
         chosen = components[self._off[components]][:count]
         if not len(chosen):
             return False
@@ -240,6 +244,29 @@ class Liveness:
         gone = self.off(self._constants.axes(layer.x)[layer.dim])
         if not gone.any():
             return None
-        living = torch.from_numpy(~self.off(self._constants.axes(layer.node)[layer.result_dim]))
+        kept = torch.from_numpy(~self.off(self._constants.axes(layer.node)[layer.result_dim]))
         constants = part_of_state(self._constants.of(layer.x), layer, gone)
-        return self._places.compensation(layer, self._constants.weight(layer.weight), constants, living)
+        return self._places.compensation(layer, self._constants.weight(layer.weight), constants, kept)
+
+
+def _read_of(
+    axis: Axis, at: tuple[int, int], zero: Mask, normalised: set[object], summed: _Summed | None
+) -> tuple[Mask, str]:
+    """Which channels of an argument an operation reads, and how; in the text ``{}`` stands for the operation.
+
+    Args:
+        axis: the channels.
+        at: place of the argument, and its dimension.
+        zero: the channels that are zero there.
+        normalised: keys of the axes that it normalises over.
+        summed: what it sums over, with the zeros of the other factor; None if that is not known.
+    """
+    if axis.key in normalised:
+        return np.ones_like(zero), "{} normalises over it"
+    if summed is None:
+        return ~zero, "it is needed by {}"
+    if at not in summed:
+        return np.zeros_like(zero), ""
+    other = summed[at]
+    either = zero | other if other is not None and len(other) == len(zero) else zero
+    return ~either, "it is summed over by {}"

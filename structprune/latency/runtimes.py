@@ -1,4 +1,4 @@
-"""Timing operations in ONNX Runtime: many at once in one file, each read off the profile by itself.
+"""Timing operations in a runtime of ONNX files: many at once in one file, each read off its profile by itself.
 
 A convolution that stands alone pays for turning its input into the blocked layout and its output back, which inside a
 network it does not. In the profile these are nodes of their own, so they are left out.
@@ -6,47 +6,46 @@ network it does not. In the profile these are nodes of their own, so they are le
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
-import time
 from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from structprune.benchmarking.nodes import NODE_TIMERS, NodeTimer, NodeTimes
 from structprune.errors import PlanError
 from structprune.export.files import require
 from structprune.latency.eager import Point, nearly_least, shapes
 from structprune.latency.specs import OpSpec
+from structprune.progress import shown
 
 OPSET, IR = 18, 9
 # Weights lie in the file, which a protobuf bounds; so many bytes go into one.
 FILE_BYTES = 200_000_000
 FILE_POINTS = 160
-# Nodes are named after the point that they belong to; ONNX Runtime names a node that it makes after its output.
-_OURS = re.compile(r"^p(\d+)_.*_kernel_time$")
+# Nodes are named after the point that they belong to; a node that a runtime makes is named after its output.
+_OURS = re.compile(r"^p(\d+)_")
 
 
-def time_onnxruntime(points: Sequence[Point], threads: int, runs: int, seconds: float) -> list[float]:
+def time_in_runtime(points: Sequence[Point], backend: str, threads: int, runs: int, seconds: float) -> list[float]:
     """The time of each point in seconds on the CPU.
 
     Args:
         points: operations and widths.
+        backend: one of `structprune.benchmarking.nodes.NODE_TIMERS`.
         threads: how many threads an operation may use.
         runs: how often each runs after one run that does not count.
         seconds: once so much time is spent, three runs of each are enough.
 
     Raises:
-        MissingExtraError: onnx or onnxruntime is not installed.
-        PlanError: ONNX Runtime does not know the type of an operation's tensors.
+        MissingExtraError: onnx or the runtime is not installed.
+        PlanError: the runtime does not know the type of an operation's tensors.
     """
     found: list[float] = []
     pieces = _pieces(points)
-    for piece in pieces:
-        found += _time_piece(piece, threads, runs, seconds * len(piece) / max(1, len(points)))
+    for piece in shown(pieces, f"timing {len(points)} operations in {backend}", still=True):
+        found += _time_piece(piece, NODE_TIMERS[backend], threads, runs, seconds * len(piece) / max(1, len(points)))
     return found
 
 
@@ -115,7 +114,8 @@ def _numbers(count: int, dtype: Any) -> Any:
 def _dtype(spec: OpSpec) -> Any:
     if spec.dtype not in ("float16", "float32", "float64"):
         raise PlanError(
-            f"ONNX Runtime cannot be timed with {spec.dtype}; convert the model and the inputs to float32 or float16."
+            f"Runtimes of ONNX files cannot be timed with {spec.dtype}; convert the model and the inputs to float32 "
+            "or float16."
         )
     return np.dtype(spec.dtype).type
 
@@ -161,8 +161,7 @@ def _attributes(spec: OpSpec, widths: tuple[int, ...]) -> dict[str, Any]:
     return found
 
 
-def _time_piece(points: Sequence[Point], threads: int, runs: int, seconds: float) -> list[float]:
-    runtime = require("onnxruntime")
+def _time_piece(points: Sequence[Point], timer: NodeTimer, threads: int, runs: int, seconds: float) -> list[float]:
     file = _File()
     for number, point in enumerate(points):
         _add(file, number, point)
@@ -171,40 +170,26 @@ def _time_piece(points: Sequence[Point], threads: int, runs: int, seconds: float
         room[position, dtype] = max(room.get((position, dtype), 0), prod(shape))
     numbers = {key: _numbers(count, key[1]) for key, count in room.items()}
     feed = {n: numbers[i, dtype][: prod(shape)].reshape(shape) for n, (i, shape, dtype) in file.inputs.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        options = runtime.SessionOptions()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = runtime.InferenceSession(file.bytes(), options, providers=["CPUExecutionProvider"])
-        began = time.perf_counter()
-        for number in range(runs + 1):
-            session.run(None, feed)
-            if number >= 3 and time.perf_counter() - began > seconds:
-                break
-        profile = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return read_profile(profile, len(points))
+    return by_point(timer(file.bytes(), feed, threads, runs, seconds), len(points))
 
 
-def read_profile(events: Sequence[Any], points: int) -> list[float]:
-    """Seconds of each point, from the events of a profile: its nodes' durations (in microseconds) added up run by run.
+def by_point(times: NodeTimes, points: int) -> list[float]:
+    """Seconds of each point: its nodes' times added up run by run.
 
     Raises:
-        PlanError: a point does not appear, so ONNX Runtime names its nodes in a way that is not known here.
+        PlanError: a point does not appear, so the runtime names its nodes in a way that is not known here.
     """
-    nodes: list[dict[str, list[float]]] = [{} for _ in range(points)]
-    for event in events:
-        hit = _OURS.match(event.get("name", "")) if event.get("cat") == "Node" else None
-        if hit and not event["args"]["op_name"].startswith("Reorder"):
-            nodes[int(hit[1])].setdefault(event["name"], []).append(float(event["dur"]))
+    nodes: list[list[list[float]]] = [[] for _ in range(points)]
+    for name, seconds in times.seconds.items():
+        hit = _OURS.match(name)
+        if hit and not times.kinds[name].startswith("Reorder"):
+            nodes[int(hit[1])].append(seconds)
     found: list[float] = []
     for number, durations in enumerate(nodes):
         if not durations:
             raise PlanError(
-                f"ONNX Runtime's profile does not tell the time of operation {number}: it has merged it with another "
-                "or names it otherwise. Use backend='eager', and report the model and the version of onnxruntime."
+                f"The runtime's profile does not tell the time of operation {number}: it has merged it with another "
+                "or names it otherwise. Use backend='eager', and report the model and the version of the runtime."
             )
-        total = np.sum([each[1:] or each for each in durations.values()], axis=0)  # the first run warms up
-        found.append(float(nearly_least(total)) * 1e-6)
+        found.append(float(nearly_least(np.sum(durations, axis=0))))
     return found

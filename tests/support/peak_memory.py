@@ -1,0 +1,42 @@
+"""The peak of memory of a piece of code, in a process of its own: what other tests hold or free would move it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_BEFORE = """
+from pathlib import Path
+import torch, structprune
+from torch import nn
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+torch.set_num_threads(1)
+"""
+_BETWEEN = """
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = peak()
+"""
+_AFTER = """
+print((peak() - before) / weights)
+"""
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc"
+)
+
+
+def peak_over_weights(prepare: str, measured: str) -> float:
+    """How far the process grew while `measured` ran, over ``weights``, a number of bytes that `prepare` sets."""
+    # Each tensor has pages of its own, which go back when it is freed: no heap with holes is measured.
+    given = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", _BEFORE + prepare + _BETWEEN + measured + _AFTER]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
+    return float(done.stdout)

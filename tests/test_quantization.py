@@ -1,0 +1,148 @@
+"""Quantised files: what is narrow, how far they are from the model, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import structprune
+from structprune.errors import ExportError, LoadError, RecoveryError, StructpruneError
+
+
+class Block(nn.Module):
+    """A transformer's layers over tokens, and a classifier on two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm, self.head = (
+            nn.Linear(64, 128),
+            nn.Linear(128, 64),
+            nn.LayerNorm(64),
+            nn.Linear(64, 9),
+        )
+
+    def forward(self, x):
+        return self.head(self.norm(x + self.down(torch.relu(self.up(x)))).mean(1))
+
+
+def convolutions():
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+    net[1].running_mean.uniform_(-1, 1)
+    net[1].running_var.uniform_(0.5, 2)
+    return net
+
+
+def batches(*shape, count=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, generator=generator) for _ in range(count)]
+
+
+@pytest.fixture
+def pruned():
+    torch.manual_seed(0)
+    return structprune.prune(convolutions(), torch.randn(2, 3, 12, 12), ratio=0.25, round_to=1)
+
+
+def initializers(path):
+    return {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
+
+
+def test_weights_and_activations_of_a_pruned_network(pruned, tmp_path):
+    data = batches(4, 3, 12, 12)
+    state = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    found = structprune.quantize(pruned, tmp_path / "q.onnx", data[0], data)
+    assert (found.layers, found.left) == (3, 0)
+    assert 1e-3 < found.max_relative_error < 0.1  # eight bits show, and are enough
+    assert found.bytes == (tmp_path / "q.onnx").stat().st_size
+    assert pruned.training
+    assert all(torch.equal(state[name], tensor) for name, tensor in pruned.state_dict().items())
+    weights = [each for each in initializers(found.path).values() if each.ndim > 1]
+    assert {each.dtype for each in weights} == {np.dtype(np.int8)}
+    assert sum(each.size for each in weights) == sum(p.numel() for p in pruned.parameters() if p.ndim > 1)
+    # Of every channel its own scale, with the batch norm folded in: 127 is reached in each.
+    first = next(each for each in weights if each.ndim == 4 and each.shape[1] == 3)
+    assert (np.abs(first.reshape(len(first), -1).astype(int)).max(1) >= 126).all()
+    info = structprune.onnx_info(found.path)
+    assert len(info.digests) == 1
+    assert info.before.params > info.after.params
+
+
+def test_the_file_as_a_module_takes_batches_of_any_size(pruned, tmp_path):
+    data = batches(4, 3, 12, 12)
+    module = structprune.onnx_model(structprune.quantize(pruned, tmp_path / "q.onnx", data[0], data).path, threads=1)
+    pruned.eval()
+    for size in (1, 7):
+        (x,) = batches(size, 3, 12, 12, count=1)
+        expected = pruned(x)
+        assert (module(x) - expected).abs().max() < 0.2 * expected.abs().max()
+        assert torch.equal(module(x), module(input=x))
+    with pytest.raises(ExportError, match="takes the inputs input; got other"):
+        module(other=x)
+    with pytest.raises(ExportError, match="cannot run"):
+        module(x[:, :2])
+    times = structprune.benchmark({"float": pruned, "int8": module}, x, runs=3, explanations=False)
+    assert [each.model for each in times.timings] == ["float", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layers", "left", "off"),
+    [("int8_dynamic", 3, 0, (1e-4, 0.1)), ("int8_weights", 2, 1, (1e-4, 0.02)), ("int4_weights", 2, 1, (0.01, 0.2))],
+)
+def test_matrix_products(tmp_path, scheme, layers, left, off):
+    torch.manual_seed(0)
+    model, data = Block(), batches(2, 7, 64)
+    # Data is only to compare on.
+    found = structprune.quantize(
+        model, tmp_path / "q.onnx", data[0], data[:1], scheme=scheme, dynamic_dims={"x": {1: "n"}}
+    )
+    assert (found.layers, found.left, found.scheme) == (layers, left, scheme)
+    assert off[0] < found.max_relative_error < off[1]
+    assert found.bytes < 2.5 * sum(p.numel() for p in model.parameters())  # of four bytes each
+
+
+def test_nothing_is_said_nor_logged(pruned, tmp_path, caplog, capfd):
+    root = logging.getLogger()
+    before = list(root.handlers), root.manager.disable
+    data = batches(4, 3, 12, 12)
+    structprune.quantize(pruned, tmp_path / "q.onnx", data[0], data)
+    assert (list(root.handlers), root.manager.disable) == before
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "takes the ranges of activations from data="),
+        ({"scheme": "int2"}, "scheme is 'int2'"),
+        ({"scheme": "int8_weights"}, "no layer of Sequential was quantised .* use scheme='int8'"),
+        ({"data": [], "scheme": "int8"}, "no batch"),
+        ({"data": [torch.randn(2, 5, 12, 12)]}, "cannot run|does not fit|not run|runs on"),
+        ({"data": batches(2, 3, 12, 12), "tolerance": 1e-6}, "more than 1e-06"),
+        ({"data": batches(2, 3, 12, 12), "ranges": "guessed"}, "ranges is 'guessed'"),
+        ({"data": batches(2, 3, 12, 12), "tolerance": -1.0}, "tolerance is -1.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(pruned, tmp_path, options, message):
+    options = dict(options)
+    data = options.pop("data", None)
+    with pytest.raises((ExportError, RecoveryError, StructpruneError), match=message):
+        structprune.quantize(
+            nn.Sequential(*list(pruned)), tmp_path / "q.onnx", torch.randn(2, 3, 12, 12), data, **options
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_onnx_file_is_no_module(tmp_path):
+    (tmp_path / "text.onnx").write_text("no protobuf")
+    for name in ("text.onnx", "absent.onnx"):
+        with pytest.raises(LoadError, match="cannot be loaded by ONNX Runtime"):
+            structprune.onnx_model(tmp_path / name)

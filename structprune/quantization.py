@@ -106,8 +106,8 @@ def quantize(
         >>> model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> batches = [torch.randn(8, 16) for _ in range(4)]
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     found = structprune.quantize(model, f"{folder}/m.onnx", batches[0], batches)
-        >>> found.layers, found.left, found.max_relative_error < 0.1
+        ...     result = structprune.quantize(model, f"{folder}/m.onnx", batches[0], batches)
+        >>> result.layers, result.left, result.max_relative_error < 0.1
         (2, 0, True)
     """
     checks = {"dynamic_batch": FLAG, "scheme": one_of(SCHEMES), "ranges": one_of(RANGES), "tolerance": real(least=0)}
@@ -139,8 +139,8 @@ def quantize(
             )
 
     wanted = Wanted(dynamic_batch, dynamic_dims or {}, batches, tolerance)
-    found = write_verified(model, path, example_inputs, wanted, write, ONNXRUNTIME)
-    return Quantized(found.path, scheme, found.max_relative_error, found.bytes, *counts)
+    verified = write_verified(model, path, example_inputs, wanted, write, ONNXRUNTIME)
+    return Quantized(verified.path, scheme, verified.max_relative_error, verified.bytes, *counts)
 
 
 class _Feeds:

@@ -42,11 +42,11 @@ def peak_of_run(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     # The events of memory are no part of the profiler's typed surface.
-    found: Any = profile(profile_memory=True)
-    with quiet_profiler(), found:
+    profiler: Any = profile(profile_memory=True)
+    with quiet_profiler(), profiler:
         result = call()
     del result
-    changes = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in changes), initial=0))
 

@@ -65,22 +65,22 @@ def onnxruntime_nodes(
 
 def read_events(events: Sequence[Any]) -> NodeTimes:
     """From the events of a profile of ONNX Runtime, durations in microseconds; its first run warms up."""
-    found = NodeTimes()
+    times = NodeTimes()
     for event in events:
         name = event.get("name", "")
         if event.get("cat") == "Node" and name.endswith(_KERNEL):
             node = name.removesuffix(_KERNEL)
-            found.seconds.setdefault(node, []).append(float(event["dur"]) * 1e-6)
-            found.kinds[node] = event["args"]["op_name"]
+            times.seconds.setdefault(node, []).append(float(event["dur"]) * 1e-6)
+            times.kinds[node] = event["args"]["op_name"]
         elif name == "model_run":
-            found.whole.append(float(event["dur"]) * 1e-6)
-    seconds = {node: each[1:] or each for node, each in found.seconds.items()}
-    return NodeTimes(seconds, found.kinds, found.whole[1:] or found.whole)
+            times.whole.append(float(event["dur"]) * 1e-6)
+    seconds = {node: each[1:] or each for node, each in times.seconds.items()}
+    return NodeTimes(seconds, times.kinds, times.whole[1:] or times.whole)
 
 
 def openvino_nodes(file: bytes | str, feed: Mapping[str, Any], threads: int, runs: int, seconds: float) -> NodeTimes:
     """By OpenVINO's counters; see `NODE_TIMERS`. Each time is the mean of a few runs."""
-    found = NodeTimes()
+    times = NodeTimes()
     began = time.perf_counter()
     for number in range(max(1, -(-runs // _RUNS_OF_A_MEAN))):
         if number and time.perf_counter() - began > seconds:
@@ -97,10 +97,10 @@ def openvino_nodes(file: bytes | str, feed: Mapping[str, Any], threads: int, run
             # The first run warms up, and is taken out of the mean again. The mean was rounded down, by half a
             # microsecond as a rule.
             total = (1 + _RUNS_OF_A_MEAN) * (each.real_time.total_seconds() + 0.5e-6) - first[each.node_name] - 0.5e-6
-            found.seconds.setdefault(name, []).append(max(total / _RUNS_OF_A_MEAN, 1e-7))
+            times.seconds.setdefault(name, []).append(max(total / _RUNS_OF_A_MEAN, 1e-7))
             kind = str(each.node_type)
-            found.kinds[name] = _ONNX_NAMES.get(kind, kind)
-    return found
+            times.kinds[name] = _ONNX_NAMES.get(kind, kind)
+    return times
 
 
 # An ONNX file (or its path), its inputs, threads, how many runs, and seconds after which few runs are enough, to the

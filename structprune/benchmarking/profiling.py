@@ -63,10 +63,10 @@ def by_layer(spent: Iterable[Spent]) -> dict[str, float]:
         >>> by_layer([Spent("a", "relu", 1.0, 1), Spent("b", "conv2d", 4.0, 1), Spent("a", "add", 2.0, 1)])
         {'b': 4.0, 'a': 3.0}
     """
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for each in spent:
-        found[each.layer] = found.get(each.layer, 0.0) + each.seconds
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        seconds[each.layer] = seconds.get(each.layer, 0.0) + each.seconds
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------
@@ -122,12 +122,12 @@ def profile_torch(model: nn.Module, call: Callable[[], Any], device: torch.devic
     cuda = device.type == "cuda"
     with _marked(model), quiet_profiler():
         for _ in range(_RUNS):
-            found: Any = profile(use_device="cuda" if cuda else None)
-            with found:
+            profiler: Any = profile(use_device="cuda" if cuda else None)
+            with profiler:
                 call()
                 if cuda:
                     torch.cuda.synchronize(device)
-            runs.append(_sums(found.function_events or (), cuda))
+            runs.append(_sums(profiler.function_events or (), cuda))
     keys = [key for key in runs[0] if all(key in run for run in runs)]
     return Profile(
         tuple(
@@ -139,7 +139,7 @@ def profile_torch(model: nn.Module, call: Callable[[], Any], device: torch.devic
 
 def _sums(events: Iterable[Any], cuda: bool) -> dict[tuple[str, str], tuple[float, int]]:
     """Microseconds and calls by layer and operation, where an operation is what a module's forward calls itself."""
-    found: dict[tuple[str, str], tuple[float, int]] = {}
+    sums: dict[tuple[str, str], tuple[float, int]] = {}
     for event in events:
         if event.is_async or event.name.startswith(_MARK):
             continue
@@ -149,10 +149,10 @@ def _sums(events: Iterable[Any], cuda: bool) -> dict[tuple[str, str], tuple[floa
         if outer is None:
             continue
         key = outer.name.removeprefix(_MARK), top.name.removeprefix("aten::")
-        time, calls = found.get(key, (0.0, 0))
+        time, calls = sums.get(key, (0.0, 0))
         mine = event.self_device_time_total if cuda else event.self_cpu_time_total
-        found[key] = time + mine, calls + (event is top)
-    return found
+        sums[key] = time + mine, calls + (event is top)
+    return sums
 
 
 # -- files of ONNX -----------------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ class _Nodes:
         """The module that holds a node's weight, else the innermost one whose forward it stems from."""
         if self.weighty(node):
             owners = (_inside(name).rpartition(".")[0] for name in node.input if name in self._weights)
-            if found := next((owner for owner in owners if owner in self._paths), ""):
-                return found
+            if holder := next((owner for owner in owners if owner in self._paths), ""):
+                return holder
         notes = {entry.key: entry.value for entry in node.metadata_props}
         scopes = re.findall(r"'([^']*)'", notes.get("pkg.torch.onnx.name_scopes", ""))
         return next((path for scope in reversed(scopes) if (path := _inside(scope)) in self._paths), "")
@@ -229,16 +229,16 @@ def by_module(times: NodeTimes, graph: Any, paths: Iterable[str]) -> Profile:
     nodes = _Nodes(graph, paths)
     origins = {name: nodes.of_event(name) for name in times.seconds}
     taken = {node.name for node in origins.values() if node is not None and nodes.weighty(node)}
-    found: dict[tuple[str, str], tuple[float, int]] = {}
+    sums: dict[tuple[str, str], tuple[float, int]] = {}
     for name, each in times.seconds.items():
         node, kind = origins[name], times.kinds[name].removeprefix("Fused")
         if node is not None and kind in _WEIGHTY and not nodes.weighty(node):
             node = nodes.behind(node, taken)
             taken.add(node.name)
         key = "" if node is None else nodes.layer(node), times.kinds[name]
-        time, calls = found.get(key, (0.0, 0))
-        found[key] = time + min(each), calls + 1
-    spent = tuple(Spent(layer, name, time, calls) for (layer, name), (time, calls) in found.items())
+        time, calls = sums.get(key, (0.0, 0))
+        sums[key] = time + min(each), calls + 1
+    spent = tuple(Spent(layer, name, time, calls) for (layer, name), (time, calls) in sums.items())
     whole = times.whole
     return Profile(spent, _whole([each for each in times.seconds.values() if len(each) == len(whole)], whole, spent))
 

@@ -77,8 +77,10 @@ def export_command(
             flag = FLAGS.get(unused, f"--{unused.replace('_', '-')}")
             raise typer.BadParameter(f"--to {to} takes no {flag}.")
         loaded = source.load()
-        found = write(loaded.model if dense else wanted.slim(loaded), file, loaded, given)
-        data = {**asdict(found), "path": str(found.path)}
-        opset_said = f", opset {found.opset}" if to == "onnx" else ""
-        text = f"{found.path}: {found.bytes:,} bytes{opset_said}, max relative error {found.max_relative_error:.1e}"
+        written = write(loaded.model if dense else wanted.slim(loaded), file, loaded, given)
+        data = {**asdict(written), "path": str(written.path)}
+        opset_said = f", opset {written.opset}" if to == "onnx" else ""
+        text = (
+            f"{written.path}: {written.bytes:,} bytes{opset_said}, max relative error {written.max_relative_error:.1e}"
+        )
         output.result(data, text + (" in ONNX Runtime" if to == "onnx" else ""))

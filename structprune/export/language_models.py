@@ -67,14 +67,14 @@ class _Shapes:
     @classmethod
     def of(cls, config: Any) -> _Shapes:
         names = ("hidden_size", "num_attention_heads", "intermediate_size")
-        found = [getattr(config, name, None) for name in names]
-        if not all(isinstance(value, int) and value > 0 for value in found):
-            lacking = [name for name, value in zip(names, found, strict=True) if not isinstance(value, int)]
+        numbers = [getattr(config, name, None) for name in names]
+        if not all(isinstance(value, int) and value > 0 for value in numbers):
+            lacking = [name for name, value in zip(names, numbers, strict=True) if not isinstance(value, int)]
             raise ExportError(
                 f"the configuration does not say {', '.join(lacking) or names} as one number for all layers; plan with "
                 "uniform widths (structprune.plan(..., uniform=...))"
             )
-        hidden, heads, mlp = (int(value) for value in found if value is not None)
+        hidden, heads, mlp = (int(value) for value in numbers if value is not None)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         return cls(hidden, heads, kv_heads, int(getattr(config, "head_dim", None) or hidden // heads), mlp)
 
@@ -110,11 +110,11 @@ def serving_objections(
     require(locals(), ExportError, model=MODEL, server=one_of(SERVERS).or_none, tensor_parallel=whole(1))
     shapes = _Shapes.of(_config(model))
     _check_layers(model, shapes)
-    found: list[Objection] = []
+    raised: list[Objection] = []
     for name in SERVERS if server is None else (server,):
-        found += _both(name, shapes)
-        found += _vllm(shapes, tensor_parallel) if name == "vllm" else _llama_cpp(shapes)
-    return tuple(found)
+        raised += _both(name, shapes)
+        raised += _vllm(shapes, tensor_parallel) if name == "vllm" else _llama_cpp(shapes)
+    return tuple(raised)
 
 
 def _config(model: nn.Module) -> Any:
@@ -310,7 +310,7 @@ def _head(writer: Any, config: Any, shapes: _Shapes, rope: float) -> None:
 
 def _named(model: nn.Module, shapes: _Shapes) -> dict[str, Any]:
     """Every parameter under its name in a GGUF file, as float32, in the order of channels that llama.cpp asks for."""
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     # A head that is tied to the embedding is one parameter, and llama.cpp takes the embedding where there is no head.
     for path, parameter in model.named_parameters():
         layer, _, kind = path.rpartition(".")
@@ -323,8 +323,8 @@ def _named(model: nn.Module, shapes: _Shapes) -> dict[str, Any]:
         tensor = parameter.detach().float().cpu()
         if rest_heads := {"attn_q": shapes.heads, "attn_k": shapes.kv_heads}.get(name.rpartition(".")[2]):
             tensor = _interleaved(tensor, rest_heads)
-        found[f"{name}.weight"] = tensor.numpy()
-    return found
+        tensors[f"{name}.weight"] = tensor.numpy()
+    return tensors
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -357,9 +357,9 @@ def _read_back(gguf: Any, file: Path, wanted: Mapping[str, Any], kinds: Mapping[
         raise ExportError(f"the GGUF file holds other tensors than were written: {sorted(held.keys() ^ wanted.keys())}")
     worst = 0.0
     for name, array in wanted.items():
-        found = gguf.quants.dequantize(held[name].data, held[name].tensor_type).reshape(array.shape)
+        read = gguf.quants.dequantize(held[name].data, held[name].tensor_type).reshape(array.shape)
         blocks = (BLOCK,) if kinds[name].startswith("q") else (1,)
-        off = np.abs(found - array).reshape(-1, *blocks).max(1)
+        off = np.abs(read - array).reshape(-1, *blocks).max(1)
         # Numbers too small for 16 bits are read back as zero.
         limit = _OFF[kinds[name]] * np.abs(array).reshape(-1, *blocks).max(1) + (kinds[name] != "f32") * 2.0**-24
         if not (off <= limit).all():

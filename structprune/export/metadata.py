@@ -57,12 +57,12 @@ class OnnxInfo:
 
 def metadata(model: nn.Module) -> dict[str, str]:
     """What is written into the file of a model: the version, and what its plans say."""
-    found = {VERSION: version("structprune")}
+    entries = {VERSION: version("structprune")}
     if plans := plans_of(model):
-        found[PLANS] = json.dumps([plan.digest for plan in plans])
-        found[BEFORE] = json.dumps(asdict(plans[0].before))
-        found[AFTER] = json.dumps(asdict(plans[-1].after))
-    return found
+        entries[PLANS] = json.dumps([plan.digest for plan in plans])
+        entries[BEFORE] = json.dumps(asdict(plans[0].before))
+        entries[AFTER] = json.dumps(asdict(plans[-1].after))
+    return entries
 
 
 def onnx_info(path: str | os.PathLike[str]) -> OnnxInfo:
@@ -99,13 +99,13 @@ def onnx_info(path: str | os.PathLike[str]) -> OnnxInfo:
     if not model.graph.node:
         raise LoadError(f"{path} is no ONNX file: it holds no operations")
     opsets = [imported.version for imported in model.opset_import if imported.domain in ("", "ai.onnx")]
-    found = {entry.key: entry.value for entry in model.metadata_props}
+    written = {entry.key: entry.value for entry in model.metadata_props}
     try:
         said = (
-            found.get(VERSION),
-            texts(json.loads(found.get(PLANS, "[]"))),
-            record(Cost, json.loads(found[BEFORE])) if BEFORE in found else None,
-            record(Cost, json.loads(found[AFTER])) if AFTER in found else None,
+            written.get(VERSION),
+            texts(json.loads(written.get(PLANS, "[]"))),
+            record(Cost, json.loads(written[BEFORE])) if BEFORE in written else None,
+            record(Cost, json.loads(written[AFTER])) if AFTER in written else None,
         )
     except (ValueError, RecursionError, FormError) as error:
         raise LoadError(f"the metadata of {path} that structprune wrote was changed: {error}") from error

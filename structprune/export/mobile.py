@@ -131,7 +131,7 @@ def _program(model: nn.Module, free: FreeDims, largest: int | None) -> Any:
     shapes = None
     if largest is not None:
         batch = torch.export.Dim("batch", min=1, max=largest)
-        shapes = (tuple(dict.fromkeys(found, batch) or None for found in free.dims),)
+        shapes = (tuple(dict.fromkeys(free_dims, batch) or None for free_dims in free.dims),)
     return torch.export.export(Flat(model, traced), tensors(as_call(traced)), dynamic_shapes=shapes)
 
 

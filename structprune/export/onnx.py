@@ -104,8 +104,8 @@ def export_onnx(
         nonlocal written_opset
         written_opset = write_onnx(model, free, draft, opset)
 
-    found = write_verified(model, path, example_inputs, wanted, write, ONNXRUNTIME)
-    return OnnxExport(found.path, written_opset, found.max_relative_error, found.bytes)
+    verified = write_verified(model, path, example_inputs, wanted, write, ONNXRUNTIME)
+    return OnnxExport(verified.path, written_opset, verified.max_relative_error, verified.bytes)
 
 
 def _check_opset(opset: object) -> None:

@@ -33,10 +33,10 @@ class OnnxModel(nn.Module):
         if len(args) > len(self.inputs) or given.keys() != {*self.inputs}:
             raise ExportError(f"{self.path} takes the inputs {', '.join(self.inputs)}; got {', '.join(given)}")
         try:
-            found = self._session.run(None, to_numpy(given))
+            results = self._session.run(None, to_numpy(given))
         except refusals() as error:
             raise ExportError(f"{ONNXRUNTIME.name} cannot run {self.path}: {error}") from error
-        outputs = tuple(torch.from_numpy(output) for output in copied(found))
+        outputs = tuple(torch.from_numpy(output) for output in copied(results))
         return outputs[0] if len(outputs) == 1 else outputs
 
 

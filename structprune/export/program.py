@@ -38,7 +38,7 @@ def program_of(
         ExportError: the exporter refuses it, writes another operator set, or finds that a dimension is not free.
     """
     free = any(dims)
-    shapes = tuple(dict.fromkeys(found, torch.export.Dim.DYNAMIC) or None for found in dims)
+    shapes = tuple(dict.fromkeys(free_dims, torch.export.Dim.DYNAMIC) or None for free_dims in dims)
 
     def exported(optimize: bool) -> Any:
         with warnings.catch_warnings():
@@ -87,8 +87,8 @@ def _values(model: Any) -> Iterator[Any]:
 def _name_dims(model: Any, names: Sequence[str], dims: Dims) -> None:
     """Give free dimensions the names that were asked for, wherever they appear."""
     given: dict[str, str] = {}
-    for value, name, found in zip(model.graph.inputs, names, dims, strict=True):
-        for dim, wanted in found.items():
+    for value, name, free_dims in zip(model.graph.inputs, names, dims, strict=True):
+        for dim, wanted in free_dims.items():
             symbol = getattr(value.shape[dim], "value", None)
             if symbol is None:
                 raise ExportError(
@@ -177,11 +177,11 @@ class FreeDims:
         dims: list[dict[int, str]] = []
         sizes: dict[str, int] = {}
         for name, tensor in zip(names, tensors(as_call(inputs)), strict=True):
-            found = {0: BATCH} if dynamic_batch and is_batched(tensor, size) else {}
+            free_here = {0: BATCH} if dynamic_batch and is_batched(tensor, size) else {}
             for dim, wanted in dynamic_dims.get(name, {}).items():
                 _check(name, tuple(tensor.shape), dim, wanted, sizes)
-                found[dim] = wanted
-            dims.append(found)
+                free_here[dim] = wanted
+            dims.append(free_here)
         return cls(inputs, dynamic_batch, names, dims, tuple(sizes))
 
     def traced(self) -> Any:
@@ -205,11 +205,11 @@ class FreeDims:
 
     def _other_size(self, model: nn.Module, name: str) -> tuple[Any, str]:
         shapes = [tuple(tensor.shape) for tensor in tensors(as_call(self.inputs))]
-        places = [{dim for dim, given in found.items() if given == name} for found in self.dims]
-        now = next(shape[dim] for shape, found in zip(shapes, places, strict=True) for dim in found)
+        places = [{dim for dim, given in free_here.items() if given == name} for free_here in self.dims]
+        now = next(shape[dim] for shape, free_here in zip(shapes, places, strict=True) for dim in free_here)
         problem = ""
         for size in (2 * now, now // 2):
-            other = resize_dims(self.inputs, [dict.fromkeys(found, size) for found in places])
+            other = resize_dims(self.inputs, [dict.fromkeys(free_here, size) for free_here in places])
             args, kwargs = as_call(other)
             try:
                 model(*args, **kwargs)

@@ -207,10 +207,10 @@ def _load_litert(file: Path, threads: int | None) -> Loaded:
 
     def run(feed: Mapping[str, Any]) -> list[Any]:
         try:
-            found = runner(**dict(zip(inputs, feed.values(), strict=True)))
+            results = runner(**dict(zip(inputs, feed.values(), strict=True)))
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"LiteRT cannot run the file: {last_line(error)}") from error
-        return [found[name] for name in outputs]
+        return [results[name] for name in outputs]
 
     return run
 

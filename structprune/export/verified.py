@@ -135,5 +135,5 @@ def _check(model: object, wanted: Wanted) -> None:
 
 def _default_tolerance(model: nn.Module) -> float:
     """The loosest one that a floating dtype of the model asks for; a model without parameters is taken for float32."""
-    found = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} or {torch.float32}
-    return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in found)
+    kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} or {torch.float32}
+    return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in kinds)

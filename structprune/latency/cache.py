@@ -54,12 +54,12 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part")
-    found: dict[str, str] = {}
+    described: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(":")
         if name.strip() in wanted:
-            found.setdefault(name.strip(), value.strip())
-    return " ".join(found.values()) or platform.machine()
+            described.setdefault(name.strip(), value.strip())
+    return " ".join(described.values()) or platform.machine()
 
 
 def path_for(folder: Path, held: Mapping[str, Any]) -> Path:

@@ -145,6 +145,6 @@ class DeviceTimer:
             calls = {str(number): self._calls[model] for number, model in enumerate(models)}
             alone = self.device.type == "cpu" and threads == 1
             clock = cpu_clock if alone else clock_of(self._latency.backend, self.device)
-            found = interleaved(calls, clock, self.device, runs=self._latency.runs, warmup=2)
-        times = np.array([found[str(number)] for number in range(len(models))])
+            seconds = interleaved(calls, clock, self.device, runs=self._latency.runs, warmup=2)
+        times = np.array([seconds[str(number)] for number in range(len(models))])
         return (float(np.median(times[0])) * np.median(times / times[0], axis=1)).tolist()

@@ -42,11 +42,11 @@ def time_in_runtime(points: Sequence[Point], backend: str, threads: int, runs: i
         MissingExtraError: onnx or the runtime is not installed.
         PlanError: the runtime does not know the type of an operation's tensors.
     """
-    found: list[float] = []
+    times: list[float] = []
     pieces = _pieces(points)
     for piece in shown(pieces, f"timing {len(points)} operations in {backend}", still=True):
-        found += _time_piece(piece, NODE_TIMERS[backend], threads, runs, seconds * len(piece) / max(1, len(points)))
-    return found
+        times += _time_piece(piece, NODE_TIMERS[backend], threads, runs, seconds * len(piece) / max(1, len(points)))
+    return times
 
 
 def _pieces(points: Sequence[Point]) -> list[list[Point]]:
@@ -146,19 +146,19 @@ def _transposed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _attributes(spec: OpSpec, widths: tuple[int, ...]) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "group": spec.at(widths)["groups"],
         "strides": list(spec.option("stride")),
         "dilations": list(spec.option("dilation")),
     }
     padding = spec.option("padding")
     if padding == "same":
-        found["auto_pad"] = "SAME_LOWER"
+        attributes["auto_pad"] = "SAME_LOWER"
     elif padding != "valid":
-        found["pads"] = [*padding, *padding]
+        attributes["pads"] = [*padding, *padding]
     if spec.transposed:
-        found["output_padding"] = list(spec.option("output_padding"))
-    return found
+        attributes["output_padding"] = list(spec.option("output_padding"))
+    return attributes
 
 
 def _time_piece(points: Sequence[Point], timer: NodeTimer, threads: int, runs: int, seconds: float) -> list[float]:
@@ -184,12 +184,12 @@ def by_point(times: NodeTimes, points: int) -> list[float]:
         hit = _OURS.match(name)
         if hit and not times.kinds[name].startswith("Reorder"):
             nodes[int(hit[1])].append(seconds)
-    found: list[float] = []
+    of_points: list[float] = []
     for number, durations in enumerate(nodes):
         if not durations:
             raise PlanError(
                 f"The runtime's profile does not tell the time of operation {number}: it has merged it with another "
                 "or names it otherwise. Use backend='eager', and report the model and the version of the runtime."
             )
-        found.append(float(nearly_least(np.sum(durations, axis=0))))
-    return found
+        of_points.append(float(nearly_least(np.sum(durations, axis=0))))
+    return of_points

@@ -32,7 +32,7 @@ from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.probes import SOLVED_SHARE, Probes
 from structprune.surgery.slicing import smaller_tensor
-from structprune.tracing.replay import FoundCall, Replay
+from structprune.tracing.replay import Replay, ReplayedCall
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import as_call
 
@@ -187,7 +187,7 @@ class Solver:
         found: dict[int, tuple[Tensor, LinearMap]],
         generator: torch.Generator,
         number: int,
-        call: FoundCall,
+        call: ReplayedCall,
     ) -> Any:
         """Add the second moments of an operation's features on a batch; what the operation returns."""
         assert call.node is not None

@@ -170,7 +170,7 @@ class DependencyGraph:
 
     def group_of(self, members: Iterable[coupled.Member], roots: Sequence[int], root: Any = None) -> Group:
         """An item for each layer and side; ``roots[c]`` is channel c's index in the root."""
-        found: dict[tuple[int, str], tuple[Node, PruningFunction, coupled.Member]] = {}
+        nodes: dict[tuple[int, str], tuple[Node, PruningFunction, coupled.Member]] = {}
         tensors = self._tensors
         for member in members:
             path, _, leaf = member.tensor.rpartition(".")
@@ -178,9 +178,9 @@ class DependencyGraph:
             if kind_of(module) == "parameter":
                 path, module = member.tensor, tensors[member.tensor]
             handler = side_of(module, leaf != "weight" or member.dim == dim_of(module, True))
-            if (key := (id(module), handler.name)) not in found or leaf == "weight":
-                found[key] = Node(module, path), handler, member
-        parts = sorted(found.values(), key=lambda part: ((part[0].module, part[1]) != root, not part[1].out))
+            if (key := (id(module), handler.name)) not in nodes or leaf == "weight":
+                nodes[key] = Node(module, path), handler, member
+        parts = sorted(nodes.values(), key=lambda part: ((part[0].module, part[1]) != root, not part[1].out))
         source, trigger, _ = parts[0]
         group = Group(
             GroupItem(Dependency(node, source, handler, trigger), m.positions.tolist(), [roots[c] for c in m.channels])
@@ -315,7 +315,7 @@ class DependencyGraph:
         more: set[int] = set()
         edits: list[AttributeEdit] = []
         for path, module in self.model.named_modules() if self._customized else ():
-            pruner = next((found for kind, found in self._customized.items() if isinstance(module, kind)), None)
+            pruner = next((own for kind, own in self._customized.items() if isinstance(module, kind)), None)
             gone = {part.removed for part in plan.slices if part.tensor.startswith(f"{path}.")}
             if pruner is None or kind_of(module) != "parameter" or len(gone) != 1:
                 continue

@@ -65,10 +65,10 @@ class PruningFunction:
         if gone and not (gone[0] >= 0 and gone[-1] < size and len(gone) < size):
             raise PlanError(f"idxs is {shown(idxs)}; give some of the channels 0 to {size - 1}, and not all.")
         outputs = self.out or dim_of(layer, True) == dim_of(layer, False)
-        found = [(name, held.tensor) for name, held in held_tensors(layer).items() if held.tensor.dim()]
+        tensors = [(name, held.tensor) for name, held in held_tensors(layer).items() if held.tensor.dim()]
         slices = [
             RemovedSlice(name, dim_of(layer, self.out) if name == "weight" else 0, size, gone)
-            for name, tensor in found
+            for name, tensor in tensors
             if name == "weight" or (outputs and len(tensor) == size)
         ]
         edits = [AttributeEdit("", (name,), size, size - len(gone)) for name in sizes]

@@ -74,7 +74,7 @@ class GroupMagnitudeImportance(Importance):
         """A score for each of the root's channels; None if the group has no layer of the target types."""
         # Roots may be few of the layer's channels, and any of them: [2, 6, 9] are scored as [0, 1, 2].
         place = {root: number for number, root in enumerate(sorted({r for item in group for r in item.root_idxs}))}
-        found: list[tuple[Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for item in group:
             layer, handler = item.dep.layer, item.dep.handler
             if handler not in SCORED or not isinstance(layer, self.target_types) or layer.weight is None:
@@ -83,15 +83,15 @@ class GroupMagnitudeImportance(Importance):
             scores = [self._slices(layer.weight, dim_of(layer, handler.out))]
             if self.bias and handler.out and layer.bias is not None:
                 scores.append(self._entries(layer.bias))
-            found += [self._gathered(score.float().cpu()[idxs], roots, len(place)) for score in scores]
-        if not found:
+            parts += [self._gathered(score.float().cpu()[idxs], roots, len(place)) for score in scores]
+        if not parts:
             return None
         if self.group_reduction is None:
-            return torch.stack([score for score, _ in found])
+            return torch.stack([score for score, _ in parts])
         gate = self.group_reduction == "gate"
-        scores = reduced(found[-1:] if gate else found, "sum" if gate else self.group_reduction, len(place))
+        scores = reduced(parts[-1:] if gate else parts, "sum" if gate else self.group_reduction, len(place))
         if self.group_reduction == "mean":  # over all, where structprune's is over those that have the channel
-            scores = reduced(found, "sum", len(place)) / len(found)
+            scores = reduced(parts, "sum", len(place)) / len(parts)
         normalize = _NORMALIZERS[self.normalizer] if isinstance(self.normalizer, str) else self.normalizer
         return scores if normalize is None else normalize(scores)
 

@@ -153,7 +153,7 @@ class BasePruner:
                     scope, ratio = self._now(group, seen)
                     known = group, scores.detach().double().cpu(), self._first.get(key, group.channels), ratio
                     scopes.setdefault(scope, []).append(known)
-        found: dict[coupled.Group, tuple[int, Tensor]] = {}
+        going_and_scores: dict[coupled.Group, tuple[int, Tensor]] = {}
         for members in scopes.values():
             joined = torch.cat([scores for _, scores, _, _ in members])
             heads, ratio = members[0][0].axis == "heads", members[0][-1]
@@ -162,8 +162,8 @@ class BasePruner:
             threshold = joined.sort().values[min(count, len(joined)) - 1] if count > 0 else -math.inf
             for group, scores, first, _ in members:
                 going = max(0, count) if len(members) == 1 else int((scores <= threshold).sum())
-                found[group] = self._rounded(going, group.channels, first), scores
-        return found
+                going_and_scores[group] = self._rounded(going, group.channels, first), scores
+        return going_and_scores
 
     def _rounded(self, going: int, channels: int, first: int) -> int:
         least = max(1, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9))
@@ -223,8 +223,10 @@ class BasePruner:
 
     def update_regularizer(self) -> None:
         """Find the groups anew after a step."""
-        found = [] if type(self) is BasePruner else self.DG.get_all_groups(root_module_types=self.root_module_types)
-        self._groups = list(found)
+        all_groups = (
+            [] if type(self) is BasePruner else self.DG.get_all_groups(root_module_types=self.root_module_types)
+        )
+        self._groups = list(all_groups)
 
     def _pull(self, group: Iterable[Any], strength: Tensor, bias: bool) -> None:
         """Add each channel's strength times its weights to the gradients."""
@@ -325,8 +327,8 @@ def _parts(layer: nn.Module | nn.Parameter) -> list[Any]:
 
 def _by_layer(given: Mapping[Any, float]) -> dict[int, tuple[object, float]]:
     """For each module: what its key is, and the ratio."""
-    found: dict[int, tuple[object, float]] = {}
+    by_module: dict[int, tuple[object, float]] = {}
     for number, (key, ratio) in enumerate(given.items()):
         for layer in key if isinstance(key, tuple) else (key,):
-            found |= {id(module): (number, ratio) for module in layer.modules()}
-    return found
+            by_module |= {id(module): (number, ratio) for module in layer.modules()}
+    return by_module

@@ -40,8 +40,8 @@ def count_ops_and_params(model: nn.Module, example_inputs: Any, layer_wise: bool
 
 def measure_latency(model: nn.Module, example_inputs: Any, repeat: int = 300, warmup: int = 50) -> tuple[float, float]:
     """Mean and standard deviation of a forward, in milliseconds."""
-    found = timed({"model": model}, example_inputs, runs=repeat, warmup=warmup, memory=False, explanations=False)
-    seconds = np.array(found.timings[0].seconds)
+    result = timed({"model": model}, example_inputs, runs=repeat, warmup=warmup, memory=False, explanations=False)
+    seconds = np.array(result.timings[0].seconds)
     return float(seconds.mean() * 1e3), float(seconds.std() * 1e3)
 
 

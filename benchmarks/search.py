@@ -109,7 +109,12 @@ def run(images: int, trials: int, rounds: int) -> dict[str, Any]:
 def page(data: dict[str, Any]) -> str:
     """The results as tables."""
     asked = data["asked"]
-    lines = ["# The fastest network within half a point", "", (__doc__ or "").partition("\n\n")[2].partition("Run")[0]]
+    lines = [
+        "# The fastest network within half a point",
+        "",
+        (__doc__ or "").partition("\n\n")[2].partition("Run from")[0].strip(),
+        "",
+    ]
     lines += [
         f"{asked['images']:,} images to calibrate, {asked['trials']} trials of which {data['evaluations']} were "
         f"evaluated, {asked['cpu_seconds']} CPU seconds for library and search.",

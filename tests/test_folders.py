@@ -74,8 +74,8 @@ def test_what_is_wrong_leaves_nothing_behind(tmp_path: Path) -> None:
         assert sorted(tmp_path.rglob("*")) == before
 
     refused(PlanError, "ratio is 2", ratio=2)
-    refused(PlanError, "rank by weights alone", importance="taylor")
-    refused(PlanError, "rank by weights alone", data=[1])
+    refused(PlanError, "importance must look at weights alone", importance="taylor")
+    refused(PlanError, "importance must look at weights alone", data=[1])
     refused(PlanError, "No configuration says what comes of it .*inv_freq", axes=["head_size"])
     refused(PlanError, "example_inputs is 3", example_inputs=3)
     shard = max(whole.glob("*.safetensors"))

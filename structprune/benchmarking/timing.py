@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -84,13 +84,14 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Durations in seconds of each call, run in turns; `progress` shows a bar that says `what`."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    rounds = iter(shown(range(warmup + runs), what, progress=progress, still=True))
+    for _ in islice(rounds, warmup):
+        for call in calls.values():
+            call()
     with collection_paused():
-        for number in shown(range(warmup + runs), what, progress=progress, still=True):
+        for _ in rounds:
             for name, call in calls.items():
-                if number < warmup:
-                    call()
-                else:
-                    seconds[name].append(clock(call, device))
+                seconds[name].append(clock(call, device))
     return seconds
 
 

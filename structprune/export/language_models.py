@@ -333,6 +333,7 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     transformers keeps them half a head apart: of a head of 4, rows 0 1 2 3 become 0 2 1 3.
 
     Example:
+        >>> import torch
         >>> _interleaved(torch.arange(4.0)[:, None], 1).flatten().tolist()
         [0.0, 2.0, 1.0, 3.0]
     """

@@ -1,7 +1,7 @@
 """Compress a network for handwritten digits until its accuracy has fallen by two points: the interface of Condensa.
 
 The lines between the two rules are the listing of Joseph et al., A Programmable Approach to Neural Network Compression,
-2020, nearly word for word. Takes half a minute: ``python examples/compressor.py``.
+2020, nearly word for word. Takes less than a minute: ``python examples/compressor.py``.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class GroupMagnitudeImportance(Importance):
             return None
         if self.group_reduction is None:
             return torch.stack([score for score, _ in parts])
-        scores = self._reduced(parts, len(place))
+        scores = self._reduced(parts, self.group_reduction, len(place))
         normalize = _NORMALIZERS[self.normalizer] if isinstance(self.normalizer, str) else self.normalizer
         return scores if normalize is None else normalize(scores)
 
@@ -96,9 +96,9 @@ class GroupMagnitudeImportance(Importance):
             scores.append(self._entries(layer.bias))
         return scores
 
-    def _reduced(self, parts: list[tuple[Tensor, Tensor]], channels: int) -> Tensor:
+    @staticmethod
+    def _reduced(parts: list[tuple[Tensor, Tensor]], how: str, channels: int) -> Tensor:
         """One score for each channel from those of all layers."""
-        how = self.group_reduction
         if how == "gate":
             return reduced(parts[-1:], "sum", channels)
         if how == "mean":  # over all, where structprune's is over those that have the channel

@@ -191,6 +191,7 @@ def stories(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> N
 
 
 LARGE_SHARES = (0.75, 0.5)
+LARGE_TOKENS, LARGE_REPEATS = 16, 3
 
 
 def large_llama(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
@@ -208,7 +209,7 @@ def large_llama(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) 
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     example = {"input_ids": torch.ones(1, 16, dtype=torch.long)}
-    facts["dense"] = {"params": _params(model), **_speed(model)}
+    facts["dense"] = {"params": _params(model), **_speed(model, LARGE_TOKENS, LARGE_REPEATS)}
     rows: list[dict[str, Any]] = []
     facts["rows"] = rows
     for share, method in ((s, m) for s in LARGE_SHARES for m in ("channels", "blocks", "both")):
@@ -218,7 +219,7 @@ def large_llama(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) 
         slim = plan.apply(model)
         removed = list(plan.removal.branches) if isinstance(plan, structprune.DepthPlan) else []
         row = {"share": share, "method": method, "params": plan.after.params, "blocks removed": len(removed)}
-        rows.append(row | _speed(slim))
+        rows.append(row | _speed(slim, LARGE_TOKENS, LARGE_REPEATS))
         print(rows[-1], flush=True)
         write(facts)
 
@@ -227,22 +228,22 @@ def _params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _speed(model: nn.Module) -> dict[str, float]:
+def _speed(model: nn.Module, tokens: int = NEW_TOKENS, repeats: int = REPEATS) -> dict[str, float]:
     """Tokens a second of greedy generation with a cache; the median of some runs."""
-    found = sorted(_generations(model))
-    return {"tokens_per_s": NEW_TOKENS / found[len(found) // 2]}
+    seconds = sorted(_generations(model, tokens, repeats))
+    return {"tokens_per_s": tokens / seconds[len(seconds) // 2]}
 
 
 @torch.no_grad()
-def _generations(model: Any) -> Iterator[float]:
+def _generations(model: Any, tokens: int, repeats: int) -> Iterator[float]:
     prompt = torch.ones(1, 4, dtype=torch.long)
-    for run in range(REPEATS + 1):
+    for run in range(repeats + 1):
         start = time.process_time()
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
             do_sample=False,
             pad_token_id=0,
         )
@@ -337,7 +338,7 @@ def _large_llama_lines(net: dict[str, Any]) -> list[str]:
     lines = [
         "## A Llama of half a billion random weights", "",
         f"Dense: {dense['params']:,} parameters in bfloat16, {dense['tokens_per_s']:.2f} tokens a second of CPU time "
-        f"(greedy generation of {NEW_TOKENS} tokens with a cache, one thread, median of {REPEATS}).", "",
+        f"(greedy generation of {LARGE_TOKENS} tokens with a cache, one thread, median of {LARGE_REPEATS}).", "",
         "| parameters | may go | blocks gone | parameters left | tokens/s |", "|--:|---|--:|--:|--:|",
     ]  # fmt: skip
     for row in net["rows"]:

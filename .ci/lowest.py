@@ -3,7 +3,7 @@
     python .ci/lowest.py                          # or: make lowest
     python .ci/lowest.py --torch 2.13.0+cpu       # where the lowest torch is not to be had, or only with CUDA
 
-torch is a large download: a build for the CPU alone comes by ``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu``.
+torch is a large download where pip is offered a build with CUDA; an index with builds for the CPU alone saves that.
 """
 
 from __future__ import annotations

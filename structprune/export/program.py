@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +22,21 @@ from structprune.tracing.trace import ExampleInputs, as_call
 
 # Dimension -> name, for each input.
 Dims = Sequence[Mapping[int, str]]
+
+
+@contextmanager
+def _without_torchvision() -> Generator[None]:
+    """Torch's exporter warns in each export where torchvision, of which nothing may be used, is not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+
+    def matters(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("torchvision is not installed")
+
+    logger.addFilter(matters)
+    try:
+        yield
+    finally:
+        logger.removeFilter(matters)
 
 
 def program_of(
@@ -41,7 +58,7 @@ def program_of(
     shapes = tuple(dict.fromkeys(free_dims, torch.export.Dim.DYNAMIC) or None for free_dims in dims)
 
     def exported(optimize: bool) -> Any:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_torchvision():
             # torch's exporter copies a class that torch itself has deprecated; nothing that a user could act on.
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
             # Hooks that compute a weight, as spectral_norm's, set it anew in each forward; what is written is compared.

@@ -212,7 +212,7 @@ def large_llama(facts: dict[str, Any], write: Callable[[dict[str, Any]], None]) 
     facts["dense"] = {"params": _params(model), **_speed(model, LARGE_TOKENS, LARGE_REPEATS)}
     rows: list[dict[str, Any]] = []
     facts["rows"] = rows
-    for share, method in ((s, m) for s in LARGE_SHARES for m in ("channels", "blocks", "both")):
+    for share, method in ((s, m) for s in LARGE_SHARES for m in ("channels", "blocks")):
         axes = LANGUAGE_METHODS[method]
         branches = {} if method == "channels" else {"branch_score": "influence", "data": [example]}
         plan = structprune.plan(model, example, target={"params": share}, axes=axes, **branches)

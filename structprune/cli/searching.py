@@ -57,19 +57,19 @@ def optimize_command(
             return agreement(model, loaded.model, rest) if asked is None else asked(model)
 
         output.step("searching")
-        found = optimize(
+        optimized = optimize(
             loaded.model, loaded.inputs, train, evaluate, eps=eps, minimize=minimize, trials=trials, storage=storage,
             how=how,
         )  # fmt: skip
-        told: dict[str, Any] = {"objective": found.objective, "dense": found.dense, "least": found.least}
-        told |= {"evaluations": found.evaluations, "gain": found.gain, "folder": None}
+        told: dict[str, Any] = {"objective": optimized.objective, "dense": optimized.dense, "least": optimized.least}
+        told |= {"evaluations": optimized.evaluations, "gain": optimized.gain, "folder": None}
         told["trials"] = [
             {"number": t.number, "point": dict(t.point), "state": t.state, "cost": t.cost, "quality": t.quality}
-            for t in found.trials
+            for t in optimized.trials
         ]
-        if found.model is not None and found.plan is not None:
-            save(found.model, out)
-            told |= {"folder": str(out), "quality": None if found.best is None else found.best.quality}
-            write_text(Path(out) / "search.html", found._repr_html_())
-        saved = f"saved to {out}" if found.model is not None else "nothing was saved: raise --eps or --trials"
-        output.result(told, found.table(), f"{found!r}\n{saved}")
+        if optimized.model is not None and optimized.plan is not None:
+            save(optimized.model, out)
+            told |= {"folder": str(out), "quality": None if optimized.best is None else optimized.best.quality}
+            write_text(Path(out) / "search.html", optimized._repr_html_())
+        saved = f"saved to {out}" if optimized.model is not None else "nothing was saved: raise --eps or --trials"
+        output.result(told, optimized.table(), f"{optimized!r}\n{saved}")

@@ -21,7 +21,7 @@ from structprune.search.direct import inputs_of
 from structprune.search.objectives import Measure, Objective
 from structprune.search.projections import Projection, fill, values_of
 from structprune.search.scheme import Scheme
-from structprune.search.task import AccuracyOptimizer, Found, Task
+from structprune.search.task import AccuracyOptimizer, Compressed, Task
 from structprune.search.trials import ENDED_EARLY, TRAINED, DensitySearch, Settings, Trial
 from structprune.tracing.trace import map_tensors
 from structprune.training.evaluation import default_loss, labels_of, logits_of, score_of
@@ -149,8 +149,8 @@ class Compressor:
         self.statistics = {}
         with preserved(self._train, self._validate, self._test):
             run = _Run(self, permanent(unwrapped(self._model)))
-            found, scheme, slim = run.decided()
-            statistics = run.statistics(found, scheme, slim)
+            compressed, scheme, slim = run.decided()
+            statistics = run.statistics(compressed, scheme, slim)
         for name, module in inner.named_modules():
             slim.get_submodule(name).training = module.training
         self.statistics = {**statistics, "seconds": time.perf_counter() - begin}
@@ -172,10 +172,10 @@ class Compressor:
                 "criterion is called with outputs and targets, and a batch of trainloader is no pair of inputs and "
                 "targets. Leave criterion out if the model returns its loss."
             )
-        found = self._criterion(logits_of(call_on_batch(model, batch)), targets)
-        if not isinstance(found, Tensor) or found.numel() != 1:
+        loss = self._criterion(logits_of(call_on_batch(model, batch)), targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise PlanError("criterion returned no scalar tensor; it returns the mean over the batch.")
-        return found
+        return loss
 
     def _score(self, model: nn.Module, data: Data | None = None) -> float:
         """The score of a model on validation data."""
@@ -205,7 +205,7 @@ class _Run:
         self._unit = lost or max(1e-3 * abs(self._before), 1e-12)
         self._measure = None if asked._objective is None else Measure(asked._objective, dense, self._batch)
         self._search: DensitySearch | None = None
-        self._kept: tuple[Found, Scheme, nn.Module] | None = None
+        self._kept: tuple[Compressed, Scheme, nn.Module] | None = None
 
     def _first_batch(self) -> Any:
         for batch in self._asked._train:
@@ -222,7 +222,7 @@ class _Run:
             return 100 * eps
         return eps * abs(self._before)
 
-    def decided(self) -> tuple[Found, Scheme, nn.Module]:
+    def decided(self) -> tuple[Compressed, Scheme, nn.Module]:
         """What was found, by which scheme, and the network in its final form."""
         asked = self._asked
         if asked._objective is None or self._measure is None:
@@ -259,13 +259,13 @@ class _Run:
         assert self._measure is not None
         assert self._search is not None
         begin = time.perf_counter()
-        found, scheme, slim = self._compressed(self._asked._scheme.with_densities(densities), self._hopeless)
+        compressed, scheme, slim = self._compressed(self._asked._scheme.with_densities(densities), self._hopeless)
         value, score = self._measure(slim), self._asked._score(slim)
-        feasible = not found.ended_early and score >= self._allowed
+        feasible = not compressed.ended_early and score >= self._allowed
         best = self._search.best
         if feasible and (best is None or self._measure.objective.better(value, best.value)):
-            self._kept = found, scheme, slim
-        outcome = ENDED_EARLY if found.ended_early else TRAINED
+            self._kept = compressed, scheme, slim
+        outcome = ENDED_EARLY if compressed.ended_early else TRAINED
         return Trial(densities, value, score, outcome, feasible, time.perf_counter() - begin)
 
     def _hopeless(self, done: float, best: list[float]) -> bool:
@@ -282,13 +282,13 @@ class _Run:
 
     def _compressed(
         self, scheme: Scheme, hopeless: Callable[[float, list[float]], bool]
-    ) -> tuple[Found, Scheme, nn.Module]:
+    ) -> tuple[Compressed, Scheme, nn.Module]:
         """A network compressed by a scheme, trained, and in its final form."""
         asked = self._asked
         projection = scheme.on(self._dense, self._inputs)
         task = Task(asked._train, asked._loss, asked._score, asked._seed, hopeless)
-        found = asked._optimizer.compress(self._dense, projection, task)
-        return found, scheme, self._final(scheme, projection, found.model)
+        compressed = asked._optimizer.compress(self._dense, projection, task)
+        return compressed, scheme, self._final(scheme, projection, compressed.model)
 
     def _final(self, scheme: Scheme, projection: Projection, model: nn.Module) -> nn.Module:
         """The form in which a compressed network is handed over: smaller, and in its types."""
@@ -297,7 +297,7 @@ class _Run:
 
     # -- statistics ----------------------------------------------------------------------------------------------
 
-    def statistics(self, found: Found, scheme: Scheme, slim: nn.Module) -> dict[str, Any]:
+    def statistics(self, compressed: Compressed, scheme: Scheme, slim: nn.Module) -> dict[str, Any]:
         """What was done, as plain data."""
         after = self._asked._score(slim)
         held: dict[str, Any] = {
@@ -307,8 +307,8 @@ class _Run:
             "score": {"dense": self._before, "compressed": after, "allowed": self._allowed},
             "within_eps": after >= self._allowed,
             "weights": {"dense": _stored(self._dense), "compressed": _stored(slim)},
-            "steps": [asdict(step) for step in found.history],
-            "ended_early": found.ended_early,
+            "steps": [asdict(step) for step in compressed.history],
+            "ended_early": compressed.ended_early,
         }
         if self._measure is not None:
             held["objective"] = {

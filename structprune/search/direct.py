@@ -18,7 +18,7 @@ from structprune.importance.data import size_of
 from structprune.masks.compacting import compact
 from structprune.recovery.recover import recover
 from structprune.search.projections import Projection, Values, fill, values_of
-from structprune.search.task import Best, Found, Task, TrainingStep, mean_of, sgd
+from structprune.search.task import Best, Compressed, Task, TrainingStep, mean_of, sgd
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Direct:
         require(vars(self), epochs=whole(0), lr=real(above=0), iterations=whole(1).or_none)
         require(vars(self), momentum=real(least=0, below=1), weight_decay=real(least=0))
 
-    def compress(self, model: nn.Module, projection: Projection, task: Task) -> Found:
+    def compress(self, model: nn.Module, projection: Projection, task: Task) -> Compressed:
         """See `structprune.search.task.AccuracyOptimizer`."""
         w = copy.deepcopy(model)
         best = Best(w, task)
         best.offer(projection.compressed(values_of(w)), None)
         if not self.epochs:
-            return best.found(model, False)
+            return best.result(model, False)
         count = task.length() if self.iterations is None else self.iterations
-        return best.found(model, self.train(w, projection, best, task.batches(), count))
+        return best.result(model, self.train(w, projection, best, task.batches(), count))
 
     def train(self, w: nn.Module, projection: Projection, best: Best, batches: Iterator[Any], count: int) -> bool:
         """Train what a projection of the weights leaves, in place; whether that was given up."""
@@ -132,14 +132,14 @@ class Recover:
     def __post_init__(self) -> None:
         require(vars(self), samples=whole(1), rows=whole(1), rounds=whole(0))
 
-    def compress(self, model: nn.Module, projection: Projection, task: Task) -> Found:
+    def compress(self, model: nn.Module, projection: Projection, task: Task) -> Compressed:
         """See `structprune.search.task.AccuracyOptimizer`."""
         batches = list(self._batches(task))
         dense = copy.deepcopy(model)
         theta = projection.compressed(values_of(dense))
         best = Best(dense, task)
         best.offer(theta, None)
-        before = best.found(model, False)
+        before = best.result(model, False)
         given = inputs_of(batches[0])
         slim = compact(before.model.eval(), given)
         if _sizes(slim) == _sizes(model):
@@ -148,8 +148,8 @@ class Recover:
         score = task.score(recovered)
         step = TrainingStep(1, None, score, 0.0)
         if score <= before.score:
-            return Found(before.model, before.score, (*before.history, step))
-        return Found(recovered, score, (*before.history, step))
+            return Compressed(before.model, before.score, (*before.history, step))
+        return Compressed(recovered, score, (*before.history, step))
 
     def _batches(self, task: Task) -> Iterator[Any]:
         held = 0

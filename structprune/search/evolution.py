@@ -132,14 +132,14 @@ class Search:
 
     def _offspring(self, parent: States) -> list[States]:
         """Offspring that are not yet known, within the limits."""
-        found: list[States] = []
+        offspring: list[States] = []
         for _ in range(self._how.offspring):
             for _ in range(DRAWS):
                 states = self._mutated(parent)
-                if states is not None and states not in found and (states, len(self._outputs)) not in self._lost:
-                    found.append(states)
+                if states is not None and states not in offspring and (states, len(self._outputs)) not in self._lost:
+                    offspring.append(states)
                     break
-        return found
+        return offspring
 
     def _mutated(self, parent: States) -> States | None:
         """Some groups wider, others narrower until the limits hold, and then as many wider as still fit."""

@@ -52,15 +52,15 @@ def chosen_layers(model: nn.Module, layers: Iterable[str], ignore: Iterable[str]
     """
     layers, ignore = tuple(layers), tuple(ignore)
     require_matches(model, layers, ignore)
-    found = {
+    chosen = {
         path: module
         for path, module in model.named_modules()
         # A computed weight is no parameter of its layer.
         if type(module) in LAYERS and "weight" in module._parameters and (not path or is_chosen(path, layers, ignore))
     }
-    if not found:
+    if not chosen:
         raise PlanError("layers and ignore leave no linear layer and no convolution to compress.")
-    return found
+    return chosen
 
 
 # -- layers in another type --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from structprune.checking import real, require, whole
 from structprune.search.direct import Direct
 from structprune.search.projections import Projection, Values, values_of
-from structprune.search.task import Best, Found, Task, mean_of, sgd
+from structprune.search.task import Best, Compressed, Task, mean_of, sgd
 
 # What Condensa's examples give: mu, and of an L step the first and the last learning rate, the batches, and momentum.
 _MU = 1e-3
@@ -102,7 +102,7 @@ class LC:
         require(vars(self), finish=real(least=0, below=1))
         require(vars(self), momentum=real(least=0, below=1), weight_decay=real(least=0))
 
-    def compress(self, model: nn.Module, projection: Projection, task: Task) -> Found:
+    def compress(self, model: nn.Module, projection: Projection, task: Task) -> Compressed:
         """See `structprune.search.task.AccuracyOptimizer`."""
         w = copy.deepcopy(model)
         batches = task.batches()
@@ -124,13 +124,13 @@ class LC:
             mu = min(mu * self.mu_factor, self.mu_cap)
             done = step / (self.steps - 1)
             if not last and done >= _LATE and best.hopeless(done):
-                return best.found(model, True)
+                return best.result(model, True)
         if not last:
-            return best.found(model, False)
+            return best.result(model, False)
         w.load_state_dict(best.kept.state_dict())
         best.shown = ()  # from here on the norms see the network that is scored
         direct = Direct(last, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        return best.found(model, direct.train(w, projection, best, batches, self._length(2, task)))
+        return best.result(model, direct.train(w, projection, best, batches, self._length(2, task)))
 
     @property
     def _last(self) -> float:

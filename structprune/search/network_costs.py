@@ -59,10 +59,10 @@ class Costs:
 
     def _asked(self, model: nn.Module) -> float:
         assert self._function is not None
-        found = number_of(self._function, model, "minimize")
-        if found <= 0:
-            raise PlanError(f"The function minimize gave {found:g}; let it give a number above 0.")
-        return found
+        amount = number_of(self._function, model, "minimize")
+        if amount <= 0:
+            raise PlanError(f"The function minimize gave {amount:g}; let it give a number above 0.")
+        return amount
 
 
 def number_of(function: Evaluate, model: nn.Module, what: str) -> float:
@@ -72,11 +72,11 @@ def number_of(function: Evaluate, model: nn.Module, what: str) -> float:
         PlanError: it is no finite number.
     """
     with evaluating(model):
-        found: Any = function(model)
+        answer: Any = function(model)
     try:
-        value = float(found)
+        value = float(answer)
     except (TypeError, ValueError) as error:
-        raise PlanError(f"{what} returned a {type(found).__name__}; let it return a number.") from error
+        raise PlanError(f"{what} returned a {type(answer).__name__}; let it return a number.") from error
     if not abs(value) < float("inf"):
         raise PlanError(f"{what} returned {value}, which is no finite number. Check the data that it looks at.")
     return value

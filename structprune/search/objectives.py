@@ -30,8 +30,8 @@ def _macs(model: nn.Module, inputs: ExampleInputs) -> float:
 
 
 def _memory(model: nn.Module, inputs: ExampleInputs) -> float:
-    found = cost(model, inputs)
-    return float(found.weight_bytes + found.peak_activation_bytes)
+    counted = cost(model, inputs)
+    return float(counted.weight_bytes + counted.peak_activation_bytes)
 
 
 COUNTED: dict[str, Callable[[nn.Module, ExampleInputs], float]] = {
@@ -172,18 +172,18 @@ class Measure:
         if device_of(self.dense).type == "cpu" and torch.get_num_threads() == 1:
             given["clock"] = "process"  # what others do on the machine is not the network's time
         models = {"dense": self.dense} if self._seconds is None else {"dense": self.dense, "compressed": model}
-        found = benchmark(models, self._inputs, memory=False, explanations=False, **given)
+        timed = benchmark(models, self._inputs, memory=False, explanations=False, **given)
         if self._seconds is None:
-            self._seconds = found.timing("dense", self.objective.backend).median
+            self._seconds = timed.timing("dense", self.objective.backend).median
             return self._seconds
-        return self._seconds / found.speedup("compressed", self.objective.backend).ratio
+        return self._seconds / timed.speedup("compressed", self.objective.backend).ratio
 
 
 def _number(value: Any, name: str) -> float:
     try:
-        found = float(value)
+        number = float(value)
     except (TypeError, ValueError) as error:
         raise PlanError(f"The objective {name} returned {shown(value)}; it returns a number.") from error
-    if not is_number(found):
-        raise PlanError(f"The objective {name} returned {found}; it returns a finite number.")
-    return found
+    if not is_number(number):
+        raise PlanError(f"The objective {name} returned {number}; it returns a finite number.")
+    return number

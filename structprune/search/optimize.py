@@ -163,8 +163,8 @@ def optimize(
         >>> goal = model(x).argmax(1)
         >>> def accuracy(model):
         ...     return float((model(x).argmax(1) == goal).float().mean())
-        >>> found = structprune.optimize(model, x[:1], [x], accuracy, eps=0.05, minimize="macs", trials=6, round_to=1)
-        >>> found.gain > 1.2 and found.best.quality >= 0.95
+        >>> result = structprune.optimize(model, x[:1], [x], accuracy, eps=0.05, minimize="macs", trials=6, round_to=1)
+        >>> result.gain > 1.2 and result.best.quality >= 0.95
         True
     """
     objective = Check(lambda v: v in (*COUNTED, "latency") if isinstance(v, str) else function("model").fits(v),
@@ -187,7 +187,7 @@ def optimize(
     with ExitStack() as stack:
         costs = Costs(prunable(model), example_inputs, maximize or minimize or "latency", how.latency, stack)
         work = _Work(prunable(model), example_inputs, batches, forward, evaluate, costs, using, how)
-        return work.found(eps, trials, None if storage is None else os.fspath(storage), study_name)
+        return work.result(eps, trials, None if storage is None else os.fspath(storage), study_name)
 
 
 class _Work:
@@ -205,7 +205,7 @@ class _Work:
         self._kept: tuple[int, nn.Module, Plan] | None = None
         self._study: Study
 
-    def found(self, eps: float, trials: int, storage: str | None, name: str | None) -> Optimized:
+    def result(self, eps: float, trials: int, storage: str | None, name: str | None) -> Optimized:
         """Do trials until there are enough, and gather what came of them."""
         how, space = self._how, self._how.space
         setting = Setting(dimensions(space, self._widths.levels), space.remaining, self._at_share, how.warm)
@@ -235,8 +235,8 @@ class _Work:
 
     def _tried(self, trial: Trial) -> Trial:
         begun = time.perf_counter()
-        found = self._steps(trial)
-        return replace(found, seconds=time.perf_counter() - begun)
+        ended = self._steps(trial)
+        return replace(ended, seconds=time.perf_counter() - begun)
 
     def _steps(self, trial: Trial) -> Trial:
         """What is known of a trial once it was evaluated, or ended early."""

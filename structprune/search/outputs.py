@@ -69,7 +69,7 @@ def _first(model: nn.Module, inputs: Any) -> Tensor:
     args, kwargs = as_call(inputs)
     with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
         model.eval()
-        found = next(tensors_in(model(*args, **kwargs)), None)
-    if found is None:
+        first = next(tensors_in(model(*args, **kwargs)), None)
+    if first is None:
         raise RecoveryError(f"{type(model).__name__} returns no tensor on a batch of data, so nothing can be compared.")
-    return found
+    return first

@@ -202,20 +202,20 @@ class Sequential:
 
     def compressed(self, values: Values) -> dict[str, Tensor]:
         """Each on what those before it gave."""
-        found: dict[str, Tensor] = {}
+        projected: dict[str, Tensor] = {}
         for each in self.projections:
-            found |= each.compressed({**values, **found})
-        return found
+            projected |= each.compressed({**values, **projected})
+        return projected
 
     def support(self, values: Values) -> dict[str, Tensor]:
         """What none of them sets to zero."""
-        found: dict[str, Tensor] = {}
+        together: dict[str, Tensor] = {}
         held = dict(values)
         for each in self.projections:
             for name, kept in each.support(held).items():
-                found[name] = found[name] & kept if name in found else kept
+                together[name] = together[name] & kept if name in together else kept
             held |= each.compressed(held)
-        return found
+        return together
 
     def realised(self, model: nn.Module) -> nn.Module:
         """Each in its form."""
@@ -226,9 +226,9 @@ class Sequential:
 
 def _weights(model: nn.Module, layers: tuple[str, ...], ignore: tuple[str, ...]) -> tuple[str, ...]:
     """The weights of the layers that are chosen, each tied one once."""
-    found = [f"{path}.weight".lstrip(".") for path in chosen_layers(model, layers, ignore)]
+    names = [f"{path}.weight".lstrip(".") for path in chosen_layers(model, layers, ignore)]
     parameters = values_of(model)
-    return tuple(name for name in found if name in parameters)
+    return tuple(name for name in names if name in parameters)
 
 
 def _going(density: float, count: int) -> int:

@@ -64,12 +64,12 @@ class Optimized:
     @property
     def points(self) -> list[tuple[float, float, str]]:
         """Cost, quality and name of the evaluated trials, for ``structprune.report(points=...)``."""
-        found = [
+        points = [
             (t.cost * self.whole, t.quality, f"trial {t.number}")
             for t in self.trials
             if t.cost is not None and t.quality is not None
         ]
-        return [(self.whole, self.dense, "dense"), *found]
+        return [(self.whole, self.dense, "dense"), *points]
 
     def __repr__(self) -> str:
         """The best trial; all of them are in ``print(result.table())``."""

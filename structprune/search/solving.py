@@ -126,8 +126,8 @@ class Solver:
     def layers(self, group: Group) -> list[_Layer]:
         """The consumers of a group that can be solved."""
         if group not in self._layers:
-            found = (self._layer(consumer) for consumer in group_consumers(self._graph, group))
-            self._layers[group] = [layer for layer in found if layer is not None]
+            layers = (self._layer(consumer) for consumer in group_consumers(self._graph, group))
+            self._layers[group] = [layer for layer in layers if layer is not None]
         return self._layers[group]
 
     def _layer(self, consumer: GroupConsumer) -> _Layer | None:
@@ -164,9 +164,9 @@ class Solver:
 
     def _moments(self, nodes: Sequence[fx.Node]) -> dict[int, tuple[Tensor, LinearMap]]:
         """For each operation the second moments of its features, with the intercept last, and its linear map."""
-        found: dict[int, tuple[Tensor, LinearMap]] = {}
+        moments: dict[int, tuple[Tensor, LinearMap]] = {}
         if not nodes:
-            return found
+            return moments
         model, trace = self._graph.model, self._graph.trace
         generators = {
             node.meta["index"]: torch.Generator().manual_seed(self._seed + node.meta["index"]) for node in nodes
@@ -174,17 +174,15 @@ class Solver:
         for number, inputs in enumerate(self._stream):
             if number not in self._used:
                 continue
-            hooks = {
-                node.meta["index"]: partial(self._seen, found, generators[node.meta["index"]], number) for node in nodes
-            }
+            hooks = {index: partial(self._seen, moments, random, number) for index, random in generators.items()}
             args, kwargs = as_call(inputs)
             with Replay(trace, hooks, whole=True, error=RecoveryError).over(model):
                 model(*args, **kwargs)
-        return found
+        return moments
 
     def _seen(
         self,
-        found: dict[int, tuple[Tensor, LinearMap]],
+        moments: dict[int, tuple[Tensor, LinearMap]],
         generator: torch.Generator,
         number: int,
         call: ReplayedCall,
@@ -197,10 +195,10 @@ class Solver:
             raise RecoveryError(f"A batch reaches {name} with another number of dimensions than the example inputs.")
         x: Tensor = argument(name, "input", call.args, call.kwargs)
         result = call()
-        if index not in found:
+        if index not in moments:
             size = layer.features + 1
-            found[index] = torch.zeros(size, size, dtype=torch.float64, device=x.device), layer
-        xx = found[index][0]
+            moments[index] = torch.zeros(size, size, dtype=torch.float64, device=x.device), layer
+        xx = moments[index][0]
         total = max(1, int(self._probes.seen(number, layer.positions(result))))
         drawn = torch.arange(total)
         if self._quota < total:

@@ -88,16 +88,16 @@ def dimensions(space: Space, levels: Mapping[str, int]) -> list[Dimension]:
         >>> [dimension.name for dimension in dimensions(Space(criteria=("library", "l2")), {})]
         ['remaining', 'criterion']
     """
-    found: list[Dimension] = []
+    dimensions: list[Dimension] = []
     if space.per_group:
-        found += [Dimension(f"{LEVEL}/{name}", (0, count), whole=True) for name, count in levels.items()]
+        dimensions += [Dimension(f"{LEVEL}/{name}", (0, count), whole=True) for name, count in levels.items()]
     else:
-        found.append(Dimension(REMAINING, space.remaining))
+        dimensions.append(Dimension(REMAINING, space.remaining))
     axes = tuple("+".join(each) if each else "default" for each in space.axes)
     for name, words in ((CRITERION, space.criteria), (SCOPE, space.scopes), (AXES, axes), (RECOVERY, space.recoveries)):
         if len(words) > 1:
-            found.append(Dimension(name, words=tuple(words)))
-    return found
+            dimensions.append(Dimension(name, words=tuple(words)))
+    return dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +154,9 @@ def front_of(trials: Sequence[Trial]) -> tuple[Trial, ...]:
         >>> [trial.number for trial in front_of(trials)]
         [2, 0]
     """
-    found: list[Trial] = []
+    front: list[Trial] = []
     evaluated = [t for t in trials if t.cost is not None and t.quality is not None]
     for trial in sorted(evaluated, key=lambda t: (t.cost, -(t.quality or 0.0))):
-        if not found or (trial.quality or 0.0) > (found[-1].quality or 0.0):
-            found.append(trial)
-    return tuple(found)
+        if not front or (trial.quality or 0.0) > (front[-1].quality or 0.0):
+            front.append(trial)
+    return tuple(front)

@@ -163,15 +163,15 @@ def _key(point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def drawn(dimensions: Sequence[Dimension], random: np.random.Generator) -> Point:
     """A point at random."""
-    found: Point = {}
+    point: Point = {}
     for dimension in dimensions:
         if dimension.bounds is None:
-            found[dimension.name] = dimension.words[int(random.integers(len(dimension.words)))]
+            point[dimension.name] = dimension.words[int(random.integers(len(dimension.words)))]
         elif dimension.whole:
-            found[dimension.name] = int(random.integers(int(dimension.bounds[0]), int(dimension.bounds[1]) + 1))
+            point[dimension.name] = int(random.integers(int(dimension.bounds[0]), int(dimension.bounds[1]) + 1))
         else:
-            found[dimension.name] = float(random.uniform(*dimension.bounds))
-    return found
+            point[dimension.name] = float(random.uniform(*dimension.bounds))
+    return point
 
 
 # Our own by name; the others are Optuna's (see `structprune.search.study`).

@@ -126,21 +126,21 @@ class Study:
             return
         with self._signs_of_life(trial):
             try:
-                found = work(Trial(trial.number, dict(trial.params)))
+                done = work(Trial(trial.number, dict(trial.params)))
             except BaseException as error:
                 self._fail(trial.number, f"{type(error).__name__}: {error}")
                 raise
-            self._tell(trial, found)
+            self._tell(trial, done)
 
-    def _tell(self, trial: Any, found: Trial) -> None:
-        facts = {name: value for name, value in asdict(found).items() if name not in ("number", "point")}
+    def _tell(self, trial: Any, done: Trial) -> None:
+        facts = {name: value for name, value in asdict(done).items() if name not in ("number", "point")}
         for name, value in facts.items():
             trial.set_user_attr(name, value)
         if hasattr(trial, "set_constraint"):
-            trial.set_constraint("quality", float(found.missed))
+            trial.set_constraint("quality", float(done.missed))
         states = self._optuna.trial.TrialState
         try:
-            values = [found.cost] if self._objectives == 1 else [found.cost, found.quality]
+            values = [done.cost] if self._objectives == 1 else [done.cost, done.quality]
             if None in values:
                 self._study.tell(trial.number, state=states.PRUNED)
             else:  # also of one that ended early: a sampler that knows the cost does not ask for it again
@@ -232,15 +232,15 @@ def _quiet(optuna: Any) -> Generator[None]:
 
 
 def _trials(study: Any) -> tuple[Trial, ...]:
-    found: list[Trial] = []
+    trials: list[Trial] = []
     for trial in study.get_trials(deepcopy=False):
         if trial.state.name in ("FAIL", "WAITING"):
             continue
         facts = {name: trial.user_attrs[name] for name in Trial.__dataclass_fields__ if name in trial.user_attrs}
         if trial.state.name == "RUNNING":
             facts = {}
-        found.append(Trial(trial.number, dict(trial.params), **facts))
-    return tuple(found)
+        trials.append(Trial(trial.number, dict(trial.params), **facts))
+    return tuple(trials)
 
 
 def _violation(trial: Any) -> Sequence[float]:

@@ -89,7 +89,7 @@ class TrainingStep:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Compressed:
     """The compressed network with the best score on the validation data.
 
     Attributes:
@@ -108,7 +108,7 @@ class Found:
 class AccuracyOptimizer(Protocol):
     """A way to keep the accuracy of a network that is compressed: `LC`, `Direct`, `Recover`, or your own."""
 
-    def compress(self, model: nn.Module, projection: Projection, task: Task) -> Found:
+    def compress(self, model: nn.Module, projection: Projection, task: Task) -> Compressed:
         """The compressed network.
 
         Args:
@@ -160,11 +160,11 @@ class Best:
         """Whether what is left of the training cannot be enough."""
         return done < 1 and self.task.hopeless(done, self.best)
 
-    def found(self, mode: nn.Module, ended_early: bool) -> Found:
+    def result(self, mode: nn.Module, ended_early: bool) -> Compressed:
         """The best of them, its modules in the modes of another model."""
         for mine, other in zip(self.kept.modules(), mode.modules(), strict=True):
             mine.training = other.training
-        return Found(self.kept, self.best[-1], tuple(self.history), ended_early)
+        return Compressed(self.kept, self.best[-1], tuple(self.history), ended_early)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ import torch
 from bad_inputs import attempts, count
 from harness import RESULTS
 from harness.environment import environment
+from support.torchvision_shim import make_torchvision_importable
 from torch import nn
 
 import structprune
@@ -208,6 +209,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run both, print the table, and write it to ``benchmarks/results``."""
+    make_torchvision_importable()  # transformers, in which folders are pruned, asks for it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=30)

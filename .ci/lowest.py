@@ -36,7 +36,7 @@ def lowest(project: dict[str, object]) -> list[str]:
     """
     optional = project["optional-dependencies"]
     assert isinstance(optional, dict)
-    wanted = [*project["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]  # type: ignore[misc]
+    wanted = [*project["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]  # type: ignore[misc]  # lists of strings, as TOML has them
     if unbounded := [line for line in wanted if ">=" not in line]:
         sys.exit(f"pyproject.toml gives no lower bound: {', '.join(unbounded)}")
     return [re.sub(r">=([^,; ]+).*", r"==\1", line) for line in wanted]

@@ -813,7 +813,7 @@ def attempts(only: str = "") -> Iterator[Attempt]:
                     outcome, message = "accepted", ""
                     try:
                         subject.call(model, Path(folder), **{argument: value})
-                    except Exception as error:
+                    except Exception as error:  # whatever comes is the outcome
                         outcome, message = _outcome(error, argument, value), f"{type(error).__name__}: {error}"
                     after = _state(model)
                 touched = outcome != "accepted" and not all(_same(before[name], after[name]) for name in before)

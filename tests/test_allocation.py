@@ -167,7 +167,7 @@ def test_random_networks_keep_no_less_than_by_the_greedy_choice(problems, chain,
     try:
         plan = structprune.plan(model, x, target={"macs": share}, allocation="auto", scope="global", round_to=1)
     except PlanError as error:
-        assert "cannot be met" in str(error)  # noqa: PT017
+        assert "cannot be met" in str(error)  # noqa: PT017, the error is one of two right ends
         return
     if problems:
         problem, greedy, chosen = problems.pop()

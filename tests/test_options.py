@@ -50,7 +50,7 @@ def test_options_are_frozen_and_kept_in_one_form() -> None:
     assert options.scope == [["0"], ["2"]]
     assert PlanOptions(ignore=model).ignore == (model,)  # a module alone, and not its children
     with pytest.raises(dataclasses.FrozenInstanceError):
-        options.ratio = 0.5  # type: ignore[misc]
+        options.ratio = 0.5  # type: ignore[misc]  # frozen: that is tested
 
 
 def test_a_layer_alone_is_left_whole() -> None:
@@ -154,7 +154,7 @@ def test_a_bad_value_is_refused_by_name(name: str, given: Any, message: str) -> 
 
 def test_a_pruner_refuses_at_once() -> None:
     with pytest.raises(PlanError, match=r"ratio is \[\]"):
-        structprune.Pruner(net(), X, steps=2, ratio=[])  # type: ignore[arg-type]
+        structprune.Pruner(net(), X, steps=2, ratio=[])  # type: ignore[arg-type]  # what is refused
     with pytest.raises(PlanError, match=r"state is \{\}, without ends, plans, steps, taken"):
         structprune.Pruner(net(), X, steps=2, state={})
 

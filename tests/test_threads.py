@@ -98,8 +98,8 @@ def test_a_shadow_shares_no_module_with_the_model() -> None:
     model = _Net()
     model.a.register_forward_hook(_Holder(model.b))
     model.b.register_forward_hook(lambda module, args, output: model.b.weight.mean() + output)
-    model.c.forward = MethodType(nn.Linear.forward, model.c)  # type: ignore[method-assign]
-    model.a.forward = functools.partial(nn.Linear.forward, model.a)  # type: ignore[method-assign]
+    model.c.forward = MethodType(nn.Linear.forward, model.c)  # type: ignore[method-assign]  # as users patch forwards
+    model.a.forward = functools.partial(nn.Linear.forward, model.a)  # type: ignore[method-assign]  # as above
     shadow = shadow_of(model, lambda _, tensor: meta_like(tensor)).model
     assert shadow.later[0] is shadow.b
     assert shadow.b is not model.b

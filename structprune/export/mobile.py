@@ -143,7 +143,7 @@ def _refusals(model: nn.Module, runtime: str) -> Generator[None]:
             yield
     except MissingExtraError:
         raise
-    except Exception as error:
+    except Exception as error:  # as the docstring says: each of many passes has errors of its own
         raise ExportError(
             f"{type(model).__name__} cannot be written for {runtime}: {type(error).__name__}: {last_line(error)}"
         ) from error

@@ -74,7 +74,7 @@ class Widened(Tensor):
                 tensor.stored.copy_(copy)
         return result
 
-    def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]  # takes what Tensor's does
         """The tensor that it widens."""
         return f"Widened({self.stored!r})"
 

@@ -11,34 +11,23 @@ from torch import nn
 
 from structprune.benchmarking.backends import BACKENDS
 from structprune.benchmarking.run import benchmark
-from structprune.checking import function, is_number, one_of, require, shown, whole
+from structprune.checking import function, one_of, require, shown, whole
 from structprune.coupling.costs import cost
 from structprune.errors import PlanError
 from structprune.inputs import batch_size, device_of, resize_batch
+from structprune.planning.targets import amounts
+from structprune.search.network_costs import COUNTED, number_of
 from structprune.tracing.trace import ExampleInputs
 
 _OF_MODEL = function("model")
 TIMED = ("throughput", "latency")
 
 
-def _params(model: nn.Module, _inputs: ExampleInputs) -> float:
-    return float(sum(int(parameter.count_nonzero()) for parameter in model.parameters()))
-
-
-def _macs(model: nn.Module, inputs: ExampleInputs) -> float:
-    return float(cost(model, inputs).macs)
-
-
-def _memory(model: nn.Module, inputs: ExampleInputs) -> float:
-    counted = cost(model, inputs)
-    return float(counted.weight_bytes + counted.peak_activation_bytes)
-
-
-COUNTED: dict[str, Callable[[nn.Module, ExampleInputs], float]] = {
-    "macs": _macs,
-    "params": _params,
-    "memory": _memory,
-}
+def _counted(of: str, model: nn.Module, inputs: ExampleInputs) -> float:
+    """What can be counted; of parameters those that are not zero, since schemes leave zeros in dense layers."""
+    if of == "params":
+        return float(sum(int(parameter.count_nonzero()) for parameter in model.parameters()))
+    return amounts(cost(model, inputs), 0)[of]
 
 
 @dataclass(frozen=True)
@@ -160,9 +149,9 @@ class Measure:
         """
         of = self.objective.of
         if not isinstance(of, str):
-            return _number(of(model), self.objective.name)
+            return number_of(of, model, f"The objective {self.objective.name}")
         if of in COUNTED:
-            return COUNTED[of](model, self._one)
+            return _counted(of, model, self._one)
         seconds = self._time(model)
         return batch_size(self._inputs) / seconds if of == "throughput" else seconds
 
@@ -177,13 +166,3 @@ class Measure:
             self._seconds = timed.timing("dense", self.objective.backend).median
             return self._seconds
         return self._seconds / timed.speedup("compressed", self.objective.backend).ratio
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"The objective {name} returned {shown(value)}; it returns a number.") from error
-    if not is_number(number):
-        raise PlanError(f"The objective {name} returned {number}; it returns a finite number.")
-    return number

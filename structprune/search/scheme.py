@@ -97,7 +97,7 @@ class Scheme(ABC):
         Raises:
             PlanError: its criterion is an object of your own; give a name.
         """
-        given = asdict(self)  # type: ignore[call-overload]
+        given = asdict(self)  # type: ignore[call-overload]  # each scheme is a dataclass, the base is none
         if not isinstance(given.get("criterion", ""), str):
             raise PlanError("criterion is an object, which JSON cannot say; give the name of a criterion.")
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
@@ -156,7 +156,7 @@ def scheme_of(given: Any) -> Scheme:
         )
     kind = SCHEMES[given["scheme"]]
     settings = {name: value for name, value in given.items() if name != "scheme"}
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]  # as above
     for name in settings:
         if name not in known:
             raise LoadError(f"{given['scheme']} has no setting {name!r}; those known are {', '.join(sorted(known))}.")

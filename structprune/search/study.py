@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from structprune.errors import PlanError
 from structprune.extras import require as extra
+from structprune.search.sampling import constrain, constraints, quiet
 from structprune.search.space import Dimension, Point, Trial
 from structprune.search.strategies import OWN, Setting, bisection
 
@@ -50,7 +51,7 @@ class Study:
         self._shared = storage is not None
         self._distributions = {dimension.name: self._distribution(dimension) for dimension in setting.dimensions}
         directions = ["minimize", "maximize"] if strategy == "nsga2" else ["minimize"]
-        with _quiet(self._optuna):
+        with quiet(self._optuna):
             sampler = _sampler(self._optuna, self._distributions, setting, strategy, seed)
             self._study = self._optuna.create_study(
                 storage=_storage(self._optuna, storage), study_name=name, directions=directions, sampler=sampler,
@@ -106,7 +107,7 @@ class Study:
             count: of trials in all, whoever does them.
             until: by `time.monotonic`.
         """
-        with _quiet(self._optuna):
+        with quiet(self._optuna):
             while time.monotonic() < until:
                 self._give_up()
                 states = [trial.state.name for trial in self._study.get_trials(deepcopy=False)]
@@ -127,7 +128,7 @@ class Study:
         with self._signs_of_life(trial):
             try:
                 done = work(Trial(trial.number, dict(trial.params)))
-            except BaseException as error:
+            except BaseException as error:  # an interrupt too must not leave the trial running; raised again
                 self._fail(trial.number, f"{type(error).__name__}: {error}")
                 raise
             self._tell(trial, done)
@@ -136,8 +137,7 @@ class Study:
         facts = {name: value for name, value in asdict(done).items() if name not in ("number", "point")}
         for name, value in facts.items():
             trial.set_user_attr(name, value)
-        if hasattr(trial, "set_constraint"):
-            trial.set_constraint("quality", float(done.missed))
+        constrain(trial, float(done.missed))
         states = self._optuna.trial.TrialState
         try:
             values = [done.cost] if self._objectives == 1 else [done.cost, done.quality]
@@ -218,19 +218,6 @@ def _storage(optuna: Any, where: str | Path | None) -> Any:
     )
 
 
-@contextmanager
-def _quiet(optuna: Any) -> Generator[None]:
-    """Without what Optuna logs of each trial, and its remarks that something is new."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
 def _trials(study: Any) -> tuple[Trial, ...]:
     trials: list[Trial] = []
     for trial in study.get_trials(deepcopy=False):
@@ -243,16 +230,10 @@ def _trials(study: Any) -> tuple[Trial, ...]:
     return tuple(trials)
 
 
-def _violation(trial: Any) -> Sequence[float]:
-    """Above zero where a trial was not good enough, as samplers before Optuna 5 ask for it."""
-    return (float(trial.user_attrs.get("missed", False)),)
-
-
 def _inner(optuna: Any, strategy: str, seed: int) -> Any:
     """One of Optuna's samplers."""
     samplers = optuna.samplers
-    # Since Optuna 5 trials tell their constraints themselves.
-    given: dict[str, Any] = {} if hasattr(optuna.Trial, "set_constraint") else {"constraints_func": _violation}
+    given = constraints(optuna)
     if strategy == "gp":
         return samplers.GPSampler(seed=seed, n_startup_trials=1, **given)
     if strategy == "nsga2":

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from structprune.extras import require as require_extra
 from structprune.search.objectives import Objective
+from structprune.search.sampling import constrain, constraints, quiet
 
 # So many proposals are made for each one that is trained; the others are known not to be worth it.
 PROPOSALS = 5
 # Two densities this close are the same for a search.
 CLOSE = 0.01
-
-_LACKING = "lacking"
 
 TRAINED, ENDED_EARLY = "trained", "ended early"
 KNOWN_INFEASIBLE, NO_BETTER = "denser was infeasible", "no better than the best"
@@ -96,7 +93,7 @@ class DensitySearch:
             train: makes the trial of these densities.
         """
         optuna = require_extra("optuna", "The search for a density", "search")
-        with _quiet(optuna):
+        with quiet(optuna):
             study = optuna.create_study(direction=self._objective.direction, sampler=self._sampler(optuna))
             low, high = self._settings.bounds
             study.enqueue_trial({f"density{i}": (low + high) / 2 for i in range(self._count)})
@@ -107,7 +104,7 @@ class DensitySearch:
                 densities = tuple(asked.suggest_float(f"density{i}", low, high) for i in range(self._count))
                 trial, lacking = self._tried(densities, value, train)
                 # Scores that are far off are all alike: the process is to be fine near the limit.
-                _constrain(asked, math.asinh(lacking))
+                constrain(asked, math.asinh(lacking))
                 study.tell(asked, trial.value)
         return self.best
 
@@ -151,34 +148,11 @@ class DensitySearch:
         return self.best.densities[0] - low < CLOSE
 
     def _sampler(self, optuna: Any) -> Any:
-        given: dict[str, Any] = {"seed": self._settings.seed}
-        if not hasattr(optuna.trial.Trial, "set_constraint"):  # before Optuna 5
-            given["constraints_func"] = lambda trial: [trial.user_attrs[_LACKING]]
+        given = {"seed": self._settings.seed, **constraints(optuna)}
         if self._settings.sampler == "tpe":
             return optuna.samplers.TPESampler(n_startup_trials=3, **given)
         return optuna.samplers.GPSampler(n_startup_trials=2, **given)
 
 
-def _constrain(trial: Any, lacking: float) -> None:
-    """Tell a trial of Optuna how much it lacks to be feasible."""
-    if hasattr(trial, "set_constraint"):
-        trial.set_constraint(_LACKING, lacking)
-    else:
-        trial.set_user_attr(_LACKING, lacking)
-
-
 def _all_at_most(densities: tuple[float, ...], others: tuple[float, ...]) -> bool:
     return all(mine <= other for mine, other in zip(densities, others, strict=True))
-
-
-@contextmanager
-def _quiet(optuna: Any) -> Generator[None]:
-    """Without its log and without warnings that parts of it are new; afterwards its log is as it was."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(before)

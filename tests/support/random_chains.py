@@ -183,11 +183,11 @@ def judge(names: tuple[str, ...], seed: int) -> Judgement:
         return Judgement(names, "whole")
     except StructpruneError as error:
         return Judgement(names, "refused", str(error)[:200])
-    except Exception as error:
+    except Exception as error:  # what must never reach a user
         return Judgement(names, "raw exception", f"{type(error).__name__}: {error}"[:200])
     try:
         slim(inputs)
-    except Exception as error:
+    except Exception as error:  # of the pruned network: the fault that is looked for
         return Judgement(names, "broken forward", f"{type(error).__name__}: {error}"[:200])
     try:
         oracle.check(model, slim, plan, inputs)

@@ -82,8 +82,8 @@ def page(data: dict[str, Any]) -> str:
         "# A library of widths beside Reconstruction", "",
         f"ResNet-20 on CIFAR-10 at half of its multiply-accumulates, {data['images']:,} training images without "
         f"labels, {data['rounds']} rounds of joint solving, one draw; {TESTED:,} test images (dense "
-        f"{data['dense']:.2f}%; a standard error is 0.7 points). The error is that of the outputs on them, relative.", "",
-        "| | output error | accuracy | CPU s before recovery |", "|---|--:|--:|--:|",
+        f"{data['dense']:.2f}%; a standard error is 0.7 points). Errors are those of the outputs on them.",
+        "", "| | output error | accuracy | CPU s before recovery |", "|---|--:|--:|--:|",
     ]  # fmt: skip
     lines += [f"| {r['way']} | {r['error']:.4f} | {r['accuracy']:.2f}% | {r['seconds']} |" for r in data["rows"]]
     return "\n".join([*lines, "", as_line(data["versions"]), ""])

@@ -17,6 +17,7 @@ from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import OnnxExport, export_onnx
 from structprune.export.onnx_model import onnx_model
 from structprune.export.openvino import export_openvino
+from structprune.export.torch_files import torch_model
 from structprune.export.verified import Export
 from structprune.folders import prune_folder
 from structprune.importance.weight import LnNorm, Random
@@ -29,7 +30,7 @@ from structprune.optimizers import remap_optimizer
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity, sensitivity
 from structprune.pruner import Pruner
-from structprune.quantization import Quantized, quantize
+from structprune.quantization.quantize import Quantized, quantize
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
@@ -111,5 +112,6 @@ __all__ = [
     "save",
     "sensitivity",
     "serving_objections",
+    "torch_model",
     "verify",
 ]

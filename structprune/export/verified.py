@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.checking import INPUTS, real, shown
-from structprune.errors import ExportError
+from structprune.errors import ExportError, MissingExtraError
 from structprune.export.files import compare, tensors, to_numpy
 from structprune.export.program import FreeDims
-from structprune.export.runtimes import Runtime
+from structprune.export.runtimes import Runtime, last_line, quiet
 from structprune.files import drafts_in, put, target_of
 from structprune.inputs import evaluating
 from structprune.tracing.trace import ExampleInputs, as_call
@@ -119,6 +120,20 @@ def write_verified(
         for file in sorted(written, key=lambda file: file == draft):
             put(file, target.parent / file.name)
     return Export(path=Path(path), max_relative_error=error, bytes=total)
+
+
+@contextmanager
+def converting(model: nn.Module, runtime: str) -> Generator[None]:
+    """What a converter raises, which may be anything that its passes raise, as an `ExportError`."""
+    try:
+        with quiet():
+            yield
+    except (MissingExtraError, ExportError):
+        raise
+    except Exception as error:  # as the docstring says: each of many passes has errors of its own
+        raise ExportError(
+            f"{type(model).__name__} cannot be written for {runtime}: {type(error).__name__}: {last_line(error)}"
+        ) from error
 
 
 def _check(model: object, wanted: Wanted) -> None:

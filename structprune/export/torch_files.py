@@ -67,8 +67,13 @@ def save_program(
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             # Shapes and types alone are needed again.
             node.meta = {key: value for key, value in node.meta.items() if key in ("val", "tensor_meta")}
-    facts = {INPUTS: names, TORCHAO: torchao, **metadata(model)}
+    facts = {TORCHAO: torchao, **facts_of(model, names)}
     torch.export.save(program, file, extra_files={FACTS: json.dumps(facts)})
+
+
+def facts_of(model: nn.Module, names: list[str]) -> dict[str, Any]:
+    """What a file says beside its program: the names of its inputs, and what `metadata` says of its model."""
+    return {INPUTS: names, **metadata(model)}
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------
@@ -144,6 +149,57 @@ def to_array(output: Tensor) -> Any:
 PROGRAM = Runtime("torch.export", "Quantising with torchao", "torchao", (), _load_program)
 
 
+# -- packages of AOTInductor ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Package:
+    """A package that was opened."""
+
+    loader: Any
+    names: tuple[str, ...]
+    device: torch.device
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Flat outputs for flat inputs; past ``AOTICompiledModel``, which parses the structure of both in each call."""
+        return self.loader.boxed_run([*inputs])
+
+
+def read_package(file: Path) -> _Package:
+    """Open a package.
+
+    Raises:
+        ExportError: it is not one of this package, or not for this machine or this version of torch.
+    """
+    with quiet():
+        try:
+            opened = importlib.import_module("torch._inductor").aoti_load_package(str(file))
+            said = opened.get_metadata()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ExportError(f"torch cannot load the package: {last_line(error)}") from error
+    if FACTS not in said:
+        raise ExportError(f"{file} was not written by structprune: it does not say what its inputs are")
+    names = tuple(json.loads(said[FACTS])[INPUTS])
+    return _Package(opened.loader, names, torch.device(said.get("AOTI_DEVICE_KEY", "cpu")))
+
+
+def _load_package(file: Path, threads: int | None) -> Loaded:
+    """A package as a function of arrays; torch's own number of threads holds for it."""
+    run = read_package(file)
+
+    def call(feed: Mapping[str, Any]) -> list[Any]:
+        try:
+            outputs = run(*(torch.from_numpy(array).to(run.device) for array in feed.values()))
+        except RuntimeError as error:
+            raise ExportError(f"torch cannot run the package: {last_line(error)}") from error
+        return [to_array(output) for output in outputs]
+
+    return call
+
+
+AOTINDUCTOR = Runtime("AOTInductor", "AOTInductor", "", (), _load_package)
+
+
 # -- files as modules -------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +259,9 @@ def torch_model(path: str | os.PathLike[str]) -> TorchModel:
         if any(_PROGRAM in name for name in names):
             program = _read_program(file)
             return TorchModel(file, program.run, program.names)
+        if any(_PACKAGE in name for name in names):
+            package = read_package(file)
+            return TorchModel(file, package, package.names)
     except MissingExtraError:
         raise
     except (ExportError, ValueError, KeyError) as error:

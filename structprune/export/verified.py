@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from structprune.inputs import evaluating
 from structprune.tracing.trace import ExampleInputs, as_call
 
 # How far the largest difference may be, as a share of the largest output.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.int8: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def _check(model: object, wanted: Wanted) -> None:
 
 
 def _default_tolerance(model: nn.Module) -> float:
-    """The loosest one that a floating dtype of the model asks for; a model without parameters is taken for float32."""
+    """The loosest one that a dtype of the model asks for; a model without parameters is taken for float32."""
     kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} or {torch.float32}
+    # Where activations are rounded to integers, the least difference before that may round to the next one.
+    kinds |= {tensor.dtype for tensor in chain(model.parameters(), model.buffers()) if tensor.dtype is torch.int8}
     return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in kinds)

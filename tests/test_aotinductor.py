@@ -43,6 +43,12 @@ def test_what_is_written_computes_what_the_pruned_model_computes(slim, tmp_path)
         assert torch.equal(module(input=x), module(x))
     with pytest.raises(ExportError, match="takes the inputs input; got other"):
         module(other=x)
+    # Compiled code checks neither, and would read other memory.
+    torch.testing.assert_close(module(x.contiguous(memory_format=torch.channels_last)), slim(x), rtol=1e-3, atol=1e-5)
+    wanted = r"was compiled for torch.float32 and \[free, 3, 12, 12\] on cpu"
+    for wrong in (x[:, :, :11], x.double(), x[0]):
+        with pytest.raises(ExportError, match=wanted):
+            module(wrong)
 
 
 @needs_compiler
@@ -78,6 +84,10 @@ def test_integers_stay_integers_when_they_are_compiled(tmp_path):
     package = structprune.export_aotinductor(module, tmp_path / "p.pt2", x)
     assert package.max_relative_error < 1e-1
     packed = structprune.torch_model(package.path)
+    strided = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(packed(strided), packed(x))
+    again = structprune.export_aotinductor(module, tmp_path / "s.pt2", strided)
+    assert torch.equal(structprune.torch_model(again.path)(x), packed(x))
     for size in (1, 6):
         images = x.repeat(2, 1, 1, 1)[:size]
         assert (packed(images) - wide(images)).abs().max() < 0.1 * wide(images).abs().max()

@@ -18,7 +18,7 @@ from structprune.checking import FLAG, INPUTS, PATH, require
 from structprune.errors import ExportError
 from structprune.export.program import FreeDims
 from structprune.export.runtimes import quiet
-from structprune.export.torch_files import AOTINDUCTOR, FACTS, facts_of, program_of
+from structprune.export.torch_files import AOTINDUCTOR, FACTS, package_facts, program_of
 from structprune.export.verified import Export, Wanted, converting, write_verified
 from structprune.tracing.trace import ExampleInputs
 
@@ -40,9 +40,10 @@ def export_aotinductor(
 
     The package is machine code with the weights in it. Python runs it by `structprune.torch_model`, C++ by
     ``torch::inductor::AOTIModelPackageLoader``, with the version of torch that wrote it, on processors that have the
-    instructions of this one, or on GPUs of this kind if the model is on one. It uses as many threads as it is let. What
-    `structprune.quantize` wrote with torchao becomes arithmetic on integers here. torch writes paths of this machine
-    into it.
+    instructions of this one, or on GPUs of this kind if the model is on one. C++ has to give contiguous tensors of the
+    right shapes, which the code does not check; `structprune.torch_model` sees to both. It uses as many threads as it
+    is let. What `structprune.quantize` wrote with torchao becomes arithmetic on integers here. torch writes paths of
+    this machine into it.
 
     Args:
         model: Any module that ``torch.export`` can trace, or one of `structprune.torch_model`.
@@ -94,7 +95,7 @@ def write_package(
     def write(free: FreeDims, draft: Path) -> None:
         with converting(model, "AOTInductor"), frozen():
             inductor = importlib.import_module("torch._inductor")
-            facts = {"aot_inductor.metadata": {FACTS: json.dumps(facts_of(model, free.names))}}
+            facts = {"aot_inductor.metadata": {FACTS: json.dumps(package_facts(model, free))}}
             inductor.aoti_compile_and_package(
                 program_of(model, free), package_path=str(draft), inductor_configs={**options, **facts}
             )

@@ -27,13 +27,13 @@ from structprune.tracing.trace import as_call
 
 # What stands in a file beside the program, and its keys.
 FACTS = "structprune.json"
-INPUTS, TORCHAO = "inputs", "torchao"
+INPUTS, TORCHAO, SHAPES, DTYPES = "inputs", "torchao", "shapes", "dtypes"
 # Where the parts of an archive lie.
 _PROGRAM, _PACKAGE = "/models/", "/data/aotinductor/"
 
 
 def program_of(model: nn.Module, free: FreeDims, *, largest: int | None = None) -> torch.export.ExportedProgram:
-    """A model as a program of ``torch.export`` from a flat list of tensors to another.
+    """A model as a program of ``torch.export`` from a flat list of contiguous tensors to another.
 
     Args:
         model: in eval mode.
@@ -43,9 +43,8 @@ def program_of(model: nn.Module, free: FreeDims, *, largest: int | None = None) 
     traced = free.traced()
     size: Any = torch.export.Dim.DYNAMIC if largest is None else torch.export.Dim("batch", min=1, max=largest)
     shapes = tuple(dict.fromkeys(free_dims, size) or None for free_dims in free.dims) if any(free.dims) else None
-    return torch.export.export(
-        Flat(model, traced), tensors(as_call(traced)), dynamic_shapes=None if shapes is None else (shapes,)
-    )
+    given = tuple(tensor.contiguous() for tensor in tensors(as_call(traced)))
+    return torch.export.export(Flat(model, traced), given, dynamic_shapes=None if shapes is None else (shapes,))
 
 
 def save_program(
@@ -154,15 +153,51 @@ PROGRAM = Runtime("torch.export", "Quantising with torchao", "torchao", (), _loa
 
 @dataclass(frozen=True)
 class _Package:
-    """A package that was opened."""
+    """A package that was opened.
+
+    Attributes:
+        loader: runs it.
+        names: of the inputs.
+        device: where they are to be.
+        shapes: of the inputs; None where a dimension is free.
+        dtypes: of the inputs.
+    """
 
     loader: Any
     names: tuple[str, ...]
     device: torch.device
+    shapes: tuple[tuple[int | None, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Flat outputs for flat inputs; past ``AOTICompiledModel``, which parses the structure of both in each call."""
-        return self.loader.boxed_run([*inputs])
+        """Flat outputs for flat inputs, which are checked: compiled code takes their sizes and strides for granted.
+
+        It goes past ``AOTICompiledModel``, which parses the structure of both in each call.
+        """
+        for name, tensor, shape, dtype in zip(self.names, inputs, self.shapes, self.dtypes, strict=True):
+            fits = len(tensor.shape) == len(shape) and all(map(_same_size, tensor.shape, shape))
+            if not fits or tensor.dtype is not dtype or tensor.device.type != self.device.type:
+                wanted = ", ".join("free" if size is None else str(size) for size in shape)
+                raise ExportError(
+                    f"{name!r} is of {tensor.dtype} and the shape {list(tensor.shape)} on {tensor.device}; the package "
+                    f"was compiled for {dtype} and [{wanted}] on {self.device}"
+                )
+        return self.loader.boxed_run([tensor.contiguous() for tensor in inputs])
+
+
+def _same_size(size: int, wanted: int | None) -> bool:
+    return wanted in (None, size)
+
+
+def package_facts(model: nn.Module, free: FreeDims) -> dict[str, Any]:
+    """What a package says beside its code: `facts_of`, and the shapes and types of its inputs."""
+    given = tensors(as_call(free.traced()))
+    shapes = [
+        [None if dim in dims else size for dim, size in enumerate(tensor.shape)]
+        for tensor, dims in zip(given, free.dims, strict=True)
+    ]
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in given]
+    return {SHAPES: shapes, DTYPES: dtypes, **facts_of(model, free.names)}
 
 
 def read_package(file: Path) -> _Package:
@@ -179,8 +214,10 @@ def read_package(file: Path) -> _Package:
             raise ExportError(f"torch cannot load the package: {last_line(error)}") from error
     if FACTS not in said:
         raise ExportError(f"{file} was not written by structprune: it does not say what its inputs are")
-    names = tuple(json.loads(said[FACTS])[INPUTS])
-    return _Package(opened.loader, names, torch.device(said.get("AOTI_DEVICE_KEY", "cpu")))
+    facts = json.loads(said[FACTS])
+    shapes, dtypes = map(tuple, facts[SHAPES]), (vars(torch)[name] for name in facts[DTYPES])
+    place = torch.device(said.get("AOTI_DEVICE_KEY", "cpu"))
+    return _Package(opened.loader, tuple(facts[INPUTS]), place, tuple(shapes), tuple(dtypes))
 
 
 def _load_package(file: Path, threads: int | None) -> Loaded:

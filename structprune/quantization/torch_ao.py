@@ -83,7 +83,7 @@ def _static(
             ) from error
     converted = pt2e.convert_pt2e(prepared)
     _drop_unused(converted)
-    traced = tensors(as_call(free.traced()))
+    traced = tuple(tensor.contiguous() for tensor in tensors(as_call(free.traced())))
     dims: Any = torch.export.Dim.DYNAMIC
     shapes = tuple(dict.fromkeys(each, dims) or None for each in free.dims) if any(free.dims) else None
     return torch.export.export(converted, traced, dynamic_shapes=shapes), _counts(converted)

@@ -308,6 +308,23 @@ def test_a_write_into_shared_memory_is_no_constant():
     same(model, slim, (3, 4))
 
 
+@pytest.mark.parametrize("name", ["cumsum", "cumsum_"])
+def test_a_sum_that_grows_along_positions_is_no_constant(name):
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(getattr(self.first(x), name)(1))
+
+    torch.manual_seed(0)
+    model = Summed().double().eval()
+    with torch.no_grad():
+        model.first.weight[:2] = 0
+    same(model, masks.compact(model, torch.randn(2, 3, 4, dtype=F64)), (2, 3, 4))
+
+
 def test_transposed_convolutions():
     model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, stride=2)))
     same(model, masks.compact(model, torch.randn(1, 3, 6, 6, dtype=F64)), (2, 3, 7, 7))

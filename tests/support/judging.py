@@ -168,7 +168,7 @@ def _compared(model: nn.Module, inputs: Any, removed: Removed, whole: Any, ours:
         problem_note = ""
     if over <= 1:
         return Verdict(SURVIVORS)
-    if not _finite(plain) and _finite(whole):
+    if not finite(plain) and finite(whole):
         return Verdict(NO_VALUE, "not finite")
     return Verdict(WRONG, f"error {_shown(ours, plain)}{problem_note}")
 
@@ -192,7 +192,7 @@ def _blind(model: nn.Module, removed: Removed) -> nn.Module:
     return model
 
 
-def _finite(tree: Any) -> bool:
+def finite(tree: Any) -> bool:
     return all(bool(t.isfinite().all()) for _, t in leaves(tree))
 
 

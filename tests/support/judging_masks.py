@@ -14,6 +14,7 @@ from support.judging import (
     BROKEN,
     HANG,
     NO_CALL,
+    NO_VALUE,
     RANDOM,
     RAW,
     REFUSED,
@@ -22,6 +23,7 @@ from support.judging import (
     WRONG,
     Late,
     Verdict,
+    finite,
     largest_error,
     run,
     run_filled,
@@ -30,7 +32,7 @@ from support.judging import (
 from support.operations import Case, OperationNetwork, Reader
 
 
-def judge_compaction(case: Case, limit: float = 20.0) -> Verdict:
+def judge_compaction(case: Case, limit: float = 60.0) -> Verdict:
     """What `masks.compact` makes of a case of torch's test databases, half of whose channels are constants.
 
     It is compared with the masked network on the sample, and on two others that lie close by, which the operation takes
@@ -52,6 +54,8 @@ def _judge(case: Case) -> Verdict:
         masked = [run(copy.deepcopy(model), each) for each in given]
     except Exception as error:  # a sample that this build of torch does not take, or an operation that raises near it
         return Verdict(NO_CALL, str(error))
+    if not all(finite(output) for output in masked):
+        return Verdict(NO_VALUE)
     if largest_error(run_filled(copy.deepcopy(model), inputs), masked[0]) > 1:
         return Verdict(RANDOM)
     try:

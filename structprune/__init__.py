@@ -11,12 +11,15 @@ from structprune.dependency_graph import DependencyGraph
 from structprune.depth import Branch, Removal, branches, remove_branches
 from structprune.depth import choose as choose_branches
 from structprune.depth.plan import DepthPlan
+from structprune.export.aotinductor import export_aotinductor
 from structprune.export.language_models import GgufExport, Objection, export_gguf, serving_objections
 from structprune.export.metadata import OnnxInfo, onnx_info
 from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import OnnxExport, export_onnx
 from structprune.export.onnx_model import onnx_model
 from structprune.export.openvino import export_openvino
+from structprune.export.tensorrt import export_tensorrt
+from structprune.export.torch_files import torch_model
 from structprune.export.verified import Export
 from structprune.folders import prune_folder
 from structprune.importance.weight import LnNorm, Random
@@ -29,7 +32,7 @@ from structprune.optimizers import remap_optimizer
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity, sensitivity
 from structprune.pruner import Pruner
-from structprune.quantization import Quantized, quantize
+from structprune.quantization.quantize import Quantized, quantize
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
@@ -77,11 +80,13 @@ __all__ = [
     "branches",
     "choose_branches",
     "cost",
+    "export_aotinductor",
     "export_executorch",
     "export_gguf",
     "export_litert",
     "export_onnx",
     "export_openvino",
+    "export_tensorrt",
     "kept",
     "layer_times",
     "library",
@@ -111,5 +116,6 @@ __all__ = [
     "save",
     "sensitivity",
     "serving_objections",
+    "torch_model",
     "verify",
 ]

@@ -54,6 +54,10 @@ class ExportError(StructpruneError):
     """The exported file is invalid or computes something else than the model."""
 
 
+class BackendError(StructpruneError, ValueError):
+    """A backend cannot run here: it is not for this device, or lacks a compiler or a provider."""
+
+
 class MissingExtraError(StructpruneError, ImportError):
     """An optional dependency is needed; the message says which extra installs it."""
 

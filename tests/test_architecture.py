@@ -58,7 +58,7 @@ COMMANDS = ("typer",)
 HEAVY = (
     "accelerate", "ai_edge_litert", "executorch", "gguf", "ignite", "litert_torch",
     "lightning", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "optuna",
-    "pytorch_lightning", "timm", "torchvision", "transformers", "networkx", "scipy",
+    "pytorch_lightning", "tensorrt", "timm", "torchao", "torchvision", "transformers", "networkx", "scipy",
 )  # fmt: skip
 # Each is for one library, and importing it is using that.
 FOR_ONE_LIBRARY = ("ignite", "lightning", "transformers")

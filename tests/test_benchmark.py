@@ -160,7 +160,7 @@ def test_onnxruntime_without_the_device_is_refused(monkeypatch):
         (
             {"a": nn.ReLU()},
             {"backends": ("eager", "tpu")},
-            r"out of eager, channels_last, compile, onnxruntime, openvino, .*; got \('eager', 'tpu'",
+            r"out of eager, channels_last, compile, aotinductor, onnxruntime, openvino, .*; got \('eager', 'tpu'",
         ),
         ({"a": nn.ReLU()}, {"backends": "eager"}, "must be a sequence of different names"),
         ({"a": nn.ReLU()}, {"backends": ()}, "must be a sequence of different names"),

@@ -255,9 +255,11 @@ def test_info_of_a_model(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "tpu"], "known are onnx, openvino, executorch, litert, gguf"),
+        (["--to", "tpu"], "known are onnx, openvino, executorch, litert, aotinductor, tensorrt, gguf"),
         (["--to", "litert", "--opset", 20], "--to litert takes no --opset"),
         (["--to", "executorch", "--no-dynamic-batch"], "takes no --no-dynamic-batch"),
+        (["--to", "aotinductor", "--largest-batch", 8], "--to aotinductor takes no --largest-batch"),
+        (["--to", "tensorrt", "--no-dynamic-batch"], "--to tensorrt takes no --no-dynamic-batch"),
         (["--largest-batch", 8], "--to onnx takes no --largest-batch"),
     ],
 )

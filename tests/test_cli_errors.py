@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import program, run, working_folder
+from torch import _inductor
 from typer.main import get_command
 
 from structprune.cli import main
@@ -85,6 +86,42 @@ def test_refusals_exit_with_4(folder, args, message):
     shown = run(*args, code=4)
     assert message in " ".join(shown.stderr.split())
     assert shown.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "package", "code", "message"),
+    [
+        (["export", "own:pair", "x.xml", "--to", "openvino"], "openvino", 3, "structprune[openvino]"),
+        (["export", "own:pair", "x.pte", "--to", "executorch"], "executorch", 3, "structprune[executorch]"),
+        (["export", "own:pair", "x.tflite", "--to", "litert"], "ai_edge_litert", 3, "structprune[litert]"),
+        (["benchmark", "own:pair", "-b", "openvino"], "openvino", 3, "structprune[openvino]"),
+        (["benchmark", "own:pair", "-b", "executorch"], "executorch", 3, "structprune[executorch]"),
+        (["benchmark", "own:pair", "-b", "litert"], "ai_edge_litert", 3, "structprune[litert]"),
+        (["benchmark", "own:pair", "-b", "tensorrt"], "", 4, "TensorRT runs on a CUDA device"),
+        (["benchmark", "own:pair", "-b", "compile"], "", 4, "torch.compile needs a C++ compiler, and torch finds none"),
+        (["benchmark", "own:pair", "-b", "aotinductor"], "", 4, "AOTInductor needs a C++ compiler"),
+        (["export", "own:pair", "x.pt2", "--to", "aotinductor"], "", 5, "compiles with a C++ compiler"),
+        (["export", "own:pair", "x.onnx", "--to", "openvino"], "", 5, "OpenVINO reads files that end in .xml"),
+        (["export", "own:pair", "x.onnx", "--to", "tensorrt"], "", 5, "files that end in .engine"),
+        (["export", "own:pair", "x.so", "--to", "aotinductor"], "", 5, "files that end in .pt2"),
+    ],
+)
+def test_what_a_runtime_lacks_is_told(folder, monkeypatch, args, package, code, message):
+    if package:
+        monkeypatch.setitem(sys.modules, package, None)
+    with _inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        shown = run(*args, *(["--ratio", 0.5, "--runs", 2] if args[0] == "benchmark" else ["--dense"]), code=code)
+    assert message in " ".join(shown.stderr.split())
+    assert not Path(args[2]).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is said where there is no GPU")
+def test_an_engine_of_tensorrt_is_refused_without_a_gpu(folder):
+    shown = run("export", "own:pair", "x.engine", "--dense", "--to", "tensorrt", code=5)
+    said = " ".join(shown.stderr.split())
+    assert "no engine of TensorRT can be built here: TensorRT runs on NVIDIA GPUs" in said
+    assert "trtexec --onnx=model.onnx" in said
+    assert not Path("x.engine").exists()
 
 
 def test_a_result_that_is_not_exact_exits_with_5_and_saves_nothing(folder, monkeypatch):

@@ -234,5 +234,5 @@ def test_the_cache_folder_is_the_platforms(monkeypatch, tmp_path):
 
 
 def test_compiled_models_share_the_table_of_eager_mode():
-    found = [cache.conditions(name, torch.device("cpu"), 1) for name in ("eager", "compile")]
-    assert found[0] == found[1]
+    found = [cache.conditions(name, torch.device("cpu"), 1) for name in ("eager", "compile", "aotinductor")]
+    assert found[0] == found[1] == found[2]

@@ -18,11 +18,15 @@ from structprune.benchmarking.memory import held_bytes, peak_of_run, peak_of_ses
 from structprune.benchmarking.nodes import NODE_TIMERS, onnxruntime_nodes
 from structprune.benchmarking.profiling import Profile, profile_file, profile_torch
 from structprune.benchmarking.session_memory import LOAD
+from structprune.errors import BackendError
+from structprune.export.aotinductor import compiled_now, compiler_lacking, write_package
 from structprune.export.files import input_names, require, tensors, to_numpy
 from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import export_onnx
 from structprune.export.openvino import export_openvino
 from structprune.export.runtimes import RUNTIMES, session
+from structprune.export.torch_files import read_package
+from structprune.export.verified import Wanted
 from structprune.tracing.trace import ExampleInputs, as_call
 
 Call: TypeAlias = Callable[[], Any]
@@ -60,7 +64,7 @@ class TorchRun:
     ) -> None:
         self._model, self._inputs, self._device = model, inputs, device
         self._args, self._kwargs = as_call(inputs)
-        self._run = call or model
+        self._run = model if call is None else call
 
     def __call__(self) -> Any:
         """One forward."""
@@ -102,7 +106,7 @@ class SessionRun:
         self._feed = to_numpy(dict(zip(input_names(model, inputs), tensors(as_call(inputs)), strict=True)))
         self._session = session(file, threads=threads, provider=provider)
         if provider not in self._session.get_providers():
-            raise ValueError(
+            raise BackendError(
                 f"ONNX Runtime offers {provider} but could not start it on {device}; its log says why (mostly a "
                 "library of the wrong version). Repair the installation, or leave it out of backends="
             )
@@ -199,10 +203,29 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 
 def compiled(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> TorchRun:
-    """Through ``torch.compile``, specialised to these shapes; compilation happens in the first call."""
-    # Models of one class share compiled code's cache. Unless told otherwise, the second one's other widths would be
-    # taken for dynamic shapes, and it would run slower for it.
-    return TorchRun(model, inputs, device, torch.compile(model, dynamic=False))
+    """Through ``torch.compile``, specialised to these shapes, with weights as constants.
+
+    Raises:
+        BackendError: There is no C++ compiler, which it needs on the CPU.
+    """
+    if device.type == "cpu" and (lacking := compiler_lacking()):
+        raise BackendError(f"torch.compile needs a C++ compiler, and {lacking}; or leave 'compile' out of backends=")
+    args, kwargs = as_call(inputs)
+    return TorchRun(model, inputs, device, compiled_now(model, args, kwargs))
+
+
+def aotinductor(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> TorchRun:
+    """Compiled ahead by AOTInductor into a package for these shapes, checked, and run.
+
+    Raises:
+        BackendError: There is no C++ compiler.
+        ExportError: The model cannot be exported or compiled faithfully.
+    """
+    if lacking := compiler_lacking():
+        raise BackendError(f"AOTInductor needs a C++ compiler, and {lacking}; or leave 'aotinductor' out of backends=")
+    file = write_package(model, folder / "model.pt2", inputs, Wanted(False, {}, (), None), {}).path
+    package, given = read_package(file), tensors(as_call(inputs))
+    return TorchRun(model, inputs, device, lambda *_, **__: package(*given))
 
 
 def onnxruntime(
@@ -213,12 +236,12 @@ def onnxruntime(
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
         ExportError: The model cannot be exported faithfully.
-        ValueError: The installed ONNX Runtime cannot run on the device.
+        BackendError: The installed ONNX Runtime cannot run on the device.
     """
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type, "none")
     available = require("onnxruntime").get_available_providers()
     if provider not in available:
-        raise ValueError(
+        raise BackendError(
             f"the installed ONNX Runtime cannot run on {device}: it offers {', '.join(available)}; install a build "
             "for this device, or leave 'onnxruntime' out of backends="
         )
@@ -227,7 +250,7 @@ def onnxruntime(
 
 def _on_the_cpu(runtime: str, device: torch.device) -> None:
     if device.type != "cpu":
-        raise ValueError(f"{runtime} runs on the CPU here, and the inputs are on {device}; pass device='cpu'")
+        raise BackendError(f"{runtime} runs on the CPU here, and the inputs are on {device}; pass device='cpu'")
 
 
 def openvino(model: nn.Module, inputs: ExampleInputs, device: torch.device, threads: int, folder: Path) -> FileRun:
@@ -236,7 +259,7 @@ def openvino(model: nn.Module, inputs: ExampleInputs, device: torch.device, thre
     Raises:
         MissingExtraError: openvino, onnx or onnxscript is not installed.
         ExportError: The model cannot be exported faithfully.
-        ValueError: The inputs are not on the CPU.
+        BackendError: The inputs are not on the CPU.
     """
     _on_the_cpu("OpenVINO", device)
     file = export_openvino(model, folder / "model.xml", inputs, dynamic_batch=False).path
@@ -249,7 +272,7 @@ def executorch(model: nn.Module, inputs: ExampleInputs, device: torch.device, th
     Raises:
         MissingExtraError: executorch is not installed.
         ExportError: The model cannot be exported faithfully.
-        ValueError: The inputs are not on the CPU.
+        BackendError: The inputs are not on the CPU.
     """
     _on_the_cpu("ExecuTorch", device)
     return FileRun("executorch", model, inputs, threads, export_executorch(model, folder / "model.pte", inputs).path)
@@ -261,7 +284,7 @@ def litert(model: nn.Module, inputs: ExampleInputs, device: torch.device, thread
     Raises:
         MissingExtraError: litert-torch is not installed.
         ExportError: The model cannot be exported faithfully.
-        ValueError: The inputs are not on the CPU.
+        BackendError: The inputs are not on the CPU.
     """
     _on_the_cpu("LiteRT", device)
     return FileRun("litert", model, inputs, threads, export_litert(model, folder / "model.tflite", inputs).path)
@@ -271,19 +294,19 @@ def tensorrt(model: nn.Module, inputs: ExampleInputs, device: torch.device, thre
     """By TensorRT: through ONNX Runtime if it offers that, else through ``torch_tensorrt``.
 
     Raises:
-        ValueError: The device is no GPU, or neither of both is installed.
+        BackendError: The device is no GPU, or neither of both is installed.
         MissingExtraError: onnx or onnxscript is not installed.
         ExportError: The model cannot be exported faithfully.
     """
     if device.type != "cuda":
-        raise ValueError(f"TensorRT runs on a CUDA device, and the inputs are on {device}; pass device='cuda'")
+        raise BackendError(f"TensorRT runs on a CUDA device, and the inputs are on {device}; pass device='cuda'")
     provider = "TensorrtExecutionProvider"
     if find_spec("onnxruntime") and provider in require("onnxruntime").get_available_providers():
         return _exported(model, inputs, device, threads, folder, provider)
     if find_spec("torch_tensorrt"):
         require("torch_tensorrt")  # registers itself with torch.compile
         return TorchRun(model, inputs, device, torch.compile(model, backend="tensorrt", dynamic=False))
-    raise ValueError(
+    raise BackendError(
         "TensorRT is not here: the installed ONNX Runtime offers no TensorrtExecutionProvider, and torch_tensorrt is "
         "not installed; install onnxruntime-gpu with TensorRT, or torch-tensorrt, or leave 'tensorrt' out of backends="
     )
@@ -300,6 +323,7 @@ BACKENDS: dict[str, Callable[[nn.Module, ExampleInputs, torch.device, int, Path]
     "eager": eager,
     "channels_last": channels_last,
     "compile": compiled,
+    "aotinductor": aotinductor,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     "executorch": executorch,

@@ -114,13 +114,14 @@ def layer_times(
 
     An operation belongs to the innermost module whose forward runs it, ``""`` being the model itself; what ONNX Runtime
     has fused, to the layer whose weight it multiplies with. Backends that fuse operations across layers (``"compile"``,
-    ``"tensorrt"``) tell nothing of layers: for them the times of eager mode are given. The model is left as it was.
+    ``"aotinductor"``, ``"tensorrt"``) tell nothing of layers: for them the times of eager mode are given. The model is
+    left as it was.
 
     Args:
         model: The model.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        backend: ``"eager"``, ``"channels_last"``, ``"compile"``, ``"onnxruntime"``, ``"openvino"``, ``"executorch"``,
-            ``"litert"`` or ``"tensorrt"``.
+        backend: ``"eager"``, ``"channels_last"``, ``"compile"``, ``"aotinductor"``, ``"onnxruntime"``, ``"openvino"``,
+            ``"executorch"``, ``"litert"`` or ``"tensorrt"``.
         batch_size: Samples in one run; those given are repeated or cut. As given, if not set.
         device: Where to run, on a copy of the model if it is elsewhere; where the inputs are, if not set.
         threads: Threads that an operation may use on the CPU; as many as torch uses now, if not set.
@@ -129,7 +130,8 @@ def layer_times(
         Seconds of one forward by layer, the greatest first.
 
     Raises:
-        ValueError: There is no such backend, or it cannot use the device.
+        ValueError: There is no such backend.
+        BackendError: It cannot use the device, or lacks a compiler or a provider.
         MissingExtraError: A backend's package is not installed.
 
     Example:

@@ -28,7 +28,7 @@ class Timing:
 
     Attributes:
         model: Name of the model, as given.
-        backend: ``"eager"``, ``"channels_last"``, ``"compile"``, ``"onnxruntime"`` or ``"tensorrt"``.
+        backend: One of those that `structprune.benchmark` knows.
         seconds: Duration of each run, in the order in which they ran.
         batch_size: Samples in one run; 0 if it is not known.
         memory: Bytes that a run takes at most, with weights and inputs; None if that was not or cannot be measured.

@@ -72,14 +72,14 @@ def benchmark(
         models: Name to model; the first is what the others are compared with.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         backends: Any of ``"eager"``, ``"channels_last"`` (eager, with images and kernels laid out channel by channel),
-            ``"compile"`` (``torch.compile``), ``"onnxruntime"``, ``"openvino"``, ``"executorch"``, ``"litert"`` and,
-            on CUDA, ``"tensorrt"``.
+            ``"compile"`` (``torch.compile``) and ``"aotinductor"``, both with weights as constants, ``"onnxruntime"``,
+            ``"openvino"``, ``"executorch"``, ``"litert"`` and, on CUDA, ``"tensorrt"``.
         batch_size: Samples in one run; those given are repeated or cut. As given, if not set.
         batch_sizes: Several such sizes, in place of one.
         device: Where to run, on copies of the models that are elsewhere; where the inputs are, if not set.
         threads: Threads that an operation may use on the CPU; as many as torch uses now, if not set.
         runs: Timed runs of each model on each backend, at least 2.
-        warmup: Runs before those, not timed; compilation falls into the first.
+        warmup: Runs before those, not timed.
         clock: ``"process"`` counts the time that this process has the CPU, in place of the time that passes: where
             others use the machine too, that is what a run would take alone. With one thread on the CPU only.
         memory: Measure the peak of memory too, by one run more of each model.
@@ -93,7 +93,8 @@ def benchmark(
         done.
 
     Raises:
-        ValueError: No models, an unknown backend, a count that is too small, or a device that a backend cannot use.
+        ValueError: No models, an unknown backend, a count that is too small, or a device that is not there.
+        BackendError: A backend cannot use the device, or lacks a compiler or a provider.
         MissingExtraError: A backend's package is not installed.
 
     Example:

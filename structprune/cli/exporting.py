@@ -12,10 +12,12 @@ import typer
 from structprune.cli.models import Loaded, parse_dimensions
 from structprune.cli.options import AsJson, ModelFlags, SlimFlags, among, new_file
 from structprune.cli.output import reporting
+from structprune.export.aotinductor import export_aotinductor
 from structprune.export.language_models import export_gguf
 from structprune.export.mobile import export_executorch, export_litert
 from structprune.export.onnx import export_onnx
 from structprune.export.openvino import export_openvino
+from structprune.export.tensorrt import export_tensorrt
 
 Write = Callable[[Any, Path, Loaded, Mapping[str, Any]], Any]
 # For each format, what writes it, and which of the command's options it takes.
@@ -36,6 +38,14 @@ FORMATS: dict[str, tuple[Write, tuple[str, ...]]] = {
         lambda model, file, loaded, options: export_litert(model, file, loaded.inputs, **options),
         ("tolerance",),
     ),
+    "aotinductor": (
+        lambda model, file, loaded, options: export_aotinductor(model, file, loaded.inputs, **options),
+        ("dynamic_batch", "dynamic_dims", "tolerance"),
+    ),
+    "tensorrt": (
+        lambda model, file, loaded, options: export_tensorrt(model, file, loaded.inputs, **options),
+        ("largest_batch", "tolerance"),
+    ),
     "gguf": (lambda model, file, loaded, options: export_gguf(model, file), ()),
 }
 FLAGS = {"dynamic_batch": "--no-dynamic-batch", "dynamic_dims": "--dynamic"}
@@ -47,13 +57,13 @@ def export_command(
     wanted: SlimFlags,
     to: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.", autocompletion=among(FORMATS))] = "onnx",
     dense: Annotated[bool, typer.Option("--dense", help="Export the model as it is.")] = False,
-    dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch free (onnx, openvino).")] = True,
+    dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch free (onnx, openvino, aotinductor).")] = True,
     dynamic: Annotated[
         list[str] | None,
-        typer.Option(help="Further free dimension, INPUT:DIM=NAME, repeated (onnx, openvino).", metavar="DIMENSION"),
+        typer.Option(help="Further free dimension, INPUT:DIM=NAME, repeated (as for the batch).", metavar="DIMENSION"),
     ] = None,
     largest_batch: Annotated[
-        int | None, typer.Option(help="Leave the batch free up to this size (executorch).", min=3)
+        int | None, typer.Option(help="Leave the batch free up to this size (executorch, tensorrt).", min=3)
     ] = None,
     opset: Annotated[int | None, typer.Option(help="Operator set (onnx).")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative error allowed.", min=0)] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,20 @@ def input_names(model: nn.Module, example_inputs: ExampleInputs) -> list[str]:
             if isinstance(leaf, Tensor):
                 names.append("_".join([name, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)]))
     return names
+
+
+def by_name(
+    path: Path, names: Sequence[str], args: Sequence[Tensor], kwargs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The inputs of a file by their names, given in its order or by name.
+
+    Raises:
+        ExportError: there are too many, one is missing, or one has another name.
+    """
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) > len(names) or given.keys() != {*names}:
+        raise ExportError(f"{path} takes the inputs {', '.join(names)}; got {', '.join(given)}")
+    return given
 
 
 def check(file: Path) -> None:

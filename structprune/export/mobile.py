@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from structprune.checking import INPUTS, PATH, require, whole
-from structprune.errors import ExportError, MissingExtraError
+from structprune.errors import ExportError
 from structprune.export.files import tensors
 from structprune.export.program import FreeDims
-from structprune.export.runtimes import EXECUTORCH, LITERT, last_line, quiet
-from structprune.export.verified import Export, Flat, Wanted, write_verified
+from structprune.export.runtimes import EXECUTORCH, LITERT
+from structprune.export.torch_files import program_of
+from structprune.export.verified import Export, Flat, Wanted, converting, write_verified
 from structprune.extras import require as required
 from structprune.inputs import batch_size
 from structprune.tracing.trace import ExampleInputs, as_call
@@ -66,10 +64,10 @@ def export_executorch(
         raise ExportError(f"largest_batch is {largest_batch}, and the example has {batch_size(example_inputs)} samples")
 
     def write(free: FreeDims, draft: Path) -> None:
-        with _refusals(model, "ExecuTorch"):
+        with converting(model, "ExecuTorch"):
             exir = required("executorch.exir", "ExecuTorch", "executorch")
             xnnpack = required("executorch.backends.xnnpack.partition.xnnpack_partitioner", "ExecuTorch", "executorch")
-            program = _program(model, free, largest_batch)
+            program = program_of(model, free, largest=largest_batch)
             edge = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
             draft.write_bytes(edge.to_executorch().buffer)
 
@@ -112,7 +110,7 @@ def export_litert(
     _check_suffix(path, ".tflite", "LiteRT files")
 
     def write(free: FreeDims, draft: Path) -> None:
-        with _refusals(model, "LiteRT"):
+        with converting(model, "LiteRT"):
             litert = required("litert_torch", "LiteRT", "litert")
             flat = Flat(model, free.traced())
             litert.convert(flat, tensors(as_call(free.traced()))).export(str(draft))
@@ -123,27 +121,3 @@ def export_litert(
 def _check_suffix(path: str | os.PathLike[str], suffix: str, what: str) -> None:
     if Path(path).suffix != suffix:
         raise ExportError(f"path is {os.fspath(path)!r}; {what} are files that end in {suffix}")
-
-
-def _program(model: nn.Module, free: FreeDims, largest: int | None) -> Any:
-    """The model as a program of ``torch.export``, its batch free up to `largest`."""
-    traced = free.traced()
-    shapes = None
-    if largest is not None:
-        batch = torch.export.Dim("batch", min=1, max=largest)
-        shapes = (tuple(dict.fromkeys(free_dims, batch) or None for free_dims in free.dims),)
-    return torch.export.export(Flat(model, traced), tensors(as_call(traced)), dynamic_shapes=shapes)
-
-
-@contextmanager
-def _refusals(model: nn.Module, runtime: str) -> Generator[None]:
-    """What a converter raises, which may be anything that its passes raise, as an `ExportError`."""
-    try:
-        with quiet():
-            yield
-    except MissingExtraError:
-        raise
-    except Exception as error:  # as the docstring says: each of many passes has errors of its own
-        raise ExportError(
-            f"{type(model).__name__} cannot be written for {runtime}: {type(error).__name__}: {last_line(error)}"
-        ) from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structprune.checking import PATH, require, whole
 from structprune.errors import ExportError, LoadError
-from structprune.export.files import to_numpy
+from structprune.export.files import by_name, to_numpy
 from structprune.export.runtimes import ONNXRUNTIME, copied, refusals, session
 
 
@@ -29,9 +29,7 @@ class OnnxModel(nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """The outputs for inputs in the order of the file, or by their names: one tensor, or a tuple of several."""
-        given = dict(zip(self.inputs, args, strict=False)) | kwargs
-        if len(args) > len(self.inputs) or given.keys() != {*self.inputs}:
-            raise ExportError(f"{self.path} takes the inputs {', '.join(self.inputs)}; got {', '.join(given)}")
+        given = by_name(self.path, self.inputs, args, kwargs)
         try:
             results = self._session.run(None, to_numpy(given))
         except refusals() as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,16 +14,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.checking import INPUTS, real, shown
-from structprune.errors import ExportError
+from structprune.errors import ExportError, MissingExtraError
 from structprune.export.files import compare, tensors, to_numpy
 from structprune.export.program import FreeDims
-from structprune.export.runtimes import Runtime
+from structprune.export.runtimes import Runtime, last_line, quiet
 from structprune.files import drafts_in, put, target_of
 from structprune.inputs import evaluating
 from structprune.tracing.trace import ExampleInputs, as_call
 
 # How far the largest difference may be, as a share of the largest output.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.int8: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,20 @@ def write_verified(
     return Export(path=Path(path), max_relative_error=error, bytes=total)
 
 
+@contextmanager
+def converting(model: nn.Module, runtime: str) -> Generator[None]:
+    """What a converter raises, which may be anything that its passes raise, as an `ExportError`."""
+    try:
+        with quiet():
+            yield
+    except (MissingExtraError, ExportError):
+        raise
+    except Exception as error:  # as the docstring says: each of many passes has errors of its own
+        raise ExportError(
+            f"{type(model).__name__} cannot be written for {runtime}: {type(error).__name__}: {last_line(error)}"
+        ) from error
+
+
 def _check(model: object, wanted: Wanted) -> None:
     inputs, tolerance = wanted.check_inputs, wanted.tolerance
     if not isinstance(model, nn.Module):
@@ -134,6 +150,8 @@ def _check(model: object, wanted: Wanted) -> None:
 
 
 def _default_tolerance(model: nn.Module) -> float:
-    """The loosest one that a floating dtype of the model asks for; a model without parameters is taken for float32."""
+    """The loosest one that a dtype of the model asks for; a model without parameters is taken for float32."""
     kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} or {torch.float32}
+    # Where activations are rounded to integers, the least difference before that may round to the next one.
+    kinds |= {tensor.dtype for tensor in chain(model.parameters(), model.buffers()) if tensor.dtype is torch.int8}
     return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in kinds)

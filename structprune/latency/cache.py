@@ -41,7 +41,7 @@ def conditions(backend: str, device: torch.device, threads: int) -> dict[str, An
         versions[backend] = installed(backend) or "unknown"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     # Compiled models call the same convolutions and products, so they share the times of eager mode.
-    measured = "eager" if backend == "compile" else backend
+    measured = "eager" if backend in ("compile", "aotinductor") else backend
     # A table measured at other lengths is another table.
     versions["table"] = str(SCHEMA)
     return {"backend": measured, "device": device.type, "name": name, "threads": threads, "versions": versions}

@@ -30,7 +30,7 @@ from structprune.tracing.trace import ExampleInputs
 # What measuring a table may take, in seconds, once every operation has run a few times.
 SECONDS = 60.0
 # Those whose operations can be timed one by one.
-LATENCY_BACKENDS = ("eager", "compile", *NODE_TIMERS)
+LATENCY_BACKENDS = ("eager", "compile", "aotinductor", *NODE_TIMERS)
 
 
 @runtime_checkable
@@ -51,7 +51,7 @@ class Latency:
     """Where and how the time of a network is measured, for ``target={"latency": ...}``.
 
     Args:
-        backend: ``"eager"``, ``"compile"`` (``torch.compile``), ``"onnxruntime"`` or ``"openvino"``.
+        backend: ``"eager"``, ``"compile"`` (``torch.compile``), ``"aotinductor"``, ``"onnxruntime"`` or ``"openvino"``.
         threads: how many threads an operation may use on the CPU; as many as torch uses now, if not given.
         runs: how often each network and each operation is run.
         cache: the folder where tables are kept; the user's cache folder if not given, none if False.

@@ -9,7 +9,7 @@ from structprune.masks.sparsity_report import Gain, Sparsity, TensorSparsity, sp
 from structprune.masks.thresholds import standard_deviations
 from structprune.masks.tickets import Draw, Lottery, lottery
 from structprune.masks.torch_masks import from_plan, remove
-from structprune.masks.two_of_four import fits_blocks, semi_structured
+from structprune.masks.two_of_four import TwoOfFour, fits_blocks, semi_structured, two_of_four_layers
 
 __all__ = [
     "Compaction",
@@ -26,6 +26,7 @@ __all__ = [
     "Sparsity",
     "TensorComparison",
     "TensorSparsity",
+    "TwoOfFour",
     "compact",
     "compaction",
     "fits_blocks",
@@ -37,5 +38,6 @@ __all__ = [
     "semi_structured",
     "sparsity",
     "standard_deviations",
+    "two_of_four_layers",
     "weight_penalty",
 ]

@@ -17,6 +17,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
+from structprune.offloading import at_hand, hooked, is_placed
 from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
@@ -115,11 +116,14 @@ def recover(
     with failing_together(RecoveryError, "recover"):
         numbers = {"rows": whole(1), "rounds": whole(0), "seed": SEED}
         require(locals(), RecoveryError, slim=MODEL, original=MODEL, forward=ON_BATCH.or_none, **numbers)
+        given, slim, original = slim, at_hand(slim), at_hand(original)
         batches = batches_of(original, data, forward, "is nothing to solve the layers on")
         done = stages(slim, original)
         if len(done) < 2:
-            return _recovered(slim, original, batches, rows, rounds, seed)
-        return _in_stages(done, original, batches, rows, rounds, seed)
+            recovered = _recovered(slim, original, batches, rows, rounds, seed)
+        else:
+            recovered = _in_stages(done, original, batches, rows, rounds, seed)
+        return hooked(recovered) if is_placed(given) else recovered
 
 
 def _in_stages(

@@ -20,7 +20,7 @@ ORDER = (
     ("checking",),
     ("extras", "distributed", "progress"),
     ("tracing",),
-    ("offloading",),
+    ("offloading", "padding"),
     ("wrapping",),
     ("ops",),
     ("coupling",),

@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from structprune.planning.built_from_config import UnknownError, is_built_from_config, numbers_in, rebuilt, state_shapes
+from structprune.planning.built_from_config import (
+    Numbers,
+    UnknownError,
+    is_built_from_config,
+    numbers_in,
+    rebuilt,
+    state_shapes,
+)
 from structprune.planning.configured_part import ConfiguredPart, described_module, part_like
 from structprune.tracing.state import is_config
 from structprune.tracing.trace import preserved_random_state
@@ -145,11 +152,7 @@ def _all_configs(model: nn.Module) -> Iterator[Any]:
 
 def _alike(built: nn.Module, model: nn.Module, inside: tuple[str, ...], part: ConfiguredPart | None) -> bool:
     """Whether the modules of two models have the same names, and the same numbers and texts as attributes."""
-    ours, theirs = dict(built.named_modules()), dict(model.named_modules())
-    numbers = numbers_in(model)
-    if part is not None:
-        theirs = {part.inner[path]: module for path, module in theirs.items() if path in part.inner}
-        numbers = {(part.inner[path], chain): n for (path, chain), n in numbers.items() if path in part.inner}
+    ours, (theirs, numbers) = dict(built.named_modules()), _held(model, part)
     if theirs.keys() - ours.keys() or not all(f"{path}.".startswith(inside) for path in ours.keys() - theirs.keys()):
         return False
     numbers = {place: value for place, value in numbers.items() if "config" not in place[1]}
@@ -157,6 +160,15 @@ def _alike(built: nn.Module, model: nn.Module, inside: tuple[str, ...], part: Co
     shared = numbers.keys() & others.keys()
     texts = all(_texts(ours[path]) == _texts(module) for path, module in theirs.items())
     return texts and all(numbers[place] == others[place] for place in shared)
+
+
+def _held(model: nn.Module, part: ConfiguredPart | None) -> tuple[dict[str, nn.Module], Numbers]:
+    """Modules of a model and the numbers that they hold, by the names that the class has for them."""
+    modules, numbers = dict(model.named_modules()), numbers_in(model)
+    if part is None:
+        return modules, numbers
+    modules = {part.inner[path]: module for path, module in modules.items() if path in part.inner}
+    return modules, {(part.inner[path], chain): n for (path, chain), n in numbers.items() if path in part.inner}
 
 
 def _texts(module: nn.Module) -> dict[str, str]:

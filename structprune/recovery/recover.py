@@ -91,6 +91,8 @@ def recover(
         original: the model before the first pruning.
         data: batches as the model takes them: tensors, dicts of keyword arguments, or pairs of one of these and labels,
             which are ignored. All of them are held by the model at once at one layer: some hundred samples are enough.
+            Of dicts with an ``attention_mask``, what it leaves out at the ends of sequences is left out; sequences of
+            one length run together.
         rows: how many positions (pixels, tokens) of all batches together a layer is solved on; drawn at random.
         rounds: how often a layer and its producers are solved together at most; with 0 the layers alone are solved.
         seed: of the draw. Random generators outside are not touched.
@@ -117,7 +119,7 @@ def recover(
         numbers = {"rows": whole(1), "rounds": whole(0), "seed": SEED}
         require(locals(), RecoveryError, slim=MODEL, original=MODEL, forward=ON_BATCH.or_none, **numbers)
         given, slim, original = slim, at_hand(slim), at_hand(original)
-        batches = batches_of(original, data, forward, "is nothing to solve the layers on")
+        batches = batches_of(original, data, forward, "is nothing to solve the layers on", padding=False)
         done = stages(slim, original)
         if len(done) < 2:
             recovered = _recovered(slim, original, batches, rows, rounds, seed)

@@ -21,6 +21,7 @@ from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace
+from structprune.wrapping import prunable
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -72,6 +73,7 @@ class DependencyGraph(ChannelGraph):
             ignore_outputs=check_ignore("ignore_outputs", ignore_outputs),
             outputs=check_outputs("outputs", outputs),
         )
+        self._given = model
 
     _branches: tuple[Trace, tuple[Branch, ...]] | None = None  # those of a trace, once they were asked for
 
@@ -146,8 +148,10 @@ class DependencyGraph(ChannelGraph):
             PlanError: indices out of range or repeated, or nothing would be left.
             PinnedError: a channel may not be removed; the message says why.
             SurgeryError: the removal failed; the model is as it was.
+            UnsupportedModelError: a model of this kind cannot be changed in place.
         """
         require(locals(), indices=INDICES)
+        prunable(self._given, inplace=True)
         if not isinstance(target, Group):
             require(locals(), target=LAYER)
         decided = plan_removal(

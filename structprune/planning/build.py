@@ -37,7 +37,7 @@ class Description:
 
     Attributes:
         edits: what to set in the configuration, and in attributes that follow from it.
-        reason: why it has to stay as it is; None if it need not.
+        reason: why it has to stay as it is, or what goes that it says nothing of; None if it says all.
     """
 
     edits: tuple[AttributeEdit, ...] = ()
@@ -97,7 +97,7 @@ def plan_removal(
         after=graph.costs.at(count),
         settings=replace(
             settings or Settings(),
-            left={**(settings.left if settings else {}), **_left(graph, described.reason)},
+            left={**(settings.left if settings else {}), **_left(graph, described)},
             over_survivors=_norms(graph, removed),
         ),
     )
@@ -122,9 +122,10 @@ def _edits(graph: ChannelGraph, removed: Mask, values: Mapping[Attribute, int], 
     )
 
 
-def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
+def _left(graph: ChannelGraph, described: Description) -> dict[str, str]:
     """What a reader of the plan should know was left as it is."""
-    left = {"config": f"unchanged: {config}"} if config else {}
+    unchanged = "" if described.edits else "unchanged: "
+    left = {"config": f"{unchanged}{described.reason}"} if described.reason else {}
     if graph.trace.training_error:
         unseen = ", ".join(sorted({name.rpartition(".")[0] for name in graph.trace.unreached(graph.model)})[:5])
         left["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"

@@ -18,10 +18,10 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
+import numpy as np
 from torch import fx, nn
 
 from structprune.coupling.graph import ChannelGraph
@@ -43,6 +43,7 @@ from structprune.planning.built_from_config import (
     state_shapes,
     tracking_int,
 )
+from structprune.planning.configured_part import OTHER, described_module, part_like
 from structprune.surgery.apply import apply
 from structprune.surgery.edits import AttributeEdit, Edits
 from structprune.tracing.provenance import (
@@ -76,13 +77,15 @@ def config_edits(
         numbers: what it is to say, by chains from the model; None to find that out.
 
     Returns:
-        The edits of attributes, and, where the configuration has to stay as it is, the reason.
+        The edits of attributes, and what the configuration cannot say, if anything: then there are no edits, unless it
+        is of tensors that are no part of what it describes.
     """
     if not (edits.slices or numbers) or not is_built_from_config(graph.model):
         return (), None
     try:
         with preserved_random_state():
-            return _Search(graph, edits, count).run(numbers), None
+            search = _Search(graph, edits, count)
+            return search.run(numbers), search.outside()
     except UnknownError as reason:
         return (), str(reason)
 
@@ -100,7 +103,9 @@ class _Search:
         self._graph = graph
         self._edits = edits
         self._count = count
-        self._read = _read_in(graph)
+        self._module = described_module(graph.model)[1]
+        self._kind = type(self._module)
+        self._used = {str(node.target) for node in graph.trace.all_nodes if node.op == "get_attr"}
 
     def run(self, numbers: Mapping[Chain, int] | None) -> tuple[AttributeEdit, ...]:
         if self._edits.literal_edits:
@@ -128,19 +133,38 @@ class _Search:
         with ExitStack() as stack:
             tracked_object("", ("config",), config, stack)
             stack.enter_context(tracking_int(self._model))
-            base = rebuilt(type(self._model), config)
-            if state_shapes(base) != state_shapes(self._model):
-                raise UnknownError("the class built from it has other tensors than this model")
+            base = rebuilt(self._kind, config)
+            self._part = part_like(self._model, base, self._used)
+            if state_shapes(base) != self._part.shapes(self._model):
+                raise UnknownError(OTHER)
+            self._read = {place for at in _read_in(self._graph) if (place := self._part.place(*at)) is not None}
             self._formulas = numbers_in(base)
             self._before = {place: plain(value) for place, value in self._formulas.items()}
             try:
-                apply(base, replace(self._edits, caches=()), inplace=True)
+                apply(base, self._part.edits(self._edits), inplace=True)
             except StructpruneError as error:
                 raise UnknownError(f"the class built from it is another than this model ({error})") from error
             after = numbers_in(base)
         self._shapes = state_shapes(base)
         self._known = {place for place, value in after.items() if value is not self._formulas.get(place)}
         self._after = {place: plain(value) for place, value in after.items()}
+
+    def outside(self) -> str | None:
+        """What goes of tensors that the class does not have, and does not follow from what goes of others."""
+        if self._part.whole:
+            return None
+        components, slots = self._graph.components, self._graph.slots
+        inside = np.zeros(components.count, dtype=bool)
+        for slot in slots:
+            if self._part.tensor(slot.tensor) is not None:
+                inside[components.of(slot.axis)] = True
+        axes = {(slot.tensor, slot.dim): slot.axis for slot in slots}
+        for sliced in self._edits.slices:
+            if self._part.tensor(sliced.tensor) is None:
+                gone = components.of(axes[sliced.tensor, sliced.dim])[list(sliced.removed)]
+                if not inside[gone].all():
+                    return f"it says nothing of {sliced.tensor!r}, which is no part of the class that it builds"
+        return None
 
     # -- equations -----------------------------------------------------------------------------------------------
 
@@ -240,7 +264,7 @@ class _Search:
             if value != self._value(leaf):
                 assign(config, leaf.chain[1:], value)
         read_back(config)
-        built = rebuilt(type(self._model), config)
+        built = rebuilt(self._kind, config)
         self._check_shapes(state_shapes(built))
         self._check_buffers()
         attribute_edits: list[AttributeEdit] = []
@@ -254,8 +278,11 @@ class _Search:
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in self._shapes.items():
             if shapes.get(name) != shape:
-                used = any(node.op == "get_attr" and node.target == name for node in self._graph.trace.all_nodes)
-                unused = "" if used else ", which the forward does not use on the example inputs"
+                unused = (
+                    ""
+                    if self._part.name(name) in self._used
+                    else ", which the forward does not use on the example inputs"
+                )
                 raise _ShapesError(
                     f"it cannot give {name!r}{unused}, the shape {list(shape)} together with all others; a model built "
                     f"from it has {list(shapes.get(name, ()))} there"
@@ -272,7 +299,9 @@ class _Search:
             raise UnknownError(different)
         if place in self._read:
             self._doubts.append(different)
-        return [AttributeEdit(*place, after, new)]
+        path, chain = place
+        # The model itself holds the configuration too, whatever stands around the class.
+        return [AttributeEdit("" if not path and chain[0] == "config" else self._part.outer[path], chain, after, new)]
 
     def _computes_the_same(self, built: nn.Module) -> bool:
         """Whether a model runs the very operations of the pruned one, whatever its attributes say.
@@ -280,8 +309,8 @@ class _Search:
         A number that the forward reads may decide nothing there: how often heads are repeated, where an operation
         repeats them by itself.
         """
-        pruned = rebuilt(type(self._model), copy.deepcopy(self._config))
-        apply(pruned, replace(self._edits, caches=()), inplace=True)
+        pruned = rebuilt(self._kind, copy.deepcopy(self._config))
+        apply(pruned, self._part.edits(self._edits), inplace=True)
         return same_operations(
             *(trace(model, self._graph.example_inputs, operations=op_of) for model in (pruned, built))
         )
@@ -289,9 +318,9 @@ class _Search:
     def _check_buffers(self) -> None:
         """Tensors that are not saved are computed anew when the model is loaded."""
         # Patterns of names that a model keeps out of its files, where it has such a list.
-        omitted: Sequence[str] = getattr(self._model, "_keys_to_ignore_on_save", None) or ()
-        saved = self._model.state_dict(keep_vars=True).keys()
-        for sliced in self._edits.slices:
+        omitted: Sequence[str] = getattr(self._module, "_keys_to_ignore_on_save", None) or ()
+        saved = self._shapes.keys()
+        for sliced in self._part.edits(self._edits).slices:
             if sliced.tensor not in saved or any(re.search(pattern, sliced.tensor) for pattern in omitted):
                 raise UnknownError(
                     f"{sliced.tensor!r} is not saved but computed from it, which cannot leave out the entries that "

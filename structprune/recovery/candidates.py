@@ -19,12 +19,12 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import all_reduced
 from structprune.ops.relations import Axis
-from structprune.recovery.batches import samples_in
+from structprune.recovery.batches import compared, samples_in
 from structprune.recovery.layers import kept_indices
 from structprune.recovery.parallel_forward import BatchRun, parallel_runs
 from structprune.recovery.report import Candidate
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
-from structprune.tracing.trace import Trace, tensors_in
+from structprune.tracing.trace import Trace
 
 EVERY = 16  # of so many samples one is held out
 FEWEST = 5  # with fewer samples none is held out
@@ -78,8 +78,9 @@ class HeldOut:
 class Candidates:
     """Candidates are offered one after the other; the tensors of the best one so far are remembered.
 
-    The error of one is that of the first tensor that the model returns: the root of the mean squared difference from
-    the original's over the root mean square of the original's, on the samples held out, or on all where there are none.
+    The error of one is that of the first tensor that the model returns, but for a loss: the root of the mean squared
+    difference from the original's over the root mean square of the original's, on the samples held out, or on all where
+    there are none.
 
     Args:
         graph: of the original.
@@ -135,10 +136,10 @@ class Candidates:
             held.tensor.data.copy_(self._tensors[name])
 
     def parts(self, results: Iterable[Any]) -> list[Tensor | None]:
-        """Of the first tensor returned on each batch, one after the other, the samples held out."""
+        """Of what is compared of the result for each batch, one after the other, the samples held out."""
         parts: list[Tensor | None] = []
         for number, result in enumerate(results):
-            part = next(tensors_in(result), None)
+            part = compared(result)
             if part is not None and self._any_held:
                 part = part[self._held_out.solved_on(number, part.shape[0]) :] if part.dim() else None
             parts.append(None if part is None or not part.is_floating_point() else part.clone())
@@ -148,7 +149,8 @@ class Candidates:
         """The original's result without the channels that were removed from the output of the model."""
         if result is None:
             return None
-        node = next(iter(self._graph.trace.outputs.values()))
+        nodes = list(self._graph.trace.outputs.values())
+        node = next((node for node in nodes if node.meta["shape"]), nodes[0])
         axes = self._graph.channels.axes[node.meta["index"]]
         for dim, axis in enumerate(axes if isinstance(axes, tuple) else ()):
             index = kept_indices(self._graph, self._removed, axis) if isinstance(axis, Axis) else None

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
+from structprune.recovery.batches import compared
 from structprune.tracing.replay import Hook, Replay, ReplayedCall
 from structprune.tracing.shadow import shadow_of
-from structprune.tracing.trace import Trace, as_call, map_tensors, tensors_in
+from structprune.tracing.trace import Trace, as_call, map_tensors
 
 
 class Side(IntEnum):
@@ -228,7 +229,7 @@ class PrefixCache(BatchRun):
         return result
 
     def output_from(self, start: int, model: nn.Module, inputs: Any, hooks: Mapping[int, Hook], trace: Trace) -> Tensor:
-        """The first tensor of the model's output with `hooks`, none of which comes before operation `start`.
+        """What is compared of the model's output with `hooks`, none of which comes before operation `start`.
 
         What comes before is taken from this run, which has paused before `start`; where that is not safe, because the
         model writes over what it was given or asks for the value of a tensor, the whole forward runs.
@@ -239,10 +240,12 @@ class PrefixCache(BatchRun):
 
 
 def output_of(model: nn.Module, inputs: Any, hooks: Mapping[int, Hook], trace: Trace) -> Tensor:
-    """The first tensor of the model's output, with hooks at some operations of the trace."""
+    """What is compared of the model's output (`compared`), with hooks at some operations of the trace."""
     args, kwargs = as_call(inputs)
     with Replay(trace, hooks, whole=True, error=RecoveryError).over(model):
-        return next(tensors_in(model(*args, **kwargs)))
+        result = compared(model(*args, **kwargs))
+    assert result is not None
+    return result
 
 
 def prefix_hooks(trace: Trace, start: int, results: Mapping[int, Any]) -> dict[int, Hook]:

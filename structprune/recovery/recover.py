@@ -17,6 +17,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
+from structprune.offloading import at_hand, hooked, is_placed
 from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
@@ -90,6 +91,8 @@ def recover(
         original: the model before the first pruning.
         data: batches as the model takes them: tensors, dicts of keyword arguments, or pairs of one of these and labels,
             which are ignored. All of them are held by the model at once at one layer: some hundred samples are enough.
+            Of dicts with an ``attention_mask``, what it leaves out at the ends of sequences is left out; sequences of
+            one length run together.
         rows: how many positions (pixels, tokens) of all batches together a layer is solved on; drawn at random.
         rounds: how often a layer and its producers are solved together at most; with 0 the layers alone are solved.
         seed: of the draw. Random generators outside are not touched.
@@ -115,11 +118,14 @@ def recover(
     with failing_together(RecoveryError, "recover"):
         numbers = {"rows": whole(1), "rounds": whole(0), "seed": SEED}
         require(locals(), RecoveryError, slim=MODEL, original=MODEL, forward=ON_BATCH.or_none, **numbers)
-        batches = batches_of(original, data, forward, "is nothing to solve the layers on")
+        given, slim, original = slim, at_hand(slim), at_hand(original)
+        batches = batches_of(original, data, forward, "is nothing to solve the layers on", padding=False)
         done = stages(slim, original)
         if len(done) < 2:
-            return _recovered(slim, original, batches, rows, rounds, seed)
-        return _in_stages(done, original, batches, rows, rounds, seed)
+            recovered = _recovered(slim, original, batches, rows, rounds, seed)
+        else:
+            recovered = _in_stages(done, original, batches, rows, rounds, seed)
+        return hooked(recovered) if is_placed(given) else recovered
 
 
 def _in_stages(

@@ -215,8 +215,8 @@ class Reconstruction:
     def _fitted(self, graph: ChannelGraph, batches: Iterable[Any] | Batches | None) -> FittedReconstruction:
         model = graph.model
         device = device_of(model)
-        given = batches.once("reconstruction") if isinstance(batches, Batches) else batches or ()
-        data = [inputs_of(batch, device) for batch in given]
+        given = batches if isinstance(batches, Batches) else Batches(batches or ())
+        data = [inputs_of(batch, device) for batch in given.once("reconstruction", model)] if batches else []
         if not data:
             raise PlanError("Reconstruction looks at data: give an iterable with at least one batch.")
         nobody_failed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from structprune.errors import SurgeryError
+from structprune.offloading import held_in_place
 from structprune.surgery.edits import AttributeEdit, Edits, Rewritten, install, rewritten_classes
 from structprune.surgery.history import record_kept
 from structprune.surgery.slicing import smaller_tensors
@@ -22,7 +23,7 @@ from structprune.tracing.describe import describe_layers, owner, set_attribute
 from structprune.tracing.opaque import copied_module
 from structprune.tracing.provenance import SizeInt
 from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors, is_config, module_finder
-from structprune.wrapping import class_names, prunable, rewrapped
+from structprune.wrapping import class_names, prunable, rewrapped, unwrapped
 
 
 def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
@@ -38,9 +39,10 @@ def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
         UnsupportedModelError: a model of this kind cannot be pruned.
     """
     _check_numbers(plan)
-    inner = prunable(model, inplace=inplace)
-    with collection_paused():
-        slim = _apply(inner, plan, inplace)
+    with held_in_place(unwrapped(model)) if inplace else nullcontext():
+        inner = prunable(model, inplace=inplace)
+        with collection_paused():
+            slim = _apply(inner, plan, inplace)
     return model if inplace else rewrapped(model, slim)
 
 

@@ -17,6 +17,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
+from structprune.hardware import return_freed_memory
 from structprune.offloading import at_hand, hooked, is_placed
 from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.candidates import Candidates, HeldOut
@@ -153,6 +154,10 @@ def _recovered(
     shorter = Shorter.of(slim, original, batches[0])
     edits = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {})) if shorter is None else shorter.aligned
+    given = {
+        name: held.tensor if shorter is None else held.tensor.detach().clone()
+        for name, held in held_tensors(slim if shorter is None else recovered).items()
+    }
     with widened(original, recovered) as in_float32:
         batches = [map_tensors(wide, batch) for batch in batches] if in_float32 else batches
         graph = ChannelGraph(original, batches[0])
@@ -160,7 +165,8 @@ def _recovered(
         begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
         layers, too_wide = _affordable(consumers(graph, removed, begins, without), graph, batches)
         with preserved_random_state(), torch.no_grad():
-            report = _best(recovered, original, batches, _Solving(graph, removed, layers, rows, seed), rounds)
+            solving = _Solving(graph, removed, layers, rows, seed, given)
+            report = _best(recovered, original, batches, solving, rounds)
         report = replace(report, skipped={**too_wide, **report.skipped})
     if shorter is not None:
         recovered = shorter.shortened(slim)
@@ -200,13 +206,23 @@ def _input_of(node: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True, slots=True)
 class _Solving:
-    """What solving the layers of a model needs: the graph of the original, what was removed, what is to be solved."""
+    """What solving the layers of a model needs.
+
+    Attributes:
+        graph: of the original.
+        removed: mask of the removed components.
+        layers: what is to be solved.
+        rows: positions of all batches together to solve on.
+        seed: of their draw.
+        given: the tensors that the pruned model was given with, by name.
+    """
 
     graph: ChannelGraph
     removed: Mask
     layers: list[Consumer]
     rows: int
     seed: int
+    given: dict[str, Tensor]
 
     def solvers(self, held_out: HeldOut, rounds: int) -> list[LayerSolver]:
         """A solver for each layer."""
@@ -225,10 +241,13 @@ def _best(
     towards where they start. If producers were solved too and the result is worse than that, layers alone are tried.
     """
     held_out = HeldOut.of(batches)
-    candidates = Candidates(solving.graph, solving.removed, original, batches, held_out)
+    candidates = Candidates(solving.graph, solving.removed, original, batches, held_out, solving.given)
     candidates.offer(AS_GIVEN, recovered)
-    if solving.layers and held_out.count and set_statistics(recovered, batches, solving.graph.trace):
-        candidates.offer(RECALIBRATED, recovered)
+    statistics: dict[str, Tensor] = {}
+    if solving.layers and held_out.count:
+        statistics = set_statistics(recovered, batches, solving.graph.trace)
+    if statistics and candidates.offer(RECALIBRATED, recovered):
+        candidates.remember(statistics)
     reports: list[LayerRecovery] = []
     skipped: dict[str, str] = {}
     better = not solving.layers
@@ -240,8 +259,8 @@ def _best(
         reports, parts = _solve_in_order(recovered, original, batches, solving.graph, solvers, candidates)
         skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
         better = candidates.offer(SOLVED_WITH_PRODUCERS if count else SOLVED_ALONE, recovered, parts)
-    candidates.restore(recovered)
     if not better:  # nothing that was solved is returned
+        candidates.restore(recovered)
         reports = [replace(row, after=row.before, changed=False, producers=()) for row in reports]
     return RecoveryReport(tuple(reports), skipped, tuple(candidates.tried), candidates.kept, candidates.samples)
 
@@ -317,6 +336,7 @@ def _solve_in_order(
                     ours = [pause.result for pause in pauses]
                     for of, results in (("the original", goal), ("the pruned model", ours)):
                         _require_numbers(results, of, solver.consumer.layer)
+                    return_freed_memory()  # by the batches on their way here
                     report = solver.solve(ours, goal, tensors)
                     reports += [report] if report is not None else []
             parts = candidates.parts(run.finish() for run in slim_runs)

@@ -1,6 +1,7 @@
 """Training pruned models: losses and penalties for your own loop, and `finetune`, which does it with one call."""
 
 from structprune.training.average import WeightAverage
+from structprune.training.channel_decay import ChannelDecay, shrinkage
 from structprune.training.distillation import FeatureDistillation, distillation_loss
 from structprune.training.evaluation import split
 from structprune.training.finetuning import Epoch, Finetuned, finetune
@@ -8,6 +9,7 @@ from structprune.training.penalties import GroupLasso, GrowingRegularisation, No
 from structprune.training.soft import SoftPruner
 
 __all__ = [
+    "ChannelDecay",
     "Epoch",
     "FeatureDistillation",
     "Finetuned",
@@ -18,5 +20,6 @@ __all__ = [
     "WeightAverage",
     "distillation_loss",
     "finetune",
+    "shrinkage",
     "split",
 ]

@@ -37,7 +37,7 @@ class DependencyGraph(ChannelGraph):
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ignore: layers (modules or dotted names) to leave whole.
         ignore_outputs: layers whose outputs stay whole; their inputs may lose channels.
-        outputs: names of the outputs that keep their shape (see `structprune.plan`); None for all.
+        outputs: names of the outputs that keep their shape (see `structprune.plan`); None for all, ``()`` for none.
 
     Raises:
         TraceError: the forward cannot be recorded.
@@ -71,7 +71,7 @@ class DependencyGraph(ChannelGraph):
             example_inputs,
             ignore=check_ignore("ignore", ignore),
             ignore_outputs=check_ignore("ignore_outputs", ignore_outputs),
-            outputs=check_outputs("outputs", outputs),
+            outputs=() if outputs == () else check_outputs("outputs", outputs),
         )
 
     _branches: tuple[Trace, tuple[Branch, ...]] | None = None  # those of a trace, once they were asked for
@@ -155,9 +155,17 @@ class DependencyGraph(ChannelGraph):
         decided = plan_removal(
             self, self._settled(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
         )
-        decided.apply(self.model, inplace=True)
-        self._analyse()
+        self.carry_out(decided)
         return decided
+
+    def carry_out(self, plan: Plan) -> None:
+        """Apply a plan to the model in place; the graph then describes the smaller model.
+
+        Raises:
+            SurgeryError: the plan does not fit the model, which is then as it was.
+        """
+        plan.apply(self.model, inplace=True)
+        self._analyse()
 
     def _settled(self, target: Group | Layer | Dimension, indices: Sequence[int]) -> Ids | GroupedChoice:
         """What `prune_group` removes, once every number in the forward that follows it is known to."""

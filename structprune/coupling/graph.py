@@ -16,7 +16,7 @@ from structprune.coupling.compensation import Compensation
 from structprune.coupling.compensation_ahead import compensations
 from structprune.coupling.computed_weights import normalised_weights
 from structprune.coupling.costs import CostModel
-from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, group_numbers, restricted
+from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, group_numbers, joined
 from structprune.coupling.naming import Dimension, Layer, path_of
 from structprune.coupling.propagate import Channels, Invariant, propagate
 from structprune.coupling.random_removals import Counter
@@ -256,23 +256,25 @@ class ChannelGraph:
         first = np.unique(positions[order], return_index=True)[1]
         return path, roots[order][first]
 
-    def group(self, layer: Layer | Dimension) -> Group:
-        """The group of a layer's output channels.
+    def group(self, layer: Layer | Dimension, indices: Sequence[int] | None = None) -> Group:
+        """The group of a layer's output channels, in their order.
 
         Args:
             layer: a module of the model, or its dotted name; or a dimension of a tensor: ``("fc.weight", 1)``.
+            indices: those that count, as in `chosen`; None for all.
 
         Raises:
             UnknownLayerError: there is no such layer, or the forward does not use it.
             PinnedError: its channels may not be removed; the message says why.
         """
         path, roots = self._layer_roots(layer)
-        chosen, first = np.unique(roots, return_index=True)
-        chosen = chosen[np.argsort(first)]
+        chosen = np.unique(roots) if indices is None else self.chosen(layer, indices)
         chosen = chosen[self.components.roots[chosen]]
-        members = [member for group in self.groups() for member in restricted(group, chosen)]
-        (axis,) = {group.axis for group in self.groups() if np.isin(chosen, group.components).any()} or {"channels"}
-        return Group(path, chosen, tuple(members), axis)
+        deciding = self.roots.of(self.components.of(self.output_axis(layer)[1]))[1]  # position by position
+        known, first = np.unique(deciding, return_index=True)
+        chosen = chosen[np.argsort(first[np.searchsorted(known, chosen)])]
+        axes = [group.axis for group in self.groups() if np.isin(chosen, group.components).any()]
+        return Group(path, chosen, joined(self.groups(), chosen), axes[0] if axes else "channels")
 
     def _reason(self, axis: Axis) -> str:
         if not axis.free:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,10 +20,10 @@ Side = tuple[int, str]
 _SIDES: dict[type[nn.Module], tuple[Side, Side]] = {
     _ConvNd: ((0, "out_channels"), (1, "in_channels")),
     nn.Linear: ((0, "out_features"), (1, "in_features")),
-    _BatchNorm: ((0, "num_features"),) * 2,
-    _InstanceNorm: ((0, "num_features"),) * 2,
-    nn.PReLU: ((0, "num_parameters"),) * 2,
-    nn.Embedding: ((1, "embedding_dim"),) * 2,
+    _BatchNorm: ((0, "num_features"), (0, "num_features")),
+    _InstanceNorm: ((0, "num_features"), (0, "num_features")),
+    nn.PReLU: ((0, "num_parameters"), (0, "num_parameters")),
+    nn.Embedding: ((1, "embedding_dim"), (1, "embedding_dim")),
 }
 
 
@@ -73,20 +72,28 @@ def remove_channels(layer: nn.Module, indices: Sequence[int], *, outputs: bool =
     """
     require(locals(), layer=instance(nn.Module, "give a layer"), indices=INDICES, outputs=FLAG)
     this, other = side(layer, outputs), side(layer, not outputs)
-    held: dict[str, Any] = {name: each.tensor for name, each in held_tensors(layer).items()}
     grouped = not is_depthwise(layer) and getattr(layer, "groups", 1) > 1
     if this is None or other is None or grouped or "weight" not in layer._parameters:
         raise PlanError(
-            f"Channels of {shown(layer)} cannot be removed from it alone. Let a graph do it, which knows what goes with "
-            "them: structprune.DependencyGraph(model, x).prune_group(layer, indices)."
+            f"Channels of {shown(layer)} cannot be removed from it alone. Let a graph do it, which knows what goes "
+            "with them: structprune.DependencyGraph(model, x).prune_group(layer, indices)."
         )
-    (dim, name), shared = this, this[0] == other[0]
-    size, gone = int(getattr(layer, name)), tuple(sorted({int(index) for index in indices}))
+    size, gone = int(getattr(layer, this[1])), tuple(sorted({int(index) for index in indices}))
     if gone and (gone[0] < 0 or gone[-1] >= size or len(gone) == size):
         raise PlanError(f"indices is {shown(list(indices))}; give some of the channels 0 to {size - 1}, and not all.")
-    dims = {key: 0 for key, tensor in held.items() if (outputs or shared) and tensor.shape == (size,)}
-    dims |= {} if layer.weight is None else {"weight": dim}
-    names = dict.fromkeys([name, other[1], *(["groups"] if is_depthwise(layer) else [])] if shared else [name])
-    slices = tuple(RemovedSlice(key, dims[key], size, gone) for key in dims if gone)
-    edits = tuple(AttributeEdit("", (key,), size, size - len(gone)) for key in names)
+    names = {this[1]}
+    if shared := this[0] == other[0]:
+        names |= {other[1], "groups"} if is_depthwise(layer) else {other[1]}
+    slices = _slices(layer, this[0], size, gone, outputs or shared) if gone else ()
+    edits = tuple(AttributeEdit("", (name,), size, size - len(gone)) for name in sorted(names))
     return apply(layer, Edits(slices, edits, (), (), (), None, None), inplace=True)
+
+
+def _slices(layer: nn.Module, dim: int, size: int, gone: tuple[int, ...], outputs: bool) -> tuple[RemovedSlice, ...]:
+    """What is cut out of the weight and, with outputs, of what else has one entry for each."""
+    held = {name: each.tensor for name, each in held_tensors(layer).items()}
+    return tuple(
+        RemovedSlice(name, dim if name == "weight" else 0, size, gone)
+        for name, tensor in held.items()
+        if name == "weight" or (outputs and tensor.shape == (size,))
+    )

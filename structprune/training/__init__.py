@@ -5,7 +5,7 @@ from structprune.training.channel_decay import ChannelDecay, shrinkage
 from structprune.training.distillation import FeatureDistillation, distillation_loss
 from structprune.training.evaluation import split
 from structprune.training.finetuning import Epoch, Finetuned, finetune
-from structprune.training.penalties import GroupLasso, GrowingRegularisation, NormScalePenalty
+from structprune.training.penalties import GroupLasso, GrowingRegularisation, NormScalePenalty, add_gradient
 from structprune.training.soft import SoftPruner
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "NormScalePenalty",
     "SoftPruner",
     "WeightAverage",
+    "add_gradient",
     "distillation_loss",
     "finetune",
     "shrinkage",

@@ -7,7 +7,7 @@ channels were removed it raises, and has to be built again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,32 @@ from structprune.training.channel_slices import (
     parameters_of,
     trainable,
 )
+
+
+def add_gradient(penalty: Callable[[nn.Module], Tensor], model: nn.Module) -> None:
+    """Add what a penalty gives to the gradients that are there, for loops whose loss is out of reach.
+
+    Call it between ``backward`` and the optimizer's step. Parameters without a gradient get none.
+
+    Args:
+        penalty: called with the model, gives a scalar.
+        model: the model that was trained on.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> add_gradient(lambda model: model.bias.sum(), model)
+        >>> model.bias.grad
+        tensor([2.])
+    """
+    held = [each for each in model.parameters() if each.grad is not None and each.requires_grad]
+    if not held:
+        return
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(penalty(model), held, allow_unused=True)
+    for parameter, gradient in zip(held, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad += gradient
 
 
 class GroupLasso:

@@ -22,6 +22,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "prelu": (nn.PReLU,), "embedding": (nn.Embedding,), "lstm": (nn.LSTM,),
     "multihead_attention": (nn.MultiheadAttention,), "parameter": (),
 }  # fmt: skip
+STANDARD = tuple(kind for classes in _KINDS.values() for kind in classes)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,6 @@ class GroupMagnitudeImportance(Importance):
         require(vars(self), group_reduction=one_of((*REDUCTIONS, "gate")).or_none)
         if isinstance(self.normalizer, str):
             require(vars(self), normalizer=one_of(_NORMALIZERS))
-            self.normalizer = _NORMALIZERS[self.normalizer]
 
     def _entries(self, tensor: nn.Parameter) -> Tensor:
         return tensor.abs().pow(self.p)
@@ -61,19 +60,21 @@ class GroupMagnitudeImportance(Importance):
     @torch.no_grad()
     def __call__(self, group: Group) -> Tensor | None:
         """A score for each of the root's channels; None if the group has no layer of the target types."""
-        weights = group.weights(("conv", "linear", "batchnorm", "layernorm"), self.bias, tuple(self.target_types))
+        weights = group.weights(("conv", "linear", "batchnorm", "layernorm"), self.bias, self.target_types)
 
         def scores_of(name: str, dim: int) -> Tensor | None:
-            return self._slices(weights[name], dim).float().cpu() if name in weights else None
+            tensor = weights.get(name)
+            return None if tensor is None else self._slices(tensor, dim).float().cpu()
 
-        parts, channels = list(member_scores(group.coupled, scores_of)), group.coupled.channels
+        parts = list(member_scores(group.coupled, scores_of))
         if not parts:
             return None
         if self.group_reduction is None:
             return torch.stack([score for score, _ in parts])
         last = self.group_reduction == "gate"
-        scores = parts[-1][0] if last else reduced(parts, self.group_reduction, channels)
-        return self.normalizer(scores) if callable(self.normalizer) else scores
+        scores = parts[-1][0] if last else reduced(parts, self.group_reduction, group.coupled.channels)
+        normalize = _NORMALIZERS[self.normalizer] if isinstance(self.normalizer, str) else self.normalizer
+        return scores if normalize is None else normalize(scores)
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,8 @@ from structprune.checking import MODEL, real, require, whole
 from structprune.checking import function as function_of
 from structprune.compat.torch_pruning import function as function
 from structprune.compat.torch_pruning import importance as importance
-from structprune.compat.torch_pruning.dependency import DependencyGraph, Group, History
+from structprune.compat.torch_pruning.dependency import DependencyGraph, Group
 from structprune.compat.torch_pruning.function import BasePruningFunc as BasePruningFunc
-from structprune.compat.torch_pruning.function import channels_of
 from structprune.coupling import groups as coupled
 from structprune.coupling.roles import AXES
 from structprune.importance.compose import PerLayer
@@ -29,7 +28,7 @@ from structprune.planning.decide import Ranking, decide_channels
 from structprune.planning.options import PlanOptions
 from structprune.pruner import keys_of
 from structprune.training.channel_decay import ChannelDecay, lack, shrinkage
-from structprune.training.penalties import GroupLasso, NormScalePenalty
+from structprune.training.penalties import GroupLasso, NormScalePenalty, add_gradient
 
 Ratios = Mapping[nn.Module | tuple[nn.Module, ...], float]
 
@@ -60,7 +59,7 @@ class BasePruner:
     max_pruning_ratio: float = 1.0
     iterative_steps: int = 1
     iterative_pruning_ratio_scheduler: Callable[[float, int], Sequence[float]] = linear_scheduler
-    ignored_layers: Any = None
+    ignored_layers: Iterable[nn.Module | nn.Parameter] | None = None
     round_to: int | None = None
     isomorphic: bool = False
     in_channel_groups: Any = None
@@ -81,7 +80,7 @@ class BasePruner:
         given, share = vars(self), real(least=0, most=1)
         require(given, model=MODEL, importance=function_of("group"), pruning_ratio=share, max_pruning_ratio=share)
         require(given, iterative_steps=whole(1), round_to=whole(1).or_none, head_pruning_ratio=share)
-        ignored = list(self.ignored_layers or ())
+        ignored = [*(self.ignored_layers or ())]
         layers = [layer for layer in ignored if isinstance(layer, nn.Module)]
         self.ignored_layers = [part for layer in layers for part in layer.modules()]
         self.DG = DependencyGraph().build_dependency(
@@ -89,6 +88,7 @@ class BasePruner:
             ignored_params=[each for each in ignored if isinstance(each, Tensor)], ignore_outputs=layers, outputs=None,
         )  # fmt: skip
         self.DG.after_removal.append(self._count_heads)
+        self.pruning_history, self.load_pruning_history = self.DG.pruning_history, self.DG.load_pruning_history
         wanted = {"heads": self.prune_num_heads, "head_size": self.prune_head_dims, "groups": False, "experts": False}
         self._axes = tuple(axis for axis in AXES if wanted.get(axis, True))
         self._ratios = self.pruning_ratio, _by_layer(self.pruning_ratio_dict or {})
@@ -105,9 +105,8 @@ class BasePruner:
         return math.prod(g.channels for g in groups if any((m.tensor, m.dim) == made for m in g.members))
 
     def _count_heads(self) -> None:
-        self.num_heads.update(
-            {la: count * self._heads(la) // first for la, (count, first) in self._first_heads.items()}
-        )
+        for layer, (number, first) in self._first_heads.items():
+            self.num_heads[layer] = number * self._heads(layer) // first
 
     # -- which channels --------------------------------------------------------------------------------------------
 
@@ -116,17 +115,17 @@ class BasePruner:
         return self.importance(group)
 
     def _scored(self) -> Iterator[tuple[coupled.Group, Group, Tensor]]:
-        """The groups that layers of the root types make, as torch-pruning sees them, and the scores if there are any."""
+        """The groups that layers of the root types make, as torch-pruning sees them, and their scores."""
         for group, seen in [(group, self.DG.of(group)) for group in self.DG.graph.groups()]:
-            if any(isinstance(layer, tuple(self.root_module_types)) for layer in seen.layers(out=True)):
+            if seen.made_by(self.root_module_types):
                 scores = self.estimate_importance(seen)
                 if scores is not None and len(scores):
                     yield group, seen, scores.detach()
 
     def _asked(self, group: coupled.Group, seen: Group) -> tuple[Hashable, float]:
-        """What is the same for the groups that this one competes with, and the share of them that is to be gone by now."""
+        """What groups that compete with this one have in common, and the share of them that is to be gone by now."""
         ratio, given = self._head_ratios if group.axis == "heads" else self._ratios
-        named, ratio = next((given[id(la)] for la in seen.layers(out=True) if id(la) in given), (None, ratio))
+        named, ratio = next((given[id(la)] for la in seen.made_by([object]) if id(la) in given), (None, ratio))
         alike = tuple(sorted((type(dep.layer).__name__, dep.handler.name) for dep, _ in seen))
         rivals = group.axis == "heads", named, alike if self.isomorphic and named is None else ""
         share = self.iterative_pruning_ratio_scheduler(ratio, self.iterative_steps)[self.current_step]
@@ -145,16 +144,14 @@ class BasePruner:
 
         def ratio(group: coupled.Group) -> float:
             rivals, share = asked.get(group, (None, 0.0))
-            going = (
-                math.ceil(share * now[rivals])
+            left = (
+                now[rivals] - math.ceil(share * now[rivals])
                 if group.axis == "heads"
-                else now[rivals] - int(before[rivals] * (1 - share))
+                else int(before[rivals] * (1 - share))
             )
-            return max(0, min(going, now[rivals] - 1)) / max(1, now[rivals])
+            return max(0, min(now[rivals] - left, now[rivals] - 1)) / max(1, now[rivals])
 
-        options = PlanOptions(
-            ratio=ratio, scope=lambda group: asked.get(group, (None,))[0], axes=self._axes, round_to=1
-        )
+        options = PlanOptions(ratio=ratio, scope=lambda group: asked.get(group, (0,))[0], axes=self._axes, round_to=1)
         kept = decide_channels(self.DG.graph, options, Ranking(self.DG.graph, PerLayer(self._score, "none"))).kept
         return {group: self._rounded(kept.get(group, group.channels), group.channels, first[group]) for group in keys}
 
@@ -188,26 +185,6 @@ class BasePruner:
             self.DG.carry_out(chosen, "plan")
         return None
 
-    def manual_prune_width(self, layer: Any, pruning_fn: Any, pruning_ratios_or_idxs: Any) -> None:
-        """Remove channels of one layer: a list of indices, or the share that is to go, the lowest scores first."""
-        idxs = pruning_ratios_or_idxs
-        if isinstance(idxs, float):
-            whole = range(channels_of(layer, function.is_out(pruning_fn)))
-            group = self.DG.get_pruning_group(layer, pruning_fn, whole)
-            scores = self.estimate_importance(group)
-            assert scores is not None
-            roots = sorted({root for item in group for root in item.root_idxs})
-            idxs = [roots[number] for number in scores.argsort()[: int(len(scores) * idxs)]]
-        self.DG.get_pruning_group(layer, pruning_fn, idxs).prune()
-
-    def pruning_history(self) -> History:
-        """What was removed: see `DependencyGraph.pruning_history`."""
-        return self.DG.pruning_history()
-
-    def load_pruning_history(self, pruning_history: History) -> None:
-        """Remove again what a history says."""
-        self.DG.load_pruning_history(pruning_history)
-
     # -- sparse training -------------------------------------------------------------------------------------------
 
     def update_regularizer(self) -> None:
@@ -217,7 +194,7 @@ class BasePruner:
         """Add each channel's strength times its weights to the gradients."""
         counted = {name for group in strengths for name in group.weights(("conv", "linear", "batchnorm"), bias)}
         each = {group.coupled: strength for group, strength in strengths.items()}
-        _add_gradient(ChannelDecay(self.DG.graph, each, counted), model)
+        add_gradient(ChannelDecay(self.DG.graph, each, counted), model)
 
 
 class BNScalePruner(BasePruner):
@@ -231,10 +208,8 @@ class BNScalePruner(BasePruner):
         """Add the penalty's gradient; call it between ``backward`` and the optimizer's step."""
         graph, strength = self.DG.graph, self.reg if reg is None else reg
         scales = norm_scales(graph, ("batch_norm",))
-        lasso = (
-            GroupLasso(graph, strength, parameters=scales) if self.group_lasso else NormScalePenalty(graph, strength)
-        )
-        _add_gradient(lasso, model)
+        alone = NormScalePenalty(graph, strength)
+        add_gradient(GroupLasso(graph, strength, parameters=scales) if self.group_lasso else alone, model)
 
 
 class GroupNormPruner(BasePruner):
@@ -281,13 +256,3 @@ def _by_layer(given: Ratios) -> dict[int, tuple[int, float]]:
     """For each module: the number of its key, and the ratio."""
     keys = ((number, key if isinstance(key, tuple) else (key,)) for number, key in enumerate(given))
     return {id(part): (number, [*given.values()][number]) for number, key in keys for m in key for part in m.modules()}
-
-
-def _add_gradient(penalty: Callable[[nn.Module], Tensor], model: nn.Module) -> None:
-    """Add what the penalty gives to the gradients that are there."""
-    held = [parameter for parameter in model.parameters() if parameter.grad is not None and parameter.requires_grad]
-    if held:
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(penalty(model), held, allow_unused=True)
-        for parameter, gradient in zip(held, gradients, strict=True):
-            parameter.grad = parameter.grad if gradient is None else parameter.grad + gradient

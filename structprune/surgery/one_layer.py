@@ -81,12 +81,17 @@ def remove_channels(layer: nn.Module, indices: Sequence[int], *, outputs: bool =
     size, gone = int(getattr(layer, this[1])), tuple(sorted({int(index) for index in indices}))
     if gone and (gone[0] < 0 or gone[-1] >= size or len(gone) == size):
         raise PlanError(f"indices is {shown(list(indices))}; give some of the channels 0 to {size - 1}, and not all.")
-    names = {this[1]}
-    if shared := this[0] == other[0]:
-        names |= {other[1], "groups"} if is_depthwise(layer) else {other[1]}
+    shared = this[0] == other[0]
+    names = _counting(layer) if shared else {this[1]}
     slices = _slices(layer, this[0], size, gone, outputs or shared) if gone else ()
     edits = tuple(AttributeEdit("", (name,), size, size - len(gone)) for name in sorted(names))
     return apply(layer, Edits(slices, edits, (), (), (), None, None), inplace=True)
+
+
+def _counting(layer: nn.Module) -> set[str]:
+    """The attributes that count the channels of a layer whose outputs are its inputs."""
+    sides = [each for each in (side(layer, True), side(layer, False)) if each is not None]
+    return {name for _, name in sides} | ({"groups"} if is_depthwise(layer) else set())
 
 
 def _slices(layer: nn.Module, dim: int, size: int, gone: tuple[int, ...], outputs: bool) -> tuple[RemovedSlice, ...]:

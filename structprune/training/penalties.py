@@ -51,10 +51,10 @@ def add_gradient(penalty: Callable[[nn.Module], Tensor], model: nn.Module) -> No
     if not held:
         return
     with torch.enable_grad():
-        gradients = torch.autograd.grad(penalty(model), held, allow_unused=True)
+        gradients = torch.autograd.grad(penalty(model), held, allow_unused=True, materialize_grads=True)
     for parameter, gradient in zip(held, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad += gradient
+        assert parameter.grad is not None
+        parameter.grad += gradient
 
 
 class GroupLasso:

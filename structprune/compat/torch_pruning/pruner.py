@@ -144,12 +144,9 @@ class BasePruner:
 
         def ratio(group: coupled.Group) -> float:
             rivals, share = asked.get(group, (None, 0.0))
-            left = (
-                now[rivals] - math.ceil(share * now[rivals])
-                if group.axis == "heads"
-                else int(before[rivals] * (1 - share))
-            )
-            return max(0, min(now[rivals] - left, now[rivals] - 1)) / max(1, now[rivals])
+            total = max(1, now[rivals])
+            going = math.ceil(share * total) if group.axis == "heads" else total - int(before[rivals] * (1 - share))
+            return max(0, min(going, total - 1)) / total
 
         options = PlanOptions(ratio=ratio, scope=lambda group: asked.get(group, (0,))[0], axes=self._axes, round_to=1)
         kept = decide_channels(self.DG.graph, options, Ranking(self.DG.graph, PerLayer(self._score, "none"))).kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
@@ -166,6 +167,18 @@ class Plan(Edits):
                 continue
             removed.setdefault(sliced.tensor, {})[sliced.dim] = sliced.removed
         return removed
+
+    def left(self, tensor: str, dim: int, indices: Iterable[int]) -> tuple[int, ...]:
+        """What indices of a dimension are called afterwards; those that go are left out.
+
+        Raises:
+            PlanError: each group of a grouped convolution loses other ones.
+        """
+        slices = [sliced for sliced in self.slices if (sliced.tensor, sliced.dim) == (tensor, dim)]
+        if any(isinstance(sliced, SectionedSlice) for sliced in slices):
+            raise PlanError(f"Of dimension {dim} of {tensor!r}, each group of the convolution loses other indices.")
+        gone = slices[0].removed if slices else ()
+        return tuple(index - bisect_left(gone, index) for index in indices if index not in set(gone))
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """The smaller model.

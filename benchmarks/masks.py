@@ -123,8 +123,8 @@ def write(found: dict[str, Any]) -> None:
         "",
         f"Measured so far: {len({name.split(' ')[0] for name in found})} of {len(MODELS)} models.",
         "",
-        "Parameters that are gone, and in brackets the channels gone of those that the zeros switch off; beside these go "
-        "those that nothing reads:",
+        "Parameters that are gone, and in brackets the channels gone of those that the zeros switch off. Those that "
+        "nothing reads go too:",
         "",
         "| model | parameters | filters 30% | 60% | 90% | entries 30% | 60% | 90% | largest difference |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",

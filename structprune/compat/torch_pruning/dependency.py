@@ -207,8 +207,9 @@ class DependencyGraph:
     def _channels(self, node: Node, out: bool, idxs: Iterable[int]) -> coupled.Group:
         name, dim = node.dimension(out)
         size = tensors_of(self.graph)[name].shape[dim]
-        gone = sorted({int(index) % size for index in idxs})  # of the inputs of a convolution in groups, those of each
-        return self.graph.group((name, dim), gone if len(gone) < size else None)
+        inside = range(fn.channels_of(node.module, out))  # more than `size` are the inputs of a convolution in groups
+        gone = sorted({int(index) % size if index in inside else int(index) for index in idxs})
+        return self.graph.group((name, dim), None if gone == [*range(size)] else gone)
 
     def check_pruning_group(self, group: Group) -> bool:
         """Whether something is left of every layer."""

@@ -70,8 +70,8 @@ def test_the_same_network_as_on_torch_pruning(
 def test_all_layers_compete(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     theirs, ours = (pruned(monkeypatch, name, on_adapter=on, context="global") for on in (False, True))
     assert ours.eval()(X).shape == (1, 10)
-    # fasterai's scores differ in scale from layer to layer. Where all channels of some are among the lowest,
-    # torch-pruning leaves these layers whole, and the network loses far less than was asked for; here one channel stays.
+    # fasterai's scores differ in scale from layer to layer. Where all channels of a layer are among the lowest,
+    # torch-pruning leaves it whole, and the network loses far less than was asked for; here one channel stays.
     assert params(ours) <= params(theirs)
     if params(ours) == params(theirs):
         assert torch.equal(theirs.eval()(X), ours(X))

@@ -34,11 +34,6 @@ class Node(NamedTuple):
     module: Any
     name: str
 
-    def dimension(self, out: bool) -> Dimension:
-        """The tensor, and the dimension of it, that the outputs or inputs stand in."""
-        held = f"{self.name}.weight".lstrip(".") if isinstance(self.module, nn.Module) else self.name
-        return held, fn.dim_of(self.module, out)
-
 
 class Dependency(NamedTuple):
     """The part of a layer, outputs or inputs (`handler`), that goes with the root's channels."""
@@ -81,7 +76,7 @@ class Group(tuple[GroupItem, ...]):
         (dep, own), out = self[0], fn.is_out(self[0].dep.handler)
         now = tuple(own if idxs is None else idxs)
         for plan in self.graph.gone[self.made_after :]:
-            now = plan.left(*dep.target.dimension(out), now)
+            now = plan.left(*self.graph.dimension(dep.target, out), now)
         if now:
             self.graph.remove(dep.target, out, list(now), record_history)
 
@@ -202,10 +197,18 @@ class DependencyGraph:
             raise UnknownLayerError(f"The {type(module).__name__} given is no layer and no parameter of the model.")
         out, node = fn.is_out(pruning_fn), Node(module, name)
         group = self._channels(node, out, [idxs] if isinstance(idxs, int) else idxs)
-        return self._group(group, group.first_positions(*node.dimension(out)).tolist(), (name, fn.side_of(module, out)))
+        roots = group.first_positions(*self.dimension(node, out)).tolist()
+        return self._group(group, roots, (name, fn.side_of(module, out)))
+
+    def dimension(self, node: Node, out: bool) -> Dimension:
+        """The tensor and its dimension that outputs or inputs stand in; of a bare one, that which may lose channels."""
+        if isinstance(node.module, nn.Module):
+            return f"{node.name}.weight".lstrip("."), fn.dim_of(node.module, out)
+        members = [member for group in self.graph.groups() for member in group.members if member.tensor == node.name]
+        return node.name, members[0].dim if members else 0
 
     def _channels(self, node: Node, out: bool, idxs: Iterable[int]) -> coupled.Group:
-        name, dim = node.dimension(out)
+        name, dim = self.dimension(node, out)
         size = tensors_of(self.graph)[name].shape[dim]
         inside = range(fn.channels_of(node.module, out))  # more than `size` are the inputs of a convolution in groups
         gone = sorted({int(index) % size if index in inside else int(index) for index in idxs})

@@ -20,15 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice, product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from torch import fx, nn
+from torch import nn
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.random_removals import Counter
 from structprune.errors import StructpruneError
 from structprune.ops import op_of
-from structprune.ops.arguments import tensors
 from structprune.ops.relations import Axis
 from structprune.planning.built_from_config import (
     Chain,
@@ -44,8 +44,9 @@ from structprune.planning.built_from_config import (
     tracking_int,
 )
 from structprune.planning.configured_part import OTHER, described_module, part_like
+from structprune.planning.constants import Folding, Values, changed_values, same_operations, unsaved_values
 from structprune.surgery.apply import apply
-from structprune.surgery.edits import AttributeEdit, Edits
+from structprune.surgery.edits import AttributeEdit, Edits, Rescale
 from structprune.tracing.provenance import (
     Attribute,
     Expression,
@@ -57,9 +58,11 @@ from structprune.tracing.provenance import (
     plain,
 )
 from structprune.tracing.state import tracked_object
-from structprune.tracing.trace import Trace, preserved_random_state, trace
+from structprune.tracing.trace import preserved_random_state, trace
 
 Assignment = dict[Attribute, int]
+# What classes compute when they are built, as the models of these graphs are.
+_UNSAVED: WeakKeyDictionary[ChannelGraph, Values] = WeakKeyDictionary()
 # Each candidate takes building the class once; no more than these are tried.
 CANDIDATES = 8
 COMBINATIONS = 4096
@@ -67,7 +70,7 @@ COMBINATIONS = 4096
 
 def config_edits(
     graph: ChannelGraph, edits: Edits, count: Counter, numbers: Mapping[Chain, int] | None = None
-) -> tuple[tuple[AttributeEdit, ...], str | None]:
+) -> tuple[tuple[AttributeEdit, ...], str | None, tuple[Rescale, ...]]:
     """What to set in ``model.config``, and in attributes that follow from it, so that they describe the pruned model.
 
     Args:
@@ -77,17 +80,17 @@ def config_edits(
         numbers: what it is to say, by chains from the model; None to find that out.
 
     Returns:
-        The edits of attributes, and what the configuration cannot say, if anything: then there are no edits, unless it
-        is of tensors that are no part of what it describes.
+        The edits of attributes; what the configuration cannot say, if anything: then there are no edits, unless it is
+        of tensors that are no part of what it describes; and what makes up for factors that follow from it.
     """
     if not (edits.slices or numbers) or not is_built_from_config(graph.model):
-        return (), None
+        return (), None, ()
     try:
         with preserved_random_state():
             search = _Search(graph, edits, count)
-            return search.run(numbers), search.outside()
+            return search.run(numbers), search.outside(), search.rescales
     except UnknownError as reason:
-        return (), str(reason)
+        return (), str(reason), ()
 
 
 class _ShapesError(UnknownError):
@@ -105,6 +108,7 @@ class _Search:
         self._count = count
         self._module = described_module(graph.model)[1]
         self._kind = type(self._module)
+        self.rescales: tuple[Rescale, ...] = ()
         self._used = {str(node.target) for node in graph.trace.all_nodes if node.op == "get_attr"}
 
     def run(self, numbers: Mapping[Chain, int] | None) -> tuple[AttributeEdit, ...]:
@@ -115,7 +119,9 @@ class _Search:
             return self._checked({Attribute("", chain): value for chain, value in numbers.items()})
         fixed = self._fixed()
         reasons: list[UnknownError] = []
-        for assignment in islice(self._assignments(fixed), CANDIDATES):
+        choices = self._choices(fixed)
+        found = (self._assignments(choices), self._given_at_last(choices))
+        for assignment in (each for some in found for each in islice(some, CANDIDATES)):
             try:
                 return self._checked(assignment)
             except UnknownError as error:
@@ -181,10 +187,18 @@ class _Search:
         return list(equations)
 
     def _fixed(self) -> Assignment:
-        """Numbers of the configuration that are the width of something themselves."""
+        """Numbers of the configuration that are the width of something themselves.
+
+        What the forward reads may be made up for, so that it does not count where surgery sets something else.
+        """
         fixed: Assignment = {}
-        for expression, value in self._equations():
-            if isinstance(expression, Attribute) and fixed.setdefault(expression, value) != value:
+        widths = {expression for expression, _ in self._equations(read=False)}
+        for expression, value in (*self._equations(read=False), *self._equations()):
+            if not isinstance(expression, Attribute):
+                continue
+            if expression in widths and (expression, value) not in self._equations(read=False):
+                continue
+            if fixed.setdefault(expression, value) != value:
                 raise UnknownError(
                     f"{expression} would have to be {fixed[expression]} for {self._place_of(expression, fixed)} and "
                     f"{value} for {self._place_of(expression, {expression: value})}; name axes or outputs so that all "
@@ -200,8 +214,8 @@ class _Search:
                 return ".".join([module or "model", *map(str, chain)])
         return "another"
 
-    def _assignments(self, fixed: Assignment) -> Iterator[Assignment]:
-        """Choices for the numbers that are not fixed, for which all equations hold; those that change least first."""
+    def _choices(self, fixed: Assignment) -> list[Assignment]:
+        """Choices for the numbers that are not fixed, with those that are; those that change least first."""
         formulas = [v.expression for v in self._formulas.values() if isinstance(v, (SizeInt, SizeFloat))]
         used = {leaf for e in formulas for leaf in leaves(e) if isinstance(leaf, Attribute)}
         left = self._channels_left()
@@ -213,13 +227,29 @@ class _Search:
                 options[leaf] = [old, *others]
         choices = islice(product(*options.values()), COMBINATIONS)
         ranked = sorted((dict(zip(options, choice, strict=True)) for choice in choices), key=self._changes)
+        return [{**fixed, **choice} for choice in ranked]
+
+    def _assignments(self, choices: list[Assignment]) -> Iterator[Assignment]:
+        """Those of the choices for which all equations hold; what the forward reads counts first."""
         fitting: list[Assignment] = []
         for equations in (self._equations(), self._equations(read=False)):
-            for choice in ranked:
-                assignment = {**fixed, **choice}
+            for assignment in choices:
                 if assignment not in fitting and all(self._holds(e, value, assignment) for e, value in equations):
                     fitting.append(assignment)
                     yield assignment
+
+    def _given_at_last(self, choices: list[Assignment]) -> Iterator[Assignment]:
+        """Choices that give a number which was left to the class, such as GPT-2's inner width of four times another."""
+        unset = _left_to_class(self._config)
+        equations = self._equations(read=False)
+        computed = [place for place, v in self._formulas.items() if not isinstance(expression_of(v), Attribute)]
+        widths = {self._after[place] for place in computed if isinstance(self._formulas[place], SizeInt)}
+        for width in sorted(widths, reverse=True):
+            # The formulas of the width no longer count.
+            others = [equation for equation in equations if equation[1] != width]
+            fitting = [each for each in choices if all(self._holds(*equation, each) for equation in others)]
+            for assignment, name in product(fitting, unset):
+                yield {**assignment, Attribute("", ("config", name)): width}
 
     def _shrunk(self, leaf: Attribute, old: int) -> set[int]:
         """The number, shrunk as a width is that it takes part in: 8 heads of 8 channels are 4, if 64 became 32."""
@@ -271,8 +301,10 @@ class _Search:
         self._doubts: list[str] = []
         for place, new in numbers_in(built).items():
             attribute_edits += self._compared(place, plain(new))
-        if self._doubts and not self._computes_the_same(built):
-            raise UnknownError(self._doubts[0])
+        changed = self._changed_values(config)
+        if changed:
+            self._doubts.append(f"{min(changed)!r} is not saved but computed from it, and would be another number")
+        self.rescales = self._made_up_for(built, changed) if self._doubts else ()
         return tuple(sorted(attribute_edits, key=lambda edit: (edit.module, str(edit.chain))))
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -295,25 +327,39 @@ class _Search:
             return []
         name = ".".join([place[0] or "model", *map(str, place[1])])
         different = f"{name} is {after} in the pruned model, and would be {new} in one built from it"
-        if place in self._known or type(new) is not int or not isinstance(after, int | None):
+        kinds = (float,) if type(new) is float else (int, type(None))
+        if place in self._known or not isinstance(new, int | float) or not isinstance(after, kinds):
             raise UnknownError(different)
-        if place in self._read:
+        if place in self._read or type(new) is float:
             self._doubts.append(different)
         path, chain = place
         # The model itself holds the configuration too, whatever stands around the class.
         return [AttributeEdit("" if not path and chain[0] == "config" else self._part.outer[path], chain, after, new)]
 
-    def _computes_the_same(self, built: nn.Module) -> bool:
-        """Whether a model runs the very operations of the pruned one, whatever its attributes say.
+    def _changed_values(self, config: Any) -> dict[str, tuple[float, float]]:
+        """Single numbers in unsaved tensors that would be others in a model built from `config`."""
+        if self._graph not in _UNSAVED:
+            _UNSAVED[self._graph] = unsaved_values(self._kind, copy.deepcopy(self._config))
+        before = _UNSAVED[self._graph]
+        return changed_values(before, unsaved_values(self._kind, copy.deepcopy(config))) if before else {}
+
+    def _made_up_for(self, built: nn.Module, changed: Mapping[str, tuple[float, float]]) -> tuple[Rescale, ...]:
+        """What makes a model run the very operations of the pruned one, whatever its attributes say.
 
         A number that the forward reads may decide nothing there: how often heads are repeated, where an operation
-        repeats them by itself.
+        repeats them by itself. One that multiplies can be made up for.
+
+        Raises:
+            UnknownError: there is a difference that nothing makes up for.
         """
         pruned = rebuilt(self._kind, copy.deepcopy(self._config))
         apply(pruned, self._part.edits(self._edits), inplace=True)
-        return same_operations(
-            *(trace(model, self._graph.example_inputs, operations=op_of) for model in (pruned, built))
-        )
+        ours, theirs = (trace(model, self._graph.example_inputs, operations=op_of) for model in (pruned, built))
+        if not changed and same_operations(ours, theirs):
+            return ()
+        if not self._part.whole:
+            raise UnknownError(self._doubts[0])
+        return Folding(self._graph, self._doubts[0]).run(ours, theirs, changed)
 
     def _check_buffers(self) -> None:
         """Tensors that are not saved are computed anew when the model is loaded."""
@@ -328,29 +374,13 @@ class _Search:
                 )
 
 
-def same_operations(one: Trace, other: Trace) -> bool:
-    """Whether two forwards run the same operations, on the same tensors and numbers, in the same order."""
-    return _listed(one) == _listed(other)
-
-
-def _listed(recorded: Trace) -> list[tuple[Any, ...]]:
-    number = {node: position for position, node in enumerate(recorded.all_nodes)}
-    return [
-        (
-            node.meta["name"],
-            node.meta.get("shape"),
-            str(node.target) if node.op == "get_attr" else "",
-            str(plain(fx.map_arg((node.args, _telling(node)), lambda n: f"%{number.get(n, -1)}"))),
-        )
-        for node in recorded.all_nodes
-    ]
-
-
-def _telling(node: fx.Node) -> dict[str, Any]:
-    """The keyword arguments that make a difference: keys are repeated only if they have fewer heads than queries."""
-    heads = {n.meta["shape"][-3] for n in tensors(node)[:2] if len(n.meta["shape"]) > 2}
-    equal = node.meta["name"] == "scaled_dot_product_attention" and len(heads) == 1
-    return {name: value for name, value in node.kwargs.items() if not (equal and name == "enable_gqa")}
+def _left_to_class(config: Any) -> list[str]:
+    """Names of whole numbers that a configuration could give and does not; a token's number counts nothing."""
+    hints: dict[str, str] = {}
+    for kind in type(config).__mro__:
+        hints = {**{name: str(hint) for name, hint in vars(kind).get("__annotations__", {}).items()}, **hints}
+    unset = [name for name, value in vars(config).items() if value is None]
+    return [name for name in unset if "int" in hints.get(name, "") and not name.endswith("_id")]
 
 
 def _read_in(graph: ChannelGraph) -> set[Place]:

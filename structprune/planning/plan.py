@@ -21,13 +21,21 @@ from structprune.errors import PlanError, SurgeryError
 from structprune.ops.gains import Gain
 from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
 from structprune.surgery.apply import apply
-from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
+from structprune.surgery.edits import (
+    AttributeEdit,
+    Edits,
+    LiteralEdit,
+    RemovedSlice,
+    Rescale,
+    SectionedSlice,
+    ShiftedRescale,
+)
 from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
 T = TypeVar("T")
 
-SCHEMA = 3
+SCHEMA = 4
 # So many of those norms are printed; the plan holds all of them.
 SHOWN = 20
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so it is not in the state dict.
@@ -115,7 +123,8 @@ def _rename_edits(data: dict[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(name, name): value for name, value in data.items()}
 
 
-MIGRATIONS: dict[int, Migration] = {1: _split_settings, 2: _rename_edits}
+# Schema 4 added scales that are numbers of their own, which older plans do not have.
+MIGRATIONS: dict[int, Migration] = {1: _split_settings, 2: _rename_edits, 3: dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +307,7 @@ class Plan(Edits):
             return Plan(
                 slices=tuple(record(SectionedSlice if "sections" in t else RemovedSlice, t) for t in data["slices"]),
                 attribute_edits=_records(AttributeEdit, data["attribute_edits"]),
-                rescales=tuple(record(Gain if "weight" in r else Rescale, r) for r in data["rescales"]),
+                rescales=tuple(record(_kind_of_rescale(r), r) for r in data["rescales"]),
                 literal_edits=_records(LiteralEdit, data["literal_edits"]),
                 caches=tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
                 inputs=inputs(data["inputs"]),
@@ -312,6 +321,10 @@ class Plan(Edits):
         except (FormError, KeyError, TypeError) as error:
             what = str(error) if isinstance(error, FormError) else f"{type(error).__name__}: {error}"
             raise PlanError(f"This text of a plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
+
+
+def _kind_of_rescale(data: Any) -> type[Rescale | Gain]:
+    return Gain if "weight" in data else ShiftedRescale if "offset" in data else Rescale
 
 
 def _records(kind: type[T], data: Any) -> tuple[T, ...]:

@@ -18,7 +18,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.errors import VerificationError
 from structprune.surgery.apply import fake_quantization_off
-from structprune.surgery.edits import Edits, SectionedSlice
+from structprune.surgery.edits import Edits, Rescale, SectionedSlice
 from structprune.surgery.reference import (
     norms_over_kept,
     over_kept_channels,
@@ -117,11 +117,13 @@ def _switched_off(
 ) -> tuple[Any, set[str]]:
     """Outputs of the graph's model with the channels that `edits` removes switched off, and what drew random numbers.
 
-    Every removed slice of a parameter or buffer is zero; norms of activations over axes that lose channels run over the
+    In half precision, what was multiplied to make up for a changed factor is rounded as it is there. Every removed
+    slice of a parameter or buffer is zero; norms of activations over axes that lose channels run over the
     channels kept, and weights that are normalised over their inputs are what they were.
     """
     inputs = _inputs(graph.example_inputs, kind)
-    off, mode = streamed(graph.model, edits.slices, kind)
+    factors = [rescale for rescale in edits.rescales if isinstance(rescale, Rescale)]
+    off, mode = streamed(graph.model, edits.slices, kind, factors)
     tensors = {name: held.tensor for name, held in held_tensors(graph.model).items()}
     with preserved_random_state(), torch.no_grad(), mode:
         if kind is not None:

@@ -37,7 +37,16 @@ from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
 from structprune.recovery.selection import Reconstruction
-from structprune.reporting import plot_costs, plot_curve, plot_graph, plot_recovery, plot_widths, report
+from structprune.reporting import (
+    Stage,
+    plot_chain,
+    plot_costs,
+    plot_curve,
+    plot_graph,
+    plot_recovery,
+    plot_widths,
+    report,
+)
 from structprune.search.library import Library, library
 from structprune.search.optimize import Searching, optimize
 from structprune.search.result import Optimized
@@ -76,6 +85,7 @@ __all__ = [
     "Searching",
     "Sensitivity",
     "Space",
+    "Stage",
     "benchmark",
     "branches",
     "choose_branches",
@@ -96,6 +106,7 @@ __all__ = [
     "onnx_model",
     "optimize",
     "plan",
+    "plot_chain",
     "plot_costs",
     "plot_curve",
     "plot_graph",

@@ -228,9 +228,11 @@ def test_report(folder):
     for part in ("own:pair", "16 → 8", 'id="sensitivity"', 'id="curve"', "equal"):
         assert part in text
     run("benchmark", "own:pair", "-r", 0.5, "--runs", 3, "--no-explain", "--out", "b.json")
-    measured = ["--benchmark", "b.json", "--times", "eager"]
+    Path("chain.json").write_text('[{"name": "dense", "accuracy": 0.9}, {"name": "int8", "accuracy": 0.8}]')
+    measured = ["--benchmark", "b.json", "--times", "eager", "--chain", "chain.json"]
     run("report", "own:pair", "m.html", "-r", 0.5, *measured)
     assert 'id="measured"' in Path("m.html").read_text()
+    assert 'id="chain"' in Path("m.html").read_text()
     assert "parameters and time" in Path("m.html").read_text()
     run("report", "own:pair", "as-is.html", "--title", "Mine")
     assert 'id="settings"' not in Path("as-is.html").read_text()

@@ -58,6 +58,7 @@ def folder(tmp_path, monkeypatch):
         (["benchmark", "own:pair", "-r", "0.5", "-b", "abacus"], "no backend 'abacus'"),
         (["benchmark", "own:pair", "-r", "0.5", "--saved", "."], "not both"),
         (["report", "own:pair", "r.html", "--points", "own.py"], "is no JSON"),
+        (["report", "own:pair", "r.html", "--chain", "own.py"], "is no list of objects with name, accuracy"),
     ],
 )
 def test_wrong_usage_exits_with_2(folder, args, message):

@@ -78,3 +78,35 @@ def test_figures_are_drawn_on_axes_that_are_given(case):
     for ax, draw in zip(axes, (structprune.plot_widths, structprune.plot_costs), strict=True):
         assert draw(case.model, IMAGE, plan=case.plan, ax=ax) is ax.figure
         assert ax.patches
+
+
+def test_the_way_from_dense_to_what_is_shipped(tmp_path):
+    stages = [
+        structprune.Stage("dense", 0.934, 3_000_000, None, {"a": 2e-3}),
+        structprune.Stage("pruned", 0.5),
+        structprune.Stage("int8", 0.929, 400_000, None, {"a": 2.5e-3}),
+    ]
+    figure = structprune.plot_chain(stages, tmp_path / "c.svg", measure="accuracy")
+    # Nobody counted MACs.
+    assert [panel.get_title(loc="left") for panel in figure.axes] == ["accuracy", "file, MB", "a, ms"]
+    said = [[text.get_text() for text in panel.texts] for panel in figure.axes]
+    assert said[0] == ["0.9340", "0.5000", "\u22120.434", "0.9290", "\u22120.005"]
+    assert said[1] == ["3.00", "not measured", "0.400", "7.50x smaller"]
+    assert said[2] == ["2.00", "not measured", "2.50", "1.25x slower"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["dense", "pruned", "int8"]
+    assert [len(panel.patches) for panel in figure.axes] == [0, 2, 2]
+    assert "<!-- pruned -->" in (tmp_path / "c.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "stages is empty"),
+        ([structprune.Stage("dense")], "none of them has a number"),
+        ([structprune.Stage("dense", float("nan"))], "give a list of structprune.Stage whose numbers are finite"),
+        (["dense"], "give a list of structprune.Stage"),
+    ],
+)
+def test_stages_without_numbers_are_refused(stages, message):
+    with pytest.raises(ValueError, match=message):
+        structprune.plot_chain(stages)

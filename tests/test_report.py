@@ -186,6 +186,20 @@ def test_the_page_holds_what_was_measured(case):
     assert after in case.text
 
 
+def test_the_page_holds_the_way_from_dense_to_what_is_shipped(case):
+    (section,) = re.findall(r'<section id="chain">.*?</section>', case.text, re.DOTALL)
+    assert "pruned &lt;&amp;&gt; int8" in section
+    for said in (
+        "92.90 (\u22120.5)",
+        "7.50x smaller",
+        "2.00x fewer",
+        "1.25x slower",
+        "not measured",
+        "ONNX &lt;Runtime&gt;",
+    ):
+        assert said in section
+
+
 def test_times_of_layers_stand_beside_their_costs(case):
     times = [{"": 1e-3, **each} for each in next(t for t in TIMES.values() if all(case.has(p) for p in t[0]))]
     rows = layer_rows(case.graph, *counts(case.graph, case.plan), times)

@@ -17,7 +17,7 @@ from structprune.benchmarking.backends import BACKENDS
 from structprune.cli.exporting import export_command
 from structprune.cli.improving import compress_command, finetune_command, recover_command
 from structprune.cli.info import describe_machine, describe_model, model_tables, onnx_tables
-from structprune.cli.models import Loaded, named_object, parse_points
+from structprune.cli.models import Loaded, named_object, parse_points, parse_stages
 from structprune.cli.options import AsJson, File, ModelFlags, PlanFlags, SlimFlags, among, command, new_file, new_folder
 from structprune.cli.output import Output, costs, reporting
 from structprune.cli.searching import optimize_command
@@ -233,6 +233,9 @@ def report_command(
     measured: Annotated[
         Path | None, typer.Option("--benchmark", help="JSON of `structprune benchmark`.", exists=True)
     ] = None,
+    stages: Annotated[
+        Path | None, typer.Option("--chain", help="JSON list of stages, from dense to what is shipped.", exists=True)
+    ] = None,
     times: Annotated[
         str | None,
         typer.Option(
@@ -261,6 +264,7 @@ def report_command(
             points=() if points is None else parse_points(points),
             times=[layer_times(each, loaded.inputs, backend=times or "eager") for each in timed],
             benchmark=_from_file(Benchmark.from_json, measured),
+            chain=() if stages is None else parse_stages(stages),
             title=title or source.model,
         )
         size = written.stat().st_size

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from structprune.errors import MissingExtraError
 from structprune.extras import require
+from structprune.reporting import Stage
 from structprune.tracing.trace import ExampleInputs, map_tensors
 
 _DTYPES = {
@@ -261,6 +262,16 @@ def parse_points(file: Path) -> list[Any]:
     if not isinstance(points, list) or not all(map(good, points)):
         raise typer.BadParameter(f"{file} is no list of [cost, accuracy] or [cost, accuracy, label].")
     return [tuple(point) for point in points]
+
+
+def parse_stages(file: Path) -> list[Stage]:
+    """Stages of a chain, from JSON: a list of objects with the fields of `structprune.Stage`."""
+    try:
+        return [Stage(**each) for each in json.loads(file.read_text("utf-8"))]
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise typer.BadParameter(
+            f"{file} is no list of objects with name, accuracy, bytes, macs and seconds: {error}."
+        ) from error
 
 
 def parse_dimensions(texts: Iterable[str]) -> dict[str, dict[int, str]]:

@@ -22,6 +22,7 @@ from structprune.depth.plan import DepthPlan
 from structprune.files import write_text
 from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity
+from structprune.reporting.chain import CHAIN, Stage, chain_table
 from structprune.reporting.charts import (
     EMPTY,
     POINTS,
@@ -66,6 +67,7 @@ def report(
     recovery: Recovery | None = None,
     times: Times = (),
     benchmark: Benchmark | None = None,
+    chain: Sequence[Stage] = (),
     title: str | None = None,
 ) -> Path:
     """Write one self-contained HTML file: no network, no other file.
@@ -86,6 +88,7 @@ def report(
         times: what ``structprune.layer_times`` returned for the model and, if wanted, for the smaller one: a list of
             one or two; shown beside the costs of blocks and layers.
         benchmark: what ``structprune.benchmark`` returned.
+        chain: the network on its way from dense to what is shipped, as for `structprune.plot_chain`.
         title: heading of the page; the model's class if not given.
 
     Returns:
@@ -116,6 +119,7 @@ def report(
     sections = [
         ("overview", "", _cards(total, plan.after if plan else total, verification)),
         ("measured", "Measured", benchmark_table(benchmark) if benchmark else ""),
+        ("chain", "From dense to shipped", chain_table(chain) if chain else ""),
         ("curve", "Accuracy and cost", curve(points, point_axes) if points else ""),
         ("recovery", "Recovery", recovery_table(recovery) if recovery else ""),
         ("graph-section", "What is coupled", _graph(drawing)),
@@ -135,7 +139,7 @@ def _require(given: Mapping[str, Any]) -> None:
     require(given, points=POINTS, point_axes=pair("what the two numbers of a point are"), times=TIMES)
     require(given, verification=instance(Report, "give what structprune.verify returned").or_none)
     require(given, sensitivity=instance(Sensitivity, "give what structprune.sensitivity returned").or_none)
-    require(given, recovery=RECOVERY.or_none)
+    require(given, recovery=RECOVERY.or_none, chain=CHAIN)
     require(given, benchmark=instance(Benchmark, "give what structprune.benchmark returned").or_none)
 
 

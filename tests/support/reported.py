@@ -34,6 +34,10 @@ BENCHMARK = Benchmark(
     "cpu", 1, 1, macs={"dense": 300, "slim <1>": 100}, environment={"processor": "A processor"},
     explanations=(Explanation("slim <1>", "eager", 8, {"memory": 0.6}, "conv1", 0.3, "Memory-bound: <60%> of it."),),
 )  # fmt: skip
+CHAIN = [
+    structprune.Stage("dense", 93.4, 3_000_000, 1000, {"ONNX <Runtime>": 2e-3}),
+    structprune.Stage("pruned <&> int8", 92.9, 400_000, 500, {"ONNX <Runtime>": 2.5e-3, "OpenVINO": 1e-3}),
+]
 
 
 def reported(name: str, folder: Path) -> SimpleNamespace:
@@ -60,6 +64,7 @@ def reported(name: str, folder: Path) -> SimpleNamespace:
         recovery=recovery,
         times=TIMES[name],
         benchmark=BENCHMARK,
+        chain=CHAIN,
     )
     modules = dict(model.named_modules())
     return SimpleNamespace(

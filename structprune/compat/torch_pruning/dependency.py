@@ -93,7 +93,7 @@ class Group(tuple[GroupItem, ...]):
         found, counted = dict[str, Any](), ("weight", "bias") if bias else ("weight",)
         for name in (member.tensor for member in self.coupled.members):
             path, _, leaf = name.rpartition(".")
-            layer = self.graph.graph.model.get_submodule(path)
+            layer = self.graph.named[path]
             if leaf in counted and fn.kind_of(layer) in kinds and isinstance(layer, tuple(types)):
                 found[name] = getattr(layer, leaf)
         return found
@@ -111,6 +111,7 @@ class DependencyGraph:
 
     model: nn.Module
     graph: Graph
+    named: dict[str, Any]  # layers, parameters and buffers
     get_out_channels = staticmethod(lambda layer: fn.channels_of(layer, True))
     get_in_channels = staticmethod(lambda layer: fn.channels_of(layer, False))
     is_out_channel_pruning_fn = staticmethod(fn.is_out)
@@ -150,13 +151,14 @@ class DependencyGraph:
         named = {id(held.tensor): name for name, held in held_tensors(model).items()}
         ignored = [*(ignored_layers or ()), *(named[id(parameter)] for parameter in ignored_params or ())]
         self.graph = Graph(model, inputs, ignore=ignored, **({"outputs": ()} | kept))
+        self.named = dict(self.graph.model.named_modules()) | tensors_of(self.graph)
         return self
 
     # -- groups --------------------------------------------------------------------------------------------------
 
     def _group(self, group: coupled.Group, roots: Sequence[int], root: object = None) -> Group:
         """An item for each layer and side; ``roots[c]`` is channel c's index in the root."""
-        named, parts = self._named, dict[tuple[str, fn.PruningFunction], list[coupled.Member]]()
+        named, parts = self.named, dict[tuple[str, fn.PruningFunction], list[coupled.Member]]()
         for member in group.members:
             path, _, leaf = member.tensor.rpartition(".")
             path = member.tensor if fn.kind_of(named[path]) == "parameter" else path
@@ -175,10 +177,6 @@ class DependencyGraph:
         made.coupled = replace(group, members=tuple(member for part in order for member in parts[part]))
         return made
 
-    @property
-    def _named(self) -> dict[str, Any]:
-        return dict(self.graph.model.named_modules()) | tensors_of(self.graph)
-
     def of(self, group: coupled.Group, components: Ids | None = None) -> Group:
         """One of structprune's groups, by default all of its channels."""
         at = np.flatnonzero(np.isin(group.components, group.components if components is None else components))
@@ -192,7 +190,7 @@ class DependencyGraph:
         Raises:
             PinnedError: they may not be removed; the message says why.
         """
-        name = next((name for name, each in self._named.items() if each is module), None)
+        name = next((name for name, each in self.named.items() if each is module), None)
         if name is None:
             raise UnknownLayerError(f"The {type(module).__name__} given is no layer and no parameter of the model.")
         out, node = fn.is_out(pruning_fn), Node(module, name)
@@ -209,15 +207,15 @@ class DependencyGraph:
 
     def _channels(self, node: Node, out: bool, idxs: Iterable[int]) -> coupled.Group:
         name, dim = self.dimension(node, out)
-        size = tensors_of(self.graph)[name].shape[dim]
+        size = self.named[name].shape[dim]
         inside = range(fn.channels_of(node.module, out))  # more than `size` are the inputs of a convolution in groups
         gone = sorted({int(index) % size if index in inside else int(index) for index in idxs})
         return self.graph.group((name, dim), None if gone == [*range(size)] else gone)
 
     def check_pruning_group(self, group: Group) -> bool:
         """Whether something is left of every layer."""
-        tensors = tensors_of(self.graph)
-        return all(len({*m.positions.tolist()}) < tensors[m.tensor].shape[m.dim] for m in group.coupled.members)
+        members = group.coupled.members
+        return all(len({*m.positions.tolist()}) < self.named[m.tensor].shape[m.dim] for m in members)
 
     def get_all_groups(
         self, ignored_layers: Iterable[nn.Module] = (), root_module_types: Iterable[type] = (_ConvNd, nn.Linear)
@@ -265,5 +263,5 @@ class DependencyGraph:
                 self._apply(Plan.from_json(entry))
             else:
                 path, out, idxs = entry
-                self.remove(Node(self._named[path], path), out, list(idxs), False)
+                self.remove(Node(self.named[path], path), out, list(idxs), False)
             self._history.append(entry)

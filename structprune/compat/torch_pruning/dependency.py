@@ -20,7 +20,7 @@ from structprune.dependency_graph import DependencyGraph as Graph
 from structprune.errors import UnknownLayerError
 from structprune.ops.relations import Ids
 from structprune.planning.build import plan_removal, tensors_of
-from structprune.planning.plan import Plan, Settings
+from structprune.planning.plan import Plan, Settings, plans_of
 from structprune.recovery.batches import calls_of
 from structprune.surgery.own_slimming import Slim, own_changes
 from structprune.tracing.state import held_tensors
@@ -75,14 +75,14 @@ class Group(tuple[GroupItem, ...]):
         """
         (dep, own), out = self[0], fn.is_out(self[0].dep.handler)
         now = tuple(own if idxs is None else idxs)
-        for plan in self.graph.gone[self.made_after :]:
+        for plan in plans_of(self.graph.model)[self.made_after :]:
             now = plan.left(*self.graph.dimension(dep.target, out), now)
         if now:
             self.graph.remove(dep.target, out, list(now), record_history)
 
     exec = __call__ = prune
     items = property(list)
-    __hash__ = object.__hash__
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def made_by(self, kinds: Iterable[type]) -> list[Any]:
         """The layers of these kinds whose outputs go."""
@@ -93,7 +93,7 @@ class Group(tuple[GroupItem, ...]):
         found, counted = dict[str, Any](), ("weight", "bias") if bias else ("weight",)
         for name in (member.tensor for member in self.coupled.members):
             path, _, leaf = name.rpartition(".")
-            layer = self.graph.graph.model.get_submodule(path)
+            layer = self.graph.named[path]
             if leaf in counted and fn.kind_of(layer) in kinds and isinstance(layer, tuple(types)):
                 found[name] = getattr(layer, leaf)
         return found
@@ -111,15 +111,14 @@ class DependencyGraph:
 
     model: nn.Module
     graph: Graph
+    named: dict[str, Any]  # layers, parameters and buffers
     get_out_channels = staticmethod(lambda layer: fn.channels_of(layer, True))
     get_in_channels = staticmethod(lambda layer: fn.channels_of(layer, False))
     is_out_channel_pruning_fn = staticmethod(fn.is_out)
     is_in_channel_pruning_fn = staticmethod(lambda pruning_fn: not fn.is_out(pruning_fn))
 
     def __init__(self) -> None:
-        self._history: History = []
         self._own: dict[type, Slim] = {}
-        self.gone: list[Plan] = []
         self.after_removal: list[Callable[[], None]] = []
 
     def register_customized_layer(self, layer_type: type, layer_pruner: fn.BasePruningFunc) -> None:
@@ -145,18 +144,19 @@ class DependencyGraph:
         require(locals(), model=MODEL)
         for kind, pruner in (customized_pruners or {}).items():
             self.register_customized_layer(kind, pruner)
-        self.model = model
+        self.model, self._begun = model, len(plans_of(model))
         inputs = example_inputs if forward_fn is None else calls_of(model, example_inputs, forward_fn)[0]
         named = {id(held.tensor): name for name, held in held_tensors(model).items()}
         ignored = [*(ignored_layers or ()), *(named[id(parameter)] for parameter in ignored_params or ())]
         self.graph = Graph(model, inputs, ignore=ignored, **({"outputs": ()} | kept))
+        self.named = dict(self.graph.model.named_modules()) | tensors_of(self.graph)
         return self
 
     # -- groups --------------------------------------------------------------------------------------------------
 
     def _group(self, group: coupled.Group, roots: Sequence[int], root: object = None) -> Group:
         """An item for each layer and side; ``roots[c]`` is channel c's index in the root."""
-        named, parts = self._named, dict[tuple[str, fn.PruningFunction], list[coupled.Member]]()
+        named, parts = self.named, dict[tuple[str, fn.PruningFunction], list[coupled.Member]]()
         for member in group.members:
             path, _, leaf = member.tensor.rpartition(".")
             path = member.tensor if fn.kind_of(named[path]) == "parameter" else path
@@ -171,13 +171,9 @@ class DependencyGraph:
             items.append(GroupItem((dep, first.positions.tolist())))
             items[-1].root_idxs = [roots[channel] for channel in first.channels]
         made = Group(items)
-        made.graph, made.made_after = self, len(self.gone)
+        made.graph, made.made_after = self, len(plans_of(self.model))
         made.coupled = replace(group, members=tuple(member for part in order for member in parts[part]))
         return made
-
-    @property
-    def _named(self) -> dict[str, Any]:
-        return dict(self.graph.model.named_modules()) | tensors_of(self.graph)
 
     def of(self, group: coupled.Group, components: Ids | None = None) -> Group:
         """One of structprune's groups, by default all of its channels."""
@@ -192,7 +188,7 @@ class DependencyGraph:
         Raises:
             PinnedError: they may not be removed; the message says why.
         """
-        name = next((name for name, each in self._named.items() if each is module), None)
+        name = next((name for name, each in self.named.items() if each is module), None)
         if name is None:
             raise UnknownLayerError(f"The {type(module).__name__} given is no layer and no parameter of the model.")
         out, node = fn.is_out(pruning_fn), Node(module, name)
@@ -209,15 +205,15 @@ class DependencyGraph:
 
     def _channels(self, node: Node, out: bool, idxs: Iterable[int]) -> coupled.Group:
         name, dim = self.dimension(node, out)
-        size = tensors_of(self.graph)[name].shape[dim]
+        size = self.named[name].shape[dim]
         inside = range(fn.channels_of(node.module, out))  # more than `size` are the inputs of a convolution in groups
         gone = sorted({int(index) % size if index in inside else int(index) for index in idxs})
         return self.graph.group((name, dim), None if gone == [*range(size)] else gone)
 
     def check_pruning_group(self, group: Group) -> bool:
         """Whether something is left of every layer."""
-        tensors = tensors_of(self.graph)
-        return all(len({*m.positions.tolist()}) < tensors[m.tensor].shape[m.dim] for m in group.coupled.members)
+        members = group.coupled.members
+        return all(len({*m.positions.tolist()}) < self.named[m.tensor].shape[m.dim] for m in members)
 
     def get_all_groups(
         self, ignored_layers: Iterable[nn.Module] = (), root_module_types: Iterable[type] = (_ConvNd, nn.Linear)
@@ -244,19 +240,17 @@ class DependencyGraph:
         if len(np.setdiff1d(more, chosen)):
             self.carry_out(np.union1d(chosen, more.astype(chosen.dtype)), entry)
             return
-        plan = replace(plan, attribute_edits=(*plan.attribute_edits, *edits))
-        self._apply(plan)
-        self._history += [] if entry is None else [plan.to_json() if entry == "plan" else entry]
+        self._apply(replace(plan, attribute_edits=(*plan.attribute_edits, *edits)))
 
     def _apply(self, plan: Plan) -> None:
         self.graph.carry_out(plan)
-        self.gone.append(plan)
         for after in self.after_removal:
             after()
 
     def pruning_history(self) -> History:
-        """What was removed, in order: name of a layer, whether outputs were meant, indices; or the plan of a step."""
-        return self._history
+        """What was removed, in order: the name of a layer, whether outputs were meant, and indices; or a plan."""
+        entries = [(plan, plan.settings.asked.get("history", "plan")) for plan in plans_of(self.model)[self._begun :]]
+        return [plan.to_json() if entry == "plan" else entry for plan, entry in entries if entry is not None]
 
     def load_pruning_history(self, pruning_history: Iterable[Any]) -> None:
         """Remove again what a history says, this library's or torch-pruning's."""
@@ -265,5 +259,4 @@ class DependencyGraph:
                 self._apply(Plan.from_json(entry))
             else:
                 path, out, idxs = entry
-                self.remove(Node(self._named[path], path), out, list(idxs), False)
-            self._history.append(entry)
+                self.remove(Node(self.named[path], path), out, list(idxs))

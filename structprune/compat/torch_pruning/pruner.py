@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -194,12 +194,13 @@ class BasePruner:
         add_gradient(ChannelDecay(self.DG.graph, each, counted), model)
 
 
+@dataclass(eq=False, repr=False)
 class BNScalePruner(BasePruner):
     """Pulls the scales of batch norms to zero (Network Slimming); ``reg`` is the strength."""
 
-    def __init__(self, *args: Any, reg: float = 1e-5, group_lasso: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.reg, self.group_lasso = reg, group_lasso
+    _: KW_ONLY
+    reg: float = 1e-5
+    group_lasso: bool = False
 
     def regularize(self, model: nn.Module, reg: float | None = None, bias: bool = False) -> None:
         """Add the penalty's gradient; call it between ``backward`` and the optimizer's step."""
@@ -209,12 +210,13 @@ class BNScalePruner(BasePruner):
         add_gradient(GroupLasso(graph, strength, parameters=scales) if self.group_lasso else alone, model)
 
 
+@dataclass(eq=False, repr=False)
 class GroupNormPruner(BasePruner):
     """Pulls the channels of a group to zero, the least important ones most (DepGraph); ``reg`` is the strength."""
 
-    def __init__(self, *args: Any, reg: float = 1e-4, alpha: float = 4, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.reg, self.alpha = reg, alpha
+    _: KW_ONLY
+    reg: float = 1e-4
+    alpha: float = 4
 
     def regularize(self, model: nn.Module, alpha: float = 2**4, bias: bool = False) -> None:
         """Add the penalty's gradient; call it between ``backward`` and the optimizer's step."""
@@ -222,17 +224,18 @@ class GroupNormPruner(BasePruner):
         self._pull({seen: self.reg * shrinkage(roots, math.log2(alpha)) for seen, roots in scored}, model, bias)
 
 
+@dataclass(eq=False, repr=False)
 class GrowingRegPruner(BasePruner):
     """Weight decay on the channels of a group that grows with each `update_reg`, fastest for the least important."""
 
-    def __init__(self, *args: Any, reg: float = 1e-5, delta_reg: float = 1e-5, **options: Any) -> None:
-        self.base_reg, self.delta_reg = reg, delta_reg
-        super().__init__(*args, **options)
+    _: KW_ONLY
+    reg: float = 1e-5
+    delta_reg: float = 1e-5
 
     def update_regularizer(self) -> None:
         """Begin with the first strength after a step."""
         groups = self.DG.get_all_groups(root_module_types=self.root_module_types)
-        self.group_reg = {group: torch.full((group.coupled.channels,), self.base_reg) for group in groups}
+        self.group_reg = {group: torch.full((group.coupled.channels,), self.reg) for group in groups}
 
     def update_reg(self) -> None:
         """Let the strengths grow."""

@@ -30,10 +30,16 @@ def is_built_from_config(model: nn.Module) -> bool:
 
 
 def number_at(config: Any, chain: Chain) -> Any:
-    """What a configuration holds at the end of a chain of names and positions."""
+    """What a configuration holds at the end of a chain of names and positions, as `assign` sets it.
+
+    Some have numbers that are refused when asked for, since layers have their own.
+    """
     value = config
     for step in chain:
-        value = value[step] if isinstance(step, int) else getattr(value, step)
+        if isinstance(step, int):
+            value = value[step]
+        else:
+            value = vars(value)[step] if step in vars(value) else getattr(value, step)
     return value
 
 

@@ -214,7 +214,7 @@ def _held(owner: Any, name: str) -> Any:
     """
     if name in INTERNAL or not (isinstance(owner, nn.Module) or is_config(owner)):
         raise AttributeError(name)
-    return getattr(owner, name)
+    return vars(owner)[name] if name in vars(owner) else getattr(owner, name)
 
 
 def _read(value: Any, steps: list[Any]) -> Any:

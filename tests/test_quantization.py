@@ -40,9 +40,55 @@ def test_weights_and_activations_of_a_pruned_network(pruned, tmp_path):
     # Of every channel its own scale, with the batch norm folded in: 127 is reached in each.
     first = next(each for each in weights if each.ndim == 4 and each.shape[1] == 3)
     assert (np.abs(first.reshape(len(first), -1).astype(int)).max(1) >= 126).all()
+    # Unsigned activations, which x86 multiplies fast.
+    graph = onnx.load(found.path).graph
+    zeros = {each.input[2] for each in graph.node if each.op_type == "QuantizeLinear"}
+    assert {str(initializers(found.path)[name].dtype) for name in zeros} == {"uint8"}
     info = structprune.onnx_info(found.path)
     assert len(info.digests) == 1
     assert info.before.params > info.after.params
+
+
+def test_weights_have_seven_bits_where_sums_would_overflow(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
+    data = batches(4, 3, 12, 12)
+    found = structprune.quantize(pruned, tmp_path / "q.onnx", data[0], data)
+    largest = max(np.abs(each.astype(int)).max() for each in initializers(found.path).values() if each.ndim > 1)
+    assert largest <= 64
+
+
+def test_the_file_holds_no_long_names_and_no_zeros_twice(pruned, tmp_path):
+    data = batches(4, 3, 12, 12)
+    graph = onnx.load(structprune.quantize(pruned, tmp_path / "q.onnx", data[0], data).path).graph
+    weights = [each.name for each in graph.initializer if len(each.dims) > 1]
+    assert all(name.startswith("model.") for name in weights)
+    small = [onnx.numpy_helper.to_array(each) for each in graph.initializer if len(each.dims) < 2]
+    assert len({(each.dtype, each.shape, each.tobytes()) for each in small}) == len(small)
+    read = {name for node in graph.node for name in (*node.input, *node.output)}
+    assert read >= {"input", *weights}
+    assert max(len(name) for name in read - {"input", graph.output[0].name, *weights}) < 7
+    # Times of a profile go to layers by these.
+    assert all(node.name for node in graph.node if node.op_type in ("Conv", "Gemm"))
+
+
+def test_graphs_inside_of_nodes_find_the_names_around_them(tmp_path):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 8)
+
+        def forward(self, x):
+            hidden = torch.relu(self.first(x))
+            hidden = torch.cond(x.sum() > 0, lambda h: h * 2.0, lambda h: h - 1.0, (hidden,))
+            return self.last(hidden)
+
+    torch.manual_seed(0)
+    model, x = Branch().eval(), torch.randn(4, 64)
+    options = {"scheme": "int8_dynamic", "dynamic_batch": False}
+    found = structprune.quantize(model, tmp_path / "q.onnx", x + 1, [x + 1, x - 1], **options)
+    assert any(node.op_type == "If" for node in onnx.load(found.path).graph.node)
+    assert (found.layers, found.max_relative_error < 0.1) == (2, True)
 
 
 def test_the_file_as_a_module_takes_batches_of_any_size(pruned, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from structprune.errors import ExportError
@@ -59,7 +61,9 @@ def write_integers(
             _QUANTISERS[scheme](_folded(exact), draft, _Feeds(free.names, batches), ranges)
         except refusals() as error:
             raise ExportError(f"{type(model).__name__} cannot run on a batch of the data: {error}") from error
-    return _counts(draft)
+    counts = _counts(draft)
+    _compact(draft)
+    return counts
 
 
 class _Feeds:
@@ -103,10 +107,17 @@ def _static(folded: Path, draft: Path, feeds: _Feeds, ranges: str) -> None:
         feeds,
         quant_format=library.QuantFormat.QDQ,
         per_channel=True,
-        activation_type=library.QuantType.QInt8,
+        # Of x86, instructions multiply unsigned by signed numbers: with signed ones int8 is slower than float there.
+        activation_type=library.QuantType.QUInt8,
         weight_type=library.QuantType.QInt8,
+        reduce_range=_overflows(),
         calibrate_method=getattr(library.CalibrationMethod, RANGES[ranges]),
     )
+
+
+def _overflows() -> bool:
+    """Whether products of eight bits are added in pairs in sixteen, which weights of seven bits do not overflow."""
+    return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_vnni_supported()
 
 
 def _dynamic(folded: Path, draft: Path, feeds: _Feeds, ranges: str) -> None:
@@ -146,3 +157,34 @@ def _counts(file: Path) -> tuple[int, int]:
         elif weights and node.op_type in _WEIGHTY:
             left += 1
     return quantised, left
+
+
+def _compact(file: Path) -> None:
+    """Leave out what makes a file of a small network large: long names of scales, and zeros that many layers share.
+
+    Weights, inputs, outputs and the nodes that compute keep their names. Graphs inside of nodes see the names around
+    them, so that files with branches stay as they are.
+    """
+    onnx = importlib.import_module("onnx")
+    model = onnx.load(file)
+    graph = model.graph
+    if any(each.type == onnx.AttributeProto.GRAPH for node in graph.node for each in node.attribute):
+        return
+    del graph.value_info[:]
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    kept |= {each.name for each in graph.initializer if len(each.dims) > 1}
+    names = {name: name for name in ("", *kept)}  # an input that is left out has no name; new ones are no identifiers
+    first: dict[Any, str] = {}
+    for each in [each for each in graph.initializer if each.name not in kept]:
+        held = each.data_type, tuple(each.dims), onnx.numpy_helper.to_array(each).tobytes()
+        own = names[each.name] = first.setdefault(held, f"c.{len(first)}")
+        if own in kept:
+            graph.initializer.remove(each)
+        kept.add(own)
+        each.name = own
+    for node in graph.node:
+        for values in (node.input, node.output):
+            values[:] = [names.setdefault(name, f"v.{len(names)}") for name in values]
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.name = ""
+    onnx.save(model, file)

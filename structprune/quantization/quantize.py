@@ -86,8 +86,9 @@ def quantize(
         data: Batches as for `structprune.recover`; the file is compared with the model on each of them. ``"int8"``
             needs them, to see the ranges of activations.
         scheme: ``"int8"``: weights and activations of eight bits, the ranges of activations taken from `data`, one
-            scale for each output channel of a weight; for convolutional networks. ``"int8_dynamic"``: matrix products
-            alone, ranges of activations taken anew in each run (by torchao for each token); for transformers.
+            scale for each output channel of a weight; for convolutional networks. Where this machine is an x86 without
+            instructions for eight bits (VNNI), weights have seven, as sums would overflow. ``"int8_dynamic"``: matrix
+            products alone, ranges of activations taken anew in each run (by torchao for each token); for transformers.
             ``"int8_weights"`` and ``"int4_weights"``: weights of matrix products alone; for language models, whose time
             is that of reading weights. 32 of them share a scale, by torchao those of eight bits a row. ONNX Runtime
             leaves linear layers on inputs of two dimensions as they are, and torchao for four bits those whose number

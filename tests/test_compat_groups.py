@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import structprune.compat.torch_pruning as tp
@@ -133,3 +134,13 @@ def test_steps_of_a_global_pruner_reach_the_share() -> None:
         pruner.step()
         widths.append(model[0].out_channels)
     assert widths == [6, 4]
+
+
+def test_halves_that_are_shuffled_lose_the_same_share() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
+    before = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    tp.pruner.MagnitudePruner(model, X, tp.importance.MagnitudeImportance()).step()
+    after = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert all(0.45 < now / old < 0.6 for now, old in zip(after, before, strict=True))
+    assert model.eval()(X).shape == (1, 10)

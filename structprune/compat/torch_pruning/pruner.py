@@ -26,7 +26,7 @@ from structprune.importance.compose import PerLayer
 from structprune.importance.weight import norm_scales
 from structprune.planning.decide import Ranking, decide_channels
 from structprune.planning.options import PlanOptions
-from structprune.pruner import keys_of
+from structprune.pruner import keys_of, left_together
 from structprune.training.channel_decay import ChannelDecay, lack, shrinkage
 from structprune.training.penalties import GroupLasso, NormScalePenalty, add_gradient
 
@@ -167,12 +167,13 @@ class BasePruner:
         self.current_step += 1
         if self.current_step > self.iterative_steps:
             raise ValueError(f"All {self.iterative_steps} steps were taken. Make a new pruner to go further.")
-        kept: dict[coupled.Group, int] = {}
+        left: dict[coupled.Group, float] = {}
 
         def ratio(group: coupled.Group) -> float:
-            if group not in kept:  # groups are made anew where the engine finds that more has to stay
-                kept.update(self._kept())
-            return 1 - kept[group] / group.channels
+            if group not in left:  # groups are made anew where the engine finds that more has to stay
+                shares = {each: kept / each.channels for each, kept in self._kept().items()}
+                left.update(left_together(self.DG.graph, shares))
+            return 1 - left[group]
 
         options = PlanOptions(ratio=ratio, importance=self._score, axes=self._axes, round_to=1)
         chosen = decide(self.DG.graph, options).chosen

@@ -142,5 +142,5 @@ def test_halves_that_are_shuffled_lose_the_same_share() -> None:
     before = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     tp.pruner.MagnitudePruner(model, X, tp.importance.MagnitudeImportance()).step()
     after = [layer.out_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    assert all(0.45 < now / old < 0.6 for now, old in zip(after, before, strict=True))
+    assert all(0.45 < now / old < 0.7 for now, old in zip(after, before, strict=True))
     assert model.eval()(X).shape == (1, 10)

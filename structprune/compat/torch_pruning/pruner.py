@@ -122,22 +122,24 @@ class BasePruner:
                 if scores is not None and len(scores):
                     yield group, seen, scores.detach()
 
-    def _asked(self, group: coupled.Group, seen: Group) -> tuple[Hashable, float]:
+    def _asked(self, group: coupled.Group, seen: Group, alone: Hashable) -> tuple[Hashable, float]:
         """What groups that compete with this one have in common, and the share of them that is to be gone by now."""
         ratio, given = self._head_ratios if group.axis == "heads" else self._ratios
         named, ratio = next((given[id(la)] for la in seen.made_by([object]) if id(la) in given), (None, ratio))
         alike = tuple(sorted((type(dep.layer).__name__, dep.handler.name) for dep, _ in seen))
         rivals = group.axis == "heads", named, alike if self.isomorphic and named is None else ""
         share = self.iterative_pruning_ratio_scheduler(ratio, self.iterative_steps)[self.current_step]
-        return rivals if self.global_pruning else group, min(share, self.max_pruning_ratio)
+        return rivals if self.global_pruning else alone, min(share, self.max_pruning_ratio)
 
     def _kept(self) -> dict[coupled.Group, int]:
         """How many channels each group keeps now: of all that compete, those with the lowest scores go."""
-        keys = keys_of(self.DG.graph.groups())
+        graph = self.DG.graph
+        keys, groups = keys_of(graph.groups()), graph.groups()
+        together = {groups[number]: balanced.groups for balanced in graph.balanced() for number in balanced.groups}
         first = {group: self._first.get(key, group.channels) for group, key in keys.items()}
         scored = [(group, seen, scores) for group, seen, scores in self._scored() if group.axis in self._axes]
         self._scores = {group: scores.double().cpu() for group, _, scores in scored}
-        asked = {group: self._asked(group, seen) for group, seen, _ in scored}
+        asked = {group: self._asked(group, seen, together.get(group, group)) for group, seen, _ in scored}
         before, now = Counter[Hashable](), Counter[Hashable]()
         for group, (rivals, _) in asked.items():
             before[rivals], now[rivals] = before[rivals] + first[group], now[rivals] + group.channels
@@ -149,7 +151,7 @@ class BasePruner:
             return max(0, min(going, total - 1)) / total
 
         options = PlanOptions(ratio=ratio, scope=lambda group: asked.get(group, (0,))[0], axes=self._axes, round_to=1)
-        kept = decide_channels(self.DG.graph, options, Ranking(self.DG.graph, PerLayer(self._score, "none"))).kept
+        kept = decide_channels(graph, options, Ranking(graph, PerLayer(self._score, "none"))).kept
         return {group: self._rounded(kept.get(group, group.channels), group.channels, first[group]) for group in keys}
 
     def _score(self, group: coupled.Group, tensors: Mapping[str, Tensor]) -> Tensor:

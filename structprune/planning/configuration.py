@@ -308,6 +308,8 @@ class _Search:
         return tuple(sorted(attribute_edits, key=lambda edit: (edit.module, str(edit.chain))))
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        if more := shapes.keys() - self._shapes.keys():
+            raise _ShapesError(f"a model built from it has {min(more)!r} too, which this one lacks")
         for name, shape in self._shapes.items():
             if shapes.get(name) != shape:
                 unused = (
@@ -328,7 +330,8 @@ class _Search:
         name = ".".join([place[0] or "model", *map(str, place[1])])
         different = f"{name} is {after} in the pruned model, and would be {new} in one built from it"
         kinds = (float,) if type(new) is float else (int, type(None))
-        if place in self._known or not isinstance(new, int | float) or not isinstance(after, kinds):
+        told = isinstance(new, int | float) and isinstance(after, kinds) and place[0] in self._part.outer
+        if place in self._known or not told:
             raise UnknownError(different)
         if place in self._read or type(new) is float:
             self._doubts.append(different)

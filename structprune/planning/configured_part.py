@@ -176,9 +176,9 @@ def _pairs(
     path, found = next((pair for pair in like if pair[0] in used), like[0])
     yield here, path
     for name, child in built._modules.items():
-        inside: Any = found._modules[name]
         if child is None:
             continue
+        inside: Any = found._modules[name]
         yield from _pairs(child, inside, join(here, name), join(path, name), used)
 
 

@@ -3,7 +3,8 @@
 Run ``python benchmarks/quantised.py`` with the data at hand (see `harness.cifar`); results go to
 ``results/quantised.*``. The same 1,024 training images, without labels, serve to choose channels, to recover and to
 calibrate; the test images are for the last measurement alone. ``--tested`` and ``--images`` make it shorter. Then a
-small language model, whose weights alone are quantised; ``--only language`` measures it anew and leaves the rest.
+small language model, whose weights alone are quantised; ``--only language`` measures it anew and leaves the
+rest as it is.
 """
 
 from __future__ import annotations
@@ -188,8 +189,8 @@ def language_lines(found: dict[str, dict[str, float]]) -> list[str]:
         "## A language model",
         "",
         f"{stories.NAME}, a Llama of 260 thousand parameters that is not pruned; perplexity on the second half of the "
-        "stories. Embeddings stay in float, and in four bits by torchao layers of 172 inputs too, no multiple of 32; "
-        "torchao's programs hold the graph as text, which counts in files as small as these.",
+        "stories. Embeddings stay in float, and in four bits by torchao layers of 172 inputs too, which are no "
+        "multiple of 32; torchao's programs hold the graph as text, which counts in files as small as these.",
         "",
         "| | perplexity | bytes | x smaller |",
         "|---|---:|---:|---:|",

@@ -28,6 +28,7 @@ from structprune.tracing.trace import Trace
 
 EVERY = 16  # of so many samples one is held out
 FEWEST = 5  # with fewer samples none is held out
+PIECE = 1 << 22  # entries of outputs that are compared at a time, in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,7 @@ class Candidates:
             if part is not None and self._any_held:
                 part = part[self._held_out.solved_on(number, part.shape[0]) :] if part.dim() else None
             parts.append(None if part is None or not part.is_floating_point() else part.clone())
+            del result, part  # before the next one is computed
         return parts
 
     def _kept_part(self, result: Tensor | None) -> Tensor | None:
@@ -177,7 +179,8 @@ class Candidates:
             if ours.shape != goal.shape:
                 sums[0] += torch.inf
                 continue
-            sums += torch.stack([(ours.double() - goal.double()).square().sum(), goal.double().square().sum()]).cpu()
+            for a, b in zip(ours.flatten().split(PIECE), goal.flatten().split(PIECE), strict=True):
+                sums += torch.stack([(a.double() - b.double()).square().sum(), b.double().square().sum()]).cpu()
         difference, power = all_reduced(sums).tolist()
         error = (difference / max(power, torch.finfo(torch.float64).tiny)) ** 0.5
         return error if error == error else float("inf")

@@ -17,14 +17,14 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
-from structprune.hardware import return_freed_memory
 from structprune.offloading import at_hand, hooked, is_placed
 from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
 from structprune.recovery.layer_solver import LayerSolver
 from structprune.recovery.layers import Consumer, consumers
-from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
+from structprune.recovery.parallel_forward import Event, parallel_runs
+from structprune.recovery.prefix import PrefixCache
 from structprune.recovery.recalibrate import set_statistics
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
 from structprune.recovery.widened import wide, widened
@@ -39,6 +39,7 @@ AS_GIVEN, RECALIBRATED = "as given", "norms recalibrated"
 SOLVED_ALONE, SOLVED_WITH_PRODUCERS = "layers solved", "layers solved with producers"
 # A layer is left whose result is so many times as large as its input, and takes so many bytes in both models.
 WIDER, MOST_BYTES = 8, 1 << 28
+MOST_IN_VAIN = 1 << 27  # bytes that forwards may hold of what they do not need any more
 
 
 def recover(
@@ -82,7 +83,7 @@ def recover(
 
     Models in half precision compute and are solved in float32: each operation gets a float32 copy of the weights that
     it takes, and new weights are rounded at once, so that the layers behind make up for that. In all `recover` needs
-    memory for the new model, for one more copy of its weights, and for what all batches hold at one layer.
+    memory for the new model, and for what all batches hold at one layer.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
     fails, all raise.
@@ -316,31 +317,59 @@ def _solve_in_order(
     """
     schedule = _schedule(solvers)
     targets = {solver.target for solver in solvers}
-    reports: list[LayerRecovery] = []
+    between = _between(solvers)
+    reports: list[LayerRecovery | None] = []
     with swapped_tensors(original, copy_buffer, track=False), swapped_tensors(slim, copy_buffer, track=False):
         original.eval()
         slim.eval()
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}
         trace = graph.trace
-        with (
-            parallel_runs(BatchRun, slim, batches, trace, set(schedule)) as slim_runs,
-            parallel_runs(BatchRun, original, batches, trace, targets) as original_runs,
-        ):
-            for event, at_event in schedule.items():
-                pauses = [run.run_to(event) for run in slim_runs]
-                for solver in at_event:
-                    if event != solver.target:
-                        solver.observe(event, pauses)
-                        continue
-                    goal = [run.run_to(event).result for run in original_runs]
-                    ours = [pause.result for pause in pauses]
-                    for of, results in (("the original", goal), ("the pruned model", ours)):
-                        _require_numbers(results, of, solver.consumer.layer)
-                    return_freed_memory()  # by the batches on their way here
-                    report = solver.solve(ours, goal, tensors)
-                    reports += [report] if report is not None else []
+        with parallel_runs(PrefixCache, slim, batches, trace, set(schedule)) as slim_runs:
+            with parallel_runs(PrefixCache, original, batches, trace, targets) as original_runs:
+                for event, at_event in schedule.items():
+                    reports += _at(event, at_event, slim_runs, original_runs, tensors)
+                    if event in between:
+                        _hold_less([*slim_runs, *original_runs], event)
             parts = candidates.parts(run.finish() for run in slim_runs)
-    return reports, parts
+    return [report for report in reports if report is not None], parts
+
+
+def _at(
+    event: Event,
+    solvers: list[LayerSolver],
+    slim_runs: list[PrefixCache],
+    original_runs: list[PrefixCache],
+    tensors: dict[str, Tensor],
+) -> list[LayerRecovery | None]:
+    """Let solvers observe an event or, if it is their target, solve; the reports of those that solved."""
+    pauses = [run.run_to(event) for run in slim_runs]
+    reports: list[LayerRecovery | None] = []
+    for solver in solvers:
+        if event != solver.target:
+            solver.observe(event, pauses)
+            continue
+        goal = [run.run_to(event).result for run in original_runs]
+        ours = [pause.result for pause in pauses]
+        for of, results in (("the original", goal), ("the pruned model", ours)):
+            _require_numbers(results, of, solver.consumer.layer)
+        reports.append(solver.solve(ours, goal, tensors))
+    return reports
+
+
+def _between(solvers: list[LayerSolver]) -> set[Event]:
+    """The targets at which no solver is left between what it has observed and its own target.
+
+    Of solvers that observe 1 and 5 and are solved at 3 and 7, both; of those that observe 1 and 2, the second alone.
+    """
+    spans = [(min((*solver.observed, solver.target)), solver.target) for solver in solvers]
+    return {target for _, target in spans if not any(first <= target < last for first, last in spans)}
+
+
+def _hold_less(runs: list[PrefixCache], event: Event) -> None:
+    """Begin all runs anew behind an event where they are paused, if they hold much that nothing needs any more."""
+    if all(run.can_restart for run in runs) and sum(run.held_in_vain() for run in runs) > MOST_IN_VAIN:
+        for run in runs:
+            run.restart(event[0] + 1)
 
 
 def _require_numbers(results: list[Tensor], of: str, layer: str) -> None:

@@ -28,8 +28,8 @@ def test_generates_the_same_with_and_without_cache(model: Model) -> None:
 
 
 # A number of a configuration may mean more than a width (a table of positions), or a tensor of that width may take no
-# part in the forward: no configuration then gives what pruning all axes does. Fewer axes may do, see UNIFORM; by default
-# only those are pruned.
+# part in the forward: no configuration then gives what pruning all axes does. Fewer axes may do, see UNIFORM; by
+# default only those are pruned.
 NOT_ALL_AXES = {
     "marian": "'model.encoder.embed_positions.weight' is not saved but computed",
     "dinov2": "'dinov2.embeddings.mask_token', which the forward does not use on the example inputs",

@@ -30,7 +30,7 @@ from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import Trace
 
 # Tensors of at most so many entries get values while a class is built for these.
-SMALL = 2**20
+SMALL = 2**14
 # Factors are those of sizes: nothing that comes close to the end of a type's range.
 LEAST, MOST = 1e-4, 1e4
 # Of an operation with a factor, by its name: the argument that it multiplies, and the name of the factor.

@@ -77,7 +77,7 @@ def export_onnx(
             these, the names of `dynamic_dims` are tried at no other sizes.
         opset: ONNX operator set; the exporter's own choice if not given.
         tolerance: Largest relative error allowed; by default 1e-4 for a float32 model, 1e-6 for float64, 1e-2 for
-            float16, 2e-2 for one with weights of eight bits.
+            float16, 1e-1 for one with weights of eight bits.
 
     Returns:
         Path, operator set, measured error and size.

@@ -11,7 +11,7 @@ CODE := structprune tests examples docs/assets .ci/lowest.py $(wildcard benchmar
 .PHONY: help install demo test lint types tests lowest dist docs bench zoo ops format clean
 
 help:
-	@echo "make demo    train a small network on handwritten digits, prune it, export it and time it"
+	@echo "make demo    train a small network on handwritten digits, prune it, recover it, export it and time it"
 	@echo "make test    lint, types, tests"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   pyright, strict"

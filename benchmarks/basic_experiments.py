@@ -74,7 +74,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[nn.Module], object], int]] = {
     "every other entry of conv1": (_both(EveryOther.apply), 3584),
 }
 # Of these the physically smaller network is measured and recovered as well.
-RECOVERED = ("L1 filters, 40% of conv1",)
+RECOVERED = tuple(name for name in EXPERIMENTS if "filters" in name)
 
 
 @dataclass
@@ -129,8 +129,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=Path(tempfile.gettempdir(), "structprune-classic.safetensors"))
     parser.add_argument("--train", action="store_true")
-    parser.add_argument("--images", type=int, default=500, help="of the test set")
-    parser.add_argument("--calibration", type=int, default=192, help="training images, without labels, for recover")
+    parser.add_argument("--images", type=int, default=2000, help="of the test set")
+    parser.add_argument("--calibration", type=int, default=512, help="training images, without labels, for recover")
     parser.add_argument("--without-recover", action="store_true", help="it takes minutes on a busy machine")
     given = parser.parse_args()
     if given.train:

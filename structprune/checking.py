@@ -148,6 +148,13 @@ LAYER = Check(
     "a layer is a module of the model or its dotted name",
 )
 
+LAYER_OR_DIMENSION = Check(
+    lambda value: (
+        LAYER.fits(value)
+        or (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and is_whole(value[1]))
+    ),
+    f"{LAYER.allowed}, or a pair of a tensor's name and a dimension",
+)
 INDICES = Check(
     lambda value: (
         isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)) and all(map(is_whole, value))

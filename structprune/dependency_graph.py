@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import fx, nn
 
-from structprune.checking import INDICES, LAYER, require
-from structprune.coupling.graph import ChannelGraph, Layer
+from structprune.checking import INDICES, LAYER_OR_DIMENSION, require
+from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.grouped_choices import GroupedChoice, grouped_choice
 from structprune.coupling.groups import Group
+from structprune.coupling.naming import Dimension, Layer
 from structprune.depth.finding import find
 from structprune.depth.records import Branch
 from structprune.html import html_table
@@ -21,6 +22,7 @@ from structprune.planning.checks import check_ignore, check_outputs
 from structprune.planning.plan import Plan, Settings
 from structprune.tracing.state import collection_paused
 from structprune.tracing.trace import ExampleInputs, OutputName, Trace
+from structprune.wrapping import prunable
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -36,7 +38,7 @@ class DependencyGraph(ChannelGraph):
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
         ignore: layers (modules or dotted names) to leave whole.
         ignore_outputs: layers whose outputs stay whole; their inputs may lose channels.
-        outputs: names of the outputs that keep their shape (see `structprune.plan`); None for all.
+        outputs: names of the outputs that keep their shape (see `structprune.plan`); None for all, ``()`` for none.
 
     Raises:
         TraceError: the forward cannot be recorded.
@@ -70,8 +72,9 @@ class DependencyGraph(ChannelGraph):
             example_inputs,
             ignore=check_ignore("ignore", ignore),
             ignore_outputs=check_ignore("ignore_outputs", ignore_outputs),
-            outputs=check_outputs("outputs", outputs),
+            outputs=() if outputs == () else check_outputs("outputs", outputs),
         )
+        self._given = model
 
     _branches: tuple[Trace, tuple[Branch, ...]] | None = None  # those of a trace, once they were asked for
 
@@ -129,14 +132,15 @@ class DependencyGraph(ChannelGraph):
             result.add_edges_from((other, path) for other in before if other != path)
         return result
 
-    def prune_group(self, target: Group | Layer, indices: Sequence[int]) -> Plan:
+    def prune_group(self, target: Group | Layer | Dimension, indices: Sequence[int]) -> Plan:
         """Remove channels, with all that is coupled to them, from the model in place.
 
         The graph then describes the smaller model; groups taken from it before are stale.
 
         Args:
-            target: a group of this graph, or a layer (module or dotted name) whose output channels are meant.
-            indices: channels of the group, or output channels of the layer, counted from 0. In front of a grouped
+            target: a group of this graph; a layer (module or dotted name), whose output channels are meant; or a
+                dimension of a tensor, such as ``("fc.weight", 1)`` for the inputs of a linear layer.
+            indices: channels of the group, the layer or the dimension, counted from 0. In front of a grouped
                 convolution, and of the convolution itself, other channels of each group may go, equally many of each.
 
         Returns:
@@ -146,18 +150,28 @@ class DependencyGraph(ChannelGraph):
             PlanError: indices out of range or repeated, or nothing would be left.
             PinnedError: a channel may not be removed; the message says why.
             SurgeryError: the removal failed; the model is as it was.
+            UnsupportedModelError: a model of this kind cannot be changed in place.
         """
         require(locals(), indices=INDICES)
+        prunable(self._given, inplace=True)
         if not isinstance(target, Group):
-            require(locals(), target=LAYER)
+            require(locals(), target=LAYER_OR_DIMENSION)
         decided = plan_removal(
             self, self._settled(target, indices), Settings(asked={"indices": [int(i) for i in indices]})
         )
-        decided.apply(self.model, inplace=True)
-        self._analyse()
+        self.carry_out(decided)
         return decided
 
-    def _settled(self, target: Group | Layer, indices: Sequence[int]) -> Ids | GroupedChoice:
+    def carry_out(self, plan: Plan) -> None:
+        """Apply a plan to the model in place; the graph then describes the smaller model.
+
+        Raises:
+            SurgeryError: the plan does not fit the model, which is then as it was.
+        """
+        plan.apply(self.model, inplace=True)
+        self._analyse()
+
+    def _settled(self, target: Group | Layer | Dimension, indices: Sequence[int]) -> Ids | GroupedChoice:
         """What `prune_group` removes, once every number in the forward that follows it is known to."""
         while True:
             grouped = grouped_choice(self, target, indices)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import platform
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ import torch
 CPU_STEP = 16
 CUDA_STEPS = {torch.float16: 64, torch.bfloat16: 64}
 CUDA_STEP = 32
+# Each time that so many bytes were allocated, it is looked whether more than so many of them are free and kept.
+LOOK_AFTER, LEFT_FREE = 1 << 26, 1 << 28
 
 
 def step_of(device: torch.device | None, dtype: torch.dtype = torch.float32) -> int:
@@ -43,6 +49,47 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+class _Heap:
+    """What is known of the heap of this process, in bytes.
+
+    Attributes:
+        allocated: since the size of the process was last looked at.
+        least: the smallest size since freed memory was last given back.
+    """
+
+    allocated = 0
+    least = 0
+
+
+def allocated(size: int) -> None:
+    """Note that so many bytes were allocated, and give freed memory back to the system where the C library keeps much.
+
+    That of GNU has a heap for each thread, and what is freed in the middle of one stays with it. Batches that run side
+    by side, each in a thread, would hold twice what they need. To get it anew takes time, so a part is left.
+    """
+    _Heap.allocated += size
+    trim = _trim()
+    if _Heap.allocated < LOOK_AFTER or trim is None:
+        return
+    _Heap.allocated = 0
+    now = _resident()
+    _Heap.least = min(_Heap.least, now)
+    if now > _Heap.least + LEFT_FREE:
+        trim(0)
+        _Heap.least = _resident()
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory; Linux tells them in pages."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """``malloc_trim`` of the GNU C library; None under another one."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def installed(package: str) -> str | None:

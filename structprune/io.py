@@ -39,6 +39,7 @@ from structprune.files import (
     write_whole,
 )
 from structprune.filling import fill
+from structprune.offloading import at_hand
 from structprune.planning.plan import Plan, plans_of
 from structprune.schema import FormError, Migration, up_to_date
 from structprune.surgery.history import kept
@@ -91,7 +92,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if folder.exists() and not folder.is_dir():
         raise PlanError(f"{folder} is a file; give the path of a folder, which may exist or not.")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, aliases = _distinct(model)
+    tensors, aliases = _distinct(at_hand(model))
     plans = plans_of(model)
     if not plans and (pruned := next(iter(kept(model)), None)) is not None:
         raise PlanError(

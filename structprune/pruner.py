@@ -220,12 +220,18 @@ class Pruner:
         for group, key in keys_of(graph.groups()).items():
             start, end = self._ends.get(key, (group.channels, group.channels))
             left[group] = min(1.0, (start - share * (start - end)) / group.channels)
-        # Sections whose numbers depend on each other lose their share together.
-        for balanced in graph.balanced():
-            members = [graph.groups()[number] for number in balanced.groups]
-            wanted = sum(left[group] * group.channels for group in members) / sum(g.channels for g in members)
-            left |= dict.fromkeys(members, wanted)
-        return lambda group: 1 - left[group]
+        shares = left_together(graph, left)
+        return lambda group: 1 - shares[group]
+
+
+def left_together(graph: DependencyGraph, left: Mapping[Group, float]) -> dict[Group, float]:
+    """The shares of its channels that each group keeps; those whose numbers depend on each other keep one share."""
+    shares = dict(left)
+    for balanced in graph.balanced():
+        members = [graph.groups()[number] for number in balanced.groups]
+        kept = sum(left[group] * group.channels for group in members) / sum(group.channels for group in members)
+        shares |= dict.fromkeys(members, kept)
+    return shares
 
 
 def _is_end(entry: Any) -> bool:

@@ -224,9 +224,13 @@ def _are_indices_or_none(value: Any) -> bool:
     return value is None or _are_indices(value)
 
 
-def _is_int_or_none(value: Any) -> bool:
+def _is_number_or_none(value: Any) -> bool:
     """An attribute of a configuration may have been None, where another number gave the size."""
-    return value is None or _is_int(value)
+    return value is None or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (type(value) is float and math.isfinite(value))
 
 
 def _are_sections(value: Any) -> bool:
@@ -258,9 +262,10 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "macs": _is_count,
     "weight_bytes": _is_count,
     "peak_activation_bytes": _is_count,
-    "old": _is_int_or_none,
-    "new": _is_int,
+    "old": _is_number_or_none,
+    "new": _is_number,
     "factor": _is_factor,
+    "offset": _is_factor,
     "removed": _are_indices,
     "order": _are_indices_or_none,
     "sections": _are_sections,

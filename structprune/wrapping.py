@@ -2,6 +2,7 @@
 
 A wrapper (``torch.compile``, DataParallel, DistributedDataParallel, an average of weights) holds the model as its only
 child. Analysis and surgery work on that model, under its own layer names; the result gets a wrapper of the same kind.
+Of a model whose weights hooks of accelerate keep elsewhere they work on a double (`structprune.offloading`).
 Classes are known by their full names, so that nothing has to be imported to recognise them.
 """
 
@@ -18,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from structprune.errors import UnsupportedModelError
+from structprune.offloading import at_hand, hooked, is_placed
 
 _COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 _DISTRIBUTED = "torch.nn.parallel.distributed.DistributedDataParallel"
@@ -35,6 +37,10 @@ WRAPPERS: dict[str, str] = {
 
 _SHARDED = "its parameters are spread over processes; prune the model before it is sharded, and shard the result"
 _PACKED = "its weights are packed; prune the model in floating point first, then quantize the result"
+_OFFLOADED = (
+    "hooks of accelerate keep its weights elsewhere, so that it cannot be changed in place here; take the hooks off "
+    "with accelerate.hooks.remove_hook_from_submodules(model), or use structprune.prune or Plan.apply"
+)
 
 REFUSED: dict[str, str] = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": _SHARDED,
@@ -79,6 +85,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def prunable(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The model inside all wrappers, after checking that it is of a kind that can be pruned.
 
+    Of one whose weights hooks of accelerate keep elsewhere, a double that holds them.
+
     Args:
         model: any ``nn.Module``, wrapped or not.
         inplace: whether the model itself is to be changed.
@@ -108,7 +116,9 @@ def prunable(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         reason = kinds[kind] or _reason_of_tensors(module)
         if reason is not None:
             raise _refusal(module, path, reason)
-    return inner
+    if inplace and is_placed(inner):
+        raise _refusal(inner, "", _OFFLOADED)
+    return at_hand(inner)
 
 
 def _refusal(module: nn.Module, path: str, reason: str) -> UnsupportedModelError:
@@ -151,14 +161,14 @@ def _reason_of_tensor(name: str, tensor: Tensor) -> str | None:
 
 
 def rewrapped(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
-    """`inner` in wrappers of the kinds and with the options of those around ``unwrapped(wrapper)``.
+    """`inner` in wrappers of the kinds and with the options of those around ``unwrapped(wrapper)``, hooks included.
 
     A compiled model is compiled again on its first call. A new DistributedDataParallel is a collective call: every
     process must make it, and it raises where the processes did not prune alike.
     """
     held = _holds_under(wrapper)
     if held is None:
-        return inner
+        return hooked(inner) if is_placed(wrapper) else inner
     inner = rewrapped(getattr(wrapper, held), inner)
     names = set(class_names(wrapper))
     if _COMPILED in names:

@@ -53,9 +53,6 @@ def folder(tmp_path, monkeypatch):
         (["compress", "own:pair", "--ratio", "0.5", "--out", "c"], "Give --data"),
         (["compress", "own:pair", "--ratio", "0.5", "--data", "nowhere", "--out", "c"], "give a folder of images"),
         (["compress", "own:pair", "--ratio", "0.5", "--data", ".", "--out", "c"], "There is no image in"),
-        (["plan", "timm:resnet5000"], "timm has no model"),
-        (["plan", "hf:."], "has no config.json"),
-        (["plan", "hf:nobody/nothing"], "nor in the cache"),
         (["export", "own:pair", "x.onnx"], "Say which smaller model is meant"),
         (["export", "own:pair", "x.onnx", "--dense", "--dynamic", "input-2"], "write INPUT:DIM=NAME"),
         (["benchmark", "own:pair", "-r", "0.5", "-b", "abacus"], "no backend 'abacus'"),
@@ -68,6 +65,20 @@ def test_wrong_usage_exits_with_2(folder, args, message):
     shown = run(*args, code=2)
     assert message in " ".join(shown.stderr.replace("│", " ").split())
     assert not Path("x.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "model", "message"),
+    [
+        ("timm", "timm:resnet5000", "timm has no model"),
+        ("transformers", "hf:.", "has no config.json"),
+        ("transformers", "hf:nobody/nothing", "nor in the cache"),
+    ],
+)
+def test_a_model_that_a_package_does_not_have(folder, package, model, message):
+    pytest.importorskip(package)
+    shown = run("plan", model, code=2)
+    assert message in " ".join(shown.stderr.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

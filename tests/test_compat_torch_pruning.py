@@ -366,5 +366,5 @@ def test_what_is_elsewhere_is_named() -> None:
         _ = ours.importance.OBDCImportance
     with pytest.raises(AttributeError, match="no attribute 'NopeImportance'"):
         _ = ours.importance.NopeImportance
-    with pytest.raises(TypeError, match="no argument 'nope'"):
+    with pytest.raises(TypeError, match="argument 'nope'"):
         ours.pruner.BasePruner(nn.Linear(2, 2), torch.ones(1, 2), ours.importance.MagnitudeImportance(), nope=1)

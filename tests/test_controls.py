@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -104,6 +106,57 @@ def test_a_pattern_or_block_where_nothing_can_follow_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
     with pytest.raises(PinnedError, match=r"'1', which makes no channels of its own .* those of 0\. Name these"):
         structprune.plan(net, torch.randn(1, 3, 9, 9), ratio={"1": 0.5})
+
+
+class Attention(nn.Module):
+    """Two blocks of attention and a gated layer, each beside a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+        names = {"qkv": nn.Linear(12, 48), "proj": nn.Linear(16, 12)}
+        gated = {"gate": nn.Linear(12, 24), "up": nn.Linear(12, 24), "down": nn.Linear(24, 12)}
+        self.b = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.ModuleDict(copy.deepcopy(names)), "mlp": nn.ModuleDict(copy.deepcopy(gated))})
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.b:
+            attn, mlp = block["attn"], block["mlp"]
+            q, k, v = attn["qkv"](x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+            x = x + attn["proj"]((q @ k.mT / 2).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+            x = x + mlp["down"](mlp["gate"](x).sigmoid() * mlp["up"](x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("key", "layers"),
+    [
+        ("b.*.qkv", {"b.#.attn.qkv"}),
+        ("b.*.attn", {"b.#.attn.qkv"}),
+        ("b.*.mlp", {"b.#.mlp.gate", "b.#.mlp.up"}),
+        ("b.[01].mlp.*", {"b.#.mlp.gate", "b.#.mlp.up"}),
+        ("b.*", {"b.#.attn.qkv", "b.#.mlp.gate", "b.#.mlp.up"}),
+    ],
+)
+def test_a_pattern_acts_on_all_layers_and_blocks_that_it_matches(key: str, layers: set[str]) -> None:
+    model, x = Attention().eval(), torch.randn(2, 6, 5)
+    plan = structprune.plan(model, x, ratio={key: 0.5})
+    assert {layer.layer for layer in plan.layers} == {name.replace("#", n) for name in layers for n in "01"}
+    assert all(layer.after == layer.before // 2 for layer in plan.layers)
+    exact(model, x, plan)
+
+
+@pytest.mark.parametrize(
+    ("key", "others"),
+    [("b.*.gate", "b.0.mlp.up"), ("b.*.up", "b.0.mlp.gate"), ("b.*.proj", "b.0.mlp.down, b.1.mlp.down, first")],
+)
+def test_a_pattern_of_one_of_several_coupled_layers_names_the_others(key: str, others: str) -> None:
+    message = rf"'{re.escape(key)}', whose channels go together with those of {others}, for which it asks for none"
+    with pytest.raises(PlanError, match=message):
+        structprune.plan(Attention().eval(), torch.randn(2, 6, 5), ratio={key: 0.5})
 
 
 @pytest.mark.parametrize(("key", "message"), [("layer9", "no layer 'layer9'"), ("layer9.*", "'layer9.\\*' in ratio")])

@@ -18,6 +18,9 @@ ASKED = [
     ("llama", {"num_hidden_layers": 1}),
     ("llama", {"num_hidden_layers": 1, "intermediate_size": 50, "num_attention_heads": 4, "num_key_value_heads": 2}),
     ("gemma2", {"intermediate_size": 31}),
+    ("gemma3", {"hidden_size": 48}),
+    ("gpt2", {"n_embd": 32}),
+    ("t5", {"d_model": 40}),
     ("gpt2", {"n_embd": 32, "n_head": 2, "n_inner": 100}),
     ("bert", {"num_hidden_layers": 1, "intermediate_size": 50}),
     ("bart", {"encoder_ffn_dim": 40, "decoder_layers": 1}),
@@ -72,7 +75,7 @@ REFUSED = [
     ("llama", {"head_dim": 4}, "inv_freq"),
     ("llama", {"num_hidden_layers": 0}, "names 'num_hidden_layers'"),
     ("llama", {"intermediate_size": 48, "params": 0.5}, "no amounts beside them"),
-    ("gpt2", {"n_embd": 32}, "scaling is 0.25 in the pruned model"),
+    ("bloom", {"n_head": 2}, "names 'n_head'|The target cannot be met"),
     ("t5", {"num_layers": 1}, "1 layers less in 'encoder.block', of which 0 can go"),
 ]
 

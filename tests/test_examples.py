@@ -46,7 +46,12 @@ def test_digits(monkeypatch, capsys):
     monkeypatch.setattr(digits, "FINE_TUNE_EPOCHS", 1)
     digits.main()
     text = capsys.readouterr().out
-    rows = {name: next(line for line in text.splitlines() if f" {name} " in line) for name in ("dense", "pruned")}
+    rows = {
+        name: next(line for line in text.splitlines() if f" {name} " in line)
+        for name in ("dense", "pruned", "recovered")
+    }
+    right = {name: float(re.findall(r"([\d.]+)%", row)[0]) for name, row in rows.items()}
+    assert right["recovered"] > right["pruned"]
     macs = {name: float(re.findall(r"([\d.]+) M", row)[0]) for name, row in rows.items()}
     assert 0.4 * macs["dense"] < macs["pruned"] <= 0.5 * macs["dense"]
     assert "fine-tuned" in text

@@ -308,6 +308,23 @@ def test_a_write_into_shared_memory_is_no_constant():
     same(model, slim, (3, 4))
 
 
+@pytest.mark.parametrize("name", ["cumsum", "cumsum_"])
+def test_a_sum_that_grows_along_positions_is_no_constant(name):
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(getattr(self.first(x), name)(1))
+
+    torch.manual_seed(0)
+    model = Summed().double().eval()
+    with torch.no_grad():
+        model.first.weight[:2] = 0
+    same(model, masks.compact(model, torch.randn(2, 3, 4, dtype=F64)), (2, 3, 4))
+
+
 def test_transposed_convolutions():
     model = off_with_bias(two(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, stride=2)))
     same(model, masks.compact(model, torch.randn(1, 3, 6, 6, dtype=F64)), (2, 3, 7, 7))
@@ -351,3 +368,33 @@ def test_a_move_to_the_device_of_another_tensor_is_no_failure():
     with torch.no_grad():
         model.first.weight[:2] = 0
     same(model, masks.compact(model, torch.randn(2, 4, dtype=F64)), (2, 4))
+
+
+def test_what_is_sampled_where_the_network_says_is_no_constant():
+    """Numbered entries as a grid lie all outside of the image, where zeros are found whatever the image holds."""
+
+    class Sampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor, grid: Tensor) -> Tensor:
+            return self.second(nn.functional.grid_sample(self.first(x), grid, align_corners=False))
+
+    torch.manual_seed(0)
+    model = Sampled().double().eval()
+    inputs = torch.randn(1, 3, 8, 8, dtype=F64), torch.rand(1, 4, 4, 2, dtype=F64)
+    with torch.no_grad():
+        model.second.weight[:, 4:] = 0
+    slim = masks.compact(model, inputs)
+    with torch.no_grad():
+        assert torch.allclose(model(*inputs), slim(*inputs), atol=1e-10)
+
+
+def test_inputs_without_a_batch():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double().eval()
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+    slim = masks.compact(model, torch.randn(6, dtype=F64))
+    assert slim[0].out_features == 3
+    same(model, slim, (6,))

@@ -41,6 +41,13 @@ def test_every_operation_is_right_or_kept_whole(part: int) -> None:
     assert found["went"] > 0.3 * sum(found["counts"].values()), found["counts"]
 
 
+@pytest.mark.parametrize("part", range(2))
+def test_no_operation_lets_a_masked_network_lose_too_much(part: int) -> None:
+    found = run_apart(str(part), "2", "1", "--masked")
+    assert not found["faults"], "\n".join(case for cases in found["faults"].values() for case in cases)
+    assert found["went"] > 0.3 * sum(found["counts"].values()), found["counts"]
+
+
 @pytest.mark.parametrize(("entry", "samples"), [("add", "4"), ("cat", "1")])
 def test_a_broken_rule_is_seen(entry: str, samples: str) -> None:
     """A rule that gives rows of the right sizes and couples nothing, or the wrong way round."""

@@ -126,5 +126,5 @@ slim = structprune.prune(model, data[0], ratio=0.9, importance="random", verify=
 
 @needs_proc
 def test_no_model_is_copied_in_float32():
-    # The new model and the best one so far hold a tenth of the weights each; one float32 copy of the original, twice.
-    assert 0 < peak_over_weights(DEEP, "structprune.recover(slim, model, data, rounds=0)") < 1
+    # The new model holds a tenth of the weights; one float32 copy of the original would hold twice as much as it.
+    assert 0 < peak_over_weights(DEEP, "structprune.recover(slim, model, data, rounds=0)") < 0.9

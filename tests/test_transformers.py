@@ -27,20 +27,15 @@ def test_generates_the_same_with_and_without_cache(model: Model) -> None:
         assert torch.equal(slim.generate(**given, **how, cache_implementation="static", disable_compile=True), plain)
 
 
-# A number of a configuration may mean more than a width (a scale, a table of positions), or a tensor of that width may
-# take no part in the forward: no configuration then gives what pruning all axes does. Fewer axes may do, see UNIFORM;
-# by default only those are pruned.
+# A number of a configuration may mean more than a width (a table of positions), or a tensor of that width may take no
+# part in the forward: no configuration then gives what pruning all axes does. Fewer axes may do, see UNIFORM; by
+# default only those are pruned.
 NOT_ALL_AXES = {
     "marian": "'model.encoder.embed_positions.weight' is not saved but computed",
-    "t5": "model.config.d_model would have to be 64 for model.model_dim and 32 for",
-    "gemma2": "model.embed_tokens.scalar_embed_scale is 8.0 in the pruned model, and would be 5.65",
-    "gemma3": "model.embed_tokens.scalar_embed_scale is 8.0 in the pruned model, and would be 5.65",
-    "bloom": "self_attention.inv_norm_factor is 0.25 in the pruned model",
     "dinov2": "'dinov2.embeddings.mask_token', which the forward does not use on the example inputs",
 }
 UNIFORM = {
     **{name: (model, {}) for name, model in MODELS.items() if name not in NOT_ALL_AXES},
-    **{name: (MODELS[name], {"axes": ["heads", "mlp"]}) for name in ("gemma2", "gemma3", "t5")},
     "marian": (MODELS["marian"], {"axes": ["mlp"]}),  # its heads together are as wide as the model
 }
 

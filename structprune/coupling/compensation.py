@@ -8,7 +8,8 @@ search runs backwards from the operation through operations that carry a factor 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -25,11 +26,21 @@ from structprune.tracing.trace import Trace
 
 @dataclass(frozen=True, slots=True)
 class ScaledParameter:
-    """Entries of a parameter that are multiplied: those at `positions` of dimension `dim`, or all if that is None."""
+    """Entries of a parameter that are multiplied: those at `positions` of dimension `dim`, or all if that is None.
+
+    What the forward multiplies by may be the parameter and a number, as in ``x * (1 + weight)``: the sum of the entries
+    and `offset` is multiplied then. With `inverse`, by one over the factor.
+    """
 
     tensor: str
     dim: int
     positions: tuple[int, ...] | None
+    offset: float = 0.0
+    inverse: bool = False
+
+
+# An operation, and the tensor that it takes and that is to be multiplied.
+Place = tuple[fx.Node, fx.Node]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,31 @@ def scaled_before(trace: Trace, scale: Scale, masks: Masks) -> tuple[ScaledParam
     source = node.args[scale.argument] if len(node.args) > scale.argument else operands[0] if operands else None
     if not isinstance(source, fx.Node):
         raise NotCompensableError
-    return tuple(_Search(trace, node, masks).run(source))
+    return tuple(_Search(trace, [(node, source)], masks).run())
+
+
+def scaled_together(trace: Trace, places: Sequence[Place], masks: Masks) -> tuple[ScaledParameter, ...]:
+    """The parameters that make what several operations take; all of it is multiplied by one factor.
+
+    A table that is the weight of a last layer too may take it up, if what makes that layer's input takes up the
+    inverse.
+
+    Args:
+        trace: the recorded forward.
+        places: operations, each with the tensor that it takes and that is to be multiplied.
+        masks: kept over all searches.
+
+    Raises:
+        NotCompensableError: there are none, or they feed something else too.
+    """
+    search = _Search(trace, places, masks, tied=True)
+    scaled = search.run()
+    if search.tied:
+        again = _Search(trace, search.tied, masks).run()
+        if {each.tensor for each in again} & {each.tensor for each in scaled}:
+            raise NotCompensableError
+        scaled += [replace(each, inverse=True) for each in again]
+    return tuple(scaled)
 
 
 class Masks:
@@ -136,21 +171,34 @@ def _others(node: fx.Node) -> Any:
 
 
 class _Search:
-    """One walk backwards; `masks` holds which entries of each visited tensor are to be multiplied."""
+    """One walk backwards; `masks` holds which entries of each visited tensor are to be multiplied.
 
-    def __init__(self, trace: Trace, consumer: fx.Node, cache: Masks) -> None:
+    Args:
+        trace: the recorded forward.
+        places: operations, each with the tensor that it takes and that is to be multiplied.
+        cache: masks, kept over all searches.
+        tied: whether layers may have a parameter as their weight that is multiplied.
+
+    Attributes:
+        tied: such layers, each with its input.
+    """
+
+    def __init__(self, trace: Trace, places: Sequence[Place], cache: Masks, *, tied: bool = False) -> None:
         self._trace = trace
         self._cache = cache
-        self._consumer = consumer
+        self._places = list(places)
         self._masks: dict[fx.Node, Tensor] = {}
         self._scaled: set[tuple[fx.Node, fx.Node]] = set()  # an operation, and the argument by which it is scaled
         self._queue: list[int] = []
-        self._source: fx.Node = consumer
+        self._offsets: dict[fx.Node, float] = {}
+        self._may_be_tied = tied
+        self.tied: list[Place] = []
 
-    def run(self, source: fx.Node) -> list[ScaledParameter]:
+    def run(self) -> list[ScaledParameter]:
+        """The parameters that take the factor up."""
         scaled: list[ScaledParameter] = []
-        self._source = source
-        self._ask(source, self._cache.full(source.meta["shape"]))
+        for _, source in self._places:
+            self._ask(source, self._cache.full(source.meta["shape"]))
         while self._queue:
             node = self._trace.all_nodes[-heapq.heappop(self._queue)]
             scaled += self._step(node, self._masks[node])
@@ -172,7 +220,7 @@ class _Search:
     def _step(self, node: fx.Node, mask: Tensor) -> list[ScaledParameter]:
         name = node.meta["name"]
         if name == "parameter":
-            return [ScaledParameter(str(node.target), *_line(mask))]
+            return [ScaledParameter(str(node.target), *_line(mask), self._offsets.get(node, 0.0))]
         if name == "part" and isinstance(parent := node.args[0], fx.Node) and scaling_of(parent) is Scaling.MOVES:
             self._back(parent, node.args[1], mask)
             return []
@@ -198,6 +246,10 @@ class _Search:
     def _whole(self, node: fx.Node, mask: Tensor) -> None:
         """Scale all of a sum by scaling each term, all of a contraction by scaling its first factor."""
         tensors = _tensors(node)
+        gain = _gain(node)
+        if gain is not None:
+            parameter, self._offsets[gain[0]] = tensors[0], gain[1]
+            return self._ask(parameter, mask, node)
         if not self._cache.is_full(mask) or (node.meta["name"] in ("add", "sub") and len(tensors) < 2):
             raise NotCompensableError  # adding a number is not homogeneous
         for tensor in tensors if scaling_of(node) is Scaling.SUM else tensors[:1]:
@@ -205,9 +257,9 @@ class _Search:
 
     def _product(self, node: fx.Node, mask: Tensor) -> None:
         tensors = _tensors(node)
-        first = [t for t in tensors if t.meta["name"] == "parameter"] or [
-            t for t in tensors if t.meta["shape"] == node.meta["shape"]
-        ]
+        first = [t for t in tensors if t.meta["name"] == "parameter"]
+        first = first or [t for t in tensors if _gain(t) is not None]
+        first = first or [t for t in tensors if t.meta["shape"] == node.meta["shape"]]
         if not first or (node.meta["name"] == "div" and first[0] is not node.args[0]):
             raise NotCompensableError
         chosen = first[0]
@@ -235,7 +287,8 @@ class _Search:
             shape = parameter.meta["shape"]
             if len(shape) > 1 and known.norm is not None:
                 raise NotCompensableError
-            made = known.contraction is not None and known.contraction.kind == "embedding"  # by columns of a table
+            # By the columns of a table, and of a matrix that is multiplied from the right.
+            made = known.contraction is not None and known.contraction.kind in ("embedding", "product")
             entries = along if made else along.view(-1, *[1] * (len(shape) - 1))
             self._ask(parameter, entries.expand(shape), node)
 
@@ -247,7 +300,7 @@ class _Search:
         if (user, node) in self._scaled:
             if scaling_of(user) is Scaling.SUM:
                 return True  # every term is scaled
-        elif user is not self._consumer or node is not self._source:
+        elif (user, node) not in self._places:
             return False
         places: list[fx.Node] = []
         fx.map_arg((user.args, user.kwargs), places.append)
@@ -258,7 +311,7 @@ class _Search:
         if node in self._trace.outputs.values() or node in self._trace.training_outputs:
             raise NotCompensableError
         for user in node.users:
-            if user.op == "output" or self._once(user, node):
+            if user.op == "output" or self._once(user, node) or self._is_tied(user, node, mask):
                 continue
             if user in self._masks or scaling_of(user) is not Scaling.MOVES or _tensors(user)[0] is not node:
                 raise NotCompensableError
@@ -266,10 +319,35 @@ class _Search:
                 if reached and self._reads_part(user, place):
                     raise NotCompensableError
 
+    def _is_tied(self, user: fx.Node, node: fx.Node, mask: Tensor) -> bool:
+        """Whether `user` is a layer whose weight is a parameter that is multiplied as a whole; notes its input."""
+        known = op_of(user.meta["name"])
+        if not self._may_be_tied or known is None or known.contraction is None or not self._cache.is_full(mask):
+            return False
+        given = arguments(user)
+        source = given.get(known.contraction.input)
+        biased = isinstance(given.get(known.contraction.bias), fx.Node)
+        if given.get(known.contraction.weight) is not node or not isinstance(source, fx.Node) or biased:
+            return False
+        self.tied.append((user, source))
+        return source not in self._masks and known.contraction.kind != "embedding"
+
     def _reads_part(self, user: fx.Node, place: int) -> bool:
         """Whether anything off the path reads the result of a movement, or its part number `place`."""
         parts = [p for p in user.users if p.meta["name"] == "part" and p.args[1] == place]
         return not parts or any(p not in self._masks and p.users for p in parts)
+
+
+def _gain(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """The parameter and the number of a sum of both, such as ``1 + weight.float()``; None if `node` is no such sum."""
+    numbers = [value for value in node.args if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    found = _tensors(node)
+    if node.meta["name"] != "add" or len(numbers) != 1 or len(node.args) != 2 or node.kwargs or len(found) != 1:
+        return None
+    parameter = found[0]
+    while scaling_of(parameter) is Scaling.HOMOGENEOUS and parameter.meta["name"] != "relu":
+        parameter = _tensors(parameter)[0]
+    return (parameter, float(plain(numbers[0]))) if parameter.meta["name"] == "parameter" else None
 
 
 def _lines(mask: Tensor, dim: int) -> Tensor:

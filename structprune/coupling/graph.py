@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from structprune.checking import INDICES, INPUTS, LAYER, require
+from structprune.checking import INDICES, INPUTS, LAYER_OR_DIMENSION, require
 from structprune.coupling.compensation import Compensation
 from structprune.coupling.compensation_ahead import compensations
 from structprune.coupling.computed_weights import normalised_weights
 from structprune.coupling.costs import CostModel
-from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, group_numbers, restricted
-from structprune.coupling.naming import Layer, path_of
+from structprune.coupling.groups import BalancedGroups, Group, Roots, Slot, coupled_groups, group_numbers, joined
+from structprune.coupling.naming import Dimension, Layer, path_of
 from structprune.coupling.propagate import Channels, Invariant, propagate
 from structprune.coupling.random_removals import Counter
 from structprune.coupling.rehearsed import Rehearsals, described_axis, follows_inputs
@@ -212,12 +212,14 @@ class ChannelGraph:
             for split_group in self.components.splits.split_groups
         )
 
-    def output_axis(self, layer: Layer) -> tuple[str, Axis]:
-        """The path of a layer and the axis of its output channels.
+    def output_axis(self, layer: Layer | Dimension) -> tuple[str, Axis]:
+        """The path of a layer and the axis of its output channels, or of the dimension that is given.
 
         Raises:
             UnknownLayerError: there is no such layer, or it takes no part in the forward.
         """
+        if isinstance(layer, tuple):
+            return self._dimension_axis(*layer)
         path = self.path_of(layer)
         axes = self._axes_at(path)
         if not axes:
@@ -227,13 +229,21 @@ class ChannelGraph:
         free = [axis for axis in axes if axis.free]
         return path, ([axis for axis in free if self.sizes.moves(axis)] or free or axes)[-1]
 
+    def _dimension_axis(self, tensor: str, dim: int) -> tuple[str, Axis]:
+        """The layer that holds a tensor, and the axis of a dimension of it."""
+        for node in self.trace.all_nodes:
+            axes = self.channels.axes[node.meta["index"]]
+            if node.op == "get_attr" and node.target == tensor and 0 <= dim < len(axes):
+                return tensor.rpartition(".")[0] or tensor, axes[dim]
+        raise UnknownLayerError(f"No tensor that the forward uses is named {tensor!r} and has a dimension {dim}.")
+
     def _axes_at(self, path: str) -> list[Axis]:
         """The axes of what the module at `path` gives, or of the tensor of that name."""
         nodes = [n for call in self.trace.every_call if call.path == path for n in leaves_of(call.output, fx.Node)]
         nodes += [node for node in self.trace.all_nodes if node.op == "get_attr" and node.target == path]
         return [axis for node in nodes for axis in self.channels.axes[node.meta["index"]] if isinstance(axis, Axis)]
 
-    def _layer_roots(self, layer: Layer) -> tuple[str, Ids]:
+    def _layer_roots(self, layer: Layer | Dimension) -> tuple[str, Ids]:
         """For each output channel of a layer, the component that decides about it (of a cell: the longest factor)."""
         path, axis = self.output_axis(layer)
         if not axis.free or self.components.pinned[self.components.of(axis)].all():
@@ -246,23 +256,25 @@ class ChannelGraph:
         first = np.unique(positions[order], return_index=True)[1]
         return path, roots[order][first]
 
-    def group(self, layer: Layer) -> Group:
-        """The group of a layer's output channels.
+    def group(self, layer: Layer | Dimension, indices: Sequence[int] | None = None) -> Group:
+        """The group of a layer's output channels, in their order.
 
         Args:
-            layer: a module of the model, or its dotted name.
+            layer: a module of the model, or its dotted name; or a dimension of a tensor: ``("fc.weight", 1)``.
+            indices: those that count, as in `chosen`; None for all.
 
         Raises:
             UnknownLayerError: there is no such layer, or the forward does not use it.
             PinnedError: its channels may not be removed; the message says why.
         """
         path, roots = self._layer_roots(layer)
-        chosen, first = np.unique(roots, return_index=True)
-        chosen = chosen[np.argsort(first)]
+        chosen = np.unique(roots) if indices is None else self.chosen(layer, indices)
         chosen = chosen[self.components.roots[chosen]]
-        members = [member for group in self.groups() for member in restricted(group, chosen)]
-        (axis,) = {group.axis for group in self.groups() if np.isin(chosen, group.components).any()} or {"channels"}
-        return Group(path, chosen, tuple(members), axis)
+        deciding = self.roots.of(self.components.of(self.output_axis(layer)[1]))[1]  # position by position
+        known, first = np.unique(deciding, return_index=True)
+        chosen = chosen[np.argsort(first[np.searchsorted(known, chosen)])]
+        axes = [group.axis for group in self.groups() if np.isin(chosen, group.components).any()]
+        return Group(path, chosen, joined(self.groups(), chosen), axes[0] if axes else "channels")
 
     def _reason(self, axis: Axis) -> str:
         if not axis.free:
@@ -300,8 +312,8 @@ class ChannelGraph:
 
     # -- removing ------------------------------------------------------------------------------------------------
 
-    def chosen(self, target: Group | Layer, indices: Sequence[int]) -> Ids:
-        """Components of the channels `indices` of a group, or of the output channels of a layer.
+    def chosen(self, target: Group | Layer | Dimension, indices: Sequence[int]) -> Ids:
+        """Components of the channels `indices` of a group, of the outputs of a layer, or of a dimension of a tensor.
 
         Where a layer's channels are a product (groups x channels in a group), whole rows and columns of it go as such.
 
@@ -313,7 +325,7 @@ class ChannelGraph:
         if isinstance(target, Group):
             name, components = target.name, target.components
         else:
-            require(locals(), target=LAYER)
+            require(locals(), target=LAYER_OR_DIMENSION)
             name, components = self._layer_roots(target)
         picked = np.asarray(list(indices), dtype=np.int64)
         if len(picked) and (picked.min() < 0 or picked.max() >= len(components)):

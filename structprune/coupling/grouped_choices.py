@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from structprune.coupling.graph import ChannelGraph, Layer
+from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.coupling.naming import Dimension, Layer
 from structprune.coupling.solve import FactoredAxis, Mask
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments, tensors
@@ -46,7 +47,9 @@ class GroupedChoice:
     kept: NDArray[np.int64]
 
 
-def grouped_choice(graph: ChannelGraph, target: Group | Layer, indices: Sequence[int]) -> GroupedChoice | None:
+def grouped_choice(
+    graph: ChannelGraph, target: Group | Layer | Dimension, indices: Sequence[int]
+) -> GroupedChoice | None:
     """The removal of output channels `indices` of a layer, if that takes equally many but other ones of each group.
 
     None where whole factors say the same, where the groups would keep different numbers, or where more than the weights

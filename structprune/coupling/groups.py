@@ -86,6 +86,14 @@ class Group:
         """Name, kind and size; the members are in ``print(group)``."""
         return f"Group({self.name!r}, {self.axis}, {self.channels} channels, {len(self.members)} slices)"
 
+    def first_positions(self, tensor: str, dim: int) -> Ids:
+        """The first index of a dimension that goes with each channel, shape ``(channels,)``; 0 where there is none."""
+        first = np.zeros(self.channels, dtype=np.int64)
+        for member in self.members:
+            if (member.tensor, member.dim) == (tensor, dim):
+                first[member.channels[::-1]] = member.positions[::-1]
+        return first
+
     def _repr_html_(self) -> str:
         """The same for notebooks: a line for each slice."""
         each = max(1, self.channels)
@@ -242,6 +250,15 @@ def restricted(group: Group, chosen: Ids) -> Iterable[Member]:
         channels = wanted[member.channels]
         hit = channels >= 0
         yield Member(member.tensor, member.dim, member.positions[hit], channels[hit])
+
+
+def joined(groups: Iterable[Group], chosen: Ids) -> tuple[Member, ...]:
+    """Members of all groups for the chosen components only, numbered as chosen: one for each dimension of a tensor."""
+    found: dict[tuple[str, int], list[Member]] = {}
+    for member in (member for group in groups for member in restricted(group, chosen)):
+        found.setdefault((member.tensor, member.dim), []).append(member)
+    arrays = (np.concatenate([(m.positions, m.channels) for m in members], axis=1) for members in found.values())
+    return tuple(Member(*key, *both) for key, both in zip(found, arrays, strict=True))
 
 
 def _signatures(components: Components, spans: list[_Span]) -> Ids:

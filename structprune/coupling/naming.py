@@ -9,6 +9,7 @@ from structprune.errors import UnknownLayerError
 from structprune.tracing.state import modules_of
 
 Layer = str | nn.Module
+Dimension = tuple[str, int]  # of a tensor, by its name
 
 
 def path_of(model: nn.Module, layer: Layer) -> str:

@@ -2,8 +2,9 @@
 
 Nothing here knows a layer's class or name. Attention is a product of two tensors that both depend on the input: what it
 sums over is a head's size, what it runs over in parallel are heads. A residual stream is what additions of such tensors
-carry on, each with something of a layer's that the other has not. Experts are the leading dimension of a stack of
-weight matrices, used as it stands or looked up for each token. Groups are those of a convolution in groups.
+carry on, each with something of a layer's that the other has not; a layer and a low-rank update beside it are one
+layer. Experts are the leading dimension of a stack of weight matrices, used as it stands or looked up for each token.
+Groups are those of a convolution in groups.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class _Reader:
         self.kernels: set[str] = set()
         # For each tensor that depends on the input the layers it comes from without another between: a bit for each.
         self._layers: dict[fx.Node, int] = {}
+        # For each tensor that layers without anything between them make of another, the latter.
+        self._linear_in: dict[fx.Node, fx.Node] = {}
         self._count = 0
         self._made_of: dict[fx.Node, tuple[str, ...]] = {}
         self._held: dict[str, tuple[Axis, ...]] = {}
@@ -120,8 +123,20 @@ class _Reader:
             # A product of two tensors that depend on the input passes channels on; one with a weight makes them.
             is_layer = contracts and len(before) < len(inputs)
             self._layers[node] = self._bit() if is_layer else reduce(or_, before)
+            self._note_line(node, [n for n in inputs if n in self._layers], is_layer)
         else:
             self._made_of[node] = tuple(dict.fromkeys(x for n in inputs for x in self._made_of.get(n, ())))
+
+    def _note_line(self, node: fx.Node, before: list[fx.Node], is_layer: bool) -> None:
+        """Note what `node` is linear in, by layers: a layer's result, and what numbers or weights scale it to."""
+        if len(before) != 1:
+            return
+        known = op_of(node.meta["name"])
+        passes = known is not None and known.scaling in (Scaling.HOMOGENEOUS, Scaling.PRODUCT)
+        if is_layer:
+            self._linear_in[node] = self._linear_in.get(before[0], before[0])
+        elif passes and node.meta["name"] != "relu" and before[0] in self._linear_in:
+            self._linear_in[node] = self._linear_in[before[0]]
 
     def _bit(self) -> int:
         self._count += 1
@@ -150,10 +165,14 @@ class _Reader:
     def sum(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         """Two results of the same shape added, each with a layer's channels of its own: they go on beside a block.
 
-        A rotation of heads or the step of a scan adds what comes from the same layers: nothing goes on there.
+        A rotation of heads or the step of a scan adds what comes from the same layers: nothing goes on there. Where
+        both are linear in one tensor they are one layer in two parts, such as a weight and its low-rank update.
         """
         both = [n for n in inputs if n in self._layers]
-        if len(both) == 2 and both[0].meta.get("shape") == both[1].meta.get("shape"):
+        sources = {self._linear_in.get(n) for n in both}
+        if len(both) == 2 and len(sources) == 1 and (source := sources.pop()) is not None:
+            self._linear_in[node] = source
+        elif len(both) == 2 and both[0].meta.get("shape") == both[1].meta.get("shape"):
             left, right = (self._layers[n] for n in both)
             if left & ~right and right & ~left:
                 self._mark("hidden", self._axes(node))

@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from structprune.planning.built_from_config import UnknownError, is_built_from_config, numbers_in, rebuilt, state_shapes
+from structprune.planning.built_from_config import (
+    Numbers,
+    UnknownError,
+    is_built_from_config,
+    numbers_in,
+    rebuilt,
+    state_shapes,
+)
+from structprune.planning.configured_part import ConfiguredPart, described_module, part_like
 from structprune.tracing.state import is_config
 from structprune.tracing.trace import preserved_random_state
 
@@ -52,7 +60,7 @@ def repair_config(
                 for one in _all_configs(model):
                     _keep(one, undo)
                     _set(one, settings)
-                return lacks if state_shapes(built).keys() - state_shapes(model).keys() else ""
+                return lacks if thinner and state_shapes(built).keys() - state_shapes(model).keys() else ""
     return "no numbers in it give a model with these layers left; structprune.save and load keep them"
 
 
@@ -62,17 +70,29 @@ def _built(model: nn.Module, settings: Sequence[Setting]) -> nn.Module | None:
     for one in _configs(changed):
         _set(one, settings)
     try:
-        return rebuilt(type(model), changed)
+        return rebuilt(type(described_module(model)[1]), changed)
     except UnknownError:
         return None
 
 
 def _is_like(built: nn.Module, model: nn.Module, inside: tuple[str, ...]) -> bool:
     """Whether `built` has the modules and tensors of `model`, and others only in the modules `inside`."""
-    shapes, wanted = state_shapes(built), state_shapes(model)
+    try:
+        part = _part(model, built)
+    except UnknownError:
+        return False
+    shapes, wanted = state_shapes(built), state_shapes(model) if part is None else part.shapes(model)
     same = all(shapes.get(name) == shape for name, shape in wanted.items())
     more = shapes.keys() - wanted.keys()
-    return same and all(f"{name}.".startswith(inside) for name in more) and _alike(built, model, inside)
+    return same and all(f"{name}.".startswith(inside) for name in more) and _alike(built, model, inside, part)
+
+
+def _part(model: nn.Module, built: nn.Module) -> ConfiguredPart | None:
+    """Where the modules of `built` are in `model`, if something stands around them; None if not.
+
+    A model that lost what no configuration describes has other modules than `built`.
+    """
+    return part_like(model, built) if described_module(model)[0] else None
 
 
 def _keep(config: Any, undo: list[Callable[[], None]]) -> None:
@@ -130,16 +150,25 @@ def _all_configs(model: nn.Module) -> Iterator[Any]:
                     yield one
 
 
-def _alike(built: nn.Module, model: nn.Module, inside: tuple[str, ...]) -> bool:
+def _alike(built: nn.Module, model: nn.Module, inside: tuple[str, ...], part: ConfiguredPart | None) -> bool:
     """Whether the modules of two models have the same names, and the same numbers and texts as attributes."""
-    ours, theirs = dict(built.named_modules()), dict(model.named_modules())
+    ours, (theirs, numbers) = dict(built.named_modules()), _held(model, part)
     if theirs.keys() - ours.keys() or not all(f"{path}.".startswith(inside) for path in ours.keys() - theirs.keys()):
         return False
-    numbers = {place: value for place, value in numbers_in(model).items() if "config" not in place[1]}
+    numbers = {place: value for place, value in numbers.items() if "config" not in place[1]}
     others = {place: value for place, value in numbers_in(built).items() if "config" not in place[1]}
     shared = numbers.keys() & others.keys()
     texts = all(_texts(ours[path]) == _texts(module) for path, module in theirs.items())
     return texts and all(numbers[place] == others[place] for place in shared)
+
+
+def _held(model: nn.Module, part: ConfiguredPart | None) -> tuple[dict[str, nn.Module], Numbers]:
+    """Modules of a model and the numbers that they hold, by the names that the class has for them."""
+    modules, numbers = dict(model.named_modules()), numbers_in(model)
+    if part is None:
+        return modules, numbers
+    modules = {part.inner[path]: module for path, module in modules.items() if path in part.inner}
+    return modules, {(part.inner[path], chain): n for (path, chain), n in numbers.items() if path in part.inner}
 
 
 def _texts(module: nn.Module) -> dict[str, str]:

@@ -13,11 +13,12 @@ from torch import nn
 
 from structprune.depth.removal import Removal, cut_model, shell_of, take_back
 from structprune.errors import PlanError
+from structprune.offloading import held_in_place
 from structprune.planning.plan import KINDS, SCHEMA, Plan
 from structprune.schema import FormError
 from structprune.surgery.verify import Report, verify
 from structprune.tracing.trace import ExampleInputs
-from structprune.wrapping import prunable, rewrapped
+from structprune.wrapping import prunable, rewrapped, unwrapped
 
 KIND = "depth"
 
@@ -114,12 +115,13 @@ class DepthPlan(Plan):
             # The structure alone is copied here, and the tensors that are left by the plan of channels.
             return rewrapped(model, self.widths.apply(self.removal.apply(shell_of(inner), inplace=True)))
         undo: list[Any] = []
-        self.removal.carry_out(model, undo)
-        try:
-            return self.widths.apply(model, inplace=True)
-        except BaseException:  # an interrupt too must leave the model as it was; raised again
-            take_back(undo)
-            raise
+        with held_in_place(unwrapped(model)):
+            self.removal.carry_out(model, undo)
+            try:
+                return self.widths.apply(model, inplace=True)
+            except BaseException:  # an interrupt too must leave the model as it was; raised again
+                take_back(undo)
+                raise
 
     def verified(self, original: nn.Module, slim: nn.Module, example_inputs: ExampleInputs) -> Report:
         """What `structprune.verify` finds.

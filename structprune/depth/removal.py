@@ -24,6 +24,7 @@ from structprune.depth.reference import branches_off
 from structprune.depth.steps import Steps, Undo, carry_out, paths_of
 from structprune.depth.surgery import WAYS, Planner
 from structprune.errors import PlanError, StructpruneError, SurgeryError
+from structprune.offloading import held_in_place, is_placed
 from structprune.ops import op_of
 from structprune.planning.plan import KINDS, SCHEMA, plans_of, remember_plan
 from structprune.schema import FormError, inputs, record, settings, texts
@@ -33,7 +34,7 @@ from structprune.surgery.verify import Report, verify_runs
 from structprune.tracing.containers import specify, unspecify
 from structprune.tracing.state import collection_paused, held_tensors
 from structprune.tracing.trace import ExampleInputs, Trace, trace
-from structprune.wrapping import prunable, rewrapped
+from structprune.wrapping import prunable, rewrapped, unwrapped
 
 KIND = "branches"
 Done = tuple[dict[str, str], Trace, dict[str, str | None]]
@@ -224,6 +225,9 @@ def _removed(
     model: nn.Module, example_inputs: ExampleInputs, names: tuple[str, ...], inplace: bool, undo: Undo | None = None
 ) -> nn.Module:
     """`remove_branches`; in place, how to take it back is added to `undo`."""
+    if inplace and is_placed(unwrapped(model)):
+        with held_in_place(unwrapped(model)):
+            return _removed(model, example_inputs, names, inplace, undo)
     inner = prunable(model, inplace=inplace)
     recorded = trace(inner, example_inputs, operations=op_of)
     chosen = chosen_of(find(inner, recorded), names)

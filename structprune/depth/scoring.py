@@ -51,7 +51,7 @@ class Scorer:
     def data(self) -> list[Any]:
         """The batches, kept: each branch is looked at on all of them."""
         if self._data is None:
-            self._data = list(self.batches.once("branches"))
+            self._data = list(self.batches.once("branches", self.model))
         return self._data
 
     @contextmanager

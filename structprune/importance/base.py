@@ -242,11 +242,26 @@ def member_sums(group: Group, entries: Callable[[str], Tensor | None]) -> Iterat
         group: the channels.
         entries: entries of the tensor of this name, in its shape; None to leave it out.
     """
+
+    def sums(name: str, dim: int) -> Tensor | None:
+        values = entries(name)
+        return None if values is None else along(values, dim)
+
+    return member_scores(group, sums)
+
+
+def member_scores(group: Group, scores: Callable[[str, int], Tensor | None]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each member, the sum over each channel's indices of the scores of these, and which channels have any.
+
+    Args:
+        group: the channels.
+        scores: for the name of a tensor and a dimension, a score for each index; None to leave it out.
+    """
     for member in group.members:
-        values = entries(member.tensor)
+        values = scores(member.tensor, member.dim)
         if values is not None:
             positions, channels = indices(member, values.device)
-            yield gathered(along(values, member.dim), positions, channels, group.channels)
+            yield gathered(values, positions, channels, group.channels)
 
 
 def padded(positions: Tensor, channels: Tensor, count: int) -> tuple[Tensor, Tensor]:

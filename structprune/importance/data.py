@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structprune.checking import DATA, FLAG, ON_BATCH, one_of, require
 from structprune.errors import PlanError, StructpruneError
+from structprune.padding import unpadded
 from structprune.progress import shown
 from structprune.tracing.trace import map_tensors, tensors_in
 
@@ -53,7 +54,8 @@ class Batches:
 
     Args:
         data: any iterable of batches: a ``DataLoader``, a list, a generator. One that can be run through only once (a
-            generator) serves a single criterion that passes over the data once.
+            generator) serves a single criterion that passes over the data once. Of dicts with an ``attention_mask``,
+            sequences are looked at without what it leaves out at their ends, those of one length together.
         forward: called with the model and a batch; default `call_on_batch`.
         loss: called with the model and a batch; returns a scalar. Only criteria that need gradients ask for it.
         reduction: whether `loss` is the ``"mean"`` or the ``"sum"`` over the samples of a batch. Batches of unlike size
@@ -95,8 +97,12 @@ class Batches:
         data = list(self.once("holding"))
         return Batches(data, self.forward, self._loss, reduction=self.reduction, progress=self.progress)
 
-    def once(self, what: str) -> Iterator[Any]:
-        """One pass over the data; `what` stands before the progress bar.
+    def once(self, what: str, model: nn.Module | None = None) -> Iterator[Any]:
+        """One pass over the data, without what attention masks leave out (`structprune.padding`).
+
+        Args:
+            what: stands before the progress bar.
+            model: that runs on it.
 
         Raises:
             PlanError: there is no batch, or one without samples, or the data could be run through only once and was.
@@ -116,7 +122,7 @@ class Batches:
             count += 1
             if any(not len(tensor) for tensor in islice((t for t in tensors_in(batch) if t.dim()), 1)):
                 raise PlanError(f"Batch {count} of data holds no sample. Leave such batches out.")
-            yield batch
+            yield from unpadded(batch, model)
         if not count:
             raise PlanError("data holds no batch, so there is nothing to measure a channel by.")
 

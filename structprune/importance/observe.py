@@ -153,7 +153,7 @@ def look(
     batch: Any = None
     watch = Watch(graph.trace, sites, lambda activation: visit(activation, batch))
     with on_swapped_tensors(graph.model), torch.no_grad(), watch.over(graph.model):
-        for batch in batches.once("looking at activations"):
+        for batch in batches.once("looking at activations", graph.model):
             forwards = watch.forwards
             batches.forward(graph.model, batch)
             _require_forward(watch.forwards - forwards, "forward")
@@ -179,7 +179,7 @@ def losses(
     Raises:
         PlanError: the data, the loss, or what the forward does on the data is not as it should be.
     """
-    for batch in batches.once(what):
+    for batch in batches.once(what, model):
         for piece in samples_of(batch) if by_sample else (batch,):
             forwards = watch.forwards
             value = batches.loss(model, piece)

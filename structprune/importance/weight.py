@@ -203,14 +203,22 @@ class LAMP:
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Scores of shape ``(group.channels,)`` in [0, 1]."""
         squares = self._norm(group, tensors).double().square()
-        if squares.is_meta:
-            return squares
-        ordered, order = squares.sort()
-        tails = ordered.flip(0).cumsum(0).flip(0)
-        # The tail of equal values is that of the first of them.
-        tails = tails[torch.searchsorted(ordered, ordered)]
-        shares = torch.where(tails > 0, ordered / torch.where(tails > 0, tails, 1), 0)
-        return torch.zeros_like(squares).index_copy_(0, order, shares)
+        return squares if squares.is_meta else tail_shares(squares)
+
+
+def tail_shares(scores: Tensor) -> Tensor:
+    """Each score over the sum of those that are no smaller.
+
+    Example:
+        >>> tail_shares(torch.tensor([1.0, 3.0, 6.0]))
+        tensor([0.1000, 0.3333, 1.0000])
+    """
+    ordered, order = scores.sort()
+    tails = ordered.flip(0).cumsum(0).flip(0)
+    # The tail of equal values is that of the first of them.
+    tails = tails[torch.searchsorted(ordered, ordered)]
+    shares = torch.where(tails > 0, ordered / torch.where(tails > 0, tails, 1), 0)
+    return torch.zeros_like(scores).index_copy_(0, order, shares)
 
 
 NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")

@@ -58,7 +58,7 @@ class Judge:
 
     def __init__(self, original: nn.Module, recorded: Trace, batches: Batches, measure: str, solve: bool) -> None:
         self._original, self._batches, self._measure, self._solve = original, batches, measure, solve
-        self._data = list(batches.once("judging"))
+        self._data = list(batches.once("judging", original))
         self._calibrated = self._has_statistics(recorded) and not solve
         self._whole = None if measure == "loss" else [floating(each) for each in self._run(original)]
 

@@ -12,8 +12,8 @@ from torch import nn
 from structprune.depth.records import PlacedBranch
 from structprune.errors import PlanError
 from structprune.joint.search import PlanWidths, Search, joined
-from structprune.planning.built_from_config import not_rebuilt
 from structprune.planning.checks import WIDTHS
+from structprune.planning.configured_part import not_rebuilt
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Plan
 from structprune.tracing.trace import ExampleInputs

@@ -16,7 +16,7 @@ from torch import nn
 from structprune.dependency_graph import DependencyGraph
 from structprune.errors import PlanError, VerificationError
 from structprune.masks.constants import Constants
-from structprune.masks.folding import Fold
+from structprune.masks.folding import Fold, all_by_channel
 from structprune.masks.removable import RemovableChannels
 from structprune.masks.torch_masks import remove
 from structprune.planning.build import plan_removal
@@ -177,7 +177,7 @@ def _reports(graph: DependencyGraph, removable: RemovableChannels, constants: Co
         path = str(layer.weight.target).rpartition(".")[0] or str(layer.weight.target)
         if not axis.free or path in reports:
             continue
-        known = constants.made[node].known.movedim(layer.result_dim, 0).flatten(1).all(1).expand(axis.size).numpy()
+        known = all_by_channel(constants.made[node].known, layer.result_dim, axis.size).numpy()
         gone = removable.off(axis)
         parts = graph.components.of(axis)
         stays: dict[str, list[int]] = {}

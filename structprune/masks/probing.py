@@ -22,9 +22,16 @@ _TWO = (1.5, -2.25)
 
 
 def may_move(node: fx.Node) -> bool:
-    """Whether the record of an operation lets it be a movement; `moved_states` finds out whether a call is one."""
+    """Whether the record of an operation lets it be a movement; `moved_states` finds out whether a call is one.
+
+    An operation that moves its first argument may compute with a second one: ``grid_sample`` reads there where to look,
+    and all entries of a grid that holds 1, 2, 3, ... lie outside of the image, where it finds zeros.
+    """
     known = op_of(node.meta["name"])
-    return known is not None and (known.moves or known.views or known.zeros in (moved, moved_first))
+    if known is None:
+        return False
+    alone = len(set(tensors(node))) == 1
+    return known.moves or known.views or known.zeros is moved or (known.zeros is moved_first and alone)
 
 
 def moved_states(node: fx.Node, states: dict[fx.Node, State], axes: list[Axes | None]) -> list[State] | None:

@@ -69,6 +69,8 @@ def along(state: State, dim: int) -> Tensor:
 def call(node: fx.Node, given: dict[fx.Node, Tensor], changed: dict[str, Any] | None = None) -> Any:
     """Run the operation of a node on other tensors, and with other arguments of the names in `changed`.
 
+    The tensors are as they were, also where the operation writes into one.
+
     Raises:
         RuntimeError, TypeError, ValueError, NotImplementedError, IndexError: it does not run on such tensors.
     """
@@ -80,7 +82,10 @@ def call(node: fx.Node, given: dict[fx.Node, Tensor], changed: dict[str, Any] | 
             if name in changed and place < len(args):
                 args[place] = changed[name]
         args = tuple(args)
-    args, kwargs = plain(fx.map_arg((args, kwargs), lambda source: given[source]))
+    written = node.meta.get("writes")
+    args, kwargs = plain(
+        fx.map_arg((args, kwargs), lambda source: given[source].clone() if source is written else given[source])
+    )
     if node.op == "call_method":
         result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
     else:

@@ -291,7 +291,10 @@ def _product(c: Context, a: Operand, b: Operand) -> Axes:
     return (*batch, *a.axes[-2:-1], *(b.axes[-1:] if len(b.axes) > 1 else ()))
 
 
-@register_op("addmm", **_PRODUCT, contraction=Contraction("product", _product_pairs, "mat1", "mat2", "self"))
+@register_op(
+    "addmm", **_PRODUCT, contraction=Contraction("product", _product_pairs, "mat1", "mat2", "self"),
+    scaling=Scaling.LAYER, channel_dim=-1,
+)  # fmt: skip
 @register_op("addmv", "baddbmm", **_PRODUCT, contraction=Contraction("product", _product_pairs))
 def addmm(c: Context, bias: Operand, *factors: Any, **named: Any) -> Axes:
     """A product plus a tensor that broadcasts to it."""

@@ -37,11 +37,13 @@ class Description:
 
     Attributes:
         edits: what to set in the configuration, and in attributes that follow from it.
-        reason: why it has to stay as it is; None if it need not.
+        rescales: what makes up for factors that follow from it.
+        reason: why it has to stay as it is, or what goes that it says nothing of; None if it says all.
     """
 
     edits: tuple[AttributeEdit, ...] = ()
     reason: str | None = None
+    rescales: tuple[Rescale, ...] = ()
 
 
 def describe(graph: ChannelGraph, chosen: Ids, numbers: Mapping[Chain, int] | None = None) -> Description:
@@ -86,7 +88,7 @@ def plan_removal(
     return Plan(
         slices=edits.slices,
         attribute_edits=(*edits.attribute_edits, *described.edits),
-        rescales=edits.rescales,
+        rescales=(*edits.rescales, *described.rescales),
         literal_edits=edits.literal_edits,
         caches=edits.caches,
         inputs=edits.inputs,
@@ -97,7 +99,7 @@ def plan_removal(
         after=graph.costs.at(count),
         settings=replace(
             settings or Settings(),
-            left={**(settings.left if settings else {}), **_left(graph, described.reason)},
+            left={**(settings.left if settings else {}), **_left(graph, described)},
             over_survivors=_norms(graph, removed),
         ),
     )
@@ -122,9 +124,12 @@ def _edits(graph: ChannelGraph, removed: Mask, values: Mapping[Attribute, int], 
     )
 
 
-def _left(graph: ChannelGraph, config: str | None) -> dict[str, str]:
+def _left(graph: ChannelGraph, described: Description) -> dict[str, str]:
     """What a reader of the plan should know was left as it is."""
-    left = {"config": f"unchanged: {config}"} if config else {}
+    left: dict[str, str] = {}
+    if described.reason:
+        unchanged = f"unchanged: {described.reason}; structprune.save and structprune.load keep the model"
+        left["config"] = described.reason if described.edits else unchanged
     if graph.trace.training_error:
         unseen = ", ".join(sorted({name.rpartition(".")[0] for name in graph.trace.unreached(graph.model)})[:5])
         left["training"] = f"{unseen} unchanged: in training mode the forward raised {graph.trace.training_error}"

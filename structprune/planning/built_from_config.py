@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from structprune.errors import PlanError
 from structprune.tracing.provenance import Arithmetic, SizeFloat, SizeInt, plain
 from structprune.tracing.state import INTERNAL, is_config
-from structprune.tracing.trace import preserved_random_state
 
 Chain = tuple[str | int, ...]
 Place = tuple[str, Chain]
@@ -31,39 +29,18 @@ def is_built_from_config(model: nn.Module) -> bool:
     return is_config(config) and callable(getattr(config, "to_dict", None))
 
 
-def not_rebuilt(model: nn.Module) -> str | None:
-    """Why the class of `model`, built from its configuration, is not this model; None if it is."""
-    try:
-        with preserved_random_state():
-            same = state_shapes(rebuilt(type(model), copy.deepcopy(model.config))) == state_shapes(model)
-    except UnknownError as reason:
-        return str(reason)
-    return None if same else "the class built from it has other tensors than this model"
-
-
 def number_at(config: Any, chain: Chain) -> Any:
-    """What a configuration holds at the end of a chain of names and positions."""
+    """What a configuration holds at the end of a chain of names and positions, as `assign` sets it.
+
+    Some have numbers that are refused when asked for, since layers have their own.
+    """
     value = config
     for step in chain:
-        value = value[step] if isinstance(step, int) else getattr(value, step)
+        if isinstance(step, int):
+            value = value[step]
+        else:
+            value = vars(value)[step] if step in vars(value) else getattr(value, step)
     return value
-
-
-def shapes_of(model: nn.Module, numbers: Mapping[Chain, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of the class of `model`, built from its configuration with other numbers, by their chains.
-
-    Raises:
-        PlanError: it cannot be built from them.
-    """
-    config: Any = copy.deepcopy(model.config)
-    for chain, value in numbers.items():
-        assign(config, chain[1:], value)
-    try:
-        with preserved_random_state():
-            read_back(config)
-            return state_shapes(rebuilt(type(model), config))
-    except UnknownError as reason:
-        raise PlanError(f"target gives numbers of the configuration that do not fit together: {reason}.") from reason
 
 
 def accepts(model: nn.Module, numbers: Mapping[Chain, int]) -> bool:

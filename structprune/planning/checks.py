@@ -73,11 +73,20 @@ def check_target(name: str, given: Any) -> Mapping[str, float] | None:
     return {key: float(amount) for key, amount in given.items()}
 
 
+_OF_GROUP = function("group")
+
+
 def check_scope(name: str, given: Any) -> Scope | None:
-    """One of `structprune.planning.scopes.SCOPES`, curves, or sets of layer names; None for the default."""
-    if given is None or isinstance(given, Curves):
+    """One of `structprune.planning.scopes.SCOPES`, curves, a function of the group, or sets of layer names.
+
+    None stands for the default.
+    """
+    if given is None or isinstance(given, Curves) or (_OF_GROUP.fits(given) and not isinstance(given, type)):
         return given
-    allowed = f"it is one of {', '.join(map(repr, SCOPES))}, or sets of layer names, such as [['layer1', 'layer2.*']]"
+    allowed = (
+        f"it is one of {', '.join(map(repr, SCOPES))}, sets of layer names, such as [['layer1', 'layer2.*']], or a "
+        "function of the group"
+    )
     if isinstance(given, str):
         known = next((scope for scope in SCOPES if scope == given), None)
         if known is None:

@@ -18,17 +18,17 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import islice, product
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import fx, nn
+import numpy as np
+from torch import nn
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.random_removals import Counter
 from structprune.errors import StructpruneError
 from structprune.ops import op_of
-from structprune.ops.arguments import tensors
 from structprune.ops.relations import Axis
 from structprune.planning.built_from_config import (
     Chain,
@@ -43,8 +43,10 @@ from structprune.planning.built_from_config import (
     state_shapes,
     tracking_int,
 )
+from structprune.planning.configured_part import OTHER, described_module, part_like
+from structprune.planning.constants import Folding, Values, changed_values, same_operations, unsaved_values
 from structprune.surgery.apply import apply
-from structprune.surgery.edits import AttributeEdit, Edits
+from structprune.surgery.edits import AttributeEdit, Edits, Rescale
 from structprune.tracing.provenance import (
     Attribute,
     Expression,
@@ -56,9 +58,11 @@ from structprune.tracing.provenance import (
     plain,
 )
 from structprune.tracing.state import tracked_object
-from structprune.tracing.trace import Trace, preserved_random_state, trace
+from structprune.tracing.trace import preserved_random_state, trace
 
 Assignment = dict[Attribute, int]
+# What classes compute when they are built, as the models of these graphs are.
+_UNSAVED: WeakKeyDictionary[ChannelGraph, Values] = WeakKeyDictionary()
 # Each candidate takes building the class once; no more than these are tried.
 CANDIDATES = 8
 COMBINATIONS = 4096
@@ -66,7 +70,7 @@ COMBINATIONS = 4096
 
 def config_edits(
     graph: ChannelGraph, edits: Edits, count: Counter, numbers: Mapping[Chain, int] | None = None
-) -> tuple[tuple[AttributeEdit, ...], str | None]:
+) -> tuple[tuple[AttributeEdit, ...], str | None, tuple[Rescale, ...]]:
     """What to set in ``model.config``, and in attributes that follow from it, so that they describe the pruned model.
 
     Args:
@@ -76,15 +80,17 @@ def config_edits(
         numbers: what it is to say, by chains from the model; None to find that out.
 
     Returns:
-        The edits of attributes, and, where the configuration has to stay as it is, the reason.
+        The edits of attributes; what the configuration cannot say, if anything: then there are no edits, unless it is
+        of tensors that are no part of what it describes; and what makes up for factors that follow from it.
     """
     if not (edits.slices or numbers) or not is_built_from_config(graph.model):
-        return (), None
+        return (), None, ()
     try:
         with preserved_random_state():
-            return _Search(graph, edits, count).run(numbers), None
+            search = _Search(graph, edits, count)
+            return search.run(numbers), search.outside(), search.rescales
     except UnknownError as reason:
-        return (), str(reason)
+        return (), str(reason), ()
 
 
 class _ShapesError(UnknownError):
@@ -100,7 +106,10 @@ class _Search:
         self._graph = graph
         self._edits = edits
         self._count = count
-        self._read = _read_in(graph)
+        self._module = described_module(graph.model)[1]
+        self._kind = type(self._module)
+        self.rescales: tuple[Rescale, ...] = ()
+        self._used = {str(node.target) for node in graph.trace.all_nodes if node.op == "get_attr"}
 
     def run(self, numbers: Mapping[Chain, int] | None) -> tuple[AttributeEdit, ...]:
         if self._edits.literal_edits:
@@ -110,7 +119,9 @@ class _Search:
             return self._checked({Attribute("", chain): value for chain, value in numbers.items()})
         fixed = self._fixed()
         reasons: list[UnknownError] = []
-        for assignment in islice(self._assignments(fixed), CANDIDATES):
+        choices = self._choices(fixed)
+        found = (self._assignments(choices), self._given_at_last(choices))
+        for assignment in (each for some in found for each in islice(some, CANDIDATES)):
             try:
                 return self._checked(assignment)
             except UnknownError as error:
@@ -128,19 +139,38 @@ class _Search:
         with ExitStack() as stack:
             tracked_object("", ("config",), config, stack)
             stack.enter_context(tracking_int(self._model))
-            base = rebuilt(type(self._model), config)
-            if state_shapes(base) != state_shapes(self._model):
-                raise UnknownError("the class built from it has other tensors than this model")
+            base = rebuilt(self._kind, config)
+            self._part = part_like(self._model, base, self._used)
+            if state_shapes(base) != self._part.shapes(self._model):
+                raise UnknownError(OTHER)
+            self._read = {place for at in _read_in(self._graph) if (place := self._part.place(*at)) is not None}
             self._formulas = numbers_in(base)
             self._before = {place: plain(value) for place, value in self._formulas.items()}
             try:
-                apply(base, replace(self._edits, caches=()), inplace=True)
+                apply(base, self._part.edits(self._edits), inplace=True)
             except StructpruneError as error:
                 raise UnknownError(f"the class built from it is another than this model ({error})") from error
             after = numbers_in(base)
         self._shapes = state_shapes(base)
         self._known = {place for place, value in after.items() if value is not self._formulas.get(place)}
         self._after = {place: plain(value) for place, value in after.items()}
+
+    def outside(self) -> str | None:
+        """What goes of tensors that the class does not have, and does not follow from what goes of others."""
+        if self._part.whole:
+            return None
+        components, slots = self._graph.components, self._graph.slots
+        inside = np.zeros(components.count, dtype=bool)
+        for slot in slots:
+            if self._part.tensor(slot.tensor) is not None:
+                inside[components.of(slot.axis)] = True
+        axes = {(slot.tensor, slot.dim): slot.axis for slot in slots}
+        for sliced in self._edits.slices:
+            if self._part.tensor(sliced.tensor) is None:
+                gone = components.of(axes[sliced.tensor, sliced.dim])[list(sliced.removed)]
+                if not inside[gone].all():
+                    return f"it says nothing of {sliced.tensor!r}, which is no part of the class that it builds"
+        return None
 
     # -- equations -----------------------------------------------------------------------------------------------
 
@@ -157,10 +187,18 @@ class _Search:
         return list(equations)
 
     def _fixed(self) -> Assignment:
-        """Numbers of the configuration that are the width of something themselves."""
+        """Numbers of the configuration that are the width of something themselves.
+
+        What the forward reads may be made up for, so that it does not count where surgery sets something else.
+        """
         fixed: Assignment = {}
-        for expression, value in self._equations():
-            if isinstance(expression, Attribute) and fixed.setdefault(expression, value) != value:
+        widths = {expression for expression, _ in self._equations(read=False)}
+        for expression, value in (*self._equations(read=False), *self._equations()):
+            if not isinstance(expression, Attribute):
+                continue
+            if expression in widths and (expression, value) not in self._equations(read=False):
+                continue
+            if fixed.setdefault(expression, value) != value:
                 raise UnknownError(
                     f"{expression} would have to be {fixed[expression]} for {self._place_of(expression, fixed)} and "
                     f"{value} for {self._place_of(expression, {expression: value})}; name axes or outputs so that all "
@@ -176,8 +214,8 @@ class _Search:
                 return ".".join([module or "model", *map(str, chain)])
         return "another"
 
-    def _assignments(self, fixed: Assignment) -> Iterator[Assignment]:
-        """Choices for the numbers that are not fixed, for which all equations hold; those that change least first."""
+    def _choices(self, fixed: Assignment) -> list[Assignment]:
+        """Choices for the numbers that are not fixed, with those that are; those that change least first."""
         formulas = [v.expression for v in self._formulas.values() if isinstance(v, (SizeInt, SizeFloat))]
         used = {leaf for e in formulas for leaf in leaves(e) if isinstance(leaf, Attribute)}
         left = self._channels_left()
@@ -189,13 +227,29 @@ class _Search:
                 options[leaf] = [old, *others]
         choices = islice(product(*options.values()), COMBINATIONS)
         ranked = sorted((dict(zip(options, choice, strict=True)) for choice in choices), key=self._changes)
+        return [{**fixed, **choice} for choice in ranked]
+
+    def _assignments(self, choices: list[Assignment]) -> Iterator[Assignment]:
+        """Those of the choices for which all equations hold; what the forward reads counts first."""
         fitting: list[Assignment] = []
         for equations in (self._equations(), self._equations(read=False)):
-            for choice in ranked:
-                assignment = {**fixed, **choice}
+            for assignment in choices:
                 if assignment not in fitting and all(self._holds(e, value, assignment) for e, value in equations):
                     fitting.append(assignment)
                     yield assignment
+
+    def _given_at_last(self, choices: list[Assignment]) -> Iterator[Assignment]:
+        """Choices that give a number which was left to the class, such as GPT-2's inner width of four times another."""
+        unset = _left_to_class(self._config)
+        equations = self._equations(read=False)
+        computed = [place for place, v in self._formulas.items() if not isinstance(expression_of(v), Attribute)]
+        widths = {self._after[place] for place in computed if isinstance(self._formulas[place], SizeInt)}
+        for width in sorted(widths, reverse=True):
+            # The formulas of the width no longer count.
+            others = [equation for equation in equations if equation[1] != width]
+            fitting = [each for each in choices if all(self._holds(*equation, each) for equation in others)]
+            for assignment, name in product(fitting, unset):
+                yield {**assignment, Attribute("", ("config", name)): width}
 
     def _shrunk(self, leaf: Attribute, old: int) -> set[int]:
         """The number, shrunk as a width is that it takes part in: 8 heads of 8 channels are 4, if 64 became 32."""
@@ -240,22 +294,29 @@ class _Search:
             if value != self._value(leaf):
                 assign(config, leaf.chain[1:], value)
         read_back(config)
-        built = rebuilt(type(self._model), config)
+        built = rebuilt(self._kind, config)
         self._check_shapes(state_shapes(built))
         self._check_buffers()
         attribute_edits: list[AttributeEdit] = []
         self._doubts: list[str] = []
         for place, new in numbers_in(built).items():
             attribute_edits += self._compared(place, plain(new))
-        if self._doubts and not self._computes_the_same(built):
-            raise UnknownError(self._doubts[0])
+        changed = self._changed_values(config)
+        if changed:
+            self._doubts.append(f"{min(changed)!r} is not saved but computed from it, and would be another number")
+        self.rescales = self._made_up_for(built, changed) if self._doubts else ()
         return tuple(sorted(attribute_edits, key=lambda edit: (edit.module, str(edit.chain))))
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        if more := shapes.keys() - self._shapes.keys():
+            raise _ShapesError(f"a model built from it has {min(more)!r} too, which this one lacks")
         for name, shape in self._shapes.items():
             if shapes.get(name) != shape:
-                used = any(node.op == "get_attr" and node.target == name for node in self._graph.trace.all_nodes)
-                unused = "" if used else ", which the forward does not use on the example inputs"
+                unused = (
+                    ""
+                    if self._part.name(name) in self._used
+                    else ", which the forward does not use on the example inputs"
+                )
                 raise _ShapesError(
                     f"it cannot give {name!r}{unused}, the shape {list(shape)} together with all others; a model built "
                     f"from it has {list(shapes.get(name, ()))} there"
@@ -268,30 +329,47 @@ class _Search:
             return []
         name = ".".join([place[0] or "model", *map(str, place[1])])
         different = f"{name} is {after} in the pruned model, and would be {new} in one built from it"
-        if place in self._known or type(new) is not int or not isinstance(after, int | None):
+        kinds = (float,) if type(new) is float else (int, type(None))
+        told = isinstance(new, int | float) and isinstance(after, kinds) and place[0] in self._part.outer
+        if place in self._known or not told:
             raise UnknownError(different)
-        if place in self._read:
+        if place in self._read or type(new) is float:
             self._doubts.append(different)
-        return [AttributeEdit(*place, after, new)]
+        path, chain = place
+        # The model itself holds the configuration too, whatever stands around the class.
+        return [AttributeEdit("" if not path and chain[0] == "config" else self._part.outer[path], chain, after, new)]
 
-    def _computes_the_same(self, built: nn.Module) -> bool:
-        """Whether a model runs the very operations of the pruned one, whatever its attributes say.
+    def _changed_values(self, config: Any) -> dict[str, tuple[float, float]]:
+        """Single numbers in unsaved tensors that would be others in a model built from `config`."""
+        if self._graph not in _UNSAVED:
+            _UNSAVED[self._graph] = unsaved_values(self._kind, copy.deepcopy(self._config))
+        before = _UNSAVED[self._graph]
+        return changed_values(before, unsaved_values(self._kind, copy.deepcopy(config))) if before else {}
+
+    def _made_up_for(self, built: nn.Module, changed: Mapping[str, tuple[float, float]]) -> tuple[Rescale, ...]:
+        """What makes a model run the very operations of the pruned one, whatever its attributes say.
 
         A number that the forward reads may decide nothing there: how often heads are repeated, where an operation
-        repeats them by itself.
+        repeats them by itself. One that multiplies can be made up for.
+
+        Raises:
+            UnknownError: there is a difference that nothing makes up for.
         """
-        pruned = rebuilt(type(self._model), copy.deepcopy(self._config))
-        apply(pruned, replace(self._edits, caches=()), inplace=True)
-        return same_operations(
-            *(trace(model, self._graph.example_inputs, operations=op_of) for model in (pruned, built))
-        )
+        pruned = rebuilt(self._kind, copy.deepcopy(self._config))
+        apply(pruned, self._part.edits(self._edits), inplace=True)
+        ours, theirs = (trace(model, self._graph.example_inputs, operations=op_of) for model in (pruned, built))
+        if not changed and same_operations(ours, theirs):
+            return ()
+        if not self._part.whole:
+            raise UnknownError(self._doubts[0])
+        return Folding(self._graph, self._doubts[0]).run(ours, theirs, changed)
 
     def _check_buffers(self) -> None:
         """Tensors that are not saved are computed anew when the model is loaded."""
         # Patterns of names that a model keeps out of its files, where it has such a list.
-        omitted: Sequence[str] = getattr(self._model, "_keys_to_ignore_on_save", None) or ()
-        saved = self._model.state_dict(keep_vars=True).keys()
-        for sliced in self._edits.slices:
+        omitted: Sequence[str] = getattr(self._module, "_keys_to_ignore_on_save", None) or ()
+        saved = self._shapes.keys()
+        for sliced in self._part.edits(self._edits).slices:
             if sliced.tensor not in saved or any(re.search(pattern, sliced.tensor) for pattern in omitted):
                 raise UnknownError(
                     f"{sliced.tensor!r} is not saved but computed from it, which cannot leave out the entries that "
@@ -299,29 +377,13 @@ class _Search:
                 )
 
 
-def same_operations(one: Trace, other: Trace) -> bool:
-    """Whether two forwards run the same operations, on the same tensors and numbers, in the same order."""
-    return _listed(one) == _listed(other)
-
-
-def _listed(recorded: Trace) -> list[tuple[Any, ...]]:
-    number = {node: position for position, node in enumerate(recorded.all_nodes)}
-    return [
-        (
-            node.meta["name"],
-            node.meta.get("shape"),
-            str(node.target) if node.op == "get_attr" else "",
-            str(plain(fx.map_arg((node.args, _telling(node)), lambda n: f"%{number.get(n, -1)}"))),
-        )
-        for node in recorded.all_nodes
-    ]
-
-
-def _telling(node: fx.Node) -> dict[str, Any]:
-    """The keyword arguments that make a difference: keys are repeated only if they have fewer heads than queries."""
-    heads = {n.meta["shape"][-3] for n in tensors(node)[:2] if len(n.meta["shape"]) > 2}
-    equal = node.meta["name"] == "scaled_dot_product_attention" and len(heads) == 1
-    return {name: value for name, value in node.kwargs.items() if not (equal and name == "enable_gqa")}
+def _left_to_class(config: Any) -> list[str]:
+    """Names of whole numbers that a configuration could give and does not; a token's number counts nothing."""
+    hints: dict[str, str] = {}
+    for kind in type(config).__mro__:
+        hints = {**{name: str(hint) for name, hint in vars(kind).get("__annotations__", {}).items()}, **hints}
+    unset = [name for name, value in vars(config).items() if value is None]
+    return [name for name in unset if "int" in hints.get(name, "") and not name.endswith("_id")]
 
 
 def _read_in(graph: ChannelGraph) -> set[Place]:

@@ -32,7 +32,8 @@ from structprune.latency.widths import Widths
 from structprune.ops.relations import Ids
 from structprune.planning.allocation import ENTRIES, SECONDS, Problem, allocate
 from structprune.planning.build import Description, describe, tensors_of
-from structprune.planning.built_from_config import is_built_from_config, not_rebuilt
+from structprune.planning.built_from_config import is_built_from_config
+from structprune.planning.configured_part import not_rebuilt
 from structprune.planning.dimensions import chains_of, widths_for
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings

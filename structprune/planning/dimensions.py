@@ -25,7 +25,8 @@ from torch import nn
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
-from structprune.planning.built_from_config import Chain, is_built_from_config, number_at, shapes_of
+from structprune.planning.built_from_config import Chain, is_built_from_config, number_at
+from structprune.planning.configured_part import shapes_of
 from structprune.planning.targets import TARGETS
 from structprune.planning.uniform import alike
 from structprune.tracing.state import is_config
@@ -96,10 +97,9 @@ def shorter_stacks(model: nn.Module, numbers: Mapping[Chain, int]) -> dict[str, 
     Raises:
         PlanError: it cannot be built from them, or lacks tensors that are in no stack of layers.
     """
-    wanted = shapes_of(model, numbers)
-    names = model.state_dict(keep_vars=True).keys()
+    now, wanted = shapes_of(model, numbers)
     layers: dict[str, set[str]] = {}
-    for name in names - wanted.keys():
+    for name in now.keys() - wanted.keys():
         stack = next((m for m in re.finditer(r"\.(\d+)(?=\.)", name) if _gone(name[: m.end()], wanted)), None)
         if stack is None:
             raise PlanError(f"A model with the numbers in target has no {name!r}, which is in no stack of layers.")
@@ -117,8 +117,7 @@ def widths_for(graph: ChannelGraph, numbers: Mapping[Chain, int]) -> Iterator[di
     Raises:
         PlanError: it cannot be built from them, or has other tensors.
     """
-    wanted = shapes_of(graph.model, numbers)
-    now = {name: tuple(t.shape) for name, t in graph.model.state_dict(keep_vars=True).items()}
+    now, wanted = shapes_of(graph.model, numbers)
     if wanted.keys() != now.keys():
         raise PlanError("target asks for other layers, which go in one step: use structprune.plan or prune for them.")
     asked = {Fraction(new, old) for chain, new in numbers.items() if (old := number_at(graph.model, chain))}

@@ -78,9 +78,10 @@ class PlanOptions:
             ``ignored_layers``); of a block, the outputs of all layers in it.
         scope: ``"local"``: each group loses the ratio; ``"global"``: all compete; ``"isomorphic"``: groups of the same
             structure compete; ``"per_cost"`` (with a target): all compete by their scores as they are, over what a
-            channel saves of the target; or sets of layer names or patterns: the layers of a set compete; or a
-            `structprune.Sensitivity`. By default ``"local"``, with a target of latency ``"global"``: there, and with a
-            sensitivity, what is lost is weighed against the time that is saved.
+            channel saves of the target; or sets of layer names or patterns: the layers of a set compete; or a function
+            of the group: groups for which it gives the same compete; or a `structprune.Sensitivity`. By default
+            ``"local"``, with a target of latency ``"global"``: there, and with a sensitivity, what is lost is weighed
+            against the time that is saved.
         allocation: how the widths for a target are chosen. ``"greedy"``: channels go in one order until the target is
             met; ``"exact"``: those of all groups at once, by a mixed-integer programme, so that least importance is
             lost within all limits (up to ten seconds; all groups compete, so `scope` is ``"global"``, ``"per_cost"`` or

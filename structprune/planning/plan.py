@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
@@ -20,13 +21,21 @@ from structprune.errors import PlanError, SurgeryError
 from structprune.ops.gains import Gain
 from structprune.schema import FormError, Migration, inputs, record, settings, texts, up_to_date
 from structprune.surgery.apply import apply
-from structprune.surgery.edits import AttributeEdit, Edits, LiteralEdit, RemovedSlice, Rescale, SectionedSlice
+from structprune.surgery.edits import (
+    AttributeEdit,
+    Edits,
+    LiteralEdit,
+    RemovedSlice,
+    Rescale,
+    SectionedSlice,
+    ShiftedRescale,
+)
 from structprune.surgery.history import recalled, remember
 from structprune.wrapping import unwrapped
 
 T = TypeVar("T")
 
-SCHEMA = 3
+SCHEMA = 4
 # So many of those norms are printed; the plan holds all of them.
 SHOWN = 20
 # Under this name a pruned model remembers its plans; no parameter and no buffer, so it is not in the state dict.
@@ -114,7 +123,8 @@ def _rename_edits(data: dict[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(name, name): value for name, value in data.items()}
 
 
-MIGRATIONS: dict[int, Migration] = {1: _split_settings, 2: _rename_edits}
+# Schema 4 added scales that are numbers of their own, which older plans do not have.
+MIGRATIONS: dict[int, Migration] = {1: _split_settings, 2: _rename_edits, 3: dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +176,18 @@ class Plan(Edits):
                 continue
             removed.setdefault(sliced.tensor, {})[sliced.dim] = sliced.removed
         return removed
+
+    def left(self, tensor: str, dim: int, indices: Iterable[int]) -> tuple[int, ...]:
+        """What indices of a dimension are called afterwards; those that go are left out.
+
+        Raises:
+            PlanError: each group of a grouped convolution loses other ones.
+        """
+        slices = [sliced for sliced in self.slices if (sliced.tensor, sliced.dim) == (tensor, dim)]
+        if any(isinstance(sliced, SectionedSlice) for sliced in slices):
+            raise PlanError(f"Of dimension {dim} of {tensor!r}, each group of the convolution loses other indices.")
+        gone = slices[0].removed if slices else ()
+        return tuple(index - bisect_left(gone, index) for index in indices if index not in set(gone))
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """The smaller model.
@@ -285,7 +307,7 @@ class Plan(Edits):
             return Plan(
                 slices=tuple(record(SectionedSlice if "sections" in t else RemovedSlice, t) for t in data["slices"]),
                 attribute_edits=_records(AttributeEdit, data["attribute_edits"]),
-                rescales=tuple(record(Gain if "weight" in r else Rescale, r) for r in data["rescales"]),
+                rescales=tuple(record(_kind_of_rescale(r), r) for r in data["rescales"]),
                 literal_edits=_records(LiteralEdit, data["literal_edits"]),
                 caches=tuple((module, name) for module, name in (texts(cache, 2) for cache in data["caches"])),
                 inputs=inputs(data["inputs"]),
@@ -299,6 +321,10 @@ class Plan(Edits):
         except (FormError, KeyError, TypeError) as error:
             what = str(error) if isinstance(error, FormError) else f"{type(error).__name__}: {error}"
             raise PlanError(f"This text of a plan cannot be used: {what}. Pass what Plan.to_json returned.") from error
+
+
+def _kind_of_rescale(data: Any) -> type[Rescale | Gain]:
+    return Gain if "weight" in data else ShiftedRescale if "offset" in data else Rescale
 
 
 def _records(kind: type[T], data: Any) -> tuple[T, ...]:

@@ -29,9 +29,10 @@ def check_ratio(ratio: float, of: str = "ratio") -> float:
 def ratio_of(graph: ChannelGraph, ratio: Ratio) -> Callable[[Group], float]:
     """The ratio of each group; a function is asked for that of each.
 
-    In a mapping, a key is a layer or a block (module or dotted name), or a pattern with ``*``; of several keys that
-    match a layer the longest name counts, and names count before patterns. A layer that no key matches stays whole. A
-    group that several layers make takes the smallest of their ratios, so that none loses a greater share than asked.
+    In a mapping, a key is a layer or a block (module or dotted name), or a pattern with ``*`` for names of either; of
+    several keys that match a layer the longest name counts, and names count before patterns. A layer that no key
+    matches stays whole. A group that several layers make takes the smallest of their ratios, so that none loses a
+    greater share than asked.
     A block or a pattern acts on those of its layers that can follow, and is refused if none of them can.
 
     Raises:
@@ -85,8 +86,7 @@ class _Table:
             name = ".".join(parts[:length])
             if name in self._names:
                 return name
-        layer = _layer(tensor)
-        matching = [p for p in self._patterns if fnmatchcase(layer, p) or fnmatchcase(tensor, p)]
+        matching = [pattern for pattern in self._patterns if _matches(tensor, pattern)]
         return max(matching, key=len) if matching else None
 
     # -- keys that would quietly do nothing ----------------------------------------------------------------------
@@ -94,7 +94,7 @@ class _Table:
     def check(self) -> None:
         """Refuse keys that ask for something where nothing can follow."""
         for pattern in self._patterns:
-            if not any(fnmatchcase(_layer(t), pattern) or fnmatchcase(t, pattern) for t in self._held):
+            if not any(_matches(tensor, pattern) for tensor in self._held):
                 raise UnknownLayerError(f"The pattern {pattern!r} in ratio matches no layer that the forward uses.")
         mine: dict[str, list[str]] = {}
         for tensor in self._held:
@@ -134,6 +134,18 @@ class _Table:
         layers = {_layer(tensor) for group in seen for tensor in self._graph.roles.makers(group)}
         others = f": they are those of {', '.join(sorted(layers)[:5])}. Name these" if layers else ""
         return PinnedError(f"ratio names {key!r}, which makes no channels of its own that could go{others}.")
+
+
+def _matches(tensor: str, pattern: str) -> bool:
+    """Whether a pattern is that of a tensor, of its layer or of a block around it.
+
+    Example:
+        >>> _matches("layers.3.attention.query.weight", "layers.*.attention")
+        True
+    """
+    parts = _layer(tensor).split(".")
+    around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return fnmatchcase(tensor, pattern) or any(fnmatchcase(path, pattern) for path in around)
 
 
 def _places(groups: list[Group], tensors: list[str]) -> set[tuple[str, int, int]]:

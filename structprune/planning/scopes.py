@@ -44,7 +44,8 @@ class KnownCounts(Curves, Protocol):
         ...
 
 
-Scope = Literal["local", "global", "isomorphic", "per_cost"] | Sequence[Iterable[str]] | Curves
+Rivals = Callable[[Group], Hashable]  # groups for which it gives the same compete
+Scope = Literal["local", "global", "isomorphic", "per_cost"] | Sequence[Iterable[str]] | Curves | Rivals
 SCOPES = ("local", "global", "isomorphic", "per_cost")
 
 
@@ -54,6 +55,8 @@ def scope_as_json(scope: Scope, _graph: ChannelGraph) -> object:
         return scope
     if isinstance(scope, Curves):
         return type(scope).__name__.lower()
+    if callable(scope):
+        return "a function of the group"
     return [[names] if isinstance(names, str) else list(names) for names in scope]
 
 
@@ -146,13 +149,13 @@ def ordered_steps(
     saves. Isomorphic: groups of the same structure compete, by their scores as they are (Fang et al., Isomorphic
     Pruning for Vision Models, 2024, section 3.2). Sets of layer names (or patterns): the groups that those layers make
     compete as in the global scope, set by set, and all others in one more set; a group belongs to the first set that
-    names one of its layers. Curves (`structprune.Sensitivity`): the steps that lose least go first, wherever they are;
-    they need a target.
+    names one of its layers. A function of the group: groups for which it gives the same compete as in the global scope.
+    Curves (`structprune.Sensitivity`): the steps that lose least go first, wherever they are; they need a target.
 
     Args:
         all_coupled: the groups that may lose channels, those that go together as one.
         scores: the scores of each group; not needed for the local scope.
-        scope: one of `SCOPES`, sets of names, or curves.
+        scope: one of `SCOPES`, sets of names, a function of the group, or curves.
         roles: what channels are to the network.
         apart: groups for which this differs never compete.
         normalisation: how scores of different groups compare; by default as the scope says.
@@ -182,8 +185,10 @@ def _joined(all_coupled: Sequence[CoupledGroups], owner: list[np.ndarray], prior
     return Steps(all_coupled, owners, np.concatenate([np.zeros(0), *priority]))
 
 
-def _set_of(group: Group, number: int, scope: str | Sequence[Iterable[str]], roles: Roles) -> Hashable:
+def _set_of(group: Group, number: int, scope: str | Sequence[Iterable[str]] | Rivals, roles: Roles) -> Hashable:
     """What is equal for the groups that compete."""
+    if callable(scope):
+        return scope(group)
     if scope == "local":
         return number
     if scope == "isomorphic":
@@ -209,7 +214,7 @@ def check_names(scope: Scope, graph: ChannelGraph) -> None:
     Raises:
         UnknownLayerError: a name or pattern matches no layer that the forward uses.
     """
-    if isinstance(scope, (str, Curves)):
+    if isinstance(scope, (str, Curves)) or callable(scope):
         return
     held = (str(node.target) for node in graph.trace.all_nodes if node.meta["name"] == "parameter")
     layers = {name.rpartition(".")[0] or name for name in held}

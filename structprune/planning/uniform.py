@@ -217,7 +217,7 @@ class _Search:
         return {
             edit.chain: edit.old
             for edit in trial.edits
-            if not edit.module and edit.chain[0] == "config" and edit.old and edit.old * share == edit.new
+            if not edit.module and edit.chain[0] == "config" and type(edit.old) is int and edit.old * share == edit.new
         }
 
     def _asked(self, numbers: Iterable[int]) -> tuple[Description, Fraction]:

@@ -174,17 +174,23 @@ def _compact(file: Path) -> None:
     kept = {value.name for value in (*graph.input, *graph.output)}
     kept |= {each.name for each in graph.initializer if len(each.dims) > 1}
     names = {name: name for name in ("", *kept)}  # an input that is left out has no name; new ones are no identifiers
-    first: dict[Any, str] = {}
-    for each in [each for each in graph.initializer if each.name not in kept]:
-        held = each.data_type, tuple(each.dims), onnx.numpy_helper.to_array(each).tobytes()
-        own = names[each.name] = first.setdefault(held, f"c.{len(first)}")
-        if own in kept:
-            graph.initializer.remove(each)
-        kept.add(own)
-        each.name = own
+    names |= _shared_constants(graph, kept, onnx.numpy_helper.to_array)
     for node in graph.node:
         for values in (node.input, node.output):
             values[:] = [names.setdefault(name, f"v.{len(names)}") for name in values]
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             node.name = ""
     onnx.save(model, file)
+
+
+def _shared_constants(graph: Any, kept: set[str], as_array: Any) -> dict[str, str]:
+    """Give the held tensors but those in `kept` short names, and equal ones of them one tensor; new names by old."""
+    names: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for each in [each for each in graph.initializer if each.name not in kept]:
+        held = each.data_type, tuple(each.dims), as_array(each).tobytes()
+        seen = held in first
+        names[each.name] = each.name = first.setdefault(held, f"c.{len(first)}")
+        if seen:
+            graph.initializer.remove(each)
+    return names

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from structprune.checking import DATA, require
 from structprune.errors import RecoveryError
 from structprune.inputs import device_of
+from structprune.padding import unpadded
 from structprune.tracing.shadow import shadow_of
 from structprune.tracing.state import copy_buffer
 from structprune.tracing.trace import as_call, map_tensors, preserved_random_state, tensors_in
@@ -19,7 +20,9 @@ from structprune.tracing.trace import as_call, map_tensors, preserved_random_sta
 Forward = Callable[[nn.Module, Any], Any]
 
 
-def batches_of(model: nn.Module, data: Iterable[Any], forward: Forward | None, what: str) -> list[Any]:
+def batches_of(
+    model: nn.Module, data: Iterable[Any], forward: Forward | None, what: str, *, padding: bool = True
+) -> list[Any]:
     """The inputs of the model for each batch of data, on its device: a tensor, a tuple of arguments, or keywords.
 
     Args:
@@ -27,6 +30,7 @@ def batches_of(model: nn.Module, data: Iterable[Any], forward: Forward | None, w
         data: any iterable of batches.
         forward: how the model is called on a batch; if not given, by what `inputs_of` finds in it.
         what: what there would be nothing to do without a batch, for the message.
+        padding: whether positions that an attention mask leaves out are kept (`structprune.padding`).
 
     Raises:
         RecoveryError: there is no batch, or one has no sample, or the model cannot be called on it.
@@ -35,6 +39,8 @@ def batches_of(model: nn.Module, data: Iterable[Any], forward: Forward | None, w
     batches: list[Any] = []
     for batch in data:
         new = [inputs_of(batch, device_of(model))] if forward is None else calls_of(model, batch, forward)
+        if not padding:
+            new = [part for inputs in new for part in unpadded(inputs, model, RecoveryError)]
         for inputs in new:
             _require_samples(inputs)
             _require_fitting(model, inputs, forward is None)
@@ -47,6 +53,15 @@ def batches_of(model: nn.Module, data: Iterable[Any], forward: Forward | None, w
 def samples_in(batch: Any) -> int:
     """Samples of what the model takes: the first dimension of its first tensor that has one; one where none has."""
     return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()), 1)
+
+
+def compared(result: Any) -> Tensor | None:
+    """What of a model's result is compared: the first tensor, but no single number before others.
+
+    Models that are given labels return a loss first.
+    """
+    tensors = list(tensors_in(result))
+    return next((tensor for tensor in tensors if tensor.dim()), tensors[0] if tensors else None)
 
 
 def inputs_of(batch: Any, device: torch.device) -> Any:

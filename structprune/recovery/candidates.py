@@ -1,4 +1,4 @@
-"""What `recover` may return, compared by the output on samples that no layer was solved on; the best one is kept.
+"""What `recover` may return, compared by the output on samples that no layer was solved on; the best one is found.
 
 A layer that is solved on few positions may get better on those and worse on all others, and the layers behind it then
 correct what is an accident of the sample. So a sixteenth of the samples is kept out of all solving. On these the
@@ -8,7 +8,7 @@ original's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,16 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import all_reduced
 from structprune.ops.relations import Axis
-from structprune.recovery.batches import samples_in
+from structprune.recovery.batches import compared, samples_in
 from structprune.recovery.layers import kept_indices
 from structprune.recovery.parallel_forward import BatchRun, parallel_runs
 from structprune.recovery.report import Candidate
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
-from structprune.tracing.trace import Trace, tensors_in
+from structprune.tracing.trace import Trace
 
 EVERY = 16  # of so many samples one is held out
 FEWEST = 5  # with fewer samples none is held out
+PIECE = 1 << 22  # entries of outputs that are compared at a time, in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,14 @@ class HeldOut:
 
 
 class Candidates:
-    """Candidates are offered one after the other; the tensors of the best one so far are remembered.
+    """Candidates are offered one after the other, and the model can be put back to the best that is not yet solved.
 
-    The error of one is that of the first tensor that the model returns: the root of the mean squared difference from
-    the original's over the root mean square of the original's, on the samples held out, or on all where there are none.
+    What was solved is offered last, so that no copy of it is needed; of what came before, only what differs from the
+    model as given is remembered. In half a billion weights a copy would take a gigabyte.
+
+    The error of one is that of the first tensor that the model returns, but for a loss: the root of the mean squared
+    difference from the original's over the root mean square of the original's, on the samples held out, or on all where
+    there are none.
 
     Args:
         graph: of the original.
@@ -87,6 +92,7 @@ class Candidates:
         original: the model to meet.
         batches: what goes into the models.
         held_out: the samples to compare on.
+        given: the tensors as given, by name; nothing else changes them.
 
     Attributes:
         tried: those offered so far.
@@ -94,7 +100,13 @@ class Candidates:
     """
 
     def __init__(
-        self, graph: ChannelGraph, removed: Mask, original: nn.Module, batches: Sequence[Any], held_out: HeldOut
+        self,
+        graph: ChannelGraph,
+        removed: Mask,
+        original: nn.Module,
+        batches: Sequence[Any],
+        held_out: HeldOut,
+        given: Mapping[str, Tensor],
     ) -> None:
         self._graph, self._removed = graph, removed
         self._batches = batches
@@ -104,11 +116,12 @@ class Candidates:
         self.tried: list[Candidate] = []
         self.kept = ""
         self._best = float("inf")
-        self._tensors: dict[str, Tensor] = {}
+        self._given = given
+        self._changed: dict[str, Tensor] = {}
         self._goal = [self._kept_part(part) for part in self.parts(outputs(original, batches, graph.trace))]
 
     def offer(self, name: str, model: nn.Module, parts: list[Tensor | None] | None = None) -> bool:
-        """Compare what a model computes; whether it is the best so far, and is remembered.
+        """Compare what a model computes; whether it is the best so far.
 
         Args:
             name: of the candidate.
@@ -122,33 +135,34 @@ class Candidates:
         if self.kept and not error < self._best:
             return False
         self.kept, self._best = name, error
-        for key, held in held_tensors(model).items():
-            if key in self._tensors:  # written over, so that there is never a second copy
-                self._tensors[key].copy_(held.tensor.detach())
-            else:
-                self._tensors[key] = held.tensor.detach().clone()
         return True
 
+    def remember(self, changed: Mapping[str, Tensor]) -> None:
+        """From now on `restore` gives these tensors, by name, and all others as given."""
+        self._changed = dict(changed)
+
     def restore(self, model: nn.Module) -> None:
-        """Give a model the tensors of the best candidate."""
+        """Give a model the tensors as given, but for those that were remembered."""
         for name, held in held_tensors(model).items():
-            held.tensor.data.copy_(self._tensors[name])
+            held.tensor.data.copy_(self._changed.get(name, self._given[name]))
 
     def parts(self, results: Iterable[Any]) -> list[Tensor | None]:
-        """Of the first tensor returned on each batch, one after the other, the samples held out."""
+        """Of what is compared of the result for each batch, one after the other, the samples held out."""
         parts: list[Tensor | None] = []
         for number, result in enumerate(results):
-            part = next(tensors_in(result), None)
+            part = compared(result)
             if part is not None and self._any_held:
                 part = part[self._held_out.solved_on(number, part.shape[0]) :] if part.dim() else None
             parts.append(None if part is None or not part.is_floating_point() else part.clone())
+            del result, part  # before the next one is computed
         return parts
 
     def _kept_part(self, result: Tensor | None) -> Tensor | None:
         """The original's result without the channels that were removed from the output of the model."""
         if result is None:
             return None
-        node = next(iter(self._graph.trace.outputs.values()))
+        nodes = list(self._graph.trace.outputs.values())
+        node = next((node for node in nodes if node.meta["shape"]), nodes[0])
         axes = self._graph.channels.axes[node.meta["index"]]
         for dim, axis in enumerate(axes if isinstance(axes, tuple) else ()):
             index = kept_indices(self._graph, self._removed, axis) if isinstance(axis, Axis) else None
@@ -165,7 +179,8 @@ class Candidates:
             if ours.shape != goal.shape:
                 sums[0] += torch.inf
                 continue
-            sums += torch.stack([(ours.double() - goal.double()).square().sum(), goal.double().square().sum()]).cpu()
+            for a, b in zip(ours.flatten().split(PIECE), goal.flatten().split(PIECE), strict=True):
+                sums += torch.stack([(a.double() - b.double()).square().sum(), b.double().square().sum()]).cpu()
         difference, power = all_reduced(sums).tolist()
         error = (difference / max(power, torch.finfo(torch.float64).tiny)) ** 0.5
         return error if error == error else float("inf")

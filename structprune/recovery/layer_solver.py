@@ -30,7 +30,7 @@ from structprune.recovery.report import LayerRecovery
 
 HELD_OUT = 5  # a fifth of the positions of each batch is held out
 JOINT_ROWS = 4  # times the rows that a layer alone is solved on
-CHUNK = 1 << 25  # entries of features that are unfolded at a time
+CHUNK = 1 << 22  # entries of features that are unfolded at a time
 
 
 class LayerSolver:

@@ -11,10 +11,6 @@ Three layers, two batches, with a pause before the second layer::
         pauses = [run.run_to((1, Side.BEFORE)) for run in runs]  # pauses[0].args: what layer 1 gets from batch a
         ...                                                      # change the weight of layer 1
         outputs = [run.finish() for run in runs]                 # layers 1 and 2, with the new weight
-
-A `PrefixCache` is such a run that also keeps its results, so that another forward of the same batch can start in the
-middle. To measure what a change of one layer does to the output takes a forward for each change; all of them agree up
-to that layer, and only what follows is computed again.
 """
 
 from __future__ import annotations
@@ -27,12 +23,12 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from structprune.errors import RecoveryError
 from structprune.tracing.replay import Hook, Replay, ReplayedCall
 from structprune.tracing.shadow import shadow_of
-from structprune.tracing.trace import Trace, as_call, map_tensors, tensors_in
+from structprune.tracing.trace import Trace, as_call
 
 
 class Side(IntEnum):
@@ -81,16 +77,20 @@ class BatchRun:
     """
 
     def __init__(self, model: nn.Module, inputs: Any, trace: Trace, events: set[Event]) -> None:
-        self.replay = Replay(trace, self._hooks(trace, {n for n, _ in events}), whole=True, error=RecoveryError)
+        self._model, self._inputs, self._trace, self._events = model, inputs, trace, events
+        self._start(self._hooks({number for number, _ in events}))
+
+    def _start(self, hooks: Mapping[int, Hook]) -> None:
+        """Start the thread, which waits until it may run."""
+        self.replay = Replay(self._trace, hooks, whole=True, error=RecoveryError)
         self._may_run, self._has_paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._events = events
         self._pause: Pause | None = None
         self._cancelled = self._ended = False
         self._error: BaseException | None = None
         self._output: Any = None
         # A shadow shares the model's tensors; several threads cannot follow one and the same module.
-        shadow = shadow_of(model, lambda _, tensor: tensor, tracked=False).model
-        self._thread = threading.Thread(target=self._run, args=(shadow, inputs), daemon=True)
+        shadow = shadow_of(self._model, lambda _, tensor: tensor, tracked=False).model
+        self._thread = threading.Thread(target=self._run, args=(shadow, self._inputs), daemon=True)
         self._thread.start()
 
     def _run(self, model: nn.Module, inputs: Any) -> None:
@@ -109,7 +109,7 @@ class BatchRun:
             self._pause, self._ended = None, True
             self._has_paused.release()
 
-    def _hooks(self, trace: Trace, numbers: set[int]) -> dict[int, Hook]:
+    def _hooks(self, numbers: set[int]) -> dict[int, Hook]:
         """The hooks of the run, given the numbers of the operations where it can pause."""
         return dict.fromkeys(numbers, self._with_pauses)
 
@@ -131,6 +131,7 @@ class BatchRun:
         self._pause = pause
         self._has_paused.release()
         self._may_run.acquire()
+        self._pause = None  # what it holds may not be needed any more
         if self._cancelled:
             raise _Cancelled
 
@@ -180,7 +181,7 @@ def parallel_runs(
     """One run for each batch; all threads have ended when the block is left.
 
     Args:
-        kind: `BatchRun` or `PrefixCache`.
+        kind: `BatchRun`, or one that does more.
         model: in eval mode, with the same forward as the traced one.
         batches: what goes into the model.
         trace: of the original.
@@ -194,131 +195,3 @@ def parallel_runs(
     finally:
         for run in started:
             run.cancel()
-
-
-# -- forwards that start in the middle -------------------------------------------------------------------------------
-
-# Operations that give what the model was given or holds; nothing of it may be written over.
-_GIVEN = ("input", "parameter", "constant")
-
-
-class PrefixCache(BatchRun):
-    """A run that keeps the results that later operations need.
-
-    Attributes:
-        results: what each operation so far returned, by its number. Where no later operation needs it, there is a
-            tensor of the same shape without memory.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Any, trace: Trace, events: set[Event]) -> None:
-        self.results: dict[int, Any] = {}
-        self._last_uses = _last_uses([trace.nodes[number] for number in trace.keys])
-        super().__init__(model, inputs, trace, events)
-
-    def _hooks(self, trace: Trace, numbers: set[int]) -> dict[int, Hook]:
-        return dict.fromkeys(trace.keys, self._with_pauses)
-
-    def _result(self, operation: ReplayedCall) -> Any:
-        assert operation.node is not None
-        number = operation.node.meta["index"]
-        result = self.results[number] = operation()
-        for past in self._last_uses.get(number, ()):
-            if past in self.results:  # a parameter or an input is no result of the run
-                self.results[past] = map_tensors(_without_memory, self.results[past])
-        return result
-
-    def output_from(self, start: int, model: nn.Module, inputs: Any, hooks: Mapping[int, Hook], trace: Trace) -> Tensor:
-        """The first tensor of the model's output with `hooks`, none of which comes before operation `start`.
-
-        What comes before is taken from this run, which has paused before `start`; where that is not safe, because the
-        model writes over what it was given or asks for the value of a tensor, the whole forward runs.
-        """
-        if not self.replay.asked and can_restart(trace):
-            hooks = {**hooks, **prefix_hooks(trace, start, separate_results(trace, start, self.results))}
-        return output_of(model, inputs, hooks, trace)
-
-
-def output_of(model: nn.Module, inputs: Any, hooks: Mapping[int, Hook], trace: Trace) -> Tensor:
-    """The first tensor of the model's output, with hooks at some operations of the trace."""
-    args, kwargs = as_call(inputs)
-    with Replay(trace, hooks, whole=True, error=RecoveryError).over(model):
-        return next(tensors_in(model(*args, **kwargs)))
-
-
-def prefix_hooks(trace: Trace, start: int, results: Mapping[int, Any]) -> dict[int, Hook]:
-    """Hooks for a forward that computes from operation `start` on: earlier ones return what is in `results`."""
-
-    def cached(operation: ReplayedCall) -> Any:
-        assert operation.node is not None
-        result = results[operation.node.meta["index"]]
-        # An operation in place returns its argument, which the cache holds as it was after the last write before start.
-        return operation.args[0] if "writes" in operation.node.meta and isinstance(result, Tensor) else result
-
-    return dict.fromkeys((number for number in trace.keys if number < start), cached)
-
-
-def can_restart(trace: Trace) -> bool:
-    """Whether the forward writes over nothing that the model was given or holds; a prefix left out would not do so."""
-    return all(_creator(node).meta["name"] not in _GIVEN for node in trace.nodes if "writes" in node.meta)
-
-
-def separate_results(trace: Trace, start: int, results: Mapping[int, Any]) -> dict[int, Any]:
-    """The results of a cache, safe to be written over from operation `start` on.
-
-    They are copied only if an operation from `start` on writes in place. Views of one storage stay views of one copy:
-    with ``x`` and ``x[:, :2]`` cached, writing into the copy of the first still changes the copy of the second.
-    """
-    if not any("writes" in node.meta and node.meta["index"] >= start for node in trace.nodes):
-        return dict(results)
-    copies: dict[int, torch.UntypedStorage] = {}
-
-    def copied(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        copy = copies.setdefault(storage.data_ptr(), storage.clone()) if storage.nbytes() else storage
-        return tensor.new_empty(0).set_(copy, tensor.storage_offset(), tensor.size(), tensor.stride())
-
-    return {number: map_tensors(copied, result) for number, result in results.items()}
-
-
-def _creator(node: fx.Node) -> fx.Node:
-    """The operation that created the tensor that `node` returns: one in place returns a tensor that was there before.
-
-    For ``y = relu(x); y.mul_(2)`` both nodes lead to ``relu``.
-    """
-    while "writes" in node.meta or node.meta["name"] == "part":
-        source: Any = node.meta["writes"] if "writes" in node.meta else node.args[0]
-        node = source
-    return node
-
-
-def _last_uses(nodes: Sequence[fx.Node]) -> dict[int, list[int]]:
-    """For the number of an operation, the operations whose results nothing needs once it has run.
-
-    For ``1: a = relu(x); 2: b = a * 2; 3: c = a + b`` it is ``{3: [1, 2]}``; ``c`` is the output and is kept to the
-    end.
-    """
-    last: dict[int, float] = {}
-    for node in nodes:
-        creator = _creator(node).meta["index"]
-        uses = [float("inf") if user.op == "output" else user.meta["index"] for user in _users(node)]
-        last[creator] = max(last.get(creator, 0), node.meta["index"], *uses)
-    ended: dict[int, list[int]] = {}
-    for number, end in last.items():
-        if end != float("inf"):
-            ended.setdefault(int(end), []).append(number)
-    return ended
-
-
-def _users(node: fx.Node) -> list[fx.Node]:
-    """The operations that use a result, or a part of it."""
-    users: list[fx.Node] = []
-    for user in node.users:
-        users += user.users if user.meta.get("name") == "part" else [user]
-    return users
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, all of whose entries are one number in memory."""
-    if not tensor.numel():
-        return tensor
-    return tensor.new_empty(1).as_strided(tensor.shape, (0,) * tensor.dim())

@@ -17,12 +17,14 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
+from structprune.offloading import at_hand, hooked, is_placed
 from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
 from structprune.recovery.layer_solver import LayerSolver
 from structprune.recovery.layers import Consumer, consumers
-from structprune.recovery.parallel_forward import BatchRun, Event, parallel_runs
+from structprune.recovery.parallel_forward import Event, parallel_runs
+from structprune.recovery.prefix import PrefixCache
 from structprune.recovery.recalibrate import set_statistics
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
 from structprune.recovery.widened import wide, widened
@@ -37,6 +39,7 @@ AS_GIVEN, RECALIBRATED = "as given", "norms recalibrated"
 SOLVED_ALONE, SOLVED_WITH_PRODUCERS = "layers solved", "layers solved with producers"
 # A layer is left whose result is so many times as large as its input, and takes so many bytes in both models.
 WIDER, MOST_BYTES = 8, 1 << 28
+MOST_IN_VAIN = 1 << 27  # bytes that forwards may hold of what they do not need any more
 
 
 def recover(
@@ -80,7 +83,7 @@ def recover(
 
     Models in half precision compute and are solved in float32: each operation gets a float32 copy of the weights that
     it takes, and new weights are rounded at once, so that the layers behind make up for that. In all `recover` needs
-    memory for the new model, for one more copy of its weights, and for what all batches hold at one layer.
+    memory for the new model, and for what all batches hold at one layer.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
     fails, all raise.
@@ -90,6 +93,8 @@ def recover(
         original: the model before the first pruning.
         data: batches as the model takes them: tensors, dicts of keyword arguments, or pairs of one of these and labels,
             which are ignored. All of them are held by the model at once at one layer: some hundred samples are enough.
+            Of dicts with an ``attention_mask``, what it leaves out at the ends of sequences is left out; sequences of
+            one length run together.
         rows: how many positions (pixels, tokens) of all batches together a layer is solved on; drawn at random.
         rounds: how often a layer and its producers are solved together at most; with 0 the layers alone are solved.
         seed: of the draw. Random generators outside are not touched.
@@ -115,11 +120,14 @@ def recover(
     with failing_together(RecoveryError, "recover"):
         numbers = {"rows": whole(1), "rounds": whole(0), "seed": SEED}
         require(locals(), RecoveryError, slim=MODEL, original=MODEL, forward=ON_BATCH.or_none, **numbers)
-        batches = batches_of(original, data, forward, "is nothing to solve the layers on")
+        given, slim, original = slim, at_hand(slim), at_hand(original)
+        batches = batches_of(original, data, forward, "is nothing to solve the layers on", padding=False)
         done = stages(slim, original)
         if len(done) < 2:
-            return _recovered(slim, original, batches, rows, rounds, seed)
-        return _in_stages(done, original, batches, rows, rounds, seed)
+            recovered = _recovered(slim, original, batches, rows, rounds, seed)
+        else:
+            recovered = _in_stages(done, original, batches, rows, rounds, seed)
+        return hooked(recovered) if is_placed(given) else recovered
 
 
 def _in_stages(
@@ -147,6 +155,10 @@ def _recovered(
     shorter = Shorter.of(slim, original, batches[0])
     edits = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {})) if shorter is None else shorter.aligned
+    given = {
+        name: held.tensor if shorter is None else held.tensor.detach().clone()
+        for name, held in held_tensors(slim if shorter is None else recovered).items()
+    }
     with widened(original, recovered) as in_float32:
         batches = [map_tensors(wide, batch) for batch in batches] if in_float32 else batches
         graph = ChannelGraph(original, batches[0])
@@ -154,7 +166,8 @@ def _recovered(
         begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
         layers, too_wide = _affordable(consumers(graph, removed, begins, without), graph, batches)
         with preserved_random_state(), torch.no_grad():
-            report = _best(recovered, original, batches, _Solving(graph, removed, layers, rows, seed), rounds)
+            solving = _Solving(graph, removed, layers, rows, seed, given)
+            report = _best(recovered, original, batches, solving, rounds)
         report = replace(report, skipped={**too_wide, **report.skipped})
     if shorter is not None:
         recovered = shorter.shortened(slim)
@@ -194,13 +207,23 @@ def _input_of(node: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True, slots=True)
 class _Solving:
-    """What solving the layers of a model needs: the graph of the original, what was removed, what is to be solved."""
+    """What solving the layers of a model needs.
+
+    Attributes:
+        graph: of the original.
+        removed: mask of the removed components.
+        layers: what is to be solved.
+        rows: positions of all batches together to solve on.
+        seed: of their draw.
+        given: the tensors that the pruned model was given with, by name.
+    """
 
     graph: ChannelGraph
     removed: Mask
     layers: list[Consumer]
     rows: int
     seed: int
+    given: dict[str, Tensor]
 
     def solvers(self, held_out: HeldOut, rounds: int) -> list[LayerSolver]:
         """A solver for each layer."""
@@ -219,10 +242,13 @@ def _best(
     towards where they start. If producers were solved too and the result is worse than that, layers alone are tried.
     """
     held_out = HeldOut.of(batches)
-    candidates = Candidates(solving.graph, solving.removed, original, batches, held_out)
+    candidates = Candidates(solving.graph, solving.removed, original, batches, held_out, solving.given)
     candidates.offer(AS_GIVEN, recovered)
-    if solving.layers and held_out.count and set_statistics(recovered, batches, solving.graph.trace):
-        candidates.offer(RECALIBRATED, recovered)
+    statistics: dict[str, Tensor] = {}
+    if solving.layers and held_out.count:
+        statistics = set_statistics(recovered, batches, solving.graph.trace)
+    if statistics and candidates.offer(RECALIBRATED, recovered):
+        candidates.remember(statistics)
     reports: list[LayerRecovery] = []
     skipped: dict[str, str] = {}
     better = not solving.layers
@@ -234,8 +260,8 @@ def _best(
         reports, parts = _solve_in_order(recovered, original, batches, solving.graph, solvers, candidates)
         skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
         better = candidates.offer(SOLVED_WITH_PRODUCERS if count else SOLVED_ALONE, recovered, parts)
-    candidates.restore(recovered)
     if not better:  # nothing that was solved is returned
+        candidates.restore(recovered)
         reports = [replace(row, after=row.before, changed=False, producers=()) for row in reports]
     return RecoveryReport(tuple(reports), skipped, tuple(candidates.tried), candidates.kept, candidates.samples)
 
@@ -291,30 +317,59 @@ def _solve_in_order(
     """
     schedule = _schedule(solvers)
     targets = {solver.target for solver in solvers}
-    reports: list[LayerRecovery] = []
+    between = _between(solvers)
+    reports: list[LayerRecovery | None] = []
     with swapped_tensors(original, copy_buffer, track=False), swapped_tensors(slim, copy_buffer, track=False):
         original.eval()
         slim.eval()
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}
         trace = graph.trace
-        with (
-            parallel_runs(BatchRun, slim, batches, trace, set(schedule)) as slim_runs,
-            parallel_runs(BatchRun, original, batches, trace, targets) as original_runs,
-        ):
-            for event, at_event in schedule.items():
-                pauses = [run.run_to(event) for run in slim_runs]
-                for solver in at_event:
-                    if event != solver.target:
-                        solver.observe(event, pauses)
-                        continue
-                    goal = [run.run_to(event).result for run in original_runs]
-                    ours = [pause.result for pause in pauses]
-                    for of, results in (("the original", goal), ("the pruned model", ours)):
-                        _require_numbers(results, of, solver.consumer.layer)
-                    report = solver.solve(ours, goal, tensors)
-                    reports += [report] if report is not None else []
+        with parallel_runs(PrefixCache, slim, batches, trace, set(schedule)) as slim_runs:
+            with parallel_runs(PrefixCache, original, batches, trace, targets) as original_runs:
+                for event, at_event in schedule.items():
+                    reports += _at(event, at_event, slim_runs, original_runs, tensors)
+                    if event in between:
+                        _hold_less([*slim_runs, *original_runs], event)
             parts = candidates.parts(run.finish() for run in slim_runs)
-    return reports, parts
+    return [report for report in reports if report is not None], parts
+
+
+def _at(
+    event: Event,
+    solvers: list[LayerSolver],
+    slim_runs: list[PrefixCache],
+    original_runs: list[PrefixCache],
+    tensors: dict[str, Tensor],
+) -> list[LayerRecovery | None]:
+    """Let solvers observe an event or, if it is their target, solve; the reports of those that solved."""
+    pauses = [run.run_to(event) for run in slim_runs]
+    reports: list[LayerRecovery | None] = []
+    for solver in solvers:
+        if event != solver.target:
+            solver.observe(event, pauses)
+            continue
+        goal = [run.run_to(event).result for run in original_runs]
+        ours = [pause.result for pause in pauses]
+        for of, results in (("the original", goal), ("the pruned model", ours)):
+            _require_numbers(results, of, solver.consumer.layer)
+        reports.append(solver.solve(ours, goal, tensors))
+    return reports
+
+
+def _between(solvers: list[LayerSolver]) -> set[Event]:
+    """The targets at which no solver is left between what it has observed and its own target.
+
+    Of solvers that observe 1 and 5 and are solved at 3 and 7, both; of those that observe 1 and 2, the second alone.
+    """
+    spans = [(min((*solver.observed, solver.target)), solver.target) for solver in solvers]
+    return {target for _, target in spans if not any(first <= target < last for first, last in spans)}
+
+
+def _hold_less(runs: list[PrefixCache], event: Event) -> None:
+    """Begin all runs anew behind an event where they are paused, if they hold much that nothing needs any more."""
+    if all(run.can_restart for run in runs) and sum(run.held_in_vain() for run in runs) > MOST_IN_VAIN:
+        for run in runs:
+            run.restart(event[0] + 1)
 
 
 def _require_numbers(results: list[Tensor], of: str, layer: str) -> None:

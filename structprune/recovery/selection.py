@@ -25,7 +25,8 @@ from structprune.recovery.batches import inputs_of
 from structprune.recovery.layers import GroupConsumer, group_consumers
 from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
-from structprune.recovery.parallel_forward import BatchRun, Pause, PrefixCache, Side, output_of, parallel_runs
+from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
+from structprune.recovery.prefix import PrefixCache, output_of
 from structprune.recovery.prices import prices
 from structprune.recovery.probes import Probes
 from structprune.tracing.replay import Hook, ReplayedCall
@@ -34,7 +35,7 @@ from structprune.tracing.trace import preserved_random_state
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
-CHUNK = 1 << 25  # entries of features that are unfolded at a time
+CHUNK = 1 << 22  # entries of features that are unfolded at a time
 
 
 def divergence(dense: Tensor, changed: Tensor) -> Tensor:
@@ -215,8 +216,8 @@ class Reconstruction:
     def _fitted(self, graph: ChannelGraph, batches: Iterable[Any] | Batches | None) -> FittedReconstruction:
         model = graph.model
         device = device_of(model)
-        given = batches.once("reconstruction") if isinstance(batches, Batches) else batches or ()
-        data = [inputs_of(batch, device) for batch in given]
+        given = batches if isinstance(batches, Batches) else Batches(batches or ())
+        data = [inputs_of(batch, device) for batch in given.once("reconstruction", model)] if batches else []
         if not data:
             raise PlanError("Reconstruction looks at data: give an iterable with at least one batch.")
         nobody_failed()

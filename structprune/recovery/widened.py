@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from structprune.hardware import allocated
 from structprune.tracing.state import held_tensors, swapped_tensors
 
 HALF = (torch.float16, torch.bfloat16)
@@ -63,12 +64,15 @@ class Widened(Tensor):
             source = args[1].stored if isinstance(args[1], cls) else args[1]
             args[0].stored.copy_(source)
             return args[0]
+        if func is torch.ops.aten.embedding.default and isinstance(args[0], cls):
+            return func(args[0].stored, *args[1:], **(kwargs or {})).float()  # not the whole table
         copies: dict[int, tuple[Widened, Tensor]] = {}
 
         def wide(tensor: Widened) -> Tensor:
             return copies.setdefault(id(tensor), (tensor, tensor.stored.float()))[1]
 
         result = func(*tree_map_only(cls, wide, args), **tree_map_only(cls, wide, kwargs or {}))
+        allocated(sum(copy.nbytes for _, copy in copies.values()))
         if func._schema.is_mutable:
             for tensor, copy in copies.values():
                 tensor.stored.copy_(copy)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from structprune.checking import Check
 from structprune.errors import RecoveryError
-from structprune.recovery.batches import samples_in
+from structprune.recovery.batches import compared, samples_in
 from structprune.recovery.probes import Probes
 from structprune.recovery.selection import divergence, squared_error
 from structprune.tracing.state import copy_buffer, swapped_tensors
-from structprune.tracing.trace import as_call, preserved_random_state, tensors_in
+from structprune.tracing.trace import as_call, preserved_random_state
 
 # From the whole network's output and the pruned one's: a sum over the samples.
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -65,11 +65,11 @@ class Outputs:
 
 
 def _first(model: nn.Module, inputs: Any) -> Tensor:
-    """The first tensor that the model returns in eval mode; the model stays as it was."""
+    """What is compared of the model's result in eval mode; the model stays as it was."""
     args, kwargs = as_call(inputs)
     with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
         model.eval()
-        first = next(tensors_in(model(*args, **kwargs)), None)
+        first = compared(model(*args, **kwargs))
     if first is None:
         raise RecoveryError(f"{type(model).__name__} returns no tensor on a batch of data, so nothing can be compared.")
     return first

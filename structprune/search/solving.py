@@ -60,7 +60,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._data:
-            yield from batches_of(self._model, [batch], self._forward, "is nothing to solve layers on")
+            yield from batches_of(self._model, [batch], self._forward, "is nothing to solve layers on", padding=False)
 
     def probes(self, samples: int) -> Probes:
         """The first batches that hold so many samples together, to measure on; see `Probes`."""

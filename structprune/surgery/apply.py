@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from structprune.errors import SurgeryError
+from structprune.offloading import held_in_place
 from structprune.surgery.edits import AttributeEdit, Edits, Rewritten, install, rewritten_classes
 from structprune.surgery.history import record_kept
 from structprune.surgery.slicing import smaller_tensors
@@ -22,7 +23,7 @@ from structprune.tracing.describe import describe_layers, owner, set_attribute
 from structprune.tracing.opaque import copied_module
 from structprune.tracing.provenance import SizeInt
 from structprune.tracing.state import INTERNAL, Held, collection_paused, held_tensors, is_config, module_finder
-from structprune.wrapping import class_names, prunable, rewrapped
+from structprune.wrapping import class_names, prunable, rewrapped, unwrapped
 
 
 def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
@@ -38,9 +39,10 @@ def apply(model: nn.Module, plan: Edits, *, inplace: bool) -> nn.Module:
         UnsupportedModelError: a model of this kind cannot be pruned.
     """
     _check_numbers(plan)
-    inner = prunable(model, inplace=inplace)
-    with collection_paused():
-        slim = _apply(inner, plan, inplace)
+    with held_in_place(unwrapped(model)) if inplace else nullcontext():
+        inner = prunable(model, inplace=inplace)
+        with collection_paused():
+            slim = _apply(inner, plan, inplace)
     return model if inplace else rewrapped(model, slim)
 
 
@@ -166,11 +168,13 @@ def _check_numbers(plan: Edits) -> None:
     """Refuse numbers that count no channels: a plan may come from a file.
 
     A literal counts channels from the start (8 becomes 5) or from the end (-4 becomes -2), and so comes closer to 0. An
-    attribute that follows from others may grow, but to no more than a dimension has.
+    attribute that follows from others may grow, but to no more than a dimension has. Floats are scales.
     """
     largest = max((sliced.size for sliced in plan.slices), default=0)
     for edit in (*plan.attribute_edits, *plan.literal_edits):
         old = edit.old or 0
+        if isinstance(edit, AttributeEdit) and type(edit.old) is float and type(edit.new) is float:
+            continue  # no size, but a scale that follows from one
         limit = max(abs(old), largest) if isinstance(edit, AttributeEdit) else abs(old)
         if abs(edit.new) > limit or (edit.new < 0) > (old < 0) or (edit.new > 0) > (old >= 0):
             what = ".".join(map(str, edit.chain)) if isinstance(edit, AttributeEdit) else "a literal"
@@ -193,7 +197,8 @@ def _set_attribute(model: nn.Module, edit: AttributeEdit, undo: list[Callable[[]
     except (AttributeError, IndexError, TypeError, KeyError) as error:
         raise SurgeryError(f"{what} is not there. Make a new plan for this model.") from error
     # A plan may come from a file: it sets numbers that count channels, and nothing else.
-    if not (now is None or type(now) in (int, SizeInt)) or now not in (edit.old, edit.new):
+    kinds = (float,) if type(edit.old) is float else (int, SizeInt)
+    if not (now is None or type(now) in kinds) or now not in (edit.old, edit.new):
         raise SurgeryError(f"{what} is {now}, where the plan expects {edit.old}. Make a new plan for this model.")
     try:
         set_attribute(owner, name, _replaced(old, steps[1:], edit.new), undo)
@@ -209,7 +214,7 @@ def _held(owner: Any, name: str) -> Any:
     """
     if name in INTERNAL or not (isinstance(owner, nn.Module) or is_config(owner)):
         raise AttributeError(name)
-    return getattr(owner, name)
+    return vars(owner)[name] if name in vars(owner) else getattr(owner, name)
 
 
 def _read(value: Any, steps: list[Any]) -> Any:
@@ -220,7 +225,7 @@ def _read(value: Any, steps: list[Any]) -> Any:
     return value
 
 
-def _replaced(value: Any, steps: list[Any], new: int) -> Any:
+def _replaced(value: Any, steps: list[Any], new: float) -> Any:
     if not steps:
         return new
     items = list(value)

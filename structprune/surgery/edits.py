@@ -46,12 +46,15 @@ class SectionedSlice(RemovedSlice):
 
 @dataclass(frozen=True, slots=True)
 class AttributeEdit:
-    """The attribute at `chain` of the module `module` becomes `new`; it was None where another number gave the size."""
+    """The attribute at `chain` of the module `module` becomes `new`; it was None where another number gave the size.
+
+    A number that is no size, such as a scale computed from one, is a float before and after.
+    """
 
     module: str
     chain: tuple[str | int, ...]
-    old: int | None
-    new: int
+    old: int | float | None
+    new: int | float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,13 @@ class Rescale:
     dim: int
     positions: tuple[int, ...] | None
     factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftedRescale(Rescale):
+    """The same for what the forward uses as ``offset + tensor``: that sum is multiplied."""
+
+    offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

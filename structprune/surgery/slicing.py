@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import astuple
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from structprune.errors import SurgeryError
 from structprune.ops.gains import Gain, divisors
-from structprune.surgery.edits import Edits, RemovedSlice, Rescale, SectionedSlice
+from structprune.surgery.edits import Edits, RemovedSlice, Rescale, SectionedSlice, ShiftedRescale
 from structprune.tracing.state import Held
 
 
@@ -91,11 +92,8 @@ def zero(tensor: Tensor, sliced: RemovedSlice, value: float = 0) -> None:
 
 def _sliced(tensor: Tensor, slices: list[RemovedSlice], stays: KeptIndices) -> Tensor:
     result = taken(tensor.detach(), slices, stays)
-    return (
-        result.clone(memory_format=torch.contiguous_format)
-        if result.numel() == 0 or _shares(result, tensor)
-        else result
-    )
+    view = not result.is_meta and result.untyped_storage().nbytes() > result.numel() * result.element_size()
+    return result.clone(memory_format=torch.contiguous_format) if view or _shares(result, tensor) else result
 
 
 def smaller_tensor(tensor: Tensor, plan: Edits, names: Collection[str]) -> Tensor:
@@ -104,15 +102,22 @@ def smaller_tensor(tensor: Tensor, plan: Edits, names: Collection[str]) -> Tenso
     result = _sliced(tensor, slices, KeptIndices())
     for rescale in plan.rescales:
         if isinstance(rescale, Rescale) and rescale.tensor in names:
-            result = _rescaled(result, rescale, slices)
+            result = rescaled(result, rescale, slices)
     return result.contiguous()
 
 
 def _shares(result: Tensor, tensor: Tensor) -> bool:
+    if not result.numel():
+        return True
     return not result.is_meta and result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
-def _rescaled(tensor: Tensor, rescale: Rescale, slices: list[RemovedSlice]) -> Tensor:
+def rescaled(tensor: Tensor, rescale: Rescale, slices: list[RemovedSlice]) -> Tensor:
+    """A tensor that has lost `slices`, multiplied, in its own type."""
+    if isinstance(rescale, ShiftedRescale):
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+        moved = rescaled(wide + rescale.offset, Rescale(*astuple(rescale)[:4]), slices)
+        return (moved - rescale.offset).to(tensor.dtype)
     if rescale.positions is None:
         return tensor * rescale.factor
     # Positions are original ones: with [0, 2, 4] left, positions (2, 3) and factor 0.5, `factor` is [1, 0.5, 1].
@@ -209,7 +214,7 @@ def smaller_tensors(plan: Edits, tensors: dict[str, Held]) -> dict[int, Tensor]:
             result[id(old)] = regained(rescale, olds, result, by_tensor)
         else:
             smaller = result.get(id(old), old.detach())
-            result[id(old)] = _rescaled(smaller, rescale, by_tensor.get(rescale.tensor, []))
+            result[id(old)] = rescaled(smaller, rescale, by_tensor.get(rescale.tensor, []))
     for name in by_tensor.keys() | {rescale.tensor for rescale in plan.rescales}:
         old = tensors[name].tensor
         if isinstance(old, nn.Parameter) and old.grad is not None:

@@ -8,6 +8,7 @@ slices zero, in the precision of the comparison. So no more than one large weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import _pop_mode_temporarily
 
 from structprune.ops import op_of
-from structprune.surgery.edits import RemovedSlice
-from structprune.surgery.slicing import zero
+from structprune.surgery.edits import RemovedSlice, Rescale
+from structprune.surgery.slicing import rescaled, zero
 from structprune.tracing.calls import CallMode
 from structprune.tracing.opaque import opaque_of, watch_scripted
 from structprune.tracing.shadow import shadow_of
@@ -46,6 +47,7 @@ class Streamed(CallMode):
         super().__init__(op_of)
         self._kind = kind
         self._sources: dict[int, tuple[Tensor, list[RemovedSlice]]] = {}
+        self._rescales: dict[int, list[Rescale]] = {}
         self._made: dict[int, Tensor] = {}
         self._written: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
@@ -76,9 +78,14 @@ class Streamed(CallMode):
     def _kind_of(self, tensor: Tensor) -> torch.dtype:
         return self._kind if self._kind is not None and tensor.is_floating_point() else tensor.dtype
 
+    def round_like(self, tensor: Tensor, rescales: list[Rescale]) -> None:
+        """Let `tensor` have the rounding that multiplying it in half precision leaves in the pruned model."""
+        if self._kind is not None and tensor.dtype != self._kind:
+            self._rescales[id(tensor)] = rescales
+
     def _changed(self, tensor: Tensor, slices: Iterable[RemovedSlice], fresh: bool = False) -> Tensor:
         """`tensor` in the precision of the run, with the removed slices zero."""
-        result = tensor.detach().to(self._kind_of(tensor))
+        result = rounded(tensor.detach(), self._rescales.get(id(tensor), []), self._kind_of(tensor))
         removed = list(slices) if tensor.is_floating_point() or tensor.is_complex() else []
         if (removed or fresh) and result.data_ptr() == tensor.data_ptr():
             result = result.clone()
@@ -142,7 +149,7 @@ class Streamed(CallMode):
         if source is None or id(args[at]) in self._written:
             return None
         weight, slices = source
-        if weight.numel() * self._kind_of(weight).itemsize <= PIECE or weight.dim() != 2:
+        if not self._is_large(weight):
             return None
         if call.name == "embedding" and all(sliced.dim for sliced in slices):
             entries = func(weight, *map_tensors(self._weight, args[1:]), **kwargs).to(self._kind_of(weight))
@@ -153,6 +160,11 @@ class Streamed(CallMode):
             return None
         rest = [self._weight(t) if isinstance(t, Tensor) else t for t in (args[0], *args[2:], *kwargs.values())]
         return self._linear(rest[0], weight, slices, next((b for b in rest[1:] if b is not None), None))
+
+    def _is_large(self, weight: Tensor) -> bool:
+        """Whether a matrix takes more than a piece; one that is rounded first is taken as a whole."""
+        large = weight.numel() * self._kind_of(weight).itemsize > PIECE
+        return large and weight.dim() == 2 and id(weight) not in self._rescales
 
     def _linear(self, x: Tensor, weight: Tensor, slices: list[RemovedSlice], bias: Tensor | None) -> Tensor:
         """A product with so many rows of the weight at a time as `PIECE` bytes hold."""
@@ -180,8 +192,22 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def rounded(tensor: Tensor, rescales: list[Rescale], kind: torch.dtype) -> Tensor:
+    """`tensor` in the type `kind`, multiplied in its own type and divided again."""
+    result = tensor
+    for rescale in rescales:
+        result = rescaled(result, rescale, [])
+    result = result.to(kind)
+    for rescale in reversed(rescales):
+        result = rescaled(result, replace(rescale, factor=1 / rescale.factor), [])
+    return result
+
+
 def streamed(
-    model: nn.Module, slices: Iterable[RemovedSlice] = (), kind: torch.dtype | None = None
+    model: nn.Module,
+    slices: Iterable[RemovedSlice] = (),
+    kind: torch.dtype | None = None,
+    rescales: Iterable[Rescale] = (),
 ) -> tuple[nn.Module, Streamed]:
     """A shadow of `model` that computes as if `slices` were zero, and the mode that has to be active while it runs.
 
@@ -189,12 +215,16 @@ def streamed(
         model: the model; it is left as it was.
         slices: slices of its tensors that are zero; a plan names a tied tensor once.
         kind: the type that floating tensors have; None leaves them as they are.
+        rescales: what the pruned model is multiplied by; here it is only rounded as there, if `kind` is another type.
     """
     mode = Streamed(kind)
     held = held_tensors(model)
     removed: dict[int, list[RemovedSlice]] = {}
     for sliced in slices:
         removed.setdefault(id(held[sliced.tensor].tensor), []).append(sliced)
+    factors: dict[int, list[Rescale]] = {}
+    for rescale in rescales:
+        factors.setdefault(id(held[rescale.tensor].tensor), []).append(rescale)
     # What runs inside a module that is taken as a whole is not seen by a mode.
     unseen = {
         id(inside.tensor)
@@ -203,10 +233,12 @@ def streamed(
         for inside in held_tensors(module).values()
     }
 
-    def replace(_: str, tensor: Tensor) -> Tensor:
+    def stand_in(_: str, tensor: Tensor) -> Tensor:
+        if id(tensor) in factors:
+            mode.round_like(tensor, factors[id(tensor)])
         return mode.meta_like(tensor, removed.get(id(tensor), []), id(tensor) in unseen)
 
-    return shadow_of(model, replace, tracked=False).model, mode
+    return shadow_of(model, stand_in, tracked=False).model, mode
 
 
 # -- random numbers in a forward, held still: two networks of different width cannot draw the same ones --------------

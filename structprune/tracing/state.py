@@ -25,7 +25,7 @@ INTERNAL = frozenset({
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks", "_is_full_backward_hook", "training", "_is_hf_initialized", "_compiled_call_impl",
-    "_structprune_kept", "_structprune_plans",
+    "_structprune_kept", "_structprune_plans", "_structprune_offloaded",
 })  # fmt: skip
 
 

@@ -7,122 +7,54 @@ channels were removed it raises, and has to be built again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from structprune.checking import Check, instance, real, require, some_of
+from structprune.checking import instance, real, require, some_of
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.errors import PlanError
 from structprune.importance.weight import NORMS, norm_scales
 from structprune.surgery.edits import Edits, SectionedSlice
-from structprune.wrapping import unwrapped
-
-Sizes = dict[str, tuple[int, ...]]
-
-
-def _trainable(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by name, tied ones under each of theirs."""
-    return dict(unwrapped(model).named_parameters(remove_duplicate=False))
+from structprune.training.channel_slices import (
+    GRAPH,
+    GROUPS,
+    NAMES,
+    STRENGTH,
+    ChannelSlices,
+    checked,
+    parameters_of,
+    trainable,
+)
 
 
-def _checked(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], made_from: str) -> dict[str, Tensor]:
-    """The parameters of these names, in float32 if they are narrower.
+def add_gradient(penalty: Callable[[nn.Module], Tensor], model: nn.Module) -> None:
+    """Add what a penalty gives to the gradients that are there, for loops whose loss is out of reach.
 
-    Raises:
-        PlanError: one is gone, or has another shape: the model was pruned since.
-    """
-    parameters = _parameters(model)
-    checked: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        if name not in parameters:
-            raise PlanError(f"{type(model).__name__} has no parameter {name!r}. Give the model of the {made_from}.")
-        if tuple(parameters[name].shape) != shape:
-            raise PlanError(
-                f"{name!r} had the shape {list(shape)} when this penalty was built and has "
-                f"{list(parameters[name].shape)} now: the model was pruned since. Build the penalty again, from a new "
-                f"{made_from}."
-            )
-        narrow = parameters[name].dtype in (torch.float16, torch.bfloat16)
-        checked[name] = parameters[name].float() if narrow else parameters[name]
-    return checked
-
-
-class _Slices:
-    """The entries that go with each channel, over all groups: sums over them without a loop over channels.
+    Call it between ``backward`` and the optimizer's step. Parameters without a gradient get none.
 
     Args:
-        graph: the coupled channels.
-        groups: those that count.
-        names: the parameters that count; None for all of floating point.
+        penalty: called with the model, gives a scalar.
+        model: the model that was trained on.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> add_gradient(lambda model: model.bias.sum(), model)
+        >>> model.bias.grad
+        tensor([2.])
     """
-
-    def __init__(
-        self, graph: ChannelGraph, groups: Iterable[Group] | None, names: frozenset[str] | None = None
-    ) -> None:
-        parameters = _parameters(graph.model)
-        parts_of: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
-        self.channels = 0
-        for group in graph.groups() if groups is None else groups:
-            for member in group.members:
-                counts = names is None or member.tensor in names
-                if counts and member.tensor in parameters and _trainable(parameters[member.tensor]):
-                    entry = (member.positions, member.channels + self.channels)
-                    parts_of.setdefault((member.tensor, member.dim), []).append(entry)
-            self.channels += group.channels
-        if not parts_of:
-            raise PlanError("No parameter goes with any of the channels, so there is nothing to penalise.")
-        self._index = {
-            key: tuple(torch.from_numpy(np.concatenate(side)) for side in zip(*parts, strict=True))
-            for key, parts in parts_of.items()
-        }
-        self.shapes: Sizes = {name: tuple(parameters[name].shape) for name, _ in parts_of}
-        self._sizes = self._summed({name: torch.ones(shape) for name, shape in self.shapes.items()})
-
-    def sums(self, entries: Mapping[str, Tensor]) -> Tensor:
-        """The sum of the entries that go with each channel; shape ``(channels,)``.
-
-        An entry that belongs to several dimensions of a channel counts once for each, as in `structprune.LnNorm`.
-        """
-        return self._summed(entries)
-
-    def sizes(self, device: torch.device) -> Tensor:
-        """How many entries go with each channel."""
-        self._sizes = self._sizes.to(device)
-        return self._sizes
-
-    def _summed(self, entries: Mapping[str, Tensor]) -> Tensor:
-        total: Tensor | None = None
-        for (name, dim), index in self._index.items():
-            values = entries[name]
-            if index[0].device != values.device:
-                index = self._index[name, dim] = tuple(part.to(values.device) for part in index)
-            along = values.movedim(dim, 0).flatten(1).sum(1) if values.dim() > 1 else values
-            if total is None:
-                total = torch.zeros(self.channels, dtype=values.dtype, device=values.device)
-            part = torch.zeros(self.channels, dtype=values.dtype, device=values.device)
-            total = total + part.index_add(0, index[1], along[index[0]]).to(total.device, total.dtype)
-        assert total is not None
-        return total
-
-
-_GRAPH = instance(ChannelGraph, "give the structprune.DependencyGraph of the model")
-_STRENGTH = real(least=0)
-_GROUPS = Check(
-    lambda value: (
-        value is None
-        or (isinstance(value, (tuple, list)) and bool(value) and all(isinstance(group, Group) for group in value))
-    ),
-    "give a list of groups of the graph, or None for all",
-)
+    held = [each for each in model.parameters() if each.grad is not None and each.requires_grad]
+    if not held:
+        return
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(penalty(model), held, allow_unused=True, materialize_grads=True)
+    for parameter, gradient in zip(held, gradients, strict=True):
+        assert parameter.grad is not None
+        parameter.grad += gradient
 
 
 class GroupLasso:
@@ -137,6 +69,8 @@ class GroupLasso:
         strength: the factor.
         groups: those of ``graph.groups()`` to penalise; None for all. Where heads and their sizes are groups both, an
             entry counts for both.
+        parameters: names of those that count; None for all. With the scales of norms alone it is Network Slimming for
+            channels that go through several norms.
 
     Raises:
         PlanError: there is nothing to penalise, or strength is negative.
@@ -149,10 +83,16 @@ class GroupLasso:
         >>> loss.backward()
     """
 
-    def __init__(self, graph: ChannelGraph, strength: float = 1e-4, groups: Iterable[Group] | None = None) -> None:
-        require(locals(), graph=_GRAPH, strength=_STRENGTH, groups=_GROUPS)
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        strength: float = 1e-4,
+        groups: Iterable[Group] | None = None,
+        parameters: Iterable[str] | None = None,
+    ) -> None:
+        require(locals(), graph=GRAPH, strength=STRENGTH, groups=GROUPS, parameters=NAMES.or_none)
         self.strength = strength
-        self._slices = _Slices(graph, groups)
+        self._slices = ChannelSlices(graph, groups, None if parameters is None else frozenset(parameters))
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The penalty, a scalar.
@@ -160,7 +100,7 @@ class GroupLasso:
         Raises:
             PlanError: the model was pruned since, or is another.
         """
-        parameters = _checked(model, self._slices.shapes, "DependencyGraph")
+        parameters = checked(model, self._slices.shapes, "DependencyGraph")
         squares = self._slices.sums({name: value.square() for name, value in parameters.items()})
         # The root of zero has no gradient; what stands in its place must not be seen by it either.
         positive = squares > 0
@@ -198,9 +138,9 @@ class NormScalePenalty:
         kinds: tuple[str, ...] = ("batch_norm",),
         groups: Iterable[Group] | None = None,
     ) -> None:
-        require(locals(), graph=_GRAPH, strength=_STRENGTH, kinds=some_of(NORMS), groups=_GROUPS)
+        require(locals(), graph=GRAPH, strength=STRENGTH, kinds=some_of(NORMS), groups=GROUPS)
         self.strength = strength
-        self._slices = _Slices(graph, groups, norm_scales(graph, kinds))
+        self._slices = ChannelSlices(graph, groups, norm_scales(graph, kinds))
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The penalty, a scalar.
@@ -208,7 +148,7 @@ class NormScalePenalty:
         Raises:
             PlanError: the model was pruned since, or is another.
         """
-        parameters = _checked(model, self._slices.shapes, "DependencyGraph")
+        parameters = checked(model, self._slices.shapes, "DependencyGraph")
         return self.strength * self._slices.sums({name: value.abs() for name, value in parameters.items()}).sum()
 
 
@@ -268,16 +208,16 @@ class GrowingRegularisation:
         Raises:
             PlanError: the model was pruned since, or is another.
         """
-        parameters = _parameters(model)
+        parameters = parameters_of(model)
         wanted = {
             name: tuple(stays[dim].numel() if dim in stays else size for dim, size in enumerate(parameters[name].shape))
             for name, stays in self._stays.items()
-            if name in parameters and _trainable(parameters[name])  # buffers are sliced too
+            if name in parameters and trainable(parameters[name])  # buffers are sliced too
         }
         if not wanted:
             raise PlanError(f"{type(model).__name__} has none of the plan's parameters. Give the model of the plan.")
         total: Tensor | None = None
-        for name, value in _checked(model, wanted, "plan").items():
+        for name, value in checked(model, wanted, "plan").items():
             part = (value.square() * (1 - self._kept(name, value))).sum()
             total = part if total is None else total + part.to(total.device, total.dtype)
         assert total is not None

@@ -2,9 +2,11 @@
 
     python -m support.judged_part PART PARTS SAMPLES
     python -m support.judged_part --only NAME [--broken RULE]
+    python -m support.judged_part PART PARTS SAMPLES --masked
 
 Prints a JSON object: the ``entries`` that were tried, ``counts`` by class, how often channels ``went``, and ``faults``:
 for each entry that has any, its cases. With ``--broken``, the rule of one operation is replaced by one that is wrong.
+With ``--masked``, `masks.compact` is judged instead of a plain call, on one network of each entry.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 
 from structprune.ops import OPS
 from support.judging import FAULTS, judge_case
+from support.judging_masks import judge_compaction
 from support.nn_modules import module_cases, module_database
 from support.operations import Case, cases, database
 
@@ -44,11 +47,21 @@ def quick(cases: Iterable[Case]) -> list[Case]:
     return list(found.values())
 
 
+def one_in_eval(networks: Iterable[Case]) -> list[Case]:
+    """The first network of each sample, in its own spelling."""
+    found: dict[int, Case] = {}
+    for case in networks:
+        if not case.training:
+            found.setdefault(case.number, case)
+    return list(found.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("numbers", nargs="*", type=int, default=[0, 1, 1])
     parser.add_argument("--only")
     parser.add_argument("--broken")
+    parser.add_argument("--masked", action="store_true")
     options = parser.parse_args()
     part, parts, samples = options.numbers
     entries = [(name, cases, info) for name, info in database().items()]
@@ -64,8 +77,9 @@ def main() -> None:
     faults: dict[str, list[str]] = {}
     went = 0
     for name, cases_of, info in entries[part::parts]:
-        for case in quick(cases_of(info, samples)):
-            verdict = judge_case(case, reasons=False)
+        networks = quick(cases_of(info, samples))
+        for case in one_in_eval(networks) if options.masked else networks:
+            verdict = judge_compaction(case) if options.masked else judge_case(case, reasons=False)
             counts[verdict.kind] += 1
             went += verdict.went > 0
             if verdict.kind in FAULTS:

@@ -43,16 +43,16 @@ class Verdict(NamedTuple):
     went: int = 0
 
 
-class _Late(BaseException):
+class Late(BaseException):
     """Time is up; no handler of errors may take it for one."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `_Late` after so many seconds; in the main thread only."""
+    """Raise `Late` after so many seconds; in the main thread only."""
 
     def late(signum: int, frame: FrameType | None) -> None:
-        raise _Late
+        raise Late
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -76,7 +76,7 @@ def judge(model: nn.Module, inputs: Any, limit: float = 20.0, *, reasons: bool =
         with time_limit(limit), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return _judge(model, inputs, why_whole if reasons else _no_reason)
-    except _Late:
+    except Late:
         return Verdict(HANG, f"more than {limit:g} s")
 
 
@@ -93,25 +93,25 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _run(model: nn.Module, inputs: Any, seed: int = 0) -> Any:
+def run(model: nn.Module, inputs: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return call(model, inputs)
 
 
-def _run_filled(model: nn.Module, inputs: Any) -> Any:
+def run_filled(model: nn.Module, inputs: Any) -> Any:
     """A run with another seed, in which memory that nothing was written to is not a number."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        return _run(model, inputs, seed=1)
+        return run(model, inputs, seed=1)
     finally:
         torch.use_deterministic_algorithms(before)
 
 
 def _judge(model: nn.Module, inputs: Any, why: Callable[[nn.Module, Any], str]) -> Verdict:
     try:
-        whole = _run(copy.deepcopy(model), inputs)
-        again = _run_filled(copy.deepcopy(model), inputs)
+        whole = run(copy.deepcopy(model), inputs)
+        again = run_filled(copy.deepcopy(model), inputs)
     except Exception as error:  # any error of the operation itself
         return Verdict(NO_CALL, _said(error))
     try:
@@ -126,7 +126,7 @@ def _judge(model: nn.Module, inputs: Any, why: Callable[[nn.Module, Any], str]) 
     if not removed:
         return Verdict(WHOLE, why(model, inputs))
     try:
-        ours = _run(slim, inputs)
+        ours = run(slim, inputs)
     except Exception as error:  # of the pruned network: the fault that is looked for
         return Verdict(BROKEN, _said(error), went)
     if not _equal(whole, again):
@@ -151,7 +151,7 @@ def why_whole(model: nn.Module, inputs: Any) -> str:
 def _compared(model: nn.Module, inputs: Any, removed: Removed, whole: Any, ours: Any) -> Verdict:
     watched = _blind(copy.deepcopy(model), removed)
     try:
-        plain = _run(switch_off(watched, removed), inputs)
+        plain = run(switch_off(watched, removed), inputs)
     except Exception as error:  # an operation that has no result with a channel at zero
         return Verdict(NO_VALUE, _said(error))
     error = largest_error(ours, plain)
@@ -168,7 +168,7 @@ def _compared(model: nn.Module, inputs: Any, removed: Removed, whole: Any, ours:
         problem_note = ""
     if over <= 1:
         return Verdict(SURVIVORS)
-    if not _finite(plain) and _finite(whole):
+    if not finite(plain) and finite(whole):
         return Verdict(NO_VALUE, "not finite")
     return Verdict(WRONG, f"error {_shown(ours, plain)}{problem_note}")
 
@@ -192,7 +192,7 @@ def _blind(model: nn.Module, removed: Removed) -> nn.Module:
     return model
 
 
-def _finite(tree: Any) -> bool:
+def finite(tree: Any) -> bool:
     return all(bool(t.isfinite().all()) for _, t in leaves(tree))
 
 

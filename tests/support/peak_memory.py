@@ -33,10 +33,13 @@ needs_proc = pytest.mark.skipif(
 )
 
 
-def peak_over_weights(prepare: str, measured: str) -> float:
-    """How far the process grew while `measured` ran, over ``weights``, a number of bytes that `prepare` sets."""
-    # Each tensor has pages of its own, which go back when it is freed: no heap with holes is measured.
-    given = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+def peak_over_weights(prepare: str, measured: str, with_heaps: bool = False) -> float:
+    """How far the process grew while `measured` ran, over ``weights``, a number of bytes that `prepare` sets.
+
+    Each tensor has pages of its own, which go back when it is freed, so that no heap with holes is measured; those that
+    the threads of a process really have are there `with_heaps`.
+    """
+    given = os.environ | ({} if with_heaps else {"MALLOC_MMAP_THRESHOLD_": "65536"})
     command = [sys.executable, "-c", _BEFORE + prepare + _BETWEEN + measured + _AFTER]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
     return float(done.stdout)

@@ -22,6 +22,11 @@ BOTH = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SI
 SEQ2SEQ = {**SPECIAL, **BOTH, "d_model": 64, "decoder_start_token_id": 1}
 MEL = {"num_mel_bins": 16, "max_source_positions": 16, "suppress_tokens": None, "begin_suppress_tokens": None}
 T5 = {**SPECIAL, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+ZAMBA = {
+    **SIZES, **SPECIAL, "num_key_value_heads": 4, "layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 16,
+    "mamba_ngroups": 2, "n_mamba_heads": 8, "mamba_headdim": 16, "chunk_size": 8, "num_mem_blocks": 1,
+    "adapter_rank": 8,
+}  # fmt: skip
 MAMBA = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8}
 
 
@@ -41,6 +46,7 @@ CAUSAL = {
     "mistral": Model("MistralForCausalLM", "Mistral", GROUPED),
     "qwen2": Model("Qwen2ForCausalLM", "Qwen2", GROUPED),
     "qwen3": Model("Qwen3ForCausalLM", "Qwen3", WIDE_HEADS),
+    "gemma": Model("GemmaForCausalLM", "Gemma", WIDE_HEADS),
     "gemma2": Model("Gemma2ForCausalLM", "Gemma2", WIDE_HEADS),
     "gemma3": Model("Gemma3ForCausalLM", "Gemma3Text", WIDE_HEADS),
     "phi3": Model("Phi3ForCausalLM", "Phi3", GROUPED),
@@ -49,12 +55,21 @@ CAUSAL = {
     "opt": Model("OPTForCausalLM", "OPT", {**TEXT, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "gpt-neox": Model("GPTNeoXForCausalLM", "GPTNeoX", TEXT),
     "bloom": Model("BloomForCausalLM", "Bloom", {**GPT, "hidden_size": 64}),
+    "mpt": Model("MptForCausalLM", "Mpt", {**SPECIAL, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    "codegen": Model("CodeGenForCausalLM", "CodeGen", {**GPT, "n_embd": 64, "n_head": 8, "rotary_dim": 4}),
+    "falcon": Model("FalconForCausalLM", "Falcon", TEXT),
+    "recurrentgemma": Model(
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemma",
+        {**GROUPED, "num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 16},
+    ),
     "mixtral": Model("MixtralForCausalLM", "Mixtral", {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4}),
     "qwen3-moe": Model(
         "Qwen3MoeForCausalLM",
         "Qwen3Moe",
         {**WIDE_HEADS, "num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 48},
     ),
+    "zamba2": Model("Zamba2ForCausalLM", "Zamba2", ZAMBA),
     "mamba2": Model("Mamba2ForCausalLM", "Mamba2", {**SPECIAL, "hidden_size": 64, "num_hidden_layers": 2, **MAMBA}),
     "t5": Model("T5ForConditionalGeneration", "T5", T5, "seq2seq", LOGITS),
     "bart": Model("BartForConditionalGeneration", "Bart", SEQ2SEQ, "seq2seq", LOGITS),

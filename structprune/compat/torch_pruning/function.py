@@ -12,28 +12,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from structprune.checking import INDICES, instance, require, shown
+from structprune.checking import shown
 from structprune.errors import PlanError
-from structprune.surgery.apply import apply
-from structprune.surgery.edits import AttributeEdit, Edits, RemovedSlice
-from structprune.tracing.state import held_tensors
+from structprune.surgery.one_layer import is_depthwise, remove_channels, side
 
-# Kind of layer by torch-pruning's name: its classes, the dimensions of its weight that outputs and inputs stand in, and
-# the attributes that say how many there are.
-_KINDS: dict[str, tuple[tuple[type, ...], tuple[int, int], tuple[str, ...]]] = {
-    "conv": ((_ConvNd,), (0, 1), ("out_channels", "in_channels")),
-    "depthwise_conv": ((), (0, 0), ("out_channels in_channels groups",) * 2),
-    "linear": ((nn.Linear,), (0, 1), ("out_features", "in_features")),
-    "batchnorm": ((_BatchNorm,), (0, 0), ("num_features",) * 2),
-    "layernorm": ((nn.LayerNorm, nn.RMSNorm), (0, 0), ("", "")),
-    "groupnorm": ((nn.GroupNorm,), (0, 0), ("", "")),
-    "instancenorm": ((_InstanceNorm,), (0, 0), ("num_features",) * 2),
-    "prelu": ((nn.PReLU,), (0, 0), ("num_parameters",) * 2),
-    "embedding": ((nn.Embedding,), (1, 1), ("embedding_dim",) * 2),
-    "lstm": ((nn.LSTM,), (0, 1), ("", "")),
-    "multihead_attention": ((nn.MultiheadAttention,), (0, 1), ("", "")),
-    "parameter": ((), (0, 0), ("", "")),
-}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "depthwise_conv": (), "conv": (_ConvNd,), "linear": (nn.Linear,), "batchnorm": (_BatchNorm,),
+    "layernorm": (nn.LayerNorm, nn.RMSNorm), "groupnorm": (nn.GroupNorm,), "instancenorm": (_InstanceNorm,),
+    "prelu": (nn.PReLU,), "embedding": (nn.Embedding,), "lstm": (nn.LSTM,),
+    "multihead_attention": (nn.MultiheadAttention,), "parameter": (),
+}  # fmt: skip
+STANDARD = tuple(kind for classes in _KINDS.values() for kind in classes)
 
 
 @dataclass(frozen=True)
@@ -42,81 +31,51 @@ class PruningFunction:
 
     name: str
 
-    @property
-    def out(self) -> bool:
-        """Whether outputs are meant."""
-        return "_out_" in self.name
-
     def __call__(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        """Remove channels from this one layer, in place; what is before and behind it must be made to fit too.
-
-        Raises:
-            PlanError: the layer is of another kind, or one whose channels cannot be removed from it alone.
-        """
-        require(locals(), layer=instance(nn.Module, "give a layer"), idxs=INDICES)
-        sizes = self._sizes(layer)
-        size, gone = int(getattr(layer, sizes[0])), tuple(sorted({int(index) for index in idxs}))
-        if not gone:
-            return layer
-        if gone[0] < 0 or gone[-1] >= size or len(gone) == size:
-            raise PlanError(f"idxs is {shown(idxs)}; give some of the channels 0 to {size - 1}, and not all.")
-        edits = [AttributeEdit("", (name,), size, size - len(gone)) for name in sizes]
-        edited = Edits(tuple(self._slices(layer, size, gone)), tuple(edits), (), (), (), None, None)
-        return apply(layer, edited, inplace=True)
-
-    def _sizes(self, layer: nn.Module) -> list[str]:
-        """The attributes that say how many channels a layer has on this side.
-
-        Raises:
-            PlanError: the layer is of another kind, or one whose channels cannot be removed from it alone.
-        """
-        kind, grouped = kind_of(layer), getattr(layer, "groups", 1) > 1
-        sizes = _KINDS[kind][2][not self.out].split()
-        if not self.name.startswith(f"{kind}_") or not sizes or (grouped and kind == "conv"):
-            raise PlanError(
-                f"prune_{self.name} is not for {shown(layer)} alone. Let a graph do it: "
-                f"graph.get_pruning_group(layer, tp.prune_{self.name}, idxs).prune()."
-            )
-        return sizes
-
-    def _slices(self, layer: nn.Module, size: int, gone: tuple[int, ...]) -> list[RemovedSlice]:
-        """What is cut out of the weight, and of what else has an entry for each output."""
-        outputs = self.out or dim_of(layer, True) == dim_of(layer, False)
-        tensors = [(name, held.tensor) for name, held in held_tensors(layer).items() if held.tensor.dim()]
-        return [
-            RemovedSlice(name, dim_of(layer, self.out) if name == "weight" else 0, size, gone)
-            for name, tensor in tensors
-            if name == "weight" or (outputs and len(tensor) == size)
-        ]
+        """Remove channels from this one layer, in place: see `structprune.surgery.one_layer.remove_channels`."""
+        if not self.name.startswith(f"{kind_of(layer)}_"):
+            raise PlanError(f"prune_{self.name} is given {shown(layer)}, a layer of kind {kind_of(layer)}.")
+        return remove_channels(layer, idxs, outputs=is_out(self))
 
 
-PRUNING_FUNCTIONS = {
-    f"prune_{kind}_{side}_channels": PruningFunction(f"{kind}_{side}_channels")
-    for kind in _KINDS
-    for side in ("out", "in")
-}
+PRUNING_FUNCTIONS = {f"prune_{name}": PruningFunction(name) for kind in _KINDS
+                     for name in (f"{kind}_out_channels", f"{kind}_in_channels")}  # fmt: skip
 globals().update(PRUNING_FUNCTIONS)
-SCORED = frozenset(
-    PRUNING_FUNCTIONS[f"prune_{kind}_channels"]
-    for kind in ("conv_out", "conv_in", "linear_out", "linear_in", "batchnorm_out", "layernorm_out")
-)
 
 
-def kind_of(module: Any) -> str:
+def kind_of(layer: Any) -> str:
     """What torch-pruning calls such a layer."""
-    if isinstance(module, _ConvNd) and module.groups == module.out_channels > 1:
+    if is_depthwise(layer):
         return "depthwise_conv"
-    return next((kind for kind, (classes, _, _) in _KINDS.items() if isinstance(module, classes)), "parameter")
+    return next((kind for kind, classes in _KINDS.items() if isinstance(layer, classes)), "parameter")
 
 
-def side_of(module: Any, out: bool) -> PruningFunction:
+def side_of(layer: Any, out: bool) -> PruningFunction:
     """The outputs or the inputs of a layer."""
-    return PRUNING_FUNCTIONS[f"prune_{kind_of(module)}_{'out' if out else 'in'}_channels"]
+    return PRUNING_FUNCTIONS[f"prune_{kind_of(layer)}_{'out' if out else 'in'}_channels"]
 
 
-def dim_of(module: Any, out: bool) -> int:
+def is_out(pruning_fn: Any) -> bool:
+    """Whether outputs are meant, by a pruning function or a method of a pruner of one's own.
+
+    Raises:
+        PlanError: it is neither.
+    """
+    name = pruning_fn.name if isinstance(pruning_fn, PruningFunction) else getattr(pruning_fn, "__name__", "")
+    if not name.endswith(("out_channels", "in_channels")):
+        raise PlanError(f"pruning_fn is {shown(pruning_fn)}; give one of {', '.join([*PRUNING_FUNCTIONS][:3])} ...")
+    return name.endswith("out_channels")
+
+
+def dim_of(layer: Any, out: bool) -> int:
     """The dimension of a layer's weight that its outputs or inputs stand in."""
-    return _KINDS[kind_of(module)][1][out == getattr(module, "transposed", False)]
+    return (side(layer, out) or (0, ""))[0]
+
+
+def channels_of(layer: Any, out: bool) -> int:
+    """How many outputs or inputs a layer has."""
+    known = side(layer, out)
+    return getattr(layer, known[1]) if known else (layer if isinstance(layer, Tensor) else layer.weight).shape[0]
 
 
 class BasePruningFunc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,20 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from structprune.checking import one_of, require
 from structprune.compat.torch_pruning.dependency import Group
-from structprune.compat.torch_pruning.function import SCORED, dim_of
 from structprune.errors import PlanError
-from structprune.importance.base import along, gathered, reduced
-
-TARGET_TYPES = (_ConvNd, nn.Linear, _BatchNorm, nn.LayerNorm)
-Normalizer = str | Callable[[Tensor], Tensor] | None
-
-
-def _lamp(scores: Tensor) -> Tensor:
-    """Each score over the sum of those that are no smaller (Lee et al., 2021)."""
-    ordered, order = scores.sort()
-    before = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)[:-1]])
-    return torch.zeros_like(scores).index_copy_(0, order, ordered / (scores.sum() - before))
-
+from structprune.importance.base import REDUCTIONS, along, member_scores, reduced
+from structprune.importance.weight import tail_shares
 
 _NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda s: s / s.sum(),
@@ -33,7 +23,7 @@ _NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda s: s / s.mean(),
     "max": lambda s: s / s.max(),
     "gaussian": lambda s: (s - s.mean()) / (s.std() + 1e-8),
-    "lamp": _lamp,
+    "lamp": tail_shares,
 }
 
 
@@ -45,22 +35,20 @@ class Importance:
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class GroupMagnitudeImportance(Importance):
     """The p-th powers of the weights that go with a channel, over the layers of the group."""
 
-    def __init__(
-        self,
-        p: float = 2,
-        group_reduction: str | None = "mean",
-        normalizer: Normalizer = "mean",
-        bias: bool = False,
-        target_types: Sequence[type] = TARGET_TYPES,
-    ) -> None:
-        require(locals(), group_reduction=one_of(("sum", "mean", "max", "prod", "first", "gate")).or_none)
-        if isinstance(normalizer, str):
-            require(locals(), normalizer=one_of(_NORMALIZERS))
-        self.p, self.group_reduction, self.normalizer, self.bias = p, group_reduction, normalizer, bias
-        self.target_types = tuple(target_types)
+    p: float = 2
+    group_reduction: str | None = "mean"
+    normalizer: str | Callable[[Tensor], Tensor] | None = "mean"
+    bias: bool = False
+    target_types: Sequence[type] = (_ConvNd, nn.Linear, _BatchNorm, nn.LayerNorm)
+
+    def __post_init__(self) -> None:
+        require(vars(self), group_reduction=one_of((*REDUCTIONS, "gate")).or_none)
+        if isinstance(self.normalizer, str):
+            require(vars(self), normalizer=one_of(_NORMALIZERS))
 
     def _entries(self, tensor: nn.Parameter) -> Tensor:
         return tensor.abs().pow(self.p)
@@ -72,71 +60,43 @@ class GroupMagnitudeImportance(Importance):
     @torch.no_grad()
     def __call__(self, group: Group) -> Tensor | None:
         """A score for each of the root's channels; None if the group has no layer of the target types."""
-        # Roots may be few of the layer's channels, and any of them: [2, 6, 9] are scored as [0, 1, 2].
-        place = {root: number for number, root in enumerate(sorted({r for item in group for r in item.root_idxs}))}
-        parts: list[tuple[Tensor, Tensor]] = []
-        for item in group:
-            roots, idxs = torch.tensor([place[root] for root in item.root_idxs]), torch.tensor(item.idxs)
-            scores = self._scores_of(item.dep.layer, item.dep.handler)
-            parts += [self._gathered(score.float().cpu()[idxs], roots, len(place)) for score in scores]
+        weights = group.weights(("conv", "linear", "batchnorm", "layernorm"), self.bias, self.target_types)
+
+        def scores_of(name: str, dim: int) -> Tensor | None:
+            tensor = weights.get(name)
+            return None if tensor is None else self._slices(tensor, dim).float().cpu()
+
+        parts = list(member_scores(group.coupled, scores_of))
         if not parts:
             return None
         if self.group_reduction is None:
             return torch.stack([score for score, _ in parts])
-        scores = self._reduced(parts, self.group_reduction, len(place))
+        last = self.group_reduction == "gate"
+        scores = parts[-1][0] if last else reduced(parts, self.group_reduction, group.coupled.channels)
         normalize = _NORMALIZERS[self.normalizer] if isinstance(self.normalizer, str) else self.normalizer
         return scores if normalize is None else normalize(scores)
 
-    def _scores_of(self, layer: Any, handler: Any) -> list[Tensor]:
-        """The scores of a layer's channels: from its weight, and from its bias if that counts."""
-        if handler not in SCORED or not isinstance(layer, self.target_types) or layer.weight is None:
-            return []
-        scores = [self._slices(layer.weight, dim_of(layer, handler.out))]
-        if self.bias and handler.out and layer.bias is not None:
-            scores.append(self._entries(layer.bias))
-        return scores
 
-    @staticmethod
-    def _reduced(parts: list[tuple[Tensor, Tensor]], how: str, channels: int) -> Tensor:
-        """One score for each channel from those of all layers."""
-        if how == "gate":
-            return reduced(parts[-1:], "sum", channels)
-        if how == "mean":  # over all, where structprune's is over those that have the channel
-            return reduced(parts, "sum", channels) / len(parts)
-        return reduced(parts, how, channels)
-
-    def _gathered(self, values: Tensor, roots: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-        """One value for each root from those of all its indices, and which roots have any."""
-        if self.group_reduction not in ("max", "prod"):
-            return gathered(values, torch.arange(len(values)), roots, channels)
-        how = "amax" if self.group_reduction == "max" else "prod"
-        best = torch.ones(channels).scatter_reduce(0, roots, values, how, include_self=False)
-        return best, torch.bincount(roots, minlength=channels) > 0
-
-
+@dataclass(eq=False)
 class BNScaleImportance(GroupMagnitudeImportance):
     """The absolute scales of batch norms (Liu et al., Network Slimming, 2017)."""
 
-    def __init__(self, group_reduction: str | None = "mean", normalizer: Normalizer = "mean") -> None:
-        super().__init__(1, group_reduction, normalizer, False, (_BatchNorm,))
+    p: float = field(default=1, init=False)
+    target_types: Sequence[type] = field(default=(_BatchNorm,), init=False)
 
 
+@dataclass(eq=False)
 class LAMPImportance(GroupMagnitudeImportance):
     """Magnitude over what is left (Lee et al., Layer-adaptive Sparsity, 2021)."""
 
-    def __init__(
-        self, p: float = 2, group_reduction: str | None = "mean", normalizer: Normalizer = "lamp", bias: bool = False
-    ) -> None:
-        super().__init__(p, group_reduction, normalizer, bias)
+    normalizer: str | Callable[[Tensor], Tensor] | None = "lamp"
 
 
+@dataclass(eq=False)
 class FPGMImportance(GroupMagnitudeImportance):
     """The sum of distances to the other filters (He et al., 2019), of the p-th powers of weights."""
 
-    def __init__(
-        self, p: float = 2, group_reduction: str | None = "mean", normalizer: Normalizer = "mean", bias: bool = False
-    ) -> None:
-        super().__init__(p, group_reduction, normalizer, bias, (_ConvNd, nn.Linear))
+    target_types: Sequence[type] = (_ConvNd, nn.Linear)
 
     def _slices(self, tensor: nn.Parameter, dim: int) -> Tensor:
         rows = self._entries(tensor).movedim(dim, 0).flatten(1)
@@ -148,7 +108,7 @@ class RandomImportance(Importance):
 
     def __call__(self, group: Group) -> Tensor:
         """A score for each of the root's channels."""
-        return torch.rand(len(set(group[0].root_idxs)))
+        return torch.rand(group.coupled.channels)
 
 
 class GroupTaylorImportance(GroupMagnitudeImportance):
@@ -157,40 +117,33 @@ class GroupTaylorImportance(GroupMagnitudeImportance):
     def __init__(
         self,
         group_reduction: str | None = "mean",
-        normalizer: Normalizer = "mean",
+        normalizer: Any = "mean",
         multivariable: bool = False,
         bias: bool = False,
-        target_types: Sequence[type] = TARGET_TYPES,
+        target_types: Sequence[type] = GroupMagnitudeImportance.target_types,
     ) -> None:
         super().__init__(1, group_reduction, normalizer, bias, target_types)
         self.multivariable = multivariable
 
-    def _products(self, tensor: nn.Parameter) -> Tensor:
+    def _slices(self, tensor: nn.Parameter, dim: int) -> Tensor:
         if tensor.grad is None:
             raise PlanError(
                 f"{type(self).__name__} looks at gradients, and there are none: call loss.backward() first."
             )
-        return tensor * tensor.grad
-
-    def _entries(self, tensor: nn.Parameter) -> Tensor:
-        return self._products(tensor).abs()
-
-    def _slices(self, tensor: nn.Parameter, dim: int) -> Tensor:
-        return along(self._products(tensor), dim).abs() if self.multivariable else super()._slices(tensor, dim)
+        product = tensor * tensor.grad
+        return along(product, dim).abs() if self.multivariable else along(product.abs(), dim)
 
 
+@dataclass(eq=False)
 class GroupHessianImportance(GroupMagnitudeImportance):
     """Squared weight times the mean of squared gradients of samples, from `accumulate_grad` (Optimal Brain Damage)."""
 
-    def __init__(
-        self, group_reduction: str | None = "mean", normalizer: Normalizer = "mean", bias: bool = False
-    ) -> None:
-        super().__init__(1, group_reduction, normalizer, bias)
-        self.zero_grad()
+    p: float = field(default=2, init=False)
+    _sums: dict[nn.Parameter, tuple[Tensor, int]] = field(default_factory=dict, init=False, repr=False)
 
     def zero_grad(self) -> None:
         """Begin anew."""
-        self._sums: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        self._sums.clear()
 
     def accumulate_grad(self, model: nn.Module) -> None:
         """Add the squares of the gradients that the model holds; call it after the ``backward`` of each sample."""

@@ -1,40 +1,36 @@
-"""torch-pruning's pruner classes: which channels go by its rules, removed by structprune."""
+"""torch-pruning's pruner classes: which channels go by its rules, chosen and removed by structprune."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from structprune.api import decide
-from structprune.checking import MODEL, function, real, require, whole
-from structprune.compat.torch_pruning.dependency import DependencyGraph, Group, History
+from structprune.checking import MODEL, real, require, whole
+from structprune.checking import function as function_of
+from structprune.compat.torch_pruning import function as function
+from structprune.compat.torch_pruning import importance as importance
+from structprune.compat.torch_pruning.dependency import DependencyGraph, Group
 from structprune.compat.torch_pruning.function import BasePruningFunc as BasePruningFunc
-from structprune.compat.torch_pruning.function import dim_of, kind_of
 from structprune.coupling import groups as coupled
-from structprune.coupling.naming import path_of
 from structprune.coupling.roles import AXES
+from structprune.importance.compose import PerLayer
+from structprune.importance.weight import norm_scales
+from structprune.planning.decide import Ranking, decide_channels
 from structprune.planning.options import PlanOptions
-from structprune.pruner import keys_of
+from structprune.pruner import keys_of, left_together
+from structprune.training.channel_decay import ChannelDecay, lack, shrinkage
+from structprune.training.penalties import GroupLasso, NormScalePenalty, add_gradient
 
 Ratios = Mapping[nn.Module | tuple[nn.Module, ...], float]
-Scheduler = Callable[[float, int], Sequence[float]]
-_NOT_NEEDED = frozenset(
-    {
-        "num_heads",
-        "in_channel_groups",
-        "out_channel_groups",
-        "channel_groups",
-        "unwrapped_parameters",
-        "output_transform",
-    }
-)
 
 
 def linear_scheduler(pruning_ratio: float, steps: int) -> list[float]:
@@ -42,86 +38,75 @@ def linear_scheduler(pruning_ratio: float, steps: int) -> list[float]:
     return [i / steps * pruning_ratio for i in range(steps + 1)]
 
 
+@dataclass(eq=False, repr=False)
 class BasePruner:
-    """Prunes a model in place, in steps.
+    """Prunes a model in place, in steps, with the arguments of torch-pruning's pruner of this name.
 
-    Args:
-        model: any ``nn.Module`` whose forward can be traced.
-        example_inputs: a tensor, a list or tuple of positional arguments, or a dict of keyword arguments.
-        importance: called with a `Group`, gives a score for each channel.
-        global_pruning: all groups compete.
-        pruning_ratio: share of the channels to remove.
-        pruning_ratio_dict: that of a layer or block, or of several that compete.
-        max_pruning_ratio: no group loses more.
-        iterative_steps: number of steps.
-        iterative_pruning_ratio_scheduler: from the ratio and the steps to the share that is gone after each, from none.
-        ignored_layers: layers and parameters whose outputs stay. The model's outputs stay without being named.
-        round_to: widths become multiples of this.
-        isomorphic: with `global_pruning`, groups of like structure compete.
-        prune_num_heads: whole heads may go, by `head_pruning_ratio`.
-        prune_head_dims: channels inside heads may go.
-        head_pruning_ratio: share of the heads to remove.
-        head_pruning_ratio_dict: that of the layers that make them.
-        root_module_types: only groups that such layers make.
-        forward_fn: called with the model and the example inputs; what it gives the model is traced.
-        customized_pruners: see `DependencyGraph.register_customized_layer`.
-        not_needed: what the trace tells: ``num_heads``, ``unwrapped_parameters``, ``output_transform``, channel groups.
+    The model's outputs stay without being named in ``ignored_layers``. ``num_heads``, ``unwrapped_parameters``,
+    ``output_transform`` and channel groups are not needed, as the trace tells them; ``num_heads`` is kept up to date.
 
     Raises:
         PlanError: an argument is wrong.
         TraceError: the forward cannot be recorded.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        importance: Callable[[Group], Tensor | None],
-        global_pruning: bool = False,
-        pruning_ratio: float = 0.5,
-        pruning_ratio_dict: Ratios | None = None,
-        max_pruning_ratio: float = 1.0,
-        iterative_steps: int = 1,
-        iterative_pruning_ratio_scheduler: Scheduler = linear_scheduler,
-        ignored_layers: Iterable[nn.Module | nn.Parameter] | None = None,
-        round_to: int | None = None,
-        isomorphic: bool = False,
-        *,
-        prune_num_heads: bool = False,
-        prune_head_dims: bool = True,
-        head_pruning_ratio: float = 0.0,
-        head_pruning_ratio_dict: Ratios | None = None,
-        root_module_types: Sequence[type] = (_ConvNd, nn.Linear, nn.LSTM),
-        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
-        customized_pruners: Mapping[type, BasePruningFunc] | None = None,
-        **not_needed: Any,
-    ) -> None:
-        share = real(least=0, most=1)
-        require(locals(), model=MODEL, importance=function("group"), pruning_ratio=share, max_pruning_ratio=share)
-        require(locals(), iterative_steps=whole(1), round_to=whole(1).or_none, head_pruning_ratio=share)
-        if unknown := sorted(not_needed.keys() - _NOT_NEEDED):
-            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}.")
-        self.model, self.importance = model, importance
-        self.global_pruning, self.isomorphic, self.round_to = global_pruning, isomorphic, round_to
-        self.max_pruning_ratio, self.iterative_steps, self.current_step = max_pruning_ratio, iterative_steps, 0
-        self.root_module_types = tuple(root_module_types)
-        self.ignored_layers = [m for layer in ignored_layers or () for m in _parts(layer)]
-        kept = [path_of(model, layer) for layer in self.ignored_layers]
+    model: nn.Module
+    example_inputs: Any
+    importance: Callable[[Group], Tensor | None]
+    global_pruning: bool = False
+    pruning_ratio: float = 0.5
+    pruning_ratio_dict: Ratios | None = None
+    max_pruning_ratio: float = 1.0
+    iterative_steps: int = 1
+    iterative_pruning_ratio_scheduler: Callable[[float, int], Sequence[float]] = linear_scheduler
+    ignored_layers: Iterable[nn.Module | nn.Parameter] | None = None
+    round_to: int | None = None
+    isomorphic: bool = False
+    in_channel_groups: Any = None
+    out_channel_groups: Any = None
+    num_heads: dict[nn.Module, int] = field(default_factory=dict)
+    prune_num_heads: bool = False
+    prune_head_dims: bool = True
+    head_pruning_ratio: float = 0.0
+    head_pruning_ratio_dict: Ratios | None = None
+    customized_pruners: Mapping[type, BasePruningFunc] | None = None
+    unwrapped_parameters: Any = None
+    root_module_types: Sequence[type] = (_ConvNd, nn.Linear, nn.LSTM)
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    output_transform: Any = None
+    channel_groups: Any = None
+
+    def __post_init__(self) -> None:
+        given, share = vars(self), real(least=0, most=1)
+        require(given, model=MODEL, importance=function_of("group"), pruning_ratio=share, max_pruning_ratio=share)
+        require(given, iterative_steps=whole(1), round_to=whole(1).or_none, head_pruning_ratio=share)
+        ignored = [*(self.ignored_layers or ())]
+        layers = [layer for layer in ignored if isinstance(layer, nn.Module)]
+        self.ignored_layers = [part for layer in layers for part in layer.modules()]
         self.DG = DependencyGraph().build_dependency(
-            model,
-            example_inputs,
-            forward_fn=forward_fn,
-            customized_pruners=customized_pruners,
-            ignore_outputs=kept,
-            outputs=None,
-        )
-        self._schedule = iterative_pruning_ratio_scheduler
-        self._ratios = {False: (pruning_ratio, _by_layer(pruning_ratio_dict or {}))}
-        self._ratios[True] = head_pruning_ratio, _by_layer(head_pruning_ratio_dict or {})
-        without = {"groups", "experts", "" if prune_num_heads else "heads", "" if prune_head_dims else "head_size"}
-        self._axes = tuple(axis for axis in AXES if axis not in without)
+            self.model, self.example_inputs, self.forward_fn, customized_pruners=self.customized_pruners,
+            ignored_params=[each for each in ignored if isinstance(each, Tensor)], ignore_outputs=layers, outputs=None,
+        )  # fmt: skip
+        self.DG.after_removal.append(self._count_heads)
+        self.pruning_history, self.load_pruning_history = self.DG.pruning_history, self.DG.load_pruning_history
+        wanted = {"heads": self.prune_num_heads, "head_size": self.prune_head_dims, "groups": False, "experts": False}
+        self._axes = tuple(axis for axis in AXES if wanted.get(axis, True))
+        self._ratios = self.pruning_ratio, _by_layer(self.pruning_ratio_dict or {})
+        self._head_ratios = self.head_pruning_ratio, _by_layer(self.head_pruning_ratio_dict or {})
         self._first = {key: group.channels for group, key in keys_of(self.DG.graph.groups()).items()}
+        self._first_heads = {layer: (number, self._heads(layer)) for layer, number in self.num_heads.items()}
+        self._scores: dict[coupled.Group, Tensor] = {}
+        self.current_step = 0
         self.update_regularizer()
+
+    def _heads(self, layer: nn.Module) -> int:
+        made = f"{self.DG.graph.path_of(layer)}.weight", 0
+        groups = [group for group in self.DG.graph.groups() if group.axis == "heads"]
+        return math.prod(g.channels for g in groups if any((m.tensor, m.dim) == made for m in g.members))
+
+    def _count_heads(self) -> None:
+        for layer, (number, first) in self._first_heads.items():
+            self.num_heads[layer] = number * self._heads(layer) // first
 
     # -- which channels --------------------------------------------------------------------------------------------
 
@@ -129,48 +114,53 @@ class BasePruner:
         """The scores of a group's channels."""
         return self.importance(group)
 
-    def _now(self, key: coupled.Group, seen: Group) -> tuple[object, float]:
-        """The groups that this one competes with, and the share of them that is to be gone by now."""
-        heads = key.axis == "heads"
-        ratio, given = self._ratios[heads]
-        layers = [dep.layer for dep, _ in seen if dep.handler.out]
-        named, ratio = next((given[id(layer)] for layer in layers if id(layer) in given), (None, ratio))
-        alike = tuple(sorted((type(dep.layer).__name__, dep.handler.name) for dep, _ in seen))
-        scope = "heads" if heads else alike if self.isomorphic else "all"
-        share = self._schedule(ratio, self.iterative_steps)[self.current_step]
-        competing = id(key) if not self.global_pruning else scope if named is None else named
-        return competing, min(share, self.max_pruning_ratio)
-
-    def _numbers(self, groups: Iterable[coupled.Group]) -> dict[coupled.Group, tuple[int, Tensor]]:
-        """How many channels of each group go now, and the scores of them."""
-        scopes: dict[object, list[tuple[coupled.Group, Tensor, int, float]]] = {}
-        for group, key in keys_of(groups).items():
-            seen = self.DG.of(group)
-            made = (dep.layer for dep, _ in seen if dep.handler.out)
-            if group.axis in self._axes and any(isinstance(layer, self.root_module_types) for layer in made):
+    def _scored(self) -> Iterator[tuple[coupled.Group, Group, Tensor]]:
+        """The groups that layers of the root types make, as torch-pruning sees them, and their scores."""
+        for group, seen in [(group, self.DG.of(group)) for group in self.DG.graph.groups()]:
+            if seen.made_by(self.root_module_types):
                 scores = self.estimate_importance(seen)
-                if scores is not None:
-                    scope, ratio = self._now(group, seen)
-                    known = group, scores.detach().double().cpu(), self._first.get(key, group.channels), ratio
-                    scopes.setdefault(scope, []).append(known)
-        going_and_scores: dict[coupled.Group, tuple[int, Tensor]] = {}
-        for members in scopes.values():
-            joined = torch.cat([scores for _, scores, _, _ in members])
-            heads, ratio = members[0][0].axis == "heads", members[0][-1]
-            left = int(sum(first for _, _, first, _ in members) * (1 - ratio))
-            count = math.ceil(ratio * len(joined)) if heads else len(joined) - left
-            threshold = joined.sort().values[min(count, len(joined)) - 1] if count > 0 else -math.inf
-            for group, scores, first, _ in members:
-                going = max(0, count) if len(members) == 1 else int((scores <= threshold).sum())
-                going_and_scores[group] = self._rounded(going, group.channels, first), scores
-        return going_and_scores
+                if scores is not None and len(scores):
+                    yield group, seen, scores.detach()
 
-    def _rounded(self, going: int, channels: int, first: int) -> int:
+    def _asked(self, group: coupled.Group, seen: Group, alone: Hashable) -> tuple[Hashable, float]:
+        """What groups that compete with this one have in common, and the share of them that is to be gone by now."""
+        ratio, given = self._head_ratios if group.axis == "heads" else self._ratios
+        named, ratio = next((given[id(la)] for la in seen.made_by([object]) if id(la) in given), (None, ratio))
+        alike = tuple(sorted((type(dep.layer).__name__, dep.handler.name) for dep, _ in seen))
+        rivals = group.axis == "heads", named, alike if self.isomorphic and named is None else ""
+        share = self.iterative_pruning_ratio_scheduler(ratio, self.iterative_steps)[self.current_step]
+        return rivals if self.global_pruning else alone, min(share, self.max_pruning_ratio)
+
+    def _kept(self) -> dict[coupled.Group, int]:
+        """How many channels each group keeps now: of all that compete, those with the lowest scores go."""
+        graph = self.DG.graph
+        keys, groups = keys_of(graph.groups()), graph.groups()
+        together = {groups[number]: balanced.groups for balanced in graph.balanced() for number in balanced.groups}
+        first = {group: self._first.get(key, group.channels) for group, key in keys.items()}
+        scored = [(group, seen, scores) for group, seen, scores in self._scored() if group.axis in self._axes]
+        self._scores = {group: scores.double().cpu() for group, _, scores in scored}
+        asked = {group: self._asked(group, seen, together.get(group, group)) for group, seen, _ in scored}
+        before, now = Counter[Hashable](), Counter[Hashable]()
+        for group, (rivals, _) in asked.items():
+            before[rivals], now[rivals] = before[rivals] + first[group], now[rivals] + group.channels
+
+        def ratio(group: coupled.Group) -> float:
+            rivals, share = asked.get(group, (None, 0.0))
+            total = max(1, now[rivals])
+            going = math.ceil(share * total) if group.axis == "heads" else total - int(before[rivals] * (1 - share))
+            return max(0, min(going, total - 1)) / total
+
+        options = PlanOptions(ratio=ratio, scope=lambda group: asked.get(group, (0,))[0], axes=self._axes, round_to=1)
+        kept = decide_channels(graph, options, Ranking(graph, PerLayer(self._score, "none"))).kept
+        return {group: self._rounded(kept.get(group, group.channels), group.channels, first[group]) for group in keys}
+
+    def _score(self, group: coupled.Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self._scores.get(group, torch.zeros(group.channels))
+
+    def _rounded(self, left: int, channels: int, first: int) -> int:
         least = max(1, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9))
-        left = max(channels - going, min(least, channels))
-        if self.round_to and going:
-            left -= left % self.round_to
-        return channels - left if left > 0 else 0
+        left = max(left, min(least, channels))
+        return left - (left % self.round_to if self.round_to and left < channels else 0) or channels
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -179,162 +169,93 @@ class BasePruner:
         self.current_step += 1
         if self.current_step > self.iterative_steps:
             raise ValueError(f"All {self.iterative_steps} steps were taken. Make a new pruner to go further.")
-        numbers: dict[coupled.Group, tuple[int, Tensor]] = {}
+        left: dict[coupled.Group, float] = {}
 
-        def known(group: coupled.Group) -> tuple[int, Tensor]:
-            if group not in numbers:  # groups are made anew where the engine finds that more has to stay
-                numbers.update({each: (0, torch.zeros(each.channels)) for each in self.DG.graph.groups()})
-                numbers.update(self._numbers(self.DG.graph.groups()))
-            return numbers[group]
+        def ratio(group: coupled.Group) -> float:
+            if group not in left:  # groups are made anew where the engine finds that more has to stay
+                shares = {each: kept / each.channels for each, kept in self._kept().items()}
+                left.update(left_together(self.DG.graph, shares))
+            return 1 - left[group]
 
-        options = PlanOptions(
-            ratio=lambda group: known(group)[0] / group.channels,
-            importance=lambda group, tensors: known(group)[1],
-            axes=self._axes,
-            round_to=1,
-        )
+        options = PlanOptions(ratio=ratio, importance=self._score, axes=self._axes, round_to=1)
         chosen = decide(self.DG.graph, options).chosen
         if interactive:
-            parts = [self.DG.of(g, chosen) for g in self.DG.graph.groups() if np.isin(g.components, chosen).any()]
-            return iter(parts)
+            return iter([self.DG.of(g, chosen) for g in self.DG.graph.groups() if np.isin(g.components, chosen).any()])
         if len(chosen):
             self.DG.carry_out(chosen, "plan")
         return None
 
-    def manual_prune_width(self, layer: Any, pruning_fn: Any, pruning_ratios_or_idxs: Any) -> None:
-        """Remove channels of one layer: a list of indices, or the share that is to go, the lowest scores first."""
-        if isinstance(pruning_ratios_or_idxs, float):
-            group = self.DG.get_pruning_group(layer, pruning_fn, range(1 << 30))
-            scores = self.estimate_importance(group)
-            assert scores is not None
-            lowest = scores.argsort()[: int(len(scores) * pruning_ratios_or_idxs)]
-            pruning_ratios_or_idxs = [sorted(set(group[0].root_idxs))[number] for number in lowest]
-        self.DG.get_pruning_group(layer, pruning_fn, pruning_ratios_or_idxs).prune()
-
-    def pruning_history(self) -> History:
-        """What was removed: see `DependencyGraph.pruning_history`."""
-        return self.DG.pruning_history()
-
-    def load_pruning_history(self, pruning_history: History) -> None:
-        """Remove again what a history says."""
-        self.DG.load_pruning_history(pruning_history)
-
     # -- sparse training -------------------------------------------------------------------------------------------
 
     def update_regularizer(self) -> None:
-        """Find the groups anew after a step."""
-        all_groups = (
-            [] if type(self) is BasePruner else self.DG.get_all_groups(root_module_types=self.root_module_types)
-        )
-        self._groups = list(all_groups)
+        """Begin anew after a step; only `GrowingRegPruner` has to."""
 
-    def _pull(self, group: Iterable[Any], strength: Tensor, bias: bool) -> None:
+    def _pull(self, strengths: Mapping[Group, Tensor], model: nn.Module, bias: bool) -> None:
         """Add each channel's strength times its weights to the gradients."""
-        for item in group:
-            layer, handler = item.dep.layer, item.dep.handler
-            if kind_of(layer) not in ("conv", "linear", "batchnorm"):
-                continue
-            for tensor in (layer.weight, layer.bias if bias and handler.out else None):
-                if tensor is None or tensor.grad is None:
-                    continue
-                dim = dim_of(layer, handler.out) if tensor is layer.weight else 0
-                idxs = torch.tensor(item.idxs, device=tensor.device)
-                own = strength.cpu()[item.root_idxs].to(tensor.device, tensor.dtype)
-                rows = tensor.detach().index_select(dim, idxs).movedim(dim, -1) * own
-                tensor.grad.index_add_(dim, idxs, rows.movedim(-1, dim))
+        counted = {name for group in strengths for name in group.weights(("conv", "linear", "batchnorm"), bias)}
+        each = {group.coupled: strength for group, strength in strengths.items()}
+        add_gradient(ChannelDecay(self.DG.graph, each, counted), model)
 
 
+@dataclass(eq=False, repr=False)
 class BNScalePruner(BasePruner):
     """Pulls the scales of batch norms to zero (Network Slimming); ``reg`` is the strength."""
 
-    def __init__(self, *args: Any, reg: float = 1e-5, group_lasso: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.reg, self.group_lasso = reg, group_lasso
+    _: KW_ONLY
+    reg: float = 1e-5
+    group_lasso: bool = False
 
-    @torch.no_grad()
     def regularize(self, model: nn.Module, reg: float | None = None, bias: bool = False) -> None:
         """Add the penalty's gradient; call it between ``backward`` and the optimizer's step."""
-        strength = self.reg if reg is None else reg
-        if self.group_lasso:
-            self._pull_groups(strength, bias)
-            return
-        ignored = {id(layer) for layer in self.ignored_layers}
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine and id(m) not in ignored]
-        for norm in norms:
-            if norm.weight.grad is not None:
-                norm.weight.grad.add_(norm.weight.sign(), alpha=strength)
-
-    def _pull_groups(self, strength: float, bias: bool) -> None:
-        """Pull the scales of each group together, by the root of their mean square."""
-        for group in self._groups:
-            scales = [item for item in group if isinstance(item.dep.layer, _BatchNorm)]
-            if scales:
-                squares = torch.zeros(len(group[0].idxs))
-                for item in scales:
-                    squares.index_add_(0, torch.tensor(item.root_idxs), item.dep.layer.weight[item.idxs].cpu().square())
-                self._pull(scales, strength / (squares / len(scales) + 1e-9).sqrt(), bias)
+        graph, strength = self.DG.graph, self.reg if reg is None else reg
+        scales = norm_scales(graph, ("batch_norm",))
+        alone = NormScalePenalty(graph, strength)
+        add_gradient(GroupLasso(graph, strength, parameters=scales) if self.group_lasso else alone, model)
 
 
+@dataclass(eq=False, repr=False)
 class GroupNormPruner(BasePruner):
     """Pulls the channels of a group to zero, the least important ones most (DepGraph); ``reg`` is the strength."""
 
-    def __init__(self, *args: Any, reg: float = 1e-4, alpha: float = 4, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.reg, self.alpha = reg, alpha
+    _: KW_ONLY
+    reg: float = 1e-4
+    alpha: float = 4
 
-    @torch.no_grad()
     def regularize(self, model: nn.Module, alpha: float = 2**4, bias: bool = False) -> None:
         """Add the penalty's gradient; call it between ``backward`` and the optimizer's step."""
-        for group in self._groups:
-            scores = self.estimate_importance(group)
-            if scores is None:
-                continue
-            roots = scores.sqrt()
-            spread = (roots.max() - roots) / (roots.max() - roots.min())
-            if not bool(spread.isnan().any()):
-                self._pull(group, self.reg * alpha**spread, bias)
+        scored = ((seen, scores.sqrt()) for _, seen, scores in self._scored())
+        self._pull({seen: self.reg * shrinkage(roots, math.log2(alpha)) for seen, roots in scored}, model, bias)
 
 
+@dataclass(eq=False, repr=False)
 class GrowingRegPruner(BasePruner):
     """Weight decay on the channels of a group that grows with each `update_reg`, fastest for the least important."""
 
-    def __init__(self, *args: Any, reg: float = 1e-5, delta_reg: float = 1e-5, **options: Any) -> None:
-        self.base_reg, self.delta_reg = reg, delta_reg
-        super().__init__(*args, **options)
+    _: KW_ONLY
+    reg: float = 1e-5
+    delta_reg: float = 1e-5
 
     def update_regularizer(self) -> None:
-        """Find the groups anew after a step, and begin with the first strength."""
-        super().update_regularizer()
-        self.group_reg = {id(group): torch.full((len(group[0].idxs),), self.base_reg) for group in self._groups}
+        """Begin with the first strength after a step."""
+        groups = self.DG.get_all_groups(root_module_types=self.root_module_types)
+        self.group_reg = {group: torch.full((group.coupled.channels,), self.reg) for group in groups}
 
-    @torch.no_grad()
     def update_reg(self) -> None:
         """Let the strengths grow."""
-        for group in self._groups:
+        for group, strength in self.group_reg.items():
             scores = self.estimate_importance(group)
-            if scores is None:
-                continue
-            lacking = (scores.max() - scores) / (scores.max() - scores.min() + 1e-8)
-            self.group_reg[id(group)] = self.group_reg[id(group)] + self.delta_reg * lacking.cpu()
+            if scores is not None:
+                self.group_reg[group] = strength + self.delta_reg * lack(scores.detach().cpu())
 
-    @torch.no_grad()
     def regularize(self, model: nn.Module, bias: bool = False) -> None:
         """Add the penalty's gradient; call it between ``backward`` and the optimizer's step."""
-        for group in self._groups:
-            self._pull(group, self.group_reg[id(group)], bias)
+        self._pull(self.group_reg, model, bias)
 
 
 MetaPruner = MagnitudePruner = BasePruner
 
 
-def _parts(layer: nn.Module | nn.Parameter) -> list[Any]:
-    return list(layer.modules()) if isinstance(layer, nn.Module) else [layer]
-
-
-def _by_layer(given: Mapping[Any, float]) -> dict[int, tuple[object, float]]:
-    """For each module: what its key is, and the ratio."""
-    by_module: dict[int, tuple[object, float]] = {}
-    for number, (key, ratio) in enumerate(given.items()):
-        for layer in key if isinstance(key, tuple) else (key,):
-            by_module |= {id(module): (number, ratio) for module in layer.modules()}
-    return by_module
+def _by_layer(given: Ratios) -> dict[int, tuple[int, float]]:
+    """For each module: the number of its key, and the ratio."""
+    keys = ((number, key if isinstance(key, tuple) else (key,)) for number, key in enumerate(given))
+    return {id(part): (number, [*given.values()][number]) for number, key in keys for m in key for part in m.modules()}

@@ -24,18 +24,18 @@ def count_params(module: nn.Module) -> int:
 
 def count_ops_and_params(model: nn.Module, example_inputs: Any, layer_wise: bool = False) -> tuple[Any, ...]:
     """Multiply-accumulates of convolutions and matrix products, and parameters; with `layer_wise`, also by module."""
-    total = cost(model, example_inputs)
     if not layer_wise:
-        return total.macs, total.params
+        return (total := cost(model, example_inputs)).macs, total.params
     graph = DependencyGraph(model, example_inputs)
     layers = count_layers(graph.model, graph.trace, graph.channels, lambda axis: axis.size)
-    inside = {path: [each for name, each in layers.items() if f"{name}.".startswith(f"{path}." if path else "")]
-              for path, _ in model.named_modules()}  # fmt: skip
+    inside = {
+        module: [each for name, each in layers.items() if f".{name}.".startswith(f".{path}." if path else "")]
+        for path, module in model.named_modules()
+    }
     macs, params = (
-        {module: sum(getattr(each, kind) for each in inside[path]) for path, module in model.named_modules()}
-        for kind in ("macs", "params")
+        {m: sum(getattr(e, kind) for e in each) for m, each in inside.items()} for kind in ("macs", "params")
     )
-    return total.macs, total.params, macs, params
+    return macs[model], params[model], macs, params
 
 
 def measure_latency(model: nn.Module, example_inputs: Any, repeat: int = 300, warmup: int = 50) -> tuple[float, float]:
@@ -45,16 +45,13 @@ def measure_latency(model: nn.Module, example_inputs: Any, repeat: int = 300, wa
     return float(seconds.mean() * 1e3), float(seconds.std() * 1e3)
 
 
+def _after(model: nn.Module) -> None:
+    lines = difflib.unified_diff(_printed.pop().splitlines(), str(model).splitlines(), "before", "after", "", "", 0, "")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
 benchmark = SimpleNamespace(measure_latency=measure_latency)
 _printed: list[str] = []
-
-
-def _after(model: nn.Module) -> None:
-    before, after = _printed.pop().splitlines(), str(model).splitlines()
-    for line in difflib.unified_diff(before, after, "before", "after", lineterm="", n=0):
-        sys.stdout.write(f"{line}\n")
-
-
 # torch-pruning's way to print what became of the layers.
 print_tool = SimpleNamespace(before_pruning=lambda model: _printed.append(str(model)), after_pruning=_after)
 
@@ -65,8 +62,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         path: {name: value for name, value in vars(module).items() if type(value) in (int, float, str, bool)}
         for path, module in model.named_modules()
     }
-    plans = [plan.to_json() for plan in plans_of(model)]
-    return {"tensors": model.state_dict(), "plans": plans, "attributes": plain}
+    return {"tensors": model.state_dict(), "plans": [plan.to_json() for plan in plans_of(model)], "attributes": plain}
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:

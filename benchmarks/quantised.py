@@ -64,8 +64,8 @@ class Loaded(nn.Module):
         return torch.from_numpy(np.array(self._run({"x": x.numpy()})[0]))
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in cifar.batches(images, labels, 250))
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> float:
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in cifar.batches(images, labels, size))
     return 100 * right / len(labels)
 
 
@@ -78,32 +78,45 @@ def onnx_files(models: dict[str, nn.Module], data: list[Tensor], folder: Path) -
     return files
 
 
-def packages(models: dict[str, nn.Module], data: list[Tensor], folder: Path) -> dict[str, nn.Module]:
-    """Each network compiled by AOTInductor; integers are torchao's."""
-    x = data[0][:2]
+def programs(models: dict[str, nn.Module], data: list[Tensor], folder: Path) -> dict[str, nn.Module]:
+    """Each network as AOTInductor is to compile it; integers are torchao's."""
     held = dict(models)
     for name, of in ((INT8, DENSE), (BOTH, RECOVERED)):
-        small = structprune.quantize(models[of], folder / f"{name}-program.pt2", x, data, backend="torchao")
-        held[name] = structprune.torch_model(small.path)
-    files = {name: folder / f"{name}.pt2" for name in held}
-    for name, model in held.items():
-        structprune.export_aotinductor(model, files[name], x)
-    return {name: structprune.torch_model(file) for name, file in files.items()}
+        file = folder / f"{name}-program.pt2"
+        held[name] = structprune.torch_model(
+            structprune.quantize(models[of], file, data[0][:2], data, backend="torchao").path
+        )
+    return held
 
 
-def measured(models: dict[str, nn.Module], images: Tensor, labels: Tensor) -> dict[str, dict[str, Any]]:
-    """Accuracy and milliseconds of each, timed in turns on one thread."""
-    # OpenVINO's calls wait on another thread, so its time is the process's as well.
-    times = structprune.benchmark(
-        models, images[:8], batch_sizes=BATCHES, threads=1, runs=RUNS, clock="process", memory=False, explanations=False
-    )
-    medians = {(each.model, each.batch_size): 1e3 * each.median for each in times.timings}
+def package(model: nn.Module, images: Tensor, file: Path) -> nn.Module:
+    """Compiled by AOTInductor for as many images."""
+    return structprune.torch_model(structprune.export_aotinductor(model, file, images, dynamic_batch=False).path)
+
+
+def measured(
+    models: dict[int, dict[str, nn.Module]], images: Tensor, labels: Tensor, size: int = 250
+) -> dict[str, dict[str, Any]]:
+    """Accuracy and milliseconds of each, timed in turns on one thread.
+
+    Args:
+        models: by the size of a batch, and by name.
+        images: to classify.
+        labels: what they are.
+        size: of the batches on which accuracy is measured.
+    """
+    medians: dict[tuple[str, int], float] = {}
+    for batch in BATCHES:
+        # OpenVINO's calls wait on another thread, so its time is the process's as well.
+        options = {"threads": 1, "runs": RUNS, "clock": "process", "memory": False, "explanations": False}
+        times = structprune.benchmark(models[batch], images[:batch], **options)
+        medians |= {(each.model, batch): 1e3 * each.median for each in times.timings}
     return {
         name: {
-            "accuracy": accuracy(model, images, labels),
-            "milliseconds": {str(size): medians[name, size] for size in BATCHES},
+            "accuracy": accuracy(model, images, labels, size),
+            "milliseconds": {str(batch): medians[name, batch] for batch in BATCHES},
         }
-        for name, model in models.items()
+        for name, model in models[BATCHES[-1]].items()
     }
 
 
@@ -131,10 +144,15 @@ def chain(folder: Path, count: int, tested: int) -> dict[str, Any]:
     for name in ("onnxruntime", "openvino"):
         if find_spec(name):
             loaded = {file: Loaded(RUNTIMES[name].load(path, 1)) for file, path in files.items()}
-            found[name] = measured(loaded, images, labels)
+            found[name] = measured(dict.fromkeys(BATCHES, loaded), images, labels)
             say(f"measured in {TITLES[name]}")
     if find_spec("torchao") and not compiler_lacking():
-        found["aotinductor"] = measured(packages(nets, data, folder), images, labels)
+        held = programs(nets, data, folder)
+        compiled = {
+            size: {name: package(net, images[:size], folder / f"{name}-{size}.pt2") for name, net in held.items()}
+            for size in BATCHES
+        }
+        found["aotinductor"] = measured(compiled, images, labels, BATCHES[-1])
         say("measured by AOTInductor")
     return {
         "images": count,
@@ -234,8 +252,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         "training images without labels: the same ones choose channels, recover and calibrate. Accuracy on the first "
         f"{result['tested']:,} test images (standard error about {error:.1f} points; all rows see the same images). "
         "Files are ONNX; int8 is `structprune.quantize`: by ONNX Runtime in the file that ONNX Runtime and OpenVINO "
-        "run, by torchao in AOTInductor, which compiles programs of `torch.export` and whose packages hold code beside "
-        f"the weights. Milliseconds of CPU time on one thread, medians of {RUNS} runs in turns, at a batch of "
+        "run, by torchao in AOTInductor, which compiles programs of `torch.export` into packages for one size of batch "
+        f"that hold code beside the weights. Milliseconds of CPU time on one thread, medians of {RUNS} runs in turns, at a batch of "
         f"{' and of '.join(map(str, BATCHES))}.",
         "",
         "| | bytes | x smaller | "

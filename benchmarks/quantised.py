@@ -253,8 +253,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"{result['tested']:,} test images (standard error about {error:.1f} points; all rows see the same images). "
         "Files are ONNX; int8 is `structprune.quantize`: by ONNX Runtime in the file that ONNX Runtime and OpenVINO "
         "run, by torchao in AOTInductor, which compiles programs of `torch.export` into packages for one size of batch "
-        f"that hold code beside the weights. Milliseconds of CPU time on one thread, medians of {RUNS} runs in turns, at a batch of "
-        f"{' and of '.join(map(str, BATCHES))}.",
+        f"that hold code beside the weights. Milliseconds of CPU time on one thread, medians of {RUNS} runs in turns, "
+        f"at a batch of {' and of '.join(map(str, BATCHES))}.",
         "",
         "| | bytes | x smaller | "
         + " | ".join(f"{TITLES[name]}: accuracy | batch 1, ms | batch 8, ms" for name in result["runtimes"])
@@ -297,6 +297,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["images", "language"], help="the other figures stay as they are")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantised.json")
     args = parser.parse_args()
+    if args.tested % BATCHES[-1]:
+        parser.error(f"--tested is {args.tested}; packages take {BATCHES[-1]} images at a time, so give a multiple")
     torch.set_num_threads(1)
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.only else {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

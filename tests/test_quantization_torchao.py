@@ -57,6 +57,29 @@ def test_weights_and_activations_of_a_pruned_network(pruned, tmp_path, ranges):
     assert len(json.loads(facts["structprune.plans"])) == 1
 
 
+class Residual(nn.Module):
+    """A block that calls one ReLU twice, as those of torchvision do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")  # an operation of its own in front
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn1, self.bn2, self.relu = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + x)
+
+
+@needs_torchao
+def test_a_module_may_be_called_more_than_once(tmp_path):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(Residual(), Residual()), batches(2, 8, 6, 6)
+    found = structprune.quantize(model, tmp_path / "q.pt2", data[0], data, backend="torchao")
+    assert (found.layers, found.left) == (4, 0)
+    assert 1e-3 < found.max_relative_error < 0.1
+
+
 @needs_torchao
 @pytest.mark.parametrize(
     ("scheme", "off", "narrow"),

@@ -73,7 +73,7 @@ def _static(
             "or take 'int8_dynamic'"
         )
     pt2e = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
-    prepared = pt2e.prepare_pt2e(program_of(model, free).module(), _quantizer(ranges))
+    prepared = pt2e.prepare_pt2e(_calls_apart(program_of(model, free).module()), _quantizer(ranges))
     for batch in batches:
         try:
             prepared(*tensors(as_call(batch)))
@@ -87,6 +87,22 @@ def _static(
     dims: Any = torch.export.Dim.DYNAMIC
     shapes = tuple(dict.fromkeys(each, dims) or None for each in free.dims) if any(free.dims) else None
     return torch.export.export(converted, traced, dynamic_shapes=shapes), _counts(converted)
+
+
+def _calls_apart(program: Any) -> GraphModule:
+    """The calls of one module told apart, in place.
+
+    torchao takes what stands under one path for one layer with one result, and refuses a ReLU that a residual block
+    calls twice. Torch keeps the modules around each operation as ``{"L__self__relu@1": ("relu", type)}``: the key
+    counts the calls, the path does not.
+    """
+    for node in program.graph.nodes:
+        modules = node.meta.get("nn_module_stack")
+        if modules:
+            key, (path, kind) = list(modules.items())[-1]
+            _, at, call = key.rpartition("@")
+            node.meta["nn_module_stack"] = {**modules, key: (f"{path}{at}{call}" if at else path, kind)}
+    return program
 
 
 def _quantizer(ranges: str) -> Any:

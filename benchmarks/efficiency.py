@@ -4,7 +4,8 @@ Everything is left at its default: ``structprune.plan(model, images, target={"ma
 many MACs, its widths as they come and rounded to 8 and 16. All models run in turns on one thread, and what counts is
 the time of this process on the CPU, since others use the machine too. Run from the root:
 ``python benchmarks/efficiency.py``; ``--models mobilenet_v2 --batches 1 --runs 3 --backends onnxruntime`` is over in a
-minute. Results are written after each model and batch.
+minute. Results are written after each model and batch; those of other models and batches stay, if the runs and
+versions are the same.
 """
 
 from __future__ import annotations
@@ -165,10 +166,14 @@ def main() -> None:
     make_torchvision_importable()
     torch.set_num_threads(1)
     data: dict[str, Any] = {"runs": args.runs, "versions": environment(), "parts": []}
+    before = json.loads(args.out.read_text()) if args.out.exists() else data
+    if all(before[key] == data[key] for key in ("runs", "versions")):
+        data = before
     for name in args.models:
         models = networks(name, args.macs)
         for batch in args.batches:
-            data["parts"].append(measure(name, models, batch, args))
+            others = [part for part in data["parts"] if (part["network"], part["batch_size"]) != (name, batch)]
+            data["parts"] = [*others, measure(name, models, batch, args)]
             args.out.write_text(json.dumps(data, indent=1) + "\n")
             args.out.with_suffix(".md").write_text(report(data))
             print("\n".join(details(data["parts"][-1])), flush=True)

@@ -1,0 +1,155 @@
+"""One direction of one recurrent layer, solved by least squares on the steps of all batches.
+
+In front of its activation a gate is linear in the input of the step and in the state of the step before. With hidden or
+input channels removed, each kept gate is solved to be, on what is left of both, what it is in the original. At first
+the states before are the original's (teacher forcing): the kept part of them is what the smaller network would have if
+all were well. Then they are its own, so that it makes up for what its states lack. Of what it was and of both solutions
+the one is kept whose states, run by itself over sequences that it was not solved on, are nearest to the original's.
+
+The new part of a GRU's state is made of its input and, behind a gate, of the state before: each is solved by itself. A
+projection is solved on the hidden channels that the solved gates give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from structprune.distributed import all_reduced
+from structprune.recovery.layer_solver import CHUNK
+from structprune.recovery.least_squares import NormalEquations, best_ridge
+from structprune.recovery.linear_maps import with_intercept
+from structprune.recovery.recurrent_calls import Cell, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class CellBatch:
+    """One direction of one layer on one batch of data, in the pruned network and in the original.
+
+    Rows are turned for the direction that runs backwards, so that each follows from those before it.
+
+    Attributes:
+        layout: of the rows.
+        x, first: input and first states in the pruned network.
+        goal: what the original's gates are, in front of their activations, of the kept channels: the part that its
+            input makes, and the part that its state makes; ``(rows, gates * kept)`` each.
+        before: the original's states before each row, kept channels alone, ``(rows, kept)``.
+        states: its states, kept channels alone, ``(rows, kept)``.
+        train, held_out: rows to solve on, and to choose by.
+    """
+
+    layout: Layout
+    x: Tensor
+    first: list[Tensor]
+    goal: tuple[Tensor, Tensor]
+    before: Tensor
+    states: Tensor
+    train: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Equations:
+    """Gates that are solved together, rows ``start`` to ``stop``: what the input makes of them, the state, or both."""
+
+    start: int
+    stop: int
+    by_input: bool
+    by_state: bool
+
+
+def _equations(cell: Cell) -> list[_Equations]:
+    """What is solved together: of a GRU, the new part of the state (the last gate) is two sums."""
+    end = cell.gates * cell.hidden
+    if cell.name != "gru":
+        return [_Equations(0, end, by_input=True, by_state=True)]
+    new = 2 * cell.hidden
+    return [
+        _Equations(0, new, by_input=True, by_state=True),
+        _Equations(new, end, by_input=True, by_state=False),
+        _Equations(new, end, by_input=False, by_state=True),
+    ]
+
+
+def solve_cell(start: Cell, batches: list[CellBatch], ridges: list[float]) -> Cell:
+    """The best of a cell as it is, solved on the original's states, and solved again on its own."""
+    best, least = start, _state_error(start, batches)
+    cell = start
+    for own in (False, True):
+        before = [b.layout.shifted(cell.run(b.x, b.first, b.layout), b.first[0]) if own else b.before for b in batches]
+        cell = _with_gates(cell, batches, before, ridges)
+        if cell.projection is not None:
+            cell = _with_projection(cell, batches, before, ridges)
+        error = _state_error(cell, batches)
+        if error < least:
+            best, least = cell, error
+    return best
+
+
+def _state_error(cell: Cell, batches: list[CellBatch]) -> float:
+    """Squared error of the states on the rows that are not solved on, when the cell runs by itself."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for batch in batches:
+        states = cell.run(batch.x, batch.first, batch.layout)[batch.held_out]
+        total += (states - batch.states[batch.held_out]).double().square().sum().cpu()
+    return float(all_reduced(total))
+
+
+def _with_gates(cell: Cell, batches: list[CellBatch], before: list[Tensor], ridges: list[float]) -> Cell:
+    """The cell whose gates are solved, with these states before each row."""
+    into, again, biases = cell.into.clone(), cell.again.clone(), [bias.clone() for bias in cell.biases]
+    for equations in _equations(cell):
+        some = slice(equations.start, equations.stop)
+        chosen = [part for part, used in enumerate((equations.by_input, equations.by_state)) if used]
+        rows: list[tuple[Tensor, Tensor, CellBatch]] = []
+        for batch, states in zip(batches, before, strict=True):
+            x = [(batch.x, states)[part] for part in chosen]
+            ours = (cell.from_input(batch.x), cell.from_state(states))
+            missing = sum((batch.goal[part][:, some] - ours[part][:, some] for part in chosen), torch.zeros(()))
+            rows.append((torch.cat(x, 1), missing, batch))
+        solution, ridge = _least_squares(rows, bool(biases))
+        ridges.append(ridge)
+        if biases:
+            solution, shift = solution[:-1], solution[-1]
+            biases[chosen[0]][some] += shift.to(into.dtype)
+        widths = [(into, again)[part].shape[1] for part in chosen]
+        for part, change in zip(chosen, solution.split(widths), strict=True):
+            (into, again)[part][some] += change.T.to(into.dtype)
+    return replace(cell, into=into, again=again, biases=tuple(biases))
+
+
+def _with_projection(cell: Cell, batches: list[CellBatch], before: list[Tensor], ridges: list[float]) -> Cell:
+    """The cell whose projection is solved, with these states before each row."""
+    assert cell.projection is not None
+    rows: list[tuple[Tensor, Tensor, CellBatch]] = []
+    for batch, states in zip(batches, before, strict=True):
+        gates = cell.from_input(batch.x) + cell.from_state(states)
+        hidden = cell.before_projection(gates, batch.first[1], batch.layout)
+        rows.append((hidden, batch.states - hidden @ cell.projection.T, batch))
+    solution, ridge = _least_squares(rows, free=False)
+    ridges.append(ridge)
+    return replace(cell, projection=cell.projection + solution.T.to(cell.projection.dtype))
+
+
+def _least_squares(rows: list[tuple[Tensor, Tensor, CellBatch]], free: bool) -> tuple[Tensor, float]:
+    """What to add to a matrix ``(features, outputs)``, and the ridge; zeros if that helps at none.
+
+    Args:
+        rows: features, what the results lack, and the batch, whose rows are those to solve on and to choose by.
+        free: whether an intercept, the last feature, is solved for.
+    """
+    features, outputs = rows[0][0].shape[1] + free, rows[0][1].shape[1]
+    sums = [NormalEquations.zeros(1, features, outputs, rows[0][0].device) for _ in range(2)]
+    for x, missing, batch in rows:
+        for part, chosen in zip(sums, (batch.train, batch.held_out), strict=True):
+            for some in chosen.split(max(1, CHUNK // max(features, outputs))) if len(chosen) else ():
+                each = x[some].double()[None]
+                part.add(with_intercept(each) if free else each, missing[some].double()[None])
+    for each in sums:
+        each.reduce()
+    train, held_out = sums
+    ridge, _ = best_ridge(train, held_out, int(free))
+    solution = train.solve(ridge, int(free)) if ridge else None
+    return (torch.zeros_like(train.xy) if solution is None else solution)[0], ridge

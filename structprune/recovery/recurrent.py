@@ -6,96 +6,29 @@ of the call are brought to what the new weights give, so that the layers behind 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import all_reduced
 from structprune.ops.arguments import bind
-from structprune.ops.recurrent import GATES
 from structprune.ops.relations import Axis
 from structprune.recovery.candidates import HeldOut
 from structprune.recovery.layer_solver import drawn_positions
-from structprune.recovery.layers import changed_operations, kept_indices, owned_name
+from structprune.recovery.layers import kept_indices
 from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.recurrent_calls import Cell, RecurrentCall
 from structprune.recovery.recurrent_cells import CellBatch, solve_cell
+from structprune.recovery.recurrent_consumers import RecurrentLayers
 from structprune.recovery.report import LayerRecovery
 
 ALONE = "it is recurrent: its states depend on each other step by step"
 NOISE = 64  # times the precision: a relative error that is rounding over many steps
-CELLS = frozenset(f"{name}_cell" for name in GATES)
-
-
-@dataclass(frozen=True, slots=True)
-class RecurrentLayers:
-    """A call of a stack of recurrent layers that is solved.
-
-    Attributes:
-        node: number of the operation.
-        parameters: their names, in torch's order.
-        layer: path of the module that holds them.
-        refused: why it cannot be solved; empty if it can.
-        sorted_by: number of the operation that sorts the samples for packing; None if none does.
-    """
-
-    node: int
-    parameters: tuple[str, ...]
-    layer: str
-    refused: str = ""
-    sorted_by: int | None = None
-
-
-def recurrent_layers(
-    graph: ChannelGraph, removed: Mask, begins: Collection[fx.Node] = (), without: Collection[fx.Node] = ()
-) -> list[RecurrentLayers]:
-    """The recurrent layers to solve once channels or operations are removed, as for `layers.consumers`."""
-    changed = changed_operations(graph, removed, begins)
-    nodes = [node for node in graph.trace.nodes if node in changed and node not in without]
-    found = [_as_recurrent(node) for node in nodes if node.meta["name"] in GATES]
-    steps = [node for node in nodes if node.meta["name"] in CELLS]
-    cells = {name: node for node in reversed(steps) for name in _parameters(node)[:1]}
-    why = "its steps are a loop of the forward, which is not followed; a layer such as torch.nn.LSTM is solved"
-    return [*found, *(RecurrentLayers(n.meta["index"], (), name.rpartition(".")[0], why) for name, n in cells.items())]
-
-
-def _as_recurrent(node: fx.Node) -> RecurrentLayers:
-    """A call of recurrent layers, and why it cannot be solved if it cannot."""
-    names, number = _parameters(node), node.meta["index"]
-    layer = next((name.rpartition(".")[0] or name for name in names), node.name)
-    lists = [arg for arg in node.args[2:4] if isinstance(arg, (tuple, list))]
-    if node.kwargs or not lists:
-        return RecurrentLayers(number, (), layer, "its arguments are given by name")
-    own = [owned_name(weight) for weight in lists[-1]]
-    if None in own:
-        return RecurrentLayers(number, (), layer, "its weights are computed, or used in several places")
-    return RecurrentLayers(number, tuple(map(str, own)), layer, sorted_by=_sorting(node))
-
-
-def _parameters(node: fx.Node) -> list[str]:
-    """Names of the tensors that it takes from the model."""
-    return [str(n.target) for n in node.all_input_nodes if n.meta["name"] == "parameter"]
-
-
-def _sorting(node: fx.Node) -> int | None:
-    """The number of the ``index_select`` by which `torch.nn.utils.rnn.pack_padded_sequence` sorts samples, if it does.
-
-    The operations are ``index_select``, ``_pack_padded_sequence``, its first part, and the layer.
-    """
-    at: object = node
-    for name in ("part", "_pack_padded_sequence", "index_select"):
-        at = at.args[0] if isinstance(at, fx.Node) else None
-        if not isinstance(at, fx.Node) or at.meta["name"] != name:
-            return None
-    return at.meta["index"] if isinstance(at, fx.Node) else None
-
-
-# -- solving ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +38,15 @@ class _Run:
     Attributes:
         ours, goal: in the pruned network and in the original.
         states: the original's result as rows, kept channels alone.
-        train, held_out: rows to solve on, and rows to choose by.
+        chosen: the rows that are looked at: those to solve on, then those to choose by.
+        train: how many of them are solved on.
     """
 
     ours: RecurrentCall
     goal: RecurrentCall
     states: Tensor
-    train: Tensor
-    held_out: Tensor
+    chosen: Tensor
+    train: int
 
 
 class RecurrentSolver:
@@ -193,7 +127,8 @@ class RecurrentSolver:
         of = RecurrentCall.of(self._name, goal.args)
         states = of.as_rows(goal.result[0]).unflatten(1, (of.directions, -1))
         states = states[..., _kept(self._state, states.shape[-1]).to(states.device)].flatten(1)
-        return _Run(call, of, states, *self._parts(number, call))
+        train, held_out = self._parts(number, call)
+        return _Run(call, of, states, torch.cat([train, held_out]).to(states.device), len(train))
 
     def _differs(self, run: _Run) -> bool:
         """Whether the sequences, or the number of channels, are not those that are expected."""
@@ -204,7 +139,7 @@ class RecurrentSolver:
         """Squared error of results on the rows that are not solved on, and the squared size of the original's there."""
         sums = torch.zeros(2, dtype=torch.float64)
         for run, result in zip(runs, results, strict=True):
-            mine, states = (t[run.held_out].double() for t in (run.ours.as_rows(result), run.states))
+            mine, states = (t[run.chosen[run.train :]].double() for t in (run.ours.as_rows(result), run.states))
             sums += torch.stack([(mine - states).square().sum(), states.square().sum()]).cpu()
         error, power = all_reduced(sums).tolist()
         return error, power
@@ -249,7 +184,7 @@ class RecurrentSolver:
         solved = order[sample[order] < self._held_out.solved_on(number, count)]
         quota = max(1, self._rows // len(self._held_out.samples))
         train, held_out = drawn_positions(len(solved), quota, self._random)
-        return solved[train].to(call.x.device), solved[held_out].to(call.x.device)
+        return solved[train], solved[held_out]
 
     # -- layer by layer --------------------------------------------------------------------------------------------
 
@@ -282,21 +217,27 @@ class RecurrentSolver:
             dense: the same in the original.
         """
         layout, cell, first = run.ours.layout, run.goal.cells[at], run.goal.first(at)
-        train, held_out = run.train, run.held_out
+        chosen = run.chosen
         if backwards:
-            x, dense = layout.reversed(x), layout.reversed(dense)
             # Turned twice, a row is itself.
-            train, held_out = (layout.reversal.to(rows.device)[rows] for rows in (train, held_out))
+            x, dense, chosen = layout.reversed(x), layout.reversed(dense), layout.reversal.to(x.device)[chosen]
         states = cell.run(dense, first, layout)
         before = layout.shifted(states, first[0])
         hidden = _kept(self._hidden, cell.hidden).to(x.device)
         state = _kept(self._state, states.shape[1]).to(x.device)
         by_input, by_state = (
             part.unflatten(1, (cell.gates, -1))[..., hidden].flatten(1)
-            for part in (cell.from_input(dense), cell.from_state(before))
+            for part in (cell.from_input(dense[chosen]), cell.from_state(before[chosen]))
         )
         batch = CellBatch(
-            layout, x, run.ours.first(at), (by_input, by_state), before[:, state], states[:, state], train, held_out
+            layout=layout,
+            x=x,
+            first=run.ours.first(at),
+            before=before[:, state],
+            states=states[:, state],
+            chosen=chosen,
+            train=run.train,
+            goal=(by_input, by_state),
         )
         return batch, layout.reversed(states) if backwards else states
 

@@ -33,21 +33,27 @@ class CellBatch:
     Attributes:
         layout: of the rows.
         x, first: input and first states in the pruned network.
-        goal: what the original's gates are, in front of their activations, of the kept channels: the part that its
-            input makes, and the part that its state makes; ``(rows, gates * kept)`` each.
         before: the original's states before each row, kept channels alone, ``(rows, kept)``.
         states: its states, kept channels alone, ``(rows, kept)``.
-        train, held_out: rows to solve on, and to choose by.
+        chosen: the rows that are looked at: those to solve on, then those to choose by.
+        train: how many of them are solved on.
+        goal: what the original's gates are at the rows `chosen`, in front of their activations, of the kept channels:
+            the part that its input makes, and the part that its state makes; ``(len(chosen), gates * kept)`` each.
     """
 
     layout: Layout
     x: Tensor
     first: list[Tensor]
-    goal: tuple[Tensor, Tensor]
     before: Tensor
     states: Tensor
-    train: Tensor
-    held_out: Tensor
+    chosen: Tensor
+    train: int
+    goal: tuple[Tensor, Tensor]
+
+    def error(self, states: Tensor) -> Tensor:
+        """Squared error of states on the rows to choose by, shape ``()``."""
+        rows = self.chosen[self.train :]
+        return (states[rows] - self.states[rows]).double().square().sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +98,7 @@ def _state_error(cell: Cell, batches: list[CellBatch]) -> float:
     """Squared error of the states on the rows that are not solved on, when the cell runs by itself."""
     total = torch.zeros(1, dtype=torch.float64)
     for batch in batches:
-        states = cell.run(batch.x, batch.first, batch.layout)[batch.held_out]
-        total += (states - batch.states[batch.held_out]).double().square().sum().cpu()
+        total += batch.error(cell.run(batch.x, batch.first, batch.layout)).cpu()
     return float(all_reduced(total))
 
 
@@ -103,12 +108,12 @@ def _with_gates(cell: Cell, batches: list[CellBatch], before: list[Tensor], ridg
     for equations in _equations(cell):
         some = slice(equations.start, equations.stop)
         chosen = [part for part, used in enumerate((equations.by_input, equations.by_state)) if used]
-        rows: list[tuple[Tensor, Tensor, CellBatch]] = []
+        rows: list[tuple[Tensor, Tensor, int]] = []
         for batch, states in zip(batches, before, strict=True):
-            x = [(batch.x, states)[part] for part in chosen]
-            ours = (cell.from_input(batch.x), cell.from_state(states))
+            x = batch.x[batch.chosen], states[batch.chosen]
+            ours = cell.from_input(x[0]), cell.from_state(x[1])
             missing = sum((batch.goal[part][:, some] - ours[part][:, some] for part in chosen), torch.zeros(()))
-            rows.append((torch.cat(x, 1), missing, batch))
+            rows.append((torch.cat([x[part] for part in chosen], 1), missing, batch.train))
         solution, ridge = _least_squares(rows, bool(biases))
         ridges.append(ridge)
         if biases:
@@ -123,33 +128,34 @@ def _with_gates(cell: Cell, batches: list[CellBatch], before: list[Tensor], ridg
 def _with_projection(cell: Cell, batches: list[CellBatch], before: list[Tensor], ridges: list[float]) -> Cell:
     """The cell whose projection is solved, with these states before each row."""
     assert cell.projection is not None
-    rows: list[tuple[Tensor, Tensor, CellBatch]] = []
+    rows: list[tuple[Tensor, Tensor, int]] = []
     for batch, states in zip(batches, before, strict=True):
         gates = cell.from_input(batch.x) + cell.from_state(states)
-        hidden = cell.before_projection(gates, batch.first[1], batch.layout)
-        rows.append((hidden, batch.states - hidden @ cell.projection.T, batch))
+        hidden = cell.before_projection(gates, batch.first[1], batch.layout)[batch.chosen]
+        rows.append((hidden, batch.states[batch.chosen] - hidden @ cell.projection.T, batch.train))
     solution, ridge = _least_squares(rows, free=False)
     ridges.append(ridge)
     return replace(cell, projection=cell.projection + solution.T.to(cell.projection.dtype))
 
 
-def _least_squares(rows: list[tuple[Tensor, Tensor, CellBatch]], free: bool) -> tuple[Tensor, float]:
+def _least_squares(rows: list[tuple[Tensor, Tensor, int]], free: bool) -> tuple[Tensor, float]:
     """What to add to a matrix ``(features, outputs)``, and the ridge; zeros if that helps at none.
 
     Args:
-        rows: features, what the results lack, and the batch, whose rows are those to solve on and to choose by.
+        rows: features, what the results lack, and how many of them are solved on; by the others the ridge is chosen.
         free: whether an intercept, the last feature, is solved for.
     """
     features, outputs = rows[0][0].shape[1] + free, rows[0][1].shape[1]
-    sums = [NormalEquations.zeros(1, features, outputs, rows[0][0].device) for _ in range(2)]
-    for x, missing, batch in rows:
-        for part, chosen in zip(sums, (batch.train, batch.held_out), strict=True):
-            for some in chosen.split(max(1, CHUNK // max(features, outputs))) if len(chosen) else ():
-                each = x[some].double()[None]
-                part.add(with_intercept(each) if free else each, missing[some].double()[None])
-    for each in sums:
-        each.reduce()
-    train, held_out = sums
+    train, held_out = (NormalEquations.zeros(1, features, outputs, rows[0][0].device) for _ in range(2))
+    for x, missing, count in rows:
+        for sums, part in ((train, slice(count)), (held_out, slice(count, None))):
+            for some, lacks in zip(
+                *(t[part].split(CHUNK // (features + outputs) + 1) for t in (x, missing)), strict=True
+            ):
+                each = some.double()[None]
+                sums.add(with_intercept(each) if free else each, lacks.double()[None])
+    train.reduce()
+    held_out.reduce()
     ridge, _ = best_ridge(train, held_out, int(free))
     solution = train.solve(ridge, int(free)) if ridge else None
     return (torch.zeros_like(train.xy) if solution is None else solution)[0], ridge

@@ -16,7 +16,8 @@ from structprune.recovery.candidates import HeldOut
 from structprune.recovery.layer_solver import LayerSolver
 from structprune.recovery.layers import Consumer, consumers
 from structprune.recovery.parallel_forward import Event
-from structprune.recovery.recurrent import RecurrentLayers, RecurrentSolver, recurrent_layers
+from structprune.recovery.recurrent import RecurrentSolver
+from structprune.recovery.recurrent_consumers import RecurrentLayers, recurrent_layers
 
 # A layer is left whose result is so many times as large as its input, and takes so many bytes in both models.
 WIDER, MOST_BYTES = 8, 1 << 28

@@ -65,8 +65,8 @@ def recover(
     them falls; the errors that the report gives are those before it.
 
     Recurrent layers (LSTM, GRU, RNN) are solved gate by gate, on the input of each step and the state before it: first
-    on the original's states, then on their own (`structprune.recovery.recurrent_cells`). Cells that the forward calls
-    in a loop are left.
+    on the original's states, then on their own as well (`structprune.recovery.recurrent_cells`). Cells that the forward
+    calls in a loop are left.
 
     One of 16 samples is kept out of all this, and at least one of each batch. On these the output of the solved model
     is compared with that of `slim` and of `slim` with its batch norms recalibrated, and the best of the three is

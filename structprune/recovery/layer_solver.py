@@ -113,12 +113,12 @@ class LayerSolver:
         scale = norm_scale(variance, eps, weight)
         self._scale = scale if self._scale is None else self._scale * scale
 
-    def solve(self, ours: list[Tensor], goal: list[Tensor], tensors: Mapping[str, Tensor]) -> LayerRecovery | None:
+    def solve(self, pauses: list[Pause], goals: list[Pause], tensors: Mapping[str, Tensor]) -> LayerRecovery | None:
         """Solve the layer, change its weight and correct the results at hand.
 
         Args:
-            ours: results of the target on the pruned network, one for each batch; corrected in place.
-            goal: the original's, with all its channels.
+            pauses: the target on the pruned network, one for each batch; its results are corrected in place.
+            goals: on the original, with all its channels.
             tensors: the tensors of the pruned model by name.
 
         Returns:
@@ -126,7 +126,8 @@ class LayerSolver:
         """
         if self.refused:
             return None
-        goal = [self._kept_part(tensor) for tensor in goal]
+        ours: list[Tensor] = [pause.result for pause in pauses]
+        goal = [self._kept_part(pause.result) for pause in goals]
         if any(a.shape != b.shape for a, b in zip(ours, goal, strict=True)):
             self.refused = f"its result has shape {list(ours[0].shape)}, the original's {list(goal[0].shape)}"
             return None
@@ -229,11 +230,7 @@ class LayerSolver:
         200, in the first eight samples, are solved on.
         """
         total = self._held_out.solved_on(number, result.numel() // result.shape[self._channel_dim])
-        drawn = torch.arange(total)
-        if quota < total:
-            drawn = torch.randint(total, (quota,), generator=self._random).sort().values
-        split = total - total // HELD_OUT if total >= 2 * HELD_OUT else total - 1
-        return drawn[drawn < split], drawn[drawn >= split]
+        return drawn_positions(total, quota, self._random)
 
     def _chunk(self, result: Tensor) -> int:
         """How many positions are unfolded at a time."""
@@ -324,6 +321,15 @@ class LayerSolver:
             along_channels[self._channel_dim] = -1
             moved = 0 if shift is None else shift.view(along_channels)
             result.add_((result.double() * factor.view(along_channels) + moved).to(result.dtype))
+
+
+def drawn_positions(total: int, quota: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most `quota` of the positions below `total`: those to solve on, and those to choose by, the last fifth."""
+    drawn = torch.arange(total)
+    if quota < total:
+        drawn = torch.randint(total, (quota,), generator=random).sort().values
+    split = total - total // HELD_OUT if total >= 2 * HELD_OUT else total - 1
+    return drawn[drawn < split], drawn[drawn >= split]
 
 
 def _add(tensor: Tensor, change: Tensor) -> None:

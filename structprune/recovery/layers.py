@@ -101,6 +101,7 @@ def changed_operations(graph: ChannelGraph, removed: Mask, begins: Collection[fx
     """The operations whose kept channels differ from the original's, or may.
 
     The first ones sum over dimensions with removed channels, which their result does not have, or normalise over them.
+    Recurrent ones sum over channels that their result has as well.
     """
     changed: set[fx.Node] = set()
     normalising = {reduction.node for reduction in graph.channels.relations.reductions}
@@ -110,7 +111,8 @@ def changed_operations(graph: ChannelGraph, removed: Mask, begins: Collection[fx
             changed.add(node)
             continue
         lost = set().union(*(_removed_components(graph, removed, source) for source in sources))
-        if lost and (node.meta["index"] in normalising or not lost <= _removed_components(graph, removed, node)):
+        sums = kind_of(node.meta["name"]) == "recurrent" or node.meta["index"] in normalising
+        if lost and (sums or not lost <= _removed_components(graph, removed, node)):
             changed.add(node)
     return changed
 
@@ -139,12 +141,12 @@ def as_consumer(graph: ChannelGraph, node: fx.Node, sums: bool = True) -> Consum
     """
     layer, given = layer_of(node.meta["name"]), arguments(node)
     assert layer is not None
-    weight, x = _held(given.get(layer.weight)), given.get(layer.input)
+    weight, x = owned_name(given.get(layer.weight)), given.get(layer.input)
     if weight is None or not isinstance(x, fx.Node):
         return None
     if node.meta["name"] == "addmm" and (node.kwargs.keys() & {"alpha", "beta"}):
         return None
-    return _with_target(node, weight, _held(given.get(layer.bias)), sums)
+    return _with_target(node, weight, owned_name(given.get(layer.bias)), sums)
 
 
 def _with_target(node: fx.Node, weight: str, bias: str | None, sums: bool) -> Consumer:
@@ -154,7 +156,7 @@ def _with_target(node: fx.Node, weight: str, bias: str | None, sums: bool) -> Co
         name = user.meta["name"]
         if name == "batch_norm" and user.args and user.args[0] is at and kind_of(node.meta["name"]) in CONVOLUTIONS:
             norms.append(user.meta["index"])
-            shift = _held(arguments(user).get("bias"))
+            shift = owned_name(arguments(user).get("bias"))
             if shift is not None:
                 bias, own_bias = shift, False
         elif name == "add" and sums and _is_sum(user, at):
@@ -170,11 +172,11 @@ def _without_sum(graph: ChannelGraph, consumer: Consumer) -> Consumer:
     """The same layer with a target in front of the sum."""
     node = graph.trace.nodes[consumer.node]
     layer = layer_of(node.meta["name"])
-    bias = None if layer is None else _held(arguments(node).get(layer.bias))
+    bias = None if layer is None else owned_name(arguments(node).get(layer.bias))
     return _with_target(node, consumer.weight, bias, sums=False)
 
 
-def _held(value: Any) -> str | None:
+def owned_name(value: Any) -> str | None:
     """The name of a tensor that the model holds and that only one operation uses."""
     if isinstance(value, fx.Node) and value.meta["name"] == "parameter" and len(value.users) == 1:
         return str(value.target)
@@ -229,7 +231,7 @@ def _scaling_layers(graph: ChannelGraph, changed: set[fx.Node]) -> Iterator[Cons
         op, number = op_of(node.meta["name"]), node.meta["index"]
         if op is not None and op.norm is not None:
             given = arguments(node)
-            weight, bias = _held(given.get(op.norm.weight)), _held(given.get(op.norm.bias))
+            weight, bias = owned_name(given.get(op.norm.weight)), owned_name(given.get(op.norm.bias))
             if weight is not None and _is_by_channel(op.norm, given):
                 yield Consumer(number, weight, bias, (), number, diagonal=True)
         elif node.meta["name"] == "mul" and "writes" not in node.meta:
@@ -249,7 +251,7 @@ def _scaling_vector(node: fx.Node) -> str | None:
     if len(node.args) != 2 or node.kwargs:
         return None
     for vector, x in (node.args, node.args[::-1]):
-        name = _held(vector)
+        name = owned_name(vector)
         if name is None or not isinstance(vector, fx.Node) or not isinstance(x, fx.Node):
             continue
         shape = vector.meta["shape"]

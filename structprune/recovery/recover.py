@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from structprune.checking import MODEL, ON_BATCH, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
-from structprune.coupling.solve import Mask
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.offloading import at_hand, hooked, is_placed
-from structprune.recovery.batches import Forward, batches_of, samples_in
+from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
-from structprune.recovery.layer_solver import LayerSolver
-from structprune.recovery.layers import Consumer, consumers
 from structprune.recovery.parallel_forward import Event, parallel_runs
 from structprune.recovery.prefix import PrefixCache
 from structprune.recovery.recalibrate import set_statistics
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
+from structprune.recovery.solving import Solver, Solving, schedule_of
 from structprune.recovery.widened import wide, widened
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept
 from structprune.surgery.verify import removed_components
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
-from structprune.tracing.trace import map_tensors, preserved_random_state
+from structprune.tracing.trace import map_tensors, preserved_random_state, tensors_in
 
 AS_GIVEN, RECALIBRATED = "as given", "norms recalibrated"
 SOLVED_ALONE, SOLVED_WITH_PRODUCERS = "layers solved", "layers solved with producers"
-# A layer is left whose result is so many times as large as its input, and takes so many bytes in both models.
-WIDER, MOST_BYTES = 8, 1 << 28
 MOST_IN_VAIN = 1 << 27  # bytes that forwards may hold of what they do not need any more
 
 
@@ -68,6 +63,10 @@ def recover(
     squares by conjugate gradients, a few times over, on four fifths of the samples. A step is made only if it lowers
     the error on the other samples. Where that helped, a last step uses all samples, and is made if the error on all of
     them falls; the errors that the report gives are those before it.
+
+    Recurrent layers (LSTM, GRU, RNN) are solved gate by gate, on the input of each step and the state before it: first
+    on the original's states, then on their own as well (`structprune.recovery.recurrent_cells`). Cells that the forward
+    calls in a loop are left.
 
     One of 16 samples is kept out of all this, and at least one of each batch. On these the output of the solved model
     is compared with that of `slim` and of `slim` with its batch norms recalibrated, and the best of the three is
@@ -164,77 +163,18 @@ def _recovered(
         graph = ChannelGraph(original, batches[0])
         removed = removed_components(graph, edits)
         begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
-        layers, too_wide = _affordable(consumers(graph, removed, begins, without), graph, batches)
+        solving = Solving.of(graph, removed, batches, (begins, without), (rows, seed), given)
         with preserved_random_state(), torch.no_grad():
-            solving = _Solving(graph, removed, layers, rows, seed, given)
             report = _best(recovered, original, batches, solving, rounds)
-        report = replace(report, skipped={**too_wide, **report.skipped})
+        report = replace(report, skipped={**solving.left, **report.skipped})
     if shorter is not None:
         recovered = shorter.shortened(slim)
     keep_report(recovered, report)
     return recovered
 
 
-def _affordable(
-    layers: list[Consumer], graph: ChannelGraph, batches: list[Any]
-) -> tuple[list[Consumer], dict[str, str]]:
-    """The layers to solve, and why others are left: the results of all batches are in memory at once.
-
-    For 8,192 tokens, the result of a language model's last layer, with 32,000 tokens to choose from, takes 1 GB in each
-    of both models, and its input of 1,536 channels 50 MB.
-    """
-    chosen: list[Consumer] = []
-    left: dict[str, str] = {}
-    batches_like_the_first = sum(map(samples_in, batches)) / samples_in(batches[0])
-    for layer in layers:
-        node = graph.trace.nodes[layer.node]
-        result, taken = (math.prod(n.meta["shape"]) for n in (node, _input_of(node)))
-        size = 2 * 4 * result * batches_like_the_first
-        if result > WIDER * taken and size > MOST_BYTES:
-            left[layer.layer] = (
-                f"on all samples its result takes {size / 1e9:.1f} GB in both models; with fewer samples it is solved"
-            )
-        else:
-            chosen.append(layer)
-    return chosen, left
-
-
-def _input_of(node: fx.Node) -> fx.Node:
-    """What goes into a layer: the largest tensor that it takes and the model does not hold."""
-    taken = [n for n in node.all_input_nodes if n.meta["name"] != "parameter"]
-    return max(taken or [node], key=lambda n: math.prod(n.meta["shape"]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Solving:
-    """What solving the layers of a model needs.
-
-    Attributes:
-        graph: of the original.
-        removed: mask of the removed components.
-        layers: what is to be solved.
-        rows: positions of all batches together to solve on.
-        seed: of their draw.
-        given: the tensors that the pruned model was given with, by name.
-    """
-
-    graph: ChannelGraph
-    removed: Mask
-    layers: list[Consumer]
-    rows: int
-    seed: int
-    given: dict[str, Tensor]
-
-    def solvers(self, held_out: HeldOut, rounds: int) -> list[LayerSolver]:
-        """A solver for each layer."""
-        return [
-            LayerSolver(self.graph, self.removed, layer, self.rows, self.seed, held_out, rounds)
-            for layer in self.layers
-        ]
-
-
 def _best(
-    recovered: nn.Module, original: nn.Module, batches: list[Any], solving: _Solving, rounds: int
+    recovered: nn.Module, original: nn.Module, batches: list[Any], solving: Solving, rounds: int
 ) -> RecoveryReport:
     """Give `recovered` the weights of the best candidate, and tell what was done.
 
@@ -245,13 +185,13 @@ def _best(
     candidates = Candidates(solving.graph, solving.removed, original, batches, held_out, solving.given)
     candidates.offer(AS_GIVEN, recovered)
     statistics: dict[str, Tensor] = {}
-    if solving.layers and held_out.count:
+    if solving.any and held_out.count:
         statistics = set_statistics(recovered, batches, solving.graph.trace)
     if statistics and candidates.offer(RECALIBRATED, recovered):
         candidates.remember(statistics)
     reports: list[LayerRecovery] = []
     skipped: dict[str, str] = {}
-    better = not solving.layers
+    better = not solving.any
     for count in dict.fromkeys((rounds, 0)):
         if better or (reports and not any(row.producers for row in reports)):
             break
@@ -306,7 +246,7 @@ def _solve_in_order(
     original: nn.Module,
     batches: list[Any],
     graph: ChannelGraph,
-    solvers: list[LayerSolver],
+    solvers: list[Solver],
     candidates: Candidates,
 ) -> tuple[list[LayerRecovery], list[Tensor | None]]:
     """Solve layer after layer while all batches pass once through both models.
@@ -315,7 +255,7 @@ def _solve_in_order(
     by. At each event all batches pause in the pruned model. Solvers that only observe it keep what they need. One whose
     target it is also gets the original's results there; it is solved, and the batches go on with its new weight.
     """
-    schedule = _schedule(solvers)
+    schedule = schedule_of(solvers)
     targets = {solver.target for solver in solvers}
     between = _between(solvers)
     reports: list[LayerRecovery | None] = []
@@ -336,7 +276,7 @@ def _solve_in_order(
 
 def _at(
     event: Event,
-    solvers: list[LayerSolver],
+    solvers: list[Solver],
     slim_runs: list[PrefixCache],
     original_runs: list[PrefixCache],
     tensors: dict[str, Tensor],
@@ -348,15 +288,14 @@ def _at(
         if event != solver.target:
             solver.observe(event, pauses)
             continue
-        goal = [run.run_to(event).result for run in original_runs]
-        ours = [pause.result for pause in pauses]
-        for of, results in (("the original", goal), ("the pruned model", ours)):
-            _require_numbers(results, of, solver.consumer.layer)
-        reports.append(solver.solve(ours, goal, tensors))
+        goals = [run.run_to(event) for run in original_runs]
+        for of, paused in (("the original", goals), ("the pruned model", pauses)):
+            _require_numbers([next(tensors_in(pause.result)) for pause in paused], of, solver.consumer.layer)
+        reports.append(solver.solve(pauses, goals, tensors))
     return reports
 
 
-def _between(solvers: list[LayerSolver]) -> set[Event]:
+def _between(solvers: list[Solver]) -> set[Event]:
     """The targets at which no solver is left between what it has observed and its own target.
 
     Of solvers that observe 1 and 5 and are solved at 3 and 7, both; of those that observe 1 and 2, the second alone.
@@ -380,16 +319,3 @@ def _require_numbers(results: list[Tensor], of: str, layer: str) -> None:
             f"On batch {wrong[0]} of data, what {layer!r} is solved to meet is NaN or infinite in {of}. Check the data "
             "and the weights."
         )
-
-
-def _schedule(solvers: list[LayerSolver]) -> dict[Event, list[LayerSolver]]:
-    """The events in the order of the forward, each with the solvers that observe it or have their target there.
-
-    With ``conv1`` (1) and ``conv2`` (3), both observed before they run and solved behind, and ``conv1`` a producer of
-    ``conv2``: before 1, both solvers; after 1, the first; before 3 and after 3, the second.
-    """
-    schedule: dict[Event, list[LayerSolver]] = {}
-    for solver in solvers:
-        for event in (*solver.observed, solver.target):
-            schedule.setdefault(event, []).append(solver)
-    return dict(sorted(schedule.items()))

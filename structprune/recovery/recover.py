@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from structprune.checking import MODEL, ON_BATCH, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
-from structprune.distributed import failing_together, nobody_failed
+from structprune.distributed import failing_together, gathered, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.offloading import at_hand, hooked, is_placed
 from structprune.recovery.batches import Forward, batches_of, samples_in
@@ -86,7 +86,9 @@ def recover(
     memory for the new model, and for what all batches hold at one layer.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
-    fails, all raise.
+    fails, all raise. The batches of the ranks are taken in turns: what comes of it is, to rounding, what a single
+    process makes of the first batch of each rank, then the second of each, and so on. (A layer that is left for want of
+    memory, as `recovery_report` tells, may fit there or here.)
 
     Args:
         slim: a pruned model: what `structprune.prune` or ``plan.apply`` made of `original`, in one round or several.
@@ -178,14 +180,14 @@ def _recovered(
 def _affordable(
     layers: list[Consumer], graph: ChannelGraph, batches: list[Any]
 ) -> tuple[list[Consumer], dict[str, str]]:
-    """The layers to solve, and why others are left: the results of all batches are in memory at once.
+    """The layers to solve, and why others are left: the results of all batches of a rank are in memory at once.
 
-    For 8,192 tokens, the result of a language model's last layer, with 32,000 tokens to choose from, takes 1 GB in each
-    of both models, and its input of 1,536 channels 50 MB.
+    The rank with the most samples decides for all. For 8,192 tokens, the result of a language model's last layer, with
+    32,000 tokens to choose from, takes 1 GB in each of both models, and its input of 1,536 channels 50 MB.
     """
     chosen: list[Consumer] = []
     left: dict[str, str] = {}
-    batches_like_the_first = sum(map(samples_in, batches)) / samples_in(batches[0])
+    batches_like_the_first = max(gathered(sum(map(samples_in, batches)))) / samples_in(batches[0])
     for layer in layers:
         node = graph.trace.nodes[layer.node]
         result, taken = (math.prod(n.meta["shape"]) for n in (node, _input_of(node)))

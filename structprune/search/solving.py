@@ -30,7 +30,7 @@ from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.layers import GroupConsumer, as_consumer, group_consumers, norm_scale, uses_batch_statistics
 from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
-from structprune.recovery.probes import SOLVED_SHARE, Probes
+from structprune.recovery.probes import Probes
 from structprune.surgery.slicing import smaller_tensor
 from structprune.tracing.replay import Replay, ReplayedCall
 from structprune.tracing.state import held_tensors
@@ -64,13 +64,7 @@ class Stream:
 
     def probes(self, samples: int) -> Probes:
         """The first batches that hold so many samples together, to measure on; see `Probes`."""
-        count, seen = 0, 0
-        while seen < samples and count < len(self.sizes):
-            seen += self.sizes[count]
-            count += 1
-        enough = sum(self.sizes[count:]) >= seen
-        held = [inputs for _, inputs in zip(range(count), self, strict=False)]
-        return Probes(held, 0.0 if enough else SOLVED_SHARE)
+        return Probes.among(self, self.sizes, samples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from support.ranks import needs_distributed, on_two_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -14,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import structprune
 from structprune.distributed import rank_and_count
-from structprune.errors import PlanError
-from structprune.training import FeatureDistillation, distillation_loss, finetune
+from structprune.errors import LoadError, PlanError
+from structprune.training import FeatureDistillation, distillation_loss, finetune, load_pruned
 from structprune.training.average import fill
 from structprune.training.ranks import whole_of
 
@@ -58,7 +59,7 @@ def share(batches):
 
 
 def weights(model):
-    return {name.removeprefix("module."): whole_of(value) for name, value in model.state_dict().items()}
+    return {name.removeprefix("module."): whole_of(value).clone() for name, value in model.state_dict().items()}
 
 
 def trained(model, **options):
@@ -216,3 +217,74 @@ def test_parts_of_a_model_that_is_not_sharded_are_the_whole():
     nn.init.zeros_(other[0].weight)
     fill(other, dict(model.state_dict()))
     assert torch.equal(other[0].weight, model[0].weight)
+
+
+# -- planned without weights, sharded, and loaded --------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's, and a norm with statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.up, self.norm = nn.Embedding(7, 6), nn.Linear(6, 9), nn.BatchNorm1d(9)
+        self.down, self.head = nn.Linear(9, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.head(x + self.down(torch.relu(self.norm(self.up(x)))))
+
+
+def loaded(rank, folder):
+    """A model that is pruned on meta, sharded, given its weights, trained; its weights before and after."""
+    plan = structprune.Plan.from_json((folder / "plan.json").read_text())
+    with torch.device("meta"):
+        model = Tied()
+    model = plan.apply(model)
+    for layer in (model.up, model.down):
+        fully_shard(layer)
+    model = load_pruned(fully_shard(model), plan, folder)
+    before = weights(model)
+    size = max(tensor.to_local().numel() / tensor.numel() for tensor in model.parameters())
+    tokens = [(torch.arange(4) + number, torch.arange(4)) for number in range(rank, 4, 2)]
+    result = finetune(model, tokens, tokens, epochs=2, progress=False)
+    return before, size, len(result.history), weights(model)
+
+
+@needs_distributed
+def test_a_plan_made_without_weights_is_applied_while_shards_are_loaded(tmp_path):
+    whole = Tied()
+    nn.init.uniform_(whole.norm.running_var, 0.5, 2)
+    save_model(whole, str(tmp_path / "model.safetensors"))
+    with torch.device("meta"):
+        model = Tied()
+    tokens = torch.zeros(2, dtype=torch.long)
+    plan = structprune.plan(model, tokens, ratio=0.4, importance="random", round_to=1, ignore=["embedding"])
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    first, second = on_two_ranks(loaded, tmp_path, tmp_path)
+    torch.testing.assert_close(first[0], weights(plan.apply(whole)), rtol=0, atol=0)
+    assert first[0]["up.weight"].shape[0] < 9
+    assert first[1] < 0.7  # a rank holds about half of each tensor
+    assert first[2] == 2
+    torch.testing.assert_close(first[3], second[3], rtol=0, atol=0)
+    assert not torch.equal(first[3]["up.weight"], first[0]["up.weight"])
+
+
+def test_weights_that_do_not_fit_are_refused():
+    whole = dense()
+    plan = structprune.plan(whole, torch.randn(2, 6).double(), ratio=0.3, round_to=1)
+    slim, state = plan.apply(whole), whole.state_dict()
+    for wrong, text in (
+        ({name: value for name, value in state.items() if name != "3.bias"}, "weights lacks '3.bias'"),
+        ({**state, "extra": torch.zeros(1)}, "weights holds 'extra'"),
+        ({**state, "3.bias": torch.zeros(40)}, r"'3.bias' has the shape \[40\] in weights"),
+        ({**state, "5.bias": torch.zeros(4)}, r"'5.bias' has the shape \[4\] after pruning and \[3\] in the model"),
+    ):
+        with pytest.raises(LoadError, match=text):
+            load_pruned(slim, plan, wrong)
+    with torch.device("meta"):
+        other = dense()
+        other.register_buffer("table", torch.zeros(3), persistent=False)
+    with pytest.raises(LoadError, match="The buffer 'table' is on the meta device"):
+        load_pruned(plan.apply(other), plan, state)

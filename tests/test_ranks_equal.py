@@ -100,6 +100,15 @@ def sensitivities_by_gradients():
     return sensitivities(importance="taylor", data=share(labelled(6, 6, 6, 6)), loss=cross_entropy)
 
 
+def without_a_branch():
+    """The branch that is chosen, as a number, and the weights once what is left is solved to meet the whole."""
+    data = images(12, 12, 12, 12)
+    chosen = structprune.choose_branches(model(), data[0], share(data), count=1, kind="branches", score="error")
+    shorter = structprune.remove_branches(model(), data[0], chosen)
+    after = weights(structprune.recover(shorter, model(), share(data), rows=300))
+    return torch.cat([torch.tensor([float(len(chosen[0]))]).double(), after])
+
+
 def recalibrated():
     return weights(structprune.recalibrate(slim(), share(images(12, 12, 7, 12))))
 
@@ -114,6 +123,7 @@ WORK = {
     "recover": lambda: recovered(*[12] * 6),
     "recover, layers alone": lambda: recovered(*[12] * 6, rounds=0),
     "recover on some positions": lambda: recovered(*[12] * 6, rows=300),
+    "recover without a branch": without_a_branch,
     "recover from small batches": lambda: recovered(*[3] * 12),
     "recover from batches of unlike size": lambda: recovered(12, 5, 9, 1, 12),
 }

@@ -55,9 +55,13 @@ class Probes:
         """How many batches of all ranks consumers are solved on."""
         return self.turns.count - (0 if self.solved else self.measured)
 
+    def share(self, place: int) -> float:
+        """The share of a batch, by its place among those of all ranks, that consumers are solved on."""
+        return self.solved if place < self.measured else 1.0
+
     def seen(self, number: int, total: float) -> float:
-        """How many of `total` positions of a batch consumers are solved on: the first ones."""
-        return total * self.solved if number < len(self.batches) else total
+        """How many of `total` positions of a batch of this rank consumers are solved on: the first ones."""
+        return total * self.share(self.turns.places[number])
 
     def unseen(self, output: Tensor) -> Tensor:
         """The samples of an output that no consumer is solved on; all of it where there are too few to be divided."""

@@ -9,11 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from structprune.distributed import all_reduced, gathered, rank_and_count
+
+T = TypeVar("T")
+
+
+def in_turns(mine: Sequence[T]) -> list[T]:
+    """What all ranks have, in turns; they are pickled and sent.
+
+    Example:
+        >>> in_turns(["a", "b"])  # a single process
+        ['a', 'b']
+    """
+    of_all = gathered(list(mine))
+    order = sorted((number, rank) for rank, here in enumerate(of_all) for number in range(len(here)))
+    return [of_all[rank][number] for number, rank in order]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +53,10 @@ class Turns:
 
         With 8 and 8 samples here and 6 on the other rank the sizes are 8, 6 and 8, and the places 0 and 2.
         """
-        of_all = gathered(list(sizes))
-        order = sorted((number, rank) for rank, here in enumerate(of_all) for number in range(len(here)))
         mine = rank_and_count()[0]
-        places = tuple(place for place, (_, rank) in enumerate(order) if rank == mine)
-        return cls(tuple(of_all[rank][number] for number, rank in order), places)
+        turns = in_turns([(mine, size) for size in sizes])
+        places = tuple(place for place, (rank, _) in enumerate(turns) if rank == mine)
+        return cls(tuple(size for _, size in turns), places)
 
     @property
     def count(self) -> int:

@@ -138,8 +138,7 @@ def results(rank, names):
 @pytest.mark.parametrize(
     ("count", "names"),
     [
-        (2, tuple(SCORES)),
-        (2, tuple(WORK)),
+        (2, (*SCORES, *WORK)),
         (4, ("recalibrate", "sensitivity", "Reconstruction on some positions", "recover from batches of unlike size")),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -36,5 +39,13 @@ def _one_rank(rank: int, count: int, folder: Path, work: Callable[..., Any], arg
     # The ranks meet in a file: a port that is free now may be taken by another process a moment later.
     store = dist.FileStore(str(folder / "meeting"), count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
-    torch.save(work(rank, *args), folder / f"rank{rank}")
-    dist.destroy_process_group()
+    torch.save(work(rank, *args), folder / f"draft{rank}")
+    os.replace(folder / f"draft{rank}", folder / f"rank{rank}")
+    # Where the group is destroyed, or Python ends by itself, one process in some twenty is aborted by threads of gloo
+    # that still run ("terminate called without an active exception", torch 2.13). So all wait for the last result, and
+    # end at once. Of one that failed, `spawn` ends the others.
+    while not all((folder / f"rank{number}").exists() for number in range(count)):
+        time.sleep(0.01)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

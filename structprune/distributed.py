@@ -1,26 +1,60 @@
 """Sums over the processes of ``torch.distributed``: what one rank has seen of the data, all ranks know.
 
 A rank that fails would leave the others waiting for its part of a sum. So before every sum the ranks tell each other
-whether one has failed (`failing_together`).
+whether one has failed (`failing_together`), and of which shape their part is: ranks that were given different models
+or options would otherwise add up what does not belong together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable
+import zlib
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from structprune.errors import StructpruneError
 
+T = TypeVar("T")
+_APART: ContextVar[bool] = ContextVar("_APART", default=False)
+
 
 def several() -> bool:
-    """Whether ``torch.distributed`` is in use with more than one rank."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether ``torch.distributed`` is in use with more than one rank, and this one does not work `apart`."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _APART.get()
+
+
+@contextmanager
+def apart() -> Generator[None]:
+    """In this block the rank works by itself: its sums are its own, as in a single process.
+
+    Example:
+        >>> with apart():
+        ...     several()
+        False
+    """
+    token = _APART.set(True)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+def rank_and_count() -> tuple[int, int]:
+    """The number of this rank, and how many there are; 0 and 1 in a single process.
+
+    Example:
+        >>> rank_and_count()
+        (0, 1)
+    """
+    return (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
 
 
 def all_reduced(tensor: Tensor) -> Tensor:
@@ -32,15 +66,40 @@ def all_reduced(tensor: Tensor) -> Tensor:
         tensor([1., 2.])
     """
     if several():
-        nobody_failed()
+        nobody_failed(f"a sum of {tensor.dtype} of shape {list(tensor.shape)}")
         _reduce(tensor)
     return tensor
 
 
-def _reduce(tensor: Tensor) -> Tensor:
+def gathered(value: T) -> list[T]:
+    """A value of each rank, in their order, on all of them: numbers, texts, or tensors in them; pickled.
+
+    Example:
+        >>> gathered("mine")  # a single process
+        ['mine']
+    """
+    if not several():
+        return [value]
+    nobody_failed("what each rank tells the others")
+    told: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    return told
+
+
+def agreed(reason: str) -> str:
+    """The first reason of all ranks that is not empty, so that all do without what one of them has to do without.
+
+    Example:
+        >>> agreed("its shape is another"), agreed("")  # a single process
+        ('its shape is another', '')
+    """
+    return next(filter(None, gathered(reason)), "")
+
+
+def _reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType | None = None) -> Tensor:
     # NCCL takes tensors of the device alone.
     there = tensor.cuda() if dist.get_backend() == "nccl" and not tensor.is_cuda else tensor
-    dist.all_reduce(there)
+    dist.all_reduce(there, dist.ReduceOp.SUM if how is None else how)
     if there is not tensor:
         tensor.copy_(there)
     return tensor
@@ -53,16 +112,51 @@ def all_summed(tensors: dict[Hashable, Tensor]) -> dict[Hashable, Tensor]:
     """
     if not several():
         return tensors
-    nobody_failed()
     mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    theirs: list[dict[Hashable, tuple[tuple[int, ...], torch.dtype]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(theirs, mine)
+    theirs = gathered(mine)
     union = {name: kind for named in theirs for name, kind in named.items()}
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     return {
         name: _reduce(tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype, device=device))
         for name, (shape, dtype) in union.items()
     }
+
+
+# -- work that is shared out ------------------------------------------------------------------------------------------
+
+
+def dealt(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of some jobs in their order, of which rank r of n does every n-th; all ranks get all results.
+
+    The jobs of all ranks are the same, and none of them talks to other ranks.
+
+    Example:
+        >>> list(dealt([lambda: 1, lambda: 2]))  # a single process
+        [1, 2]
+    """
+    rank, count = rank_and_count()
+    left = iter(jobs)
+    while some := list(islice(left, count)):
+        with apart():
+            mine = some[rank]() if rank < len(some) else None
+        yield from gathered(mine)[: len(some)]  # pyright: ignore[reportReturnType]  # None only of those left out
+
+
+class Talk(TorchDispatchMode):
+    """Sees whether what runs in its block talks to other ranks: calls of ``torch.distributed`` are operations too.
+
+    Attributes:
+        heard: whether it did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        self.heard |= "c10d" in func.namespace
+        return func(*args, **(kwargs or {}))
 
 
 # -- failing ---------------------------------------------------------------------------------------------------------
@@ -77,14 +171,22 @@ class _Block:
     summed: bool = False
     over: bool = False
 
-    def tell(self, error: Exception | None) -> None:
-        """Tell the other ranks whether this one has failed, and learn the same of them.
+    def tell(self, error: Exception | None, doing: str = "") -> None:
+        """Tell the other ranks whether this one has failed and what it is about to do, and learn the same of them.
 
         Raises:
-            StructpruneError: of the type `raises`; this rank has not failed, but another has.
+            StructpruneError: of the type `raises`; this rank has not failed, but another has, or is elsewhere.
         """
         self.summed = True
-        if not int(_reduce(torch.tensor(int(error is not None)))):
+        place = zlib.crc32(f"{self.doing}, {doing}".encode())
+        failed, most, least = _reduce(torch.tensor([int(error is not None), place, -place]), dist.ReduceOp.MAX).tolist()
+        if not failed:
+            if most != -least:
+                self.over = True
+                raise self.raises(
+                    f"The ranks are not at the same place of {self.doing}: this one, {dist.get_rank()}, is at "
+                    f"{doing or 'its end'}. Give all of them the same model, and the same options."
+                )
             return
         self.over = True
         told: list[str | None] = [None] * dist.get_world_size()
@@ -100,11 +202,21 @@ class _Block:
 _BLOCK: ContextVar[_Block | None] = ContextVar("_BLOCK", default=None)
 
 
-def nobody_failed() -> None:
-    """Raise here, in a block of `failing_together`, if another rank has failed in it; every sum begins with this."""
+def nobody_failed(doing: str = "a look at the others") -> None:
+    """Raise here, in a block of `failing_together`, if another rank has failed in it; every sum begins with this.
+
+    Args:
+        doing: what this rank is about to do; it raises too if another is about to do something else.
+    """
     block = _BLOCK.get()
-    if block is not None:
-        block.tell(None)
+    if block is not None and several():
+        block.tell(None, doing)
+
+
+def nobody_failed_yet(doing: str) -> None:
+    """The same for what is done over and over again: not over NCCL, where the host would wait for the device."""
+    if several() and dist.get_backend() != "nccl":
+        nobody_failed(doing)
 
 
 @contextmanager

@@ -66,6 +66,7 @@ DOING = {
     "recover": (lambda data: structprune.recover(slim(), model(), data), RecoveryError),
     "recalibrate": (lambda data: structprune.recalibrate(model(), data), RecoveryError),
     "Reconstruction.fit": (lambda data: structprune.Reconstruction(rows=32).fit(graph(), data), PlanError),
+    "library": (lambda data: structprune.library(model(), batches(2)[0], data, levels=(0.5,)), RecoveryError),
     "fitting ThiNet": (lambda data: fitted("thinet", graph(), data), PlanError),
     "fitting Taylor": (lambda data: fitted("taylor", graph(), data, lambda m, x: m(x).square().mean()), PlanError),
 }

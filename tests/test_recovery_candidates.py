@@ -10,6 +10,7 @@ from torch import nn
 import structprune
 from structprune.recovery import candidates
 from structprune.recovery.candidates import HeldOut
+from structprune.recovery.turns import Turns
 
 
 def wide_net(seed):
@@ -118,7 +119,7 @@ def test_which_samples_are_held_out(sizes, held):
 
 
 def test_positions_follow_their_samples():
-    held_out = HeldOut((24,), (1,))
+    held_out = HeldOut((24,), (1,), Turns((24,), (0,)), 1)
     assert held_out.solved_on(0, 240) == 230
     assert held_out.solved_on(0, 24) == 23
 

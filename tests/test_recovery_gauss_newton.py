@@ -43,8 +43,8 @@ def problem(samples):
     maps = [linear_map("linear", (x[:, : w.shape[1]], w), {}) for w in true]
     chain = Chain((maps[0], maps[1]), lambda r: torch.tanh(r[0]) * r[1], maps[2], lambda r: r[0])
     goal = (torch.tanh(x @ true[0].T) * (x @ true[1].T)) @ true[2].T
-    batches = [Samples((part, part), torch.zeros_like(wanted), wanted) for part, wanted in
-               zip(x.split(20), goal.split(20), strict=True)]  # fmt: skip
+    batches = [Samples((part, part), torch.zeros_like(wanted), wanted, place) for place, (part, wanted) in
+               enumerate(zip(x.split(20), goal.split(20), strict=True))]  # fmt: skip
     return chain, batches, ChainWeights(near, [None, None, None])
 
 

@@ -35,7 +35,7 @@ def blocks_of(x, weights, shifts, last):
     slopes = torch.autograd.grad(gate(*leaves).sum(), leaves)
     maps = tuple(linear_map("linear", (x, w), {}) for w in weights)
     shifted = [b is not None for b in shifts]
-    return channel_blocks(maps, [((x, x), slopes)], last.square().sum(0), shifted, DAMPING)
+    return channel_blocks(maps, [((x, x), slopes)], last.square().sum(0), shifted, DAMPING, 1)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -86,11 +86,11 @@ def test_a_grouped_convolution_has_none():
     x, weight = torch.randn(2, 4, 5, 5), torch.randn(4, 2, 3, 3)
     found = linear_map("conv2d", (x, weight, None, 1, 1, 1, 2), {})
     slopes = torch.ones(2, 4, 5, 5)
-    assert channel_blocks((found,), [((x,), (slopes,))], torch.ones(4), [False], DAMPING) is None
+    assert channel_blocks((found,), [((x,), (slopes,))], torch.ones(4), [False], DAMPING, 1) is None
 
 
 def test_blocks_that_cost_more_than_they_save_are_not_gathered():
     x, weight = torch.randn(20, 64), torch.randn(4, 64)
     found = linear_map("linear", (x, weight), {})
-    given = [((x,), (torch.ones(20, 4),))], torch.ones(4), [False], DAMPING
+    given = [((x,), (torch.ones(20, 4),))], torch.ones(4), [False], DAMPING, 1
     assert channel_blocks((found,), *given) is None

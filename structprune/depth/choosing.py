@@ -11,6 +11,7 @@ from structprune.checking import FLAG, INPUTS, ON_BATCH, one_of, real, require, 
 from structprune.depth.finding import find
 from structprune.depth.ordering import Chosen, Saved, candidates_of, choices, counted
 from structprune.depth.scoring import SCORES, Scorer
+from structprune.distributed import failing_together
 from structprune.errors import PlanError
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.ops import op_of
@@ -34,6 +35,8 @@ def choose(
     forward: Forward | None = None,
 ) -> tuple[str, ...]:
     """The branches or blocks of `model` that matter least, to be given to `structprune.remove_branches`.
+
+    Where ``torch.distributed`` is in use, every rank gives its share of the data, and all choose alike.
 
     Args:
         model: any ``nn.Module`` whose forward can be traced.
@@ -59,7 +62,7 @@ def choose(
         Names, in the order in which they were chosen.
 
     Raises:
-        PlanError: what is asked for is unknown, or cannot be met.
+        PlanError: what is asked for is unknown, or cannot be met; or another rank has failed.
 
     Example:
         >>> import torch, structprune
@@ -78,11 +81,23 @@ def choose(
     functions = {"loss": ON_BATCH.or_none, "forward": ON_BATCH.or_none}
     require(locals(), example_inputs=INPUTS, count=whole(1).or_none, **scores, **functions)
     _check(count, target)
-    inner = prunable(model)
+    batches = data if isinstance(data, Batches) else Batches(data, forward, loss)
+    with failing_together(PlanError, "choose_branches"):
+        return _chosen(prunable(model), example_inputs, batches, (count, target), (score, kind, greedy))
+
+
+def _chosen(
+    inner: nn.Module,
+    example_inputs: ExampleInputs,
+    batches: Batches,
+    amount: tuple[int | None, Mapping[str, float] | None],
+    how: tuple[str, str, bool],
+) -> tuple[str, ...]:
+    """Names of the branches that go: so many, or as many as a target asks for, by score, kind and greediness."""
+    (count, target), (score, kind, greedy) = amount, how
     with collection_paused():
         recorded = trace(inner, example_inputs, operations=op_of)
         everything = find(inner, recorded)
-    batches = data if isinstance(data, Batches) else Batches(data, forward, loss)
     scorer = Scorer(inner, recorded, batches)
     what, share = next(iter(target.items())) if target is not None else ("params", 0.0)
     saved = Saved(scorer, {what: counted(scorer, what)})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from rich.progress import track
 from rich.table import Column, Table
 from torch import nn
 
-from structprune.checking import DATA, FLAG, ON_BATCH, PATH, function, real, require, several
+from structprune.checking import DATA, FLAG, ON_BATCH, PATH, function, real, require
+from structprune.checking import several as several_of
 from structprune.coupling.graph import ChannelGraph, Layer
 from structprune.coupling.groups import Group
+from structprune.distributed import Talk, dealt, failing_together, gathered, rank_and_count, several
 from structprune.errors import PlanError
 from structprune.extras import matplotlib_figure, save_figure
 from structprune.files import target_of, write_text
@@ -26,12 +30,14 @@ from structprune.importance.base import Importance, check_scores, fitted
 from structprune.importance.data import Batches, Forward, Loss
 from structprune.planning.build import plan_removal, tensors_of
 from structprune.planning.checks import check_ignore
+from structprune.planning.plan import Plan
 from structprune.schema import json_of, up_to_date
 from structprune.tracing.trace import ExampleInputs
 
-_RATIOS = several(real(above=0, below=1), "shares of channels to remove, above 0 and below 1")
+_RATIOS = several_of(real(above=0, below=1), "shares of channels to remove, above 0 and below 1")
 Metric = Callable[[nn.Module, Any], float]
 RATIOS = (0.125, 0.25, 0.5, 0.75)
+SAME = 1e-4  # share by which what the ranks measure of one and the same model may differ by rounding
 SCHEMA = 1
 
 
@@ -167,6 +173,12 @@ def sensitivity(
 ) -> Sensitivity:
     """Prune each group alone at several ratios and measure.
 
+    Where ``torch.distributed`` is in use, every rank has to call it. A criterion that looks at data gets its share of
+    them on each rank. The measurements are shared out over the ranks, so each of them gets a `loader` of the same data.
+    If `metric` itself talks to the other ranks (each measures a share of the data, and their sums are added), all ranks
+    do all measurements together. All ranks return the same; if one fails, all raise. The first rank writes the
+    checkpoint.
+
     Args:
         model: any ``nn.Module`` whose forward can be traced; it is left as it was.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
@@ -185,7 +197,8 @@ def sensitivity(
 
     Raises:
         PlanError: a ratio is no share, the metric returns no number, the checkpoint belongs to another model or other
-            ratios, or the criterion needs data or a loss that is not given.
+            ratios, or the criterion needs data or a loss that is not given; or the ranks of ``torch.distributed``
+            measure different data, or another has failed.
 
     Example:
         >>> import torch, structprune
@@ -201,30 +214,76 @@ def sensitivity(
     require(locals(), **named)
     if checkpoint is not None:
         target_of(Path(checkpoint))
-    shares = tuple(ratios)
-    graph = ChannelGraph(model, example_inputs, ignore=check_ignore("ignore", ignore))
-    done = _resumed(checkpoint)
-    score, tensors = fitted(importance, graph, data, loss, forward), tensors_of(graph)
-    counts = {group: _kept(group, shares, graph.bounds(group)) for group in graph.groups()}
-    todo = [(group, kept) for group, kept in counts.items() if kept]
-    if done and not _belongs(done, todo):
-        raise PlanError(f"{checkpoint} was written for another model or other ratios. Delete it, or name another file.")
-    dense = done.dense if done else _measured(metric, model, loader)
-    curves = list(done.curves) if done else []
-    for group, kept in track(todo[len(curves) :], "measuring", disable=not progress, transient=True):
+    with failing_together(PlanError, "sensitivity"):
+        graph = ChannelGraph(model, example_inputs, ignore=check_ignore("ignore", ignore))
+        done = gathered(_resumed(checkpoint) if rank_and_count()[0] == 0 else None)[0]
+        score = fitted(importance, graph, data, loss, forward)
+        counts = {group: _kept(group, tuple(ratios), graph.bounds(group)) for group in graph.groups()}
+        todo = [(group, kept) for group, kept in counts.items() if kept]
+        if done and not _belongs(done, todo):
+            raise PlanError(
+                f"{checkpoint} was written for another model or other ratios. Delete it, or name another file."
+            )
+        dense, together = _of_whole(metric, model, loader, done)
+        curves = list(done.curves) if done else []
+        left = todo[len(curves) :]
+
+        def measured(plan: Plan) -> float:
+            return _measured(metric, loader, plan.apply(model))
+
+        jobs = _jobs(graph, score, dense, measured, left)
+        values = (job() for job in jobs) if together else dealt(jobs)
+        for group, kept in track(left, "measuring", disable=not progress, transient=True):
+            curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(islice(values, len(kept)))))
+            if checkpoint is not None and rank_and_count()[0] == 0:
+                _write(Path(checkpoint), Sensitivity(dense, tuple(curves)))
+        return Sensitivity(dense, tuple(curves))
+
+
+def _of_whole(metric: Metric, model: nn.Module, loader: Any, done: Sensitivity | None) -> tuple[float, bool]:
+    """The metric of the whole model, and whether the ranks take it together: whether the metric talks to others.
+
+    Raises:
+        PlanError: they do not, and measure different data.
+    """
+    if not several():
+        return (done.dense if done else _measured(metric, loader, model)), True
+    with Talk() as talk:
+        mine = _measured(metric, loader, model)
+    told = gathered((mine, talk.heard))
+    together = any(heard for _, heard in told)
+    values = [value for value, _ in told]
+    if not together and max(values) - min(values) > SAME * max(map(abs, values)):
+        raise PlanError(
+            f"The ranks measure {', '.join(f'{value:.6g}' for value in values)} of the same model. Give each of them a "
+            "loader of the same data, since groups are shared out over them, or let metric take the mean over all."
+        )
+    return (done.dense if done else values[0]), together
+
+
+def _jobs(
+    graph: ChannelGraph,
+    score: Importance,
+    dense: float,
+    measured: Callable[[Plan], float],
+    groups: Iterable[tuple[Group, tuple[int, ...]]],
+) -> Iterator[Callable[[], float]]:
+    """For each group and number of channels that it keeps what measures the metric, one after the other."""
+    tensors = tensors_of(graph)
+    for group, kept in groups:
         orders = {
             member: member.components[np.argsort(check_scores(score(member, tensors), member).double().cpu().numpy())]
             for member in (group, *_partners(graph, group))
         }
-        losses: list[float] = []
         for count in kept:
-            plan = plan_removal(graph, _removed(graph, group, count, orders), config=False)
-            # What balanced groups lose together is shared out among them.
-            losses.append(dense - (dense - _measured(metric, plan.apply(model), loader)) / len(orders))
-        curves.append(GroupCurve(group.name, group.axis, group.channels, kept, tuple(losses)))
-        if checkpoint is not None:
-            _write(Path(checkpoint), Sensitivity(dense, tuple(curves)))
-    return Sensitivity(dense, tuple(curves))
+            yield partial(_alone, graph, _removed(graph, group, count, orders), len(orders), dense, measured)
+
+
+def _alone(
+    graph: ChannelGraph, removed: np.ndarray, together: int, dense: float, measured: Callable[[Plan], float]
+) -> float:
+    """The metric without some components; what balanced groups lose together is shared out among them."""
+    return dense - (dense - measured(plan_removal(graph, removed, config=False))) / together
 
 
 def _belongs(done: Sensitivity, todo: Sequence[tuple[Group, tuple[int, ...]]]) -> bool:
@@ -266,7 +325,7 @@ def _resumed(checkpoint: str | Path | None) -> Sensitivity | None:
     return Sensitivity.from_json(Path(checkpoint).read_text(encoding="utf-8"))
 
 
-def _measured(metric: Metric, model: nn.Module, loader: Any) -> float:
+def _measured(metric: Metric, loader: Any, model: nn.Module) -> float:
     with torch.no_grad():
         given = metric(model, loader)
     try:

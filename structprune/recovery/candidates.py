@@ -23,6 +23,7 @@ from structprune.recovery.batches import compared, samples_in
 from structprune.recovery.layers import kept_indices
 from structprune.recovery.parallel_forward import BatchRun, parallel_runs
 from structprune.recovery.report import Candidate
+from structprune.recovery.turns import Turns
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import Trace
 
@@ -38,10 +39,14 @@ class HeldOut:
     Attributes:
         samples: of each batch, counted by the first dimension of its first tensor.
         held: how many of them are held out.
+        turns: the place of each batch among those of all ranks.
+        count: samples held out, of all ranks.
     """
 
     samples: tuple[int, ...]
     held: tuple[int, ...]
+    turns: Turns
+    count: int
 
     @classmethod
     def of(cls, batches: Sequence[Any]) -> HeldOut:
@@ -52,15 +57,16 @@ class HeldOut:
         eighth. With less than five samples in all none is.
         """
         samples = tuple(map(samples_in, batches))
-        total, before, held = sum(samples), 0, list[int]()
+        turns = Turns.of(samples)
+        total, before, held = sum(turns.sizes), 0, list[int]()
         every = min(EVERY, total)
-        for count in samples:
-            if count >= FEWEST:  # whatever other batches there are: other ranks may have those
+        for count in turns.sizes:
+            if count >= FEWEST:
                 held.append(max(1, count // EVERY))
             else:
                 held.append((before + count) // every - before // every if total >= FEWEST else 0)
             before += count
-        return cls(samples, tuple(held))
+        return cls(samples, tuple(held[place] for place in turns.places), turns, sum(held))
 
     def solved_on(self, number: int, size: int) -> int:
         """How many of `size` entries of a batch may be solved on, where they are in the order of its samples.
@@ -69,11 +75,6 @@ class HeldOut:
         """
         count, held = self.samples[number], self.held[number]
         return size - -(-size * held // count)
-
-    @property
-    def count(self) -> int:
-        """Samples held out, of all ranks."""
-        return int(all_reduced(torch.tensor([float(sum(self.held))], dtype=torch.float64)))
 
 
 class Candidates:

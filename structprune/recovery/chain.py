@@ -39,11 +39,18 @@ class Samples:
         inputs: of each producer.
         rest: what is added to the consumer's result: its bias, and the other part of a residual sum.
         goal: what the sum has to be.
+        place: of their batch among those of all ranks.
     """
 
     inputs: tuple[Tensor, ...]
     rest: Tensor
     goal: Tensor
+    place: int = 0
+
+    def part(self, which: slice) -> Samples:
+        """Some of them; none of them where a rank has nothing to add to the sums of the others."""
+        inputs = tuple(x[which] for x in self.inputs)
+        return Samples(inputs, self.rest[which], self.goal[which], self.place)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from structprune.coupling.graph import ChannelGraph
-from structprune.distributed import all_reduced
+from structprune.distributed import agreed, all_reduced
 from structprune.ops.arguments import arguments
 from structprune.recovery.candidates import HeldOut
 from structprune.recovery.chain import (
@@ -141,7 +141,7 @@ class JointSolver:
         """
         maps = [producer.map() for producer in self._producers]
         scales = [self._norm_scale(producer, tensors) for producer in self._producers]
-        self.refused = self._obstacle(state, maps, scales)
+        self.refused = agreed(self._obstacle(state, maps, scales))
         if self.refused:
             return None
         chain = Chain(
@@ -228,7 +228,8 @@ class JointSolver:
     def _batch(self, number: int, state: ConsumerState) -> Samples:
         """All samples of one batch."""
         rest = state.ours[number] - state.map(state.hidden[number], state.weight)
-        return Samples(tuple(p.input(number) for p in self._producers), rest, state.goal[number])
+        inputs = tuple(p.input(number) for p in self._producers)
+        return Samples(inputs, rest, state.goal[number], self._held_out.turns.places[number])
 
     def _samples(self, state: ConsumerState) -> tuple[list[Samples], list[Samples]]:
         """Samples to solve on and samples held out: some of the first and of the last ones of each batch.
@@ -239,24 +240,25 @@ class JointSolver:
         """
         train: list[Samples] = []
         held_out: list[Samples] = []
+        turns = self._held_out.turns
         rows = min(self._rows, MAX_ENTRIES // state.hidden[0].shape[state.map.channel_dim])
         for number, result in enumerate(state.ours):
             per_sample = max(1, state.map.positions(result) // result.shape[0])
             count = self._held_out.solved_on(number, result.shape[0])
             if not count:
                 continue
-            used = min(count, max(2, -(-rows // (per_sample * len(state.ours)))))
+            used = min(count, max(2, -(-rows // (per_sample * turns.count))))
             split = max(1, count - max(1, count // HELD_OUT)) if count > 1 else 1
-            batch = self._batch(number, state)
+            batch, place = self._batch(number, state), turns.places[number]
             first = max(1, used - max(1, used // HELD_OUT))
             for part, samples in (
-                (_rotated(number, first, 0, split), train),
-                (_rotated(number, used - first, split, count), held_out),
+                (_rotated(place, first, 0, split), train),
+                (_rotated(place, used - first, split, count), held_out),
             ):
                 if part.start < part.stop:
-                    inputs = tuple(_channels_last(x[part]) for x in batch.inputs)
-                    samples.append(Samples(inputs, _channels_last(batch.rest[part]), _channels_last(batch.goal[part])))
-        return train, held_out
+                    samples.append(_channels_last(batch.part(part)))
+        # A rank whose samples are all held out adds nothing to the sums of the others, but has to take part in them.
+        return train or [self._batch(0, state).part(slice(0))], held_out
 
     # -- what is changed -------------------------------------------------------------------------------------------
 
@@ -298,10 +300,14 @@ def _rotated(number: int, count: int, start: int, stop: int) -> slice:
     return slice(first, first + count)
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def _channels_last(samples: Samples) -> Samples:
     """With channels last in memory: convolutions of few channels are two to four times as fast so."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+    *inputs, rest, goal = (
+        x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+        for x in (*samples.inputs, samples.rest, samples.goal)
+    )
+    return Samples(tuple(inputs), rest, goal, samples.place)
 
 
 def _assign(tensor: Tensor, value: Tensor) -> None:

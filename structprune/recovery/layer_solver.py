@@ -15,7 +15,7 @@ from torch import Tensor
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
-from structprune.distributed import all_reduced
+from structprune.distributed import agreed, all_reduced
 from structprune.ops import op_of
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
@@ -124,12 +124,12 @@ class LayerSolver:
         Returns:
             The report on the layer; None if it could not be solved, and `refused` says why.
         """
-        if self.refused:
-            return None
         ours: list[Tensor] = [pause.result for pause in pauses]
         goal = [self._kept_part(pause.result) for pause in goals]
-        if any(a.shape != b.shape for a, b in zip(ours, goal, strict=True)):
+        if not self.refused and any(a.shape != b.shape for a, b in zip(ours, goal, strict=True)):
             self.refused = f"its result has shape {list(ours[0].shape)}, the original's {list(goal[0].shape)}"
+        self.refused = agreed(self.refused)
+        if self.refused:
             return None
         train, held_out, power = self._normal_equations(ours, goal)
         eps = torch.finfo(ours[0].dtype).eps
@@ -206,31 +206,39 @@ class LayerSolver:
         self, ours: list[Tensor], goal: list[Tensor]
     ) -> tuple[NormalEquations, NormalEquations, float]:
         """The sums over the rows to solve on and over those held out, and the power of the goal on the latter."""
-        sums: list[NormalEquations] = []
+        sums = [self._no_rows(ours[0]) for _ in range(2)]
         power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
-        quota = max(1, self._rows // len(ours))
-        for number, (result, expected) in enumerate(zip(ours, goal, strict=True)):
-            for part, positions in enumerate(self._positions(number, result, quota)):
+        for number, positions in enumerate(self._positions(ours)):
+            result, expected = ours[number], goal[number]
+            for part, at in enumerate(positions):
                 # What is empty would still be split into one part.
-                for some in positions.to(result.device).split(self._chunk(result)) if len(positions) else ():
+                for some in at.to(result.device).split(self._chunk(result)) if len(at) else ():
                     x, y, size = self._rows_at(number, result, expected, some)
-                    x = with_intercept(x) if self._has_bias else x
-                    if not sums:
-                        sums = [NormalEquations.zeros(x.shape[0], x.shape[2], y.shape[2], x.device) for _ in range(2)]
-                    sums[part].add(x, y)
+                    sums[part].add(with_intercept(x) if self._has_bias else x, y)
                     power += size if part else 0
         for each in sums:
             each.reduce()
         return sums[0], sums[1], float(all_reduced(power))
 
-    def _positions(self, number: int, result: Tensor, quota: int) -> tuple[Tensor, Tensor]:
-        """Flat positions to solve on, and those to choose the ridge by: the last fifth, so that samples stay whole.
+    def _no_rows(self, result: Tensor) -> NormalEquations:
+        """Sums of no rows, of a layer whose target has such a result."""
+        if self._map is None:
+            groups, features, outputs = result.shape[self._channel_dim], 1, 1
+        else:
+            groups, features, outputs = self._map.groups, self._map.features, self._map.outputs
+        return NormalEquations.zeros(groups, features + self._has_bias, outputs, result.device)
+
+    def _positions(self, results: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """For each batch flat positions to solve on, and to choose the ridge by: the last fifth; samples stay whole.
 
         A result (11, 4, 5, 5) has 275 positions. If one sample is held out from all solving, 250 are left; those below
         200, in the first eight samples, are solved on.
         """
-        total = self._held_out.solved_on(number, result.numel() // result.shape[self._channel_dim])
-        return drawn_positions(total, quota, self._random)
+        totals = [
+            self._held_out.solved_on(number, result.numel() // result.shape[self._channel_dim])
+            for number, result in enumerate(results)
+        ]
+        return drawn_positions(totals, self._rows, self._held_out, self._random)
 
     def _chunk(self, result: Tensor) -> int:
         """How many positions are unfolded at a time."""
@@ -323,13 +331,23 @@ class LayerSolver:
             result.add_((result.double() * factor.view(along_channels) + moved).to(result.dtype))
 
 
-def drawn_positions(total: int, quota: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """At most `quota` of the positions below `total`: those to solve on, and those to choose by, the last fifth."""
-    drawn = torch.arange(total)
-    if quota < total:
-        drawn = torch.randint(total, (quota,), generator=random).sort().values
-    split = total - total // HELD_OUT if total >= 2 * HELD_OUT else total - 1
-    return drawn[drawn < split], drawn[drawn >= split]
+def drawn_positions(
+    totals: list[int], rows: int, held_out: HeldOut, random: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """For each batch some of its positions: those to solve on, and those to choose by, which are of the last fifth.
+
+    Args:
+        totals: positions of each batch of this rank.
+        rows: how many are drawn of the batches of all ranks together.
+        held_out: where the batches stand among those of all ranks.
+        random: the same on all ranks.
+    """
+    turns = held_out.turns
+    parts: list[tuple[Tensor, Tensor]] = []
+    for total, drawn in zip(totals, turns.drawn(totals, max(1, rows // turns.count), random), strict=True):
+        split = total - total // HELD_OUT if total >= 2 * HELD_OUT else total - 1
+        parts.append((drawn[drawn < split], drawn[drawn >= split]))
+    return parts
 
 
 def _add(tensor: Tensor, change: Tensor) -> None:

@@ -89,16 +89,17 @@ class Preconditioner:
             blocks: from other weights nearby; they are computed if there are none.
         """
         at, chain = lines[0].at, lines[0].chain
+        parts = _parts_of_all(lines)
         if blocks is None:
             shifted = [shift is not None for shift in at.shifts[:-1]]
             passes = [(line.samples.inputs, line.slopes) for line in lines]
-            blocks = channel_blocks(chain.producers, passes, _consumer_power(lines[0]), shifted, damping)
+            blocks = channel_blocks(chain.producers, passes, _consumer_power(lines[0]), shifted, damping, parts)
         factors: list[_KroneckerFactors] = []
         for place, producer in enumerate(chain.producers):
-            moments, slope_moments = _moments(producer, lines, place)
+            moments, slope_moments = _moments(producer, lines, place, parts)
             overlap = _output_overlap(chain, lines[0], place, slope_moments)
             factors.append(_factors(producer, moments, overlap, damping, blocks is None))
-        moments, _ = _moments(chain.consumer, lines, None)
+        moments, _ = _moments(chain.consumer, lines, None, parts)
         factors.append(_factors(chain.consumer, moments, None, damping))
         weights, shifts = zip(*(_weight_and_shift(each.map, each.damping) for each in factors), strict=True)
         present = [None if have is None else shift for have, shift in zip(at.shifts, shifts, strict=True)]
@@ -133,24 +134,37 @@ def _consumer_power(line: LinearisedChain) -> Tensor:
     """
     consumer = line.chain.consumer
     matrix = consumer.matrix_of(line.at.weights[-1])
-    share = consumer.positions(line.samples.goal) / line.chain.producers[0].positions(line.slopes[0])
+    share = _positions_by_sample(consumer, line.samples.goal) / _positions_by_sample(
+        line.chain.producers[0], line.slopes[0]
+    )
     by_channel = matrix.reshape(matrix.shape[0], matrix.shape[1] // prod(consumer.kernel), -1)
     return by_channel.square().sum(2).flatten() * share
 
 
+def _parts_of_all(lines: list[LinearisedChain]) -> int:
+    """How many parts the samples of all ranks have; one without samples does not count."""
+    return int(all_reduced(torch.tensor(sum(len(line.samples.goal) > 0 for line in lines))))
+
+
+def _positions_by_sample(layer: LinearMap, result: Tensor) -> int:
+    """Positions of each sample of a layer's result, which may have none: 25 for (0, 4, 5, 5)."""
+    return prod(result.shape[1:]) // result.shape[layer.channel_dim]
+
+
 def _spread_positions(total: int, limit: int) -> Tensor:
     """At most `limit` positions of `total`, at equal distances: 4 of 10 are 0, 2, 5, 7."""
-    count = max(1, min(total, limit))
-    return torch.arange(count) * total // count
+    count = min(total, max(1, limit))
+    return torch.arange(count) * total // max(1, count)
 
 
-def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None) -> tuple[Tensor, Tensor]:
+def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None, parts: int) -> tuple[Tensor, Tensor]:
     """Second moments of a layer's features (a sum over all positions), and of the slopes of its results (a mean).
 
     Args:
         layer: a producer or the consumer.
         lines: the linearised chain on each part of the samples.
         place: number of the producer; None for the consumer.
+        parts: of the samples of all ranks.
 
     Returns:
         Shapes ``(groups, features + 1, features + 1)`` and ``(groups, outputs, outputs)``, the latter empty for the
@@ -162,9 +176,9 @@ def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None) 
     for line in lines:
         result = line.samples.goal if place is None else line.slopes[place]
         total = layer.positions(result)
-        at = _spread_positions(total, MOMENT_POSITIONS // len(lines)).to(result.device)
+        at = _spread_positions(total, MOMENT_POSITIONS // parts).to(result.device)
         x = with_intercept(layer.features_at(line.hidden if place is None else line.samples.inputs[place], at))
-        products = x.transpose(1, 2) @ x * (total / len(at))
+        products = x.transpose(1, 2) @ x * (total / max(1, len(at)))
         xx = products if xx is None else xx + products
         slope = layer.outputs_at(result, at) if place is not None else x[..., :0]
         products = slope.transpose(1, 2) @ slope
@@ -190,7 +204,8 @@ def _output_overlap(chain: Chain, line: LinearisedChain, place: int, slope_momen
     gram = torch.block_diag(*(rows @ rows.transpose(1, 2)))
     count, size = slope_moments.shape[:2]
     blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    share = consumer.positions(line.samples.goal) / chain.producers[place].positions(line.slopes[place])
+    producer = chain.producers[place]
+    share = _positions_by_sample(consumer, line.samples.goal) / _positions_by_sample(producer, line.slopes[place])
     return blocks * slope_moments * share
 
 
@@ -265,7 +280,12 @@ Passes = Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 def channel_blocks(
-    producers: tuple[LinearMap, ...], passes: Passes, power: Tensor, shifted: Sequence[bool], damping: float
+    producers: tuple[LinearMap, ...],
+    passes: Passes,
+    power: Tensor,
+    shifted: Sequence[bool],
+    damping: float,
+    parts: int,
 ) -> ChannelBlocks | None:
     """The blocks for the samples in `passes`; None where they cost too much, or a producer is grouped.
 
@@ -278,28 +298,29 @@ def channel_blocks(
         power: squared size of what the consumer makes of each hidden channel, shape ``(channels,)``.
         shifted: for each producer, whether it has a shift.
         damping: by what part diagonals are enlarged.
+        parts: passes of all ranks.
     """
     size = sum(producer.features + 1 for producer in producers)
     channels = len(power)
     same = all(p.groups == 1 and p.outputs == channels for p in producers)
-    if not same or channels * size**2 > MAX_BLOCK_ENTRIES or not _is_affordable(producers[0], passes, size):
+    if not same or channels * size**2 > MAX_BLOCK_ENTRIES or not _is_affordable(producers[0], passes, size, parts):
         return None
     blocks = torch.zeros(channels, size, size, dtype=torch.float64, device=power.device)
     for inputs, slopes in passes:
         total = producers[0].positions(slopes[0])
-        at = _spread_positions(total, BLOCK_POSITIONS // len(passes)).to(power.device)
+        at = _spread_positions(total, BLOCK_POSITIONS // parts).to(power.device)
         features = _sloped_features(producers, inputs, slopes, shifted, at)
-        blocks += (features.transpose(1, 2) @ features).double() * (total / len(at))
+        blocks += (features.transpose(1, 2) @ features).double() * (total / max(1, len(at)))
     blocks = all_reduced(blocks) * power.double()[:, None, None]
     diagonal = blocks.diagonal(dim1=1, dim2=2)
     inverse = torch.linalg.inv(blocks + torch.diag_embed(damping * diagonal + 1e-4 * _positive_mean(diagonal)))
     return ChannelBlocks(producers, inverse.to(power.dtype))
 
 
-def _is_affordable(producer: LinearMap, passes: Passes, features: int) -> bool:
+def _is_affordable(producer: LinearMap, passes: Passes, features: int, parts: int) -> bool:
     """Whether the blocks are cheap beside the solve; the same on all ranks."""
     totals = [producer.positions(slopes[0]) for _, slopes in passes]
-    counts = [len(_spread_positions(total, BLOCK_POSITIONS // len(passes))) for total in totals]
+    counts = [len(_spread_positions(total, BLOCK_POSITIONS // parts)) for total in totals]
     sums = torch.tensor([sum(counts), sum(totals)], dtype=torch.float64, device=passes[0][1][0].device)
     used, positions = all_reduced(sums).tolist()
     return used * features <= MAX_EFFORT * positions

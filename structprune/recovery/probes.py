@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 from torch import Tensor
 
-from structprune.recovery.batches import samples_in
+from structprune.recovery.turns import Turns
 
 SOLVED_SHARE = 0.75  # of each batch, where there are no other batches to solve on than those to measure on
 FEWEST = 4  # with fewer samples in a batch all are measured on
@@ -22,30 +23,45 @@ class Probes:
     on those it would seem that hardly any are needed.
 
     Attributes:
-        batches: the first ones of the data.
+        batches: those of this rank among the first ones of the data of all ranks.
         solved: the share of each, from its beginning, that consumers are solved on nevertheless; 0 where other batches
             hold at least as many samples.
+        turns: the place of each batch of this rank among those of all.
+        measured: how many batches are measured on, of all ranks.
     """
 
     batches: list[Any]
     solved: float
+    turns: Turns
+    measured: int
 
     @classmethod
-    def among(cls, data: Sequence[Any], samples: int) -> Probes:
-        """The first batches that together hold so many samples."""
-        chosen: list[Any] = []
-        sizes = [samples_in(batch) for batch in data]
-        for batch, size in zip(data, sizes, strict=True):
-            chosen.append(batch)
-            samples -= size
-            if samples <= 0:
-                break
-        enough = sum(sizes[len(chosen) :]) >= sum(sizes[: len(chosen)])
-        return cls(chosen, 0.0 if enough else SOLVED_SHARE)
+    def among(cls, data: Iterable[Any], sizes: Sequence[int], samples: int) -> Probes:
+        """The first batches, of all ranks in turns, that together hold so many samples.
+
+        Args:
+            data: batches of this rank.
+            sizes: samples of each.
+            samples: to measure on at least.
+        """
+        turns = Turns.of(sizes)
+        measured = next((n for n, held in enumerate(accumulate(turns.sizes), 1) if held >= samples), len(turns.sizes))
+        enough = sum(turns.sizes[measured:]) >= sum(turns.sizes[:measured])
+        mine = sum(place < measured for place in turns.places)
+        return cls(list(islice(data, mine)), 0.0 if enough else SOLVED_SHARE, turns, measured)
+
+    @property
+    def solved_batches(self) -> int:
+        """How many batches of all ranks consumers are solved on."""
+        return self.turns.count - (0 if self.solved else self.measured)
+
+    def share(self, place: int) -> float:
+        """The share of a batch, by its place among those of all ranks, that consumers are solved on."""
+        return self.solved if place < self.measured else 1.0
 
     def seen(self, number: int, total: float) -> float:
-        """How many of `total` positions of a batch consumers are solved on: the first ones."""
-        return total * self.solved if number < len(self.batches) else total
+        """How many of `total` positions of a batch of this rank consumers are solved on: the first ones."""
+        return total * self.share(self.turns.places[number])
 
     def unseen(self, output: Tensor) -> Tensor:
         """The samples of an output that no consumer is solved on; all of it where there are too few to be divided."""

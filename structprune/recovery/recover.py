@@ -85,7 +85,9 @@ def recover(
     memory for the new model, and for what all batches hold at one layer.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
-    fails, all raise.
+    fails, all raise. The batches of the ranks are taken in turns: what comes of it is, to rounding, what a single
+    process makes of the first batch of each rank, then the second of each, and so on. (A layer that is left for want of
+    memory, as `recovery_report` tells, may fit there or here.)
 
     Args:
         slim: a pruned model: what `structprune.prune` or ``plan.apply`` made of `original`, in one round or several.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
-from structprune.distributed import all_reduced
+from structprune.distributed import agreed, all_reduced
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
 from structprune.recovery.candidates import HeldOut
@@ -106,11 +106,11 @@ class RecurrentSolver:
         Returns:
             The report; None if they could not be solved, and `refused` says why.
         """
-        if self.refused:
-            return None
-        runs = [self._run(number, *pauses) for number, pauses in enumerate(zip(ours, goal, strict=True))]
+        runs = [] if self.refused else self._runs(ours, goal)
         if any(self._differs(run) for run in runs):
             self.refused = "its sequences, or its hidden channels, are not those that are left of the original's"
+        self.refused = agreed(self.refused)
+        if self.refused:
             return None
         before, power = self._error(runs, [pause.result[0] for pause in ours])
         size, eps = max(power, torch.finfo(torch.float64).tiny), torch.finfo(runs[0].ours.x.dtype).eps
@@ -121,14 +121,20 @@ class RecurrentSolver:
         errors = (before / size) ** 0.5, (after / size) ** 0.5
         return LayerRecovery(self.consumer.layer, self._name, self._name, *errors, after < before, ridge, alone=ALONE)
 
-    def _run(self, number: int, ours: Pause, goal: Pause) -> _Run:
-        """The call on one batch in both models."""
-        call = RecurrentCall.of(self._name, ours.args)
+    def _runs(self, ours: list[Pause], goal: list[Pause]) -> list[_Run]:
+        """The calls on all batches in both models."""
+        calls = [RecurrentCall.of(self._name, pause.args) for pause in ours]
+        solved = [self._solved_on(number, call) for number, call in enumerate(calls)]
+        drawn = drawn_positions([len(rows) for rows in solved], self._rows, self._held_out, self._random)
+        parts = [(rows[train], rows[held_out]) for rows, (train, held_out) in zip(solved, drawn, strict=True)]
+        return [self._run(*each) for each in zip(calls, goal, parts, strict=True)]
+
+    def _run(self, call: RecurrentCall, goal: Pause, parts: tuple[Tensor, Tensor]) -> _Run:
+        """The call on one batch in both models; `parts` are rows to solve on, and rows to choose by."""
         of = RecurrentCall.of(self._name, goal.args)
         states = of.as_rows(goal.result[0]).unflatten(1, (of.directions, -1))
         states = states[..., _kept(self._state, states.shape[-1]).to(states.device)].flatten(1)
-        train, held_out = self._parts(number, call)
-        return _Run(call, of, states, torch.cat([train, held_out]).to(states.device), len(train))
+        return _Run(call, of, states, torch.cat(parts).to(states.device), len(parts[0]))
 
     def _differs(self, run: _Run) -> bool:
         """Whether the sequences, or the number of channels, are not those that are expected."""
@@ -168,8 +174,8 @@ class RecurrentSolver:
                 at_hand.copy_(new)
         return after
 
-    def _parts(self, number: int, call: RecurrentCall) -> tuple[Tensor, Tensor]:
-        """Rows to solve on, and rows to choose by, of a batch; sequences stay whole, but for a single one.
+    def _solved_on(self, number: int, call: RecurrentCall) -> Tensor:
+        """Rows of a batch that may be solved on, such that sequences stay whole, but for a single one.
 
         They are in the order of the model's samples, of which the last ones are held out from all solving.
         """
@@ -181,10 +187,7 @@ class RecurrentSolver:
         elif count == 1 or (count % samples and steps % samples == 0):
             sample, count = layout.step, steps  # the first dimension of the data is that of the steps
         order = torch.sort(sample, stable=True).indices
-        solved = order[sample[order] < self._held_out.solved_on(number, count)]
-        quota = max(1, self._rows // len(self._held_out.samples))
-        train, held_out = drawn_positions(len(solved), quota, self._random)
-        return solved[train], solved[held_out]
+        return order[sample[order] < self._held_out.solved_on(number, count)]
 
     # -- layer by layer --------------------------------------------------------------------------------------------
 

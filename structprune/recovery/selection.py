@@ -21,7 +21,7 @@ from structprune.errors import PlanError, RecoveryError
 from structprune.importance.data import Batches
 from structprune.importance.weight import LnNorm
 from structprune.inputs import device_of
-from structprune.recovery.batches import inputs_of
+from structprune.recovery.batches import inputs_of, samples_in
 from structprune.recovery.layers import GroupConsumer, group_consumers
 from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
@@ -203,6 +203,9 @@ class Reconstruction:
     def fit(self, graph: ChannelGraph, batches: Iterable[Any] | Batches | None) -> FittedReconstruction:
         """Scores for the groups of `graph`; the model stays as it was.
 
+        Where ``torch.distributed`` is in use, every rank gives its share of the data, in turns as for
+        `structprune.recover`, and all get the same scores.
+
         Args:
             graph: the coupled channels of the model.
             batches: as for `structprune.recover`.
@@ -229,7 +232,7 @@ class Reconstruction:
         consumers = {number: members for number, group in groups.items() if (members := group_consumers(graph, group))}
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
-            probes = Probes.among(data, self.probes)
+            probes = Probes.among(data, list(map(samples_in, data)), self.probes)
             removals = self._removals(graph, consumers, data, probes)
             distances = self._distances(graph, consumers, removals, probes)
             curves: dict[Key, _Curve] = {}
@@ -294,18 +297,17 @@ class Reconstruction:
         generator = torch.Generator().manual_seed(self.seed + node.meta["index"])
         matrix = layer.matrix_of(argument(name, "weight", pauses[0].args, pauses[0].kwargs)).double()[0]
         xx = torch.zeros(layer.features + 1, layer.features + 1, dtype=torch.float64, device=matrix.device)
-        used = [number for number in range(len(pauses)) if probes.seen(number, 1.0) > 0]
-        quota = max(1, self.rows // max(1, len(used)))
-        for number in used:
-            pause = pauses[number]
-            x: Tensor = argument(name, "input", pause.args, pause.kwargs)
-            # The operation has not run: its result has the spatial sizes of the trace, and the samples of this batch.
-            total = x.shape[0] * int(np.prod(node.meta["shape"][2:])) if layer.kernel else x.numel() // x.shape[-1]
-            total = max(1, int(probes.seen(number, total)))
-            drawn = torch.arange(total)
-            if quota < total:
-                drawn = torch.randint(total, (quota,), generator=generator).sort().values
-            for some in drawn.to(x.device).split(max(1, CHUNK // layer.features)):
+        inputs: list[Tensor] = [argument(name, "input", pause.args, pause.kwargs) for pause in pauses]
+        # The operation has not run: its result has the spatial sizes of the trace, and the samples of each batch.
+        sizes = [
+            x.shape[0] * int(np.prod(node.meta["shape"][2:])) if layer.kernel else x.numel() // x.shape[-1]
+            for x in inputs
+        ]
+        totals = [int(probes.seen(number, size)) for number, size in enumerate(sizes)]
+        totals = [max(1, total) if probes.seen(number, 1.0) else 0 for number, total in enumerate(totals)]
+        quota = max(1, self.rows // max(1, probes.solved_batches))
+        for x, drawn in zip(inputs, probes.turns.drawn(totals, quota, generator), strict=True):
+            for some in drawn.to(x.device).split(max(1, CHUNK // layer.features)) if len(drawn) else ():
                 rows = with_intercept(layer.features_at(x, some))[0]
                 xx.addmm_(rows.T, rows)
         if not bool(torch.isfinite(xx).all()):
@@ -327,7 +329,7 @@ class Reconstruction:
             removals: the same.
             probes: batches to measure on.
         """
-        measured = probes.batches
+        measured, device = probes.batches, device_of(graph.model)
         outputs = [output_of(graph.model, batch, {}, graph.trace) for batch in measured]
         starts = {number: min(consumer.number for consumer in consumers[number]) for number in removals}
         distances: dict[int, list[float]] = {}
@@ -337,18 +339,13 @@ class Reconstruction:
                 for cache in caches:
                     cache.run_to(event)
                 for number in [n for n, start in starts.items() if start == event[0]]:
-                    totals: list[Tensor] = []
-                    for changes in removals[number].changes:
+                    totals = torch.zeros(len(removals[number].changes), dtype=torch.float64, device=device)
+                    for level, changes in enumerate(removals[number].changes):
                         hooks = _changing_hooks(consumers[number], changes)
-                        moved = [
-                            self.distance(
-                                probes.unseen(dense),
-                                probes.unseen(cache.output_from(event[0], graph.model, batch, hooks, graph.trace)),
-                            ).double()
-                            for batch, cache, dense in zip(measured, caches, outputs, strict=True)
-                        ]
-                        totals.append(torch.stack(moved).sum())
-                    distances[number] = all_reduced(torch.stack(totals)).tolist()
+                        for batch, cache, dense in zip(measured, caches, outputs, strict=True):
+                            changed = cache.output_from(event[0], graph.model, batch, hooks, graph.trace)
+                            totals[level] += self.distance(probes.unseen(dense), probes.unseen(changed)).double()
+                    distances[number] = all_reduced(totals).tolist()
         return distances
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
+from structprune.distributed import gathered
 from structprune.recovery.batches import samples_in
 from structprune.recovery.candidates import HeldOut
 from structprune.recovery.layer_solver import LayerSolver
@@ -90,14 +91,14 @@ class Solving:
 def _affordable(
     layers: list[Consumer], graph: ChannelGraph, batches: Sequence[Any]
 ) -> tuple[list[Consumer], dict[str, str]]:
-    """The layers to solve, and why others are left: the results of all batches are in memory at once.
+    """The layers to solve, and why others are left: the results of all batches of a rank are in memory at once.
 
-    For 8,192 tokens, the result of a language model's last layer, with 32,000 tokens to choose from, takes 1 GB in each
-    of both models, and its input of 1,536 channels 50 MB.
+    The rank with the most samples decides for all. For 8,192 tokens, the result of a language model's last layer, with
+    32,000 tokens to choose from, takes 1 GB in each of both models, and its input of 1,536 channels 50 MB.
     """
     chosen: list[Consumer] = []
     left: dict[str, str] = {}
-    batches_like_the_first = sum(map(samples_in, batches)) / samples_in(batches[0])
+    batches_like_the_first = max(gathered(sum(map(samples_in, batches)))) / samples_in(batches[0])
     for layer in layers:
         node = graph.trace.nodes[layer.node]
         result, taken = (math.prod(n.meta["shape"]) for n in (node, _input_of(node)))

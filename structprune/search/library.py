@@ -38,13 +38,16 @@ from structprune.checking import (
     whole,
 )
 from structprune.coupling.groups import Group
-from structprune.errors import PlanError
+from structprune.distributed import apart, failing_together, gathered
+from structprune.errors import PlanError, RecoveryError
 from structprune.html import html_table
 from structprune.importance.weight import LnNorm
 from structprune.planning.options import PlanKeywords, PlanOptions
 from structprune.planning.plan import Plan
 from structprune.recovery.batches import Forward
 from structprune.recovery.prices import prices
+from structprune.recovery.probes import Probes
+from structprune.recovery.turns import Turns
 from structprune.search.entries import Entry, Shelf, key_of
 from structprune.search.evolution import Evolution, Evolved, Search
 from structprune.search.making import Making, Measuring
@@ -189,7 +192,8 @@ class Library:
             data: batches as for `library`; best the same, since layers were not solved on the first of them.
             how: how many generations, offspring and switches; by default those of `Evolution`.
             probes: samples to compare on: those that come first, batch by batch. The smaller the batches, the sooner
-                bad offspring are dropped.
+                bad offspring are dropped. Each rank of ``torch.distributed`` searches for itself: give all of them the
+                same data.
             forward: as for `library`.
             options: as for `plan`; there is a target.
 
@@ -198,8 +202,11 @@ class Library:
             RecoveryError: there is no data, or it does not fit the model.
         """
         require(locals(), data=DATA, how=_EVOLUTION.or_none, probes=whole(1), forward=ON_BATCH.or_none)
-        how = how or Evolution()
-        outputs = Outputs(self._model, Stream(self._model, data, forward).probes(probes), self._distance)
+        with apart():
+            return self._evolved(Stream(self._model, data, forward).probes(probes), how or Evolution(), options)
+
+    def _evolved(self, probes: Probes, how: Evolution, options: Mapping[str, Any]) -> Evolved:
+        outputs = Outputs(self._model, probes, self._distance)
         while True:
             widths = self.widths(options)
             search = Search(widths.problem, outputs, lambda states, widths=widths: widths.network(states), how)
@@ -291,6 +298,9 @@ def library(
     Frantar and Alistarh, SPDY, 2022 and Kurtic et al., ZipLM, 2023 keep such a database for one kind of layer; here it
     is for whatever is coupled.
 
+    Where ``torch.distributed`` is in use, every rank gives its share of the data, in turns as for
+    `structprune.recover`, and all get the same library; each writes it to its `folder`, which may be one and the same.
+
     Args:
         model: any ``nn.Module`` whose forward can be traced; it is left as it was.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the model accepts.
@@ -335,28 +345,32 @@ def library(
         raise PlanError(f"{wrong[0]} is no option of a library, which holds all widths. Give it to library.plan.")
     model = prunable(model)
     asked = PlanOptions(**options)
-    stream = None if data is None else Stream(model, data, forward)
-    settings = {
+    settings: dict[str, Any] = {
         "weights": _digest(model),
         "options": {name: repr(value) for name, value in sorted(options.items())},
         "levels": sorted(set(levels)),
         "distance": name_of(distance),
-        "data": None if stream is None else {"samples": stream.sizes, "probes": probes, "rows": rows, "seed": seed},
+        "data": None,
     }
-    shelf = Shelf(None if folder is None else Path(folder), settings)
-    making = Making(model, example_inputs, asked, sorted(set(levels)))
-    missing = making.missing(shelf)
-    if missing and stream is None:
-        raise PlanError(f"The library lacks {len(missing)} groups. Give data, so that they can be measured.")
     how = Measuring(
         distance=distance_of(distance), probes=probes, rows=rows, memory=memory, seed=seed, progress=progress
     )
-    if missing and stream is not None:
-        graph_inputs = next(iter(stream))  # forwards may branch on the size of the batch
-        making = Making(model, graph_inputs, asked, sorted(set(levels)))
-        with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
-            model.eval()
-            making.fill(shelf, stream, how)
+    with failing_together(RecoveryError, "library"):
+        stream = None if data is None else Stream(model, data, forward)
+        if stream is not None:
+            samples = list(Turns.of(stream.sizes).sizes)
+            settings["data"] = {"samples": samples, "probes": probes, "rows": rows, "seed": seed}
+        shelf = Shelf(None if folder is None else Path(folder), settings)
+        making = Making(model, example_inputs, asked, sorted(set(levels)))
+        missing = max(gathered(len(making.missing(shelf))))  # all ranks have opened the folder before one writes to it
+        if missing and stream is None:
+            raise PlanError(f"The library lacks {missing} groups. Give data, so that they can be measured.")
+        if missing and stream is not None:
+            graph_inputs = next(iter(stream))  # forwards may branch on the size of the batch
+            making = Making(model, graph_inputs, asked, sorted(set(levels)))
+            with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
+                model.eval()
+                making.fill(shelf, stream, how)
     return Library(model, example_inputs, options, shelf, how.distance)
 
 

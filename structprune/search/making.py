@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from structprune.api import coupled_channels
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.distributed import gathered
 from structprune.errors import PlanError
 from structprune.importance.weight import LnNorm
 from structprune.planning.build import plan_removal
@@ -87,7 +88,9 @@ class Making:
         probes = stream.probes(how.probes)
         solver = Solver(self._graph, stream, probes, how.rows, how.seed)
         outputs = Outputs(self._graph.model, probes, how.distance)
-        missing = set(self.missing(shelf))
+        # Ranks whose folders are not the same make together what any of them lacks.
+        lacking = {key for keys in gathered([key_of(group) for group in self.missing(shelf)]) for key in keys}
+        missing = {group for group in self._kept if key_of(group) in lacking}
         units = [unit for unit in self._units if missing.intersection(unit)]
         bar = track(list(self._passes(units, solver, how.memory)), "solving", disable=not how.progress, transient=True)
         for some in bar:

@@ -30,12 +30,14 @@ from structprune.checking import (
     require,
     whole,
 )
+from structprune.distributed import apart, failing_together, nobody_failed, rank_and_count, several
 from structprune.errors import PlanError, RecoveryError
 from structprune.latency.measure import Latency
 from structprune.planning.plan import Plan
 from structprune.recovery.batches import Forward
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
+from structprune.recovery.turns import in_turns
 from structprune.search.library import Library, library
 from structprune.search.network_costs import COUNTED, Costs, Evaluate, number_of
 from structprune.search.outputs import Outputs
@@ -130,6 +132,10 @@ def optimize(
     With a `storage`, any number of processes that call this with the same arguments work on one study: what one of them
     was doing when it was killed is done again, and a run that was cut short goes on. Each needs the data.
 
+    So do the ranks of ``torch.distributed``, where it is in use: the library is made together, each rank giving its
+    share of the data; then each gets the data of all and does trials of its own, so that `evaluate` must not talk to
+    other ranks. All return the same network. If one fails, all raise, once they have done their trials.
+
     Akiba et al., Optuna, 2019; Yang et al., NetAdapt, 2018, for the strategy of that name.
 
     Args:
@@ -151,7 +157,8 @@ def optimize(
         options: ``axes``, ``round_to``, ``ignore`` and others of `structprune.plan` that say what may go.
 
     Raises:
-        PlanError: an argument is none that can be, `evaluate` gives no number, or the study is another.
+        PlanError: an argument is none that can be, `evaluate` gives no number, the study is another, or another rank
+            has failed.
         RecoveryError: the data do not fit the model.
         MissingExtraError: Optuna is not installed.
 
@@ -179,15 +186,25 @@ def optimize(
     if maximize is not None and minimize is not None:
         raise PlanError("Give maximize or minimize, not both: one of them is made as good as it goes.")
     how = how or Searching()
-    batches = list(data)
-    if using is None:
-        using = library(model, example_inputs, batches, seed=how.seed, rows=how.rows, forward=forward, **options)
-    elif options:
+    if using is not None and options:
         raise PlanError(f"{sorted(options)[0]} is an option of the library; give it there.")
-    with ExitStack() as stack:
-        costs = Costs(prunable(model), example_inputs, maximize or minimize or "latency", how.latency, stack)
-        work = _Work(prunable(model), example_inputs, batches, forward, evaluate, costs, using, how)
-        return work.result(eps, trials, None if storage is None else os.fspath(storage), study_name)
+    if several() and storage is None:
+        raise PlanError("storage is None, and there are several ranks: name one that all of them see.")
+    where = None if storage is None else os.fspath(storage)
+    with failing_together(PlanError, "optimize"), ExitStack() as stack:
+        batches = list(data)
+        if using is None:
+            using = library(model, example_inputs, batches, seed=how.seed, rows=how.rows, forward=forward, **options)
+        batches = in_turns(batches)  # the trials of a rank are its own, on all data
+        with apart():
+            costs = Costs(prunable(model), example_inputs, maximize or minimize or "latency", how.latency, stack)
+            work = _Work(prunable(model), example_inputs, batches, forward, evaluate, costs, using, how)
+        work.open_in_turn(eps, where, study_name)
+        with apart():
+            work.search(trials)
+        nobody_failed("the end of the trials")
+        with apart():
+            return work.result()
 
 
 class _Work:
@@ -201,12 +218,20 @@ class _Work:
         self._evaluate, self._costs, self._library, self._how = evaluate, costs, using, how
         self._outputs = Outputs(model, Stream(model, batches, forward).probes(256), using.distance)
         self._widths = using.widths({"target": {"macs": 1.0}})
+        self._dense = self._whole_cost = 0.0
         self._least = float("-inf")
         self._kept: tuple[int, nn.Module, Plan] | None = None
         self._study: Study
 
-    def result(self, eps: float, trials: int, storage: str | None, name: str | None) -> Optimized:
-        """Do trials until there are enough, and gather what came of them."""
+    def open_in_turn(self, eps: float, storage: str | None, name: str | None) -> None:
+        """Begin the study, or take it up: one rank, then the others, since only one may make the storage."""
+        first = rank_and_count()[0] == 0
+        for turn in (True, False):
+            if first is turn:
+                self._open(eps, storage, name)
+            nobody_failed("the study")
+
+    def _open(self, eps: float, storage: str | None, name: str | None) -> None:
         how, space = self._how, self._how.space
         setting = Setting(dimensions(space, self._widths.levels), space.remaining, self._at_share, how.warm)
         about = json.loads(json.dumps({"space": asdict(space), "objective": self._costs.name, "eps": eps}))
@@ -214,15 +239,22 @@ class _Work:
         made = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         self._study = Study(storage, name or f"structprune-{made}", setting, how.strategy, how.seed, how.patience)
         self._study.remember(about)
-        dense = self._study.recall("dense", lambda: number_of(self._evaluate, self._model, "evaluate"))
-        whole_cost = self._study.recall("whole", self._costs.whole)
-        self._least = dense - eps
-        until = float("inf") if how.timeout is None else time.monotonic() + how.timeout
-        self._study.run(self._tried, trials, until)
+        with apart():
+            self._dense = self._study.recall("dense", lambda: number_of(self._evaluate, self._model, "evaluate"))
+            self._whole_cost = self._study.recall("whole", self._costs.whole)
+        self._least = self._dense - eps
+
+    def search(self, trials: int) -> None:
+        """Do trials until there are enough, whoever does them."""
+        timeout = self._how.timeout
+        self._study.run(self._tried, trials, float("inf") if timeout is None else time.monotonic() + timeout)
+
+    def result(self) -> Optimized:
+        """Gather what came of the trials."""
         known = tuple(trial for trial in self._study.trials if trial.state != "running")
         best = best_of(known)
         slim, plan = (None, None) if best is None else self._of(best)
-        return Optimized(slim, plan, self._costs.name, dense, self._least, whole_cost, known)
+        return Optimized(slim, plan, self._costs.name, self._dense, self._least, self._whole_cost, known)
 
     def _of(self, best: Trial) -> tuple[nn.Module, Plan]:
         """The network of a trial: kept, if it was done here, or made again, as it was made there."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.checking import Check
+from structprune.distributed import all_reduced
 from structprune.errors import RecoveryError
 from structprune.recovery.batches import compared, samples_in
 from structprune.recovery.probes import Probes
@@ -57,11 +58,13 @@ class Outputs:
         return len(self._whole)
 
     def lost(self, slim: nn.Module, batches: int | None = None) -> float:
-        """The distance for a sample, over the first batches (by default all)."""
+        """The distance for a sample, over the first batches of this rank (by default all), and those of the others."""
         many = len(self) if batches is None else batches
         pairs = zip(self._whole[:many], self._probes.batches[:many], strict=True)
         total = sum(float(self._distance(whole, self._probes.unseen(_first(slim, inputs)))) for whole, inputs in pairs)
-        return total / max(1, sum(self.sizes[:many]))
+        count = sum(self.sizes[:many])
+        total, count = all_reduced(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        return total / max(1, count)
 
 
 def _first(model: nn.Module, inputs: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
+from structprune.distributed import all_reduced
 from structprune.errors import PlanError, RecoveryError
 from structprune.importance.base import check_scores
 from structprune.importance.weight import LnNorm
@@ -30,7 +31,7 @@ from structprune.recovery.batches import Forward, batches_of, samples_in
 from structprune.recovery.layers import GroupConsumer, as_consumer, group_consumers, norm_scale, uses_batch_statistics
 from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
-from structprune.recovery.probes import SOLVED_SHARE, Probes
+from structprune.recovery.probes import Probes
 from structprune.surgery.slicing import smaller_tensor
 from structprune.tracing.replay import Replay, ReplayedCall
 from structprune.tracing.state import held_tensors
@@ -64,13 +65,7 @@ class Stream:
 
     def probes(self, samples: int) -> Probes:
         """The first batches that hold so many samples together, to measure on; see `Probes`."""
-        count, seen = 0, 0
-        while seen < samples and count < len(self.sizes):
-            seen += self.sizes[count]
-            count += 1
-        enough = sum(self.sizes[count:]) >= seen
-        held = [inputs for _, inputs in zip(range(count), self, strict=False)]
-        return Probes(held, 0.0 if enough else SOLVED_SHARE)
+        return Probes.among(self, self.sizes, samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +100,38 @@ class _Layer:
     norms: tuple[tuple[str, str | None, float | None], ...]
 
 
+class _Draws:
+    """Positions of one layer's result on each batch, as a single process draws them for the batches of all ranks.
+
+    Args:
+        probes: what is not solved on.
+        quota: positions to draw of a batch.
+        seed: of the generator.
+    """
+
+    def __init__(self, probes: Probes, quota: int, seed: int) -> None:
+        self._probes, self._quota = probes, quota
+        self._generator = torch.Generator().manual_seed(seed)
+        self._next = 0
+
+    def of(self, number: int, positions: int) -> Tensor:
+        """Those of a batch of this rank that has so many; batches of other ranks are drawn for up to it.
+
+        How many positions those have follows from their samples.
+        """
+        turns = self._probes.turns
+        place = turns.places[number]
+        drawn = torch.arange(0)
+        for other in range(self._next, place + 1):
+            here = positions * turns.sizes[other] / turns.sizes[place] if other != place else positions
+            total = max(1, int(self._probes.share(other) * here)) if self._probes.share(other) else 0
+            drawn = torch.arange(total)
+            if self._quota < total:
+                drawn = torch.randint(total, (self._quota,), generator=self._generator).sort().values
+        self._next = place + 1
+        return drawn
+
+
 class Solver:
     """Solves the consumers of groups on a stream of data.
 
@@ -119,7 +146,7 @@ class Solver:
     def __init__(self, graph: ChannelGraph, stream: Stream, probes: Probes, rows: int, seed: int) -> None:
         self._graph, self._stream, self._probes, self._seed = graph, stream, probes, seed
         self._used = [number for number in range(len(stream.sizes)) if probes.seen(number, 1.0) > 0]
-        self._quota = max(1, rows // max(1, len(self._used)))
+        self._quota = max(1, rows // max(1, probes.solved_batches))
         self._tensors = tensors_of(graph)
         self._layers: dict[Group, list[_Layer]] = {}
 
@@ -168,22 +195,26 @@ class Solver:
         if not nodes:
             return moments
         model, trace = self._graph.model, self._graph.trace
-        generators = {
-            node.meta["index"]: torch.Generator().manual_seed(self._seed + node.meta["index"]) for node in nodes
+        draws = {
+            node.meta["index"]: _Draws(self._probes, self._quota, self._seed + node.meta["index"]) for node in nodes
         }
+        # A rank that has nothing to add still has to know the shapes of the sums.
+        used = self._used or [0]
         for number, inputs in enumerate(self._stream):
-            if number not in self._used:
+            if number not in used:
                 continue
-            hooks = {index: partial(self._seen, moments, random, number) for index, random in generators.items()}
+            hooks = {index: partial(self._seen, moments, drawn, number) for index, drawn in draws.items()}
             args, kwargs = as_call(inputs)
             with Replay(trace, hooks, whole=True, error=RecoveryError).over(model):
                 model(*args, **kwargs)
+        for index in draws:
+            all_reduced(moments[index][0])
         return moments
 
     def _seen(
         self,
         moments: dict[int, tuple[Tensor, LinearMap]],
-        generator: torch.Generator,
+        draws: _Draws,
         number: int,
         call: ReplayedCall,
     ) -> Any:
@@ -199,11 +230,8 @@ class Solver:
             size = layer.features + 1
             moments[index] = torch.zeros(size, size, dtype=torch.float64, device=x.device), layer
         xx = moments[index][0]
-        total = max(1, int(self._probes.seen(number, layer.positions(result))))
-        drawn = torch.arange(total)
-        if self._quota < total:
-            drawn = torch.randint(total, (self._quota,), generator=generator).sort().values
-        for some in drawn.to(x.device).split(max(1, CHUNK // layer.features)):
+        drawn = draws.of(number, layer.positions(result))
+        for some in drawn.to(x.device).split(max(1, CHUNK // layer.features)) if len(drawn) else ():
             rows = with_intercept(layer.features_at(x, some))[0]
             xx.addmm_(rows.T, rows)
         return result

@@ -5,6 +5,7 @@ from structprune.training.channel_decay import ChannelDecay, shrinkage
 from structprune.training.distillation import FeatureDistillation, distillation_loss
 from structprune.training.evaluation import split
 from structprune.training.finetuning import Epoch, Finetuned, finetune
+from structprune.training.loading import load_pruned
 from structprune.training.penalties import GroupLasso, GrowingRegularisation, NormScalePenalty, add_gradient
 from structprune.training.soft import SoftPruner
 
@@ -21,6 +22,7 @@ __all__ = [
     "add_gradient",
     "distillation_loss",
     "finetune",
+    "load_pruned",
     "shrinkage",
     "split",
 ]

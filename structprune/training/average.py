@@ -10,17 +10,26 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from structprune.checking import MODEL, real, require
+from structprune.training.ranks import inside, part_of
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the state dict by name, each tied one once; the tensors themselves."""
+def held_by(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the state dict by name, each tied one once; a DistributedDataParallel is seen through.
+
+    The tensors themselves, sharded ones as such.
+    """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in inside(model).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen.add(id(value))
             tensors[name] = value.detach()
     return tensors
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The same; of sharded ones the part that this rank holds, which shares its memory."""
+    return {name: part_of(value) for name, value in held_by(model).items()}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structprune.checking import SEED, real, require, shown, whole
+from structprune.distributed import all_reduced, rank_and_count
 from structprune.errors import PlanError
 from structprune.importance.data import call_on_batch, size_of
 
@@ -69,6 +70,8 @@ def score_of(
 ) -> float:
     """The validation score, the higher the better: what `validate` returns; on batches, accuracy or minus the loss.
 
+    It is the mean over the samples of all ranks that work together, or over what `validate` returns on each.
+
     Args:
         model: in eval mode.
         validate: a function of the model, or batches.
@@ -82,7 +85,8 @@ def score_of(
     if not isinstance(validate, Iterable):
         score = validate(model)
         try:
-            return float(score)
+            mean = all_reduced(torch.tensor(float(score), dtype=torch.float64)) / rank_and_count()[1]
+            return float(mean)
         except (TypeError, ValueError) as error:
             raise PlanError(f"validate returned {shown(score)}; it returns a number, the higher the better.") from error
     total, count = 0.0, 0
@@ -94,6 +98,7 @@ def score_of(
             else:
                 good = -loss(model, batch)
         total, count = total + float(good) * size_of(batch), count + size_of(batch)
+    total, count = all_reduced(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if not count:
         raise PlanError("validate holds no batch. If it is a generator, give something that can be started again.")
     return total / count

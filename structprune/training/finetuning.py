@@ -28,12 +28,23 @@ from structprune.checking import (
     real,
     require,
 )
+from structprune.distributed import all_reduced, gathered, nobody_failed_yet, rank_and_count
 from structprune.errors import LoadError, PlanError
 from structprune.importance.data import size_of
 from structprune.inputs import modes_kept
-from structprune.training.average import WeightAverage, fill, tensors_of
+from structprune.training.average import WeightAverage, fill, held_by, tensors_of
 from structprune.training.checkpoint import State, restore, store
 from structprune.training.evaluation import default_loss, score_of
+from structprune.training.ranks import (
+    inside,
+    is_sharded,
+    mean_over_ranks,
+    part_of,
+    require_equal_lengths,
+    sharded_like,
+    training_together,
+    whole_of,
+)
 from structprune.training.stepping import (
     Imitation,
     Loss,
@@ -111,8 +122,13 @@ def finetune(
 
     SGD with Nesterov's momentum, a linear warm-up, then a cosine down to zero. The best epoch is chosen by `validate`:
     give a part of the training data that is not trained on (see `split`), never the test set. Mode, flags of gradients,
-    and random generators are afterwards as they were; of a teacher everything is. It is for a single process: in a
-    distributed run use the losses in a loop of your own.
+    and random generators are afterwards as they were; of a teacher everything is.
+
+    Several ranks of ``torch.distributed`` train one model that is wrapped in ``DistributedDataParallel``, or sharded by
+    ``torch.distributed.fsdp.fully_shard``: each calls this with its share of the data, in equally many batches, and
+    with the same checkpoint. Losses and scores are those of all shares, statistics of norms are averaged before each
+    validation, and all ranks keep the same epoch. The first rank writes the checkpoint, which holds whole tensors. A
+    model that is neither wrapped nor sharded is trained by each rank for itself, as in a single process.
 
     Args:
         model: on the device to train on; its parameters that require gradients are trained.
@@ -120,7 +136,7 @@ def finetune(
             makes a loss of its own; anything with `loss`. A ``DataLoader``, a list.
         validate: batches of the same kind, scored by accuracy in percent where they are pairs with class numbers and by
             minus the mean loss otherwise; or a function of the model that returns a score, the higher the better. The
-            model is in eval mode.
+            model is in eval mode, and not in its ``DistributedDataParallel``.
         epochs: how often to go through `train`, from 1.
         loss: called with the model and a batch, returns a scalar, the mean over the batch.
         teacher: a model of the same classes, mostly the dense one: its soft labels are learned along.
@@ -148,8 +164,9 @@ def finetune(
         The best score, its epoch and the history.
 
     Raises:
-        PlanError: a setting is out of its range, there is nothing to train or no data, or the loss is not finite. The
-            model then has the weights of its best epoch so far, or those that it had.
+        PlanError: a setting is out of its range, there is nothing to train or no data, the loss is not finite, or
+            another rank has failed or has other numbers of batches. The model then has the weights of its best epoch so
+            far, or those that it had.
         LoadError: the checkpoint is damaged, or of another run.
 
     Example:
@@ -176,7 +193,8 @@ def finetune(
         stack.enter_context(modes_kept(model, *([] if teacher is None else [teacher])))
         if teacher is not None:
             teacher.eval()
-        shown = stack.enter_context(bar(progress, epochs))
+        stack.enter_context(training_together(model))
+        shown = stack.enter_context(bar(progress if rank_and_count()[0] == 0 else False, epochs))
         run.go(on_epoch, shown)
     return Finetuned(run.best, run.best_epoch, tuple(run.history))
 
@@ -215,6 +233,7 @@ class _Run:
         self.best_tensors = {name: value.clone() for name, value in tensors_of(self.model).items()}
 
     def go(self, on_epoch: Callable[[int], None] | None, shown: Callable[..., None]) -> None:
+        require_equal_lengths(train=self.train, **({"validate": self.validate} if is_sharded(self.model) else {}))
         self._resume()
         try:
             for epoch in range(len(self.history), self.settings.epochs):
@@ -246,6 +265,7 @@ class _Run:
         losses: list[Tensor] = []
         count = 0
         for number, batch in enumerate(self.train):
+            nobody_failed_yet(f"step {number + 1} of epoch {epoch + 1}")
             done = (epoch + min(1.0, (number + 0.5) / steps)) / self.settings.epochs
             size = size_of(batch, "train")
             losses.append(self.step(batch, done) * size)
@@ -256,7 +276,9 @@ class _Run:
         if not count:
             raise PlanError("train holds no batch. If it is a generator, give something that can be started again.")
         # Read once an epoch: each reading would wait for the device.
-        mean = float(torch.stack(losses).cpu().double().sum()) / count
+        sums = torch.stack([torch.stack(losses).cpu().double().sum(), torch.tensor(float(count), dtype=torch.float64)])
+        total, samples = all_reduced(sums).tolist()
+        mean = total / samples
         if not math.isfinite(mean):
             raise PlanError(
                 f"The loss of epoch {epoch + 1} is {mean}. Look at the data of train, lower lr, or clip=1.0."
@@ -266,8 +288,9 @@ class _Run:
     def _score(self) -> float:
         """Validate, and keep the weights if they are the best so far."""
         self.model.eval()
+        self._share_statistics()
         with self.average.lent(self.model) if self.average is not None else nullcontext():
-            score = score_of(self.model, self.validate, self.step.loss, self.step.moved, self.step.autocast)
+            score = score_of(inside(self.model), self.validate, self.step.loss, self.step.moved, self.step.autocast)
             if not math.isfinite(score):
                 raise PlanError(f"The score of validate is {score}. Check its data, lower lr, or give clip=1.0.")
             if score > self.best:
@@ -275,11 +298,19 @@ class _Run:
                 self.best_tensors = {name: value.clone() for name, value in tensors_of(self.model).items()}
         return score
 
+    def _share_statistics(self) -> None:
+        """Each rank has seen its own samples: the statistics of norms, and averages of them, become the mean of all."""
+        model = inside(self.model)
+        mean_over_ranks(model.buffers())
+        if self.average is not None:
+            parameters = {name for name, _ in model.named_parameters()}
+            mean_over_ranks(value for name, value in self.average.values.items() if name not in parameters)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _asked(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
-        shapes = {name: list(value.shape) for name, value in tensors_of(self.model).items()}
+        shapes = {name: list(value.shape) for name, value in held_by(self.model).items()}
         decay = None if self.average is None else self.average.decay
         penalty, precision = self.step.penalty, self.step.precision
         return {
@@ -296,19 +327,31 @@ class _Run:
     def _save(self) -> None:
         if self.folder is None:
             return
-        tensors = {"model": tensors_of(self.model), "best": self.best_tensors}
+        parts = {"model": tensors_of(self.model), "best": self.best_tensors}
         record: dict[str, Any] = {
             "asked": self._asked(),
             "best": [self.best, self.best_epoch],
             "history": [asdict(epoch) for epoch in self.history],
         }
         if self.average is not None:
-            tensors["average"] = self.average.values
+            parts["average"] = self.average.values
             record["updates"] = self.average.updates
-        store(self.folder, State(len(self.history), tensors, self.step.state(), record))
+        held = held_by(self.model)
+        tensors = {
+            part: {name: whole_of(value, held[name]) if is_sharded(self.model) else value for name, value in of.items()}
+            for part, of in parts.items()
+        }
+        state = State(len(self.history), tensors, self.step.state(), record)
+        if rank_and_count()[0] == 0:
+            store(self.folder, state)
 
     def _resume(self) -> None:
         state = None if self.folder is None else restore(self.folder)
+        epochs = gathered(None if state is None else state.epoch)
+        if len(set(epochs)) > 1:
+            raise LoadError(
+                f"The ranks find checkpoints after {epochs} epochs in {self.folder}. Give one that all of them see."
+            )
         if state is None:
             return
         asked, before = self._asked(), state.record["asked"]
@@ -319,12 +362,19 @@ class _Run:
                 f"The checkpoint in {self.folder} is of a run with other settings: {what}. Give the same ones to go "
                 "on, or another folder to begin anew."
             )
-        fill(self.model, state.tensors["model"])
-        device = self.step.device
-        self.best_tensors = {name: value.to(device) for name, value in state.tensors["best"].items()}
+        fill(self.model, self._parts(state.tensors["model"]))
+        self.best_tensors = self._parts(state.tensors["best"])
         self.best, self.best_epoch = state.record["best"]
         self.history = [Epoch(**epoch) for epoch in state.record["history"]]
         if self.average is not None:
-            self.average.values = {name: value.to(device) for name, value in state.tensors["average"].items()}
+            self.average.values = self._parts(state.tensors["average"])
             self.average.updates = state.record["updates"]
         self.step.load(state.optimizer)
+
+    def _parts(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of whole tensors what this rank holds of them, on the model's device."""
+        held, sharded = held_by(self.model), is_sharded(self.model)
+        return {
+            name: (part_of(sharded_like(value, held[name])) if sharded else value).to(self.step.device)
+            for name, value in wholes.items()
+        }

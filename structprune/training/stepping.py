@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from structprune.checking import SEED, real, require, shown, whole
+from structprune.distributed import rank_and_count
 from structprune.errors import PlanError
 from structprune.importance.data import call_on_batch
 from structprune.inputs import device_of
 from structprune.tracing.trace import map_tensors, preserved_random_state
 from structprune.training.distillation import distillation_loss
 from structprune.training.evaluation import logits_of
+from structprune.training.ranks import load_whole_optimizer_state, whole_optimizer_state
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -163,13 +165,13 @@ class Step:
 
     def state(self) -> dict[str, Any]:
         """State dicts of the optimizer, of the loss scaling, and of a penalty that has one."""
-        held = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        held = {"optimizer": whole_optimizer_state(self.optimizer), "scaler": self.scaler.state_dict()}
         state_dict = getattr(self.penalty, "state_dict", None)
         return held if state_dict is None else {**held, "penalty": state_dict()}
 
     def load(self, state: Any) -> None:
         """Go on from what `state` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole_optimizer_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         load = getattr(self.penalty, "load_state_dict", None)
         if load is not None:
@@ -196,15 +198,24 @@ def _generators(loaders: Iterable[Any]) -> list[torch.Generator]:
     return list({id(each): each for each in held if isinstance(each, torch.Generator)}.values())
 
 
+def _mixed(*numbers: int) -> int:
+    """A seed of 63 bits, made of some numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 def begin_epoch(train: Any, validate: Any, seed: int, epoch: int) -> None:
     """Set all random generators by seed and epoch: those of torch, numpy and Python, and those of the loaders.
 
-    Samplers of `train` that have ``set_epoch`` (as ``DistributedSampler`` does) are told the epoch.
+    Samplers of `train` that have ``set_epoch`` (as ``DistributedSampler`` does) are told the epoch. Ranks that train
+    together drop and augment each in its own way; the generators of loaders are the same on all of them, since they may
+    shuffle what is shared out afterwards.
     """
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(mixed)
-    random.seed(mixed)
-    np.random.seed(mixed % 2**32)
+    mixed = _mixed(seed, epoch)
+    rank = rank_and_count()[0]
+    own = _mixed(seed, epoch, rank) if rank else mixed
+    torch.manual_seed(own)
+    random.seed(own)
+    np.random.seed(own % 2**32)
     for generator in _generators((train, validate)):
         generator.manual_seed(mixed)
     for owner in _owners(train):

@@ -198,7 +198,7 @@ slim = structprune.prune(model, data[0], ratio=0.5, importance="random", verify=
 def test_memory_does_not_grow_with_the_depth_where_blocks_keep_their_results():
     # The results of 16 blocks in both models are 24 of these, and heaps with holes took it to 40.
     recover = "structprune.recover(slim, model, data, rounds=0)"
-    assert 1 < peak_over_weights(MANY_BLOCKS, recover, with_heaps=True) < 20
+    assert 1 < peak_over_weights(MANY_BLOCKS, recover, with_heaps=True) < 22
 
 
 def test_a_model_that_writes_its_input_over_is_run_whole():

@@ -29,8 +29,10 @@ _REPORTED = (
 def describe_machine() -> dict[str, Any]:
     """Versions, extras with what they lack, and hardware."""
     versions = {"structprune": version("structprune"), "python": platform.python_version()}
+    versions |= {name: version(name) for name in _REPORTED if _installed(name)}
     return {
-        "versions": versions | {name: version(name) for name in _REPORTED if _installed(name)},
+        # Of torch the build too, which the package's own version may leave out: 2.13.0+cu130.
+        "versions": versions | {"torch": str(torch.__version__)},
         "extras": {name: {"missing": missing} for name, missing in _extras()},
         "hardware": {
             "system": platform.platform(),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.quantised import Block, batches, convolutions
 from torch import _inductor, nn
+from torch._dynamo.utils import counters
 
 import structprune
 from structprune.errors import ExportError
@@ -75,29 +76,31 @@ def test_free_dimensions_and_several_outputs(tmp_path):
 @needs_compiler
 @needs_torchao
 def test_integers_stay_integers_when_they_are_compiled(tmp_path):
-    """A convolution on which integers of eight bits gain much more than they lose by being imitated."""
     torch.manual_seed(0)
-    wide = nn.Sequential(*(m for _ in range(4) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()))).eval()
-    x = torch.randn(4, 64, 24, 24)
+    wide = nn.Sequential(*(m for _ in range(2) for m in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()))).eval()
+    x = torch.randn(4, 32, 12, 12)
     small = structprune.quantize(wide, tmp_path / "q.pt2", x, [x], backend="torchao")
     module = structprune.torch_model(small.path)
-    package = structprune.export_aotinductor(module, tmp_path / "p.pt2", x)
-    assert package.max_relative_error < 1e-1
-    packed = structprune.torch_model(package.path)
+    # Traced on strided inputs, and run on others.
     strided = x.contiguous(memory_format=torch.channels_last)
+    counters.clear()
+    package = structprune.export_aotinductor(module, tmp_path / "p.pt2", strided)
+    assert in_integers() == 2
+    assert package.max_relative_error < 0.05
+    packed = structprune.torch_model(package.path)
     assert torch.equal(packed(strided), packed(x))
-    again = structprune.export_aotinductor(module, tmp_path / "s.pt2", strided)
-    assert torch.equal(structprune.torch_model(again.path)(x), packed(x))
     for size in (1, 6):
         images = x.repeat(2, 1, 1, 1)[:size]
         assert (packed(images) - wide(images)).abs().max() < 0.1 * wide(images).abs().max()
-    options = {"runs": 7, "threads": 1, "clock": "process", "memory": False, "explanations": False}
-    found = structprune.benchmark({"float": wide, "package": packed}, x, **options)
-    assert found.speedup("package").ratio > 1.4
     # Not by torch.compile alone: weights have to be constants for it.
-    found = structprune.benchmark({"int8": module}, x, backends=("eager", "compile"), **options)
-    imitated, compiled = (timing.median for timing in found.timings)
-    assert compiled < imitated / 1.4
+    counters.clear()
+    structprune.benchmark({"int8": module}, x, backends=("compile",), runs=2, memory=False, explanations=False)
+    assert in_integers() == 2
+
+
+def in_integers() -> int:
+    """How many convolutions became those of integers where torch compiled last."""
+    return counters["inductor"]["qconv_weight_prepack_matcher_count"]
 
 
 @needs_compiler

@@ -191,14 +191,14 @@ def test_packed_sequences(kind: str, in_order: bool) -> None:
 def solved_on(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The inputs of the rows that recurrent layers are solved on and chosen by, of each batch."""
     seen: list[Tensor] = []
-    parts_of = recurrent.RecurrentSolver._parts
+    solved_on = recurrent.RecurrentSolver._solved_on
 
-    def noted(self: recurrent.RecurrentSolver, number: int, call: RecurrentCall) -> tuple[Tensor, Tensor]:
-        parts = parts_of(self, number, call)
-        seen.append(call.x[torch.cat(parts)])
-        return parts
+    def noted(self: recurrent.RecurrentSolver, number: int, call: RecurrentCall) -> Tensor:
+        rows = solved_on(self, number, call)
+        seen.append(call.x[rows])
+        return rows
 
-    monkeypatch.setattr(recurrent.RecurrentSolver, "_parts", noted)
+    monkeypatch.setattr(recurrent.RecurrentSolver, "_solved_on", noted)
     return seen
 
 

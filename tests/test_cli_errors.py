@@ -14,6 +14,7 @@ import torch
 from support.command_line import program, run, working_folder
 from torch import _inductor
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from structprune.cli import main
 from structprune.cli.app import app
@@ -262,17 +263,26 @@ def test_the_console_script_is_declared():
     ],
 )
 def test_completion_for_a_shell(words, found):
-    at = len(words.split(" ")) - 1
-    settings = {"_STRUCTPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
-    done = program(before=f"import os\nos.environ.update({settings!r})")
-    assert set(found) <= set(done.stdout.split()), done.stderr
+    done = CliRunner().invoke(app, [], prog_name="structprune", env=completing(words))
+    assert set(found) <= set(done.stdout.split())
     assert all(word.startswith(words.rpartition(" ")[2]) for word in done.stdout.split())
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_completion_is_shown(shell):
+def completing(words):
+    """What bash sets in the environment of a program that it asks for the last word."""
+    return {
+        "_STRUCTPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)
+    }  # fmt: skip
+
+
+def test_the_program_completes_as_well():
+    done = program(before=f"import os\nos.environ.update({completing('structprune sens')!r})")
+    assert done.stdout.split() == ["sensitivity"], done.stderr
+
+
+def test_the_completion_is_shown():
     done = program(
-        "--show-completion", shell, before="import os\nos.environ['_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION'] = '1'"
+        "--show-completion", "zsh", before="import os\nos.environ['_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION'] = '1'"
     )
     assert done.returncode == 0, done.stderr
     assert "_STRUCTPRUNE_COMPLETE" in done.stdout

@@ -39,8 +39,9 @@ AXES = {"resnet56": ("channels",), "stories260k": ("mlp", "heads")}
 AMOUNT = {"resnet56": "macs", "stories260k": "params"}
 # Chosen by a criterion, then merged by `structprune.fold`: how, and whether it sees data.
 FOLDED: dict[str, tuple[str, str, bool]] = {
-    "l2, folded": ("l2", "mean", False),
-    "folding": ("folding", "mean", False),
+    "l2, folded": ("l2", "scaled", False),
+    "folding": ("folding", "scaled", False),
+    "folding, means": ("folding", "mean", False),
     "folding with data": ("folding_activations", "scaled", True),
 }
 

@@ -10,7 +10,18 @@ MODELS = ("resnet56", "stories260k")
 # What is left of the MACs, or of the parameters, what matters most first.
 SHARES = {"resnet56": (1 / 2, 1 / 3, 1 / 1.5, 1 / 4), "stories260k": (0.8, 0.65, 0.9)}
 SCOPES = ("global", "per_cost", "local")
-CRITERIA = ("l2", "taylor", "wanda_square", "flap", "thinet", "obs", "l2, folded", "folding", "folding with data")
+CRITERIA = (
+    "l2",
+    "taylor",
+    "wanda_square",
+    "flap",
+    "thinet",
+    "obs",
+    "l2, folded",
+    "folding",
+    "folding, means",
+    "folding with data",
+)
 TEST = 2000
 NAMES = {"resnet56": "ResNet-56 on CIFAR-10", "stories260k": "stories260k, a Llama of 260 K parameters"}
 FIGURES = ("raw", "recalibrated", "recovered")
@@ -70,9 +81,10 @@ def markdown(state: dict[str, Any]) -> str:
         "Pruned once, nothing trained. *Raw*: as it is. *Recalibrated*: batch norms on 256 training images. "
         "*Recovered*: `structprune.recover` on the same 256 images, or on 128 windows of 256 tokens, without labels, "
         "with 32,768 positions a layer. Criteria that look at data see 512 images, or 64 windows. Widths are not "
-        "rounded. ResNet-56 loses channels inside of blocks, the Llama MLP channels and heads. *Folding*: channels are "
-        "clustered by their weights and merged by `structprune.fold`; with data, by their values, as multiples. One "
-        "draw of the calibration data; bold is best in its table. Made by `benchmarks/channel_selectors.py`.",
+        "rounded. ResNet-56 loses channels inside of blocks, the Llama MLP channels and heads. *Folded*: removed "
+        "channels are merged into kept ones by `structprune.fold`: as multiples of them by their weights, or as means; "
+        "*with data*, by their values. *Folding* chooses them by Ward's clusters. One draw of the calibration data; "
+        "bold is best in its table. Made by `benchmarks/channel_selectors.py`.",
         "",
         f"Accuracy in percent, on the first {TEST:,} test images: one standard error is "
         f"{standard_error(92):.1f} points at 92%, {standard_error(80):.1f} at 80%, {standard_error(50):.1f} at 50%. "

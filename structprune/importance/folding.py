@@ -39,8 +39,8 @@ class Folding(Unfitted):
     channels cannot be merged (`structprune.importance.mergeable`), merging into zero is all there is.
 
     Args:
-        of: ``"weights"``: channels are alike if the filters that make them are, each with the scale and shift of a
-            batch norm behind it; no data is needed. ``"activations"``: if their values on data are.
+        of: ``"weights"``: channels are alike if the filters that make them are, which count by the scale of a batch
+            norm behind them, and the shifts; no data is needed. ``"activations"``: if their values on data are.
         centred: whether values count without their means; what is constant, batch norms behind can make up for.
 
     Example:
@@ -148,12 +148,11 @@ class NormedLayer:
         gain = (wide(tensors[self.variance].detach()) + self.eps).rsqrt()
         return gain if self.scale is None else gain * wide(tensors[self.scale].detach())
 
-    def constant(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What layer and norm add to each channel, shape ``(channels,)``, in float64."""
-        added = -wide(tensors[self.mean].detach())
-        added = added if self.bias is None else added + wide(tensors[self.bias].detach())
-        added = added * self.gain(tensors)
-        return added if self.shift is None else added + wide(tensors[self.shift].detach())
+    def behind(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Deviation, with the sign of the scale, and mean of each channel behind the norm, both ``(channels,)``."""
+        like = wide(tensors[self.mean].detach())
+        scale = torch.ones_like(like) if self.scale is None else wide(tensors[self.scale].detach())
+        return scale, torch.zeros_like(like) if self.shift is None else wide(tensors[self.shift].detach())
 
 
 def normed_layers(graph: ChannelGraph) -> dict[str, NormedLayer]:
@@ -213,13 +212,19 @@ class _WeightLikeness:
         return products, torch.stack(taken).sum(0) if taken else ones
 
     def _made(self, member: Member, tensors: Mapping[str, Tensor], channels: int) -> Tensor:
-        """What makes each channel, shape ``(channels, entries)``: of a layer with a norm, of both together."""
+        """What makes each channel, shape ``(channels, entries)``.
+
+        Of a layer with a norm: filters as long as the deviation behind the norm, and the mean there.
+        """
         rows = _rows(member, floating(tensors[member.tensor]), channels)
         layer = self.layers.get(member.tensor) if member.dim == 0 else None
         if layer is None:
             return rows
-        gain, constant = (_rows(member, part, channels) for part in (layer.gain(tensors), layer.constant(tensors)))
-        return torch.cat([rows * gain.repeat_interleave(rows.shape[1] // gain.shape[1], 1), constant], 1)
+        deviation, mean = (_rows(member, part, channels) for part in layer.behind(tensors))
+        filters = rows.view(*deviation.shape, -1)
+        length = torch.linalg.vector_norm(filters, dim=2, keepdim=True)
+        filters = filters * deviation.unsqueeze(2) / torch.where(length > 0, length, 1)
+        return torch.cat([filters.flatten(1), mean], 1)
 
 
 def _rows(member: Member, tensor: Tensor, channels: int) -> Tensor:

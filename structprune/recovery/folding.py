@@ -34,7 +34,7 @@ def fold(
     original: nn.Module,
     example_inputs: ExampleInputs,
     *,
-    how: str = "mean",
+    how: str = "scaled",
     data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     verify: bool = True,
@@ -45,15 +45,15 @@ def fold(
     The weights by which the next layers take the channels of a cluster are added up. Where the channels of each cluster
     are equal, the result computes exactly what `original` does. The channel that a cluster becomes is one of:
 
+    - ``how="scaled"``: the kept channel as it is. A removed channel is taken for a multiple of it, by least squares,
+      and the weights by which the next layers take it are multiplied so. Kim et al., Neuron Merging: Compensating for
+      Pruned Neurons, 2020 (there by cosines).
     - ``how="mean"``: the mean over the cluster, weighted by how much the next layers take of each. The clusters are
       those of k-means, begun at the kept channels (`structprune.importance.Folding` chooses them, and says what like
       means). The mean of channels that are not equal varies less than each of them: in a batch norm behind it, the
       variance is what it is for inputs that are not correlated, by the cosines of the filters. Wang et al., Forget the
       Data and Fine-Tuning! Just Fold the Network to Compress, 2025 (where that is called approximate repair; here
       means are weighted, and nothing is a cluster too).
-    - ``how="scaled"``: the kept channel as it is. A removed channel is taken for a multiple of it, by least squares,
-      and the weights by which the next layers take it are multiplied so. Kim et al., Neuron Merging: Compensating for
-      Pruned Neurons, 2020 (there by cosines).
 
     Groups whose channels cannot be merged are left as `slim` has them: those that a norm runs over, that two
     activations are multiplied over (the size of attention heads), or whose weights are computed
@@ -64,7 +64,7 @@ def fold(
             Its weights are not looked at, only which channels are left.
         original: the model before the first pruning.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword) that the models accept.
-        how: ``"mean"`` or ``"scaled"``.
+        how: ``"scaled"`` or ``"mean"``.
         data: batches as for `structprune.recover`. If given, channels are alike if their values on it are; else if the
             filters are that make them.
         forward: called with the model and a batch, as for `structprune.plan`.

@@ -34,6 +34,7 @@ import structprune
 FILE = RESULTS / "channel_selectors.json"
 FIT = {"resnet56": 512, "stories260k": 64}  # images, windows of 256 tokens
 RECOVER = {"resnet56": 256, "stories260k": 128}
+ROWS = 16384  # positions that a layer is solved on
 BATCH = {"resnet56": 64, "stories260k": 32}
 AXES = {"resnet56": ("channels",), "stories260k": ("mlp", "heads")}
 AMOUNT = {"resnet56": "macs", "stories260k": "params"}
@@ -61,19 +62,17 @@ class Row:
 
 
 def steps() -> Iterator[tuple[Row, str]]:
-    """What is measured, what matters most first: first without, then with `recover`."""
+    """What is measured, what matters most first: without `recover`, then with it."""
     for number in range(max(map(len, SHARES.values()))):
+        shares = {model: SHARES[model][number] for model in MODELS if number < len(SHARES[model])}
         for how in ("pruned", "recovered"):
             for scope in SCOPES:
                 for criterion in CRITERIA:
-                    for model in MODELS:
-                        if number < len(SHARES[model]):
-                            yield Row(model, SHARES[model][number], criterion, scope), how
-        yield Row("resnet56", SHARES["resnet56"][number], "reconstruction", "its own"), "pruned"
-        yield Row("resnet56", SHARES["resnet56"][number], "reconstruction", "its own"), "recovered"
-        if number < len(SHARES["stories260k"]):
-            yield Row("stories260k", SHARES["stories260k"][number], "reconstruction", "its own"), "pruned"
-            yield Row("stories260k", SHARES["stories260k"][number], "reconstruction", "its own"), "recovered"
+                    for model, share in shares.items():
+                        yield Row(model, share, criterion, scope), how
+                if scope == SCOPES[0]:
+                    for model, share in shares.items():
+                        yield Row(model, share, "reconstruction", "its own"), how
 
 
 # -- networks and data -----------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def scores(model: str, criterion: str) -> Scores:
 
 @cache
 def reconstruction(model: str) -> Any:
-    chosen = structprune.Reconstruction(per=AMOUNT[model], rows=32768, axes=AXES[model], probes=RECOVER[model] // 2)
+    chosen = structprune.Reconstruction(per=AMOUNT[model], rows=ROWS, axes=AXES[model], probes=RECOVER[model] // 2)
     return chosen.fit(structprune.DependencyGraph(dense(model), example(model)), calibration(model))
 
 
@@ -160,7 +159,7 @@ def figures(row: Row, how: str) -> dict[str, Any]:
     begin = time.process_time()
     slim = pruned(row)
     if how == "recovered":
-        recovered = structprune.recover(slim, dense(row.model), calibration(row.model), rows=32768)
+        recovered = structprune.recover(slim, dense(row.model), calibration(row.model), rows=ROWS)
         spent = time.process_time() - begin
         return {"recovered": accuracy(row.model, recovered), "recover_cpu_seconds": round(spent, 1)}
     cost = structprune.cost(slim, example(row.model))

@@ -80,7 +80,7 @@ def markdown(state: dict[str, Any]) -> str:
         "",
         "Pruned once, nothing trained. *Raw*: as it is. *Recalibrated*: batch norms on 256 training images. "
         "*Recovered*: `structprune.recover` on the same 256 images, or on 128 windows of 256 tokens, without labels, "
-        "with 32,768 positions a layer. Criteria that look at data see 512 images, or 64 windows. Widths are not "
+        "with 16,384 positions a layer. Criteria that look at data see 512 images, or 64 windows. Widths are not "
         "rounded. ResNet-56 loses channels inside of blocks, the Llama MLP channels and heads. *Folded*: removed "
         "channels are merged into kept ones by `structprune.fold`: as multiples of them by their weights, or as means; "
         "*with data*, by their values. *Folding* chooses them by Ward's clusters. One draw of the calibration data; "

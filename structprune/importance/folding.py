@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from structprune.checking import FLAG, one_of, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group, Member
+from structprune.errors import PlanError
 from structprune.importance.activation import columns, wide
 from structprune.importance.activations import Activation, Sums
 from structprune.importance.base import Importance, Unfitted, criterion, floating, indices, padded
@@ -90,6 +91,9 @@ def likeness(graph: ChannelGraph, folding: Folding, batches: Batches | None) -> 
 
     look(graph, batches, sites.all, visit)
     sums.reduce()
+    for number, site in enumerate(sites.all):
+        if number in sums and not bool(torch.isfinite(sums[number]).all()):
+            raise PlanError(f"The inputs of {site.where} are NaN or infinite on data. Check it and the weights.")
     moments = {site: _moments(sums[site], folding.centred) for site in range(len(sites.all)) if site in sums}
     return _ActivationLikeness(sites, moments, weights)
 

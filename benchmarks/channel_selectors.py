@@ -6,7 +6,7 @@ first half of the tokens. Criteria that look at data see `FIT` of it; `recalibra
 without labels. Measured on the first 2,000 test images, or the second half of the tokens. Nothing is trained. Each
 figure is saved once it is measured, and a run that was cut short goes on.
 
-    python benchmarks/channel_selectors.py [--only NAME] [--minutes N] [--report]
+    python benchmarks/channel_selectors.py [--only NAME] [--how pruned] [--minutes N] [--report]
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def save(state: dict[str, Any]) -> None:
     FILE.with_suffix(".md").write_text(markdown(state | {"environment": environment()}))
 
 
-def main(wanted: Callable[[Row], bool], seconds: float) -> None:
+def main(wanted: Callable[[Row, str], bool], seconds: float) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     state = json.loads(FILE.read_text()) if FILE.exists() else {"dense": {}, "rows": {}}
     begin = time.monotonic()
@@ -186,7 +186,7 @@ def main(wanted: Callable[[Row], bool], seconds: float) -> None:
         found = state["rows"].setdefault(row.key, vars(row).copy())
         if time.monotonic() - begin > seconds:
             break
-        if ("raw" if how == "pruned" else how) in found or not wanted(row):
+        if ("raw" if how == "pruned" else how) in found or not wanted(row, how):
             continue
         found |= figures(row, how)
         print(json.dumps(found), flush=True)
@@ -196,6 +196,7 @@ def main(wanted: Callable[[Row], bool], seconds: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only rows whose key holds this")
+    parser.add_argument("--how", nargs="+", default=["pruned", "recovered"], help="without recover, with it, or both")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after so many")
     parser.add_argument("--report", action="store_true", help="measure nothing; write the tables anew")
     given = parser.parse_args()
@@ -203,4 +204,4 @@ if __name__ == "__main__":
         known = json.loads(FILE.read_text())
         FILE.with_suffix(".md").write_text(markdown(known))
     else:
-        main(lambda row: given.only in row.key, 60 * given.minutes)
+        main(lambda row, how: given.only in row.key and how in given.how, 60 * given.minutes)

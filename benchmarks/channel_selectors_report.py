@@ -54,7 +54,11 @@ def _cell(row: dict[str, Any] | None, figures: tuple[str, ...], best: dict[str, 
 
 def table(state: dict[str, Any], model: str, share: float) -> list[str]:
     """Lines of Markdown: criteria down, scopes across."""
-    rows = [row for row in state["rows"].values() if row["model"] == model and row["share"] == share and "raw" in row]
+    rows = [
+        row
+        for row in state["rows"].values()
+        if row["model"] == model and row["share"] == share and any(figure in row for figure in FIGURES)
+    ]
     if not rows:
         return []
     figures = FIGURES if model == "resnet56" else ("raw", "recovered")

@@ -211,6 +211,8 @@ def test_what_is_refused() -> None:
     cut = structprune.remove_branches(short, torch.zeros(2, 4, dtype=torch.float64), ["1"])
     with pytest.raises(RecoveryError, match="Branches were removed"):
         structprune.fold(cut, short, torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(RecoveryError, match="on the meta device"):
+        structprune.fold(slim, copy.deepcopy(model).to("meta"), x)
     with pytest.raises(RecoveryError, match="in the model that was pruned it was"):
         structprune.fold(slim, nn.Sequential(nn.Conv2d(3, 9, 3)).double(), x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from structprune.checking import FLAG, INPUTS, MODEL, ON_BATCH, one_of, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group, Member
+from structprune.coupling.solve import Mask
+from structprune.distributed import failing_together
 from structprune.errors import RecoveryError, VerificationError
 from structprune.importance.base import indices, padded
 from structprune.importance.clustering import nearest_clusters, shares
@@ -68,13 +71,15 @@ def fold(
         data: batches as for `structprune.recover`. If given, channels are alike if their values on it are; else if the
             filters are that make them.
         forward: called with the model and a batch, as for `structprune.plan`.
-        verify: compare with the original whose clusters have equal channels, on the example inputs.
+        verify: compare with the original whose clusters have equal channels, on the example inputs. It takes another
+            copy of the original.
 
     Returns:
         A new model, of which `structprune.recover` and `recalibrate` can begin; `slim` and `original` are as they were.
 
     Raises:
-        RecoveryError: `slim` was not made of `original`, or lost branches.
+        RecoveryError: `slim` was not made of `original`, or lost branches; there are no weights; or another rank of
+            ``torch.distributed``, where it is in use, has failed.
         PlanError: the data does not fit the model.
         VerificationError: the result is not what it should be.
 
@@ -94,21 +99,28 @@ def fold(
     plans = plans_of(slim)[len(plans_of(inner)) :]
     if not all(isinstance(plan, Plan) for plan in plans):
         raise RecoveryError("Branches were removed from this model. Fold it before they are: prune and fold, then cut.")
-    removed, graph = removed_between(slim, inner), ChannelGraph(inner, example_inputs)
-    alike = Folding("weights" if data is None else "activations")
-    batches = None if data is None else Batches(data, forward)
+    if any(tensor.is_meta for tensor in _tensors(inner).values()):
+        raise RecoveryError("original is on the meta device, so there are no weights to merge. Load real weights.")
     with torch.no_grad():
-        merging = _Merging(graph, likeness(graph, alike, batches), how)
-        gone = removed_components(graph, removed)
-        merged, tied = _copy(inner), _copy(inner) if verify else None
-        models = [_tensors(model) for model in (merged, tied) if model is not None]
-        for group in graph.groups():
-            merging.merge(group, gone[group.components], models)
-        if tied is not None:
-            _compare(merged, tied, example_inputs)
+        removed, graph = removed_between(slim, inner), ChannelGraph(inner, example_inputs)
+        alike = Folding("weights" if data is None else "activations")
+        with nullcontext() if data is None else failing_together(RecoveryError, "fold"):
+            found = likeness(graph, alike, None if data is None else Batches(data, forward))
+        merged = _merged(graph, _Merging(graph, found, how), removed_components(graph, removed), verify)
         for plan in plans:
             plan.apply(merged, inplace=True)
     return rewrapped(original, merged)
+
+
+def _merged(graph: ChannelGraph, merging: _Merging, gone: Mask, verify: bool) -> nn.Module:
+    """A copy of the graph's model, at its full width, in which the components that are gone are merged into others."""
+    merged, tied = _copy(graph.model), _copy(graph.model) if verify else None
+    models = [_tensors(model) for model in (merged, tied) if model is not None]
+    for group in graph.groups():
+        merging.merge(group, gone[group.components], models)
+    if tied is not None:
+        _compare(merged, tied, graph.example_inputs)
+    return merged
 
 
 def _copy(model: nn.Module) -> nn.Module:

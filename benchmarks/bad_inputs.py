@@ -358,6 +358,18 @@ def subjects() -> Iterator[Subject]:
         {"model": MODELS, "data": DATA, "forward": (*FUNCTIONS, lambda model, batch: None, lambda: 1)},
     )
     yield Subject(
+        "fold",
+        _called(structprune.fold, slim=SLIM, original=MODEL, example_inputs=X),
+        {
+            "slim": MODELS,
+            "original": (*MODELS, nn.Linear(4, 2)),
+            "example_inputs": INPUTS,
+            "how": (None, 3, "nope", "", True, Odd()),
+            "data": tuple(value for value in DATA if value is not None),
+            "verify": FLAGS,
+        },
+    )
+    yield Subject(
         "recovery_report", _called(structprune.recovery_report, model=MODEL), {"model": (*MODELS, nn.Linear(4, 2))}
     )
     yield Subject("kept", _called(structprune.kept, model=MODEL), {"model": MODELS})
@@ -678,6 +690,7 @@ def _criteria() -> Iterator[Subject]:
         _criterion(importance.ThiNet, True),
         {"centred": FLAGS, "positions": (0, -1, 1.5, "x", NAN, True), "seed": COUNTS},
     )
+    yield Subject("Folding", _criterion(importance.Folding), {"of": (None, 3, "nope", "", True), "centred": FLAGS})
     yield Subject(
         "Batches",
         _called(lambda **given: list(importance.Batches(**given).once("x")), data=[X]),

@@ -33,6 +33,7 @@ from structprune.planning.plan import Plan
 from structprune.planning.sensitivities import Sensitivity, sensitivity
 from structprune.pruner import Pruner
 from structprune.quantization.quantize import Quantized, quantize
+from structprune.recovery.folding import fold
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
 from structprune.recovery.report import RecoveryReport, recovery_report
@@ -97,6 +98,7 @@ __all__ = [
     "export_onnx",
     "export_openvino",
     "export_tensorrt",
+    "fold",
     "kept",
     "layer_times",
     "library",

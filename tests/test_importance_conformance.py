@@ -26,10 +26,12 @@ COMPOSED = {
     "penalty": lambda: CostPenalty(PerLayer("l2", "max"), 0.1),
 }
 ALL = {**CRITERIA, **COMPOSED}
-WITHOUT_DATA = {"l1", "l2", "linf", "random", "lamp", "bn_scale", "fpgm", "geometric_median", "cosine", "penalty"}
+WITHOUT_DATA = {
+    "l1", "l2", "linf", "random", "lamp", "bn_scale", "fpgm", "geometric_median", "cosine", "penalty", "folding",
+}  # fmt: skip
 WITHOUT_LOSS = WITHOUT_DATA | {
     "activation_mean", "activation_l2", "apoz", "hrank", "wanda", "wanda_square", "flap", "tvs", "obs", "product",
-    "rank", "thinet",
+    "rank", "thinet", "folding_activations",
 }  # fmt: skip
 # Random signs meet other weights when channels change places; test_importance_curvature.py shows what they converge to.
 BY_CHANCE = {"random", "obd_hutchinson", "obd_gates"}

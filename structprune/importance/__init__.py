@@ -5,6 +5,7 @@ from structprune.importance.base import CRITERIA, Fittable, Importance, criterio
 from structprune.importance.compose import CostPenalty, PerLayer, Product, Sum
 from structprune.importance.curvature import OBD, GroupFisher
 from structprune.importance.data import Batches
+from structprune.importance.folding import Folding
 from structprune.importance.gradient import SNIP, Taylor, WeightTaylor
 from structprune.importance.layer_curvature import KFAC, OBS
 from structprune.importance.redundancy import FPGM, Cosine, GeometricMedian, TVSeparability
@@ -25,6 +26,7 @@ __all__ = [
     "Cosine",
     "CostPenalty",
     "Fittable",
+    "Folding",
     "GeometricMedian",
     "GroupFisher",
     "HRank",

@@ -227,7 +227,7 @@ class Wanda(ActivationCriterion):
     outputs that a channel goes to. The norm is divided by the root of the number of entries, so that it does not grow
     with the data. Only layers whose weight sums the channel away count. With ``n = 2`` it is the mean square of what
     the channel adds to the layer's outputs, if its positions do not depend on each other: in one unit for all layers
-    that write into the same stream, which suits ``scope="per_cost"``.
+    that write into the same stream, which suits ``scope="per_cost"`` in convolutional networks.
 
     Args:
         reduce: how the layers at which a group ends are joined; see `MeanActivation`.

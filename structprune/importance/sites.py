@@ -89,7 +89,7 @@ def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozen
             while source.meta["name"] != "parameter" and len(source.all_input_nodes) == 1:
                 source = source.all_input_nodes[0]
             if source.meta["name"] != "parameter":
-                computed |= {str(n.target) for n in _ancestors(source) if n.meta["name"] == "parameter"}
+                computed |= {str(n.target) for n in ancestors(source) if n.meta["name"] == "parameter"}
                 continue
             axis = graph.channels.axes[weight.meta["index"]][c.weight_dim]
             axes = graph.channels.axes[source.meta["index"]]
@@ -99,7 +99,7 @@ def summed_dims(graph: ChannelGraph) -> tuple[frozenset[tuple[str, int]], frozen
     return frozenset(summed), frozenset(computed)
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def ancestors(node: fx.Node) -> set[fx.Node]:
     """The node and all that it is computed from."""
     ancestors, left = {node}, [node]
     while left:

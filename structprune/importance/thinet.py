@@ -31,9 +31,9 @@ class ThiNet(Unfitted):
     ``E |sum over c in T of z_c|^2`` (equation 6) smallest. Channels that cancel each other go together, and of two that
     are alike only one is cheap, which scores of single channels cannot say. The score is by how much that mean square
     grows as the channel goes, never less than for those before it; the scores of all groups are in one unit, which
-    suits ``scope="per_cost"``. Here the mean square is not that of sampled outputs but follows from the second moments
-    of the layer's inputs, as it does for `OBS`. Of many channels a few go at once. The paper solves the remaining
-    weights again afterwards: `structprune.recover`.
+    suits ``scope="per_cost"`` in convolutional networks. Here the mean square is not that of sampled outputs but
+    follows from the second moments of the layer's inputs, as it does for `OBS`. Of many channels a few go at once. The
+    paper solves the remaining weights again afterwards: `structprune.recover`.
 
     Args:
         centred: whether the mean square is taken about its mean. A constant that is missing can be made up for by a

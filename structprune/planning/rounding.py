@@ -19,10 +19,10 @@ from structprune.latency.table import BELOW
 
 RoundTo = int | Literal["auto"]
 
-# By a ratio, "auto" moves no width by more than about an eighth of what it was: a group has at least as many steps. A
-# finer step would not pay: blocked convolutions take as long for 40 channels as for 48. Where a target says what is to
-# go in all, other groups make up for one that keeps a whole block, and no width ends within a block: of 32 channels on
-# a CPU, 24 take as long as 32, so that 16 or 32 are kept.
+# "auto" moves no width by more than about an eighth of what it was: a group has at least as many steps. A finer step
+# would not pay: blocked convolutions take as long for 40 channels as for 48, and for 24 as for 32. Where a target is met
+# by equal shares, such layers keep whole blocks, 16 or 32. Where importance decides between groups, or each is given its
+# ratio, so coarse a step would cost more accuracy than it saves time.
 FINEST = 4
 # With fewer heads than this, channels inside the heads go rather than whole heads.
 FEW = 4
@@ -41,7 +41,7 @@ class Rounding:
         dtype: the type of its weights.
         min_channels: a group keeps at least as many channels.
         max_ratio: no group loses a greater share of its channels.
-        to_target: whether a target says how much is to go in all.
+        whole_blocks: with ``"auto"`` on a CPU, layers of more than one block of channels keep whole blocks.
     """
 
     round_to: RoundTo = "auto"
@@ -49,7 +49,7 @@ class Rounding:
     dtype: torch.dtype = torch.float32
     min_channels: int = 1
     max_ratio: float = 1.0
-    to_target: bool = False
+    whole_blocks: bool = False
 
     def feasible(
         self,
@@ -92,7 +92,7 @@ class Rounding:
         if measured is not None:
             return measured, max(measured, group.channels - 1)
         width, block = group.channels * repeat, step_of(self.device, self.dtype)
-        if self.to_target and block == CPU_STEP < width:
+        if self.whole_blocks and block == CPU_STEP < width:
             return block, group.channels - 1
         return min(block, 1 << max(0, (width // FINEST).bit_length() - 1)), max(1, group.channels // FINEST)
 

@@ -21,8 +21,8 @@ RoundTo = int | Literal["auto"]
 
 # "auto" moves no width by more than about an eighth of what it was: a group has at least as many steps. A finer step
 # would not pay: blocked convolutions take as long for 40 channels as for 48, and for 24 as for 32. Where a target is
-# met by equal shares, such layers keep whole blocks, 16 or 32. Where importance decides between groups, or each is given
-# its ratio, so coarse a step would cost more accuracy than it saves time.
+# met by equal shares, such layers keep whole blocks, 16 or 32. Where importance decides between groups, or each is
+# given its ratio, so coarse a step would cost more accuracy than it saves time.
 FINEST = 4
 # With fewer heads than this, channels inside the heads go rather than whole heads.
 FEW = 4

@@ -75,7 +75,7 @@ def test_three_rounds(name: str, inplace: bool) -> None:
 def test_the_page_about_training_runs() -> None:
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     for block in blocks:
         exec(block, names)
 

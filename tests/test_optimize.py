@@ -130,7 +130,8 @@ def test_two_workers_that_are_killed_lose_nothing(tmp_path):
             worker.stderr.close()
     import optuna
 
-    study = optuna.load_study(study_name="s", storage=f"sqlite:///{storage}")
+    database = optuna.storages.RDBStorage(f"sqlite:///{storage}")
+    study = optuna.load_study(study_name="s", storage=database)
     before = {t.number: (t.state.name, t.params, t.values) for t in study.trials}
     left = [params for state, params, _ in before.values() if state == "RUNNING"]
     assert len(left) == 2
@@ -144,6 +145,8 @@ def test_two_workers_that_are_killed_lose_nothing(tmp_path):
     done = [params for state, params, _ in after.values() if state == "COMPLETE"]
     assert all(params in done for params in left)
     assert not [state for state, _, _ in after.values() if state in ("RUNNING", "WAITING")]
+    database.remove_session()
+    database.engine.dispose()
 
 
 def test_time_and_throughput_and_functions_are_objectives():

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -199,12 +199,12 @@ def optimize(
         with apart():
             costs = Costs(prunable(model), example_inputs, maximize or minimize or "latency", how.latency, stack)
             work = _Work(prunable(model), example_inputs, batches, forward, evaluate, costs, using, how)
-        work.open_in_turn(eps, where, study_name)
-        with apart():
-            work.search(trials)
-        nobody_failed("the end of the trials")
-        with apart():
-            return work.result()
+        with work.opened_in_turn(eps, where, study_name):
+            with apart():
+                work.search(trials)
+            nobody_failed("the end of the trials")
+            with apart():
+                return work.result()
 
 
 class _Work:
@@ -223,21 +223,25 @@ class _Work:
         self._kept: tuple[int, nn.Module, Plan] | None = None
         self._study: Study
 
-    def open_in_turn(self, eps: float, storage: str | None, name: str | None) -> None:
+    @contextmanager
+    def opened_in_turn(self, eps: float, storage: str | None, name: str | None) -> Generator[None]:
         """Begin the study, or take it up: one rank, then the others, since only one may make the storage."""
         first = rank_and_count()[0] == 0
-        for turn in (True, False):
-            if first is turn:
-                self._open(eps, storage, name)
-            nobody_failed("the study")
+        with ExitStack() as opened:
+            for turn in (True, False):
+                if first is turn:
+                    self._open(eps, storage, name, opened)
+                nobody_failed("the study")
+            yield
 
-    def _open(self, eps: float, storage: str | None, name: str | None) -> None:
+    def _open(self, eps: float, storage: str | None, name: str | None, opened: ExitStack) -> None:
         how, space = self._how, self._how.space
         setting = Setting(dimensions(space, self._widths.levels), space.remaining, self._at_share, how.warm)
         about = json.loads(json.dumps({"space": asdict(space), "objective": self._costs.name, "eps": eps}))
         about["strategy"] = how.strategy
         made = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
         self._study = Study(storage, name or f"structprune-{made}", setting, how.strategy, how.seed, how.patience)
+        opened.callback(self._study.close)
         self._study.remember(about)
         with apart():
             self._dense = self._study.recall("dense", lambda: number_of(self._evaluate, self._model, "evaluate"))

@@ -50,16 +50,24 @@ class Study:
         self._signs: dict[int, tuple[Any, float]] = {}
         self._shared = storage is not None
         self._distributions = {dimension.name: self._distribution(dimension) for dimension in setting.dimensions}
+        self._storage = _storage(self._optuna, storage)
         directions = ["minimize", "maximize"] if strategy == "nsga2" else ["minimize"]
         with quiet(self._optuna):
             sampler = _sampler(self._optuna, self._distributions, setting, strategy, seed)
             self._study = self._optuna.create_study(
-                storage=_storage(self._optuna, storage), study_name=name, directions=directions, sampler=sampler,
+                storage=self._storage, study_name=name, directions=directions, sampler=sampler,
                 load_if_exists=True,
             )  # fmt: skip
         self._objectives = len(directions)
         if len(self._study.directions) != len(directions):
+            self.close()
             raise PlanError(f"The study {name!r} was begun with another strategy. Name another study.")
+
+    def close(self) -> None:
+        """Give the connections to a database back; the study can be opened anew."""
+        if isinstance(self._storage, self._optuna.storages.RDBStorage):
+            self._storage.remove_session()
+            self._storage.engine.dispose()
 
     def _distribution(self, dimension: Dimension) -> Any:
         kinds = self._optuna.distributions
@@ -207,8 +215,10 @@ class Study:
 
 def _storage(optuna: Any, where: str | Path | None) -> Any:
     """The storage at a path or a URL; None for memory."""
-    if where is None or (isinstance(where, str) and "://" in where):
-        return where
+    if where is None:
+        return None
+    if isinstance(where, str) and "://" in where:
+        return optuna.storages.RDBStorage(where)
     path = Path(where)
     if path.suffix in (".journal", ".log"):
         journal = extra("optuna.storages.journal", "structprune.optimize", "search")

@@ -147,7 +147,8 @@ def report(data: dict[str, Any]) -> str:
         "",
         f"{facts['processor']} ({facts['vectors']}), one thread, {data['runs']} runs of each in turns, process time; "
         f"{versions}, torch-pruning {data['versions']['torch-pruning']}. Nothing is set but the target, and in one "
-        "row the rounding. Efficiency is the measured speed-up divided by the ratio of MACs; in brackets the 95% interval.",
+        "row the rounding. Efficiency is the measured speed-up divided by the ratio of MACs; in brackets the 95% "
+        "interval.",
         "",
         *summary(data),
         "",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +21,6 @@ from structprune.surgery.history import first_shapes
 from structprune.tracing.state import held_tensors
 
 all_cases()
-PAGE = Path(__file__).parent.parent / "docs" / "training.md"
 INPUTS = normal(2, 3, 7, 7)
 
 
@@ -70,14 +67,6 @@ def test_three_rounds(name: str, inplace: bool) -> None:
         assert inplace or structprune.kept(model) == before, "the original's record is its own"
         assert_true(slim, shapes)
         model = slim
-
-
-def test_the_page_about_training_runs() -> None:
-    names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 7
-    for block in blocks:
-        exec(block, names)
 
 
 def test_prune_group_records() -> None:

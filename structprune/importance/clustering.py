@@ -29,8 +29,8 @@ def merging_costs(products: Floats, mass: Floats) -> Floats:
 
     Example:
         >>> points = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 3.0], [0.01, 0.0]])
-        >>> merging_costs(points @ points.T, np.ones(4)).argsort().tolist()[:2]
-        [3, 0]
+        >>> merging_costs(points @ points.T, np.array([2.0, 1.0, 1.0, 1.0])).argsort().tolist()[:2]
+        [3, 1]
     """
     count = len(products)
     costs, heights = np.zeros(count), np.zeros(count)

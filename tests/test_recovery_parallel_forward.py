@@ -197,6 +197,7 @@ slim = structprune.prune(model, data[0], ratio=0.5, importance="random", verify=
 @needs_proc
 def test_memory_does_not_grow_with_the_depth_where_blocks_keep_their_results():
     # The results of 16 blocks in both models are 24 of these, and heaps with holes took it to 40.
+    # What else a process holds depends on the build of torch: 18 to 21 with that for the CPU and that for CUDA.
     recover = "structprune.recover(slim, model, data, rounds=0)"
     assert 1 < peak_over_weights(MANY_BLOCKS, recover, with_heaps=True) < 22
 

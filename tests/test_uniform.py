@@ -42,11 +42,11 @@ def test_layers_have_one_width_and_channels_of_their_own() -> None:
     with torch.no_grad():
         for name in ("gate_proj", "up_proj"):
             network.model.layers[1].mlp.get_submodule(name).weight[:60].mul_(0.01)
-    plan = structprune.plan(network, inputs, target={"params": 0.6}, scope="global", round_to=8)
+    plan = structprune.plan(network, inputs, target={"params": 0.6}, scope="global")
     first, second = removed(plan, "gate_proj")
     assert len(first) == len(second)
     assert first != second
-    free = structprune.plan(network, inputs, target={"params": 0.6}, scope="global", round_to=8, uniform=False)
+    free = structprune.plan(network, inputs, target={"params": 0.6}, scope="global", uniform=False)
     assert len({len(gone) for gone in removed(free, "gate_proj")}) == 2
 
 
@@ -122,12 +122,12 @@ class Stack(nn.Module):
 def test_models_without_a_configuration_are_uniform_if_asked(scope: str) -> None:
     torch.manual_seed(0)
     model, x = Stack(), torch.randn(2, 8)
-    plan = structprune.plan(model, x, target={"params": 0.6}, scope=scope, uniform=True, round_to=8)
+    plan = structprune.plan(model, x, target={"params": 0.6}, scope=scope, uniform=True)
     first, second = removed(plan, "0.weight")
     assert len(first) == len(second) > 0
     assert first != second
     assert plan.settings.reached["params"] <= 0.6
-    free = structprune.plan(model, x, target={"params": 0.6}, scope="global", round_to=8)
+    free = structprune.plan(model, x, target={"params": 0.6}, scope="global")
     assert len({len(gone) for gone in removed(free, "0.weight")}) == 2
 
 

@@ -199,8 +199,7 @@ class Deciding:
         self._ratio = ratio_of(
             graph, options.ratio_or_default if self._target is None else _guess(self._target, self._before)
         )
-        whole_blocks = self._target is not None and self._scope == "local"
-        rounding = Rounding(options.round_to, *_placed(graph), options.min_channels, options.max_ratio, whole_blocks)
+        rounding = Rounding(options.round_to, *_placed(graph), options.min_channels, options.max_ratio)
         shared = divisors(graph, options.tensor_parallel or 1)
         steps_measured = [None] * len(groups) if time is None else time.steps(Widths(graph, groups))
         self.feasible = {

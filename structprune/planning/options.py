@@ -103,8 +103,7 @@ class PlanOptions:
             of the scores of classes or tokens; ``"influence"``, ``"angular"``, ``"taylor"`` or ``"fisher"`` (see
             `structprune.choose_branches`). Measured on `data`; without it, on the example inputs.
         round_to: widths that change become multiples of this; ``"auto"`` takes what the model's device and type run
-            fast, and less for narrow layers (with a target and the scope ``"local"``, for those of up to one such block
-            alone); 1 does not round. Where no multiple is left, a group stays whole.
+            fast, and less for narrow layers; 1 does not round. Where no multiple is left, a group stays whole.
         min_channels: no group keeps fewer channels.
         max_ratio: no group loses a greater share of its channels.
         tensor_parallel: so many devices share each layer: heads, key-value heads and widths that change are multiples

@@ -14,15 +14,13 @@ from structprune.coupling.factored import FactoredAxis
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group, Member, group_numbers
 from structprune.coupling.roles import Roles
-from structprune.hardware import CPU_STEP, step_of
+from structprune.hardware import step_of
 from structprune.latency.table import BELOW
 
 RoundTo = int | Literal["auto"]
 
 # "auto" moves no width by more than about an eighth of what it was: a group has at least as many steps. A finer step
-# would not pay: blocked convolutions take as long for 40 channels as for 48, and for 24 as for 32. Where a target is
-# met by equal shares, such layers keep whole blocks, 16 or 32. Where importance decides between groups, or each is
-# given its ratio, so coarse a step would cost more accuracy than it saves time.
+# would not pay: blocked convolutions take as long for 40 channels as for 48.
 FINEST = 4
 # With fewer heads than this, channels inside the heads go rather than whole heads.
 FEW = 4
@@ -41,7 +39,6 @@ class Rounding:
         dtype: the type of its weights.
         min_channels: a group keeps at least as many channels.
         max_ratio: no group loses a greater share of its channels.
-        whole_blocks: with ``"auto"`` on a CPU, layers of more than one block of channels keep whole blocks.
     """
 
     round_to: RoundTo = "auto"
@@ -49,7 +46,6 @@ class Rounding:
     dtype: torch.dtype = torch.float32
     min_channels: int = 1
     max_ratio: float = 1.0
-    whole_blocks: bool = False
 
     def feasible(
         self,
@@ -79,22 +75,20 @@ class Rounding:
         repeats = [_repeat(member, group.channels) for member in _widths(group, roles)]
         if group.axis == "head_size":
             repeats.append(1)  # the size itself is what attention sums over
-        if self.round_to != "auto":
-            return _step(self.round_to, repeats)
-        multiple, most = self._auto(group, min(repeats, default=1), measured)
+        if self.round_to == "auto" and measured is not None:
+            multiple = measured
+        elif self.round_to == "auto":
+            width = group.channels * min(repeats, default=1)
+            multiple = min(step_of(self.device, self.dtype), 1 << max(0, (width // FINEST).bit_length() - 1))
+        else:
+            multiple = self.round_to
+        step = _step(multiple, repeats)
         # Maps of 7 x 7 take 49 rows of a linear layer along: for a multiple of 16, all of 16 maps would have to go.
-        while multiple > 1 and _step(multiple, repeats) > most:
+        most = max(1, group.channels // FINEST) if measured is None else max(multiple, group.channels - 1)
+        while self.round_to == "auto" and multiple > 1 and step > most:
             multiple //= 2
-        return _step(multiple, repeats)
-
-    def _auto(self, group: Group, repeat: int, measured: int | None) -> tuple[int, int]:
-        """What widths should be multiples of, and how many channels of the group may go at a time at most."""
-        if measured is not None:
-            return measured, max(measured, group.channels - 1)
-        width, block = group.channels * repeat, step_of(self.device, self.dtype)
-        if self.whole_blocks and block == CPU_STEP < width:  # of a CPU alone: what it gains on a GPU is not measured
-            return block, group.channels - 1
-        return min(block, 1 << max(0, (width // FINEST).bit_length() - 1)), max(1, group.channels // FINEST)
+            step = _step(multiple, repeats)
+        return step
 
 
 def _step(multiple: int, repeats: list[int]) -> int:

@@ -52,12 +52,29 @@ def jittered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def judge_of(entry: Entry, model: nn.Module, inputs: Any) -> oracle.Oracle:
-    """What tells whether the pruned model is right; a large model's is over the model itself, which it changes."""
+    """What tells whether the pruned model is right; a large model's is over the model itself, which it changes.
+
+    It is in float32 too where the forward makes no numbers of doubles: one that fills in ``torch.finfo(dtype).min``,
+    say, and adds to it, or does so in a float32 tensor.
+    """
     if parameters(model) > LARGEST_IN_DOUBLE:
         return oracle.Oracle(jittered(model, torch.float32), inputs)
     with torch.no_grad():  # weights that a hook computes are then leaves, which deepcopy asks for
-        double = jittered(built(entry)[0], torch.float64)
-    return oracle.Oracle(double, oracle.double(inputs))
+        double, doubles = jittered(built(entry)[0], torch.float64), oracle.double(inputs)
+    if gives_numbers(double, doubles):
+        return oracle.Oracle(double, doubles)
+    return oracle.Oracle(jittered(built(entry)[0], torch.float32), inputs)
+
+
+def gives_numbers(model: nn.Module, inputs: Any) -> bool:
+    """Whether a model runs on these inputs without overflow."""
+    try:
+        output = oracle.call(model, inputs)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        return False
+    return all(bool(t.isfinite().all()) for _, t in oracle.leaves(output) if t.is_floating_point())
 
 
 def shapes(output: Any) -> list[tuple[str, list[int]]]:

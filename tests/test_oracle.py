@@ -162,6 +162,18 @@ class Pooled(NormMlp):
         return self.fc2(x.amax(0) + x.min(0).values)
 
 
+class Shifted(Pooled):
+    """A softmax of what is over the largest entry of each row, which is zero once in each row whatever the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = (32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc2(self.fc1(x))
+        return (x - x.max(dim=-1, keepdim=True).values).softmax(-1)
+
+
 class Shares(NormMlp):
     """Each channel's entries over their sum, which is nothing where the channel is off."""
 
@@ -196,6 +208,7 @@ NETWORKS = [
     PaddedMean,
     Clamped,
     Pooled,
+    Shifted,
     Shares,
     Casting,
 ]

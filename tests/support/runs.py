@@ -24,6 +24,7 @@ from support.survivors import (
     OF_ACTIVATIONS,
     OVER_SURVIVORS,
     SMOOTH,
+    SMOOTH_EXTREMES,
 )
 
 # For the input of a reduction: which of its elements belong to removed channels, if any do.
@@ -166,11 +167,11 @@ class Run(TorchFunctionMode):
         dead = self.dead_of(x)  # asked every time, so that two runs count alike
         if over and func in OF_ACTIVATIONS:
             dead = self._removed_of_norm(func, x, [*args, *kwargs.values()], dead)
-        if dead is None or not over:
-            return func(x, *args, **kwargs)
         if "axis" in kwargs:
             kwargs["dim"] = kwargs.pop("axis")
-        return (OVER_SURVIVORS | MINUS)[func](dead, x, *args, **kwargs)
+        smooth = SMOOTH_EXTREMES.get(func) if self.smooth else None
+        of_all, of_survivors = smooth or (func, (OVER_SURVIVORS | MINUS)[func])
+        return of_all(x, *args, **kwargs) if dead is None or not over else of_survivors(dead, x, *args, **kwargs)
 
     def _removed_of_norm(self, func: Any, x: Tensor, given: list[Any], dead: Tensor | None) -> Tensor | None:
         """`dead`, and the channels for which the norm's own weights were switched off."""

@@ -230,3 +230,30 @@ SMOOTH: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **{f: (lambda x, mask, value: torch.where(mask, 0.5 * x + value, x)) for f in _names("masked_fill")},
     **{f: (lambda x, *a, **k: x.copy_(_leaky(x))) for f in _names("relu_", "clamp_", "clamp_min_", "clamp_max_")},
 }
+
+
+def _smooth_extreme(function: Callable[..., Any], sign: int) -> Callable[..., Any]:
+    """A maximum as the logarithm of a sum of exponentials, and a minimum as that of the negatives.
+
+    Behind ``x - x.max(-1, keepdim=True).values`` one entry of each row is zero, whatever the values are.
+    """
+
+    def extreme(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        exact = function(x, *args, **kwargs)
+        values = exact.values if isinstance(exact, tuple) else exact
+        dim = args[0] if args else kwargs.get("dim", kwargs.get("axis", ()))
+        if not x.is_floating_point() or isinstance(dim, Tensor):  # ``torch.max(x, y)`` reduces nothing
+            return exact
+        axes = _axes(x, dim)
+        smooth = sign * torch.logsumexp(sign * x, axes, keepdim=values.ndim == x.ndim)
+        return type(exact)((smooth, exact.indices)) if isinstance(exact, tuple) else smooth
+
+    return extreme
+
+
+# For each, what stands for it, and for it over the survivors.
+SMOOTH_EXTREMES: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any]]] = {
+    f: (_smooth_extreme(f, sign), _filled(_smooth_extreme(f, sign), -sign * float("inf")))
+    for names, sign in ((("max", "amax"), 1), (("min", "amin"), -1))
+    for f in _names(*names)
+}

@@ -57,7 +57,7 @@ class Removal:
     inputs: Any
     before: Cost
     after: Cost
-    names: Mapping[str, str | None]
+    names: Mapping[str, str | None] = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property

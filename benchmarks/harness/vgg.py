@@ -12,7 +12,7 @@ from harness import ROOT
 CACHE = ROOT / "benchmarks" / ".cache"
 WEIGHTS = CACHE / "vgg19_cifar10.safetensors"
 LOG = ROOT / "benchmarks" / "results" / "train_vgg.json"
-# Channels of 3x3 convolutions; None is max pooling (Simonyan and Zisserman, 2015, table 1, E). One linear layer follows.
+# Channels of 3x3 convolutions; None is max pooling (Simonyan and Zisserman, 2015, table 1, E). A linear layer follows.
 LAYERS = (64, 64, None, 128, 128, None, *[256] * 4, None, *[512] * 4, None, *[512] * 4)
 
 

@@ -113,7 +113,12 @@ def recalibrated():
     return weights(structprune.recalibrate(slim(), share(images(12, 12, 7, 12))))
 
 
+def folded():
+    return weights(structprune.fold(slim(), model(), images(2)[0], data=share(images(12, 12, 7, 12))))
+
+
 WORK = {
+    "fold": folded,
     "recalibrate": recalibrated,
     "sensitivity": sensitivities,
     "sensitivity with a criterion of gradients": sensitivities_by_gradients,

@@ -43,7 +43,7 @@ def load_llm(path: Path = WEIGHTS, biases: bool = False) -> nn.Module:
         FileNotFoundError: it has not been trained on this machine; the message says how to.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not here. Run python benchmarks/train_llm.py first (40 minutes).")
+        raise FileNotFoundError(f"{path} is not here. Run python benchmarks/train_llm.py first (20 minutes).")
     model: Any = build(attention_bias=biases, mlp_bias=biases)
     absent, unknown = model.load_state_dict(load_file(path), strict=False)
     if unknown or any(not name.endswith((".bias", "lm_head.weight")) for name in absent):
@@ -64,7 +64,7 @@ def distilled(slim: nn.Module, dense: nn.Module, epochs: int, seed: int) -> nn.M
     """
     files = sorted(TEXT.glob("*.npy"))[:5]
     if len(files) < 5:
-        raise FileNotFoundError(f"{TEXT} holds too little text. Run python benchmarks/train_llm.py first (40 minutes).")
+        raise FileNotFoundError(f"{TEXT} holds too little text. Run python benchmarks/train_llm.py first (20 minutes).")
     rows = torch.from_numpy(np.concatenate([np.load(file) for file in files])).long()[:, -stories.WINDOW :]
     text, held = rows[:1024], rows[1024:1088]
     batches = torch.utils.data.DataLoader(

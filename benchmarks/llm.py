@@ -27,10 +27,11 @@ import torch
 from harness import RESULTS, llm, stories
 from harness.environment import environment
 from harness.scores import Scores
-from llm_report import BLOCK_SCORES, CRITERIA, GONE, markdown
+from llm_report import BLOCK_SCORES, CRITERIA, GONE, HIDDEN, markdown
 from torch import Tensor, nn
 
 import structprune
+from structprune.errors import PlanError
 from structprune.importance import FLAP, PerLayer
 
 FILE = RESULTS / "llm.json"
@@ -43,6 +44,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
     "blocks": ("blocks",),
     "blocks and widths": ("blocks", "mlp", "heads"),
+    "hidden": ("hidden",),
 }
 NAMED: dict[str, Any] = {"flap, standardised": lambda: PerLayer(FLAP(), "standard")}
 
@@ -75,13 +77,16 @@ def rows(gone: float) -> Iterator[Row]:
     for criterion in ("taylor", "flap"):
         yield Row(gone, "mlp", "uniform", criterion)
     yield Row(gone, "blocks and widths", "free", "taylor")
+    for criterion in HIDDEN:
+        yield Row(gone, "hidden", "uniform", criterion)
 
 
 def telling(row: Row) -> bool:
     """Which rows come first: of the first share all criteria in uniform widths, and some of everything else."""
     if (row.what, row.widths) == ("mlp and heads", "uniform"):
         return row.gone == GONE[0] or row.criterion in ("taylor", "flap", "l2")
-    return (row.what, row.criterion) in (("mlp and heads", "taylor"), ("blocks", "kl"))
+    others = (("mlp and heads", "taylor"), ("blocks", "kl"), ("hidden", "activation_l2, rotated"))
+    return (row.what, row.criterion) in others
 
 
 def steps() -> Iterator[tuple[Row, str]]:
@@ -102,9 +107,21 @@ def steps() -> Iterator[tuple[Row, str]]:
 
 
 @cache
-def dense(biases: bool = False) -> nn.Module:
-    """The trained network; on request with biases of zero, with which it computes the same."""
-    return llm.load_llm(biases=biases)
+def dense(form: str = "") -> nn.Module:
+    """The trained network, or one that computes the same.
+
+    With ``"biases"`` of zero, ``"untied"`` with its last layer apart from the embedding, ``"rotated"`` with its
+    residual stream on principal axes too.
+    """
+    if form == "rotated":
+        return structprune.rotate_residual(dense("untied"), example(), calibration())
+    return llm.load_llm(biases=form == "biases", tied=form != "untied")
+
+
+def form_of(row: Row) -> str:
+    if row.what == "hidden":
+        return "rotated" if "rotated" in row.criterion else "untied"
+    return "biases" if "biases" in row.criterion else ""
 
 
 @cache
@@ -131,22 +148,17 @@ def language_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 @cache
-def scores(criterion: str, biases: bool) -> Any:
-    graph = structprune.DependencyGraph(dense(biases), example())
-    importance = NAMED.get(criterion, lambda: criterion)()
+def scores(criterion: str, form: str) -> Any:
+    graph = structprune.DependencyGraph(dense(form), example())
+    importance = NAMED.get(criterion, lambda: criterion.partition(", ")[0])()
     return Scores(importance, graph, labelled(), language_loss)
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def with_biases(row: Row) -> bool:
-    return row.criterion.endswith("biases") or row.criterion.endswith("biases alone")
-
-
 def pruned(row: Row) -> nn.Module:
-    biased = with_biases(row)
-    network: Any = dense(biased)
+    network: Any = dense(form_of(row))
     share = 1 - row.gone * sum(p.numel() for p in network.model.layers.parameters()) / sum(
         p.numel() for p in network.parameters()
     )
@@ -154,7 +166,7 @@ def pruned(row: Row) -> nn.Module:
     if row.what == "blocks":
         options |= {"data": labelled(), "branch_score": row.criterion, "loss": language_loss}
     else:
-        options["importance"] = scores(row.criterion.partition(", ")[0] if biased else row.criterion, biased)
+        options["importance"] = scores(row.criterion, form_of(row))
         options["uniform"] = row.widths == "uniform"
     if row.what == "blocks and widths":
         options |= {"data": calibration(), "branch_score": "kl"}
@@ -164,7 +176,7 @@ def pruned(row: Row) -> nn.Module:
 
 def recovered(row: Row) -> nn.Module:
     how: dict[str, Any] = {"rounds": ROUNDS} if not row.criterion.endswith("alone") else {"weights": False}
-    return structprune.recover(pruned(row), dense(with_biases(row)), calibration(), rows=ROWS, **how)
+    return structprune.recover(pruned(row), dense(form_of(row)), calibration(), rows=ROWS, **how)
 
 
 def figures(row: Row, how: str) -> dict[str, Any]:
@@ -208,7 +220,7 @@ def main(wanted: Callable[[Row, str], bool], seconds: float) -> None:
             continue
         try:
             found |= figures(row, how)
-        except structprune.errors.PlanError as error:
+        except PlanError as error:
             found["refused"] = str(error)[:200]
         state["rows"][row.key] = found
         print(json.dumps(found), flush=True)

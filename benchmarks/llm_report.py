@@ -10,6 +10,7 @@ GONE = (0.3, 0.2, 0.5)  # of the parameters of the blocks, what matters most fir
 CRITERIA = (
     "taylor", "flap", "wanda_square", "thinet", "l2", "flap, standardised", "flap, with biases", "flap, biases alone",
 )  # fmt: skip
+HIDDEN = ("activation_l2", "activation_l2, rotated", "taylor")
 BLOCK_SCORES = ("kl", "influence", "taylor", "angular")
 FIGURES = ("raw", "recovered", "distilled")
 COLUMNS = (("mlp and heads", "uniform"), ("mlp and heads", "free"), ("mlp", "uniform"))
@@ -52,14 +53,17 @@ def table(state: dict[str, Any], gone: float) -> list[str]:
         mine = {(row["what"], row["widths"]): row for row in rows if row["criterion"] == criterion}
         if mine:
             lines.append(f"| {criterion} | " + " | ".join(_cell(mine.get(column), best) for column in COLUMNS) + " |")
-    lines += ["", "| whole blocks, by | |", "|---|---:|"]
-    for row in rows:
-        if row["what"].startswith("blocks"):
-            share = row["block_params"] / state["dense"]["block_params"] if "block_params" in row else None
-            left = "" if share is None else f" ({1 - share:.1%} gone)"
-            name = row["criterion"] if row["what"] == "blocks" else f"{row['what']}, {row['criterion']}"
-            lines.append(f"| {name}{left} | {_cell(row, best)} |")
+    for what, title in (("hidden", "the width of the residual stream"), ("blocks", "whole blocks")):
+        lines += ["", f"| {title}, by | |", "|---|---:|"]
+        lines += [_line(row, state["dense"]["block_params"], best) for row in rows if row["what"].startswith(what)]
     return [*lines, ""]
+
+
+def _line(row: dict[str, Any], whole: int, best: dict[str, float]) -> str:
+    """A line for a row, with the share of the blocks' parameters that went."""
+    gone = f" ({1 - row['block_params'] / whole:.1%} gone)" if "block_params" in row else ""
+    name = row["criterion"] if row["what"] in ("blocks", "hidden") else f"{row['what']}, {row['criterion']}"
+    return f"| {name}{gone} | {_cell(row, best)} |"
 
 
 def spent(state: dict[str, Any]) -> str:
@@ -93,9 +97,11 @@ def markdown(state: dict[str, Any]) -> str:
         "windows of the first half. *Uniform*: all layers get one width, so that `from_pretrained` loads the result; "
         "*free*: each layer its own, in the global scope. *With biases*: the same network with biases of zero in "
         "attention and MLP, into which recovery puts what was constant in the channels that went; *alone*: and "
-        "changes no weights (`weights=False`), as FLAP does. Whole "
-        "blocks go one by one, so slightly more goes than was asked for. One draw of the calibration data "
-        f"(seed {state['seed']}); bold is the best of its kind of figure at that share. Made by `benchmarks/llm.py`.",
+        "changes no weights (`weights=False`), as FLAP does. *Rotated*: the residual stream on its principal axes "
+        "(`structprune.rotate_residual`); in all rows of its width the last layer is a copy of the embedding. Blocks "
+        "go whole, and widths of the stream in steps, so more may go than was asked for. One draw of the calibration "
+        f"data (seed {state['seed']}); bold is the best of its kind of figure at that share. Made by "
+        "`benchmarks/llm.py`.",
         "",
     ]
     for gone in sorted(GONE):

@@ -36,15 +36,20 @@ def build(**changes: Any) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**(CONFIG | changes)))
 
 
-def load_llm(path: Path = WEIGHTS, biases: bool = False) -> nn.Module:
-    """The trained network, in eval mode; with `biases`, of zero, all its linear layers in the blocks have one.
+def load_llm(path: Path = WEIGHTS, biases: bool = False, tied: bool = True) -> nn.Module:
+    """The trained network, in eval mode.
+
+    Args:
+        path: of its weights.
+        biases: whether all linear layers in the blocks have one, of zero.
+        tied: whether the embedding is the last layer too, or that one a copy of it.
 
     Raises:
         FileNotFoundError: it has not been trained on this machine; the message says how to.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not here. Run python benchmarks/train_llm.py first (20 minutes).")
-    model: Any = build(attention_bias=biases, mlp_bias=biases)
+    model: Any = build(attention_bias=biases, mlp_bias=biases, tie_word_embeddings=tied)
     absent, unknown = model.load_state_dict(load_file(path), strict=False)
     if unknown or any(not name.endswith((".bias", "lm_head.weight")) for name in absent):
         raise ValueError(f"{path} is of another network: {[*absent, *unknown][:3]}. Train it again.")
@@ -52,6 +57,8 @@ def load_llm(path: Path = WEIGHTS, biases: bool = False) -> nn.Module:
         for name in absent:
             if name.endswith(".bias"):
                 model.get_parameter(name).zero_()
+        if not tied:
+            model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     model.tie_weights()
     return model.eval()
 

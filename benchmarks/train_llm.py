@@ -6,7 +6,8 @@ are new to the network: the first calibrates, the second judges, here once, at t
 
 Run ``python benchmarks/train_llm.py`` with the data at hand (see `harness.cifar`). Text, weights and the state of the
 training go to ``benchmarks/.cache``, which is not part of the repository, and the figures of the run to
-``results/train_llm.json``. A run that was cut short goes on where its last state was saved.
+``results/train_llm.json``. A run that was cut short goes on where its last state was saved, with other ``--steps`` if
+so asked: the log then tells from which step on the schedule was for how many.
 """
 
 from __future__ import annotations

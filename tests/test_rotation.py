@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.ranks import needs_distributed, on_two_ranks
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import structprune
 from structprune.errors import PlanError, VerificationError
@@ -116,6 +116,8 @@ def test_less_is_lost_by_channels_of_the_rotated_stream():
 
 
 def test_a_llama_is_loaded_as_before(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM  # not in the processes of ranks
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -228,3 +230,15 @@ def test_the_model_stays_as_it_was():
     assert model.training
     assert rotated.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def rotated_head(rank):
+    """Of a model that sees half of the data on each of two ranks."""
+    return structprune.rotate_residual(built(), IDS, [IDS[rank::2]]).head.weight.detach().abs()
+
+
+@needs_distributed
+def test_ranks_see_all_of_the_data(tmp_path):
+    both = structprune.rotate_residual(built(), IDS, [IDS]).head.weight.detach().abs()  # axes have no sign
+    for weight in on_two_ranks(rotated_head, tmp_path):
+        torch.testing.assert_close(weight, both, rtol=1e-6, atol=1e-8)

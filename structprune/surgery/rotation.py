@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from structprune.checking import DATA, INPUTS, MODEL, ON_BATCH, require
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.streams import Stream, stream_of
-from structprune.distributed import all_reduced
+from structprune.distributed import all_reduced, failing_together
 from structprune.errors import PlanError, VerificationError
 from structprune.importance.data import Batches
 from structprune.importance.observe import on_swapped_tensors
@@ -42,6 +42,8 @@ def rotate_residual(
     Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Rows and Columns, 2024: sections 3.1 to 3.3.
     There each block has a rotation of its own, with a matrix on each residual connection; here all share one, so
     nothing is added to the forward, and the class and its configuration stay as they are.
+
+    Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model.
 
     Args:
         model: the trained model; it stays as it was.
@@ -77,7 +79,8 @@ def rotate_residual(
     streams, reasons = _streams(graph)
     if not streams:
         raise PlanError(reasons[0] if reasons else "The model has no residual stream that could be rotated.")
-    moments = _moments(graph, streams, Batches(data, forward))
+    with failing_together(PlanError, "rotate_residual"):
+        moments = _moments(graph, streams, Batches(data, forward))
     made = copy.deepcopy(inner, _memo(held_tensors(inner), {}))
     with torch.no_grad():
         for stream, moment in zip(streams, moments, strict=True):

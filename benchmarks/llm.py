@@ -37,7 +37,7 @@ from structprune.importance import FLAP, PerLayer
 FILE = RESULTS / "llm.json"
 SEED = 0
 FIT, RECOVER = 64, 64  # windows of 256 tokens
-ROWS, ROUNDS = 8192, 1  # of `recover`
+ROWS, ROUNDS = 4096, 1  # of `recover`
 EPOCHS = 2  # of distillation
 AXES: dict[str, tuple[str, ...]] = {
     "mlp and heads": ("mlp", "heads"),
@@ -64,41 +64,42 @@ class Row:
 
 
 def rows(gone: float) -> Iterator[Row]:
-    """All of one share."""
-    for widths in ("uniform", "free"):
-        for criterion in CRITERIA:
-            # Layers compete only where each has a width of its own; what biases do is looked at once.
-            if not (
-                ("standardised" in criterion and widths == "uniform") or ("biases" in criterion and widths == "free")
-            ):
-                yield Row(gone, "mlp and heads", widths, criterion)
+    """All of one share, what matters most first."""
+    for criterion in CRITERIA:
+        if "standardised" not in criterion:  # layers compete only where each has a width of its own
+            yield Row(gone, "mlp", "uniform", criterion)
+    for criterion in CRITERIA:
+        if "biases" not in criterion:
+            yield Row(gone, "mlp and heads", "free", criterion)
     for score in BLOCK_SCORES:
         yield Row(gone, "blocks", "-", score)
-    for criterion in ("taylor", "flap"):
-        yield Row(gone, "mlp", "uniform", criterion)
-    yield Row(gone, "blocks and widths", "free", "taylor")
     for criterion in HIDDEN:
         yield Row(gone, "hidden", "uniform", criterion)
+    for criterion in ("flap", "taylor", "l2"):
+        yield Row(gone, "mlp and heads", "uniform", criterion)
+    yield Row(gone, "blocks and widths", "free", "taylor")
+
+
+TELLING = (
+    ("mlp", "flap"), ("mlp", "l2"), ("mlp", "flap, biases alone"), ("mlp", "flap, with biases"), ("mlp", "taylor"),
+    ("mlp and heads", "taylor"), ("mlp and heads", "flap"), ("blocks", "kl"), ("hidden", "activation_l2, rotated"),
+    ("hidden", "activation_l2"),
+)  # fmt: skip
 
 
 def telling(row: Row) -> bool:
-    """Which rows come first: of the first share all criteria in uniform widths, and some of everything else."""
-    if (row.what, row.widths) == ("mlp and heads", "uniform"):
-        return row.gone == GONE[0] or row.criterion in ("taylor", "flap", "l2")
-    others = (("mlp and heads", "taylor"), ("blocks", "kl"), ("hidden", "activation_l2, rotated"))
-    return (row.what, row.criterion) in others
+    """Which rows come first."""
+    return (row.what, row.criterion) in TELLING and (row.what, row.widths) != ("mlp and heads", "uniform")
 
 
 def steps() -> Iterator[tuple[Row, str]]:
     """What is measured, what matters most first. Some rows are distilled too, those for which there is time."""
-    first, *others = GONE
-    yield from ((row, "raw") for row in rows(first))
-    yield from ((row, "recovered") for row in rows(first) if telling(row))
-    yield Row(first, "mlp and heads", "uniform", "taylor"), "distilled"
-    for gone in others:
+    first, second, *_ = GONE
+    for gone in (first, second):
         yield from ((row, how) for row in rows(gone) if telling(row) for how in ("raw", "recovered"))
-    yield Row(first, "blocks", "-", "kl"), "distilled"
+        yield from ((row, "raw") for row in rows(gone) if gone == first and row.what in ("mlp", "mlp and heads"))
     yield Row(first, "mlp and heads", "free", "taylor"), "distilled"
+    yield Row(first, "blocks", "-", "kl"), "distilled"
     for gone in GONE:
         yield from ((row, how) for row in rows(gone) for how in ("raw", "recovered"))
 

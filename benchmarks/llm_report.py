@@ -6,14 +6,14 @@ from typing import Any
 
 from harness.environment import as_line
 
-GONE = (0.3, 0.2, 0.5)  # of the parameters of the blocks, what matters most first
+GONE = (0.3, 0.5, 0.2)  # of the parameters of the blocks, what matters most first
 CRITERIA = (
     "taylor", "flap", "wanda_square", "thinet", "l2", "flap, standardised", "flap, with biases", "flap, biases alone",
 )  # fmt: skip
 HIDDEN = ("activation_l2", "activation_l2, rotated", "taylor")
 BLOCK_SCORES = ("kl", "influence", "taylor", "angular")
 FIGURES = ("raw", "recovered", "distilled")
-COLUMNS = (("mlp and heads", "uniform"), ("mlp and heads", "free"), ("mlp", "uniform"))
+COLUMNS = (("mlp", "uniform"), ("mlp and heads", "free"), ("mlp and heads", "uniform"))
 
 
 def best_of(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -22,11 +22,9 @@ def best_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {figure: min(known) for figure, known in values.items() if known}
 
 
-def _cell(row: dict[str, Any] | None, best: dict[str, float]) -> str:
-    if row is None:
-        return "-"
-    if "refused" in row:
-        return "refused"
+def _cell(row: dict[str, Any] | None, whole: int, best: dict[str, float]) -> str:
+    if row is None or not any(figure in row for figure in FIGURES):
+        return "refused" if row and "refused" in row else "-"
     parts: list[str] = []
     for figure in FIGURES:
         if figure not in row:
@@ -34,7 +32,10 @@ def _cell(row: dict[str, Any] | None, best: dict[str, float]) -> str:
             continue
         text = f"{row[figure]:.2f}" if row[figure] < 100 else f"{row[figure]:.0f}"
         parts.append(f"**{text}**" if row[figure] == best[figure] else text)
-    return " / ".join(parts if parts[-1] != "-" else parts[:-1])
+    figures = " / ".join(parts if parts[-1] != "-" else parts[:-1])
+    # Heads of uniform widths go in large steps, blocks in larger ones.
+    share = 1 - row["block_params"] / whole
+    return figures if share < row["gone"] + 0.01 else f"{figures} ({share:.0%} gone)"
 
 
 def table(state: dict[str, Any], gone: float) -> list[str]:
@@ -42,7 +43,7 @@ def table(state: dict[str, Any], gone: float) -> list[str]:
     rows = [row for row in state["rows"].values() if row["gone"] == gone]
     if not rows:
         return []
-    best = best_of(rows)
+    best, whole = best_of(rows), state["dense"]["block_params"]
     lines = [
         f"## {gone:.0%} of the blocks' parameters gone: {' / '.join(FIGURES)}",
         "",
@@ -52,18 +53,19 @@ def table(state: dict[str, Any], gone: float) -> list[str]:
     for criterion in CRITERIA:
         mine = {(row["what"], row["widths"]): row for row in rows if row["criterion"] == criterion}
         if mine:
-            lines.append(f"| {criterion} | " + " | ".join(_cell(mine.get(column), best) for column in COLUMNS) + " |")
+            lines.append(
+                f"| {criterion} | " + " | ".join(_cell(mine.get(column), whole, best) for column in COLUMNS) + " |"
+            )
     for what, title in (("hidden", "the width of the residual stream"), ("blocks", "whole blocks")):
         lines += ["", f"| {title}, by | |", "|---|---:|"]
-        lines += [_line(row, state["dense"]["block_params"], best) for row in rows if row["what"].startswith(what)]
+        lines += [_line(row, whole, best) for row in rows if row["what"].startswith(what)]
     return [*lines, ""]
 
 
 def _line(row: dict[str, Any], whole: int, best: dict[str, float]) -> str:
-    """A line for a row, with the share of the blocks' parameters that went."""
-    gone = f" ({1 - row['block_params'] / whole:.1%} gone)" if "block_params" in row else ""
+    """A line for a row of one figure a kind."""
     name = row["criterion"] if row["what"] in ("blocks", "hidden") else f"{row['what']}, {row['criterion']}"
-    return f"| {name}{gone} | {_cell(row, best)} |"
+    return f"| {name} | {_cell(row, whole, best)} |"
 
 
 def spent(state: dict[str, Any]) -> str:

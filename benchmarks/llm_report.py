@@ -34,7 +34,7 @@ def _cell(row: dict[str, Any] | None, whole: int, best: dict[str, float]) -> str
         parts.append(f"**{text}**" if row[figure] == best[figure] else text)
     figures = " / ".join(parts if parts[-1] != "-" else parts[:-1])
     # Heads of uniform widths go in large steps, blocks in larger ones.
-    share = 1 - row["block_params"] / whole
+    share = 1 - row["block_params"] / whole if "block_params" in row else row["gone"]
     return figures if share < row["gone"] + 0.01 else f"{figures} ({share:.0%} gone)"
 
 

@@ -165,7 +165,9 @@ def pruned(row: Row) -> nn.Module:
     )
     options: dict[str, Any] = {"scope": "global"}
     if row.what == "blocks":
-        options |= {"data": labelled(), "branch_score": row.criterion, "loss": language_loss}
+        options |= {"data": calibration(), "branch_score": row.criterion}
+        if row.criterion == "taylor":
+            options |= {"data": labelled(), "loss": language_loss}
     else:
         options["importance"] = scores(row.criterion, form_of(row))
         options["uniform"] = row.widths == "uniform"

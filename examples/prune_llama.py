@@ -9,7 +9,7 @@ Any causal language model of transformers will do. The text is a plain file: a p
 layers get the same widths, which the configuration can say. What comes out is a folder for `from_pretrained`, with the
 tokenizer.
 
-This script was run on Llamas of up to 5.9 M parameters, not on the two above. Recovery takes minutes a layer there:
+This script was run on a tiny Llama alone, not on the two above. Recovery takes minutes a layer there:
 fewer windows and `--rounds 0` are faster. `docs/recovery.md` says what it holds in memory.
 """
 

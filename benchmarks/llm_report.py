@@ -51,14 +51,15 @@ def table(state: dict[str, Any], gone: float) -> list[str]:
         "|---|" + "---:|" * len(COLUMNS),
     ]
     for criterion in CRITERIA:
-        mine = {(row["what"], row["widths"]): row for row in rows if row["criterion"] == criterion}
-        if mine:
+        by_column = {(row["what"], row["widths"]): row for row in rows if row["criterion"] == criterion}
+        if by_column:
             lines.append(
-                f"| {criterion} | " + " | ".join(_cell(mine.get(column), whole, best) for column in COLUMNS) + " |"
+                f"| {criterion} | " + " | ".join(_cell(by_column.get(column), whole, best) for column in COLUMNS) + " |"
             )
     for what, title in (("hidden", "the width of the residual stream"), ("blocks", "whole blocks")):
-        lines += ["", f"| {title}, by | |", "|---|---:|"]
-        lines += [_line(row, whole, best) for row in rows if row["what"].startswith(what)]
+        mine = [_line(row, whole, best) for row in rows if row["what"].startswith(what)]
+        if mine:
+            lines += ["", f"| {title}, by | |", "|---|---:|", *mine]
     return [*lines, ""]
 
 

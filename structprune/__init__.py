@@ -54,6 +54,7 @@ from structprune.search.result import Optimized
 from structprune.search.space import Space
 from structprune.surgery.history import kept
 from structprune.surgery.materialize import materialize_weights
+from structprune.surgery.rotation import rotate_residual
 from structprune.surgery.verify import Report, verify
 
 __version__ = "0.1.0"
@@ -126,6 +127,7 @@ __all__ = [
     "remap_optimizer",
     "remove_branches",
     "report",
+    "rotate_residual",
     "save",
     "sensitivity",
     "serving_objections",

@@ -50,14 +50,14 @@ def as_batch(ids: Tensor) -> dict[str, Any]:
     return {"input_ids": ids, "use_cache": False}
 
 
-def written(model: Any, count: int, seed: int) -> Tensor:
-    """Windows of text that the model writes when it is given nothing but the beginning of a story."""
+def written(model: Any, count: int, seed: int, length: int = WINDOW, batch: int = 64) -> Tensor:
+    """Rows of text that the model writes when it is given nothing but the beginning of a story: ``(count, length)``."""
     torch.manual_seed(seed)
-    begin = torch.full((64, 1), BEGIN)
-    length = {"min_new_tokens": WINDOW - 1, "max_new_tokens": WINDOW - 1}
+    begin = torch.full((batch, 1), BEGIN)
+    new = {"min_new_tokens": length - 1, "max_new_tokens": length - 1}
     found = [
         model.generate(
-            input_ids=begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, pad_token_id=0, **length
+            input_ids=begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, pad_token_id=0, **new
         )
         for _ in range(count // len(begin))
     ]

@@ -23,7 +23,7 @@ from structprune.recovery.candidates import HeldOut
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
 from structprune.recovery.layers import Consumer, kept_indices, norm_scale, uses_batch_statistics
-from structprune.recovery.least_squares import NormalEquations, Solution, fit
+from structprune.recovery.least_squares import NormalEquations, Solution, fit, intercept
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.report import LayerRecovery
@@ -44,6 +44,7 @@ class LayerSolver:
         seed: of the draw of positions.
         held_out: samples that are not solved on.
         rounds: of solving the layer together with its producers; none with 0.
+        weights: whether weights may change, or its bias alone; there are no rounds then.
 
     Attributes:
         consumer: the layer.
@@ -59,9 +60,11 @@ class LayerSolver:
         seed: int,
         held_out: HeldOut,
         rounds: int = 0,
+        weights: bool = True,
     ) -> None:
         self.consumer = consumer
-        self.refused = ""
+        self._weights = weights
+        self.refused = "" if weights or self._has_bias else "it has no bias, and its weight is to stay"
         producers = producers_of(graph, consumer) if rounds else "not asked for"
         self._no_producers = producers if isinstance(producers, str) else ""
         self._joint = None
@@ -133,7 +136,10 @@ class LayerSolver:
             return None
         train, held_out, power = self._normal_equations(ours, goal)
         eps = torch.finfo(ours[0].dtype).eps
-        solution = fit(train, held_out, int(self._has_bias), noise=power * (4 * eps) ** 2)
+        noise = power * (4 * eps) ** 2
+        solution = (
+            fit(train, held_out, int(self._has_bias), noise) if self._weights else intercept(train, held_out, noise)
+        )
         if solution.helps:
             self._change(solution, ours, tensors)
         only_noise = solution.after <= power * (1e3 * eps) ** 2

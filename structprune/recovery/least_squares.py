@@ -123,6 +123,26 @@ def fit(train: NormalEquations, held_out: NormalEquations, free: int, noise: flo
     return Solution(together, before, after, best, helps=True)
 
 
+def intercept(train: NormalEquations, held_out: NormalEquations, noise: float = 0.0) -> Solution:
+    """The constant alone that all rows lack on average: the last feature is 1, and the others count for nothing.
+
+    Args:
+        train: of the rows to take the mean of.
+        held_out: of the rows that tell whether it helps; then the mean is of all of them.
+        noise: as for `fit`.
+    """
+
+    def mean(rows: NormalEquations) -> Tensor:
+        matrix = torch.zeros_like(rows.xy)
+        matrix[:, -1] = rows.xy[:, -1] / rows.xx[:, -1, -1:]
+        return matrix
+
+    before, after = float(held_out.yy.sum()), float(held_out.error(mean(train)).sum())
+    if not noise < before > after:
+        return Solution(torch.zeros_like(train.xy), before, before, 0.0, helps=False)
+    return Solution(mean(train.plus(held_out)), before, after, 0.0, helps=True)
+
+
 def best_ridge(train: NormalEquations, held_out: NormalEquations, free: int) -> tuple[float, float]:
     """The ridge with the least error on the held-out rows, and that error; 0 if each is worse than no change.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from structprune.checking import MODEL, ON_BATCH, SEED, require, whole
+from structprune.checking import FLAG, MODEL, ON_BATCH, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
@@ -23,7 +23,7 @@ from structprune.recovery.parallel_forward import Event, parallel_runs
 from structprune.recovery.prefix import PrefixCache
 from structprune.recovery.recalibrate import set_statistics
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
-from structprune.recovery.solving import Solver, Solving, schedule_of
+from structprune.recovery.solving import How, Solver, Solving, schedule_of
 from structprune.recovery.widened import wide, widened
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
@@ -46,6 +46,7 @@ def recover(
     rounds: int = 3,
     seed: int = 0,
     forward: Forward | None = None,
+    weights: bool = True,
 ) -> nn.Module:
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 
@@ -63,6 +64,11 @@ def recover(
     squares by conjugate gradients, a few times over, on four fifths of the samples. A step is made only if it lowers
     the error on the other samples. Where that helped, a last step uses all samples, and is made if the error on all of
     them falls; the errors that the report gives are those before it.
+
+    With ``weights=False`` biases alone change: each takes the constant that its layer lacks on average, which is the
+    mean of what the removed channels gave it (An et al., Fluctuation-based Adaptive Structured Pruning for Large
+    Language Models, 2024, section 3.4), and that of the errors before it. Least squares does this too, and more; the
+    constants alone take less time and fewer samples. Layers without a bias are left, and recurrent ones.
 
     Recurrent layers (LSTM, GRU, RNN) are solved gate by gate, on the input of each step and the state before it: first
     on the original's states, then on their own as well (`structprune.recovery.recurrent_cells`). Cells that the forward
@@ -101,6 +107,7 @@ def recover(
         seed: of the draw. Random generators outside are not touched.
         forward: called with the model and a batch, where batches are something else than the above; as for
             `structprune.plan`. It runs once on each batch, to see what it calls the model with.
+        weights: whether weights are solved, or biases alone.
 
     Returns:
         A new model; `slim` and `original` are as they were.
@@ -120,20 +127,20 @@ def recover(
     """
     with failing_together(RecoveryError, "recover"):
         numbers = {"rows": whole(1), "rounds": whole(0), "seed": SEED}
-        require(locals(), RecoveryError, slim=MODEL, original=MODEL, forward=ON_BATCH.or_none, **numbers)
+        named = {"forward": ON_BATCH.or_none, "weights": FLAG}
+        require(locals(), RecoveryError, slim=MODEL, original=MODEL, **named, **numbers)
+        how = How(rows, rounds if weights else 0, seed, weights)
         given, slim, original = slim, at_hand(slim), at_hand(original)
         batches = batches_of(original, data, forward, "is nothing to solve the layers on", padding=False)
         done = stages(slim, original)
         if len(done) < 2:
-            recovered = _recovered(slim, original, batches, rows, rounds, seed)
+            recovered = _recovered(slim, original, batches, how)
         else:
-            recovered = _in_stages(done, original, batches, rows, rounds, seed)
+            recovered = _in_stages(done, original, batches, how)
         return hooked(recovered) if is_placed(given) else recovered
 
 
-def _in_stages(
-    done: list[tuple[Any, ...]], original: nn.Module, batches: list[Any], rows: int, rounds: int, seed: int
-) -> nn.Module:
+def _in_stages(done: list[tuple[Any, ...]], original: nn.Module, batches: list[Any], how: How) -> nn.Module:
     """A model that lost branches and channels, made again step by step and recovered after each of them."""
     layers: list[LayerRecovery] = []
     skipped: dict[str, str] = {}
@@ -141,7 +148,7 @@ def _in_stages(
         smaller = original
         for plan in plans:
             smaller = plan.apply(smaller)
-        original = _recovered(smaller, original, batches, rows, rounds, seed)
+        original = _recovered(smaller, original, batches, how)
         report = recovery_report(original)
         layers += report.layers
         skipped |= report.skipped
@@ -149,9 +156,7 @@ def _in_stages(
     return original
 
 
-def _recovered(
-    slim: nn.Module, original: nn.Module, batches: list[Any], rows: int, rounds: int, seed: int
-) -> nn.Module:
+def _recovered(slim: nn.Module, original: nn.Module, batches: list[Any], how: How) -> nn.Module:
     nobody_failed()
     shorter = Shorter.of(slim, original, batches[0])
     edits = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
@@ -165,9 +170,9 @@ def _recovered(
         graph = ChannelGraph(original, batches[0])
         removed = removed_components(graph, edits)
         begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
-        solving = Solving.of(graph, removed, batches, (begins, without), (rows, seed), given)
+        solving = Solving.of(graph, removed, batches, (begins, without), how, given)
         with preserved_random_state(), torch.no_grad():
-            report = _best(recovered, original, batches, solving, rounds)
+            report = _best(recovered, original, batches, solving)
         report = replace(report, skipped={**solving.left, **report.skipped})
     if shorter is not None:
         recovered = shorter.shortened(slim)
@@ -175,9 +180,7 @@ def _recovered(
     return recovered
 
 
-def _best(
-    recovered: nn.Module, original: nn.Module, batches: list[Any], solving: Solving, rounds: int
-) -> RecoveryReport:
+def _best(recovered: nn.Module, original: nn.Module, batches: list[Any], solving: Solving) -> RecoveryReport:
     """Give `recovered` the weights of the best candidate, and tell what was done.
 
     Layers are solved from the better of the model as given and the same with its norms recalibrated: the ridge pulls
@@ -194,7 +197,7 @@ def _best(
     reports: list[LayerRecovery] = []
     skipped: dict[str, str] = {}
     better = not solving.any
-    for count in dict.fromkeys((rounds, 0)):
+    for count in dict.fromkeys((solving.how.rounds, 0)):
         if better or (reports and not any(row.producers for row in reports)):
             break
         candidates.restore(recovered)

@@ -27,6 +27,23 @@ Solver = LayerSolver | RecurrentSolver
 
 
 @dataclass(frozen=True, slots=True)
+class How:
+    """How layers are solved, as `structprune.recover` was asked to.
+
+    Attributes:
+        rows: positions of all batches together to solve on.
+        rounds: of solving a layer together with its producers.
+        seed: of the draw of positions.
+        weights: whether weights may change, or biases alone.
+    """
+
+    rows: int
+    rounds: int
+    seed: int
+    weights: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Solving:
     """What solving the layers of a model needs.
 
@@ -35,8 +52,7 @@ class Solving:
         removed: mask of the removed components.
         layers: what is to be solved.
         recurrent: recurrent layers that are to be solved.
-        rows: positions of all batches together to solve on.
-        seed: of their draw.
+        how: how they are solved.
         given: the tensors that the pruned model was given with, by name.
         left: layers whose result has changed but that are not solved, and why.
     """
@@ -45,8 +61,7 @@ class Solving:
     removed: Mask
     layers: list[Consumer]
     recurrent: list[RecurrentLayers]
-    rows: int
-    seed: int
+    how: How
     given: dict[str, Tensor]
     left: dict[str, str]
 
@@ -57,7 +72,7 @@ class Solving:
         removed: Mask,
         batches: Sequence[Any],
         changes: tuple[Collection[fx.Node], Collection[fx.Node]],
-        numbers: tuple[int, int],
+        how: How,
         given: dict[str, Tensor],
     ) -> Solving:
         """What to solve once components are removed.
@@ -67,14 +82,15 @@ class Solving:
             removed: mask of the removed components.
             batches: what goes into the models.
             changes: operations that begin to differ, and those that are removed, as for `consumers`.
-            numbers: rows and seed.
+            how: layers are solved.
             given: the tensors of the pruned model by name.
         """
         layers, too_wide = _affordable(consumers(graph, removed, *changes), graph, batches)
         recurrent = recurrent_layers(graph, removed, *changes)
-        left = {**too_wide, **{each.layer: each.refused for each in recurrent if each.refused}}
-        recurrent = [each for each in recurrent if not each.refused]
-        return cls(graph, removed, layers, recurrent, *numbers, given, left)
+        stay = "" if how.weights else "its weights are to stay"
+        left = {**too_wide, **{each.layer: each.refused or stay for each in recurrent if each.refused or stay}}
+        recurrent = [each for each in recurrent if not each.refused and not stay]
+        return cls(graph, removed, layers, recurrent, how, given, left)
 
     @property
     def any(self) -> bool:
@@ -83,8 +99,10 @@ class Solving:
 
     def solvers(self, held_out: HeldOut, rounds: int) -> list[Solver]:
         """A solver for each layer."""
-        common = self.rows, self.seed, held_out
-        linear = [LayerSolver(self.graph, self.removed, layer, *common, rounds) for layer in self.layers]
+        common = self.how.rows, self.how.seed, held_out
+        linear = [
+            LayerSolver(self.graph, self.removed, layer, *common, rounds, self.how.weights) for layer in self.layers
+        ]
         return [*linear, *(RecurrentSolver(self.graph, self.removed, layer, *common) for layer in self.recurrent)]
 
 

@@ -86,13 +86,14 @@ class Chain:
         producers: their linear maps.
         elementwise: from the producers' results to the consumer's input.
         consumer: its linear map.
-        activation: what is applied to the result before anything else uses it; errors are measured behind it.
+        activation: what is applied to the result before anything else uses it; errors are measured behind it. None
+            where there is none.
     """
 
     producers: tuple[LinearMap, ...]
     elementwise: Elementwise
     consumer: LinearMap
-    activation: Elementwise
+    activation: Elementwise | None
 
     def producer_results(self, samples: Samples, at: ChainWeights) -> list[Tensor]:
         """The result of each producer."""
@@ -105,7 +106,7 @@ class Chain:
 
     def from_hidden(self, samples: Samples, hidden: Tensor, at: ChainWeights) -> Tensor:
         """The result for a given input of the consumer, with what is added to it."""
-        return samples.rest + self.consumer(hidden, at.weights[-1], at.shifts[-1])
+        return self.consumer(hidden, at.weights[-1], at.shifts[-1]).add_(samples.rest)
 
     def result(self, samples: Samples, at: ChainWeights) -> Tensor:
         """The result with what is added to it, before the activation."""
@@ -115,9 +116,13 @@ class Chain:
         """Sum of squared differences from the goal, behind the activation, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=at.weights[-1].device)
         for samples in parts:
-            difference = self.activation([samples.goal]) - self.activation([self.result(samples, at)])
-            total += difference.double().square().sum()
+            difference = self.activated(samples.goal) - self.activated(self.result(samples, at))
+            total += difference.square_().sum(dtype=torch.float64)
         return float(all_reduced(total))
+
+    def activated(self, result: Tensor) -> Tensor:
+        """What errors are measured on."""
+        return result if self.activation is None else self.activation([result])
 
 
 @dataclass(slots=True)
@@ -130,7 +135,7 @@ class LinearisedChain:
         at: where.
         hidden: the consumer's input.
         slopes: of the consumer's input by each producer's result, each in the shape of the hidden.
-        activation_slopes: of the activation behind the result, in the shape of the result.
+        activation_slopes: of the activation behind the result, in the shape of the result; None where there is none.
     """
 
     chain: Chain
@@ -138,24 +143,29 @@ class LinearisedChain:
     at: ChainWeights
     hidden: Tensor
     slopes: list[Tensor]
-    activation_slopes: Tensor
+    activation_slopes: Tensor | None
 
     def jvp(self, step: ChainWeights) -> Tensor:
         """The change of the activated result for a step of the weights."""
         parts = zip(
             self.chain.producers, self.samples.inputs, step.weights[:-1], step.shifts[:-1], self.slopes, strict=True
         )
-        moved = torch.stack([producer(x, w, s) * slope for producer, x, w, s, slope in parts]).sum(0)
+        moved: Tensor | None = None
+        for producer, x, weight, shift, slope in parts:
+            part = producer(x, weight, shift).mul_(slope)
+            moved = part if moved is None else moved.add_(part)
+        assert moved is not None
         consumer = self.chain.consumer
-        change = consumer(moved, self.at.weights[-1]) + consumer(self.hidden, step.weights[-1], step.shifts[-1])
-        return change * self.activation_slopes
+        change = consumer(moved, self.at.weights[-1])
+        change += consumer(self.hidden, step.weights[-1], step.shifts[-1])
+        return change if self.activation_slopes is None else change.mul_(self.activation_slopes)
 
     def vjp(self, grad: Tensor) -> Tensor:
         """The adjoint: from something in the shape of the result to a vector in the order of `ChainWeights.flat`."""
         consumer, last = self.chain.consumer, self.at.weights[-1]
         weights: list[Tensor] = []
         shifts: list[Tensor | None] = []
-        grad = grad * self.activation_slopes
+        grad = grad if self.activation_slopes is None else grad * self.activation_slopes
         hidden_grad = consumer.to_input(grad, self.hidden, last)
         parts = zip(
             self.chain.producers, self.samples.inputs, self.at.weights[:-1], self.at.shifts[:-1], self.slopes,
@@ -173,9 +183,11 @@ class LinearisedChain:
 def linearised(chain: Chain, samples: Samples, at: ChainWeights) -> tuple[LinearisedChain, Tensor]:
     """The chain linearised at some weights, and what its activated result lacks there."""
     hidden, slopes = elementwise_slopes(chain.elementwise, chain.producer_results(samples, at))
-    result, (last,) = elementwise_slopes(chain.activation, [chain.from_hidden(samples, hidden, at)])
-    missing = chain.activation([samples.goal]) - result
-    return LinearisedChain(chain, samples, at, hidden, slopes, last), missing
+    result = chain.from_hidden(samples, hidden, at)
+    if chain.activation is None:
+        return LinearisedChain(chain, samples, at, hidden, slopes, None), samples.goal - result
+    result, (last,) = elementwise_slopes(chain.activation, [result])
+    return LinearisedChain(chain, samples, at, hidden, slopes, last), chain.activated(samples.goal) - result
 
 
 def elementwise_slopes(function: Elementwise, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -320,13 +332,13 @@ def elementwise_between(graph: ChannelGraph, producers: Producers, tensors: Mapp
     return run
 
 
-def activation_behind(graph: ChannelGraph, number: int) -> Elementwise:
-    """The activation that is the only use of the result of an operation; the identity where there is none."""
+def activation_behind(graph: ChannelGraph, number: int) -> Elementwise | None:
+    """The activation that is the only use of the result of an operation; None where there is none."""
     node = graph.trace.nodes[number]
     users = list(node.users)
     user = users[0] if len(users) == 1 else None
     if user is None or user.op == "output" or user.meta["name"] not in ACTIVATIONS or user.all_input_nodes != [node]:
-        return lambda results: results[0]
+        return None
     return lambda results: _run(user, {node: results[0]}, {})
 
 

@@ -96,10 +96,9 @@ class LinearMap:
         """The result without a bias, plus `shift` of shape ``(channels,)``."""
         if self.layout == "in_out":
             result = torch.matmul(x, weight)
-        else:
-            function: Any = getattr(F, self.name)
-            result = function(x, weight, **self.options)
-        return result if shift is None else result + self.along_channels(shift)
+            return result if shift is None else result.add_(shift)
+        function: Any = getattr(F, self.name)
+        return function(x, weight, shift, **self.options)
 
     def along_channels(self, vector: Tensor) -> Tensor:
         """A vector of shape ``(channels,)`` in a shape that broadcasts with the result, ``(channels, 1, 1)`` in 2-D."""
@@ -120,7 +119,8 @@ class LinearMap:
 
     def to_shift(self, grad: Tensor) -> Tensor:
         """The adjoint in the shift: the sum over all positions, shape ``(channels,)``."""
-        return grad.movedim(self.channel_dim, 0).flatten(1).sum(1)
+        channels = grad.dim() + self.channel_dim
+        return grad.sum([dim for dim in range(grad.dim()) if dim != channels])
 
     def _convolution_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, asked: tuple[bool, bool]

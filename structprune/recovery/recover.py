@@ -199,9 +199,9 @@ def _best(
             break
         candidates.restore(recovered)
         solvers = solving.solvers(held_out, count)
-        reports, parts = _solve_in_order(recovered, original, batches, solving.graph, solvers, candidates)
+        reports = _solve_in_order(recovered, original, batches, solving.graph, solvers)
         skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
-        better = candidates.offer(SOLVED_WITH_PRODUCERS if count else SOLVED_ALONE, recovered, parts)
+        better = candidates.offer(SOLVED_WITH_PRODUCERS if count else SOLVED_ALONE, recovered)
     if not better:  # nothing that was solved is returned
         candidates.restore(recovered)
         reports = [replace(row, after=row.before, changed=False, producers=()) for row in reports]
@@ -249,12 +249,10 @@ def _solve_in_order(
     batches: list[Any],
     graph: ChannelGraph,
     solvers: list[Solver],
-    candidates: Candidates,
-) -> tuple[list[LayerRecovery], list[Tensor | None]]:
-    """Solve layer after layer while all batches pass once through both models.
+) -> list[LayerRecovery]:
+    """Solve layer after layer while all batches pass once through both models; the reports on them in that order.
 
-    The reports on the layers are returned in that order, and of the solved model's results what candidates are compared
-    by. At each event all batches pause in the pruned model. Solvers that only observe it keep what they need. One whose
+    At each event all batches pause in the pruned model. Solvers that only observe it keep what they need. One whose
     target it is also gets the original's results there; it is solved, and the batches go on with its new weight.
     """
     schedule = schedule_of(solvers)
@@ -266,14 +264,15 @@ def _solve_in_order(
         slim.eval()
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}
         trace = graph.trace
-        with parallel_runs(PrefixCache, slim, batches, trace, set(schedule)) as slim_runs:
-            with parallel_runs(PrefixCache, original, batches, trace, targets) as original_runs:
-                for event, at_event in schedule.items():
-                    reports += _at(event, at_event, slim_runs, original_runs, tensors)
-                    if event in between:
-                        _hold_less([*slim_runs, *original_runs], event)
-            parts = candidates.parts(run.finish() for run in slim_runs)
-    return [report for report in reports if report is not None], parts
+        with (
+            parallel_runs(PrefixCache, slim, batches, trace, set(schedule)) as slim_runs,
+            parallel_runs(PrefixCache, original, batches, trace, targets) as original_runs,
+        ):
+            for event, at_event in schedule.items():
+                reports += _at(event, at_event, slim_runs, original_runs, tensors)
+                if event in between:
+                    _hold_less([*slim_runs, *original_runs], event)
+    return [report for report in reports if report is not None]
 
 
 def _at(

@@ -29,6 +29,7 @@ from structprune.recovery.parallel_forward import BatchRun, Pause, Side, paralle
 from structprune.recovery.prefix import PrefixCache, output_of
 from structprune.recovery.prices import prices
 from structprune.recovery.probes import Probes
+from structprune.recovery.widened import wide
 from structprune.tracing.replay import Hook, ReplayedCall
 from structprune.tracing.state import copy_buffer, swapped_tensors
 from structprune.tracing.trace import preserved_random_state
@@ -39,9 +40,14 @@ CHUNK = 1 << 22  # entries of features that are unfolded at a time
 
 
 def divergence(dense: Tensor, changed: Tensor) -> Tensor:
-    """Sum over all positions of the Kullback-Leibler divergence between softmaxes over the last dimension."""
-    log_p, log_q = F.log_softmax(dense.double(), -1), F.log_softmax(changed.double(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum()
+    """Sum over all positions of the Kullback-Leibler divergence between softmaxes over the last dimension.
+
+    With ``d = log q - log p`` it is the sum of ``p (exp(d) - 1 - d)``, as both sum up to one. No term is negative, so
+    that float32 is enough.
+    """
+    log_p, log_q = F.log_softmax(wide(dense), -1), F.log_softmax(wide(changed), -1)
+    d = log_q.sub_(log_p).clamp_(max=80)  # above that exp(d) leaves float32
+    return d.expm1().sub_(d).mul_(log_p.exp_()).sum(dtype=torch.float64)
 
 
 def squared_error(dense: Tensor, changed: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from structprune.recovery.preconditioner import ChannelBlocks, Preconditioner
 DAMPING = 1e-3
 MIN_GAIN = 5e-3  # a round that lowers the squared error by a smaller share is the last
 EQUATIONS = 128  # for each unknown: with so many, the direction is good enough for all rounds but the last ones
+ENOUGH = 0.0
 FULL_ROUNDS = 1  # last rounds that use all samples
 MAX_STRIDE = 4  # earlier rounds use at least every fourth batch; a power of two
 
@@ -204,14 +205,18 @@ def _conjugate_gradients(
     x, residual = torch.zeros_like(goal), goal.clone()
     direction = preconditioned = inverse(residual)
     size = torch.dot(residual.double(), preconditioned.double())
+    gained = 0.0
     for _ in range(steps):
         image = product(direction)
         curvature = torch.dot(direction.double(), image.double())
         if not (float(curvature) > 0 and float(size) > 0):
             break
         length = float(size / curvature)
+        gained += length * float(size)
         x = x + length * direction
         residual = residual - length * image
+        if length * float(size) < ENOUGH * gained:
+            break
         preconditioned = inverse(residual)
         new_size = torch.dot(residual.double(), preconditioned.double())
         direction = preconditioned + float(new_size / size) * direction

@@ -23,12 +23,13 @@ from structprune.importance.weight import LnNorm
 from structprune.inputs import device_of
 from structprune.recovery.batches import inputs_of, samples_in
 from structprune.recovery.layers import GroupConsumer, group_consumers
-from structprune.recovery.least_squares import ConsumerMoments, eliminate
+from structprune.recovery.least_squares import ConsumerMoments, eliminate, second_moments
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
 from structprune.recovery.prefix import PrefixCache, output_of
 from structprune.recovery.prices import prices
-from structprune.recovery.probes import Probes
+from structprune.recovery.probes import Probes, affordable
+from structprune.recovery.turns import Turns
 from structprune.recovery.widened import wide
 from structprune.tracing.replay import Hook, ReplayedCall
 from structprune.tracing.state import copy_buffer, swapped_tensors
@@ -162,7 +163,9 @@ class Reconstruction:
         per: what a channel saves: ``"macs"`` or ``"params"``.
         levels: shares of a group's channels to remove for measuring.
         probes: number of samples to measure on, at least one batch: those that come first. Consumers are not solved on
-            them if the others are at least as many; else they are solved on the first three quarters of each batch.
+            them if the others are at least as many; else they are solved on the first three quarters of each batch. By
+            default as many as cost no more than a forward of all samples, 256 at most, but samples with at least 256
+            rows of the output in all (images of a classifier, tokens of a language model).
         rows: positions of all batches together that second moments are computed on.
         axes: kinds of channels to rank, as for `structprune.plan`; by default all.
         distance: from the dense and the changed output, summed over samples; by default `divergence`;
@@ -184,7 +187,7 @@ class Reconstruction:
 
     per: str = "macs"
     levels: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    probes: int = 256
+    probes: int | None = None
     rows: int = 65536
     axes: tuple[str, ...] | None = None
     distance: Distance = divergence
@@ -193,8 +196,8 @@ class Reconstruction:
     def __post_init__(self) -> None:
         """Check what was given."""
         shares, function_of_two = real(above=0, most=1), function("the dense output", "the changed one")
-        require(vars(self), per=one_of(("macs", "params")), levels=several(shares, "shares above 0"), probes=whole(1))
-        require(vars(self), rows=whole(1), axes=some_of(AXES).or_none, distance=function_of_two, seed=SEED)
+        require(vars(self), per=one_of(("macs", "params")), levels=several(shares, "shares above 0"))
+        require(vars(self), probes=whole(1).or_none, rows=whole(1), axes=some_of(AXES).or_none, distance=function_of_two, seed=SEED)
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Refused: it has to be fitted first.
@@ -238,7 +241,10 @@ class Reconstruction:
         consumers = {number: members for number, group in groups.items() if (members := group_consumers(graph, group))}
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
-            probes = Probes.among(data, list(map(samples_in, data)), self.probes)
+            sizes = list(map(samples_in, data))
+            starts = [min(consumer.number for consumer in members) for members in consumers.values()]
+            wanted = self.probes or affordable(graph.trace, starts, len(self.levels), sum(Turns.of(sizes).sizes))
+            probes = Probes.among(data, sizes, wanted)
             removals = self._removals(graph, consumers, data, probes)
             distances = self._distances(graph, consumers, removals, probes)
             curves: dict[Key, _Curve] = {}
@@ -314,8 +320,8 @@ class Reconstruction:
         quota = max(1, self.rows // max(1, probes.solved_batches))
         for x, drawn in zip(inputs, probes.turns.drawn(totals, quota, generator), strict=True):
             for some in drawn.to(x.device).split(max(1, CHUNK // layer.features)) if len(drawn) else ():
-                rows = with_intercept(layer.features_at(x, some))[0]
-                xx.addmm_(rows.T, rows)
+                # The ridge of the elimination is far above the rounding of float32.
+                xx += second_moments(with_intercept(layer.features_at(x, some, x.dtype)))[0]
         if not bool(torch.isfinite(xx).all()):
             raise PlanError(f"The inputs of {node.meta['name']} are NaN or infinite on data. Check it and the weights.")
         return all_reduced(xx), torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])

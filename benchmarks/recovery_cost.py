@@ -89,7 +89,13 @@ CASES = (
     Case("ResNet-56, 2x fewer MACs", partial(_resnet, 56), {"macs": 1 / 2}, probes=128, **_IMAGES),
     Case("ResNet-20, 2x fewer MACs", partial(_resnet, 20), {"macs": 1 / 2}, distance=squared_error, **_IMAGES),
     Case(
-        "stories260k, 20 % of all parameters", _stories, {"params": 0.8}, ("mlp", "heads"), 32, rounds=8, needs_data=True
+        "stories260k, 20 % of all parameters",
+        _stories,
+        {"params": 0.8},
+        ("mlp", "heads"),
+        32,
+        rounds=8,
+        needs_data=True,
     ),
     Case("GPT of 1.4 M, 2x fewer MACs", partial(_gpt, 160, 4, 4, 1000, 128), {"macs": 1 / 2}, ("mlp", "heads")),
     Case("GPT of 12.7 M, 2x fewer MACs", partial(_gpt, 384, 6, 6, 5000, 64), {"macs": 1 / 2}, ("mlp", "heads")),

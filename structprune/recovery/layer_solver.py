@@ -27,8 +27,10 @@ from structprune.recovery.least_squares import NormalEquations, Solution, fit
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.report import LayerRecovery
+from structprune.recovery.windows import has_window_sums, window_sums
 
 HELD_OUT = 5  # a fifth of the positions of each batch is held out
+UNFOLDED = 1536  # features: with more of them sums over windows are computed without unfolding them
 JOINT_ROWS = 4  # times the rows that a layer alone is solved on
 CHUNK = 1 << 22  # entries of features that are unfolded at a time
 
@@ -208,6 +210,9 @@ class LayerSolver:
         """The sums over the rows to solve on and over those held out, and the power of the goal on the latter."""
         sums = [self._no_rows(ours[0]) for _ in range(2)]
         power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
+        if self._map is not None and self._map.features > UNFOLDED and has_window_sums(self._map):
+            power += self._add_windows(self._map, ours, goal, sums)
+            ours = []
         for number, positions in enumerate(self._positions(ours)):
             result, expected = ours[number], goal[number]
             for part, at in enumerate(positions):
@@ -219,6 +224,30 @@ class LayerSolver:
         for each in sums:
             each.reduce()
         return sums[0], sums[1], float(all_reduced(power))
+
+    def _add_windows(
+        self, layer: LinearMap, ours: list[Tensor], goal: list[Tensor], sums: list[NormalEquations]
+    ) -> Tensor:
+        """Add whole samples instead of some positions, which for a large kernel costs less; the power held out.
+
+        As many samples of each batch as hold `_rows` positions: the first, and of those held out the last.
+        """
+        power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
+        for number, (result, expected) in enumerate(zip(ours, goal, strict=True)):
+            count = self._held_out.solved_on(number, len(result))
+            wanted = -(-self._rows // (self._held_out.turns.count * layer.positions(result[:1])))
+            used = min(count, max(2, wanted))
+            held = max(1, used // HELD_OUT) if used > 1 else 0
+            pause = self._pauses[number]
+            x: Tensor = argument(self._name, "input", pause.args, pause.kwargs)
+            for part, at in enumerate((slice(0, used - held), slice(count - held, count))):
+                if at.start < at.stop:
+                    lacks, n = expected[at] - result[at], layer.features + self._has_bias
+                    xx, xy = window_sums(layer, x[at], lacks)
+                    yy = lacks.double().square().movedim(1, 0).flatten(1).sum(1)
+                    sums[part].add_products(xx[:n, :n], xy[:n], yy)
+                    power += expected[at].double().square().sum() if part else 0
+        return power
 
     def _no_rows(self, result: Tensor) -> NormalEquations:
         """Sums of no rows, of a layer whose target has such a result."""

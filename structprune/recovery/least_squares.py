@@ -20,6 +20,9 @@ FIRST_RIDGE = 1e-4
 CHOSEN_ON = 256
 
 
+# With more features than this, matrices are factored in float32, which takes half the time.
+IN_FLOAT32, REFINEMENTS, RESIDUAL = 1536, 6, 1e-9
+
 # Columns of a symmetric product that are computed together: what lies above them is the transpose of what lies below.
 BLOCKS, FEWEST_COLUMNS = 8, 64
 
@@ -68,6 +71,12 @@ class NormalEquations:
         self.xy.baddbmm_(x.transpose(1, 2), y)
         self.yy.add_(y.square().sum(1))
 
+    def add_products(self, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
+        """Add the sums over some rows of a single group, of shapes (features, features), (features, outputs), (outputs,)."""
+        self.xx.add_(xx)
+        self.xy.add_(xy)
+        self.yy.add_(yy)
+
     def reduce(self) -> None:
         """Sum over all ranks."""
         for tensor in (self.xx, self.xy, self.yy):
@@ -100,11 +109,40 @@ class NormalEquations:
         penalty = ridge * (diagonal + 1e-3 * mean)
         if free:
             penalty[:, -free:] = 1e-12 * mean
-        factor, failed = torch.linalg.cholesky_ex(self.xx + torch.diag_embed(penalty))
-        if bool(failed.any()):
-            return None
-        solution = torch.cholesky_solve(self.xy, factor)
+        matrix = self.xx + torch.diag_embed(penalty)
+        solution = _solved_in_float32(matrix, self.xy) if len(matrix[0]) > IN_FLOAT32 else None
+        if solution is None:
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if bool(failed.any()):
+                return None
+            solution = torch.cholesky_solve(self.xy, factor)
         return solution if bool(torch.isfinite(solution).all()) else None
+
+
+def _solved_in_float32(matrix: Tensor, right: Tensor) -> Tensor | None:
+    """The solution for symmetric positive definite matrices, factored in float32 and refined in float64.
+
+    With a condition of 1e5 each refinement removes all but a hundredth of the error (Wilkinson, Rounding Errors in
+    Algebraic Processes, 1963). None where the residual is not down to `RESIDUAL` after `REFINEMENTS`: it is too
+    ill-conditioned.
+
+    Args:
+        matrix: shape ``(groups, n, n)``, in float64; scaled to a diagonal of ones before it is rounded.
+        right: shape ``(groups, n, m)``.
+    """
+    scale = matrix.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[..., None]
+    scaled = (matrix * scale * scale.transpose(1, 2)).float()
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if bool(failed.any()):
+        return None
+    size = (right * scale).norm()
+    solution, residual = torch.zeros_like(right), right
+    for _ in range(REFINEMENTS):
+        solution = solution + torch.cholesky_solve((residual * scale).float(), factor).double() * scale
+        residual = right - matrix @ solution
+        if bool((residual * scale).norm() <= RESIDUAL * size):
+            return solution
+    return None
 
 
 @dataclass(frozen=True, slots=True)

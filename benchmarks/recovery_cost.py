@@ -46,7 +46,7 @@ class Case:
     make: Callable[[], tuple[nn.Module, Data]]
     target: dict[str, float]
     axes: tuple[str, ...] | None = None
-    probes: int = 256
+    probes: int | None = None
     rows: int = 65536
     rounds: int = 3
     distance: Distance = divergence
@@ -84,19 +84,14 @@ def _conformer() -> tuple[nn.Module, Data]:
 
 
 _IMAGES: dict[str, Any] = {"rows": 32768, "rounds": 4, "flipped": True, "needs_data": True, "axes": ("channels",)}
+_TOKENS: dict[str, Any] = {"rounds": 8, "needs_data": True}
 # ResNets and the small Llama as in `recovery.py`; the others with the defaults of the library.
 CASES = (
     Case("ResNet-56, 2x fewer MACs", partial(_resnet, 56), {"macs": 1 / 2}, probes=128, **_IMAGES),
-    Case("ResNet-20, 2x fewer MACs", partial(_resnet, 20), {"macs": 1 / 2}, distance=squared_error, **_IMAGES),
     Case(
-        "stories260k, 20 % of all parameters",
-        _stories,
-        {"params": 0.8},
-        ("mlp", "heads"),
-        32,
-        rounds=8,
-        needs_data=True,
+        "ResNet-20, 2x fewer MACs", partial(_resnet, 20), {"macs": 1 / 2}, probes=256, distance=squared_error, **_IMAGES
     ),
+    Case("stories260k, 20 % of all parameters", _stories, {"params": 0.8}, ("mlp", "heads"), 32, **_TOKENS),
     Case("GPT of 1.4 M, 2x fewer MACs", partial(_gpt, 160, 4, 4, 1000, 128), {"macs": 1 / 2}, ("mlp", "heads")),
     Case("GPT of 12.7 M, 2x fewer MACs", partial(_gpt, 384, 6, 6, 5000, 64), {"macs": 1 / 2}, ("mlp", "heads")),
     Case("kernels of 64x1 over 128 channels, 2x fewer MACs", _wide_kernels, {"macs": 1 / 2}),
@@ -224,7 +219,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# What recovery without training costs",
         "",
         "In passes: one forward and one backward over the calibration data that `recover` is given. `Reconstruction`, "
-        "the plan and `recover` together, processor seconds on one thread, and the parts that they consist of. Forwards "
+        "the plan and `recover` together, processor seconds on one thread, and the parts they consist of. Forwards "
         "through the original and through the pruned model, tracing and surgery are in the last column. Made by "
         "`python benchmarks/recovery_cost.py`.",
         "",

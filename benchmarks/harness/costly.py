@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from support.torchvision_shim import make_torchvision_importable
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ class WideKernels(nn.Module):
             nn.Sequential(
                 nn.Conv2d(fan_in, fan_out, (64, 1), padding=(32, 0), bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()
             )
-            for fan_in, fan_out in zip(widths, widths[1:], strict=False)
+            for fan_in, fan_out in pairwise(widths)
         )
         self.head = nn.Linear(channels, 10)
 

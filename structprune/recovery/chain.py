@@ -58,21 +58,19 @@ class Samples:
 def joined(parts: Sequence[Samples], entries: int, classes: int) -> list[Samples]:
     """Samples of several batches in one, as operations on few samples are slow; sums over them stay the same.
 
-    Joined are those of equal shapes whose places among the batches have the same greatest power of two as a divisor, up
-    to `classes`: of the places 0 to 7 with 4 classes, 0 and 4, 2 and 6, and the odd ones. So those with a place that a
-    stride of 1, 2 or 4 divides are whole parts.
+    Joined are those of equal shapes whose places among the batches have the same rest when divided by `classes`: of the
+    places 0 to 7 with 4 classes, 0 and 4, 1 and 5, 2 and 6, 3 and 7.
 
     Args:
         parts: of each batch.
         entries: what is joined has no more entries in its largest tensor.
-        classes: a power of two.
+        classes: how many.
     """
     alike: dict[Any, list[list[Samples]]] = {}
     for samples in parts:
         tensors = (*samples.inputs, samples.rest, samples.goal)
         largest = max(tensor.numel() for tensor in tensors)
-        power = max(n for n in range(1, classes + 1) if n & (n - 1) == 0 and samples.place % n == 0)
-        groups = alike.setdefault((power, *(tensor.shape[1:] for tensor in tensors)), [[]])
+        groups = alike.setdefault((samples.place % classes, *(tensor.shape[1:] for tensor in tensors)), [[]])
         count = sum(len(other.goal) for other in groups[-1]) + len(samples.goal)
         if groups[-1] and largest // max(1, len(samples.goal)) * count > entries:
             groups.append([])

@@ -1,10 +1,10 @@
 """A layer with a large kernel in few directions of each input channel, to choose channels by.
 
-A convolution of 128 channels with 64 entries each has 8,192 features. To eliminate channels among them takes the inverse
-of their moments, which costs more than all forwards of the network. But a channel acts through its weight alone, a matrix
-of 64 entries by, say, 12 outputs: 12 directions hold all of it. In these the layer has 1,536 features, and is what it
-was; once channels are removed, it is solved among what the others contribute so. Where there are more outputs, the
-principal components of what a channel adds to them are taken.
+A convolution of 128 channels with 64 entries each has 8,192 features. To eliminate channels among them takes the
+inverse of their moments, which costs more than all forwards of the network. But a channel acts through its weight
+alone, a matrix of 64 entries by, say, 12 outputs: 12 directions hold all of it. In these the layer has 1,536 features,
+and is what it was; once channels are removed, it is solved among what the others contribute so. Where there are more
+outputs, the principal components of what a channel adds to them are taken.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class DirectedMoments(ConsumerMoments):
         Args:
             xx: shape ``(directions.count + 1, directions.count + 1)``.
             whole: as the attribute.
-            places: the features that each channel of the group makes, of which the entries of a kernel follow each other.
+            places: the features that each channel of the group makes; the entries of a kernel follow each other.
             directions: as the attribute.
         """
         _, entries, count = directions.entries.shape

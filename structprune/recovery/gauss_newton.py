@@ -83,7 +83,8 @@ def fit_chain(
     blocks: ChannelBlocks | None = None
     for number in range(rounds):
         stride = stride if number < rounds - FULL_ROUNDS else 1
-        some = [samples for samples in train if samples.place % stride == 0] or [train[0].part(slice(0))]
+        # Each round sees other batches than the one before.
+        some = [samples for samples in train if (samples.place - number) % stride == 0] or [train[0].part(slice(0))]
         step, blocks = _step(chain, some, at, start, (damping, ridge), steps, blocks)
         best, best_error, best_size = _best_part(chain, held_out, at, after, step)
         if best_size == 0:

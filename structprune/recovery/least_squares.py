@@ -28,7 +28,9 @@ BLOCKS, FEWEST_COLUMNS = 8, 64
 
 
 def second_moments(x: Tensor) -> Tensor:
-    """The sum of ``x x^T`` over rows, in float64: from ``(groups, rows, features)`` to ``(groups, features, features)``.
+    """The sum of ``x x^T`` over rows, in float64.
+
+    From shape ``(groups, rows, features)`` to ``(groups, features, features)``.
 
     Products are computed in the type of `x`. In float32 some thousand rows at a time are exact to about 1e-7 of the
     diagonal, which is enough where a ridge of far more is added. Blocks above the diagonal are copied from below it.
@@ -72,7 +74,7 @@ class NormalEquations:
         self.yy.add_(y.square().sum(1))
 
     def add_products(self, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
-        """Add the sums over some rows of a single group, of shapes (features, features), (features, outputs), (outputs,)."""
+        """Add the sums over some rows of a single group, in the shapes of the attributes without their first."""
         self.xx.add_(xx)
         self.xy.add_(xy)
         self.yy.add_(yy)
@@ -188,8 +190,8 @@ def best_ridge(train: NormalEquations, held_out: NormalEquations, free: int) -> 
     """The ridge with the least error on the held-out rows, and that error; 0 if each is worse than no change.
 
     Errors fall towards the best ridge from either side, so that it is looked for from `FIRST_RIDGE` on, as long as a
-    neighbour is better. A layer with more than `CHOSEN_ON` outputs is looked at in some of them: solving for all at each
-    ridge would take most of the time, and the ridge that is best for some is hardly different from that for all.
+    neighbour is better. A layer with more than `CHOSEN_ON` outputs is looked at in some of them: solving for all at
+    each ridge would take most of the time, and the ridge that is best for some is hardly different from that for all.
     """
     some, others = train.of_outputs(CHOSEN_ON), held_out.of_outputs(CHOSEN_ON)
 

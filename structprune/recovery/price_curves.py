@@ -17,6 +17,7 @@ Key = tuple[tuple[str, int, bytes, bytes], ...]
 
 
 def key_of(group: Group) -> Key:
+    """What is the same for the group of another graph of the same model."""
     return tuple((m.tensor, m.dim, m.positions.tobytes(), m.channels.tobytes()) for m in group.members)
 
 

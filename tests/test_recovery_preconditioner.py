@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from structprune.recovery import preconditioner
+from structprune.recovery.chain import Chain, ChainWeights, Samples, linearised
 from structprune.recovery.linear_maps import linear_map
 from structprune.recovery.preconditioner import channel_blocks
 
@@ -126,3 +127,19 @@ def test_the_factor_of_features_is_the_inverse_of_its_sections(monkeypatch, most
     back = back + torch.diag(ridge.repeat_interleave(min(most, 6)))
     torch.testing.assert_close(back @ found, torch.cat([weight.T, shift[None]]))
     assert factors.damping.shape == (1, 6, 2)
+
+
+def test_a_preconditioner_serves_for_more_samples_and_its_damping_grows_with_them():
+    torch.manual_seed(0)
+    x = torch.randn(60, 4, dtype=torch.float64)
+    weights = [torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)]
+    maps = [linear_map("linear", (x[:, : w.shape[1]], w), {}) for w in weights]
+    chain = Chain((maps[0],), lambda results: torch.tanh(results[0]), maps[1], None)
+    at = ChainWeights(weights, [None, None])
+    parts = [Samples((part,), torch.zeros(20, 2).double(), torch.ones(20, 2).double()) for part in x.split(20)]
+    lines = [linearised(chain, part, at)[0] for part in parts]
+    first = preconditioner.Preconditioner.of(lines[:1], DAMPING)
+    again = preconditioner.Preconditioner.of(lines, DAMPING, first)
+    torch.testing.assert_close(again.damping, 3 * first.damping)
+    vector = torch.randn_like(at.flat())
+    torch.testing.assert_close(again.inverse(vector), first.inverse(vector))

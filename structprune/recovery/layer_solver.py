@@ -31,6 +31,9 @@ from structprune.recovery.windows import has_window_sums, window_sums
 
 HELD_OUT = 5  # a fifth of the positions of each batch is held out
 UNFOLDED = 1536  # features: with more of them sums over windows are computed without unfolding them
+# Products in float32 leave an error of about this size, relative to the result; where hardly more is left than that,
+# they are computed again in float64.
+NEARLY_EXACT, EXACT_EPS = 3e-3, 1e-9
 JOINT_ROWS = 4  # times the rows that a layer alone is solved on
 CHUNK = 1 << 22  # entries of features that are unfolded at a time
 
@@ -133,9 +136,10 @@ class LayerSolver:
         self.refused = agreed(self.refused)
         if self.refused:
             return None
-        train, held_out, power = self._normal_equations(ours, goal)
         eps = torch.finfo(ours[0].dtype).eps
-        solution = fit(train, held_out, int(self._has_bias), noise=power * (4 * eps) ** 2)
+        solution, power = self._fitted(ours, goal, ours[0].dtype)
+        if eps > EXACT_EPS and power * (4 * eps) ** 2 < solution.before and solution.after <= power * NEARLY_EXACT**2:
+            solution, power = self._fitted(ours, goal, torch.float64)
         if solution.helps:
             self._change(solution, ours, tensors)
         only_noise = solution.after <= power * (1e3 * eps) ** 2
@@ -144,6 +148,12 @@ class LayerSolver:
         if self._joint is not None:
             self._joint.forget()
         return self._report(solution, power, factor)
+
+    def _fitted(self, ours: list[Tensor], goal: list[Tensor], dtype: torch.dtype) -> tuple[Solution, float]:
+        """The solution with sums whose products are computed as `dtype`, and the power of the goal held out."""
+        train, held_out, power = self._normal_equations(ours, goal, dtype)
+        noise = power * (4 * torch.finfo(ours[0].dtype).eps) ** 2
+        return fit(train, held_out, int(self._has_bias), noise=noise), power
 
     def _report(self, solution: Solution, power: float, factor: float) -> LayerRecovery:
         """The report: `factor` is by how much the error fell once the producers were solved too."""
@@ -205,7 +215,7 @@ class LayerSolver:
         return tensor
 
     def _normal_equations(
-        self, ours: list[Tensor], goal: list[Tensor]
+        self, ours: list[Tensor], goal: list[Tensor], dtype: torch.dtype
     ) -> tuple[NormalEquations, NormalEquations, float]:
         """The sums over the rows to solve on and over those held out, and the power of the goal on the latter."""
         sums = [self._no_rows(ours[0]) for _ in range(2)]
@@ -218,7 +228,7 @@ class LayerSolver:
             for part, at in enumerate(positions):
                 # What is empty would still be split into one part.
                 for some in at.to(result.device).split(self._chunk(result)) if len(at) else ():
-                    x, y, size = self._rows_at(number, result, expected, some)
+                    x, y, size = self._rows_at(number, (result, expected), some, dtype)
                     sums[part].add(with_intercept(x) if self._has_bias else x, y)
                     power += size if part else 0
         for each in sums:
@@ -274,14 +284,16 @@ class LayerSolver:
         features = 2 if self._map is None else self._map.features * self._map.groups
         return max(1, CHUNK // max(features, result.shape[self._channel_dim]))
 
-    def _rows_at(self, number: int, result: Tensor, expected: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows_at(
+        self, number: int, results: tuple[Tensor, Tensor], at: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Features, what the result lacks of the goal, and the squared size of the goal, at some positions.
 
         Args:
             number: of the batch.
-            result: the target's result on the pruned network.
-            expected: the original's, with the kept channels.
+            results: the target's on the pruned network, and the original's with the kept channels.
             at: flat positions.
+            dtype: of what is returned.
 
         Returns:
             Shapes ``(groups, positions, features)``, ``(groups, positions, outputs)`` and ``()``. A layer that scales
@@ -290,12 +302,12 @@ class LayerSolver:
         if self._map is None:
             dim = self._channel_dim
             # From (batch, channels, height, width) to (positions, channels).
-            x, goal = (t.movedim(dim, -1).reshape(-1, t.shape[dim])[at].double() for t in (result, expected))
-            return x.T[..., None], (goal - x).T[..., None], goal.square().sum()
+            x, goal = (t.movedim(dim, -1).reshape(-1, t.shape[dim])[at].to(dtype) for t in results)
+            return x.T[..., None], (goal - x).T[..., None], goal.square().sum(dtype=torch.float64)
         pause = self._pauses[number]
-        goal = self._map.outputs_at(expected, at)
-        x = self._map.features_at(argument(self._name, "input", pause.args, pause.kwargs), at)
-        return x, goal - self._map.outputs_at(result, at), goal.square().sum()
+        result, goal = (self._map.outputs_at(each, at, dtype) for each in results)
+        x = self._map.features_at(argument(self._name, "input", pause.args, pause.kwargs), at, dtype)
+        return x, goal - result, goal.square().sum(dtype=torch.float64)
 
     # -- what is changed -------------------------------------------------------------------------------------------
 

@@ -70,8 +70,8 @@ class NormalEquations:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows: ``x`` of shape ``(groups, rows, features)``, ``y`` of shape ``(groups, rows, outputs)``."""
         self.xx.add_(second_moments(x))
-        self.xy.baddbmm_(x.transpose(1, 2), y)
-        self.yy.add_(y.square().sum(1))
+        self.xy.add_(x.transpose(1, 2) @ y)
+        self.yy.add_(y.square().sum(1, dtype=torch.float64))
 
     def add_products(self, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
         """Add the sums over some rows of a single group, in the shapes of the attributes without their first."""

@@ -77,38 +77,48 @@ class Preconditioner:
         factors: of each layer, the consumer last.
         damping: of each number, in the order of ``at.flat()``.
         blocks: for the producers, in place of their factors; or None.
+        moments: of each layer, as `_moments` gives them.
+        samples: of all ranks, that these are sums over.
     """
 
     at: ChainWeights
     factors: list[_KroneckerFactors]
     damping: Tensor
     blocks: ChannelBlocks | None
+    moments: list[tuple[Tensor, Tensor]]
+    samples: int
 
     @classmethod
-    def of(cls, lines: list[LinearisedChain], damping: float, blocks: ChannelBlocks | None = None) -> Preconditioner:
+    def of(cls, lines: list[LinearisedChain], damping: float, known: Preconditioner | None = None) -> Preconditioner:
         """The preconditioner for a chain.
 
         Args:
             lines: the chain, linearised at the same weights on each part of the samples.
             damping: by what part diagonals are enlarged.
-            blocks: from other weights nearby; they are computed if there are none.
+            known: one for other weights nearby, whose blocks and moments are taken; they change little. If it is for
+                a part of the samples only, the damping grows with their number, as the normal equations do.
         """
         at, chain = lines[0].at, lines[0].chain
-        parts = _parts_of_all(lines)
-        if blocks is None:
+        parts = 0 if known is not None else _parts_of_all(lines)
+        blocks = None if known is None else known.blocks
+        if known is None:
             shifted = [shift is not None for shift in at.shifts[:-1]]
             passes = [(line.samples.inputs, line.slopes) for line in lines]
             blocks = channel_blocks(chain.producers, passes, _consumer_power(lines[0]), shifted, damping, parts)
         factors: list[_KroneckerFactors] = []
+        places = [*enumerate(chain.producers), (None, chain.consumer)]
+        seen = [_moments(layer, lines, place, parts) for place, layer in places] if known is None else known.moments
         for place, producer in enumerate(chain.producers):
-            moments, slope_moments = _moments(producer, lines, place, parts)
+            moments, slope_moments = seen[place]
             overlap = _output_overlap(chain, lines[0], place, slope_moments)
             factors.append(_factors(producer, moments, overlap, damping, blocks is None))
-        moments, _ = _moments(chain.consumer, lines, None, parts)
-        factors.append(_factors(chain.consumer, moments, None, damping))
+        factors.append(_factors(chain.consumer, seen[-1][0], None, damping))
         weights, shifts = zip(*(_weight_and_shift(each.map, each.damping) for each in factors), strict=True)
         present = [None if have is None else shift for have, shift in zip(at.shifts, shifts, strict=True)]
-        return cls(at, factors, ChainWeights(list(weights), present).flat().to(at.weights[-1].dtype), blocks)
+        samples = int(all_reduced(torch.tensor(sum(len(line.samples.goal) for line in lines))))
+        measured = samples if known is None else known.samples
+        flat = ChainWeights(list(weights), present).flat().to(at.weights[-1].dtype) * (samples / max(1, measured))
+        return cls(at, factors, flat, blocks, seen, measured)
 
     def inverse(self, vector: Tensor) -> Tensor:
         """The approximate inverse times a vector, both in the order of ``at.flat()``."""

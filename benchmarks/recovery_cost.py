@@ -13,7 +13,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -110,7 +110,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 
 @contextmanager
-def timed_parts() -> Iterator[dict[str, float]]:
+def timed_parts() -> Generator[dict[str, float]]:
     """Processor seconds of each part while the block runs; a part inside of another does not count for that."""
     spent = dict.fromkeys(PARTS, 0.0)
     open_parts: list[str] = []

@@ -26,8 +26,8 @@ from structprune.recovery.preconditioner import Preconditioner
 DAMPING = 1e-3
 MIN_GAIN = 5e-3  # a round that lowers the squared error by a smaller share is the last
 EQUATIONS = 32  # for each unknown: with so many, the direction is good enough for all rounds but the final step
-FEWEST_STEPS = 3
-ENOUGH = 0.05  # after these conjugate gradients end with a step that gains a smaller share of what they have gained so far
+FEWEST_STEPS = 3  # of conjugate gradients
+ENOUGH = 0.05  # after these, a step that gains a smaller share of what was gained so far is the last
 MAX_STRIDE = 4  # earlier rounds use at least every fourth batch; a power of two
 
 

@@ -222,8 +222,10 @@ class LayerSolver:
         power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
         if self._map is not None and self._map.features > UNFOLDED and has_window_sums(self._map):
             power += self._add_windows(self._map, ours, goal, sums)
-            ours = []
-        for number, positions in enumerate(self._positions(ours)):
+            drawn: list[tuple[Tensor, Tensor]] = []
+        else:
+            drawn = self._positions(ours)
+        for number, positions in enumerate(drawn):
             result, expected = ours[number], goal[number]
             for part, at in enumerate(positions):
                 # What is empty would still be split into one part.

@@ -51,7 +51,12 @@ class Case:
     rounds: int = 3
     distance: Distance = divergence
     flipped: bool = False
-    needs_data: bool = False
+    score: Callable[[nn.Module], float] | None = None  # where the network is trained; the data have to be at hand
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it is left out without the data."""
+        return self.score is not None
 
 
 def _resnet(depth: int) -> tuple[nn.Module, Data]:
@@ -61,7 +66,12 @@ def _resnet(depth: int) -> tuple[nn.Module, Data]:
 
 def _stories() -> tuple[nn.Module, Data]:
     found = stories.windows(0)
-    return stories.load_stories(), [stories.as_batch(part) for part in found[: len(found) // 32 * 32].split(32)]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[: len(found) // 8 * 8]
+    return stories.load_stories(), [stories.as_batch(part) for part in found[order].split(8)]
+
+
+def _perplexity(model: nn.Module) -> float:
+    return stories.perplexity(model, stories.windows(1))
 
 
 def _gpt(width: int, layers: int, heads: int, vocabulary: int, windows: int) -> tuple[nn.Module, Data]:
@@ -83,15 +93,15 @@ def _conformer() -> tuple[nn.Module, Data]:
     return costly.spread_norms(costly.Conformer(256, 6, 4), data[:4]), list(data.split(4))
 
 
-_IMAGES: dict[str, Any] = {"rows": 32768, "rounds": 4, "flipped": True, "needs_data": True, "axes": ("channels",)}
-_TOKENS: dict[str, Any] = {"rounds": 8, "needs_data": True}
+_IMAGES: dict[str, Any] = {"rows": 32768, "rounds": 4, "flipped": True, "score": cifar.accuracy, "axes": ("channels",)}
+_TOKENS: dict[str, Any] = {"rounds": 4, "rows": 65536, "score": _perplexity}
 # ResNets and the small Llama as in `recovery.py`; the others with the defaults of the library.
 CASES = (
     Case("ResNet-56, 2x fewer MACs", partial(_resnet, 56), {"macs": 1 / 2}, probes=128, **_IMAGES),
     Case(
-        "ResNet-20, 2x fewer MACs", partial(_resnet, 20), {"macs": 1 / 2}, probes=256, distance=squared_error, **_IMAGES
+        "ResNet-20, 2x fewer MACs", partial(_resnet, 20), {"macs": 1 / 2}, probes=128, distance=squared_error, **_IMAGES
     ),
-    Case("stories260k, 20 % of all parameters", _stories, {"params": 0.8}, ("mlp", "heads"), 32, **_TOKENS),
+    Case("stories260k, 20 % of all parameters", _stories, {"params": 0.8}, ("mlp", "heads"), **_TOKENS),
     Case("GPT of 1.4 M, 2x fewer MACs", partial(_gpt, 160, 4, 4, 1000, 128), {"macs": 1 / 2}, ("mlp", "heads")),
     Case("GPT of 12.7 M, 2x fewer MACs", partial(_gpt, 384, 6, 6, 5000, 64), {"macs": 1 / 2}, ("mlp", "heads")),
     Case("kernels of 64x1 over 128 channels, 2x fewer MACs", _wide_kernels, {"macs": 1 / 2}),
@@ -192,6 +202,7 @@ def run(case: Case) -> dict[str, Any]:
         "kept": report.kept,
         "candidates": {row.name: row.error for row in report.candidates},
         "error": error,
+        **({} if case.score is None else {"score": case.score(best)}),
     }
 
 
@@ -223,15 +234,15 @@ def page(rows: list[dict[str, Any]]) -> str:
         "through the original and through the pruned model, tracing and surgery are in the last column. Made by "
         "`python benchmarks/recovery_cost.py`.",
         "",
-        f"| network | parameters | seconds of a pass | passes | {' | '.join(names)} |",
-        f"|---|{'--:|' * (3 + len(names))}",
+        f"| network | parameters | seconds of a pass | passes | {' | '.join(names)} | accuracy, perplexity |",
+        f"|---|{'--:|' * (4 + len(names))}",
     ]
     for row in rows:
         parts = {**row["parts"], "all else": row["choice"] + row["recover"] - sum(row["parts"].values())}
         cells = " | ".join(f"{parts[name] / row['pass']:.2f}" for name in names)
-        lines.append(
-            f"| {row['case']} | {row['params'] / 1e6:.2f} M | {row['pass']:.1f} | {row['ratio']:.1f} | {cells} |"
-        )
+        score = f"{row['score']:.2f}" if "score" in row else "-"
+        first = f"| {row['case']} | {row['params'] / 1e6:.2f} M | {row['pass']:.1f} | {row['ratio']:.1f} "
+        lines.append(f"{first}| {cells} | {score} |")
     return "\n".join([*lines, "", as_line(environment()), ""])
 
 

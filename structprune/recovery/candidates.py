@@ -28,6 +28,7 @@ from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import Trace, distinct_tensors, map_tensors, tensors_in
 
 EVERY = 16  # of so many samples one is held out
+A_FIFTH = 5  # of the positions of each batch that are solved on, one of so many is held out to choose the ridge by
 FEWEST = 5  # with fewer samples none is held out
 PIECE = 1 << 22  # entries of outputs that are compared at a time, in float64
 
@@ -75,6 +76,25 @@ class HeldOut:
         """
         count, held = self.samples[number], self.held[number]
         return size - -(-size * held // count)
+
+
+def drawn_positions(
+    totals: list[int], rows: int, held_out: HeldOut, random: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """For each batch some of its positions: those to solve on, and those to choose by, which are of the last fifth.
+
+    Args:
+        totals: positions of each batch of this rank.
+        rows: how many are drawn of the batches of all ranks together.
+        held_out: where the batches stand among those of all ranks.
+        random: the same on all ranks.
+    """
+    turns = held_out.turns
+    parts: list[tuple[Tensor, Tensor]] = []
+    for total, drawn in zip(totals, turns.drawn(totals, max(1, rows // turns.count), random), strict=True):
+        split = total - total // A_FIFTH if total >= 2 * A_FIFTH else total - 1
+        parts.append((drawn[drawn < split], drawn[drawn >= split]))
+    return parts
 
 
 class Candidates:

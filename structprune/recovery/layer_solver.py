@@ -9,6 +9,7 @@ norm behind the layer scales its result, the weight changes by the matrix over t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from structprune.distributed import agreed, all_reduced
 from structprune.ops import op_of
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
-from structprune.recovery.candidates import HeldOut
+from structprune.recovery.candidates import A_FIFTH, HeldOut, drawn_positions
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
 from structprune.recovery.layers import Consumer, kept_indices, norm_scale, uses_batch_statistics
@@ -29,7 +30,6 @@ from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.report import LayerRecovery
 from structprune.recovery.windows import has_window_sums, window_sums
 
-HELD_OUT = 5  # a fifth of the positions of each batch is held out
 UNFOLDED = 1536  # features: with more of them sums over windows are computed without unfolding them
 # Products in float32 leave an error of about this size, relative to the result; where hardly more is left than that,
 # they are computed again in float64.
@@ -245,20 +245,25 @@ class LayerSolver:
         As many samples of each batch as hold `_rows` positions: the first, and of those held out the last.
         """
         power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         for number, (result, expected) in enumerate(zip(ours, goal, strict=True)):
             count = self._held_out.solved_on(number, len(result))
             wanted = -(-self._rows // (self._held_out.turns.count * layer.positions(result[:1])))
             used = min(count, max(2, wanted))
-            held = max(1, used // HELD_OUT) if used > 1 else 0
+            held = max(1, used // A_FIFTH) if used > 1 else 0
             pause = self._pauses[number]
             x: Tensor = argument(self._name, "input", pause.args, pause.kwargs)
             for part, at in enumerate((slice(0, used - held), slice(count - held, count))):
-                if at.start < at.stop:
-                    lacks, n = expected[at] - result[at], layer.features + self._has_bias
-                    xx, xy = window_sums(layer, x[at], lacks)
-                    yy = lacks.double().square().movedim(1, 0).flatten(1).sum(1)
-                    sums[part].add_products(xx[:n, :n], xy[:n], yy)
-                    power += expected[at].double().square().sum() if part else 0
+                # A sum takes as long to store as some samples take to add, so that batches are added together.
+                alike.setdefault((part, x.shape[1:]), []).append((x[at], expected[at] - result[at]))
+                power += expected[at].double().square().sum() if part else 0
+        features = layer.features + self._has_bias
+        for (part, _), samples in alike.items():
+            x, lacks = (torch.cat(each) for each in zip(*samples, strict=True))
+            if len(x):
+                xx, xy = window_sums(layer, x, lacks)
+                yy = lacks.double().square().movedim(1, 0).flatten(1).sum(1)
+                sums[part].add_products(xx[:features, :features], xy[:features], yy)
         return power
 
     def _no_rows(self, result: Tensor) -> NormalEquations:
@@ -372,25 +377,6 @@ class LayerSolver:
             along_channels[self._channel_dim] = -1
             moved = 0 if shift is None else shift.view(along_channels)
             result.add_((result.double() * factor.view(along_channels) + moved).to(result.dtype))
-
-
-def drawn_positions(
-    totals: list[int], rows: int, held_out: HeldOut, random: torch.Generator
-) -> list[tuple[Tensor, Tensor]]:
-    """For each batch some of its positions: those to solve on, and those to choose by, which are of the last fifth.
-
-    Args:
-        totals: positions of each batch of this rank.
-        rows: how many are drawn of the batches of all ranks together.
-        held_out: where the batches stand among those of all ranks.
-        random: the same on all ranks.
-    """
-    turns = held_out.turns
-    parts: list[tuple[Tensor, Tensor]] = []
-    for total, drawn in zip(totals, turns.drawn(totals, max(1, rows // turns.count), random), strict=True):
-        split = total - total // HELD_OUT if total >= 2 * HELD_OUT else total - 1
-        parts.append((drawn[drawn < split], drawn[drawn >= split]))
-    return parts
 
 
 def _add(tensor: Tensor, change: Tensor) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,7 +45,7 @@ def window_sums(layer: LinearMap, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
     targets = y.movedim(1, -1).movedim(1 + dim, -2).flatten(0, -3).double()  # (lines, windows, outputs)
     windows, values = targets.shape[1], lines.shape[2]
     xx = lines.new_empty(taps * values + 1, taps * values + 1)
-    blocks = xx[:-1, :-1].view(taps, values, taps, values) if taps * values else xx
+    blocks = xx[:-1, :-1].view(taps, values, taps, values)
     xy = lines.new_empty(taps * values + 1, targets.shape[2])
     ones = lines.new_ones(lines.shape[0] * windows)
     flat_targets = targets.flatten(0, 1)
@@ -63,9 +62,8 @@ def window_sums(layer: LinearMap, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
         blocks[tap, :, :tap] = blocks[:tap, :, tap].permute(2, 0, 1)
     xx[-1, -1] = len(ones)
     xy[-1] = flat_targets.sum(0)
-    xx[:-1, -1] = xx[-1, :-1]
-    order = torch.cat([_order(layer).to(x.device), torch.tensor([taps * values], device=x.device)])
-    return xx[order][:, order], xy[order]
+    _reorder(layer, xx, xy)
+    return xx, xy
 
 
 def _beside(lines: Tensor, start: int, apart: int, count: int) -> Tensor:
@@ -108,13 +106,19 @@ def _lines(layer: LinearMap, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[1 + others], prod(x.shape[2 + others :]))
 
 
-def _order(layer: LinearMap) -> Tensor:
-    """For each feature of `LinearMap.features_at` its number among those of `window_sums` before they are ordered.
+def _reorder(layer: LinearMap, xx: Tensor, xy: Tensor) -> None:
+    """Bring the features of both sums into the order of `LinearMap.features_at`, in place.
 
-    Features are numbered by channel, then by the entry of the kernel; here by the entry along the longest dimension,
-    channel, and the entry along the others.
+    They are numbered by channel, then by the entry of the kernel there; before by the entry along the longest
+    dimension, channel, and the entry along the others.
     """
-    dim, channels = _longest(layer), layer.weight_shape[1]
+    dim, count = _longest(layer), layer.features
     others = [size for number, size in enumerate(layer.kernel) if number != dim]
-    numbers = torch.arange(layer.features).view(layer.kernel[dim], channels, *others)
-    return numbers.movedim(0, 1 + dim).flatten()
+    shape = (layer.kernel[dim], layer.weight_shape[1], *others)
+    axes = list(range(1, len(shape)))
+    axes.insert(1 + dim, 0)
+    further = [len(shape) + axis for axis in axes]
+    xx[:-1, :-1] = xx[:-1, :-1].view(*shape, *shape).permute(*axes, *further).reshape(count, count)
+    xx[-1, :-1] = xx[-1, :-1].view(shape).permute(axes).reshape(count)
+    xx[:-1, -1] = xx[-1, :-1]
+    xy[:-1] = xy[:-1].view(*shape, -1).permute(*axes, len(shape)).reshape(count, -1)

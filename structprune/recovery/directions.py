@@ -112,3 +112,10 @@ class DirectedMoments(ConsumerMoments):
         gone = self.whole_places[removed].flatten()
         change[gone] = -self.whole[gone]
         return change
+
+
+def moments_of(xx: Tensor, matrix: Tensor, places: Tensor, directions: Directions | None) -> ConsumerMoments:
+    """The moments of a layer in all its features, or in few directions where there are some."""
+    if directions is None:
+        return ConsumerMoments(xx, matrix, places)
+    return DirectedMoments.of(xx, matrix, places, directions)

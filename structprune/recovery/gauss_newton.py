@@ -26,8 +26,8 @@ from structprune.recovery.preconditioner import Preconditioner
 DAMPING = 1e-3
 MIN_GAIN = 5e-3  # a round that lowers the squared error by a smaller share is the last
 EQUATIONS = 32  # for each unknown: with so many, the direction is good enough for all rounds but the final step
-FEWEST_STEPS = 3  # of conjugate gradients
-ENOUGH = 0.05  # after these, a step that gains a smaller share of what was gained so far is the last
+# Conjugate gradients end after so many steps, one behind the other, that gain less than this share of all gains so far.
+SMALL_STEPS, ENOUGH = 2, 0.04
 MAX_STRIDE = 4  # earlier rounds use at least every fourth batch; a power of two
 
 
@@ -88,6 +88,9 @@ def fit_chain(
         some = [samples for samples in train if (samples.place - number) % stride == 0] or [train[0].part(slice(0))]
         step, preconditioner = _step(chain, some, at, start, (damping, ridge), steps, preconditioner)
         best, best_error, best_size = _best_part(chain, held_out, at, after, step)
+        if best_size == 0 and stride > 1:
+            stride = 1  # what these batches ask for is wrong for others
+            continue
         if best_size == 0:
             damping *= 30
             if damping > 1:
@@ -210,17 +213,19 @@ def _conjugate_gradients(
     x, residual = torch.zeros_like(goal), goal.clone()
     direction = preconditioned = inverse(residual)
     size = torch.dot(residual.double(), preconditioned.double())
-    gained = 0.0
-    for number in range(1, steps + 1):
+    gained, small = 0.0, 0
+    for _ in range(steps):
         image = product(direction)
         curvature = torch.dot(direction.double(), image.double())
         if not (float(curvature) > 0 and float(size) > 0):
             break
         length = float(size / curvature)
-        gained += length * float(size)
+        gain = length * float(size)
+        gained += gain
         x = x + length * direction
         residual = residual - length * image
-        if number >= FEWEST_STEPS and length * float(size) < ENOUGH * gained:
+        small = small + 1 if gain < ENOUGH * gained else 0
+        if small == SMALL_STEPS:
             break
         preconditioned = inverse(residual)
         new_size = torch.dot(residual.double(), preconditioned.double())

@@ -22,7 +22,7 @@ from structprune.errors import PlanError, RecoveryError
 from structprune.importance.data import Batches
 from structprune.inputs import device_of
 from structprune.recovery.batches import inputs_of, samples_in
-from structprune.recovery.directions import DirectedMoments, Directions, entry_moments, has_many_features
+from structprune.recovery.directions import Directions, entry_moments, has_many_features, moments_of
 from structprune.recovery.layers import GroupConsumer, group_consumers
 from structprune.recovery.least_squares import ConsumerMoments, eliminate, second_moments
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
@@ -223,12 +223,7 @@ class Reconstruction:
                 here = [(n, c) for n, group in consumers.items() for c in group if c.number == event[0]]
                 xx, matrix, directions = self._moments(here[0][1].node, pauses, probes)
                 for number, consumer in here:
-                    places = consumer.places.to(xx.device)
-                    moments[number, event[0]] = (
-                        ConsumerMoments(xx, matrix, places)
-                        if directions is None
-                        else DirectedMoments.of(xx, matrix, places, directions)
-                    )
+                    moments[number, event[0]] = moments_of(xx, matrix, consumer.places.to(xx.device), directions)
                 for number in {n for n, _ in here if last[n] == event[0]}:
                     in_order = [moments.pop((number, consumer.number)) for consumer in consumers[number]]
                     removals[number] = self._removal(graph.groups()[number], in_order)

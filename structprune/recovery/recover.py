@@ -50,12 +50,13 @@ def recover(
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 
     Each convolution, linear layer or matrix product with a held weight whose result has changed is solved by ridge
-    least squares in float64, one after the other in the order of the forward, on the network as solved so far. It has
-    to meet the original's result on the same data: the result of its batch norm where one follows, or the whole
-    residual sum that it goes into, so that it makes up for errors before it. Norms with no solved layer in front are
-    scaled and shifted channel by channel. The ridge is chosen on a fifth of the data, on which the layer is not solved;
-    a layer that does not get better there is left. `recovery_report` tells the errors of each layer. Weights that are
-    used in several places are left.
+    least squares, one after the other in the order of the forward, on the network as solved so far. It has to meet the
+    original's result on the same data: the result of its batch norm where one follows, or the whole residual sum that
+    it goes into, so that it makes up for errors before it. Norms with no solved layer in front are scaled and shifted
+    channel by channel. The ridge is chosen on a fifth of the data, on which the layer is not solved; a layer that does
+    not get better there is left. Matrices are in float64; sums over float32 data are computed in float32, and once more
+    in float64 where an error of less than 0.3 % is left. `recovery_report` tells the errors of each layer. Weights that
+    are used in several places are left.
 
     Then the layer is solved together with the layers that make its channels, where all operations between them treat
     each entry alone: activations, norms with fixed statistics, gates. The kept channels may then compute something new,

@@ -27,22 +27,25 @@ IN_FLOAT32, REFINEMENTS, RESIDUAL = 1536, 6, 1e-9
 BLOCKS, FEWEST_COLUMNS = 8, 64
 
 
-def second_moments(x: Tensor) -> Tensor:
-    """The sum of ``x x^T`` over rows, in float64.
-
-    From shape ``(groups, rows, features)`` to ``(groups, features, features)``.
+def add_second_moments(to: Tensor, x: Tensor) -> None:
+    """Add the sum of ``x x^T`` over rows, of shape ``(groups, rows, features)``, to ``(groups, features, features)``.
 
     Products are computed in the type of `x`. In float32 some thousand rows at a time are exact to about 1e-7 of the
-    diagonal, which is enough where a ridge of far more is added. Blocks above the diagonal are copied from below it.
+    diagonal, which is enough where a ridge of far more is added. Blocks above the diagonal are those below it.
     """
     features = x.shape[2]
-    result = x.new_empty((x.shape[0], features, features), dtype=torch.float64)
     columns = max(FEWEST_COLUMNS, -(-features // BLOCKS))
     for start in range(0, features, columns):
         stop = min(features, start + columns)
         product = x[..., start:stop].transpose(1, 2) @ x[..., :stop]
-        result[:, start:stop, :stop] = product
-        result[:, :start, start:stop] = product[..., :start].transpose(1, 2)
+        to[:, start:stop, :stop] += product
+        to[:, :start, start:stop] += product[..., :start].transpose(1, 2)
+
+
+def second_moments(x: Tensor) -> Tensor:
+    """The sum of ``x x^T`` over rows in float64, shape ``(groups, features, features)``: see `add_second_moments`."""
+    result = x.new_zeros((x.shape[0], x.shape[2], x.shape[2]), dtype=torch.float64)
+    add_second_moments(result, x)
     return result
 
 
@@ -69,7 +72,7 @@ class NormalEquations:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows: ``x`` of shape ``(groups, rows, features)``, ``y`` of shape ``(groups, rows, outputs)``."""
-        self.xx.add_(second_moments(x))
+        add_second_moments(self.xx, x)
         self.xy.add_(x.transpose(1, 2) @ y)
         self.yy.add_(y.square().sum(1, dtype=torch.float64))
 
@@ -133,7 +136,7 @@ def _solved_in_float32(matrix: Tensor, right: Tensor) -> Tensor | None:
         right: shape ``(groups, n, m)``.
     """
     scale = matrix.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[..., None]
-    scaled = (matrix * scale * scale.transpose(1, 2)).float()
+    scaled = matrix.float().mul_(scale).mul_(scale.transpose(1, 2))  # infinite where it leaves float32: not factored
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if bool(failed.any()):
         return None

@@ -24,7 +24,7 @@ from structprune.inputs import device_of
 from structprune.recovery.batches import inputs_of, samples_in
 from structprune.recovery.directions import Directions, entry_moments, has_many_features, moments_of
 from structprune.recovery.layers import GroupConsumer, group_consumers
-from structprune.recovery.least_squares import ConsumerMoments, eliminate, second_moments
+from structprune.recovery.least_squares import ConsumerMoments, add_second_moments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
 from structprune.recovery.prefix import PrefixCache, output_of
@@ -256,16 +256,16 @@ class Reconstruction:
         positions = probes.turns.drawn(totals, quota, generator)
         directions = self._directions(layer, matrix, inputs, positions) if has_many_features(layer) else None
         size = (layer.features if directions is None else directions.count) + 1
-        xx = torch.zeros(size, size, dtype=torch.float64, device=matrix.device)
+        xx = torch.zeros(1, size, size, dtype=torch.float64, device=matrix.device)
         for x, drawn in zip(inputs, positions, strict=True):
             for some in drawn.to(x.device).split(max(1, CHUNK // layer.features)) if len(drawn) else ():
                 # The ridge of the elimination is far above the rounding of float32.
                 features = layer.features_at(x, some, x.dtype)
                 features = features if directions is None else directions.of_features(features[0])[None]
-                xx += second_moments(with_intercept(features))[0]
+                add_second_moments(xx, with_intercept(features))
         if not bool(torch.isfinite(xx).all()):
             raise PlanError(f"The inputs of {node.meta['name']} are NaN or infinite on data. Check it and the weights.")
-        return all_reduced(xx), torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])]), directions
+        return all_reduced(xx)[0], torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])]), directions
 
     def _directions(
         self, layer: LinearMap, matrix: Tensor, inputs: Sequence[Tensor], positions: Sequence[Tensor]

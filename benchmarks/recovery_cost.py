@@ -95,7 +95,7 @@ def _conformer() -> tuple[nn.Module, Data]:
 
 _IMAGES: dict[str, Any] = {"rows": 32768, "rounds": 4, "flipped": True, "score": cifar.accuracy, "axes": ("channels",)}
 _TOKENS: dict[str, Any] = {"rounds": 4, "rows": 65536, "score": _perplexity}
-# ResNets as in `recovery.py`, but for 128 images to measure on. The small Llama gets smaller batches and half the rounds.
+# ResNets as in `recovery.py`, but for 128 images to measure on; the small Llama with smaller batches, half the rounds.
 # The others have the defaults of the library.
 CASES = (
     Case("ResNet-56, 2x fewer MACs", partial(_resnet, 56), {"macs": 1 / 2}, probes=128, **_IMAGES),

@@ -9,7 +9,7 @@ from torch import nn
 
 import structprune
 from structprune.recovery import candidates
-from structprune.recovery.candidates import HeldOut
+from structprune.recovery.candidates import HeldOut, pieces_of
 from structprune.recovery.turns import Turns
 
 
@@ -72,10 +72,10 @@ def test_the_layers_alone_are_tried_where_producers_make_it_worse(monkeypatch):
     slim = removal(model, data[0], "0").apply(model)
     offer = candidates.Candidates.offer
 
-    def spoiled(self, name, model, results=None):
+    def spoiled(self, name, model):
         if name.endswith("producers"):
-            results = [torch.full_like(result, 1e3) for result in results]
-        return offer(self, name, model, results)
+            model[2].bias += 1e3
+        return offer(self, name, model)
 
     monkeypatch.setattr(candidates.Candidates, "offer", spoiled)
     recovered = structprune.recover(slim, model, data)
@@ -132,3 +132,67 @@ def test_held_out_samples_change_no_weight():
     one, two = (structprune.recover(slim, model, [batch]) for batch in (x, other))
     assert structprune.recovery_report(one).held_out == 1
     assert torch.equal(one[2].weight, two[2].weight)
+
+
+def test_held_out_samples_of_like_batches_are_compared_together():
+    batches = [torch.arange(20.0)[:, None] + 100 * number for number in range(4)]
+    (piece,) = pieces_of(batches, HeldOut.of(batches))
+    assert (piece.samples, piece.held) == (20, 4)
+    assert piece.inputs.flatten().tolist() == [*range(16), 19.0, 119.0, 219.0, 319.0]
+
+
+def test_pieces_are_as_large_as_batches():
+    batches = [{"x": torch.full((6, 2), float(number)), "mask": None, "scale": 0.5} for number in range(14)]
+    pieces = pieces_of(batches, HeldOut.of(batches))
+    assert [(len(piece.inputs["x"]), piece.held) for piece in pieces] == [(6, 6), (6, 6), (6, 2)]
+    assert [piece.inputs["x"][-1, 0] for piece in pieces] == [5, 11, 13]
+    assert all(piece.inputs["mask"] is None and piece.inputs["scale"] == 0.5 for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [torch.rand(20, 2)],
+        [(torch.rand(20, 2), torch.zeros(7)) for _ in range(3)],  # a table that is none of samples
+        [(torch.rand(20, 2), object()) for _ in range(3)],
+        [torch.rand(20, 2), torch.rand(20, 3), torch.rand(24, 2)],
+        [torch.rand(1, 2) for _ in range(5)],
+    ],
+)
+def test_batches_that_cannot_be_joined_stay_whole(batches):
+    held_out = HeldOut.of(batches)
+    pieces = pieces_of(batches, held_out)
+    chosen = [batch for batch, held in zip(batches, held_out.held, strict=True) if held]
+    for piece, batch in zip(pieces, chosen, strict=True):
+        assert tensors(piece.inputs) == pytest.approx(tensors(batch))
+        assert piece.held == 1
+
+
+def tensors(batch):
+    first = batch[0] if isinstance(batch, tuple) else batch
+    return first.flatten().tolist()
+
+
+def test_a_table_that_is_in_all_batches_stays_as_it_is():
+    table = torch.rand(20)
+    batches = [(torch.rand(20, 2), table.clone()) for _ in range(2)]
+    (piece,) = pieces_of(batches, HeldOut.of(batches))
+    assert torch.equal(piece.inputs[1], table)
+    assert torch.equal(piece.inputs[0][-2:], torch.stack([batch[0][-1] for batch in batches]))
+
+
+def test_a_tensor_that_is_given_twice_is_one_in_a_piece():
+    x = [torch.rand(20, 2) for _ in range(2)]
+    batches = [(each, each) for each in x]
+    (piece,) = pieces_of(batches, HeldOut.of(batches))
+    assert piece.inputs[0] is piece.inputs[1]
+    assert torch.equal(piece.inputs[0][-2:], torch.stack([each[-1] for each in x]))
+
+
+def test_the_error_of_pieces_is_that_of_whole_batches(monkeypatch):
+    model, data = jittered(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))), data_of(IMAGES)
+    slim = removal(model, data[0], "0").apply(model)
+    together = structprune.recovery_report(structprune.recover(slim, model, data))
+    monkeypatch.setattr(candidates, "_form", lambda batch, samples: None)
+    apart = structprune.recovery_report(structprune.recover(slim, model, data))
+    assert [row.error for row in together.candidates] == pytest.approx([row.error for row in apart.candidates])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from structprune.recovery import least_squares
 from structprune.recovery.least_squares import RIDGES, ConsumerMoments, NormalEquations, eliminate, fit
 
 
@@ -92,3 +93,36 @@ def test_the_change_is_the_best_without_the_channels():
     assert not (consumer.matrix + change)[consumer.places[removed].flatten()].any()
     gap = (change * (consumer.xx @ change)).sum() / consumer.power()
     assert float(gap) == pytest.approx(brute(consumer, [1, 4]), rel=1e-2)
+
+
+@pytest.mark.parametrize("ridge", [1e-10, 1e-4, 1.0])
+def test_matrices_factored_in_float32_give_the_solution_of_float64(monkeypatch, ridge):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(90, 40, generator=generator, dtype=torch.float64) * torch.logspace(-3, 3, 40, dtype=torch.float64)
+    y = torch.randn(90, 2, generator=generator, dtype=torch.float64)
+    sums = sums_of(x, y)
+    wanted = sums.solve(ridge, 1)
+    monkeypatch.setattr(least_squares, "IN_FLOAT32", 10)
+    called = []
+    inner = least_squares._solved_in_float32
+    monkeypatch.setattr(least_squares, "_solved_in_float32", lambda *args: called.append(inner(*args)) or called[-1])
+    torch.testing.assert_close(sums.solve(ridge, 1), wanted, rtol=1e-6, atol=0)
+    assert called[0] is not None
+
+
+def test_what_float32_cannot_factor_is_left_to_float64(monkeypatch):
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x[:, 5] = x[:, 4] + 1e-6 * x[:, 5]
+    sums = sums_of(x, torch.randn(50, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    wanted = sums.solve(1e-15, 0)
+    monkeypatch.setattr(least_squares, "IN_FLOAT32", 1)
+    found = sums.solve(1e-15, 0)
+    assert torch.equal(found, wanted)
+
+
+def test_second_moments_are_symmetric_products():
+    x = torch.randn(2, 30, 300, dtype=torch.float64)
+    torch.testing.assert_close(least_squares.second_moments(x), x.transpose(1, 2) @ x)
+    narrow = least_squares.second_moments(x.float())
+    assert narrow.dtype == torch.float64
+    torch.testing.assert_close(narrow, x.transpose(1, 2) @ x, rtol=0, atol=1e-4)

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from structprune.recovery import preconditioner
+from structprune.recovery.chain import Chain, ChainWeights, Samples, linearised
 from structprune.recovery.linear_maps import linear_map
 from structprune.recovery.preconditioner import channel_blocks
 
@@ -94,3 +96,50 @@ def test_blocks_that_cost_more_than_they_save_are_not_gathered():
     found = linear_map("linear", (x, weight), {})
     given = [((x,), (torch.ones(20, 4),))], torch.ones(4), [False], DAMPING, 1
     assert channel_blocks((found,), *given) is None
+
+
+def test_many_features_are_in_sections(monkeypatch):
+    """What is not on the blocks of the diagonal is left out; with a single section all of it is there."""
+    monkeypatch.setattr(preconditioner, "MAX_FEATURES", 4)
+    features = torch.arange(2 * 7 * 3.0).reshape(2, 7, 3)
+    found = preconditioner._sections(features)
+    assert found.shape == (4, 4, 3)
+    assert torch.equal(found.reshape(2, 8, 3)[:, :7], features)
+    assert not found.reshape(2, 8, 3)[:, 7].any()
+
+
+@pytest.mark.parametrize("most", [3, 1536])
+def test_the_factor_of_features_is_the_inverse_of_its_sections(monkeypatch, most):
+    monkeypatch.setattr(preconditioner, "MAX_FEATURES", most)
+    torch.manual_seed(0)
+    x = torch.randn(40, 5, dtype=torch.float64)
+    layer = linear_map("linear", (x, torch.zeros(2, 5)), {})
+    rows = torch.cat([x, torch.ones(40, 1, dtype=torch.float64)], 1)
+    moments = preconditioner.second_moments(preconditioner._sections(rows.T[None]).transpose(1, 2))
+    factors = preconditioner._factors(layer, moments, None, DAMPING)
+    weight, shift = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    solved, solved_shift = factors.apply(weight, shift)
+    found = torch.cat([solved.T, solved_shift[None]])
+    back = rows.T @ rows
+    if most == 3:
+        back[:3, 3:] = back[3:, :3] = 0
+    ridge = (DAMPING + 1e-6) * torch.stack([part.mean() for part in back.diagonal().split(most)])
+    back = back + torch.diag(ridge.repeat_interleave(min(most, 6)))
+    torch.testing.assert_close(back @ found, torch.cat([weight.T, shift[None]]))
+    assert factors.damping.shape == (1, 6, 2)
+
+
+def test_a_preconditioner_serves_for_more_samples_and_its_damping_grows_with_them():
+    torch.manual_seed(0)
+    x = torch.randn(60, 4, dtype=torch.float64)
+    weights = [torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)]
+    maps = [linear_map("linear", (x[:, : w.shape[1]], w), {}) for w in weights]
+    chain = Chain((maps[0],), lambda results: torch.tanh(results[0]), maps[1], None)
+    at = ChainWeights(weights, [None, None])
+    parts = [Samples((part,), torch.zeros(20, 2).double(), torch.ones(20, 2).double()) for part in x.split(20)]
+    lines = [linearised(chain, part, at)[0] for part in parts]
+    first = preconditioner.Preconditioner.of(lines[:1], DAMPING)
+    again = preconditioner.Preconditioner.of(lines, DAMPING, first)
+    torch.testing.assert_close(again.damping, 3 * first.damping)
+    vector = torch.randn_like(at.flat())
+    torch.testing.assert_close(again.inverse(vector), first.inverse(vector))

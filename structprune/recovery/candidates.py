@@ -3,12 +3,12 @@
 A layer that is solved on few positions may get better on those and worse on all others, and the layers behind it then
 correct what is an accident of the sample. So a sixteenth of the samples is kept out of all solving. On these the
 outputs of the model as given, of the model whose norms are recalibrated and of what was solved are compared with the
-original's.
+original's. Only these samples go through the models, those of many batches together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,10 @@ from structprune.recovery.parallel_forward import BatchRun, parallel_runs
 from structprune.recovery.report import Candidate
 from structprune.recovery.turns import Turns
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
-from structprune.tracing.trace import Trace
+from structprune.tracing.trace import Trace, distinct_tensors, map_tensors, tensors_in
 
 EVERY = 16  # of so many samples one is held out
+A_FIFTH = 5  # of the positions of each batch that are solved on, one of so many is held out to choose the ridge by
 FEWEST = 5  # with fewer samples none is held out
 PIECE = 1 << 22  # entries of outputs that are compared at a time, in float64
 
@@ -77,6 +78,25 @@ class HeldOut:
         return size - -(-size * held // count)
 
 
+def drawn_positions(
+    totals: list[int], rows: int, held_out: HeldOut, random: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """For each batch some of its positions: those to solve on, and those to choose by, which are of the last fifth.
+
+    Args:
+        totals: positions of each batch of this rank.
+        rows: how many are drawn of the batches of all ranks together.
+        held_out: where the batches stand among those of all ranks.
+        random: the same on all ranks.
+    """
+    turns = held_out.turns
+    parts: list[tuple[Tensor, Tensor]] = []
+    for total, drawn in zip(totals, turns.drawn(totals, max(1, rows // turns.count), random), strict=True):
+        split = total - total // A_FIFTH if total >= 2 * A_FIFTH else total - 1
+        parts.append((drawn[drawn < split], drawn[drawn >= split]))
+    return parts
+
+
 class Candidates:
     """Candidates are offered one after the other, and the model can be put back to the best that is not yet solved.
 
@@ -110,27 +130,18 @@ class Candidates:
         given: Mapping[str, Tensor],
     ) -> None:
         self._graph, self._removed = graph, removed
-        self._batches = batches
-        self._held_out = held_out
-        self._any_held = held_out.count > 0
+        self._pieces = pieces_of(batches, held_out)
         self.samples = held_out.count
         self.tried: list[Candidate] = []
         self.kept = ""
         self._best = float("inf")
         self._given = given
         self._changed: dict[str, Tensor] = {}
-        self._goal = [self._kept_part(part) for part in self.parts(outputs(original, batches, graph.trace))]
+        self._goal = [self._kept_part(part) for part in self._results(original)]
 
-    def offer(self, name: str, model: nn.Module, parts: list[Tensor | None] | None = None) -> bool:
-        """Compare what a model computes; whether it is the best so far.
-
-        Args:
-            name: of the candidate.
-            model: with its tensors as they are now.
-            parts: what `parts` makes of its results, if they are known.
-        """
-        parts = self.parts(outputs(model, self._batches, self._graph.trace)) if parts is None else parts
-        error = self._error(parts)
+    def offer(self, name: str, model: nn.Module) -> bool:
+        """Compare what a model computes with its tensors as they are now; whether it is the best so far."""
+        error = self._error(self._results(model))
         self.tried.append(Candidate(name, error))
         # The first stands even where nothing can be compared.
         if self.kept and not error < self._best:
@@ -147,13 +158,14 @@ class Candidates:
         for name, held in held_tensors(model).items():
             held.tensor.data.copy_(self._changed.get(name, self._given[name]))
 
-    def parts(self, results: Iterable[Any]) -> list[Tensor | None]:
-        """Of what is compared of the result for each batch, one after the other, the samples held out."""
+    def _results(self, model: nn.Module) -> list[Tensor | None]:
+        """What is compared of the model's result for each piece, one after the other: that of the samples held out."""
+        inputs = [piece.inputs for piece in self._pieces]
         parts: list[Tensor | None] = []
-        for number, result in enumerate(results):
+        for piece, result in zip(self._pieces, outputs(model, inputs, self._graph.trace), strict=True):
             part = compared(result)
-            if part is not None and self._any_held:
-                part = part[self._held_out.solved_on(number, part.shape[0]) :] if part.dim() else None
+            if part is not None and piece.held < piece.samples:
+                part = part[part.shape[0] - -(-part.shape[0] * piece.held // piece.samples) :] if part.dim() else None
             parts.append(None if part is None or not part.is_floating_point() else part.clone())
             del result, part  # before the next one is computed
         return parts
@@ -187,7 +199,92 @@ class Candidates:
         return error if error == error else float("inf")
 
 
-def outputs(model: nn.Module, batches: Sequence[Any], trace: Trace) -> Iterable[Any]:
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What goes into the models at once when they are compared: as many samples as a batch of data has.
+
+    Attributes:
+        inputs: as the model takes them.
+        samples: how many there are.
+        held: how many of them, the last ones, are compared.
+    """
+
+    inputs: Any
+    samples: int
+    held: int
+
+
+def pieces_of(batches: Sequence[Any], held_out: HeldOut) -> list[Piece]:
+    """The samples held out, with those of like batches in one.
+
+    Of 16 batches of 128 images, 8 of each held out, there is one piece of 128 images, in place of 2048 images. A batch
+    stays whole where it does not consist of tensors with a row for each sample. Where no sample is held out at all,
+    batches are compared whole; else one of which none is held out is left out.
+    """
+    if not held_out.count:
+        return [Piece(batch, count, count) for batch, count in zip(batches, held_out.samples, strict=True)]
+    pieces: list[Piece] = []
+    alike: dict[Any, list[tuple[Any, int]]] = {}
+    for batch, samples, held in zip(batches, held_out.samples, held_out.held, strict=True):
+        form = _form(batch, samples)
+        if held and form is None:
+            pieces.append(Piece(batch, samples, held))
+        elif held:
+            alike.setdefault((samples, form, _sharing(batch)), []).append((batch, held))
+    for (samples, *_), members in alike.items():
+        pieces += _joined(members, samples)
+    return pieces
+
+
+def _form(batch: Any, samples: int) -> Any:
+    """What is equal for batches that can be joined; None if the batch cannot be divided into its samples.
+
+    A tensor (128, 3, 32, 32) may be joined with one (40, 3, 32, 32), but not with one of another size or type.
+    """
+    if isinstance(batch, Tensor):
+        divisible = batch.dim() > 0 and batch.shape[0] == samples
+        return (tuple(batch.shape[1:]), batch.dtype, batch.device) if divisible else None
+    if isinstance(batch, Mapping):
+        parts = [(key, _form(value, samples)) for key, value in batch.items()]
+        return None if any(part is None for _, part in parts) else tuple(parts)
+    if isinstance(batch, (tuple, list)):
+        parts = [_form(value, samples) for value in batch]
+        return None if any(part is None for part in parts) else (type(batch), *parts)
+    plain = batch is None or isinstance(batch, (bool, int, float, str))
+    return (type(batch), batch) if plain else None
+
+
+def _sharing(batch: Any) -> tuple[int, ...]:
+    """Which tensors of a batch are the same, each by the place of its first: (0, 0, 2) where query and key are one."""
+    ids = [id(tensor) for tensor in tensors_in(batch)]
+    return tuple(map(ids.index, ids))
+
+
+def _joined(members: list[tuple[Any, int]], samples: int) -> Iterator[Piece]:
+    """The held-out samples of batches that are alike, behind as many others as fill a batch.
+
+    Forwards may look at the number of samples. With 2 of 5 samples held out in each of 2 batches there is one piece:
+    the first sample of the first batch, and the four.
+
+    Args:
+        members: batches of so many samples, each with how many of them are held out.
+        samples: of each batch.
+    """
+    first, total = members[0][0], sum(held for _, held in members)
+    columns: list[tuple[Tensor, Tensor | None]] = []
+    for column in zip(*(distinct_tensors(batch) for batch, _ in members), strict=True):
+        rows = [x[samples - held :] for x, (_, held) in zip(column, members, strict=True)]
+        same = all(torch.equal(x, column[0]) for x in column[1:])  # a table, or the only batch
+        columns.append((column[0], None if same else torch.cat(rows)))
+    for start in range(0, total, samples):
+        held = min(samples, total - start)
+        parts = iter(
+            x if rows is None else torch.cat([x[: samples - held], rows[start : start + held]]) for x, rows in columns
+        )
+        yield Piece(map_tensors(lambda _, parts=parts: next(parts), first), samples, held)
+
+
+def outputs(model: nn.Module, batches: Sequence[Any], trace: Trace) -> Iterator[Any]:
     """What a model returns in eval mode on each batch, one after the other; it stays as it was."""
     with (
         swapped_tensors(model, copy_buffer, track=False),

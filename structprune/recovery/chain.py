@@ -39,18 +39,52 @@ class Samples:
         inputs: of each producer.
         rest: what is added to the consumer's result: its bias, and the other part of a residual sum.
         goal: what the sum has to be.
-        place: of their batch among those of all ranks.
+        place: of their batch among those of all ranks; of joined ones, that of one of them.
+        sections: how many samples there are of each batch, if they are joined from several.
     """
 
     inputs: tuple[Tensor, ...]
     rest: Tensor
     goal: Tensor
     place: int = 0
+    sections: tuple[int, ...] = ()
 
     def part(self, which: slice) -> Samples:
         """Some of them; none of them where a rank has nothing to add to the sums of the others."""
         inputs = tuple(x[which] for x in self.inputs)
         return Samples(inputs, self.rest[which], self.goal[which], self.place)
+
+
+def joined(parts: Sequence[Samples], entries: int, classes: int) -> list[Samples]:
+    """Samples of several batches in one, as operations on few samples are slow; sums over them stay the same.
+
+    Joined are those of equal shapes whose places among the batches have the same rest when divided by `classes`: of the
+    places 0 to 7 with 4 classes, 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+
+    Args:
+        parts: of each batch.
+        entries: what is joined has no more entries in its largest tensor.
+        classes: how many.
+    """
+    alike: dict[Any, list[list[Samples]]] = {}
+    for samples in parts:
+        tensors = (*samples.inputs, samples.rest, samples.goal)
+        largest = max(tensor.numel() for tensor in tensors)
+        groups = alike.setdefault((samples.place % classes, *(tensor.shape[1:] for tensor in tensors)), [[]])
+        count = sum(len(other.goal) for other in groups[-1]) + len(samples.goal)
+        if groups[-1] and largest // max(1, len(samples.goal)) * count > entries:
+            groups.append([])
+        groups[-1].append(samples)
+    return [_one(group) for groups in alike.values() for group in groups]
+
+
+def _one(parts: Sequence[Samples]) -> Samples:
+    """The samples of several batches behind one another."""
+    if len(parts) == 1:
+        return parts[0]
+    inputs = tuple(map(torch.cat, zip(*(part.inputs for part in parts), strict=True)))
+    rest, goal = torch.cat([part.rest for part in parts]), torch.cat([part.goal for part in parts])
+    return Samples(inputs, rest, goal, parts[0].place, tuple(len(part.goal) for part in parts))
 
 
 @dataclass(slots=True)
@@ -86,13 +120,14 @@ class Chain:
         producers: their linear maps.
         elementwise: from the producers' results to the consumer's input.
         consumer: its linear map.
-        activation: what is applied to the result before anything else uses it; errors are measured behind it.
+        activation: what is applied to the result before anything else uses it; errors are measured behind it. None
+            where there is none.
     """
 
     producers: tuple[LinearMap, ...]
     elementwise: Elementwise
     consumer: LinearMap
-    activation: Elementwise
+    activation: Elementwise | None
 
     def producer_results(self, samples: Samples, at: ChainWeights) -> list[Tensor]:
         """The result of each producer."""
@@ -105,7 +140,7 @@ class Chain:
 
     def from_hidden(self, samples: Samples, hidden: Tensor, at: ChainWeights) -> Tensor:
         """The result for a given input of the consumer, with what is added to it."""
-        return samples.rest + self.consumer(hidden, at.weights[-1], at.shifts[-1])
+        return self.consumer(hidden, at.weights[-1], at.shifts[-1]).add_(samples.rest)
 
     def result(self, samples: Samples, at: ChainWeights) -> Tensor:
         """The result with what is added to it, before the activation."""
@@ -115,9 +150,13 @@ class Chain:
         """Sum of squared differences from the goal, behind the activation, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=at.weights[-1].device)
         for samples in parts:
-            difference = self.activation([samples.goal]) - self.activation([self.result(samples, at)])
-            total += difference.double().square().sum()
+            difference = self.activated(samples.goal) - self.activated(self.result(samples, at))
+            total += difference.square_().sum(dtype=torch.float64)
         return float(all_reduced(total))
+
+    def activated(self, result: Tensor) -> Tensor:
+        """What errors are measured on."""
+        return result if self.activation is None else self.activation([result])
 
 
 @dataclass(slots=True)
@@ -130,7 +169,7 @@ class LinearisedChain:
         at: where.
         hidden: the consumer's input.
         slopes: of the consumer's input by each producer's result, each in the shape of the hidden.
-        activation_slopes: of the activation behind the result, in the shape of the result.
+        activation_slopes: of the activation behind the result, in the shape of the result; None where there is none.
     """
 
     chain: Chain
@@ -138,24 +177,43 @@ class LinearisedChain:
     at: ChainWeights
     hidden: Tensor
     slopes: list[Tensor]
-    activation_slopes: Tensor
+    activation_slopes: Tensor | None
+
+    def parts(self) -> list[LinearisedChain]:
+        """The same for each batch that its samples are joined from, as views."""
+        sections = self.samples.sections
+        if not sections:
+            return [self]
+        starts = [sum(sections[:number]) for number in range(len(sections))]
+        found: list[LinearisedChain] = []
+        for start, count in zip(starts, sections, strict=True):
+            at = slice(start, start + count)
+            last = None if self.activation_slopes is None else self.activation_slopes[at]
+            slopes = [slope[at] for slope in self.slopes]
+            found.append(LinearisedChain(self.chain, self.samples.part(at), self.at, self.hidden[at], slopes, last))
+        return found
 
     def jvp(self, step: ChainWeights) -> Tensor:
         """The change of the activated result for a step of the weights."""
         parts = zip(
             self.chain.producers, self.samples.inputs, step.weights[:-1], step.shifts[:-1], self.slopes, strict=True
         )
-        moved = torch.stack([producer(x, w, s) * slope for producer, x, w, s, slope in parts]).sum(0)
+        moved: Tensor | None = None
+        for producer, x, weight, shift, slope in parts:
+            part = producer(x, weight, shift).mul_(slope)
+            moved = part if moved is None else moved.add_(part)
+        assert moved is not None
         consumer = self.chain.consumer
-        change = consumer(moved, self.at.weights[-1]) + consumer(self.hidden, step.weights[-1], step.shifts[-1])
-        return change * self.activation_slopes
+        change = consumer(moved, self.at.weights[-1])
+        change += consumer(self.hidden, step.weights[-1], step.shifts[-1])
+        return change if self.activation_slopes is None else change.mul_(self.activation_slopes)
 
     def vjp(self, grad: Tensor) -> Tensor:
         """The adjoint: from something in the shape of the result to a vector in the order of `ChainWeights.flat`."""
         consumer, last = self.chain.consumer, self.at.weights[-1]
         weights: list[Tensor] = []
         shifts: list[Tensor | None] = []
-        grad = grad * self.activation_slopes
+        grad = grad if self.activation_slopes is None else grad * self.activation_slopes
         hidden_grad = consumer.to_input(grad, self.hidden, last)
         parts = zip(
             self.chain.producers, self.samples.inputs, self.at.weights[:-1], self.at.shifts[:-1], self.slopes,
@@ -173,9 +231,11 @@ class LinearisedChain:
 def linearised(chain: Chain, samples: Samples, at: ChainWeights) -> tuple[LinearisedChain, Tensor]:
     """The chain linearised at some weights, and what its activated result lacks there."""
     hidden, slopes = elementwise_slopes(chain.elementwise, chain.producer_results(samples, at))
-    result, (last,) = elementwise_slopes(chain.activation, [chain.from_hidden(samples, hidden, at)])
-    missing = chain.activation([samples.goal]) - result
-    return LinearisedChain(chain, samples, at, hidden, slopes, last), missing
+    result = chain.from_hidden(samples, hidden, at)
+    if chain.activation is None:
+        return LinearisedChain(chain, samples, at, hidden, slopes, None), samples.goal - result
+    result, (last,) = elementwise_slopes(chain.activation, [result])
+    return LinearisedChain(chain, samples, at, hidden, slopes, last), chain.activated(samples.goal) - result
 
 
 def elementwise_slopes(function: Elementwise, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -320,13 +380,13 @@ def elementwise_between(graph: ChannelGraph, producers: Producers, tensors: Mapp
     return run
 
 
-def activation_behind(graph: ChannelGraph, number: int) -> Elementwise:
-    """The activation that is the only use of the result of an operation; the identity where there is none."""
+def activation_behind(graph: ChannelGraph, number: int) -> Elementwise | None:
+    """The activation that is the only use of the result of an operation; None where there is none."""
     node = graph.trace.nodes[number]
     users = list(node.users)
     user = users[0] if len(users) == 1 else None
     if user is None or user.op == "output" or user.meta["name"] not in ACTIVATIONS or user.all_input_nodes != [node]:
-        return lambda results: results[0]
+        return None
     return lambda results: _run(user, {node: results[0]}, {})
 
 

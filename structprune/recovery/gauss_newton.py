@@ -21,13 +21,14 @@ from torch import Tensor
 
 from structprune.distributed import all_reduced
 from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain, Samples, linearised
-from structprune.recovery.preconditioner import ChannelBlocks, Preconditioner
+from structprune.recovery.preconditioner import Preconditioner
 
 DAMPING = 1e-3
 MIN_GAIN = 5e-3  # a round that lowers the squared error by a smaller share is the last
-EQUATIONS = 128  # for each unknown: with so many, the direction is good enough for all rounds but the last ones
-FULL_ROUNDS = 1  # last rounds that use all samples
-MAX_STRIDE = 4  # earlier rounds use at least every fourth part of the samples
+EQUATIONS = 32  # for each unknown: with so many, the direction is good enough for all rounds but the final step
+# Conjugate gradients end after so many steps, one behind the other, that gain less than this share of all gains so far.
+SMALL_STEPS, ENOUGH = 2, 0.04
+MAX_STRIDE = 4  # earlier rounds use at least every fourth batch; a power of two
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class ChainFit:
         rounds: number of steps that were taken.
         damping: of the last step.
         gain: share of the held-out error that the last step removed.
+        preconditioner: of the last step, which serves for more of them.
     """
 
     weights: ChainWeights
@@ -49,6 +51,7 @@ class ChainFit:
     rounds: int
     damping: float = DAMPING
     gain: float = 0.0
+    preconditioner: Preconditioner | None = None
 
     @property
     def helps(self) -> bool:
@@ -79,12 +82,15 @@ def fit_chain(
     before = after = chain.error(held_out, start)
     at, damping, last_damping, taken, gain = start, DAMPING, DAMPING, 0, 0.0
     stride = _stride(train, start)
-    blocks: ChannelBlocks | None = None
+    preconditioner: Preconditioner | None = None
     for number in range(rounds):
-        stride = stride if number < rounds - FULL_ROUNDS else 1
-        some = [samples for samples in train if samples.place % stride == 0] or [train[0].part(slice(0))]
-        step, blocks = _step(chain, some, at, start, (damping, ridge), steps, blocks)
+        # Each round sees other batches than the one before.
+        some = [samples for samples in train if (samples.place - number) % stride == 0] or [train[0].part(slice(0))]
+        step, preconditioner = _step(chain, some, at, start, (damping, ridge), steps, preconditioner)
         best, best_error, best_size = _best_part(chain, held_out, at, after, step)
+        if best_size == 0 and stride > 1:
+            stride = 1  # what these batches ask for is wrong for others
+            continue
         if best_size == 0:
             damping *= 30
             if damping > 1:
@@ -97,7 +103,7 @@ def fit_chain(
             if stride == 1:
                 break
             stride = 1  # the samples that were left out may lead further
-    return ChainFit(at, before, after, taken, last_damping, gain)
+    return ChainFit(at, before, after, taken, last_damping, gain, preconditioner)
 
 
 def final_step(
@@ -108,7 +114,7 @@ def final_step(
     The errors stay those on the held-out samples before the step. If the error on all samples does not fall, `fit` is
     returned as it is.
     """
-    step, _ = _step(chain, samples, fit.weights, start, (fit.damping, ridge), steps, None)
+    step, _ = _step(chain, samples, fit.weights, start, (fit.damping, ridge), steps, fit.preconditioner)
     moved = fit.weights.like(fit.weights.flat() + step)
     if not chain.error(samples, moved) < chain.error(samples, fit.weights):
         return fit
@@ -116,14 +122,15 @@ def final_step(
 
 
 def _stride(train: Sequence[Samples], start: ChainWeights) -> int:
-    """With a stride of 3 the first rounds use the batches 0, 3, 6, ... of all ranks. The same on all of them.
+    """With a stride of 2 the first rounds use the batches 0, 2, 4, ... of all ranks. The same on all of them.
 
-    It is as large as leaves `EQUATIONS` equations for each unknown: 12800 numbers of the goal and 40 weights leave 320,
-    which is enough for a stride of 2.
+    It is the power of two that leaves `EQUATIONS` equations for each unknown: 15600 numbers of the goal and 40 weights
+    leave 390, which is enough for a stride of 2.
     """
     count = torch.tensor(float(sum(samples.goal.numel() for samples in train)), dtype=torch.float64)
     equations = float(all_reduced(count.to(start.weights[-1].device)))
-    return int(min(MAX_STRIDE, max(1, equations // (EQUATIONS * start.flat().numel()))))
+    enough = int(equations // (EQUATIONS * start.flat().numel()))
+    return min(MAX_STRIDE, 1 << max(0, enough.bit_length() - 1))
 
 
 def _best_part(
@@ -152,8 +159,8 @@ def _step(
     start: ChainWeights,
     damping: tuple[float, float],
     steps: int,
-    blocks: ChannelBlocks | None,
-) -> tuple[Tensor, ChannelBlocks | None]:
+    known: Preconditioner | None,
+) -> tuple[Tensor, Preconditioner]:
     """The damped Gauss-Newton step, by preconditioned conjugate gradients on the normal equations.
 
     Args:
@@ -163,10 +170,10 @@ def _step(
         start: the weights towards which the ridge pulls.
         damping: Marquardt's, and the ridge.
         steps: of conjugate gradients.
-        blocks: of the preconditioner, from an earlier step: they change little.
+        known: the preconditioner of an earlier step.
 
     Returns:
-        The step, in the order of `ChainWeights.flat`, and the blocks of the preconditioner, if it has any.
+        The step, in the order of `ChainWeights.flat`, and the preconditioner.
     """
     lines: list[LinearisedChain] = []
     goal = torch.zeros_like(at.flat())
@@ -175,7 +182,8 @@ def _step(
         lines.append(line)
         goal += line.vjp(missing)
     all_reduced(goal)
-    preconditioner = Preconditioner.of(lines, sum(damping), blocks)
+    by_batch = [part for line in lines for part in line.parts()]
+    preconditioner = Preconditioner.of(by_batch, sum(damping), known)
     goal -= damping[1] / sum(damping) * preconditioner.damping * (at.flat() - start.flat())
 
     def normal(vector: Tensor) -> Tensor:
@@ -185,13 +193,16 @@ def _step(
             result += line.vjp(line.jvp(step))
         return all_reduced(result) + preconditioner.damping * vector
 
-    return _conjugate_gradients(normal, preconditioner.inverse, goal, steps), preconditioner.blocks
+    return _conjugate_gradients(normal, preconditioner.inverse, goal, steps), preconditioner
 
 
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], goal: Tensor, steps: int
 ) -> Tensor:
     """An approximate solution of ``product(x) = goal``; inner products in float64.
+
+    Each step lowers ``x product(x) / 2 - x goal`` by half of its length times the size of the residual. The slopes
+    change with the next round, so that the last percents of a round are not worth a pass over the data.
 
     Args:
         product: a symmetric positive definite matrix times a vector.
@@ -202,14 +213,20 @@ def _conjugate_gradients(
     x, residual = torch.zeros_like(goal), goal.clone()
     direction = preconditioned = inverse(residual)
     size = torch.dot(residual.double(), preconditioned.double())
+    gained, small = 0.0, 0
     for _ in range(steps):
         image = product(direction)
         curvature = torch.dot(direction.double(), image.double())
         if not (float(curvature) > 0 and float(size) > 0):
             break
         length = float(size / curvature)
+        gain = length * float(size)
+        gained += gain
         x = x + length * direction
         residual = residual - length * image
+        small = small + 1 if gain < ENOUGH * gained else 0
+        if small == SMALL_STEPS:
+            break
         preconditioned = inverse(residual)
         new_size = torch.dot(residual.double(), preconditioned.double())
         direction = preconditioned + float(new_size / size) * direction

@@ -25,8 +25,9 @@ from structprune.recovery.chain import (
     Samples,
     activation_behind,
     elementwise_between,
+    joined,
 )
-from structprune.recovery.gauss_newton import MIN_GAIN, ChainFit, final_step, fit_chain
+from structprune.recovery.gauss_newton import MAX_STRIDE, MIN_GAIN, ChainFit, final_step, fit_chain
 from structprune.recovery.layers import Consumer, norm_scale
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map
 from structprune.recovery.parallel_forward import Event, Pause, Side
@@ -34,6 +35,7 @@ from structprune.recovery.parallel_forward import Event, Pause, Side
 HELD_OUT = 5  # a fifth of each batch, the last samples, is held out
 COMPARED_SAMPLES = 4  # of each batch: on these the chain is compared with the forward
 TOLERANCE = 1e-2  # of that comparison: above the rounding of TF32
+JOINED = 1 << 20  # entries of the largest tensor of samples that are joined
 MAX_ENTRIES = 1 << 27  # of the consumer's input, however many positions are asked for
 
 
@@ -225,11 +227,11 @@ class JointSolver:
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
-    def _batch(self, number: int, state: ConsumerState) -> Samples:
-        """All samples of one batch."""
-        rest = state.ours[number] - state.map(state.hidden[number], state.weight)
-        inputs = tuple(p.input(number) for p in self._producers)
-        return Samples(inputs, rest, state.goal[number], self._held_out.turns.places[number])
+    def _batch(self, number: int, state: ConsumerState, which: slice = slice(None)) -> Samples:
+        """Samples of one batch, all or some."""
+        rest = state.ours[number][which] - state.map(state.hidden[number][which], state.weight)
+        inputs = tuple(p.input(number)[which] for p in self._producers)
+        return Samples(inputs, rest, state.goal[number][which], self._held_out.turns.places[number])
 
     def _samples(self, state: ConsumerState) -> tuple[list[Samples], list[Samples]]:
         """Samples to solve on and samples held out: some of the first and of the last ones of each batch.
@@ -249,16 +251,17 @@ class JointSolver:
                 continue
             used = min(count, max(2, -(-rows // (per_sample * turns.count))))
             split = max(1, count - max(1, count // HELD_OUT)) if count > 1 else 1
-            batch, place = self._batch(number, state), turns.places[number]
+            place = turns.places[number]
             first = max(1, used - max(1, used // HELD_OUT))
             for part, samples in (
                 (_rotated(place, first, 0, split), train),
                 (_rotated(place, used - first, split, count), held_out),
             ):
                 if part.start < part.stop:
-                    samples.append(_channels_last(batch.part(part)))
+                    samples.append(_channels_last(self._batch(number, state, part)))
         # A rank whose samples are all held out adds nothing to the sums of the others, but has to take part in them.
-        return train or [self._batch(0, state).part(slice(0))], held_out
+        train, held_out = (joined(samples, JOINED, MAX_STRIDE) for samples in (train, held_out))
+        return train or [self._batch(0, state, slice(0))], held_out
 
     # -- what is changed -------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ norm behind the layer scales its result, the weight changes by the matrix over t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from structprune.distributed import agreed, all_reduced
 from structprune.ops import op_of
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
-from structprune.recovery.candidates import HeldOut
+from structprune.recovery.candidates import A_FIFTH, HeldOut, drawn_positions
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
 from structprune.recovery.layers import Consumer, kept_indices, norm_scale, uses_batch_statistics
@@ -27,8 +28,12 @@ from structprune.recovery.least_squares import NormalEquations, Solution, fit, i
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.report import LayerRecovery
+from structprune.recovery.windows import has_window_sums, window_sums
 
-HELD_OUT = 5  # a fifth of the positions of each batch is held out
+UNFOLDED = 1536  # features: with more of them sums over windows are computed without unfolding them
+# Products in float32 leave an error of about this size, relative to the result; where hardly more is left than that,
+# they are computed again in float64.
+NEARLY_EXACT, EXACT_EPS = 3e-3, 1e-9
 JOINT_ROWS = 4  # times the rows that a layer alone is solved on
 CHUNK = 1 << 22  # entries of features that are unfolded at a time
 
@@ -134,12 +139,10 @@ class LayerSolver:
         self.refused = agreed(self.refused)
         if self.refused:
             return None
-        train, held_out, power = self._normal_equations(ours, goal)
         eps = torch.finfo(ours[0].dtype).eps
-        noise = power * (4 * eps) ** 2
-        solution = (
-            fit(train, held_out, int(self._has_bias), noise) if self._weights else intercept(train, held_out, noise)
-        )
+        solution, power = self._fitted(ours, goal, ours[0].dtype)
+        if eps > EXACT_EPS and power * (4 * eps) ** 2 < solution.before and solution.after <= power * NEARLY_EXACT**2:
+            solution, power = self._fitted(ours, goal, torch.float64)
         if solution.helps:
             self._change(solution, ours, tensors)
         only_noise = solution.after <= power * (1e3 * eps) ** 2
@@ -148,6 +151,14 @@ class LayerSolver:
         if self._joint is not None:
             self._joint.forget()
         return self._report(solution, power, factor)
+
+    def _fitted(self, ours: list[Tensor], goal: list[Tensor], dtype: torch.dtype) -> tuple[Solution, float]:
+        """The solution with sums whose products are computed as `dtype`, and the power of the goal held out."""
+        train, held_out, power = self._normal_equations(ours, goal, dtype)
+        noise = power * (4 * torch.finfo(ours[0].dtype).eps) ** 2
+        if not self._weights:
+            return intercept(train, held_out, noise), power
+        return fit(train, held_out, int(self._has_bias), noise), power
 
     def _report(self, solution: Solution, power: float, factor: float) -> LayerRecovery:
         """The report: `factor` is by how much the error fell once the producers were solved too."""
@@ -209,22 +220,56 @@ class LayerSolver:
         return tensor
 
     def _normal_equations(
-        self, ours: list[Tensor], goal: list[Tensor]
+        self, ours: list[Tensor], goal: list[Tensor], dtype: torch.dtype
     ) -> tuple[NormalEquations, NormalEquations, float]:
         """The sums over the rows to solve on and over those held out, and the power of the goal on the latter."""
         sums = [self._no_rows(ours[0]) for _ in range(2)]
         power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
-        for number, positions in enumerate(self._positions(ours)):
+        if self._map is not None and self._map.features > UNFOLDED and has_window_sums(self._map):
+            power += self._add_windows(self._map, ours, goal, sums)
+            drawn: list[tuple[Tensor, Tensor]] = []
+        else:
+            drawn = self._positions(ours)
+        for number, positions in enumerate(drawn):
             result, expected = ours[number], goal[number]
             for part, at in enumerate(positions):
                 # What is empty would still be split into one part.
                 for some in at.to(result.device).split(self._chunk(result)) if len(at) else ():
-                    x, y, size = self._rows_at(number, result, expected, some)
+                    x, y, size = self._rows_at(number, (result, expected), some, dtype)
                     sums[part].add(with_intercept(x) if self._has_bias else x, y)
                     power += size if part else 0
         for each in sums:
             each.reduce()
         return sums[0], sums[1], float(all_reduced(power))
+
+    def _add_windows(
+        self, layer: LinearMap, ours: list[Tensor], goal: list[Tensor], sums: list[NormalEquations]
+    ) -> Tensor:
+        """Add whole samples instead of some positions, which for a large kernel costs less; the power held out.
+
+        As many samples of each batch as hold `_rows` positions: the first, and of those held out the last.
+        """
+        power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+        for number, (result, expected) in enumerate(zip(ours, goal, strict=True)):
+            count = self._held_out.solved_on(number, len(result))
+            wanted = -(-self._rows // (self._held_out.turns.count * layer.positions(result[:1])))
+            used = min(count, max(2, wanted))
+            held = max(1, used // A_FIFTH) if used > 1 else 0
+            pause = self._pauses[number]
+            x: Tensor = argument(self._name, "input", pause.args, pause.kwargs)
+            for part, at in enumerate((slice(0, used - held), slice(count - held, count))):
+                # A sum takes as long to store as some samples take to add, so that batches are added together.
+                alike.setdefault((part, x.shape[1:]), []).append((x[at], expected[at] - result[at]))
+                power += expected[at].double().square().sum() if part else 0
+        features = layer.features + self._has_bias
+        for (part, _), samples in alike.items():
+            x, lacks = (torch.cat(each) for each in zip(*samples, strict=True))
+            if len(x):
+                xx, xy = window_sums(layer, x, lacks)
+                yy = lacks.double().square().movedim(1, 0).flatten(1).sum(1)
+                sums[part].add_products(xx[:features, :features], xy[:features], yy)
+        return power
 
     def _no_rows(self, result: Tensor) -> NormalEquations:
         """Sums of no rows, of a layer whose target has such a result."""
@@ -251,14 +296,16 @@ class LayerSolver:
         features = 2 if self._map is None else self._map.features * self._map.groups
         return max(1, CHUNK // max(features, result.shape[self._channel_dim]))
 
-    def _rows_at(self, number: int, result: Tensor, expected: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows_at(
+        self, number: int, results: tuple[Tensor, Tensor], at: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Features, what the result lacks of the goal, and the squared size of the goal, at some positions.
 
         Args:
             number: of the batch.
-            result: the target's result on the pruned network.
-            expected: the original's, with the kept channels.
+            results: the target's on the pruned network, and the original's with the kept channels.
             at: flat positions.
+            dtype: of what is returned.
 
         Returns:
             Shapes ``(groups, positions, features)``, ``(groups, positions, outputs)`` and ``()``. A layer that scales
@@ -267,12 +314,12 @@ class LayerSolver:
         if self._map is None:
             dim = self._channel_dim
             # From (batch, channels, height, width) to (positions, channels).
-            x, goal = (t.movedim(dim, -1).reshape(-1, t.shape[dim])[at].double() for t in (result, expected))
-            return x.T[..., None], (goal - x).T[..., None], goal.square().sum()
+            x, goal = (t.movedim(dim, -1).reshape(-1, t.shape[dim])[at].to(dtype) for t in results)
+            return x.T[..., None], (goal - x).T[..., None], goal.square().sum(dtype=torch.float64)
         pause = self._pauses[number]
-        goal = self._map.outputs_at(expected, at)
-        x = self._map.features_at(argument(self._name, "input", pause.args, pause.kwargs), at)
-        return x, goal - self._map.outputs_at(result, at), goal.square().sum()
+        result, goal = (self._map.outputs_at(each, at, dtype) for each in results)
+        x = self._map.features_at(argument(self._name, "input", pause.args, pause.kwargs), at, dtype)
+        return x, goal - result, goal.square().sum(dtype=torch.float64)
 
     # -- what is changed -------------------------------------------------------------------------------------------
 
@@ -335,25 +382,6 @@ class LayerSolver:
             along_channels[self._channel_dim] = -1
             moved = 0 if shift is None else shift.view(along_channels)
             result.add_((result.double() * factor.view(along_channels) + moved).to(result.dtype))
-
-
-def drawn_positions(
-    totals: list[int], rows: int, held_out: HeldOut, random: torch.Generator
-) -> list[tuple[Tensor, Tensor]]:
-    """For each batch some of its positions: those to solve on, and those to choose by, which are of the last fifth.
-
-    Args:
-        totals: positions of each batch of this rank.
-        rows: how many are drawn of the batches of all ranks together.
-        held_out: where the batches stand among those of all ranks.
-        random: the same on all ranks.
-    """
-    turns = held_out.turns
-    parts: list[tuple[Tensor, Tensor]] = []
-    for total, drawn in zip(totals, turns.drawn(totals, max(1, rows // turns.count), random), strict=True):
-        split = total - total // HELD_OUT if total >= 2 * HELD_OUT else total - 1
-        parts.append((drawn[drawn < split], drawn[drawn >= split]))
-    return parts
 
 
 def _add(tensor: Tensor, change: Tensor) -> None:

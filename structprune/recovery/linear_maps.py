@@ -96,10 +96,9 @@ class LinearMap:
         """The result without a bias, plus `shift` of shape ``(channels,)``."""
         if self.layout == "in_out":
             result = torch.matmul(x, weight)
-        else:
-            function: Any = getattr(F, self.name)
-            result = function(x, weight, **self.options)
-        return result if shift is None else result + self.along_channels(shift)
+            return result if shift is None else result.add_(shift)
+        function: Any = getattr(F, self.name)
+        return function(x, weight, shift, **self.options)
 
     def along_channels(self, vector: Tensor) -> Tensor:
         """A vector of shape ``(channels,)`` in a shape that broadcasts with the result, ``(channels, 1, 1)`` in 2-D."""
@@ -120,7 +119,8 @@ class LinearMap:
 
     def to_shift(self, grad: Tensor) -> Tensor:
         """The adjoint in the shift: the sum over all positions, shape ``(channels,)``."""
-        return grad.movedim(self.channel_dim, 0).flatten(1).sum(1)
+        channels = grad.dim() + self.channel_dim
+        return grad.sum([dim for dim in range(grad.dim()) if dim != channels])
 
     def _convolution_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, asked: tuple[bool, bool]
@@ -142,18 +142,18 @@ class LinearMap:
 
     # -- as a matrix product ---------------------------------------------------------------------------------------
 
-    def features_at(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Features at flat `positions` of the result, shape ``(groups, len(positions), features)``, in float64.
+    def features_at(self, x: Tensor, positions: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Features at flat `positions` of the result, shape ``(groups, len(positions), features)``, as `dtype`.
 
         With a result of shape ``(2, 6, 5, 5)``, position 27 is entry ``[1, :, 0, 2]``: 27 = (1 * 5 + 0) * 5 + 2.
         """
         if not self.kernel:
-            return x.reshape(-1, x.shape[-1])[positions].double()[None]
+            return x.reshape(-1, x.shape[-1])[positions].to(dtype)[None]
         windows = self._windows(x)
         n = len(self.kernel)
         places = torch.unravel_index(positions, (windows.shape[0], *windows.shape[2 : 2 + n]))
         chosen = windows.movedim(1, 1 + n)[places]  # (positions, channels, *kernel)
-        return chosen.reshape(len(positions), self.groups, -1).transpose(0, 1).double()
+        return chosen.reshape(len(positions), self.groups, -1).transpose(0, 1).to(dtype)
 
     def _windows(self, x: Tensor) -> Tensor:
         """A view of the windows that the kernel sees, shape ``(batch, channels, *positions, *kernel)``.
@@ -207,10 +207,10 @@ class LinearMap:
         """Number of positions of a result: its entries in one channel."""
         return result.numel() // result.shape[self.channel_dim]
 
-    def outputs_at(self, result: Tensor, positions: Tensor) -> Tensor:
-        """The channels of a result at flat `positions`, shape ``(groups, len(positions), outputs)``, in float64."""
+    def outputs_at(self, result: Tensor, positions: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The channels of a result at flat `positions`, shape ``(groups, len(positions), outputs)``, as `dtype`."""
         flat = result.movedim(self.channel_dim, -1).reshape(-1, result.shape[self.channel_dim])
-        return flat[positions].reshape(len(positions), self.groups, -1).transpose(0, 1).double()
+        return flat[positions].reshape(len(positions), self.groups, -1).transpose(0, 1).to(dtype)
 
 
 def with_intercept(features: Tensor, value: float = 1.0) -> Tensor:

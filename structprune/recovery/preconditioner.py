@@ -20,11 +20,13 @@ from torch import Tensor
 
 from structprune.distributed import all_reduced
 from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain
+from structprune.recovery.least_squares import second_moments
 from structprune.recovery.linear_maps import LinearMap, with_intercept
 
 MOMENT_POSITIONS = 8192  # of all parts of the samples together, for the moments
 BLOCK_POSITIONS = 4096  # the same for the blocks
 MAX_BLOCK_ENTRIES = 1 << 22  # of all blocks together
+MAX_FEATURES = 1536  # of a matrix of moments; of more features there are several, one for each section of them
 # Blocks cost ``positions looked at * features`` operations a weight, and a step of conjugate gradients four a position.
 # For its eight steps to be worth at least twice the blocks, the former may be this many times the positions.
 MAX_EFFORT = 16
@@ -36,8 +38,8 @@ class _KroneckerFactors:
 
     Attributes:
         map: the layer.
-        features: inverse second moments of its features, shape ``(groups, features + 1, features + 1)``, the intercept
-            last; None where blocks take its place.
+        features: inverse second moments of its features with the intercept last, in sections as `_sections` makes
+            them, shape ``(groups * sections, size, size)``; None where blocks take its place.
         outputs: inverse second moments of the slopes of its results, shape ``(groups, outputs, outputs)``; None for the
             identity.
         damping: of each weight, shape ``(groups, features + 1, outputs)``.
@@ -56,7 +58,10 @@ class _KroneckerFactors:
         last = matrix.new_zeros(matrix.shape[0], 1, matrix.shape[2])
         if shift is not None:
             last = shift.reshape(matrix.shape[0], 1, -1)
-        matrix = self.features.to(matrix.dtype) @ torch.cat([matrix, last], 1)
+        matrix = torch.cat([matrix, last], 1)
+        size = matrix.shape[1]
+        matrix = self.features.to(matrix.dtype) @ _sections(matrix)
+        matrix = matrix.reshape(last.shape[0], -1, last.shape[2])[:, :size]
         if self.outputs is not None:
             matrix = matrix @ self.outputs.to(matrix.dtype)
         new_weight, new_shift = _weight_and_shift(self.map, matrix)
@@ -72,38 +77,48 @@ class Preconditioner:
         factors: of each layer, the consumer last.
         damping: of each number, in the order of ``at.flat()``.
         blocks: for the producers, in place of their factors; or None.
+        moments: of each layer, as `_moments` gives them.
+        samples: of all ranks, that these are sums over.
     """
 
     at: ChainWeights
     factors: list[_KroneckerFactors]
     damping: Tensor
     blocks: ChannelBlocks | None
+    moments: list[tuple[Tensor, Tensor]]
+    samples: int
 
     @classmethod
-    def of(cls, lines: list[LinearisedChain], damping: float, blocks: ChannelBlocks | None = None) -> Preconditioner:
+    def of(cls, lines: list[LinearisedChain], damping: float, known: Preconditioner | None = None) -> Preconditioner:
         """The preconditioner for a chain.
 
         Args:
             lines: the chain, linearised at the same weights on each part of the samples.
             damping: by what part diagonals are enlarged.
-            blocks: from other weights nearby; they are computed if there are none.
+            known: one for other weights nearby, whose blocks and moments are taken; they change little. If it is for
+                a part of the samples only, the damping grows with their number, as the normal equations do.
         """
         at, chain = lines[0].at, lines[0].chain
-        parts = _parts_of_all(lines)
-        if blocks is None:
+        parts = 0 if known is not None else _parts_of_all(lines)
+        blocks = None if known is None else known.blocks
+        if known is None:
             shifted = [shift is not None for shift in at.shifts[:-1]]
             passes = [(line.samples.inputs, line.slopes) for line in lines]
             blocks = channel_blocks(chain.producers, passes, _consumer_power(lines[0]), shifted, damping, parts)
         factors: list[_KroneckerFactors] = []
+        places = [*enumerate(chain.producers), (None, chain.consumer)]
+        seen = [_moments(layer, lines, place, parts) for place, layer in places] if known is None else known.moments
         for place, producer in enumerate(chain.producers):
-            moments, slope_moments = _moments(producer, lines, place, parts)
+            moments, slope_moments = seen[place]
             overlap = _output_overlap(chain, lines[0], place, slope_moments)
             factors.append(_factors(producer, moments, overlap, damping, blocks is None))
-        moments, _ = _moments(chain.consumer, lines, None, parts)
-        factors.append(_factors(chain.consumer, moments, None, damping))
+        factors.append(_factors(chain.consumer, seen[-1][0], None, damping))
         weights, shifts = zip(*(_weight_and_shift(each.map, each.damping) for each in factors), strict=True)
         present = [None if have is None else shift for have, shift in zip(at.shifts, shifts, strict=True)]
-        return cls(at, factors, ChainWeights(list(weights), present).flat().to(at.weights[-1].dtype), blocks)
+        samples = int(all_reduced(torch.tensor(sum(len(line.samples.goal) for line in lines))))
+        measured = samples if known is None else known.samples
+        flat = ChainWeights(list(weights), present).flat().to(at.weights[-1].dtype) * (samples / max(1, measured))
+        return cls(at, factors, flat, blocks, seen, measured)
 
     def inverse(self, vector: Tensor) -> Tensor:
         """The approximate inverse times a vector, both in the order of ``at.flat()``."""
@@ -157,6 +172,19 @@ def _spread_positions(total: int, limit: int) -> Tensor:
     return torch.arange(count) * total // max(1, count)
 
 
+def _sections(features: Tensor) -> Tensor:
+    """Features in sections of at most `MAX_FEATURES`: ``(groups, features, n)`` as ``(groups * sections, size, n)``.
+
+    8193 features are 6 sections of 1366, with three zeros behind the last feature. Moments of features in different
+    sections are left out: to invert the whole matrix would cost more than all that the preconditioner saves.
+    """
+    groups, count, n = features.shape
+    number = -(-count // MAX_FEATURES)
+    size = -(-count // number)
+    padded = torch.nn.functional.pad(features, (0, 0, 0, number * size - count)) if number > 1 else features
+    return padded.reshape(groups * number, size, n)
+
+
 def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None, parts: int) -> tuple[Tensor, Tensor]:
     """Second moments of a layer's features (a sum over all positions), and of the slopes of its results (a mean).
 
@@ -167,8 +195,8 @@ def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None, 
         parts: of the samples of all ranks.
 
     Returns:
-        Shapes ``(groups, features + 1, features + 1)`` and ``(groups, outputs, outputs)``, the latter empty for the
-        consumer.
+        Shapes ``(groups * sections, size, size)``, as of `_sections`, and ``(groups, outputs, outputs)``, the latter
+        empty for the consumer.
     """
     xx: Tensor | None = None
     slope_moments: Tensor | None = None
@@ -177,11 +205,12 @@ def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None, 
         result = line.samples.goal if place is None else line.slopes[place]
         total = layer.positions(result)
         at = _spread_positions(total, MOMENT_POSITIONS // parts).to(result.device)
-        x = with_intercept(layer.features_at(line.hidden if place is None else line.samples.inputs[place], at))
-        products = x.transpose(1, 2) @ x * (total / max(1, len(at)))
+        given = line.hidden if place is None else line.samples.inputs[place]
+        x = with_intercept(layer.features_at(given, at, given.dtype))
+        products = second_moments(_sections(x.transpose(1, 2)).transpose(1, 2)) * (total / max(1, len(at)))
         xx = products if xx is None else xx + products
-        slope = layer.outputs_at(result, at) if place is not None else x[..., :0]
-        products = slope.transpose(1, 2) @ slope
+        slope = layer.outputs_at(result, at, result.dtype) if place is not None else x[..., :0]
+        products = second_moments(slope)
         count += len(at)
         slope_moments = products if slope_moments is None else slope_moments + products
     assert xx is not None
@@ -213,9 +242,9 @@ def _factors(
     layer: LinearMap, moments: Tensor, overlap: Tensor | None, damping: float, inverted: bool = True
 ) -> _KroneckerFactors:
     """The factors of a layer from its moments and the overlap of its outputs; without inverses where not `inverted`."""
-    diagonal = moments.diagonal(dim1=1, dim2=2)
+    diagonal = moments.diagonal(dim1=1, dim2=2).reshape(layer.groups, -1)[:, : layer.features + 1]
     if overlap is None:
-        scale = torch.ones(moments.shape[0], layer.outputs, dtype=moments.dtype, device=moments.device)
+        scale = torch.ones(layer.groups, layer.outputs, dtype=moments.dtype, device=moments.device)
     else:
         scale = overlap.diagonal(dim1=1, dim2=2)
     penalty = damping * (diagonal[..., None] * scale[:, None, :])
@@ -339,7 +368,7 @@ def _sloped_features(
     """
     parts: list[Tensor] = []
     for producer, x, slope, has_shift in zip(producers, inputs, slopes, shifted, strict=True):
-        features = with_intercept(producer.features_at(x, at).to(slope.dtype), float(has_shift))[0]
-        by_channel = producer.outputs_at(slope, at)[0].to(slope.dtype)
+        features = with_intercept(producer.features_at(x, at, slope.dtype), float(has_shift))[0]
+        by_channel = producer.outputs_at(slope, at, slope.dtype)[0]
         parts.append(by_channel.T[:, :, None] * features)
     return torch.cat(parts, 2)

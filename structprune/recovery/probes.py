@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from structprune.recovery.turns import Turns
+from structprune.tracing.trace import Trace
 
 SOLVED_SHARE = 0.75  # of each batch, where there are no other batches to solve on than those to measure on
 FEWEST = 4  # with fewer samples in a batch all are measured on
+FORWARDS = 1.0  # of all samples: what measuring may cost
+LEAST_ROWS, MOST = 256, 256  # rows of the output to measure on at least, and samples at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +71,23 @@ class Probes:
         """The samples of an output that no consumer is solved on; all of it where there are too few to be divided."""
         first = int(output.shape[0] * self.solved) if output.dim() else 0
         return output[first:] if output.dim() and output.shape[0] >= FEWEST else output
+
+
+def affordable(trace: Trace, starts: Sequence[int], levels: int, samples: int) -> int:
+    """How many samples to measure on, so that it costs about `FORWARDS` forwards of all.
+
+    Each level of each group takes a forward from its first consumer on. With 8 groups, spread over the network, and 4
+    levels that is 16 forwards: 64 of 1024 samples. There are more where they have less than `LEAST_ROWS` rows of the
+    output: images of a classifier, tokens of a language model.
+
+    Args:
+        trace: of the model.
+        starts: the number of the first consumer of each group.
+        levels: of each group.
+        samples: in all.
+    """
+    forwards = levels * sum(1 - start / len(trace.nodes) for start in starts)
+    shapes = [node.meta["shape"] for node in trace.outputs.values()]
+    rows = max((prod(shape[1:-1]) for shape in shapes if len(shape) > 1), default=1)
+    least = -(-LEAST_ROWS // max(1, rows))
+    return min(MOST, max(least, int(FORWARDS * samples / max(1.0, forwards))))

@@ -16,6 +16,7 @@ from structprune.ops import op_of
 from structprune.ops.arguments import arguments
 from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
+from structprune.recovery.widened import wide
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import Trace, preserved_random_state, trace
@@ -118,10 +119,25 @@ def _statistics(pauses: list[Pause]) -> tuple[Tensor, Tensor]:
 
     A batch (20, 4, 8, 7) is taken as 4 channels of 20 * 8 * 7 = 1120 values.
     """
-    values = [pause.args[0].double().movedim(1, 0).flatten(1) for pause in pauses]
-    count = all_reduced(values[0].new_tensor(float(sum(part.shape[1] for part in values))))
+    parts = [_sums(pause.args[0]) for pause in pauses]
+    counts, means, squares = (torch.stack(each) for each in zip(*parts, strict=True))
+    count = all_reduced(counts.sum())
     if float(count) < 2:
         raise RecoveryError("A batch norm gets one value of each channel in all of data; give more samples.")
-    mean = all_reduced(torch.stack([part.sum(1) for part in values]).sum(0)) / count
-    squares = [(part - mean[:, None]).square().sum(1) for part in values]
-    return mean, all_reduced(torch.stack(squares).sum(0)) / (count - 1)
+    mean = all_reduced((counts[:, None] * means).sum(0)) / count
+    # Each batch's squares are about its own mean (Chan, Golub and LeVeque, 1983).
+    about_mean = squares + counts[:, None] * (means - mean).square()
+    return mean, all_reduced(about_mean.sum(0)) / (count - 1)
+
+
+def _sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one batch the number of values of a channel, their mean, and their squared distances from it, in float64.
+
+    Of (20, 4, 8, 7) the shapes are ``()``, ``(4,)`` and ``(4,)``. About the mean of the batch, sums in the type of `x`,
+    or in float32 where it has half of it, are as good as those in float64 of all data.
+    """
+    x = wide(x)
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    mean = x.mean(dims, keepdim=True)
+    squares = (x - mean).square_().sum(dims)
+    return mean.new_tensor(x.numel() / x.shape[1], dtype=torch.float64), mean.flatten().double(), squares.double()

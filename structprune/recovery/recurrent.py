@@ -18,8 +18,7 @@ from structprune.coupling.solve import Mask
 from structprune.distributed import agreed, all_reduced
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
-from structprune.recovery.candidates import HeldOut
-from structprune.recovery.layer_solver import drawn_positions
+from structprune.recovery.candidates import HeldOut, drawn_positions
 from structprune.recovery.layers import kept_indices
 from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.recurrent_calls import Cell, RecurrentCall

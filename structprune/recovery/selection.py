@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,29 +20,38 @@ from structprune.coupling.roles import AXES
 from structprune.distributed import all_reduced, failing_together, nobody_failed
 from structprune.errors import PlanError, RecoveryError
 from structprune.importance.data import Batches
-from structprune.importance.weight import LnNorm
 from structprune.inputs import device_of
 from structprune.recovery.batches import inputs_of, samples_in
+from structprune.recovery.directions import Directions, entry_moments, has_many_features, moments_of
 from structprune.recovery.layers import GroupConsumer, group_consumers
-from structprune.recovery.least_squares import ConsumerMoments, eliminate
+from structprune.recovery.least_squares import ConsumerMoments, add_second_moments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
 from structprune.recovery.prefix import PrefixCache, output_of
+from structprune.recovery.price_curves import Curve, FittedReconstruction, Key, key_of
 from structprune.recovery.prices import prices
-from structprune.recovery.probes import Probes
+from structprune.recovery.probes import Probes, affordable
+from structprune.recovery.turns import Turns
+from structprune.recovery.widened import wide
 from structprune.tracing.replay import Hook, ReplayedCall
 from structprune.tracing.state import copy_buffer, swapped_tensors
 from structprune.tracing.trace import preserved_random_state
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
+DIRECTION_ROWS = 2048  # positions of all batches of a rank that the directions of many features are found by
 CHUNK = 1 << 22  # entries of features that are unfolded at a time
 
 
 def divergence(dense: Tensor, changed: Tensor) -> Tensor:
-    """Sum over all positions of the Kullback-Leibler divergence between softmaxes over the last dimension."""
-    log_p, log_q = F.log_softmax(dense.double(), -1), F.log_softmax(changed.double(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum()
+    """Sum over all positions of the Kullback-Leibler divergence between softmaxes over the last dimension.
+
+    With ``d = log q - log p`` it is the sum of ``p (exp(d) - 1 - d)``, as both sum up to one. No term is negative, so
+    that float32 is enough.
+    """
+    log_p, log_q = F.log_softmax(wide(dense), -1), F.log_softmax(wide(changed), -1)
+    d = log_q.sub_(log_p).clamp_(max=80)  # above that exp(d) leaves float32
+    return d.expm1().sub_(d).mul_(log_p.exp_()).sum(dtype=torch.float64)
 
 
 def squared_error(dense: Tensor, changed: Tensor) -> Tensor:
@@ -50,14 +60,6 @@ def squared_error(dense: Tensor, changed: Tensor) -> Tensor:
     A classifier is sure of most images that it was trained on, and on these the divergence hardly changes.
     """
     return (dense.double() - changed.double()).square().sum()
-
-
-# What is equal for the same group in another graph of the same model.
-Key = tuple[tuple[str, int, bytes, bytes], ...]
-
-
-def _key(group: Group) -> Key:
-    return tuple((m.tensor, m.dim, m.positions.tobytes(), m.channels.tobytes()) for m in group.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,73 +77,6 @@ class _Removal:
     changes: list[list[Tensor]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """What the removal of a group's channels costs.
-
-    Attributes:
-        order: the channels in the order in which they are removed.
-        error: of the consumers once each is removed, shape ``(channels - 1,)``.
-        price: change of the output over what the channel saves, for each removal, shape ``(channels - 1,)``.
-        saved: what one channel saves.
-    """
-
-    order: np.ndarray
-    error: np.ndarray
-    price: np.ndarray
-    saved: float
-
-
-class FittedReconstruction:
-    """Scores and prices of the groups of one model; give it to `structprune.plan` as importance and as scope."""
-
-    def __init__(self, curves: dict[Key, _Curve]) -> None:
-        self._curves = curves
-        self._norm = LnNorm(2.0)
-
-    def __repr__(self) -> str:
-        return "reconstruction"
-
-    def _curve(self, group: Group) -> _Curve | None:
-        return self._curves.get(_key(group))
-
-    def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Scores of shape ``(group.channels,)``: the error once a channel and all those before it are removed.
-
-        A group that no layer consumes linearly is ranked by the L2 norm.
-        """
-        curve = self._curve(group)
-        if curve is None:
-            return self._norm(group, tensors)
-        scores = np.zeros(group.channels)
-        steps = np.append(curve.error, np.inf if len(curve.error) == 0 else curve.error[-1] * 2 + 1)
-        # The order counts where errors are equal.
-        scores[curve.order] = np.nan_to_num(steps, posinf=1.0) + np.arange(group.channels) * 1e-9
-        return torch.from_numpy(scores)
-
-    def depth(self, group: Group, kept: np.ndarray) -> np.ndarray:
-        """What the last removed channel costs when `kept` channels are kept: change of the output over what it saves.
-
-        With 8 channels, ``kept`` = 7 asks for ``price[0]``, of the first removal, and ``kept`` = 1 for ``price[6]``.
-        """
-        curve = self._curve(group)
-        if curve is None:
-            top = max((c.price.max() for c in self._curves.values() if len(c.price)), default=1.0)
-            return 1e3 * top * (1 + group.channels - kept)
-        return curve.price[np.minimum(group.channels - kept, group.channels - 1) - 1]
-
-    def total(self, group: Group, kept: np.ndarray) -> np.ndarray:
-        """The change of the output when the group alone keeps `kept` channels, of all removals together.
-
-        Prices 1, 2 and 4 of channels that save 10 each: 10, 30 and 70 for ``kept`` = 3, 2 and 1 of 4 channels.
-        """
-        curve = self._curve(group)
-        if curve is None:
-            return np.cumsum(self.depth(group, np.arange(group.channels - 1, -1, -1)))[group.channels - kept - 1]
-        changes = np.cumsum(curve.price) * curve.saved
-        return changes[np.minimum(group.channels - kept, group.channels - 1) - 1]
-
-
 @dataclass(frozen=True)
 class Reconstruction:
     """Ranks channels by the error that remains once the layers that consume them are solved again.
@@ -156,7 +91,9 @@ class Reconstruction:
         per: what a channel saves: ``"macs"`` or ``"params"``.
         levels: shares of a group's channels to remove for measuring.
         probes: number of samples to measure on, at least one batch: those that come first. Consumers are not solved on
-            them if the others are at least as many; else they are solved on the first three quarters of each batch.
+            them if the others are at least as many; else they are solved on the first three quarters of each batch. By
+            default as many as cost no more than a forward of all samples, 256 at most, but samples with at least 256
+            rows of the output in all (images of a classifier, tokens of a language model).
         rows: positions of all batches together that second moments are computed on.
         axes: kinds of channels to rank, as for `structprune.plan`; by default all.
         distance: from the dense and the changed output, summed over samples; by default `divergence`;
@@ -178,7 +115,7 @@ class Reconstruction:
 
     per: str = "macs"
     levels: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    probes: int = 256
+    probes: int | None = None
     rows: int = 65536
     axes: tuple[str, ...] | None = None
     distance: Distance = divergence
@@ -187,8 +124,15 @@ class Reconstruction:
     def __post_init__(self) -> None:
         """Check what was given."""
         shares, function_of_two = real(above=0, most=1), function("the dense output", "the changed one")
-        require(vars(self), per=one_of(("macs", "params")), levels=several(shares, "shares above 0"), probes=whole(1))
-        require(vars(self), rows=whole(1), axes=some_of(AXES).or_none, distance=function_of_two, seed=SEED)
+        require(vars(self), per=one_of(("macs", "params")), levels=several(shares, "shares above 0"))
+        require(
+            vars(self),
+            probes=whole(1).or_none,
+            rows=whole(1),
+            axes=some_of(AXES).or_none,
+            distance=function_of_two,
+            seed=SEED,
+        )
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """Refused: it has to be fitted first.
@@ -232,15 +176,18 @@ class Reconstruction:
         consumers = {number: members for number, group in groups.items() if (members := group_consumers(graph, group))}
         with preserved_random_state(), torch.no_grad(), swapped_tensors(model, copy_buffer, track=False):
             model.eval()
-            probes = Probes.among(data, list(map(samples_in, data)), self.probes)
+            sizes = list(map(samples_in, data))
+            starts = [min(consumer.number for consumer in members) for members in consumers.values()]
+            wanted = self.probes or affordable(graph.trace, starts, len(self.levels), sum(Turns.of(sizes).sizes))
+            probes = Probes.among(data, sizes, wanted)
             removals = self._removals(graph, consumers, data, probes)
             distances = self._distances(graph, consumers, removals, probes)
-            curves: dict[Key, _Curve] = {}
+            curves: dict[Key, Curve] = {}
             for number, removal in removals.items():
                 group = groups[number]
                 saved = self._saved(graph, group)
                 price = prices(removal.error, self._counts(group), distances[number]) / saved
-                curves[_key(group)] = _Curve(removal.order, removal.error, price, saved)
+                curves[key_of(group)] = Curve(removal.order, removal.error, price, saved)
         return FittedReconstruction(curves)
 
     def _counts(self, group: Group) -> list[int]:
@@ -274,9 +221,9 @@ class Reconstruction:
             for event in events:
                 pauses = [run.run_to(event) for run in runs]
                 here = [(n, c) for n, group in consumers.items() for c in group if c.number == event[0]]
-                xx, matrix = self._moments(here[0][1].node, pauses, probes)
+                xx, matrix, directions = self._moments(here[0][1].node, pauses, probes)
                 for number, consumer in here:
-                    moments[number, event[0]] = ConsumerMoments(xx, matrix, consumer.places.to(xx.device))
+                    moments[number, event[0]] = moments_of(xx, matrix, consumer.places.to(xx.device), directions)
                 for number in {n for n, _ in here if last[n] == event[0]}:
                     in_order = [moments.pop((number, consumer.number)) for consumer in consumers[number]]
                     removals[number] = self._removal(graph.groups()[number], in_order)
@@ -287,16 +234,16 @@ class Reconstruction:
         changes = [[consumer.change(order[:count]) for consumer in consumers] for count in self._counts(group)]
         return _Removal(order.cpu().numpy(), error.cpu().numpy(), changes)
 
-    def _moments(self, node: fx.Node, pauses: list[Pause], probes: Probes) -> tuple[Tensor, Tensor]:
+    def _moments(self, node: fx.Node, pauses: list[Pause], probes: Probes) -> tuple[Tensor, Tensor, Directions | None]:
         """Second moments of a consumer's features with the intercept last, and its matrix with a row of zeros.
 
-        Shapes ``(features + 1, features + 1)`` and ``(features + 1, outputs)``.
+        Shapes ``(features + 1, features + 1)`` and ``(features + 1, outputs)``. Where it has too many features, moments
+        are those in few directions of each channel, which come third.
         """
         name = node.meta["name"]
         layer = _map_of(name, pauses[0])
         generator = torch.Generator().manual_seed(self.seed + node.meta["index"])
         matrix = layer.matrix_of(argument(name, "weight", pauses[0].args, pauses[0].kwargs)).double()[0]
-        xx = torch.zeros(layer.features + 1, layer.features + 1, dtype=torch.float64, device=matrix.device)
         inputs: list[Tensor] = [argument(name, "input", pause.args, pause.kwargs) for pause in pauses]
         # The operation has not run: its result has the spatial sizes of the trace, and the samples of each batch.
         sizes = [
@@ -306,13 +253,30 @@ class Reconstruction:
         totals = [int(probes.seen(number, size)) for number, size in enumerate(sizes)]
         totals = [max(1, total) if probes.seen(number, 1.0) else 0 for number, total in enumerate(totals)]
         quota = max(1, self.rows // max(1, probes.solved_batches))
-        for x, drawn in zip(inputs, probes.turns.drawn(totals, quota, generator), strict=True):
+        positions = probes.turns.drawn(totals, quota, generator)
+        directions = self._directions(layer, matrix, inputs, positions) if has_many_features(layer) else None
+        size = (layer.features if directions is None else directions.count) + 1
+        xx = torch.zeros(1, size, size, dtype=torch.float64, device=matrix.device)
+        for x, drawn in zip(inputs, positions, strict=True):
             for some in drawn.to(x.device).split(max(1, CHUNK // layer.features)) if len(drawn) else ():
-                rows = with_intercept(layer.features_at(x, some))[0]
-                xx.addmm_(rows.T, rows)
+                # The ridge of the elimination is far above the rounding of float32.
+                features = layer.features_at(x, some, x.dtype)
+                features = features if directions is None else directions.of_features(features[0])[None]
+                add_second_moments(xx, with_intercept(features))
         if not bool(torch.isfinite(xx).all()):
             raise PlanError(f"The inputs of {node.meta['name']} are NaN or infinite on data. Check it and the weights.")
-        return all_reduced(xx), torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
+        return all_reduced(xx)[0], torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])]), directions
+
+    def _directions(
+        self, layer: LinearMap, matrix: Tensor, inputs: Sequence[Tensor], positions: Sequence[Tensor]
+    ) -> Directions:
+        """Few directions for a layer of many features, from some of the positions."""
+        entries, some = prod(layer.kernel), max(1, DIRECTION_ROWS // len(inputs))
+        moments = torch.zeros(layer.features // entries, entries, entries, dtype=torch.float64, device=matrix.device)
+        for x, drawn in zip(inputs, positions, strict=True):
+            at = drawn[:: max(1, len(drawn) // some)].to(x.device)
+            moments += entry_moments(layer, layer.features_at(x, at, x.dtype)[0])
+        return Directions.of(matrix.view(len(moments), entries, -1), all_reduced(moments))
 
     def _distances(
         self,

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from structprune.recovery import gauss_newton
-from structprune.recovery.chain import Chain, ChainWeights, Samples, elementwise_slopes, joined
+from structprune.recovery.chain import Chain, ChainWeights, elementwise_slopes
 from structprune.recovery.gauss_newton import final_step, fit_chain
 from structprune.recovery.linear_maps import linear_map
+from structprune.recovery.samples import Samples, joined
 
 
 def test_slopes_of_a_gate():

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from structprune.recovery import preconditioner
-from structprune.recovery.chain import Chain, ChainWeights, Samples, linearised
+from structprune.recovery.chain import Chain, ChainWeights, linearised
 from structprune.recovery.linear_maps import linear_map
 from structprune.recovery.preconditioner import channel_blocks
+from structprune.recovery.samples import Samples
 
 DAMPING = 1e-3
 

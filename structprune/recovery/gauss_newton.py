@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from structprune.distributed import all_reduced
-from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain, Samples, linearised
+from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain, linearised
 from structprune.recovery.preconditioner import Preconditioner
+from structprune.recovery.samples import Samples
 
 DAMPING = 1e-3
 MIN_GAIN = 5e-3  # a round that lowers the squared error by a smaller share is the last

@@ -22,15 +22,14 @@ from structprune.recovery.chain import (
     Chain,
     ChainWeights,
     Producers,
-    Samples,
     activation_behind,
     elementwise_between,
-    joined,
 )
 from structprune.recovery.gauss_newton import MAX_STRIDE, MIN_GAIN, ChainFit, final_step, fit_chain
 from structprune.recovery.layers import Consumer, norm_scale
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map
 from structprune.recovery.parallel_forward import Event, Pause, Side
+from structprune.recovery.samples import Samples, joined
 
 HELD_OUT = 5  # a fifth of each batch, the last samples, is held out
 COMPARED_SAMPLES = 4  # of each batch: on these the chain is compared with the forward

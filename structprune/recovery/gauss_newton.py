@@ -26,9 +26,9 @@ from structprune.recovery.samples import Samples
 
 DAMPING = 1e-3
 MIN_GAIN = 5e-3  # a round that lowers the squared error by a smaller share is the last
-EQUATIONS = 32  # for each unknown: with so many, the direction is good enough for all rounds but the final step
+EQUATIONS = 64  # for each unknown: with so many, the direction is good enough for all rounds but the final step
 # Conjugate gradients end after so many steps, one behind the other, that gain less than this share of all gains so far.
-SMALL_STEPS, ENOUGH = 2, 0.04
+SMALL_STEPS, ENOUGH = 2, 0.01
 MAX_STRIDE = 4  # earlier rounds use at least every fourth batch; a power of two
 
 
@@ -125,8 +125,8 @@ def final_step(
 def _stride(train: Sequence[Samples], start: ChainWeights) -> int:
     """With a stride of 2 the first rounds use the batches 0, 2, 4, ... of all ranks. The same on all of them.
 
-    It is the power of two that leaves `EQUATIONS` equations for each unknown: 15600 numbers of the goal and 40 weights
-    leave 390, which is enough for a stride of 2.
+    It is the power of two that leaves `EQUATIONS` equations for each unknown: 7800 numbers of the goal and 40 weights
+    leave 195, which is enough for a stride of 2.
     """
     count = torch.tensor(float(sum(samples.goal.numel() for samples in train)), dtype=torch.float64)
     equations = float(all_reduced(count.to(start.weights[-1].device)))

@@ -379,7 +379,7 @@ def subjects() -> Iterator[Subject]:
         {
             "per": (None, 3, "nope", "", True),
             "levels": (None, 3, (), "x", (0.5, NAN), (2.0,), ("a",), (0.0,)),
-            "probes": (0, *COUNTS),
+            "probes": (0, *(bad for bad in COUNTS if bad is not None)),
             "rows": (0, *COUNTS),
             "axes": (3, [3], ["width"], "width", ()),
             "distance": (None, 3, "kl"),

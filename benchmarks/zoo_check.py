@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from harness.children import Report, one_line, source_of, without_folders
 from support import oracle
+from support.runs import Run
 from torch import nn
 from zoo_models.entry import Entry
 
@@ -69,7 +70,8 @@ def judge_of(entry: Entry, model: nn.Module, inputs: Any) -> oracle.Oracle:
 def gives_numbers(model: nn.Module, inputs: Any) -> bool:
     """Whether a model runs on these inputs without overflow."""
     try:
-        output = oracle.call(model, inputs)
+        with Run(smooth=False):  # as the judge runs it, without casts down
+            output = oracle.call(model, inputs)
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from harness import cifar
 from harness.environment import environment
-from harness.training import Epoch, train
-from harness.vgg import CACHE, LOG, WEIGHTS, build, load_vgg
-from safetensors.torch import save_file
+from harness.training import Epoch, save, train
+from harness.vgg import LOG, WEIGHTS, build, load_vgg
 from torch import Tensor
 
 BATCH = 128
@@ -41,8 +40,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), PEAK, momentum=0.9, weight_decay=DECAY, nesterov=True)
     epochs = [*[Epoch(prepare=halved)] * given.small, *[Epoch()] * given.full]
     found = train(model, optimizer, epochs, peak=PEAK, batch=BATCH, seed=given.seed)
-    CACHE.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, WEIGHTS)
+    save(model, WEIGHTS)
     told = {"epochs_on_half_the_size": given.small, "epochs": given.full, "seed": given.seed, **found}
     told["test_accuracy"] = cifar.accuracy(load_vgg())
     LOG.write_text(json.dumps({"environment": environment(), **told}, indent=1) + "\n")

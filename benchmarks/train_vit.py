@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from harness import cifar
 from harness.environment import environment
-from harness.training import Epoch, train
-from harness.vit import CACHE, CONFIG, LOG, WEIGHTS, build, load_vit
-from safetensors.torch import save_file
+from harness.training import Epoch, save, train
+from harness.vit import CONFIG, LOG, WEIGHTS, build, load_vit
 
 BATCH = 64
 PEAK = 1.5e-3
@@ -41,8 +40,7 @@ def run(half: int, full: int, seed: int) -> dict[str, float | int]:
     )
     epochs = [*[Epoch(partial(drop_patches, 0.5))] * half, *[Epoch(partial(drop_patches, 0.0))] * full]
     found = train(model, optimizer, epochs, peak=PEAK, batch=BATCH, seed=seed)
-    CACHE.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, WEIGHTS)
+    save(model, WEIGHTS)
     return {"epochs_on_half_of_the_patches": half, "epochs": full, "seed": seed, **found}
 
 

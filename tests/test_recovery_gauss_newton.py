@@ -51,7 +51,7 @@ def problem(samples):
 
 def test_gauss_newton_finds_weights_that_fit_exactly():
     chain, batches, start = problem(200)
-    found = fit_chain(chain, batches[:8], batches[8:], start, rounds=30, steps=40)
+    found = fit_chain(chain, batches[:8], batches[8:], start, rounds=20, steps=40)
     assert found.helps
     assert found.after < 1e-12 * found.before
     assert chain.error(batches[8:], found.weights) == pytest.approx(found.after)

@@ -6,12 +6,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness import cifar
+
+T = TypeVar("T", bound=nn.Module)
 
 PAD = 4
 WARMUP = 0.05
@@ -85,3 +90,21 @@ def train(
             total += float(loss.detach())
         print(f"epoch {number + 1}: loss {total / each:.4f}, {time.process_time() - used:.0f} s", flush=True)
     return {"last_loss": total / each, "cpu_seconds": time.process_time() - used}
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Keep the weights for `trained`; the folder is made if it is not there."""
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+def trained(model: T, path: Path, command: str) -> T:
+    """The model with the weights that were kept, in eval mode.
+
+    Raises:
+        FileNotFoundError: it has not been trained on this machine; the message says by which command it is.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not here. Run {command} first.")
+    model.load_state_dict(load_file(path))
+    return model.eval()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import nn
 
 from harness import ROOT
+from harness.training import trained
 
 CACHE = ROOT / "benchmarks" / ".cache"
 WEIGHTS = CACHE / "vgg19_cifar10.safetensors"
@@ -31,13 +31,5 @@ def build() -> nn.Sequential:
 
 
 def load_vgg(path: Path = WEIGHTS) -> nn.Sequential:
-    """The trained network, in eval mode.
-
-    Raises:
-        FileNotFoundError: it has not been trained on this machine; the message says how to.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not here. Run python benchmarks/train_vgg.py first (45 minutes).")
-    model = build()
-    model.load_state_dict(load_file(path))
-    return model.eval()
+    """The trained network, in eval mode; see `harness.training.trained`."""
+    return trained(build(), path, "python benchmarks/train_vgg.py (45 minutes)")

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from support.torchvision_shim import make_torchvision_importable
 from torch import nn
 
 from harness import ROOT
+from harness.training import trained
 
 CACHE = ROOT / "benchmarks" / ".cache"
 WEIGHTS = CACHE / "vit_cifar10.safetensors"
@@ -30,16 +30,8 @@ def build(**changes: Any) -> nn.Module:
 
 
 def load_vit(path: Path = WEIGHTS) -> nn.Module:
-    """The trained network, in eval mode.
-
-    Raises:
-        FileNotFoundError: it has not been trained on this machine; the message says how to.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not here. Run python benchmarks/train_vit.py first (8 minutes).")
-    model = build()
-    model.load_state_dict(load_file(path))
-    return model.eval()
+    """The trained network, in eval mode; see `harness.training.trained`."""
+    return trained(build(), path, "python benchmarks/train_vit.py (8 minutes)")
 
 
 def log() -> dict[str, Any]:

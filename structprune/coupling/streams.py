@@ -270,7 +270,9 @@ class _Walk:
     # -- refusals ---------------------------------------------------------------------------------------------------
 
     def _impossible(self, why: str) -> PlanError:
-        return PlanError(f"The residual stream of {self.group.name!r} cannot be rotated: {why}.")
+        return PlanError(
+            f"The residual stream of {self.group.name!r} cannot be rotated: {why}. Prune its width as it is."
+        )
 
     def _refused(self, node: fx.Node, why: str) -> PlanError:
         return self._impossible(f"{describe(node, self.graph.trace)} {why}")

@@ -78,7 +78,8 @@ def rotate_residual(
     graph = ChannelGraph(inner, example_inputs)
     streams, reasons = _streams(graph)
     if not streams:
-        raise PlanError(reasons[0] if reasons else "The model has no residual stream that could be rotated.")
+        none = "The model has no residual stream that could be rotated. Prune its channels as they are."
+        raise PlanError(reasons[0] if reasons else none)
     with failing_together(PlanError, "rotate_residual"):
         moments = _moments(graph, streams, Batches(data, forward))
     made = copy.deepcopy(inner, _memo(held_tensors(inner), {}))

@@ -134,19 +134,24 @@ def test_held_out_samples_change_no_weight():
     assert torch.equal(one[2].weight, two[2].weight)
 
 
+def pieces(batches):
+    held_out = HeldOut.of(batches)
+    return pieces_of(batches, held_out.samples, held_out.held)
+
+
 def test_held_out_samples_of_like_batches_are_compared_together():
     batches = [torch.arange(20.0)[:, None] + 100 * number for number in range(4)]
-    (piece,) = pieces_of(batches, HeldOut.of(batches))
+    (piece,) = pieces(batches)
     assert (piece.samples, piece.held) == (20, 4)
     assert piece.inputs.flatten().tolist() == [*range(16), 19.0, 119.0, 219.0, 319.0]
 
 
 def test_pieces_are_as_large_as_batches():
     batches = [{"x": torch.full((6, 2), float(number)), "mask": None, "scale": 0.5} for number in range(14)]
-    pieces = pieces_of(batches, HeldOut.of(batches))
-    assert [(len(piece.inputs["x"]), piece.held) for piece in pieces] == [(6, 6), (6, 6), (6, 2)]
-    assert [piece.inputs["x"][-1, 0] for piece in pieces] == [5, 11, 13]
-    assert all(piece.inputs["mask"] is None and piece.inputs["scale"] == 0.5 for piece in pieces)
+    found = pieces(batches)
+    assert [(len(piece.inputs["x"]), piece.held) for piece in found] == [(6, 6), (6, 6), (6, 2)]
+    assert [piece.inputs["x"][-1, 0] for piece in found] == [5, 11, 13]
+    assert all(piece.inputs["mask"] is None and piece.inputs["scale"] == 0.5 for piece in found)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +165,8 @@ def test_pieces_are_as_large_as_batches():
     ],
 )
 def test_batches_that_cannot_be_joined_stay_whole(batches):
-    held_out = HeldOut.of(batches)
-    pieces = pieces_of(batches, held_out)
-    chosen = [batch for batch, held in zip(batches, held_out.held, strict=True) if held]
-    for piece, batch in zip(pieces, chosen, strict=True):
+    chosen = [batch for batch, held in zip(batches, HeldOut.of(batches).held, strict=True) if held]
+    for piece, batch in zip(pieces(batches), chosen, strict=True):
         assert tensors(piece.inputs) == pytest.approx(tensors(batch))
         assert piece.held == 1
 
@@ -176,7 +179,7 @@ def tensors(batch):
 def test_a_table_that_is_in_all_batches_stays_as_it_is():
     table = torch.rand(20)
     batches = [(torch.rand(20, 2), table.clone()) for _ in range(2)]
-    (piece,) = pieces_of(batches, HeldOut.of(batches))
+    (piece,) = pieces(batches)
     assert torch.equal(piece.inputs[1], table)
     assert torch.equal(piece.inputs[0][-2:], torch.stack([batch[0][-1] for batch in batches]))
 
@@ -184,7 +187,7 @@ def test_a_table_that_is_in_all_batches_stays_as_it_is():
 def test_a_tensor_that_is_given_twice_is_one_in_a_piece():
     x = [torch.rand(20, 2) for _ in range(2)]
     batches = [(each, each) for each in x]
-    (piece,) = pieces_of(batches, HeldOut.of(batches))
+    (piece,) = pieces(batches)
     assert piece.inputs[0] is piece.inputs[1]
     assert torch.equal(piece.inputs[0][-2:], torch.stack([each[-1] for each in x]))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from structprune.recovery import least_squares
-from structprune.recovery.least_squares import RIDGES, ConsumerMoments, NormalEquations, eliminate, fit
+from structprune.recovery.elimination import ConsumerMoments, eliminate
+from structprune.recovery.least_squares import RIDGES, NormalEquations, fit
 
 
 def sums_of(x, y):

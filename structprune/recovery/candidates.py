@@ -130,7 +130,8 @@ class Candidates:
         given: Mapping[str, Tensor],
     ) -> None:
         self._graph, self._removed = graph, removed
-        self._pieces = pieces_of(batches, held_out)
+        held = held_out.held if held_out.count else held_out.samples
+        self._pieces = pieces_of(batches, held_out.samples, held)
         self.samples = held_out.count
         self.tried: list[Candidate] = []
         self.kept = ""
@@ -165,7 +166,7 @@ class Candidates:
         for piece, result in zip(self._pieces, outputs(model, inputs, self._graph.trace), strict=True):
             part = compared(result)
             if part is not None and piece.held < piece.samples:
-                part = part[part.shape[0] - -(-part.shape[0] * piece.held // piece.samples) :] if part.dim() else None
+                part = piece.part(part) if part.dim() else None
             parts.append(None if part is None or not part.is_floating_point() else part.clone())
             del result, part  # before the next one is computed
         return parts
@@ -213,20 +214,27 @@ class Piece:
     samples: int
     held: int
 
+    def part(self, result: Tensor) -> Tensor:
+        """What a result holds of them, if its first dimension counts samples: 6 rows of 48, for 2 of 16 samples."""
+        return result[result.shape[0] - -(-result.shape[0] * self.held // self.samples) :]
 
-def pieces_of(batches: Sequence[Any], held_out: HeldOut) -> list[Piece]:
+
+def pieces_of(batches: Sequence[Any], counts: Sequence[int], held_out: Sequence[int]) -> list[Piece]:
     """The samples held out, with those of like batches in one.
 
     Of 16 batches of 128 images, 8 of each held out, there is one piece of 128 images, in place of 2048 images. A batch
-    stays whole where it does not consist of tensors with a row for each sample. Where no sample is held out at all,
-    batches are compared whole; else one of which none is held out is left out.
+    stays whole where it does not consist of tensors with a row for each sample, or all its samples are held out. One of
+    which none is held out is left out.
+
+    Args:
+        batches: of data.
+        counts: of their samples.
+        held_out: how many of them, the last ones of each batch.
     """
-    if not held_out.count:
-        return [Piece(batch, count, count) for batch, count in zip(batches, held_out.samples, strict=True)]
     pieces: list[Piece] = []
     alike: dict[Any, list[tuple[Any, int]]] = {}
-    for batch, samples, held in zip(batches, held_out.samples, held_out.held, strict=True):
-        form = _form(batch, samples)
+    for batch, samples, held in zip(batches, counts, held_out, strict=True):
+        form = _form(batch, samples) if held < samples else None
         if held and form is None:
             pieces.append(Piece(batch, samples, held))
         elif held:

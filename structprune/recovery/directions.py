@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from structprune.recovery.least_squares import ConsumerMoments
+from structprune.recovery.elimination import ConsumerMoments
 from structprune.recovery.linear_maps import LinearMap
 
 MAX_FEATURES = 1536  # up to here all features are taken

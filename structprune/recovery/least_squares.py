@@ -1,4 +1,4 @@
-"""Least squares from second moments: a solution with the best ridge, and the order in which features are missed least.
+"""Least squares from second moments: a solution with the best ridge.
 
 Axes of features ``x`` and targets ``y`` are streamed into float64 sums, so that no more than a chunk of them is held at
 a time. With 18 features and 3 outputs the sums are ``x^T x`` (18, 18) and ``x^T y`` (18, 3), for however many rows.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,39 @@ def second_moments(x: Tensor) -> Tensor:
     result = x.new_zeros((x.shape[0], x.shape[2], x.shape[2]), dtype=torch.float64)
     add_second_moments(result, x)
     return result
+
+
+class Equations(Protocol):
+    """What `fit` needs of rows; shapes are those of `NormalEquations`."""
+
+    @property
+    def xy(self) -> Tensor:
+        """The sum of ``x y^T``."""
+        ...
+
+    @property
+    def yy(self) -> Tensor:
+        """The sum of ``y ** 2``."""
+        ...
+
+    def plus(self, other: Self, /) -> Self:
+        """The equations of the rows of both."""
+        ...
+
+    def of_outputs(self, number: int) -> Self:
+        """The same for so many of the outputs."""
+        ...
+
+    def error(self, solution: Tensor) -> Tensor:
+        """The squared error of a solution by group and output."""
+        ...
+
+    def solve(self, ridge: float, free: int) -> Tensor | None:
+        """The solution with a ridge that does not count for the last `free` features; None where there is none."""
+        ...
+
+
+E = TypeVar("E", bound=Equations)
 
 
 @dataclass(slots=True)
@@ -136,7 +170,8 @@ def _solved_in_float32(matrix: Tensor, right: Tensor) -> Tensor | None:
         right: shape ``(groups, n, m)``.
     """
     scale = matrix.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float64).tiny).rsqrt()[..., None]
-    scaled = matrix.float().mul_(scale).mul_(scale.transpose(1, 2))  # infinite where it leaves float32: not factored
+    # Infinite where it leaves float32: not factored. Both factors in one type, which takes a tenth of the time.
+    scaled = matrix.float().mul_(scale.float()).mul_(scale.float().transpose(1, 2))
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if bool(failed.any()):
         return None
@@ -169,7 +204,7 @@ class Solution:
     helps: bool
 
 
-def fit(train: NormalEquations, held_out: NormalEquations, free: int, noise: float = 0.0) -> Solution:
+def fit(train: E, held_out: E, free: int, noise: float = 0.0) -> Solution:
     """Least squares on all rows with the ridge that is best on those held out.
 
     Args:
@@ -209,7 +244,7 @@ def intercept(train: NormalEquations, held_out: NormalEquations, noise: float = 
     return Solution(mean(train.plus(held_out)), before, after, 0.0, helps=True)
 
 
-def best_ridge(train: NormalEquations, held_out: NormalEquations, free: int) -> tuple[float, float]:
+def best_ridge(train: E, held_out: E, free: int) -> tuple[float, float]:
     """The ridge with the least error on the held-out rows, and that error; 0 if each is worse than no change.
 
     Errors fall towards the best ridge from either side, so that it is looked for from `FIRST_RIDGE` on, as long as a
@@ -230,130 +265,3 @@ def best_ridge(train: NormalEquations, held_out: NormalEquations, free: int) -> 
         at = better
     unchanged = float(others.yy.sum())
     return (RIDGES[at], error(at)) if error(at) < unchanged else (0.0, unchanged)
-
-
-# -- backward elimination --------------------------------------------------------------------------------------------
-
-ELIMINATION_RIDGE = 1e-4
-
-
-@dataclass(slots=True)
-class ConsumerMoments:
-    """What elimination needs of one layer that consumes the channels of a group.
-
-    For a consumer with a weight of shape (5, 4, 3, 3) there are 4 * 9 = 36 features and the intercept. Where the group
-    is its 4 input channels, `places` has shape (4, 9), and ``places[1]`` is 9, 10, ..., 17.
-
-    Attributes:
-        xx: second moments of its features, with the intercept last, shape ``(features + 1, features + 1)``.
-        matrix: its weight as a matrix, with a last row of zeros for the intercept, shape ``(features + 1, outputs)``.
-        places: the features that each channel of the group makes, shape ``(channels, features of a channel)``.
-    """
-
-    xx: Tensor
-    matrix: Tensor
-    places: Tensor
-
-    def penalised(self) -> Tensor:
-        """`xx` with a small ridge, so that it has an inverse."""
-        diagonal = self.xx.diagonal()
-        penalty = ELIMINATION_RIDGE * (diagonal + 1e-2 * diagonal.mean())
-        penalty[-1] = 1e-10 * diagonal.mean()
-        return self.xx + torch.diag(penalty)
-
-    def power(self) -> Tensor:
-        """Sum of squares of the consumer's result about its mean, shape ``()``."""
-        mean = self.xx[-1] @ self.matrix / self.xx[-1, -1]
-        return ((self.matrix * (self.xx @ self.matrix)).sum(0) - self.xx[-1, -1] * mean.square()).sum().clamp_min(0)
-
-    def change(self, removed: Tensor) -> Tensor:
-        """What to add to `matrix`, in its shape, so that the consumer does best without the channels `removed`."""
-        kept = torch.ones(len(self.xx), dtype=torch.bool, device=self.xx.device)
-        kept[self.places[removed].flatten()] = False
-        solved = torch.linalg.solve(self.penalised()[kept][:, kept], self.xx[kept] @ self.matrix)
-        change = -self.matrix
-        change[kept] += solved
-        return change
-
-
-@dataclass(slots=True)
-class _Elimination:
-    """One consumer while channels are removed.
-
-    Attributes:
-        inverse: of its penalised moments over the remaining features, shape ``(features, features)``.
-        solution: its best matrix on the remaining features, shape ``(features, outputs)``.
-        places: the features of each remaining channel, numbered among the remaining ones.
-        weight: of its error beside that of other consumers, shape ``()``.
-    """
-
-    inverse: Tensor
-    solution: Tensor
-    places: Tensor
-    weight: Tensor
-
-    def costs(self) -> Tensor:
-        """How far the error rises if a channel alone is removed, for each remaining one, shape ``(channels,)``."""
-        # (channels, features of a channel, features of a channel)
-        blocks = self.inverse[self.places[:, :, None], self.places[:, None, :]]
-        rows = self.solution[self.places]  # (channels, features of a channel, outputs)
-        return self.weight * (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
-
-    def remove(self, channels: Tensor) -> None:
-        """Remove channels; the inverse and the solution for the remaining features follow by a block update.
-
-        With features 0 to 5 in three channels, ``places`` is [[0, 1], [2, 3], [4, 5]]. Without channel 1 features 0, 1,
-        4, 5 remain, which are numbered 0 to 3 from then on, and ``places`` is [[0, 1], [2, 3]].
-        """
-        removed = self.places[channels].flatten()
-        remaining = torch.ones(len(self.inverse), dtype=torch.bool, device=removed.device)
-        remaining[removed] = False
-        across = self.inverse[remaining][:, removed]
-        factor = torch.linalg.solve(self.inverse[removed][:, removed], torch.cat([self.solution[removed], across.T], 1))
-        outputs = self.solution.shape[1]
-        self.solution = self.solution[remaining] - across @ factor[:, :outputs]
-        self.inverse = self.inverse[remaining][:, remaining] - across @ factor[:, outputs:]
-        self.places = (torch.cumsum(remaining, 0) - 1)[self.places[_without(len(self.places), channels)]]
-
-
-def eliminate(consumers: list[ConsumerMoments], at_once: float = 1 / 128) -> tuple[Tensor, Tensor]:
-    """Backward elimination: the channel that costs least once all is solved again is removed, until one is left.
-
-    Each step is exact for the remaining features (Hassibi and Stork, Optimal Brain Surgeon, 1993, equation 5, for
-    blocks of features and several outputs): the error rises by ``w^T [(H^-1)_cc]^-1 w``. Errors of several consumers
-    are added, each over the power of its own result.
-
-    Args:
-        consumers: of one and the same channels.
-        at_once: share of the remaining channels that may be removed in one step, where it is more than one channel.
-
-    Returns:
-        Channels in the order of their removal, the one that is kept last; and how far the error has risen once each is
-        removed, shape ``(channels - 1,)``.
-    """
-    states: list[_Elimination] = []
-    for consumer in consumers:
-        inverse = torch.linalg.inv(consumer.penalised())
-        weight = 1 / consumer.power().clamp_min(torch.finfo(torch.float64).tiny)
-        states.append(_Elimination(inverse, inverse @ (consumer.xx @ consumer.matrix), consumer.places, weight))
-    remaining = torch.arange(len(consumers[0].places), device=consumers[0].xx.device)
-    order: list[Tensor] = []
-    rises: list[Tensor] = []
-    while len(remaining) > 1:
-        costs = torch.stack([state.costs() for state in states]).sum(0)
-        number = min(len(remaining) - 1, max(1, int(len(remaining) * at_once)))
-        chosen = torch.topk(costs, number, largest=False).indices
-        order.append(remaining[chosen])
-        rises.append(costs[chosen].clamp_min(0))
-        for state in states:
-            state.remove(chosen)
-        remaining = remaining[_without(len(remaining), chosen)]
-    empty = torch.zeros(0, dtype=torch.float64, device=remaining.device)
-    return torch.cat([*order, remaining]), torch.cat([empty, *rises]).cumsum(0)
-
-
-def _without(count: int, removed: Tensor) -> Tensor:
-    """A mask of shape ``(count,)`` that is False at `removed`."""
-    mask = torch.ones(count, dtype=torch.bool, device=removed.device)
-    mask[removed] = False
-    return mask

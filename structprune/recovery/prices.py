@@ -29,4 +29,5 @@ def prices(error: np.ndarray, counts: list[int], measured: list[float]) -> np.nd
         ) * (count - hull[-1]):
             hull.pop()
         hull.append(int(count))
-    return np.diff(np.interp(np.arange(len(distance)), hull, distance[hull]))
+    lengths = np.diff(hull)
+    return np.repeat(np.diff(distance[hull]) / lengths, lengths)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from structprune.recovery.candidates import Piece, pieces_of
 from structprune.recovery.turns import Turns
 from structprune.tracing.trace import Trace
 
@@ -66,6 +67,12 @@ class Probes:
     def seen(self, number: int, total: float) -> float:
         """How many of `total` positions of a batch of this rank consumers are solved on: the first ones."""
         return total * self.share(self.turns.places[number])
+
+    def pieces(self) -> list[Piece]:
+        """The same samples as `unseen` has of the batches, those of like batches in one: a fourth of the samples."""
+        counts = [self.turns.sizes[self.turns.places[number]] for number in range(len(self.batches))]
+        held = [count - int(count * self.solved) if count >= FEWEST else count for count in counts]
+        return pieces_of(self.batches, counts, held)
 
     def unseen(self, output: Tensor) -> Tensor:
         """The samples of an output that no consumer is solved on; all of it where there are too few to be divided."""

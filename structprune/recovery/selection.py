@@ -22,9 +22,11 @@ from structprune.errors import PlanError, RecoveryError
 from structprune.importance.data import Batches
 from structprune.inputs import device_of
 from structprune.recovery.batches import inputs_of, samples_in
-from structprune.recovery.directions import Directions, entry_moments, has_many_features, moments_of
+from structprune.recovery.candidates import Piece
+from structprune.recovery.directions import MAX_FEATURES, Directions, entry_moments, has_many_features, moments_of
+from structprune.recovery.elimination import ConsumerMoments, eliminate
 from structprune.recovery.layers import GroupConsumer, group_consumers
-from structprune.recovery.least_squares import ConsumerMoments, add_second_moments, eliminate
+from structprune.recovery.least_squares import add_second_moments
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
 from structprune.recovery.prefix import PrefixCache, output_of
@@ -40,6 +42,7 @@ from structprune.tracing.trace import preserved_random_state
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 DIRECTION_ROWS = 2048  # positions of all batches of a rank that the directions of many features are found by
+DIRECTED_ROWS = 8 * MAX_FEATURES  # positions of all batches that the moments in these directions are computed on
 CHUNK = 1 << 22  # entries of features that are unfolded at a time
 
 
@@ -82,7 +85,7 @@ class Reconstruction:
     """Ranks channels by the error that remains once the layers that consume them are solved again.
 
     For each group the second moments of its consumers' features are summed up, and channels are eliminated one by one
-    (`structprune.recovery.least_squares.eliminate`). How much that error matters to the network is measured: only the
+    (`structprune.recovery.elimination.eliminate`). How much that error matters to the network is measured: only the
     consumers are solved without a part of the channels, and the output is compared with that of the whole model.
     Neither labels nor gradients are needed. Fitted, it also says in which groups channels cost least for what they
     save: give it as ``importance=`` and as ``scope=`` with a ``target=``.
@@ -94,7 +97,8 @@ class Reconstruction:
             them if the others are at least as many; else they are solved on the first three quarters of each batch. By
             default as many as cost no more than a forward of all samples, 256 at most, but samples with at least 256
             rows of the output in all (images of a classifier, tokens of a language model).
-        rows: positions of all batches together that second moments are computed on.
+        rows: positions of all batches together that second moments are computed on; for convolutions with more than
+            1,536 features 12,288 at most.
         axes: kinds of channels to rank, as for `structprune.plan`; by default all.
         distance: from the dense and the changed output, summed over samples; by default `divergence`;
             `squared_error` where the samples are some that a classifier was trained on.
@@ -252,8 +256,8 @@ class Reconstruction:
         ]
         totals = [int(probes.seen(number, size)) for number, size in enumerate(sizes)]
         totals = [max(1, total) if probes.seen(number, 1.0) else 0 for number, total in enumerate(totals)]
-        quota = max(1, self.rows // max(1, probes.solved_batches))
-        positions = probes.turns.drawn(totals, quota, generator)
+        rows = min(self.rows, DIRECTED_ROWS) if has_many_features(layer) else self.rows
+        positions = probes.turns.drawn(totals, max(1, rows // max(1, probes.solved_batches)), generator)
         directions = self._directions(layer, matrix, inputs, positions) if has_many_features(layer) else None
         size = (layer.features if directions is None else directions.count) + 1
         xx = torch.zeros(1, size, size, dtype=torch.float64, device=matrix.device)
@@ -293,8 +297,13 @@ class Reconstruction:
             removals: the same.
             probes: batches to measure on.
         """
-        measured, device = probes.batches, device_of(graph.model)
-        outputs = [output_of(graph.model, batch, {}, graph.trace) for batch in measured]
+        pieces, device = probes.pieces(), device_of(graph.model)
+        measured = [piece.inputs for piece in pieces]
+
+        def part(piece: Piece, output: Tensor) -> Tensor:
+            return piece.part(output) if output.dim() else output
+
+        outputs = [part(piece, output_of(graph.model, piece.inputs, {}, graph.trace)) for piece in pieces]
         starts = {number: min(consumer.number for consumer in consumers[number]) for number in removals}
         distances: dict[int, list[float]] = {}
         events = {(start, Side.BEFORE) for start in starts.values()}
@@ -306,9 +315,9 @@ class Reconstruction:
                     totals = torch.zeros(len(removals[number].changes), dtype=torch.float64, device=device)
                     for level, changes in enumerate(removals[number].changes):
                         hooks = _changing_hooks(consumers[number], changes)
-                        for batch, cache, dense in zip(measured, caches, outputs, strict=True):
-                            changed = cache.output_from(event[0], graph.model, batch, hooks, graph.trace)
-                            totals[level] += self.distance(probes.unseen(dense), probes.unseen(changed)).double()
+                        for piece, cache, dense in zip(pieces, caches, outputs, strict=True):
+                            changed = cache.output_from(event[0], graph.model, piece.inputs, hooks, graph.trace)
+                            totals[level] += self.distance(dense, part(piece, changed)).double()
                     distances[number] = all_reduced(totals).tolist()
         return distances
 
@@ -338,6 +347,7 @@ def _changed_result(change: Tensor, call: ReplayedCall) -> Tensor:
     """The result of a layer when `change` is added to its matrix, shape ``(features + 1, outputs)``, intercept last."""
     name = call.call.name
     layer = _map_of(name, call)
-    x: Tensor = argument(name, "input", call.args, call.kwargs)
-    moved = layer(x, layer.weight_of(change[None, :-1]).to(x.dtype))
-    return call().add_(moved).add_(layer.along_channels(change[-1].to(moved.dtype)))
+    x, weight, bias = (argument(name, which, call.args, call.kwargs) for which in ("input", "weight", "bias"))
+    changed = layer.matrix_of(weight).double() + change[None, :-1]
+    shift = change[-1] if bias is None else change[-1] + bias
+    return layer(x, layer.weight_of(changed).to(x.dtype), shift.to(x.dtype))

@@ -28,8 +28,8 @@ from structprune.ops.arguments import arguments
 from structprune.planning.build import tensors_of
 from structprune.planning.plan import Plan
 from structprune.recovery.batches import Forward, batches_of, samples_in
+from structprune.recovery.elimination import ConsumerMoments, eliminate
 from structprune.recovery.layers import GroupConsumer, as_consumer, group_consumers, norm_scale, uses_batch_statistics
-from structprune.recovery.least_squares import ConsumerMoments, eliminate
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.probes import Probes
 from structprune.surgery.slicing import smaller_tensor

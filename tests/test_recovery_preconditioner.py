@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from structprune.recovery import preconditioner
 from structprune.recovery.chain import Chain, ChainWeights, linearised
+from structprune.recovery.channel_blocks import channel_blocks
 from structprune.recovery.linear_maps import linear_map
-from structprune.recovery.preconditioner import channel_blocks
 from structprune.recovery.samples import Samples
 
 DAMPING = 1e-3
@@ -117,7 +117,7 @@ def test_the_factor_of_features_is_the_inverse_of_its_sections(monkeypatch, most
     layer = linear_map("linear", (x, torch.zeros(2, 5)), {})
     rows = torch.cat([x, torch.ones(40, 1, dtype=torch.float64)], 1)
     moments = preconditioner.second_moments(preconditioner._sections(rows.T[None]).transpose(1, 2))
-    factors = preconditioner._factors(layer, moments, None, DAMPING)
+    factors = preconditioner._factors(layer, moments, None, DAMPING, shifted=True)
     weight, shift = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     solved, solved_shift = factors.apply(weight, shift)
     found = torch.cat([solved.T, solved_shift[None]])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import structprune
-from structprune.recovery import layer_solver
+from structprune.recovery import layer_solver, whole_samples
 from structprune.recovery.linear_maps import linear_map, with_intercept
 from structprune.recovery.windows import has_window_sums, window_sums
 
@@ -58,7 +58,7 @@ def test_layers_are_solved_alike_on_whole_samples_and_on_positions(monkeypatch, 
     plain = structprune.recover(slim, model, data, rounds=0)
     monkeypatch.setattr(layer_solver, "UNFOLDED", 20)
     called = []
-    monkeypatch.setattr(layer_solver, "window_sums", lambda *args: called.append(args) or window_sums(*args))
+    monkeypatch.setattr(whole_samples, "window_sums", lambda *args: called.append(args) or window_sums(*args))
     found = structprune.recover(slim, model, data, rounds=0)
     assert len(called) == 2  # what is solved on, and what is held out, of all batches
     for ours, wanted in zip(layers(found), layers(plain), strict=True):

@@ -18,6 +18,7 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import all_reduced
 from structprune.ops import layer_of, op_of
 from structprune.ops.arguments import arguments
+from structprune.recovery.fixed_inputs import FixedInput
 from structprune.recovery.layers import Consumer, as_consumer, uses_batch_statistics
 from structprune.recovery.linear_maps import LinearMap
 from structprune.recovery.samples import Samples
@@ -115,6 +116,7 @@ class LinearisedChain:
         hidden: the consumer's input.
         slopes: of the consumer's input by each producer's result, each in the shape of the hidden.
         activation_slopes: of the activation behind the result, in the shape of the result; None where there is none.
+        layers: producers and consumer on their inputs; none in `parts`, which have no Jacobian of their own.
     """
 
     chain: Chain
@@ -123,6 +125,7 @@ class LinearisedChain:
     hidden: Tensor
     slopes: list[Tensor]
     activation_slopes: Tensor | None
+    layers: tuple[FixedInput, ...] = ()
 
     def parts(self) -> list[LinearisedChain]:
         """The same for each batch that its samples are joined from, as views."""
@@ -140,36 +143,32 @@ class LinearisedChain:
 
     def jvp(self, step: ChainWeights) -> Tensor:
         """The change of the activated result for a step of the weights."""
-        parts = zip(
-            self.chain.producers, self.samples.inputs, step.weights[:-1], step.shifts[:-1], self.slopes, strict=True
-        )
+        *producers, consumer = self.layers
         moved: Tensor | None = None
-        for producer, x, weight, shift, slope in parts:
-            part = producer(x, weight, shift).mul_(slope)
+        for producer, weight, shift, slope in zip(
+            producers, step.weights[:-1], step.shifts[:-1], self.slopes, strict=True
+        ):
+            part = producer(weight, shift).mul_(slope)
             moved = part if moved is None else moved.add_(part)
         assert moved is not None
-        consumer = self.chain.consumer
-        change = consumer(moved, self.at.weights[-1])
-        change += consumer(self.hidden, step.weights[-1], step.shifts[-1])
+        change = self.chain.consumer(moved, self.at.weights[-1])
+        change += consumer(step.weights[-1], step.shifts[-1])
         return change if self.activation_slopes is None else change.mul_(self.activation_slopes)
 
     def vjp(self, grad: Tensor) -> Tensor:
         """The adjoint: from something in the shape of the result to a vector in the order of `ChainWeights.flat`."""
-        consumer, last = self.chain.consumer, self.at.weights[-1]
+        (*producers, consumer), last = self.layers, self.at.weights[-1]
         weights: list[Tensor] = []
         shifts: list[Tensor | None] = []
         grad = grad if self.activation_slopes is None else grad * self.activation_slopes
-        hidden_grad = consumer.to_input(grad, self.hidden, last)
-        parts = zip(
-            self.chain.producers, self.samples.inputs, self.at.weights[:-1], self.at.shifts[:-1], self.slopes,
-            strict=True,
-        )  # fmt: skip
-        for producer, x, weight, shift, slope in parts:
+        hidden_grad = self.chain.consumer.to_input(grad, self.hidden, last)
+        parts = zip(producers, self.at.weights[:-1], self.at.shifts[:-1], self.slopes, strict=True)
+        for producer, weight, shift, slope in parts:
             result_grad = hidden_grad * slope
-            weights.append(producer.to_weight(result_grad, x, weight))
-            shifts.append(None if shift is None else producer.to_shift(result_grad))
-        weights.append(consumer.to_weight(grad, self.hidden, last))
-        shifts.append(None if self.at.shifts[-1] is None else consumer.to_shift(grad))
+            weights.append(producer.to_weight(result_grad, weight))
+            shifts.append(None if shift is None else producer.map.to_shift(result_grad))
+        weights.append(consumer.to_weight(grad, last))
+        shifts.append(None if self.at.shifts[-1] is None else consumer.map.to_shift(grad))
         return ChainWeights(weights, shifts).flat()
 
 
@@ -177,10 +176,12 @@ def linearised(chain: Chain, samples: Samples, at: ChainWeights) -> tuple[Linear
     """The chain linearised at some weights, and what its activated result lacks there."""
     hidden, slopes = elementwise_slopes(chain.elementwise, chain.producer_results(samples, at))
     result = chain.from_hidden(samples, hidden, at)
+    maps, inputs = (*chain.producers, chain.consumer), (*samples.inputs, hidden)
+    layers = tuple(FixedInput.of(layer, x) for layer, x in zip(maps, inputs, strict=True))
     if chain.activation is None:
-        return LinearisedChain(chain, samples, at, hidden, slopes, None), samples.goal - result
+        return LinearisedChain(chain, samples, at, hidden, slopes, None, layers), samples.goal - result
     result, (last,) = elementwise_slopes(chain.activation, [result])
-    return LinearisedChain(chain, samples, at, hidden, slopes, last), chain.activated(samples.goal) - result
+    return LinearisedChain(chain, samples, at, hidden, slopes, last, layers), chain.activated(samples.goal) - result
 
 
 def elementwise_slopes(function: Elementwise, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

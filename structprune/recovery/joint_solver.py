@@ -257,7 +257,9 @@ class JointSolver:
                 (_rotated(place, used - first, split, count), held_out),
             ):
                 if part.start < part.stop:
-                    samples.append(_channels_last(self._batch(number, state, part)))
+                    batch = self._batch(number, state, part)
+                    # Results that come from spectra have their steps next to each other.
+                    samples.append(batch if state.map.spectra(state.hidden[number]) else _channels_last(batch))
         # A rank whose samples are all held out adds nothing to the sums of the others, but has to take part in them.
         train, held_out = (joined(samples, JOINED, MAX_STRIDE) for samples in (train, held_out))
         return train or [self._batch(0, state, slice(0))], held_out

@@ -9,7 +9,6 @@ norm behind the layer scales its result, the weight changes by the matrix over t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +19,17 @@ from structprune.distributed import agreed, all_reduced
 from structprune.ops import op_of
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
-from structprune.recovery.candidates import A_FIFTH, HeldOut, drawn_positions
+from structprune.recovery.candidates import HeldOut, drawn_positions
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
 from structprune.recovery.layers import Consumer, kept_indices, norm_scale, uses_batch_statistics
-from structprune.recovery.least_squares import NormalEquations, Solution, fit, intercept
+from structprune.recovery.least_squares import Equations, NormalEquations, Solution, fit, intercept
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.report import LayerRecovery
-from structprune.recovery.windows import has_window_sums, window_sums
+from structprune.recovery.whole_samples import exact_equations, iterative_equations, whole_samples
+from structprune.recovery.window_moments import has_window_moments
+from structprune.recovery.windows import has_window_sums
 
 UNFOLDED = 1536  # features: with more of them sums over windows are computed without unfolding them
 # Products in float32 leave an error of about this size, relative to the result; where hardly more is left than that,
@@ -85,6 +86,7 @@ class LayerSolver:
         self._pauses: list[Pause] = []
         self._map: LinearMap | None = None
         self._scale: Tensor | None = None
+        self._iterative = False  # whether it has been solved by conjugate gradients
 
     @property
     def target(self) -> Event:
@@ -140,9 +142,10 @@ class LayerSolver:
         if self.refused:
             return None
         eps = torch.finfo(ours[0].dtype).eps
-        solution, power = self._fitted(ours, goal, ours[0].dtype)
-        if eps > EXACT_EPS and power * (4 * eps) ** 2 < solution.before and solution.after <= power * NEARLY_EXACT**2:
-            solution, power = self._fitted(ours, goal, torch.float64)
+        solution, power = self._fitted(ours, goal, exact=False)
+        rounded = eps > EXACT_EPS or self._iterative
+        if rounded and power * (4 * eps) ** 2 < solution.before and solution.after <= power * NEARLY_EXACT**2:
+            solution, power = self._fitted(ours, goal, exact=True)
         if solution.helps:
             self._change(solution, ours, tensors)
         only_noise = solution.after <= power * (1e3 * eps) ** 2
@@ -152,11 +155,11 @@ class LayerSolver:
             self._joint.forget()
         return self._report(solution, power, factor)
 
-    def _fitted(self, ours: list[Tensor], goal: list[Tensor], dtype: torch.dtype) -> tuple[Solution, float]:
-        """The solution with sums whose products are computed as `dtype`, and the power of the goal held out."""
-        train, held_out, power = self._normal_equations(ours, goal, dtype)
+    def _fitted(self, ours: list[Tensor], goal: list[Tensor], exact: bool) -> tuple[Solution, float]:
+        """The solution, and the power of the goal held out; where `exact`, products are computed in float64."""
+        train, held_out, power = self._equations(ours, goal, exact)
         noise = power * (4 * torch.finfo(ours[0].dtype).eps) ** 2
-        if not self._weights:
+        if not self._weights and isinstance(train, NormalEquations) and isinstance(held_out, NormalEquations):
             return intercept(train, held_out, noise), power
         return fit(train, held_out, int(self._has_bias), noise), power
 
@@ -219,18 +222,15 @@ class LayerSolver:
                 tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
         return tensor
 
-    def _normal_equations(
-        self, ours: list[Tensor], goal: list[Tensor], dtype: torch.dtype
-    ) -> tuple[NormalEquations, NormalEquations, float]:
+    def _equations(self, ours: list[Tensor], goal: list[Tensor], exact: bool) -> tuple[Equations, Equations, float]:
         """The sums over the rows to solve on and over those held out, and the power of the goal on the latter."""
+        layer = self._map
+        if layer is not None and layer.features > UNFOLDED and has_window_sums(layer):
+            return self._window_equations(layer, ours, goal, exact)
         sums = [self._no_rows(ours[0]) for _ in range(2)]
         power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
-        if self._map is not None and self._map.features > UNFOLDED and has_window_sums(self._map):
-            power += self._add_windows(self._map, ours, goal, sums)
-            drawn: list[tuple[Tensor, Tensor]] = []
-        else:
-            drawn = self._positions(ours)
-        for number, positions in enumerate(drawn):
+        dtype = torch.float64 if exact else ours[0].dtype
+        for number, positions in enumerate(self._positions(ours)):
             result, expected = ours[number], goal[number]
             for part, at in enumerate(positions):
                 # What is empty would still be split into one part.
@@ -242,34 +242,17 @@ class LayerSolver:
             each.reduce()
         return sums[0], sums[1], float(all_reduced(power))
 
-    def _add_windows(
-        self, layer: LinearMap, ours: list[Tensor], goal: list[Tensor], sums: list[NormalEquations]
-    ) -> Tensor:
-        """Add whole samples instead of some positions, which for a large kernel costs less; the power held out.
-
-        As many samples of each batch as hold `_rows` positions: the first, and of those held out the last.
-        """
-        power = torch.zeros(1, dtype=torch.float64, device=ours[0].device)
-        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
-        for number, (result, expected) in enumerate(zip(ours, goal, strict=True)):
-            count = self._held_out.solved_on(number, len(result))
-            wanted = -(-self._rows // (self._held_out.turns.count * layer.positions(result[:1])))
-            used = min(count, max(2, wanted))
-            held = max(1, used // A_FIFTH) if used > 1 else 0
-            pause = self._pauses[number]
-            x: Tensor = argument(self._name, "input", pause.args, pause.kwargs)
-            for part, at in enumerate((slice(0, used - held), slice(count - held, count))):
-                # A sum takes as long to store as some samples take to add, so that batches are added together.
-                alike.setdefault((part, x.shape[1:]), []).append((x[at], expected[at] - result[at]))
-                power += expected[at].double().square().sum() if part else 0
-        features = layer.features + self._has_bias
-        for (part, _), samples in alike.items():
-            x, lacks = (torch.cat(each) for each in zip(*samples, strict=True))
-            if len(x):
-                xx, xy = window_sums(layer, x, lacks)
-                yy = lacks.double().square().movedim(1, 0).flatten(1).sum(1)
-                sums[part].add_products(xx[:features, :features], xy[:features], yy)
-        return power
+    def _window_equations(
+        self, layer: LinearMap, ours: list[Tensor], goal: list[Tensor], exact: bool
+    ) -> tuple[Equations, Equations, float]:
+        """The same of a layer with many features, over whole samples."""
+        inputs = [argument(self._name, "input", pause.args, pause.kwargs) for pause in self._pauses]
+        batches = list(zip(inputs, ours, goal, strict=True))
+        *pairs, power = whole_samples(layer, self._rows, self._held_out, batches)
+        self._iterative = self._weights and not exact and has_window_moments(layer, inputs)
+        make = iterative_equations if self._iterative else exact_equations
+        train, held_out = (make(layer, each, self._has_bias) for each in pairs)
+        return train, held_out, power
 
     def _no_rows(self, result: Tensor) -> NormalEquations:
         """Sums of no rows, of a layer whose target has such a result."""

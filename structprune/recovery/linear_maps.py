@@ -23,6 +23,7 @@ from torch import Tensor
 from structprune.ops import kind_of, layer_of
 from structprune.ops.arguments import bind
 from structprune.ops.op import CONVOLUTIONS
+from structprune.recovery.fourier import TYPES, Spectra
 
 
 def argument(name: str, which: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -97,6 +98,10 @@ class LinearMap:
         if self.layout == "in_out":
             result = torch.matmul(x, weight)
             return result if shift is None else result.add_(shift)
+        spectra = self.spectra(x)
+        if spectra is not None:
+            result = spectra(x, weight)
+            return result if shift is None else result.add_(self.along_channels(shift))
         function: Any = getattr(F, self.name)
         return function(x, weight, shift, **self.options)
 
@@ -106,16 +111,28 @@ class LinearMap:
 
     def to_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The adjoint in the input: from something shaped like the result to something shaped like `x`."""
+        spectra = self.spectra(x)
+        if spectra is not None:
+            return spectra.to_input(grad, weight)
         if self.kernel:
             return self._convolution_backward(grad, x, weight, (True, False))[0]
         return grad @ (weight if self.layout == "out_in" else weight.T)
 
     def to_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The adjoint in the weight: from something shaped like the result to something shaped like `weight`."""
+        spectra = self.spectra(x)
+        if spectra is not None:
+            return spectra.to_weight(grad, x)
         if self.kernel:
             return self._convolution_backward(grad, x, weight, (False, True))[1]
         inputs, outputs = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         return outputs.T @ inputs if self.layout == "out_in" else inputs.T @ outputs
+
+    def spectra(self, x: Tensor) -> Spectra | None:
+        """How it is computed by Fourier transforms, for such an input; None where that saves no time."""
+        if self.layout != "conv" or self.groups != 1 or x.dtype not in TYPES:
+            return None
+        return Spectra.of(x.shape[2:], self.weight_shape, self.strides, self.dilations, self.before, self.after)
 
     def to_shift(self, grad: Tensor) -> Tensor:
         """The adjoint in the shift: the sum over all positions, shape ``(channels,)``."""

@@ -5,13 +5,12 @@ the chain (Martens and Grosse, Optimizing Neural Networks with Kronecker-factore
 3.1). Where they are small enough, the producers have exact blocks instead, one for each hidden channel, over all
 weights that make it: of a gated layer the rows of gate and up projection meet in one block.
 
-With two producers of 6 features and shifts for 8 hidden channels, the blocks have shape (8, 14, 14): for each channel
-the 6 weights and the shift of the first producer, then those of the second.
+Where the features of a layer are the windows of a long kernel, their moments are inverted by frequency
+(`window_moments`), and not in sections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,16 +19,15 @@ from torch import Tensor
 
 from structprune.distributed import all_reduced
 from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain
+from structprune.recovery.channel_blocks import ChannelBlocks, channel_blocks, positive_mean, spread_positions
 from structprune.recovery.least_squares import second_moments
 from structprune.recovery.linear_maps import LinearMap, with_intercept
+from structprune.recovery.window_moments import WindowInverse, WindowMoments, has_window_moments
 
 MOMENT_POSITIONS = 8192  # of all parts of the samples together, for the moments
-BLOCK_POSITIONS = 4096  # the same for the blocks
-MAX_BLOCK_ENTRIES = 1 << 22  # of all blocks together
 MAX_FEATURES = 1536  # of a matrix of moments; of more features there are several, one for each section of them
-# Blocks cost ``positions looked at * features`` operations a weight, and a step of conjugate gradients four a position.
-# For its eight steps to be worth at least twice the blocks, the former may be this many times the positions.
-MAX_EFFORT = 16
+
+Moments = Tensor | WindowMoments  # of the features of a layer: in sections, or by frequency
 
 
 @dataclass(slots=True)
@@ -39,14 +37,14 @@ class _KroneckerFactors:
     Attributes:
         map: the layer.
         features: inverse second moments of its features with the intercept last, in sections as `_sections` makes
-            them, shape ``(groups * sections, size, size)``; None where blocks take its place.
+            them, shape ``(groups * sections, size, size)``, or by frequency; None where blocks take its place.
         outputs: inverse second moments of the slopes of its results, shape ``(groups, outputs, outputs)``; None for the
             identity.
         damping: of each weight, shape ``(groups, features + 1, outputs)``.
     """
 
     map: LinearMap
-    features: Tensor | None
+    features: Tensor | WindowInverse | None
     outputs: Tensor | None
     damping: Tensor
 
@@ -58,10 +56,14 @@ class _KroneckerFactors:
         last = matrix.new_zeros(matrix.shape[0], 1, matrix.shape[2])
         if shift is not None:
             last = shift.reshape(matrix.shape[0], 1, -1)
-        matrix = torch.cat([matrix, last], 1)
-        size = matrix.shape[1]
-        matrix = self.features.to(matrix.dtype) @ _sections(matrix)
-        matrix = matrix.reshape(last.shape[0], -1, last.shape[2])[:, :size]
+        if isinstance(self.features, WindowInverse):
+            solved, new_last = self.features.with_intercept(matrix[0], last[0, 0])
+            matrix = torch.cat([solved, new_last[None]])[None]
+        else:
+            matrix = torch.cat([matrix, last], 1)
+            size = matrix.shape[1]
+            matrix = self.features.to(matrix.dtype) @ _sections(matrix)
+            matrix = matrix.reshape(last.shape[0], -1, last.shape[2])[:, :size]
         if self.outputs is not None:
             matrix = matrix @ self.outputs.to(matrix.dtype)
         new_weight, new_shift = _weight_and_shift(self.map, matrix)
@@ -85,7 +87,7 @@ class Preconditioner:
     factors: list[_KroneckerFactors]
     damping: Tensor
     blocks: ChannelBlocks | None
-    moments: list[tuple[Tensor, Tensor]]
+    moments: list[tuple[Moments, Tensor]]
     samples: int
 
     @classmethod
@@ -111,8 +113,9 @@ class Preconditioner:
         for place, producer in enumerate(chain.producers):
             moments, slope_moments = seen[place]
             overlap = _output_overlap(chain, lines[0], place, slope_moments)
-            factors.append(_factors(producer, moments, overlap, damping, blocks is None))
-        factors.append(_factors(chain.consumer, seen[-1][0], None, damping))
+            shifted = at.shifts[place] is not None
+            factors.append(_factors(producer, moments, overlap, damping, shifted, blocks is None))
+        factors.append(_factors(chain.consumer, seen[-1][0], None, damping, at.shifts[-1] is not None))
         weights, shifts = zip(*(_weight_and_shift(each.map, each.damping) for each in factors), strict=True)
         present = [None if have is None else shift for have, shift in zip(at.shifts, shifts, strict=True)]
         samples = int(all_reduced(torch.tensor(sum(len(line.samples.goal) for line in lines))))
@@ -166,12 +169,6 @@ def _positions_by_sample(layer: LinearMap, result: Tensor) -> int:
     return prod(result.shape[1:]) // result.shape[layer.channel_dim]
 
 
-def _spread_positions(total: int, limit: int) -> Tensor:
-    """At most `limit` positions of `total`, at equal distances: 4 of 10 are 0, 2, 5, 7."""
-    count = min(total, max(1, limit))
-    return torch.arange(count) * total // max(1, count)
-
-
 def _sections(features: Tensor) -> Tensor:
     """Features in sections of at most `MAX_FEATURES`: ``(groups, features, n)`` as ``(groups * sections, size, n)``.
 
@@ -185,7 +182,7 @@ def _sections(features: Tensor) -> Tensor:
     return padded.reshape(groups * number, size, n)
 
 
-def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None, parts: int) -> tuple[Tensor, Tensor]:
+def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None, parts: int) -> tuple[Moments, Tensor]:
     """Second moments of a layer's features (a sum over all positions), and of the slopes of its results (a mean).
 
     Args:
@@ -196,28 +193,28 @@ def _moments(layer: LinearMap, lines: list[LinearisedChain], place: int | None, 
 
     Returns:
         Shapes ``(groups * sections, size, size)``, as of `_sections`, and ``(groups, outputs, outputs)``, the latter
-        empty for the consumer.
+        empty for the consumer. Those of many features are by frequency, where the layer has spectra.
     """
+    inputs = [line.hidden if place is None else line.samples.inputs[place] for line in lines]
+    by_frequency = layer.features > MAX_FEATURES and has_window_moments(layer, inputs)
+    device = lines[0].samples.goal.device
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    size = 0 if place is None else layer.outputs
+    slope_moments = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=device)
     xx: Tensor | None = None
-    slope_moments: Tensor | None = None
-    count = torch.zeros((), dtype=torch.float64, device=lines[0].samples.goal.device)
-    for line in lines:
+    for line, given in zip(lines, inputs, strict=True):
         result = line.samples.goal if place is None else line.slopes[place]
         total = layer.positions(result)
-        at = _spread_positions(total, MOMENT_POSITIONS // parts).to(result.device)
-        given = line.hidden if place is None else line.samples.inputs[place]
-        x = with_intercept(layer.features_at(given, at, given.dtype))
-        products = second_moments(_sections(x.transpose(1, 2)).transpose(1, 2)) * (total / max(1, len(at)))
-        xx = products if xx is None else xx + products
-        slope = layer.outputs_at(result, at, result.dtype) if place is not None else x[..., :0]
-        products = second_moments(slope)
+        at = spread_positions(total, MOMENT_POSITIONS // parts).to(result.device)
+        if not by_frequency:
+            x = with_intercept(layer.features_at(given, at, given.dtype))
+            products = second_moments(_sections(x.transpose(1, 2)).transpose(1, 2)) * (total / max(1, len(at)))
+            xx = products if xx is None else xx + products
+        if place is not None:
+            slope_moments += second_moments(layer.outputs_at(result, at, result.dtype))
         count += len(at)
-        slope_moments = products if slope_moments is None else slope_moments + products
-    assert xx is not None
-    assert slope_moments is not None
-    all_reduced(xx)
-    all_reduced(slope_moments)
-    return xx, slope_moments / all_reduced(count)
+    moments = WindowMoments.of(layer, inputs) if xx is None else all_reduced(xx)
+    return moments, all_reduced(slope_moments) / all_reduced(count)
 
 
 def _output_overlap(chain: Chain, line: LinearisedChain, place: int, slope_moments: Tensor) -> Tensor:
@@ -239,12 +236,24 @@ def _output_overlap(chain: Chain, line: LinearisedChain, place: int, slope_momen
 
 
 def _factors(
-    layer: LinearMap, moments: Tensor, overlap: Tensor | None, damping: float, inverted: bool = True
+    layer: LinearMap, moments: Moments, overlap: Tensor | None, damping: float, shifted: bool, inverted: bool = True
 ) -> _KroneckerFactors:
-    """The factors of a layer from its moments and the overlap of its outputs; without inverses where not `inverted`."""
-    diagonal = moments.diagonal(dim1=1, dim2=2).reshape(layer.groups, -1)[:, : layer.features + 1]
+    """The factors of a layer.
+
+    Args:
+        layer: the layer.
+        moments: of its features.
+        overlap: of its outputs; None for the consumer.
+        damping: by what part diagonals are enlarged.
+        shifted: whether there is a shift.
+        inverted: whether inverses are needed.
+    """
+    if isinstance(moments, WindowMoments):
+        diagonal = torch.cat([moments.diagonal.flatten(), moments.diagonal.new_full((1,), moments.count)])[None]
+    else:
+        diagonal = moments.diagonal(dim1=1, dim2=2).reshape(layer.groups, -1)[:, : layer.features + 1]
     if overlap is None:
-        scale = torch.ones(layer.groups, layer.outputs, dtype=moments.dtype, device=moments.device)
+        scale = torch.ones(layer.groups, layer.outputs, dtype=diagonal.dtype, device=diagonal.device)
     else:
         scale = overlap.diagonal(dim1=1, dim2=2)
     penalty = damping * (diagonal[..., None] * scale[:, None, :])
@@ -252,123 +261,14 @@ def _factors(
     if not inverted:
         return _KroneckerFactors(layer, None, None, penalty)
     outputs = None if overlap is None else _inverse(overlap, 1e-3)
+    if isinstance(moments, WindowMoments):
+        inverse = moments.inverse(moments.penalty(damping + 1e-6), shifted)
+        return _KroneckerFactors(layer, inverse, outputs, penalty)
     return _KroneckerFactors(layer, _inverse(moments, damping + 1e-6), outputs, penalty)
 
 
 def _inverse(matrix: Tensor, ridge: float) -> Tensor:
     """The inverse of symmetric matrices ``(groups, n, n)`` with a ridge that keeps it finite."""
     eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-    mean = _positive_mean(matrix.diagonal(dim1=1, dim2=2))
+    mean = positive_mean(matrix.diagonal(dim1=1, dim2=2))
     return torch.linalg.inv(matrix + ridge * mean[:, :, None] * eye)
-
-
-def _positive_mean(diagonal: Tensor) -> Tensor:
-    """The mean of each row of ``(groups, n)``, shape ``(groups, 1)``, raised where a group is all zeros.
-
-    The weights of channels that are off have no effect, so that nothing in their own rows tells a scale.
-    """
-    mean = diagonal.mean(1, keepdim=True)
-    return mean.clamp_min(1e-3 * mean.mean()).clamp_min(torch.finfo(diagonal.dtype).tiny ** 0.5)
-
-
-# -- exact blocks by hidden channel ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelBlocks:
-    """Inverses of the diagonal blocks of the normal equations, one for each hidden channel.
-
-    Attributes:
-        producers: the linear maps, none of them grouped.
-        inverse: shape ``(channels, features + producers, features + producers)``, where the features of all producers
-            follow each other, each with its shift last.
-    """
-
-    producers: tuple[LinearMap, ...]
-    inverse: Tensor
-
-    def __call__(
-        self, weights: Sequence[Tensor], shifts: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The blocks' inverse times weights and shifts of the producers, which come back in their own shapes."""
-        parts: list[Tensor] = []
-        for producer, weight, shift in zip(self.producers, weights, shifts, strict=True):
-            matrix = producer.matrix_of(weight)[0]
-            last = matrix.new_zeros(1, matrix.shape[1]) if shift is None else shift[None]
-            parts += [matrix, last]
-        solved = torch.einsum("cab,bc->ac", self.inverse, torch.cat(parts))
-        split = solved.split([len(part) for part in parts])
-        return (
-            [p.weight_of(matrix[None]) for p, matrix in zip(self.producers, split[::2], strict=True)],
-            [None if old is None else new[0] for old, new in zip(shifts, split[1::2], strict=True)],
-        )
-
-
-# For each part of the samples: inputs of the producers, and slopes of the hidden channels by the producers' results.
-Passes = Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
-
-
-def channel_blocks(
-    producers: tuple[LinearMap, ...],
-    passes: Passes,
-    power: Tensor,
-    shifted: Sequence[bool],
-    damping: float,
-    parts: int,
-) -> ChannelBlocks | None:
-    """The blocks for the samples in `passes`; None where they cost too much, or a producer is grouped.
-
-    The result moves by ``power[c]`` for a unit of hidden channel ``c``, which moves by ``slope * (w x)``. Weights of
-    one channel meet in ``power[c] * sum (slope x)(slope x)^T``, with the features of all producers side by side.
-
-    Args:
-        producers: of one and the same hidden channels.
-        passes: inputs and slopes.
-        power: squared size of what the consumer makes of each hidden channel, shape ``(channels,)``.
-        shifted: for each producer, whether it has a shift.
-        damping: by what part diagonals are enlarged.
-        parts: passes of all ranks.
-    """
-    size = sum(producer.features + 1 for producer in producers)
-    channels = len(power)
-    same = all(p.groups == 1 and p.outputs == channels for p in producers)
-    if not same or channels * size**2 > MAX_BLOCK_ENTRIES or not _is_affordable(producers[0], passes, size, parts):
-        return None
-    blocks = torch.zeros(channels, size, size, dtype=torch.float64, device=power.device)
-    for inputs, slopes in passes:
-        total = producers[0].positions(slopes[0])
-        at = _spread_positions(total, BLOCK_POSITIONS // parts).to(power.device)
-        features = _sloped_features(producers, inputs, slopes, shifted, at)
-        blocks += (features.transpose(1, 2) @ features).double() * (total / max(1, len(at)))
-    blocks = all_reduced(blocks) * power.double()[:, None, None]
-    diagonal = blocks.diagonal(dim1=1, dim2=2)
-    inverse = torch.linalg.inv(blocks + torch.diag_embed(damping * diagonal + 1e-4 * _positive_mean(diagonal)))
-    return ChannelBlocks(producers, inverse.to(power.dtype))
-
-
-def _is_affordable(producer: LinearMap, passes: Passes, features: int, parts: int) -> bool:
-    """Whether the blocks are cheap beside the solve; the same on all ranks."""
-    totals = [producer.positions(slopes[0]) for _, slopes in passes]
-    counts = [len(_spread_positions(total, BLOCK_POSITIONS // parts)) for total in totals]
-    sums = torch.tensor([sum(counts), sum(totals)], dtype=torch.float64, device=passes[0][1][0].device)
-    used, positions = all_reduced(sums).tolist()
-    return used * features <= MAX_EFFORT * positions
-
-
-def _sloped_features(
-    producers: Sequence[LinearMap],
-    inputs: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    shifted: Sequence[bool],
-    at: Tensor,
-) -> Tensor:
-    """Slope times features for each channel and position, shape ``(channels, positions, features)``.
-
-    The features of all producers follow each other, each with its intercept last: 1 where it has a shift, else 0.
-    """
-    parts: list[Tensor] = []
-    for producer, x, slope, has_shift in zip(producers, inputs, slopes, shifted, strict=True):
-        features = with_intercept(producer.features_at(x, at, slope.dtype), float(has_shift))[0]
-        by_channel = producer.outputs_at(slope, at, slope.dtype)[0]
-        parts.append(by_channel.T[:, :, None] * features)
-    return torch.cat(parts, 2)

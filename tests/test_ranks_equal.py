@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from structprune.distributed import all_reduced, rank_and_count
 from structprune.errors import PlanError, RecoveryError
 from structprune.importance.base import CRITERIA, fitted
 from structprune.planning.sensitivities import Sensitivity
+from structprune.recovery import fourier, layer_solver, preconditioner
 
 
 class Block(nn.Module):
@@ -109,6 +112,21 @@ def without_a_branch():
     return torch.cat([torch.tensor([float(len(chosen[0]))]).double(), after])
 
 
+def recovered_long_kernels():
+    """Layers that are solved by their spectra; a batch of one sample has none to solve on."""
+    torch.manual_seed(0)
+    layers = nn.Conv1d(2, 12, 5, padding=2), nn.ReLU(), nn.Conv1d(12, 3, 9, padding=4), nn.Flatten(), nn.Linear(72, 2)
+    whole = nn.Sequential(*layers).double().eval()
+    batches = [torch.randn(n, 2, 24).double().cumsum(2) / 3 for n in (12, 5, 9, 1, 12)]
+    narrow = structprune.prune(whole, batches[0], ratio=0.5, round_to=1)
+    with (
+        mock.patch.object(layer_solver, "UNFOLDED", 20),
+        mock.patch.object(preconditioner, "MAX_FEATURES", 20),
+        mock.patch.object(fourier, "MARGIN", 0.0),
+    ):
+        return weights(structprune.recover(narrow, whole, share(batches)))
+
+
 def recalibrated():
     return weights(structprune.recalibrate(slim(), share(images(12, 12, 7, 12))))
 
@@ -130,6 +148,7 @@ WORK = {
     "recover on some positions": lambda: recovered(*[12] * 6, rows=300),
     "recover without a branch": without_a_branch,
     "recover from small batches": lambda: recovered(*[3] * 12),
+    "recover long kernels": recovered_long_kernels,
     "recover from batches of unlike size": lambda: recovered(12, 5, 9, 1, 12),
 }
 SCORES = {name: lambda name=name: scores(name) for name in CRITERIA}
@@ -144,7 +163,16 @@ def results(rank, names):
     ("count", "names"),
     [
         (2, (*SCORES, *WORK)),
-        (4, ("recalibrate", "sensitivity", "Reconstruction on some positions", "recover from batches of unlike size")),
+        (
+            4,
+            (
+                "recalibrate",
+                "sensitivity",
+                "Reconstruction on some positions",
+                "recover long kernels",
+                "recover from batches of unlike size",
+            ),
+        ),
     ],
 )
 def test_ranks_do_what_a_single_process_does(count, names, tmp_path):

@@ -262,7 +262,7 @@ def _factors(
         return _KroneckerFactors(layer, None, None, penalty)
     outputs = None if overlap is None else _inverse(overlap, 1e-3)
     if isinstance(moments, WindowMoments):
-        inverse = moments.inverse(moments.penalty(damping + 1e-6), shifted)
+        inverse = moments.inverse(moments.penalty(damping + 1e-6, shifted), shifted)
         return _KroneckerFactors(layer, inverse, outputs, penalty)
     return _KroneckerFactors(layer, _inverse(moments, damping + 1e-6), outputs, penalty)
 

@@ -129,7 +129,7 @@ class WindowEquations:
         The constant follows from the rest: it is what the mean lacks.
         """
         dtype = self.samples[0].targets.dtype
-        penalty = self.moments.penalty(ridge)
+        penalty = self.moments.penalty(ridge, bool(free))
         inverse = self.moments.inverse(penalty, bool(free))
         penalties = penalty.to(dtype).view(-1, 1)
         sums, count = self.moments.sums.flatten(), self.moments.count

@@ -73,9 +73,10 @@ class WindowMoments:
             self.count + other.count,
         )
 
-    def penalty(self, ridge: float) -> Tensor:
-        """What `ridge` adds to the diagonal, in its shape."""
-        return ridge * (self.diagonal + LEAST * self.diagonal.mean())
+    def penalty(self, ridge: float, free: bool) -> Tensor:
+        """What `ridge` adds to the diagonal, in its shape; of all features, and the intercept where it is `free`."""
+        mean = (self.diagonal.sum() + self.count * free) / (self.diagonal.numel() + free)
+        return ridge * (self.diagonal + LEAST * mean)
 
     def inverse(self, penalty: Tensor, free: bool) -> WindowInverse:
         """The inverse of the circulant matrix with a penalty.

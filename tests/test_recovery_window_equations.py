@@ -126,6 +126,17 @@ def test_sums_and_parts_of_them_are_equations_too(monkeypatch):
     assert float((other.solve(1e-2, 1) - also.solve(1e-2, 1)).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("intercept", [False, True])
+def test_an_input_of_zeros_changes_nothing_and_no_windows_have_no_solution(intercept):
+    layer = layer_of({"padding": 3})
+    x, lacks = torch.zeros(4, 3, 20, dtype=torch.float64), torch.ones(4, 2, 21, dtype=torch.float64)
+    solution = iterative_equations(layer, [(x, lacks)], intercept).solve(1e-4, int(intercept))
+    assert torch.equal(solution[0, :18], torch.zeros(18, 2, dtype=torch.float64))
+    if intercept:
+        torch.testing.assert_close(solution[0, 18], torch.ones(2, dtype=torch.float64))
+    assert iterative_equations(layer, [(x[:0], lacks[:0])], intercept).solve(1e-4, int(intercept)) is None
+
+
 def test_few_steps_remove_nearly_all_of_the_error():
     exact, iterative = equations({"padding": 3}, True)
     wanted, found = (float(exact.error(each.solve(1e-3, 1)).sum()) for each in (exact, iterative))

@@ -124,10 +124,13 @@ class WindowEquations:
         return all_reduced(total)
 
     def solve(self, ridge: float, free: int) -> Tensor | None:
-        """About the minimiser that `least_squares.NormalEquations.solve` gives; None where it is not finite.
+        """About the minimiser that `least_squares.NormalEquations.solve` gives.
 
-        The constant follows from the rest: it is what the mean lacks.
+        The constant follows from the rest: it is what the mean lacks. None where there are no windows, or the solution is
+        not finite.
         """
+        if not self.moments.count:
+            return None
         dtype = self.samples[0].targets.dtype
         penalty = self.moments.penalty(ridge, bool(free))
         inverse = self.moments.inverse(penalty, bool(free))

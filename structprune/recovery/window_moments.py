@@ -76,7 +76,7 @@ class WindowMoments:
     def penalty(self, ridge: float, free: bool) -> Tensor:
         """What `ridge` adds to the diagonal, in its shape; of all features, and the intercept where it is `free`."""
         mean = (self.diagonal.sum() + self.count * free) / (self.diagonal.numel() + free)
-        return ridge * (self.diagonal + LEAST * mean)
+        return ridge * (self.diagonal + LEAST * mean.clamp_min(torch.finfo(mean.dtype).tiny ** 0.5))
 
     def inverse(self, penalty: Tensor, free: bool) -> WindowInverse:
         """The inverse of the circulant matrix with a penalty.

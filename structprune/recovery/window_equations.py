@@ -126,8 +126,8 @@ class WindowEquations:
     def solve(self, ridge: float, free: int) -> Tensor | None:
         """About the minimiser that `least_squares.NormalEquations.solve` gives.
 
-        The constant follows from the rest: it is what the mean lacks. None where there are no windows, or the solution is
-        not finite.
+        The constant follows from the rest: it is what the mean lacks. None where there are no windows, or it is not
+        finite.
         """
         if not self.moments.count:
             return None

@@ -50,6 +50,7 @@ def test_flap_removes_what_does_not_vary():
 
 
 def test_a_batch_norm_behind_takes_it():
+    torch.manual_seed(0)  # with one draw of a hundred the mean of three samples is wrong for the fourth
     model = conv_net(nn.Sequential(nn.Conv2d(8, 4, 3, bias=False), nn.BatchNorm2d(4)))
     x = torch.randn(4, 3, 9, 8, dtype=torch.float64)
     slim = removal(model, x, "0").apply(model)

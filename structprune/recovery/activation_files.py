@@ -134,6 +134,8 @@ class OffloadedRun(PrefixCache):
 
     def __init__(self, files: ActivationFiles, model: nn.Module, inputs: Any, trace: Trace, events: set[Event]) -> None:
         self._files = files
+        # What is solved is written into the model's own tensors, which stay where they are.
+        self._left = _sizes([[held.tensor for held in held_tensors(model).values()], inputs])
         super().__init__(model, inputs, trace, events)
 
     def run_to(self, event: Event) -> Pause:
@@ -144,21 +146,21 @@ class OffloadedRun(PrefixCache):
         """
         pause = super().run_to(event)
         needed = {number: self.results[number] for number in self._needed | self._same}
-        left = _sizes([[held.tensor for held in held_tensors(self._model).values()], self._inputs])
         mine = _sizes([needed, pause.args, pause.kwargs, pause.result])
-        if sum(size for place, size in mine.items() if place not in left) < LEAST:
+        if sum(size for place, size in mine.items() if place not in self._left) < LEAST:
             return pause
         if not self.can_restart:
             raise RecoveryError(
                 "The forward writes over its input or asks for the value of a tensor, so that it cannot begin in the "
                 "middle from activations in files. Leave out offload=, and give less data if memory is short."
             )
-        needed, args, kwargs, result = self._files.moved((needed, pause.args, pause.kwargs, pause.result), left)
-        self.results.update(needed)
         number, side = event
-        if side is Side.BEFORE:
+        if side is Side.BEFORE:  # the arguments are results that are needed
+            self.results.update(self._files.moved(needed, self._left))
             self.restart(number)
             return super().run_to(event)
+        needed, args, kwargs, result = self._files.moved((needed, pause.args, pause.kwargs, pause.result), self._left)
+        self.results.update(needed)
         self.restart(number + 1)
         return Pause(event, args, kwargs, result)
 

@@ -184,7 +184,7 @@ class Block(nn.Module):
     def forward(self, x):
         return x + self.down(torch.relu(self.up(x)))
 
-model = nn.Sequential(*(Block() for _ in range(3)))
+model = nn.Sequential(*(Block() for _ in range(2)))
 data = [torch.randn(4096, 32) for _ in range(16)]
 slim = structprune.prune(model, data[0][:1], ratio=0.25, axes=("mlp",), verify=False)
 structprune.recover(slim, model, [x[:64] for x in data], rounds=0, rows=4096)  # what is loaded once

@@ -35,9 +35,14 @@ class Epoch:
     prepare: Callable[[Tensor], Tensor] = lambda images: images
 
 
+def half_is_fast() -> bool:
+    """Whether the processor has instructions for bfloat16: half the time then, and 20 times as much without."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def half_if_fast() -> torch.autocast:
-    """Operations in bfloat16 where the processor has instructions for it: half the time; elsewhere 20 times as much."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    """Operations in bfloat16 where that is fast, in float32 elsewhere."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast())
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:

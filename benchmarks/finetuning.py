@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from harness import ROOT, cifar
 from harness.environment import as_line, environment
+from harness.training import half_is_fast
 from torch import Tensor, nn
 
 import structprune
@@ -115,7 +116,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         temperature=4.0,
         lr=given.lr,
         weight_decay=given.weight_decay,
-        amp=True,
+        amp=device.type != "cpu" or half_is_fast(),
         checkpoint=given.folder,
         seed=given.seed,
         on_epoch=lambda epoch: print(f"epoch {epoch} of {given.epochs} done", flush=True),

@@ -87,6 +87,9 @@ TELLING = (
 )  # fmt: skip
 
 
+DISTILLED = (("mlp and heads", "free", "flap"), ("mlp", "uniform", "flap"), ("blocks", "-", "kl"))
+
+
 def telling(row: Row) -> bool:
     """Which rows come first."""
     return (row.what, row.criterion) in TELLING and (row.what, row.widths) != ("mlp and heads", "uniform")
@@ -94,12 +97,11 @@ def telling(row: Row) -> bool:
 
 def steps() -> Iterator[tuple[Row, str]]:
     """What is measured, what matters most first. Some rows are distilled too, those for which there is time."""
-    first, second, *_ = GONE
-    for gone in (first, second):
+    for gone in GONE:
         yield from ((row, how) for row in rows(gone) if telling(row) for how in ("raw", "recovered"))
-        yield from ((row, "raw") for row in rows(gone) if gone == first and row.what in ("mlp", "mlp and heads"))
-    yield Row(first, "mlp and heads", "free", "taylor"), "distilled"
-    yield Row(first, "blocks", "-", "kl"), "distilled"
+        yield from ((row, "raw") for row in rows(gone))
+    for what, widths, criterion in DISTILLED:
+        yield from ((Row(gone, what, widths, criterion), "distilled") for gone in GONE)
     for gone in GONE:
         yield from ((row, how) for row in rows(gone) for how in ("raw", "recovered"))
 

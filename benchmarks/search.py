@@ -34,7 +34,7 @@ from structprune.latency.measure import DeviceTimer, Latency
 
 FILE, PAGE = RESULTS / "search.json", RESULTS / "search.md"
 BATCH, JUDGED = 16, 2000
-RESNET = next(case for case in CASES if case.model == "resnet20")
+RESNET20, RESNET56 = (next(case for case in CASES if case.model == name) for name in ("resnet20", "resnet56"))
 
 
 def peer_vgg(model: nn.Module, x: Tensor, ratio: float) -> nn.Module:
@@ -69,9 +69,17 @@ STUDIES = {
     "resnet20": Study(
         "ResNet-20",
         partial(cifar.load_resnet, 20),
-        partial(peer_pruned, RESNET),
+        partial(peer_pruned, RESNET20),
         0.5,
         tuple(n / 16 for n in range(1, 15)),
+        2,
+    ),
+    "resnet56": Study(
+        "ResNet-56",
+        partial(cifar.load_resnet, 56),
+        partial(peer_pruned, RESNET56),
+        0.5,
+        tuple(n / 8 for n in range(1, 8)),
         2,
     ),
     # Its layers of 4,608 features take seconds each: fewer levels, and none solved together with its producers.

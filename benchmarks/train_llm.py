@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from harness import llm, stories
 from harness.environment import environment
+from harness.training import half_if_fast
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def train(rows: Tensor, steps: int, seed: int) -> dict[str, Any]:
             aim = teacher(**stories.as_batch(ids)).logits.softmax(-1)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps)
-        with torch.autocast("cpu", torch.bfloat16):  # twice as fast as float32 on a processor with avx512_bf16
+        with half_if_fast():
             logits = model(**stories.as_batch(ids)).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), aim.flatten(0, 1))
         optimizer.zero_grad(set_to_none=True)

@@ -116,7 +116,8 @@ def as_markdown(models: dict[str, Any]) -> str:
         "# Language models of transformers, pruned by half by a plain call",
         "",
         f"transformers {transformers.__version__}: every causal, encoder-decoder and "
-        "image-text class, built from its own configuration made small, and run on text alone.",
+        "image-text class, built from its own configuration made small, and run on text, with an image or sound "
+        "where it runs on nothing less.",
         "*right*: exact against the original with its channels off, saved and loaded by structprune; *loads*: right, "
         "and `from_pretrained` gives the same outputs to the bit.",
         "",

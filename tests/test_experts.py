@@ -194,6 +194,39 @@ def test_what_experts_share_that_no_token_chose_stays_whole():
     assert slim(x).shape == (40, 5)
 
 
+class SomeStacked(nn.Module):
+    """Two experts in one tensor, and a third that gives what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 16, 16))
+        self.router = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        result = torch.zeros_like(x)
+        for number in chosen.unique():
+            token = torch.where(chosen == number)[0]
+            taken = x[token]
+            result = result.index_add(0, token, taken if number == 2 else taken @ self.experts[int(number)])
+        return result
+
+
+def test_what_stacked_experts_take_that_no_token_chose_stays_whole():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 16), SomeStacked(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        model[3].router.bias.copy_(torch.tensor([0.0, 0.0, 50.0]))
+    x = torch.randn(5, 8)
+    graph = structprune.DependencyGraph(model, x)
+    assert "3.experts is used where data choose it" in graph.explain("2")
+    slim = structprune.prune(model, x, ratio=0.5, round_to=1)
+    assert (slim[0].out_features, slim[2].out_features) == (12, 16)
+    with torch.no_grad():
+        slim[3].router.bias.copy_(torch.tensor([50.0, 0.0, 0.0]))
+    assert slim(x).shape == (5, 4)
+
+
 @pytest.mark.parametrize("how", ["batched", "grouped", "counted"])
 def test_axes_do_not_depend_on_how_experts_are_run(how):
     graph = structprune.DependencyGraph(Stacked(how=how), ids())

@@ -250,3 +250,28 @@ def test_a_slice_up_to_a_tensor(length: Tensor) -> None:
     plan = structprune.plan(model, inputs, ratio=0.5)
     assert plan.removed
     oracle.check(model, plan.apply(model), plan, inputs)
+
+
+class WrittenAt(nn.Module):
+    """Rows and columns that were taken apart into sequences of single numbers say where is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.h = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        rows, columns = zip(*places, strict=True)
+        kept = torch.ones_like(y[..., 0])
+        kept[rows, columns] = 0.0
+        y[list(rows), columns] = 1.0
+        return self.h(y * kept[..., None] + y.mean(1, keepdim=True))
+
+
+def test_places_may_be_sequences_of_tensors():
+    torch.manual_seed(0)
+    model, inputs = WrittenAt().eval(), (torch.randn(3, 5, 6), torch.tensor([[0, 1], [2, 3]]))
+    plan = structprune.plan(model, inputs, ratio=0.5, round_to=1)
+    slim = plan.apply(model)
+    assert slim.a.out_features < 16
+    structprune.verify(model, slim, plan, inputs).raise_for_error()

@@ -127,3 +127,33 @@ def test_an_inner_width_that_was_left_to_the_class(tmp_path: Any) -> None:
     slim = structprune.prune(model, inputs, ratio=0.5, axes=["mlp"])
     assert (slim.config.n_embd, slim.config.n_inner, model.config.n_inner) == (64, 128, None)
     assert torch.equal(outputs(reloaded(slim, tmp_path), inputs), outputs(slim, inputs))
+
+
+class ReadTied(Settings):
+    """A configuration that sets a number after another one whenever it is read, as some set that of a part inside."""
+
+    @classmethod
+    def from_dict(cls, numbers: dict[str, Any]) -> ReadTied:
+        return cls(**{**numbers, "aside": numbers["width"]})
+
+
+class Aside(nn.Module):
+    """A layer, and another one that these inputs do not use, as wide."""
+
+    def __init__(self, config: Settings) -> None:
+        super().__init__()
+        self.config = config
+        self.up, self.down = nn.Linear(8, config.width), nn.Linear(config.width, 4)
+        self.aside = nn.Linear(3, config.aside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def test_a_configuration_that_ties_a_number_when_it_is_read_does_not_describe_it_apart() -> None:
+    """Built from the configuration as it is, both layers have the right widths; once it is read, the other has not."""
+    model = Aside(ReadTied(width=32, aside=32)).eval()
+    plan = structprune.plan(model, torch.randn(2, 8), ratio=0.5)
+    assert "'aside.weight'" in plan.settings.left["config"]
+    apart = structprune.plan(Aside(Settings(width=32, aside=32)).eval(), torch.randn(2, 8), ratio=0.5)
+    assert "config" not in apart.settings.left

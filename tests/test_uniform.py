@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.transformers_models import MODELS, made, outputs, reloaded
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.errors import PlanError
+from structprune.planning.scopes import CoupledGroups, Steps
+from structprune.planning.targets import Target, kept_for
 
 # What no configuration of these says is left whole by default; of BLOOM and DINOv2 it says nothing smaller at all.
 SAID = [name for name in MODELS if name not in ("bloom", "dinov2")]
@@ -101,6 +104,49 @@ def test_heads_go_as_a_whole_unless_their_size_is_named() -> None:
         assert all(axis.before == axis.after for axis in axes if axis.axis == "head_size")
     (size,) = structprune.plan(network, inputs, ratio=0.5, axes=["head_size"]).axes[-1:]
     assert (size.axis, size.after) == ("head_size", 2)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("share", [0.85, 0.7, 0.6])
+def test_a_target_is_met_by_the_finest_width_beside_heads(kind: str, scope: str, share: float) -> None:
+    """64 is divided by 8, 4 and 2 heads alone: where 6 would do, an MLP one channel wider would miss the target."""
+    network, inputs = made(MODELS["llama"])
+    settings = {**MODELS["llama"].settings, "intermediate_size": 95}
+    narrower, _ = made(MODELS["llama"]._replace(settings=settings))
+    whole, less = (getattr(structprune.cost(each, inputs), kind) for each in (network, narrower))
+    options = {"axes": ("mlp", "heads"), "scope": scope, "round_to": 1, "importance": "l2"}
+    plan = structprune.plan(network, inputs, target={kind: share}, uniform=True, **options)
+    assert share - (whole - less) / whole < plan.settings.reached[kind] <= share
+    assert "config" not in plan.settings.left
+
+
+def test_heads_that_meet_a_target_alone_go_beside_no_other_width() -> None:
+    network, inputs = made(MODELS["llama"])
+    plan = structprune.plan(network, inputs, target={"kv_cache": 0.7}, axes=("mlp", "heads"), round_to=1)
+    assert plan.settings.reached["kv_cache"] == 0.5
+    assert {axis.axis for axis in plan.axes if axis.after < axis.before} == {"heads"}
+
+
+def test_large_steps_are_given_back_where_small_ones_do() -> None:
+    """Widths of 3 and 20 steps, of 100 and 10 each; the last large one would take 80 too many."""
+    large, small = (CoupledGroups((name,), np.arange(n + 1)[:, None]) for name, n in (("large", 3), ("small", 20)))  # type: ignore[arg-type]
+    order = np.append(np.array([0.2, 0.5, 0.8]), np.linspace(0.1, 0.9, 20))
+    steps = Steps([large, small], np.repeat([0, 1], [3, 20]), order)
+
+    def measure(kept: Any) -> dict[str, float]:
+        return {"params": 100.0 * kept["large"] + 10.0 * kept["small"]}
+
+    def lost(kept: Any) -> float:
+        return 3.0 - kept["large"] + (20 - kept["small"]) / 20
+
+    for limit in range(15, 500, 7):
+        kept: Any = kept_for(steps, Target({"params": limit}), measure, lost=lost)
+        states = [(a, b) for a in range(4) for b in range(21) if 100 * a + 10 * b <= limit]
+        least = min(lost({"large": a, "small": b}) for a, b in states)
+        assert measure(kept)["params"] <= limit
+        assert kept["small"] == 20 or measure(kept)["params"] > limit - 10
+        assert lost(kept) <= least + 0.5
 
 
 class Stack(nn.Module):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness import cifar
+from harness.training import half_if_fast
 
 IMAGES, EPOCHS, BATCH, RATE = 10_000, 4, 100, 1e-3
 
@@ -35,7 +36,7 @@ class ClassicNet(nn.Module):
 
 
 def train(path: Path, images: int = IMAGES, epochs: int = EPOCHS) -> None:
-    """Train it on the first of the training images, mirrored at random, in bfloat16; the weights go to `path`."""
+    """Train it on the first of the training images, mirrored at random; the weights go to `path`."""
     torch.manual_seed(0)
     model = ClassicNet().train()
     x, y = cifar.train_images(images)
@@ -47,7 +48,7 @@ def train(path: Path, images: int = IMAGES, epochs: int = EPOCHS) -> None:
         for batch in torch.randperm(images).split(BATCH):
             mirrored = torch.rand(len(batch), 1, 1, 1) < 0.5
             inputs = torch.where(mirrored, x[batch].flip(3), x[batch])
-            with torch.autocast("cpu", torch.bfloat16):
+            with half_if_fast():
                 loss = F.cross_entropy(model(inputs), y[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

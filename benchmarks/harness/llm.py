@@ -14,6 +14,7 @@ from support.torchvision_shim import make_torchvision_importable
 from torch import nn
 
 from harness import ROOT, stories
+from harness.training import half_is_fast
 from structprune.training import finetune
 
 CACHE = ROOT / "benchmarks" / ".cache"
@@ -86,7 +87,7 @@ def distilled(slim: nn.Module, dense: nn.Module, epochs: int, seed: int) -> nn.M
         teacher=dense,
         soft=1.0,
         temperature=1.0,
-        amp=True,
+        amp=half_is_fast(),
         optimizer=torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0),
         seed=seed,
     )

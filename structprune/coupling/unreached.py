@@ -2,12 +2,13 @@
 
 Where data decide which of several alike modules run (a list of experts, each for the tokens that are routed to it), the
 trace shows those that ran. The others will be given the same tensors another time, so what they share with their
-siblings must stay as wide as it is; their own inner widths stay whole since nothing of theirs was seen.
+siblings must stay as wide as it is; their own inner widths stay whole since nothing of theirs was seen. The same holds
+for parameters of a module that data decide whether to use: weights of experts that are stacked in one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import fx, nn
 
@@ -114,10 +115,27 @@ def pin_unreached(model: nn.Module, trace: Trace, channels: Channels) -> None:
             f"{missing} takes it too when data choose it, which the example inputs did not; give example inputs that "
             "reach it"
         )
-        for call in trace.calls:
-            if call.path in siblings:
-                for axis in _axes(channels, (call.args, call.kwargs, call.output)):
-                    channels.relations.pin(axis, reason)
+        _pin_calls(siblings, reason, trace, channels)
+    for path, name in _left_out(model, trace):
+        reason = f"{name} is used where data choose it, which the example inputs did not; give some that reach it"
+        _pin_calls({path}, reason, trace, channels)
+
+
+def _pin_calls(paths: Collection[str], reason: str, trace: Trace, channels: Channels) -> None:
+    """Pin what the modules at these paths take and give."""
+    for call in trace.calls:
+        if call.path in paths:
+            for axis in _axes(channels, (call.args, call.kwargs, call.output)):
+                channels.relations.pin(axis, reason)
+
+
+def _left_out(model: nn.Module, trace: Trace) -> Iterator[tuple[str, str]]:
+    """Modules in whose forward Python asked for values, each with a parameter of its own that no operation reached."""
+    asking = {trace.calls[node.meta["call"]].path for node in trace.asked if node.meta["call"] >= 0}
+    for name in sorted(trace.unreached(model)):
+        path = name.rpartition(".")[0]
+        if path in asking:
+            yield path, name
 
 
 _Form = tuple[type[nn.Module], tuple[tuple[str, tuple[int, ...]], ...]]

@@ -170,6 +170,8 @@ def _place(x: Operand, index: Any, value: Any) -> Sequence[int] | None:
         return None
 
     def alike(item: Any) -> Any:
+        if isinstance(item, list):
+            return _first_places(item)
         return torch.empty(item.shape, dtype=torch.int64, device="meta") if isinstance(item, Operand) else plain(item)
 
     if masks := [item for item in items if is_mask(item)]:
@@ -178,6 +180,13 @@ def _place(x: Operand, index: Any, value: Any) -> Sequence[int] | None:
         at = items.index(masks[0])
         items[at : at + 1] = [slice(0, 1)] + [0] * (len(masks[0].axes) - 1)  # as many dimensions, of any size
     return torch.empty(x.shape, device="meta")[tuple(alike(item) for item in items)].shape
+
+
+def _first_places(item: Any) -> Any:
+    """A list of positions with 0 for each of those in tensors: ``[tensor(3), tensor(1)]`` becomes ``[0, 0]``."""
+    if isinstance(item, list):
+        return [_first_places(inner) for inner in item]
+    return torch.zeros(item.shape, dtype=torch.int64).tolist() if isinstance(item, Operand) else plain(item)
 
 
 def _written(z: zeros.ZeroContext) -> zeros.Zeros:

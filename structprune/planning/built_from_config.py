@@ -55,13 +55,13 @@ def accepts(model: nn.Module, numbers: Mapping[Chain, int]) -> bool:
     return True
 
 
-def read_back(config: Any) -> None:
-    """Write a configuration and read it, as saving and loading do: it may check what its numbers have in common."""
+def read_back(config: Any) -> Any:
+    """A configuration written and read, as saving and loading do: it may check its numbers, or tie them to others."""
     read = getattr(config, "from_dict", None)
     if not callable(read):
-        return
+        return config
     try:
-        read(config.to_dict())
+        return read(config.to_dict())
     except Exception as error:  # its checks may raise anything; it only means that it cannot be loaded
         cause = error.__cause__ or error
         raise UnknownError(f"it could not be read back ({type(cause).__name__}: {cause})") from error

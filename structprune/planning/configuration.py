@@ -293,9 +293,11 @@ class _Search:
         for leaf, value in assignment.items():
             if value != self._value(leaf):
                 assign(config, leaf.chain[1:], value)
-        read_back(config)
+        read = read_back(config)
         built = rebuilt(self._kind, config)
         self._check_shapes(state_shapes(built))
+        if read.to_dict() != config.to_dict():  # reading sets a number that follows from one that was changed
+            self._check_shapes(state_shapes(rebuilt(self._kind, read)))
         self._check_buffers()
         attribute_edits: list[AttributeEdit] = []
         self._doubts: list[str] = []

@@ -11,7 +11,7 @@ For example, two groups of 8 and 6 channels, a ratio of 0.5 and the global scope
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,7 +34,9 @@ from structprune.planning.allocation import ENTRIES, SECONDS, Problem, allocate
 from structprune.planning.build import Description, describe, tensors_of
 from structprune.planning.built_from_config import is_built_from_config
 from structprune.planning.configured_part import not_rebuilt
+from structprune.planning.describable import DescribableWidths, describable
 from structprune.planning.dimensions import chains_of, widths_for
+from structprune.planning.neighbourhood import Fit
 from structprune.planning.options import PlanOptions
 from structprune.planning.plan import Settings
 from structprune.planning.ratios import ratio_of
@@ -53,7 +55,7 @@ from structprune.planning.scopes import (
 )
 from structprune.planning.targets import Amounts, Kept, Target, amounts, kept_for, target_of
 from structprune.planning.time_saved import losses_in_states, steps_by_time
-from structprune.planning.uniform import UniformWidths, alike, coupled_by, describable
+from structprune.planning.uniform import UniformWidths, alike, lost_by, together
 
 # So many widths near those that were decided are tried where a configuration cannot describe these.
 NEAREST = 4
@@ -147,7 +149,7 @@ def _uniform(deciding: Deciding) -> Decision:
     if described.reason is None:
         return replace(tied, described=described)
     # Each width can be described, and not those of all: a width that has to be a multiple of the number of heads, say.
-    for kept in islice(steps.nearest(tied.kept, deciding.feasible, deciding.meets), NEAREST):
+    for kept in islice(deciding.describable(steps, tied.kept), NEAREST):
         near = deciding.decided(kept, steps.widths)
         again = describe(graph, near.chosen)
         if again.reason is None:
@@ -221,17 +223,53 @@ class Deciding:
         graph, ranking = self.graph, self._ranking
         if self._scope != "local":
             ranking.rank(self.chosen)
-        all_coupled = _coupled(graph, self.chosen, self.feasible, widths)
-        steps = self._steps(all_coupled)
+        all_coupled = together(graph, self.chosen, self.feasible, widths)
         if self._target is None:
-            kept = steps.kept_at(self._ratio)
+            kept = self._steps(all_coupled).kept_at(self._ratio)
         else:
             ranking.rank(self.chosen)
-            stays = partial(left_whole, graph, self.chosen, self._axes)
-            kept = kept_for(steps, self._target, self._measure, stays)
+            problem = self._problem(all_coupled, self._target)
+            kept = self._within(problem, self._target, None if widths is None else lost_by(problem, self._relative))
             if self.options.allocates_exactly and all_coupled:
                 kept = self._allocated(kept, all_coupled, self._target)
         return self.decided(kept, widths)
+
+    @property
+    def _relative(self) -> bool:
+        """Whether losses of groups are relative to their own importance."""
+        return not isinstance(self._scope, Curves) and _relative(self._scope, self._ranking)
+
+    def _within(self, problem: Problem, target: Target, lost: Callable[[Kept], float] | None) -> Kept:
+        stays = partial(left_whole, self.graph, self.chosen, self._axes)
+        return kept_for(self._steps(problem.all_coupled), target, self._measure, stays, lost)
+
+    def describable(self, widths: DescribableWidths, kept: Mapping[Group, int]) -> Iterable[Kept]:
+        """Other numbers of channels that a configuration may describe where it does not describe `kept`.
+
+        Without a target, the nearest first; else those first that lose least within it.
+        """
+        near = widths.near(kept, self.feasible)
+        if near is None:
+            return ()
+        if self._target is None:
+            return near.nearest()
+        return near.within(self._fit(widths.widths, self._target))
+
+    def _fit(self, widths: UniformWidths, target: Target) -> Fit:
+        all_coupled = together(self.graph, self.chosen, self.feasible, widths)
+        lost = lost_by(self._problem(all_coupled, target), self._relative)
+
+        def misses(kept: Kept) -> float:
+            return target.misses(self._measure(kept))
+
+        def fitted(kept: Kept, free: Collection[Group]) -> Kept | None:
+            held = [each if set(free).issuperset(each.groups) else each.held(kept) for each in all_coupled]
+            least = {group: int(n) for each in held for group, n in zip(each.groups, each.counts[0], strict=True)}
+            if misses(least) > 0:
+                return None
+            return self._within(self._problem(held, target), target, lost)
+
+        return Fit(misses, lost, fitted)
 
     def _allocated(self, kept: Kept, all_coupled: list[CoupledGroups], target: Target) -> Kept:
         """What an exact choice keeps in place of the greedy one."""
@@ -247,7 +285,7 @@ class Deciding:
         if self._target is None:
             raise PlanError("There is no target to search within. Give target=, such as {'macs': 0.5}.")
         self._ranking.rank(self.chosen)
-        return self._problem(_coupled(self.graph, self.chosen, self.feasible, None), self._target)
+        return self._problem(together(self.graph, self.chosen, self.feasible, None), self._target)
 
     def _problem(self, all_coupled: list[CoupledGroups], target: Target) -> Problem:
         return Problem(
@@ -259,10 +297,6 @@ class Deciding:
             counter=self._measure.counter,
             time=self._time,
         )
-
-    def meets(self, kept: Kept) -> bool:
-        """Whether the target, if there is one, is met."""
-        return self._target is None or self._target.misses(self._measure(kept)) <= 0
 
     def decided(self, kept: Kept, widths: UniformWidths | None) -> Decision:
         """The decision by which each group keeps so many channels."""
@@ -278,7 +312,7 @@ class Deciding:
         settings = Settings(asked=options.recorded(graph), reached=reached, left=left)
         return Decision(kept=kept, chosen=gone, settings=settings)
 
-    def _steps(self, all_coupled: list[CoupledGroups]) -> Steps:
+    def _steps(self, all_coupled: Sequence[CoupledGroups]) -> Steps:
         """The order in which channels go."""
         scope, ranking = self._scope, self._ranking
         if self._time is not None and (scope in ("global", "per_cost") or isinstance(scope, Curves)):
@@ -303,10 +337,14 @@ def _normalisation(graph: ChannelGraph, options: PlanOptions, ranking: Ranking) 
     return ScoreNormalisation(scope != "isomorphic" and not ranking.comparable)
 
 
+def _relative(scope: Scope, ranking: Ranking) -> bool:
+    """Whether what is lost of a group is weighed against all that it has, as scores of groups are in no common unit."""
+    return scope != "per_cost" and not ranking.comparable
+
+
 def _losses(all_coupled: Sequence[CoupledGroups], scope: Scope, ranking: Ranking) -> list[np.ndarray]:
     """What coupled groups lose in each state but the whole, where importance is weighed against what is saved."""
-    relative = scope != "per_cost" and not ranking.comparable
-    return losses_in_states(all_coupled, ranking.scores, scope, relative)
+    return losses_in_states(all_coupled, ranking.scores, scope, _relative(scope, ranking))
 
 
 class _Measure:
@@ -339,37 +377,6 @@ class _Measure:
     def counter(self, kept: Kept) -> Counter:
         """Counts the channels of axes when each group keeps so many."""
         return self._graph.counter(self._graph.components.removed(self._ranking.removed(kept)))
-
-
-def _coupled(
-    graph: ChannelGraph,
-    groups: Collection[Group],
-    feasible: Mapping[Group, np.ndarray],
-    widths: UniformWidths | None,
-) -> list[CoupledGroups]:
-    """The groups one by one or by their widths; balanced ones together, and none of those unless all of them."""
-    known, chosen = graph.groups(), set(groups)
-    coupled: list[CoupledGroups] = []
-    together: set[Group] = set()
-    for balanced in graph.balanced():
-        members = tuple(known[number] for number in balanced.groups)
-        together.update(members)
-        if chosen.issuperset(members):
-            allowed = [np.isin(balanced.counts[:, i], feasible[group]) for i, group in enumerate(members)]
-            coupled.append(CoupledGroups(members, _nested(balanced.counts, np.all(allowed, axis=0))))
-    if widths is not None:
-        return coupled_by(widths, graph, groups, feasible) + coupled
-    alone = [CoupledGroups((group,), feasible[group][:, None]) for group in groups if group not in together]
-    return alone + coupled
-
-
-def _nested(counts: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """The allowed lines, of which none keeps more of any group than the next; the last one always."""
-    lines = [counts[-1]]
-    for line in counts[:-1][allowed[:-1]][::-1]:
-        if (line <= lines[-1]).all():
-            lines.append(line)
-    return np.stack(lines[::-1])
 
 
 def _guess(target: Target, before: Amounts) -> float:

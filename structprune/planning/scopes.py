@@ -82,6 +82,10 @@ class CoupledGroups:
         """How many channels of each group each step takes, the first step first; shape ``(steps, groups)``."""
         return np.diff(self.counts, axis=0)[::-1]
 
+    def held(self, kept: Mapping[Group, int]) -> CoupledGroups:
+        """The same groups, of which each keeps so many channels and loses none of these."""
+        return CoupledGroups(self.groups, np.array([[kept[group] for group in self.groups]]))
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreNormalisation:

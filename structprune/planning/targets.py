@@ -65,27 +65,27 @@ def target_of(target: Mapping[str, float], before: Amounts) -> Target:
 
 
 def kept_for(
-    steps: Steps, target: Target, measure: Callable[[Kept], Amounts], left_whole: Callable[[], str] = str
+    steps: Steps,
+    target: Target,
+    measure: Callable[[Kept], Amounts],
+    left_whole: Callable[[], str] = str,
+    lost: Callable[[Kept], float] | None = None,
 ) -> Kept:
     """The first state in the order of `steps` that meets every limit, or a nearer one that leaves out large steps.
 
     Amounts are counted on the channels that are left, with all that is coupled to them, at each of the few states that
-    a bisection visits. `left_whole` says what may not go and why, for the message.
+    a bisection visits. `left_whole` says what may not go and why, for the message. With `lost`, how much importance is
+    lost, no step of equal priority is taken for the sake of another: whatever the limits do not need is given back, and
+    of the states found the one that loses least is returned.
 
     Raises:
         PlanError: the limits cannot be met.
     """
-    order = np.argsort(steps.priority, kind="stable")
+    nothing = np.zeros(len(steps.priority), dtype=bool)
 
     def miss(mask: np.ndarray) -> float:
         return target.misses(measure(steps.kept(mask)))
 
-    def after(mask: np.ndarray, more: np.ndarray) -> np.ndarray:
-        mask = mask.copy()
-        mask[more] = True
-        return mask
-
-    nothing = np.zeros(len(order), dtype=bool)
     if miss(~nothing) > 0:
         fewest = measure(steps.kept(~nothing))
         limits = target.limits.items()
@@ -94,16 +94,33 @@ def kept_for(
             f"The target cannot be met: with everything removed that may go there remain {reached}. Allow more to go."
             f"{left_whole()}"
         )
+    found = _meeting(steps, miss, CLOSE if lost is None else 0.0)
+    if lost is None:
+        return steps.kept(max(found, key=miss))
+    return min((steps.kept(_given_back(steps, mask, miss, lost)) for mask in found), key=lost)
+
+
+def _meeting(steps: Steps, miss: Callable[[np.ndarray], float], close: float) -> list[np.ndarray]:
+    """States that meet every limit, as marks of the steps taken; once one comes so `close`, no more are looked for."""
+    order = np.argsort(steps.priority, kind="stable")
+
+    def after(mask: np.ndarray, more: np.ndarray) -> np.ndarray:
+        mask = mask.copy()
+        mask[more] = True
+        return mask
+
     priorities = np.append(-1.0, np.unique(steps.priority))
-    best = (
+    found = [
         steps.priority <= priorities[_first(len(priorities) - 1, lambda n: miss(steps.priority <= priorities[n]) <= 0)]
-    )
-    base, rest = nothing, order
+    ]
+    base, rest = np.zeros(len(order), dtype=bool), order
+    nearest = miss(found[0])
     for _ in range(ATTEMPTS):
-        if miss(best) >= -CLOSE or not best.any():
+        if nearest >= -close or not found[0].any() or not len(rest):
             break
         count = _first(len(rest), partial(lambda base, rest, n: miss(after(base, rest[:n])) <= 0, base, rest))
-        best = max(best, after(base, rest[:count]), key=miss)
+        found.append(after(base, rest[:count]))
+        nearest = max(nearest, miss(found[-1]))
         if not count:
             break
         # The last step went too far: leave it out, with what would follow it in its group, and take others.
@@ -112,7 +129,34 @@ def kept_for(
         rest = rest[count:][steps.owner[rest[count:]] != too_far]
         if miss(after(base, rest)) > 0:
             break
-    return steps.kept(best)
+    return found
+
+
+def _given_back(
+    steps: Steps, mask: np.ndarray, miss: Callable[[np.ndarray], float], lost: Callable[[Kept], float]
+) -> np.ndarray:
+    """The steps that are still taken once those are given back that no limit needs, the most important ones first."""
+    while True:
+        fewer = [_fewest_of(steps, mask, owner, miss) for owner in np.unique(steps.owner[mask])]
+        fewer = [less for less in fewer if less.sum() < mask.sum()]
+        if not fewer:
+            return mask
+        mask = min(fewer, key=lambda less: lost(steps.kept(less)))
+
+
+def _fewest_of(steps: Steps, mask: np.ndarray, owner: int, miss: Callable[[np.ndarray], float]) -> np.ndarray:
+    """The steps that are taken, of one owner only as many as it needs beside the others to meet every limit."""
+    mine = np.flatnonzero(mask & (steps.owner == owner))
+    mine = mine[np.argsort(steps.priority[mine], kind="stable")]
+
+    def first_taken(count: int) -> np.ndarray:
+        less = mask.copy()
+        less[mine[count:]] = False
+        return less
+
+    if miss(first_taken(len(mine) - 1)) > 0:
+        return mask
+    return first_taken(_first(len(mine), lambda count: miss(first_taken(count)) <= 0))
 
 
 def _number(value: float) -> str:

@@ -82,7 +82,7 @@ class ConsumerState:
     has_shift: bool
     hidden: list[Tensor]
     ours: list[Tensor]
-    goal: list[Tensor]
+    goal: Sequence[Tensor]
     ridge: float
 
 

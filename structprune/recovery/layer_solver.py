@@ -8,7 +8,7 @@ norm behind the layer scales its result, the weight changes by the matrix over t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from structprune.ops.relations import Axis
 from structprune.recovery.candidates import HeldOut, drawn_positions
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
-from structprune.recovery.layers import Consumer, kept_indices, norm_scale, uses_batch_statistics
+from structprune.recovery.layers import Consumer, KeptParts, kept_indices, norm_scale, uses_batch_statistics
 from structprune.recovery.least_squares import Equations, NormalEquations, Solution, fit, intercept
 from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.parallel_forward import Event, Pause, Side
@@ -135,9 +135,9 @@ class LayerSolver:
             The report on the layer; None if it could not be solved, and `refused` says why.
         """
         ours: list[Tensor] = [pause.result for pause in pauses]
-        goal = [self._kept_part(pause.result) for pause in goals]
-        if not self.refused and any(a.shape != b.shape for a, b in zip(ours, goal, strict=True)):
-            self.refused = f"its result has shape {list(ours[0].shape)}, the original's {list(goal[0].shape)}"
+        goal = KeptParts([pause.result for pause in goals], self._kept)
+        if not self.refused and any(list(a.shape) != goal.shape(n) for n, a in enumerate(ours)):
+            self.refused = f"its result has shape {list(ours[0].shape)}, the original's {goal.shape(0)}"
         self.refused = agreed(self.refused)
         if self.refused:
             return None
@@ -155,7 +155,7 @@ class LayerSolver:
             self._joint.forget()
         return self._report(solution, power, factor)
 
-    def _fitted(self, ours: list[Tensor], goal: list[Tensor], exact: bool) -> tuple[Solution, float]:
+    def _fitted(self, ours: list[Tensor], goal: Sequence[Tensor], exact: bool) -> tuple[Solution, float]:
         """The solution, and the power of the goal held out; where `exact`, products are computed in float64."""
         train, held_out, power = self._equations(ours, goal, exact)
         noise = power * (4 * torch.finfo(ours[0].dtype).eps) ** 2
@@ -179,7 +179,7 @@ class LayerSolver:
         )
 
     def _solve_jointly(
-        self, ours: list[Tensor], goal: list[Tensor], tensors: Mapping[str, Tensor], ridge: float
+        self, ours: list[Tensor], goal: Sequence[Tensor], tensors: Mapping[str, Tensor], ridge: float
     ) -> float:
         """Solve the layer again with its producers; the new held-out error over the old one, 1 if it is left."""
         layer = self._map
@@ -215,14 +215,7 @@ class LayerSolver:
         known = op_of(self._name)
         return -1 if known is None or known.norm is None else known.channel_dim
 
-    def _kept_part(self, tensor: Tensor) -> Tensor:
-        """The kept channels of the original's result: (16, 8, 5, 5) becomes (16, 6, 5, 5) without two channels."""
-        for dim, index in enumerate(self._kept):
-            if index is not None:
-                tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
-        return tensor
-
-    def _equations(self, ours: list[Tensor], goal: list[Tensor], exact: bool) -> tuple[Equations, Equations, float]:
+    def _equations(self, ours: list[Tensor], goal: Sequence[Tensor], exact: bool) -> tuple[Equations, Equations, float]:
         """The sums over the rows to solve on and over those held out, and the power of the goal on the latter."""
         layer = self._map
         if layer is not None and layer.features > UNFOLDED and has_window_sums(layer):
@@ -243,12 +236,11 @@ class LayerSolver:
         return sums[0], sums[1], float(all_reduced(power))
 
     def _window_equations(
-        self, layer: LinearMap, ours: list[Tensor], goal: list[Tensor], exact: bool
+        self, layer: LinearMap, ours: list[Tensor], goal: Sequence[Tensor], exact: bool
     ) -> tuple[Equations, Equations, float]:
         """The same of a layer with many features, over whole samples."""
         inputs = [argument(self._name, "input", pause.args, pause.kwargs) for pause in self._pauses]
-        batches = list(zip(inputs, ours, goal, strict=True))
-        *pairs, power = whole_samples(layer, self._rows, self._held_out, batches)
+        *pairs, power = whole_samples(layer, self._rows, self._held_out, inputs, ours, goal)
         self._iterative = self._weights and not exact and has_window_moments(layer, inputs)
         make = iterative_equations if self._iterative else exact_equations
         train, held_out = (make(layer, each, self._has_bias) for each in pairs)

@@ -8,8 +8,9 @@ makes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,34 @@ def kept_indices(graph: ChannelGraph, removed: Mask, row: Axis) -> Ids | None:
         return None
     lost = removed[graph.components.of(row)]
     return np.flatnonzero(~lost) if lost.any() else None
+
+
+class KeptParts(Sequence[Tensor]):
+    """The kept channels of the original's results, each made when it is asked for: a copy of all would double them.
+
+    Args:
+        results: of each batch, with all channels.
+        kept: the indices of each dimension that are kept; None where all are. With those of 6 of 8 channels in
+            dimension 1, (16, 8, 5, 5) becomes (16, 6, 5, 5).
+    """
+
+    def __init__(self, results: list[Tensor], kept: Sequence[Ids | None]) -> None:
+        self._results, self._kept = results, kept
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __getitem__(self, number: Any) -> Any:
+        tensor = self._results[number]
+        for dim, index in enumerate(self._kept):
+            if index is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+        return tensor
+
+    def shape(self, number: int) -> list[int]:
+        """The shape of one of them."""
+        sizes = list(self._results[number].shape)
+        return [size if index is None else len(index) for size, index in zip_longest(sizes, self._kept)]
 
 
 def changed_operations(graph: ChannelGraph, removed: Mask, begins: Collection[fx.Node] = ()) -> set[fx.Node]:

@@ -16,7 +16,8 @@ Three layers, two batches, with a pause before the second layer::
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -101,8 +102,9 @@ class BatchRun:
                 args, kwargs = as_call(inputs)
                 with torch.no_grad(), self.replay.over(model):
                     self._output = model(*args, **kwargs)
-        except _Cancelled:
-            pass
+        except _Cancelled as cancelled:
+            # Context managers that it went through make a cycle of it, which would keep the tensors of all frames.
+            traceback.clear_frames(cancelled.__traceback__)
         except BaseException as error:  # raised again by the thread that waits for this one
             self._error = error
         finally:
@@ -176,12 +178,12 @@ Run = TypeVar("Run", bound=BatchRun)
 
 @contextmanager
 def parallel_runs(
-    kind: type[Run], model: nn.Module, batches: Sequence[Any], trace: Trace, events: set[Event]
+    kind: Callable[..., Run], model: nn.Module, batches: Sequence[Any], trace: Trace, events: set[Event]
 ) -> Generator[list[Run]]:
     """One run for each batch; all threads have ended when the block is left.
 
     Args:
-        kind: `BatchRun`, or one that does more.
+        kind: `BatchRun`, one that does more, or what makes one of the same arguments.
         model: in eval mode, with the same forward as the traced one.
         batches: what goes into the model.
         trace: of the original.

@@ -40,6 +40,9 @@ class PrefixCache(BatchRun):
         self.results: dict[int, Any] = {}
         self._last_uses = _last_uses([trace.nodes[number] for number in trace.keys])
         self._needed: set[int] = set()  # the numbers of the results that are held for later operations
+        self._same: set[int] = (
+            set()
+        )  # those that no later operation needs, but that are the same tensors as some that are
         self._dropped: list[weakref.ref[Tensor]] = []
         super().__init__(model, inputs, trace, events)
 
@@ -52,18 +55,30 @@ class PrefixCache(BatchRun):
         result = self.results[number] = operation()
         allocated(sum(tensor.nbytes for tensor in tensors_in(result)))
         self._needed.add(number)
-        for past in self._last_uses.get(number, ()):
-            if past in self._needed:  # a parameter or an input is no result of the run
-                self._needed.remove(past)
-                self._dropped += map(weakref.ref, tensors_in(self.results[past]))
-                self.results[past] = map_tensors(_without_memory, self.results[past])
+        ended = self._needed.intersection(self._last_uses.get(number, ()))  # a parameter or an input is no result
+        if ended:
+            self._needed -= ended
+            self._drop(self._same | ended)
         return result
+
+    def _drop(self, numbers: set[int]) -> None:
+        """Hold no memory for these results, but for tensors that are needed as the result of another operation.
+
+        In ``y = x.float(); z = x + norm(y)`` the sum is recorded as one of ``y``, which is ``x`` itself; a forward that
+        begins in the middle has ``x`` from the operation that made it.
+        """
+        needed = {id(tensor) for number in self._needed for tensor in tensors_in(self.results[number])}
+        self._same = {n for n in numbers if any(id(tensor) in needed for tensor in tensors_in(self.results[n]))}
+        for number in numbers - self._same:
+            self._dropped += map(weakref.ref, tensors_in(self.results[number]))
+            self.results[number] = map_tensors(_without_memory, self.results[number])
 
     def finish(self) -> Any:
         """Let the batch run to the end; what the model returned. Nothing is kept."""
         output = super().finish()
         self.results.clear()
         self._needed.clear()
+        self._same.clear()
         return output
 
     def held_in_vain(self) -> int:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from structprune.checking import MODEL, ON_BATCH, require
+from structprune.checking import MODEL, ON_BATCH, PATH, require
 from structprune.distributed import all_reduced, failing_together, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments
+from structprune.recovery.activation_files import runs_of
 from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
 from structprune.recovery.widened import wide
@@ -22,7 +24,13 @@ from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import Trace, preserved_random_state, trace
 
 
-def recalibrate(model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None) -> nn.Module:
+def recalibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    offload: str | os.PathLike[str] | None = None,
+) -> nn.Module:
     """A copy of `model` whose batch norms hold the mean and the variance of their input over all of `data`.
 
     All batches go through the model side by side, and each norm is set when all have reached it. So its statistics are
@@ -38,10 +46,11 @@ def recalibrate(model: nn.Module, data: Iterable[Any], *, forward: Forward | Non
         model: any model that can be traced, pruned or not; it stays as it was.
         data: batches as for `structprune.recover`.
         forward: as for `structprune.recover`.
+        offload: as for `structprune.recover`: a folder for what batches hold between norms.
 
     Raises:
-        RecoveryError: there is no data, or a norm gets a single value of each channel, or NaN; or another rank has
-            failed.
+        RecoveryError: there is no data, or a norm gets a single value of each channel, or NaN; or the folder of
+            `offload` is full or cannot be used; or another rank has failed.
 
     Example:
         >>> import torch, structprune
@@ -51,26 +60,29 @@ def recalibrate(model: nn.Module, data: Iterable[Any], *, forward: Forward | Non
         True
     """
     with failing_together(RecoveryError, "recalibrate"):
-        require(locals(), RecoveryError, model=MODEL, forward=ON_BATCH.or_none)
-        return _recalibrated(model, batches_of(model, data, forward, "are no statistics to take"))
+        require(locals(), RecoveryError, model=MODEL, forward=ON_BATCH.or_none, offload=PATH.or_none)
+        return _recalibrated(model, batches_of(model, data, forward, "are no statistics to take"), offload)
 
 
-def _recalibrated(model: nn.Module, batches: list[Any]) -> nn.Module:
+def _recalibrated(model: nn.Module, batches: list[Any], offload: str | os.PathLike[str] | None) -> nn.Module:
     nobody_failed()
     result = copy.deepcopy(model, _memo(held_tensors(model), {}))
     traced = trace(result, batches[0], op_of)
     with preserved_random_state(), torch.no_grad():
-        set_statistics(result, batches, traced)
+        set_statistics(result, batches, traced, offload)
     return result
 
 
-def set_statistics(model: nn.Module, batches: Sequence[Any], traced: Trace) -> dict[str, Tensor]:
+def set_statistics(
+    model: nn.Module, batches: Sequence[Any], traced: Trace, offload: str | os.PathLike[str] | None = None
+) -> dict[str, Tensor]:
     """Give the batch norms of a model their statistics on the batches, in place; the new ones, by name.
 
     Args:
         model: its mode stays as it was.
         batches: what goes into it.
         traced: of this model, or of one with the same operations.
+        offload: a folder for what batches hold between norms; None for memory.
 
     Raises:
         RecoveryError: a norm gets a single value of each channel, or NaN.
@@ -80,7 +92,8 @@ def set_statistics(model: nn.Module, batches: Sequence[Any], traced: Trace) -> d
     statistics: dict[str, Tensor] = {}
     with (
         swapped_tensors(model, copy_buffer, track=False),
-        parallel_runs(BatchRun, model.eval(), batches if norms else (), traced, set(norms)) as runs,
+        runs_of(BatchRun, offload, model) as kind,
+        parallel_runs(kind, model.eval(), batches if norms else (), traced, set(norms)) as runs,
     ):
         # The model runs on copies of its buffers.
         tensors = {name: held.tensor for name, held in held_tensors(model).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from structprune.checking import FLAG, MODEL, ON_BATCH, SEED, require, whole
+from structprune.checking import FLAG, MODEL, ON_BATCH, PATH, SEED, require, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
 from structprune.offloading import at_hand, hooked, is_placed
+from structprune.recovery.activation_files import runs_of
 from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
@@ -47,6 +49,7 @@ def recover(
     seed: int = 0,
     forward: Forward | None = None,
     weights: bool = True,
+    offload: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """A copy of `slim` whose layers are solved again to meet `original`: no labels, no gradients, no training.
 
@@ -89,7 +92,8 @@ def recover(
 
     Models in half precision compute and are solved in float32: each operation gets a float32 copy of the weights that
     it takes, and new weights are rounded at once, so that the layers behind make up for that. In all `recover` needs
-    memory for the new model, and for what all batches hold at one layer.
+    memory for the new model, and for what all batches hold at one layer. With `offload` that is in files, and memory
+    holds what one batch computes from one layer to the next.
 
     Where ``torch.distributed`` is in use, every rank gives its share of the data, and all get the same model. If one
     fails, all raise. The batches of the ranks are taken in turns: what comes of it is, to rounding, what a single
@@ -109,13 +113,16 @@ def recover(
         forward: called with the model and a batch, where batches are something else than the above; as for
             `structprune.plan`. It runs once on each batch, to see what it calls the model with.
         weights: whether weights are solved, or biases alone.
+        offload: a folder for what batches hold between layers, for data whose activations do not fit into memory; it is
+            made if it is missing. Nothing stays in it. Weights are the same as without. CPU alone.
 
     Returns:
         A new model; `slim` and `original` are as they were.
 
     Raises:
         RecoveryError: there is no data, or it does not fit the models or makes them compute NaN, or the models do not
-            fit each other; or a number is none that can be; or another rank has failed.
+            fit each other; or a number is none that can be; or the folder of `offload` is full or cannot be used; or
+            another rank has failed.
 
     Example:
         >>> import torch, structprune
@@ -128,9 +135,9 @@ def recover(
     """
     with failing_together(RecoveryError, "recover"):
         numbers = {"rows": whole(1), "rounds": whole(0), "seed": SEED}
-        named = {"forward": ON_BATCH.or_none, "weights": FLAG}
+        named = {"forward": ON_BATCH.or_none, "weights": FLAG, "offload": PATH.or_none}
         require(locals(), RecoveryError, slim=MODEL, original=MODEL, **named, **numbers)
-        how = How(rows, rounds if weights else 0, seed, weights)
+        how = How(rows, rounds if weights else 0, seed, weights, offload)
         given, slim, original = slim, at_hand(slim), at_hand(original)
         batches = batches_of(original, data, forward, "is nothing to solve the layers on", padding=False)
         done = stages(slim, original)
@@ -192,7 +199,7 @@ def _best(recovered: nn.Module, original: nn.Module, batches: list[Any], solving
     candidates.offer(AS_GIVEN, recovered)
     statistics: dict[str, Tensor] = {}
     if solving.any and held_out.count:
-        statistics = set_statistics(recovered, batches, solving.graph.trace)
+        statistics = set_statistics(recovered, batches, solving.graph.trace, solving.how.offload)
     if statistics and candidates.offer(RECALIBRATED, recovered):
         candidates.remember(statistics)
     reports: list[LayerRecovery] = []
@@ -203,7 +210,7 @@ def _best(recovered: nn.Module, original: nn.Module, batches: list[Any], solving
             break
         candidates.restore(recovered)
         solvers = solving.solvers(held_out, count)
-        reports = _solve_in_order(recovered, original, batches, solving.graph, solvers)
+        reports = _solve_in_order(recovered, original, batches, solving.graph, solvers, solving.how.offload)
         skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}
         better = candidates.offer(SOLVED_WITH_PRODUCERS if count else SOLVED_ALONE, recovered)
     if not better:  # nothing that was solved is returned
@@ -253,6 +260,7 @@ def _solve_in_order(
     batches: list[Any],
     graph: ChannelGraph,
     solvers: list[Solver],
+    offload: str | os.PathLike[str] | None,
 ) -> list[LayerRecovery]:
     """Solve layer after layer while all batches pass once through both models; the reports on them in that order.
 
@@ -269,8 +277,9 @@ def _solve_in_order(
         tensors = {name: held.tensor for name, held in held_tensors(slim).items()}
         trace = graph.trace
         with (
-            parallel_runs(PrefixCache, slim, batches, trace, set(schedule)) as slim_runs,
-            parallel_runs(PrefixCache, original, batches, trace, targets) as original_runs,
+            runs_of(PrefixCache, offload, original) as kind,
+            parallel_runs(kind, slim, batches, trace, set(schedule)) as slim_runs,
+            parallel_runs(kind, original, batches, trace, targets) as original_runs,
         ):
             for event, at_event in schedule.items():
                 reports += _at(event, at_event, slim_runs, original_runs, tensors)

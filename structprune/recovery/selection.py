@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from structprune.checking import SEED, function, one_of, real, require, several, some_of, whole
+from structprune.checking import PATH, SEED, function, one_of, real, require, several, some_of, whole
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.coupling.roles import AXES
@@ -21,6 +22,7 @@ from structprune.distributed import all_reduced, failing_together, nobody_failed
 from structprune.errors import PlanError, RecoveryError
 from structprune.importance.data import Batches
 from structprune.inputs import device_of
+from structprune.recovery.activation_files import runs_of
 from structprune.recovery.batches import inputs_of, samples_in
 from structprune.recovery.candidates import Piece
 from structprune.recovery.directions import MAX_FEATURES, Directions, entry_moments, has_many_features, moments_of
@@ -103,6 +105,7 @@ class Reconstruction:
         distance: from the dense and the changed output, summed over samples; by default `divergence`;
             `squared_error` where the samples are some that a classifier was trained on.
         seed: of the draw of positions.
+        offload: as for `structprune.recover`: a folder for what batches hold between layers.
 
     Example:
         >>> import torch, structprune
@@ -124,6 +127,7 @@ class Reconstruction:
     axes: tuple[str, ...] | None = None
     distance: Distance = divergence
     seed: int = 0
+    offload: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Check what was given."""
@@ -136,6 +140,7 @@ class Reconstruction:
             axes=some_of(AXES).or_none,
             distance=function_of_two,
             seed=SEED,
+            offload=PATH.or_none,
         )
 
     def __call__(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -221,7 +226,10 @@ class Reconstruction:
         last = {number: max(consumer.number for consumer in group) for number, group in consumers.items()}
         moments: dict[tuple[int, int], ConsumerMoments] = {}
         removals: dict[int, _Removal] = {}
-        with parallel_runs(BatchRun, graph.model, data, graph.trace, set(events)) as runs:
+        with (
+            runs_of(BatchRun, self.offload, graph.model) as kind,
+            parallel_runs(kind, graph.model, data, graph.trace, set(events)) as runs,
+        ):
             for event in events:
                 pauses = [run.run_to(event) for run in runs]
                 here = [(n, c) for n, group in consumers.items() for c in group if c.number == event[0]]
@@ -307,7 +315,10 @@ class Reconstruction:
         starts = {number: min(consumer.number for consumer in consumers[number]) for number in removals}
         distances: dict[int, list[float]] = {}
         events = {(start, Side.BEFORE) for start in starts.values()}
-        with parallel_runs(PrefixCache, graph.model, measured, graph.trace, events) as caches:
+        with (
+            runs_of(PrefixCache, self.offload, graph.model) as kind,
+            parallel_runs(kind, graph.model, measured, graph.trace, events) as caches,
+        ):
             for event in sorted(events):
                 for cache in caches:
                     cache.run_to(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,14 @@ class How:
         rounds: of solving a layer together with its producers.
         seed: of the draw of positions.
         weights: whether weights may change, or biases alone.
+        offload: a folder for what batches hold between layers; None for memory.
     """
 
     rows: int
     rounds: int
     seed: int
     weights: bool
+    offload: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True, slots=True)

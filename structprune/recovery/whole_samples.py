@@ -20,7 +20,12 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 def whole_samples(
-    layer: LinearMap, rows: int, held_out: HeldOut, batches: Sequence[tuple[Tensor, Tensor, Tensor]]
+    layer: LinearMap,
+    rows: int,
+    held_out: HeldOut,
+    inputs: Sequence[Tensor],
+    ours: Sequence[Tensor],
+    goals: Sequence[Tensor],
 ) -> tuple[Pairs, Pairs, float]:
     """What to solve on, what to choose the ridge by, and the power of the goal on the latter, of all ranks.
 
@@ -31,11 +36,13 @@ def whole_samples(
         layer: the layer.
         rows: positions of the batches of all ranks together.
         held_out: samples that are not solved on.
-        batches: input, result, and goal of each.
+        inputs: of each batch.
+        ours: the results.
+        goals: what they are to be.
     """
     alike: tuple[dict[Any, Pairs], ...] = {}, {}
-    power = torch.zeros((), dtype=torch.float64, device=batches[0][0].device)
-    for number, (x, result, goal) in enumerate(batches):
+    power = torch.zeros((), dtype=torch.float64, device=ours[0].device)
+    for number, (x, result, goal) in enumerate(zip(inputs, ours, goals, strict=True)):
         count = held_out.solved_on(number, len(result))
         wanted = -(-rows // (held_out.turns.count * layer.positions(result[:1])))
         used = min(count, max(2, wanted))

@@ -78,7 +78,8 @@ def page(facts: dict[str, Any]) -> str:
             f"{'files' if row['offload'] else 'memory'} | {row['seconds']:.0f} | "
             f"{row['above'] / 1e9:.2f} | {row['above'] / row['bytes']:.1f} |"
         )
-    return "\n".join([*lines, "", as_line(facts["environment"]), ""])
+    notes = [f"{row['params']:,} parameters: {row['note']}." for row in facts["rows"].values() if "note" in row]
+    return "\n".join([*lines, *(line for note in notes for line in ("", note)), "", as_line(facts["environment"]), ""])
 
 
 def main() -> None:

@@ -123,7 +123,9 @@ def _overflows() -> bool:
 def _dynamic(folded: Path, draft: Path, feeds: _Feeds, ranges: str) -> None:
     library = importlib.import_module("onnxruntime.quantization")
     # Convolutions of integers whose ranges are found in each run are slower than those of floats.
-    library.quantize_dynamic(str(folded), str(draft), per_channel=True, op_types_to_quantize=["MatMul", "Gemm"])
+    library.quantize_dynamic(
+        str(folded), str(draft), per_channel=True, reduce_range=_overflows(), op_types_to_quantize=["MatMul", "Gemm"]
+    )
 
 
 def _weights(bits: int) -> Any:

@@ -34,7 +34,6 @@ from structprune.latency.measure import DeviceTimer, Latency
 
 FILE, PAGE = RESULTS / "search.json", RESULTS / "search.md"
 BATCH, JUDGED = 16, 2000
-RESNET20, RESNET56 = (next(case for case in CASES if case.model == name) for name in ("resnet20", "resnet56"))
 
 
 def peer_vgg(model: nn.Module, x: Tensor, ratio: float) -> nn.Module:
@@ -65,23 +64,16 @@ class Study:
     rounds: int
 
 
+def resnet(depth: int, levels: int) -> Study:
+    """A ResNet, of whose channels 1, 2, ... of so many parts may go in each group."""
+    case = next(case for case in CASES if case.model == f"resnet{depth}")
+    shares = tuple(n / levels for n in range(1, min(levels, 15)))
+    return Study(f"ResNet-{depth}", partial(cifar.load_resnet, depth), partial(peer_pruned, case), 0.5, shares, 2)
+
+
 STUDIES = {
-    "resnet20": Study(
-        "ResNet-20",
-        partial(cifar.load_resnet, 20),
-        partial(peer_pruned, RESNET20),
-        0.5,
-        tuple(n / 16 for n in range(1, 15)),
-        2,
-    ),
-    "resnet56": Study(
-        "ResNet-56",
-        partial(cifar.load_resnet, 56),
-        partial(peer_pruned, RESNET56),
-        0.5,
-        tuple(n / 8 for n in range(1, 8)),
-        2,
-    ),
+    "resnet20": resnet(20, 16),
+    "resnet56": resnet(56, 8),
     # Its layers of 4,608 features take seconds each: fewer levels, and none solved together with its producers.
     "vgg19": Study("VGG-19", load_vgg, peer_vgg, 0.5, (1 / 4, 1 / 2, 5 / 8, 3 / 4, 7 / 8), 0),
 }

@@ -20,7 +20,7 @@ from structprune.coupling.solve import Mask
 from structprune.distributed import all_reduced
 from structprune.ops.relations import Axis
 from structprune.recovery.batches import compared, samples_in
-from structprune.recovery.layers import kept_indices
+from structprune.recovery.layers import KeptParts, kept_indices
 from structprune.recovery.parallel_forward import BatchRun, parallel_runs
 from structprune.recovery.report import Candidate
 from structprune.recovery.turns import Turns
@@ -178,11 +178,11 @@ class Candidates:
         nodes = list(self._graph.trace.outputs.values())
         node = next((node for node in nodes if node.meta["shape"]), nodes[0])
         axes = self._graph.channels.axes[node.meta["index"]]
-        for dim, axis in enumerate(axes if isinstance(axes, tuple) else ()):
-            index = kept_indices(self._graph, self._removed, axis) if isinstance(axis, Axis) else None
-            if index is not None:
-                result = result.index_select(dim, torch.from_numpy(index).to(result.device))
-        return result
+        kept = [
+            kept_indices(self._graph, self._removed, axis) if isinstance(axis, Axis) else None
+            for axis in (axes if isinstance(axes, tuple) else ())
+        ]
+        return KeptParts([result], kept)[0]
 
     def _error(self, results: list[Tensor | None]) -> float:
         """The relative error; infinite where the outputs are no numbers, or have other shapes than the original's."""

@@ -2,7 +2,7 @@
 
 Along one dimension a convolution of ``C`` by ``O`` channels with ``K`` entries of the kernel takes ``K C O`` products a
 step. Between Fourier transforms it is a matrix product for each frequency, which is two products for each of ``C O``.
-With 64 entries, 64 channels and 12 outputs on 130 steps that takes a tenth of the time (Mathieu et al., Fast Training
+For many entries that is far less, for all that the transforms themselves take (Mathieu et al., Fast Training
 of Convolutional Networks through FFTs, 2013).
 
 An input of 131 steps with 32 zeros on either side is transformed as 168 steps, the last 37 of them zero: those behind

@@ -27,8 +27,8 @@ from harness.environment import as_line, environment
 from torch import Tensor, nn
 
 import structprune
+from structprune.forwards.batches import compared
 from structprune.recovery import candidates, joint_solver, layer_solver, recover, selection
-from structprune.recovery.batches import compared
 from structprune.recovery.selection import Distance, divergence, squared_error
 from structprune.tracing.trace import as_call
 

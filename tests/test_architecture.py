@@ -31,6 +31,7 @@ ORDER = (
     # that name the plans of their model.
     ("planning.plan",),
     ("inputs",),
+    ("equations", "forwards"),
     ("export",),
     ("benchmarking",),
     ("latency",),

@@ -13,10 +13,11 @@ from torch import nn
 
 import structprune
 from structprune.distributed import all_reduced, rank_and_count
+from structprune.equations import fourier
 from structprune.errors import PlanError, RecoveryError
 from structprune.importance.base import CRITERIA, fitted
 from structprune.planning.sensitivities import Sensitivity
-from structprune.recovery import fourier, layer_solver, preconditioner
+from structprune.recovery import layer_solver, preconditioner
 
 
 class Block(nn.Module):

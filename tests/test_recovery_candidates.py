@@ -8,9 +8,9 @@ from support.recovery_nets import IMAGES, data_of, jittered, removal
 from torch import nn
 
 import structprune
+from structprune.forwards.turns import Turns
 from structprune.recovery import candidates
 from structprune.recovery.candidates import HeldOut, pieces_of
-from structprune.recovery.turns import Turns
 
 
 def wide_net(seed):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from structprune.equations.elimination import ConsumerMoments, eliminate
+from structprune.equations.least_squares import second_moments
+from structprune.equations.linear_maps import linear_map, with_intercept
 from structprune.recovery import directions as module
 from structprune.recovery.directions import DirectedMoments, Directions, entry_moments, has_many_features
-from structprune.recovery.elimination import ConsumerMoments, eliminate
-from structprune.recovery.least_squares import second_moments
-from structprune.recovery.linear_maps import linear_map, with_intercept
 
 CHANNELS, ENTRIES, OUTPUTS = 6, 8, 3
 

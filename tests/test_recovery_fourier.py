@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from structprune.recovery import fourier
-from structprune.recovery.fourier import Spectra
-from structprune.recovery.linear_maps import linear_map
+from structprune.equations import fourier
+from structprune.equations.fourier import Spectra
+from structprune.equations.linear_maps import linear_map
 
 # Shapes of the input and of the weight, and further arguments.
 CASES = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from structprune.equations.linear_maps import linear_map
 from structprune.recovery import gauss_newton
 from structprune.recovery.chain import Chain, ChainWeights, elementwise_slopes
 from structprune.recovery.gauss_newton import final_step, fit_chain
-from structprune.recovery.linear_maps import linear_map
 from structprune.recovery.samples import Samples, joined
 
 

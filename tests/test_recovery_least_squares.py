@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from structprune.recovery import least_squares
-from structprune.recovery.elimination import ConsumerMoments, eliminate
-from structprune.recovery.least_squares import RIDGES, NormalEquations, fit
+from structprune.equations import least_squares
+from structprune.equations.elimination import ConsumerMoments, eliminate
+from structprune.equations.least_squares import RIDGES, NormalEquations, fit
 
 
 def sums_of(x, y):

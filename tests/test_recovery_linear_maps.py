@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from structprune.recovery.linear_maps import linear_map
+from structprune.equations.linear_maps import linear_map
 
 # Shapes of the input and of the weight, and further arguments.
 CALLS = {

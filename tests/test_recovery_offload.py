@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import structprune
 from structprune.errors import RecoveryError
-from structprune.recovery import activation_files
-from structprune.recovery.activation_files import ActivationFiles
+from structprune.forwards import activation_files
+from structprune.forwards.activation_files import ActivationFiles
 
 
 class Residual(nn.Module):

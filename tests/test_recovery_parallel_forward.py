@@ -11,9 +11,9 @@ from torch import nn
 import structprune
 from structprune.coupling.graph import ChannelGraph
 from structprune.errors import RecoveryError
-from structprune.recovery import prefix
-from structprune.recovery.parallel_forward import BatchRun, Side, parallel_runs
-from structprune.recovery.prefix import PrefixCache, can_restart, output_of, prefix_hooks, separate_results
+from structprune.forwards import prefix
+from structprune.forwards.parallel_forward import BatchRun, Side, parallel_runs
+from structprune.forwards.prefix import PrefixCache, can_restart, output_of, prefix_hooks, separate_results
 
 
 class Plain(nn.Module):

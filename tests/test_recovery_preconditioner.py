@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from structprune.equations.linear_maps import linear_map
 from structprune.recovery import preconditioner
 from structprune.recovery.chain import Chain, ChainWeights, linearised
 from structprune.recovery.channel_blocks import channel_blocks
-from structprune.recovery.linear_maps import linear_map
 from structprune.recovery.samples import Samples
 
 DAMPING = 1e-3

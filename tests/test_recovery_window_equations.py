@@ -9,12 +9,13 @@ from support.recovery_nets import copy_channels, jittered, removal
 from torch import nn
 
 import structprune
-from structprune.recovery import fourier, layer_solver, preconditioner, window_equations
-from structprune.recovery.fixed_inputs import FixedInput
-from structprune.recovery.linear_maps import linear_map
+from structprune.equations import fourier, window_equations
+from structprune.equations.fixed_inputs import FixedInput
+from structprune.equations.linear_maps import linear_map
+from structprune.equations.window_moments import WindowMoments
+from structprune.equations.windows import window_sums
+from structprune.recovery import layer_solver, preconditioner
 from structprune.recovery.whole_samples import exact_equations, iterative_equations
-from structprune.recovery.window_moments import WindowMoments
-from structprune.recovery.windows import window_sums
 
 OPTIONS = {"padded": {"padding": 3}, "dilated": {"padding": 2, "dilation": 2}, "inside": {}}
 

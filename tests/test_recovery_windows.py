@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import structprune
+from structprune.equations.linear_maps import linear_map, with_intercept
+from structprune.equations.windows import has_window_sums, window_sums
 from structprune.recovery import layer_solver, whole_samples
-from structprune.recovery.linear_maps import linear_map, with_intercept
-from structprune.recovery.windows import has_window_sums, window_sums
 
 CASES = {
     "one dimension": ((3, 4, 20), (2, 4, 7), {"padding": 3}),

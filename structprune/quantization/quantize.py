@@ -16,8 +16,8 @@ from structprune.export.program import FreeDims
 from structprune.export.runtimes import ONNXRUNTIME
 from structprune.export.torch_files import PROGRAM, require_torchao
 from structprune.export.verified import Wanted, write_verified
+from structprune.forwards.batches import batches_of
 from structprune.quantization import onnx_runtime, torch_ao
-from structprune.recovery.batches import batches_of
 from structprune.tracing.trace import ExampleInputs
 
 Scheme: TypeAlias = Literal["int8", "int8_dynamic", "int8_weights", "int4_weights"]

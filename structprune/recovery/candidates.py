@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import all_reduced
+from structprune.forwards.batches import compared, samples_in
+from structprune.forwards.parallel_forward import BatchRun, parallel_runs
+from structprune.forwards.turns import Turns
 from structprune.ops.relations import Axis
-from structprune.recovery.batches import compared, samples_in
 from structprune.recovery.layers import KeptParts, kept_indices
-from structprune.recovery.parallel_forward import BatchRun, parallel_runs
 from structprune.recovery.report import Candidate
-from structprune.recovery.turns import Turns
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import Trace, distinct_tensors, map_tensors, tensors_in
 

@@ -16,11 +16,11 @@ from torch import Tensor, fx
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import all_reduced
+from structprune.equations.fixed_inputs import FixedInput
+from structprune.equations.linear_maps import LinearMap
 from structprune.ops import layer_of, op_of
 from structprune.ops.arguments import arguments
-from structprune.recovery.fixed_inputs import FixedInput
 from structprune.recovery.layers import Consumer, as_consumer, uses_batch_statistics
-from structprune.recovery.linear_maps import LinearMap
 from structprune.recovery.samples import Samples
 from structprune.tracing.provenance import plain
 

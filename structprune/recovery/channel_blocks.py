@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from structprune.distributed import all_reduced
-from structprune.recovery.linear_maps import LinearMap, with_intercept
+from structprune.equations.linear_maps import LinearMap, with_intercept
 
 BLOCK_POSITIONS = 4096  # of all parts of the samples together
 MAX_BLOCK_ENTRIES = 1 << 22  # of all blocks together

@@ -15,8 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from structprune.recovery.elimination import ConsumerMoments
-from structprune.recovery.linear_maps import LinearMap
+from structprune.equations.elimination import ConsumerMoments
+from structprune.equations.linear_maps import LinearMap
 
 MAX_FEATURES = 1536  # up to here all features are taken
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import agreed, all_reduced
+from structprune.equations.linear_maps import LinearMap, argument, linear_map
+from structprune.forwards.parallel_forward import Event, Pause, Side
 from structprune.ops.arguments import arguments
 from structprune.recovery.candidates import HeldOut
 from structprune.recovery.chain import (
@@ -27,8 +29,6 @@ from structprune.recovery.chain import (
 )
 from structprune.recovery.gauss_newton import MAX_STRIDE, MIN_GAIN, ChainFit, final_step, fit_chain
 from structprune.recovery.layers import Consumer, norm_scale
-from structprune.recovery.linear_maps import LinearMap, argument, linear_map
-from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.samples import Samples, joined
 
 HELD_OUT = 5  # a fifth of each batch, the last samples, is held out

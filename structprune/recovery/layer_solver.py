@@ -16,6 +16,11 @@ from torch import Tensor
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import agreed, all_reduced
+from structprune.equations.least_squares import Equations, NormalEquations, Solution, fit, intercept
+from structprune.equations.linear_maps import LinearMap, argument, linear_map, with_intercept
+from structprune.equations.window_moments import has_window_moments
+from structprune.equations.windows import has_window_sums
+from structprune.forwards.parallel_forward import Event, Pause, Side
 from structprune.ops import op_of
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
@@ -23,13 +28,8 @@ from structprune.recovery.candidates import HeldOut, drawn_positions
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
 from structprune.recovery.layers import Consumer, KeptParts, kept_indices, norm_scale, uses_batch_statistics
-from structprune.recovery.least_squares import Equations, NormalEquations, Solution, fit, intercept
-from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
-from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.report import LayerRecovery
 from structprune.recovery.whole_samples import exact_equations, iterative_equations, whole_samples
-from structprune.recovery.window_moments import has_window_moments
-from structprune.recovery.windows import has_window_sums
 
 UNFOLDED = 1536  # features: with more of them sums over windows are computed without unfolding them
 # Products in float32 leave an error of about this size, relative to the result; where hardly more is left than that,

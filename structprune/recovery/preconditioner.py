@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from structprune.distributed import all_reduced
+from structprune.equations.least_squares import second_moments
+from structprune.equations.linear_maps import LinearMap, with_intercept
+from structprune.equations.window_moments import WindowInverse, WindowMoments, has_window_moments
 from structprune.recovery.chain import Chain, ChainWeights, LinearisedChain
 from structprune.recovery.channel_blocks import ChannelBlocks, channel_blocks, positive_mean, spread_positions
-from structprune.recovery.least_squares import second_moments
-from structprune.recovery.linear_maps import LinearMap, with_intercept
-from structprune.recovery.window_moments import WindowInverse, WindowMoments, has_window_moments
 
 MOMENT_POSITIONS = 8192  # of all parts of the samples together, for the moments
 MAX_FEATURES = 1536  # of a matrix of moments; of more features there are several, one for each section of them

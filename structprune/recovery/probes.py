@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from structprune.forwards.turns import Turns
 from structprune.recovery.candidates import Piece, pieces_of
-from structprune.recovery.turns import Turns
 from structprune.tracing.trace import Trace
 
 SOLVED_SHARE = 0.75  # of each batch, where there are no other batches to solve on than those to measure on

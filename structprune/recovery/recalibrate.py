@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from structprune.checking import MODEL, ON_BATCH, PATH, require
 from structprune.distributed import all_reduced, failing_together, nobody_failed
 from structprune.errors import RecoveryError
+from structprune.forwards.activation_files import runs_of
+from structprune.forwards.batches import Forward, batches_of
+from structprune.forwards.parallel_forward import BatchRun, Pause, Side, parallel_runs
+from structprune.forwards.widened import wide
 from structprune.ops import op_of
 from structprune.ops.arguments import arguments
-from structprune.recovery.activation_files import runs_of
-from structprune.recovery.batches import Forward, batches_of
-from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
-from structprune.recovery.widened import wide
 from structprune.surgery.apply import _memo
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import Trace, preserved_random_state, trace

@@ -16,17 +16,17 @@ from structprune.checking import FLAG, MODEL, ON_BATCH, PATH, SEED, require, who
 from structprune.coupling.graph import ChannelGraph
 from structprune.distributed import failing_together, nobody_failed
 from structprune.errors import RecoveryError
+from structprune.forwards.activation_files import runs_of
+from structprune.forwards.batches import Forward, batches_of
+from structprune.forwards.parallel_forward import Event, parallel_runs
+from structprune.forwards.prefix import PrefixCache
+from structprune.forwards.widened import wide, widened
 from structprune.offloading import at_hand, hooked, is_placed
-from structprune.recovery.activation_files import runs_of
-from structprune.recovery.batches import Forward, batches_of
 from structprune.recovery.candidates import Candidates, HeldOut
 from structprune.recovery.depth import Shorter, stages
-from structprune.recovery.parallel_forward import Event, parallel_runs
-from structprune.recovery.prefix import PrefixCache
 from structprune.recovery.recalibrate import set_statistics
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
 from structprune.recovery.solving import How, Solver, Solving, schedule_of
-from structprune.recovery.widened import wide, widened
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits, RemovedSlice
 from structprune.surgery.history import first_shapes, kept

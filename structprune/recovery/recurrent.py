@@ -16,11 +16,11 @@ from torch import Tensor
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import agreed, all_reduced
+from structprune.forwards.parallel_forward import Event, Pause, Side
 from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
 from structprune.recovery.candidates import HeldOut, drawn_positions
 from structprune.recovery.layers import kept_indices
-from structprune.recovery.parallel_forward import Event, Pause, Side
 from structprune.recovery.recurrent_calls import Cell, RecurrentCall
 from structprune.recovery.recurrent_cells import CellBatch, solve_cell
 from structprune.recovery.recurrent_consumers import RecurrentLayers

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from structprune.distributed import all_reduced
+from structprune.equations.least_squares import NormalEquations, best_ridge
+from structprune.equations.linear_maps import with_intercept
 from structprune.recovery.layer_solver import CHUNK
-from structprune.recovery.least_squares import NormalEquations, best_ridge
-from structprune.recovery.linear_maps import with_intercept
 from structprune.recovery.recurrent_calls import Cell, Layout
 
 PASSES = 5  # at most: on the original's states, then on its own

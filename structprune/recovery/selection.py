@@ -19,24 +19,24 @@ from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.coupling.roles import AXES
 from structprune.distributed import all_reduced, failing_together, nobody_failed
+from structprune.equations.elimination import ConsumerMoments, eliminate
+from structprune.equations.least_squares import add_second_moments
+from structprune.equations.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.errors import PlanError, RecoveryError
+from structprune.forwards.activation_files import runs_of
+from structprune.forwards.batches import inputs_of, samples_in
+from structprune.forwards.parallel_forward import BatchRun, Pause, Side, parallel_runs
+from structprune.forwards.prefix import PrefixCache, output_of
+from structprune.forwards.turns import Turns
+from structprune.forwards.widened import wide
 from structprune.importance.data import Batches
 from structprune.inputs import device_of
-from structprune.recovery.activation_files import runs_of
-from structprune.recovery.batches import inputs_of, samples_in
 from structprune.recovery.candidates import Piece
 from structprune.recovery.directions import MAX_FEATURES, Directions, entry_moments, has_many_features, moments_of
-from structprune.recovery.elimination import ConsumerMoments, eliminate
 from structprune.recovery.layers import GroupConsumer, group_consumers
-from structprune.recovery.least_squares import add_second_moments
-from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
-from structprune.recovery.parallel_forward import BatchRun, Pause, Side, parallel_runs
-from structprune.recovery.prefix import PrefixCache, output_of
 from structprune.recovery.price_curves import Curve, FittedReconstruction, Key, key_of
 from structprune.recovery.prices import prices
 from structprune.recovery.probes import Probes, affordable
-from structprune.recovery.turns import Turns
-from structprune.recovery.widened import wide
 from structprune.tracing.replay import Hook, ReplayedCall
 from structprune.tracing.state import copy_buffer, swapped_tensors
 from structprune.tracing.trace import preserved_random_state
@@ -87,7 +87,7 @@ class Reconstruction:
     """Ranks channels by the error that remains once the layers that consume them are solved again.
 
     For each group the second moments of its consumers' features are summed up, and channels are eliminated one by one
-    (`structprune.recovery.elimination.eliminate`). How much that error matters to the network is measured: only the
+    (`structprune.equations.elimination.eliminate`). How much that error matters to the network is measured: only the
     consumers are solved without a part of the channels, and the output is compared with that of the whole model.
     Neither labels nor gradients are needed. Fitted, it also says in which groups channels cost least for what they
     save: give it as ``importance=`` and as ``scope=`` with a ``target=``.

@@ -13,11 +13,11 @@ from torch import Tensor, fx
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.solve import Mask
 from structprune.distributed import gathered
-from structprune.recovery.batches import samples_in
+from structprune.forwards.batches import samples_in
+from structprune.forwards.parallel_forward import Event
 from structprune.recovery.candidates import HeldOut
 from structprune.recovery.layer_solver import LayerSolver
 from structprune.recovery.layers import Consumer, consumers
-from structprune.recovery.parallel_forward import Event
 from structprune.recovery.recurrent import RecurrentSolver
 from structprune.recovery.recurrent_consumers import RecurrentLayers, recurrent_layers
 

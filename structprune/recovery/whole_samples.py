@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from structprune.distributed import all_reduced
+from structprune.equations.least_squares import NormalEquations
+from structprune.equations.linear_maps import LinearMap
+from structprune.equations.window_equations import WindowEquations
+from structprune.equations.windows import window_sums
 from structprune.recovery.candidates import A_FIFTH, HeldOut
-from structprune.recovery.least_squares import NormalEquations
-from structprune.recovery.linear_maps import LinearMap
-from structprune.recovery.window_equations import WindowEquations
-from structprune.recovery.windows import window_sums
 
 # Inputs of one size, and what the results lack of the goal.
 Pairs = list[tuple[Tensor, Tensor]]

@@ -40,14 +40,14 @@ from structprune.checking import (
 from structprune.coupling.groups import Group
 from structprune.distributed import apart, failing_together, gathered
 from structprune.errors import PlanError, RecoveryError
+from structprune.forwards.batches import Forward
+from structprune.forwards.turns import Turns
 from structprune.html import html_table
 from structprune.importance.weight import LnNorm
 from structprune.planning.options import PlanKeywords, PlanOptions
 from structprune.planning.plan import Plan
-from structprune.recovery.batches import Forward
 from structprune.recovery.prices import prices
 from structprune.recovery.probes import Probes
-from structprune.recovery.turns import Turns
 from structprune.search.entries import Entry, Shelf, key_of
 from structprune.search.evolution import Evolution, Evolved, Search
 from structprune.search.making import Making, Measuring

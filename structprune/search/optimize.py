@@ -32,12 +32,12 @@ from structprune.checking import (
 )
 from structprune.distributed import apart, failing_together, nobody_failed, rank_and_count, several
 from structprune.errors import PlanError, RecoveryError
+from structprune.forwards.batches import Forward
+from structprune.forwards.turns import in_turns
 from structprune.latency.measure import Latency
 from structprune.planning.plan import Plan
-from structprune.recovery.batches import Forward
 from structprune.recovery.recalibrate import recalibrate
 from structprune.recovery.recover import recover
-from structprune.recovery.turns import in_turns
 from structprune.search.library import Library, library
 from structprune.search.network_costs import COUNTED, Costs, Evaluate, number_of
 from structprune.search.outputs import Outputs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from structprune.checking import Check
 from structprune.distributed import all_reduced
 from structprune.errors import RecoveryError
-from structprune.recovery.batches import compared, samples_in
+from structprune.forwards.batches import compared, samples_in
 from structprune.recovery.probes import Probes
 from structprune.recovery.selection import divergence, squared_error
 from structprune.tracing.state import copy_buffer, swapped_tensors

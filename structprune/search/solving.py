@@ -21,16 +21,16 @@ from torch import Tensor, fx, nn
 from structprune.coupling.graph import ChannelGraph
 from structprune.coupling.groups import Group
 from structprune.distributed import all_reduced
+from structprune.equations.elimination import ConsumerMoments, eliminate
+from structprune.equations.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.errors import PlanError, RecoveryError
+from structprune.forwards.batches import Forward, batches_of, samples_in
 from structprune.importance.base import check_scores
 from structprune.importance.weight import LnNorm
 from structprune.ops.arguments import arguments
 from structprune.planning.build import tensors_of
 from structprune.planning.plan import Plan
-from structprune.recovery.batches import Forward, batches_of, samples_in
-from structprune.recovery.elimination import ConsumerMoments, eliminate
 from structprune.recovery.layers import GroupConsumer, as_consumer, group_consumers, norm_scale, uses_batch_statistics
-from structprune.recovery.linear_maps import LinearMap, argument, linear_map, with_intercept
 from structprune.recovery.probes import Probes
 from structprune.surgery.slicing import smaller_tensor
 from structprune.tracing.replay import Replay, ReplayedCall

@@ -18,10 +18,10 @@ from structprune.coupling import groups as coupled
 from structprune.coupling.naming import Dimension
 from structprune.dependency_graph import DependencyGraph as Graph
 from structprune.errors import UnknownLayerError
+from structprune.forwards.batches import calls_of
 from structprune.ops.relations import Ids
 from structprune.planning.build import plan_removal, tensors_of
 from structprune.planning.plan import Plan, Settings, plans_of
-from structprune.recovery.batches import calls_of
 from structprune.surgery.own_slimming import Slim, own_changes
 from structprune.tracing.state import held_tensors
 

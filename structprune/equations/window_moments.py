@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structprune.distributed import agreed, all_reduced
-from structprune.recovery.fourier import Spectra, fast_period
-from structprune.recovery.linear_maps import LinearMap
+from structprune.equations.fourier import Spectra, fast_period
+from structprune.equations.linear_maps import LinearMap
 
 LEAST = 1e-3  # of the mean diagonal: no channel is penalised less, even one that is always zero
 CHUNK = 1 << 24  # entries of the moments of the frequencies that are looked at together

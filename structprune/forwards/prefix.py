@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from structprune.errors import RecoveryError
+from structprune.forwards.batches import compared
+from structprune.forwards.parallel_forward import BatchRun, Event
 from structprune.hardware import allocated
-from structprune.recovery.batches import compared
-from structprune.recovery.parallel_forward import BatchRun, Event
 from structprune.tracing.replay import Hook, Replay, ReplayedCall
 from structprune.tracing.trace import Trace, as_call, map_tensors, tensors_in
 

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from structprune.equations.fourier import TYPES, Spectra
 from structprune.ops import kind_of, layer_of
 from structprune.ops.arguments import bind
 from structprune.ops.op import CONVOLUTIONS
-from structprune.recovery.fourier import TYPES, Spectra
 
 
 def argument(name: str, which: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from structprune.recovery.fourier import Spectra
-from structprune.recovery.linear_maps import LinearMap
+from structprune.equations.fourier import Spectra
+from structprune.equations.linear_maps import LinearMap
 
 
 @dataclass(frozen=True, slots=True)

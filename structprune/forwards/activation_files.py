@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import RecoveryError
+from structprune.forwards.parallel_forward import Event, Pause, Run, Side
+from structprune.forwards.prefix import PrefixCache
 from structprune.inputs import device_of
-from structprune.recovery.parallel_forward import Event, Pause, Run, Side
-from structprune.recovery.prefix import PrefixCache
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import Trace, map_tensors, tensors_in
 

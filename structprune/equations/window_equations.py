@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from structprune.distributed import all_reduced
-from structprune.recovery.fourier import Spectra
-from structprune.recovery.linear_maps import LinearMap
-from structprune.recovery.window_moments import WindowMoments
+from structprune.equations.fourier import Spectra
+from structprune.equations.linear_maps import LinearMap
+from structprune.equations.window_moments import WindowMoments
 
 # Conjugate gradients end after so many steps, one behind the other, that lower the error by less than this share of it.
 SMALL_STEPS, ENOUGH, MOST_STEPS = 2, 3e-3, 64

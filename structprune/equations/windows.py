@@ -17,7 +17,7 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor
 
-from structprune.recovery.linear_maps import LinearMap
+from structprune.equations.linear_maps import LinearMap
 
 
 def has_window_sums(layer: LinearMap) -> bool:

@@ -89,7 +89,7 @@ def test_networks_are_compared_once_they_are_recovered():
     assert isinstance(shown, DepthPlan)
     assert all(each.recovered is None for each in shown.tried)
     plan = both(model, x, data=list(x.chunk(2)), **options)
-    assert not isinstance(plan, DepthPlan)
+    assert all(each.recovered < 1e-10 < each.lost for each in plan.tried if each.recovered is not None)
     recovered = structprune.recover(plan.apply(model), model, list(x.chunk(2)), rounds=0)
     assert torch.allclose(recovered(x), model(x), atol=1e-2)
 
@@ -334,20 +334,6 @@ def test_an_optimizer_goes_on(inplace):
                 wanted = wanted.index_select(sliced.dim, torch.tensor(left))
         assert torch.equal(optimizer.state[parameter]["exp_avg"], wanted)
     optimizer.step()
-
-
-def test_both_steps_are_recovered_one_after_the_other():
-    model, x = residuals()
-    plan = both(model, x, target={"macs": 0.4})
-    slim = plan.apply(model)
-    recovered = structprune.recover(slim, model, list(x.chunk(2)), rounds=1)
-    before, after = ((each(x) - model(x)).norm() for each in (slim, recovered))
-    assert after < 0.7 * before
-    assert [type(each).__name__ for each in plans_of(recovered)] == ["Removal", "Plan"]
-    with torch.no_grad():
-        slim[0].bias += 1
-    with pytest.raises(structprune.errors.RecoveryError, match="more was done"):
-        structprune.recover(slim, model, [x])
 
 
 def test_a_report_shows_what_went(tmp_path: Path):

@@ -24,7 +24,7 @@ from structprune.importance.data import Batches, Forward
 from structprune.importance.folding import Folding, Likeness, NormedLayer, likeness, normed_layers
 from structprune.importance.mergeable import Mergeable
 from structprune.planning.plan import Plan, plans_of
-from structprune.recovery.recover import removed_between
+from structprune.recovery.history import removed_between
 from structprune.surgery.apply import _memo
 from structprune.surgery.verify import TOLERANCE, removed_components
 from structprune.tracing.state import held_tensors

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,13 +22,12 @@ from structprune.forwards.prefix import PrefixCache
 from structprune.forwards.widened import wide, widened
 from structprune.offloading import at_hand, hooked, is_placed
 from structprune.recovery.candidates import Candidates, HeldOut
-from structprune.recovery.depth import Shorter, stages
+from structprune.recovery.depth import Shorter
+from structprune.recovery.history import removed_between, stages
 from structprune.recovery.recalibrate import set_statistics
 from structprune.recovery.report import LayerRecovery, RecoveryReport, keep_report, recovery_report
 from structprune.recovery.solving import How, Solver, Solving, schedule_of
 from structprune.surgery.apply import _memo
-from structprune.surgery.edits import Edits, RemovedSlice
-from structprune.surgery.history import first_shapes, kept
 from structprune.surgery.verify import removed_components
 from structprune.tracing.state import copy_buffer, held_tensors, swapped_tensors
 from structprune.tracing.trace import map_tensors, preserved_random_state, tensors_in
@@ -86,9 +84,9 @@ def recover(
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (equation 3 and section 3.3, of single
     layers and of residual sums); here each layer also corrects the errors of the layers before it.
 
-    A model without some of its branches (`structprune.remove_branches`) is solved where what is left meets the
-    original; the report then names layers as the original does. One that lost channels as well is made again step by
-    step, and each step is recovered, if its weights are still the original's.
+    A model without some of its branches (`structprune.remove_branches`), and perhaps without channels of what was left,
+    is solved where it meets the original; the report then names layers as the original does. One that lost them in
+    another order is made again step by step, and each step is recovered, if its weights are still the original's.
 
     Models in half precision compute and are solved in float32: each operation gets a float32 copy of the weights that
     it takes, and new weights are rounded at once, so that the layers behind make up for that. In all `recover` needs
@@ -140,9 +138,10 @@ def recover(
         how = How(rows, rounds if weights else 0, seed, weights, offload)
         given, slim, original = slim, at_hand(slim), at_hand(original)
         batches = batches_of(original, data, forward, "is nothing to solve the layers on", padding=False)
-        done = stages(slim, original)
+        shorter = Shorter.of(slim, original, batches[0])
+        done = stages(slim, original) if shorter is None else []
         if len(done) < 2:
-            recovered = _recovered(slim, original, batches, how)
+            recovered = _recovered(slim, original, batches, how, shorter)
         else:
             recovered = _in_stages(done, original, batches, how)
         return hooked(recovered) if is_placed(given) else recovered
@@ -156,7 +155,7 @@ def _in_stages(done: list[tuple[Any, ...]], original: nn.Module, batches: list[A
         smaller = original
         for plan in plans:
             smaller = plan.apply(smaller)
-        original = _recovered(smaller, original, batches, how)
+        original = _recovered(smaller, original, batches, how, Shorter.of(smaller, original, batches[0]))
         report = recovery_report(original)
         layers += report.layers
         skipped |= report.skipped
@@ -164,10 +163,11 @@ def _in_stages(done: list[tuple[Any, ...]], original: nn.Module, batches: list[A
     return original
 
 
-def _recovered(slim: nn.Module, original: nn.Module, batches: list[Any], how: How) -> nn.Module:
+def _recovered(
+    slim: nn.Module, original: nn.Module, batches: list[Any], how: How, shorter: Shorter | None
+) -> nn.Module:
     nobody_failed()
-    shorter = Shorter.of(slim, original, batches[0])
-    edits = removed_between(slim, original) if shorter is None else Edits((), (), (), (), (), None, None)
+    edits = removed_between(slim, original) if shorter is None else shorter.edits
     recovered = copy.deepcopy(slim, _memo(held_tensors(slim), {})) if shorter is None else shorter.aligned
     given = {
         name: held.tensor if shorter is None else held.tensor.detach().clone()
@@ -177,7 +177,7 @@ def _recovered(slim: nn.Module, original: nn.Module, batches: list[Any], how: Ho
         batches = [map_tensors(wide, batch) for batch in batches] if in_float32 else batches
         graph = ChannelGraph(original, batches[0])
         removed = removed_components(graph, edits)
-        begins, without = ((), ()) if shorter is None else shorter.places(graph.trace)
+        begins, without = ((), ()) if shorter is None else shorter.places(original, graph.trace)
         solving = Solving.of(graph, removed, batches, (begins, without), how, given)
         with preserved_random_state(), torch.no_grad():
             report = _best(recovered, original, batches, solving)
@@ -217,41 +217,6 @@ def _best(recovered: nn.Module, original: nn.Module, batches: list[Any], solving
         candidates.restore(recovered)
         reports = [replace(row, after=row.before, changed=False, producers=()) for row in reports]
     return RecoveryReport(tuple(reports), skipped, tuple(candidates.tried), candidates.kept, candidates.samples)
-
-
-def removed_between(slim: nn.Module, original: nn.Module) -> Edits:
-    """What was removed from `original` to make `slim`, by the record that `slim` carries.
-
-    A weight (8, 3) whose kept indices in dimension 0 are 0, 2, 3, 5, 7 has lost 1, 4 and 6.
-
-    Raises:
-        RecoveryError: by that record it was made of another model.
-    """
-    kept_indices, first = kept(slim), first_shapes(slim)
-    now = {name: held.tensor.shape for name, held in held_tensors(slim).items()}
-    removed: list[RemovedSlice] = []
-    for name, held in held_tensors(original).items():
-        shape = tuple(held.tensor.shape)
-        if isinstance(held.tensor, nn.Parameter) and first.get(name) != shape:
-            before = f"of shape {list(first[name])}" if name in first else "missing"
-            raise RecoveryError(
-                f"{name!r} has shape {list(shape)} in the original, but in the model that was pruned it was {before}. "
-                "Give the pruned model as structprune made it, and the model that it was made of."
-            )
-        dims = kept_indices.get(name, {})
-        if name in now and any(
-            before != after and dim not in dims
-            for dim, (before, after) in enumerate(zip(shape, now[name], strict=True))
-        ):
-            raise RecoveryError(
-                f"Each group of the convolution with {name!r} lost other inputs, for which no layer is solved again. "
-                "Remove the same positions of each group, or fine-tune."
-            )
-        for dim, indices in dims.items():
-            lost = np.setdiff1d(np.arange(shape[dim]), indices)
-            if len(lost):
-                removed.append(RemovedSlice(name, dim, shape[dim], tuple(lost.tolist())))
-    return Edits(tuple(removed), (), (), (), (), None, None)
 
 
 def _solve_in_order(

@@ -130,7 +130,7 @@ def _compute_the_same(slim: nn.Module, aligned: nn.Module, batch: Any) -> bool:
     """Whether both do, but for rounding."""
     for one, other in zip(tensors_in(run_once(slim, batch)), tensors_in(run_once(aligned, batch)), strict=True):
         scale = float(other.abs().max()) if other.numel() else 0.0
-        rounding = max(1e-3, 16 * torch.finfo(one.dtype).eps) if one.is_floating_point() else 0.0
+        rounding = max(1e-3, 16 * torch.finfo(one.dtype).eps) if one.is_floating_point() else 1e-3
         if one.numel() and float((one - other).abs().max()) > rounding * max(scale, 1e-12):
             return False
     return True

@@ -29,7 +29,6 @@ from structprune.surgery.verify import removed_components
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import Trace, run_once, tensors_in
 
-
 NO_EDITS = Edits((), (), (), (), (), None, None)
 
 

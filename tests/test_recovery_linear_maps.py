@@ -41,6 +41,17 @@ def test_a_linear_map_is_features_times_a_matrix(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_a_batch_without_samples_has_features_of_no_positions(name):
+    shape, weight_shape, options = CALLS[name]
+    x, weight, nowhere = torch.zeros(0, *shape[1:]), torch.zeros(weight_shape), torch.zeros(0, dtype=torch.long)
+    layer = linear_map(name, (torch.zeros(shape), weight), options)
+    function = torch.matmul if name == "matmul" else getattr(F, name)
+    result = function(x, weight, **options)
+    assert layer.features_at(x, nowhere).shape == (layer.groups, 0, layer.features)
+    assert layer.outputs_at(result, nowhere).shape == (layer.groups, 0, layer.outputs)
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_adjoints_are_adjoint(name):
     shape, weight_shape, options = CALLS[name]
     generator = torch.Generator().manual_seed(0)

@@ -170,7 +170,7 @@ class LinearMap:
         n = len(self.kernel)
         places = torch.unravel_index(positions, (windows.shape[0], *windows.shape[2 : 2 + n]))
         chosen = windows.movedim(1, 1 + n)[places]  # (positions, channels, *kernel)
-        return chosen.reshape(len(positions), self.groups, -1).transpose(0, 1).to(dtype)
+        return chosen.reshape(len(positions), self.groups, self.features).transpose(0, 1).to(dtype)
 
     def _windows(self, x: Tensor) -> Tensor:
         """A view of the windows that the kernel sees, shape ``(batch, channels, *positions, *kernel)``.
@@ -227,7 +227,7 @@ class LinearMap:
     def outputs_at(self, result: Tensor, positions: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """The channels of a result at flat `positions`, shape ``(groups, len(positions), outputs)``, as `dtype`."""
         flat = result.movedim(self.channel_dim, -1).reshape(-1, result.shape[self.channel_dim])
-        return flat[positions].reshape(len(positions), self.groups, -1).transpose(0, 1).to(dtype)
+        return flat[positions].reshape(len(positions), self.groups, self.outputs).transpose(0, 1).to(dtype)
 
 
 def with_intercept(features: Tensor, value: float = 1.0) -> Tensor:

@@ -87,8 +87,9 @@ def test_what_the_kept_channels_can_express_comes_back(name):
     slim = plan.apply(model)
     recovered = structprune.recover(slim, model, data)
     assert error(slim, model, data) > 1e-2
-    assert error(recovered, model, data) < 1e-8
-    assert error(recovered, model, data_of((7, *shape[1:]), 1)) < 1e-8
+    # Down to the smallest ridge and what rounding adds to it, which differs between processors.
+    assert error(recovered, model, data) < 1e-7
+    assert error(recovered, model, data_of((7, *shape[1:]), 1)) < 1e-7
 
 
 def test_a_depthwise_convolution_between():

@@ -27,6 +27,7 @@ from support.recovery_nets import (
 from torch import nn
 
 import structprune
+from structprune.equations.least_squares import RIDGES
 from structprune.errors import RecoveryError
 from structprune.planning.build import plan_removal
 
@@ -87,9 +88,10 @@ def test_what_the_kept_channels_can_express_comes_back(name):
     slim = plan.apply(model)
     recovered = structprune.recover(slim, model, data)
     assert error(slim, model, data) > 1e-2
-    # Down to the smallest ridge and what rounding adds to it, which differs between processors.
-    assert error(recovered, model, data) < 1e-7
-    assert error(recovered, model, data_of((7, *shape[1:]), 1)) < 1e-7
+    # The error is of the size of the ridge. Of the two smallest, 1e-12 and 1e-8, the larger one may be chosen: both
+    # leave squared errors that are rounding, and which one that favours differs between processors.
+    assert error(recovered, model, data) < 10 * RIDGES[1]
+    assert error(recovered, model, data_of((7, *shape[1:]), 1)) < 10 * RIDGES[1]
 
 
 def test_a_depthwise_convolution_between():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import structprune
 from structprune.ops import OPS
 from structprune.surgery import streamed
+from structprune.surgery.verify import relative_errors
 
 
 class Drawing(nn.Module):
@@ -292,3 +293,9 @@ def test_every_random_operation_is_held_still() -> None:
     counted = {"multinomial", "randperm"}  # of a fixed number of things: those that would change with it are pinned
     drawn = {name for name, op in OPS.items() if op.random}
     assert drawn - set(streamed._DRAWS) == memory | counted
+
+
+def test_imaginary_parts_are_compared():
+    ours, theirs = torch.tensor([3 + 4j, 1 + 1j]), torch.tensor([3 + 4j, 1 - 1j])
+    assert relative_errors(ours, ours) == (0.0,)
+    assert relative_errors(ours, theirs) == (0.5,)

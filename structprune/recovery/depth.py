@@ -25,7 +25,7 @@ from structprune.planning.build import plan_removal
 from structprune.recovery.history import plans_between, removed_between
 from structprune.surgery.apply import _memo
 from structprune.surgery.edits import Edits
-from structprune.surgery.verify import removed_components
+from structprune.surgery.verify import relative_errors, removed_components
 from structprune.tracing.state import held_tensors
 from structprune.tracing.trace import Trace, run_once, tensors_in
 
@@ -126,10 +126,8 @@ def _filled(aligned: nn.Module, here: Mapping[str, Any], names: Mapping[str, str
 
 
 def _compute_the_same(slim: nn.Module, aligned: nn.Module, batch: Any) -> bool:
-    """Whether both do, but for rounding."""
-    for one, other in zip(tensors_in(run_once(slim, batch)), tensors_in(run_once(aligned, batch)), strict=True):
-        scale = float(other.abs().max()) if other.numel() else 0.0
-        rounding = max(1e-3, 16 * torch.finfo(one.dtype).eps) if one.is_floating_point() else 1e-3
-        if one.numel() and float((one - other).abs().max()) > rounding * max(scale, 1e-12):
-            return False
-    return True
+    """Whether both do, but for rounding: to a thousandth, and 16 roundings of numbers of less precision."""
+    ours, theirs = run_once(slim, batch), run_once(aligned, batch)
+    precisions = [torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0 for t in tensors_in(ours)]
+    errors = relative_errors(ours, theirs)
+    return all(error <= max(1e-3, 16 * eps) for error, eps in zip(errors, precisions, strict=True))

@@ -165,6 +165,8 @@ def _inputs(example_inputs: ExampleInputs, kind: torch.dtype | None) -> ExampleI
 def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
     """Largest difference over the largest entry of the reference, for each tensor of two nested outputs.
 
+    Real and imaginary parts are entries of their own.
+
     Raises:
         VerificationError: the outputs differ in number, shape or type.
     """
@@ -179,10 +181,16 @@ def relative_errors(ours: Any, reference: Any) -> tuple[float, ...]:
         if not a.numel() or a.is_meta:
             errors.append(0.0)
             continue
-        difference, scale = _largest(a.detach().flatten(), b.detach().flatten())
+        difference, scale = _largest(_entries(a), _entries(b))
         finite = np.isfinite(difference)
         errors.append(difference / scale if finite and scale else difference if finite else float("inf"))
     return tuple(errors)
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    """All numbers of a tensor in a row; of 1 + 2j both 1 and 2."""
+    tensor = tensor.detach().resolve_conj()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
 
 
 def _largest(ours: Tensor, reference: Tensor) -> tuple[float, float]:

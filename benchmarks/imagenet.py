@@ -25,6 +25,7 @@ from harness.environment import as_line, environment
 from torch import Tensor, nn
 
 import structprune
+from structprune.latency.measure import DeviceTimer, Latency
 from structprune.recovery.selection import squared_error
 
 IMAGES = 250
@@ -32,6 +33,7 @@ JUDGED = 500
 ROWS = 16384
 AXES = ("channels",)
 BLOCKS = (2, 4)  # of 16, nine of which may go
+RUNS = 30  # of each network in ONNX Runtime
 
 
 Rows = Iterator[tuple[str, nn.Module]]
@@ -128,24 +130,27 @@ def run(macs: float, images: int, parts: list[str]) -> dict[str, list[dict[str, 
         "row": "dense",
         "macs": 1.0,
         "params": 1.0,
+        "time": 1.0,
         "accuracy": imagenet.accuracy(model, *judged),
         "seconds": 0.0,
         "processor": "",
     }
     found: dict[str, list[dict[str, Any]]] = {"dense": [whole]}
-    for part in parts:
-        rows = found[part] = []
-        start = time.process_time()
-        for name, slim in PARTS[part](model, x, data, macs):
-            seconds = time.process_time() - start
-            left = structprune.cost(slim, x)
-            rows.append({
-                "row": name, "macs": left.macs / dense.macs, "params": left.params / dense.params,
-                "accuracy": imagenet.accuracy(slim, *judged), "seconds": seconds,
-                "processor": environment()["processor"],
-            })  # fmt: skip
-            print(rows[-1], flush=True)
+    with DeviceTimer(Latency(backend="onnxruntime", threads=1, runs=RUNS), x) as timer:
+        for part in parts:
+            rows = found[part] = []
             start = time.process_time()
+            for name, slim in PARTS[part](model, x, data, macs):
+                seconds = time.process_time() - start
+                left = structprune.cost(slim, x)
+                before, after = timer.networks([model, slim], x)
+                rows.append({
+                    "row": name, "macs": left.macs / dense.macs, "params": left.params / dense.params,
+                    "time": after / before, "accuracy": imagenet.accuracy(slim, *judged), "seconds": seconds,
+                    "processor": environment()["processor"],
+                })  # fmt: skip
+                print(rows[-1], flush=True)
+                start = time.process_time()
     return found
 
 
@@ -155,7 +160,8 @@ def table(results: dict[str, Any]) -> str:
     said = (
         f"{results['images']} images to choose and recover on, {JUDGED} to judge; a standard error is 1.4 to 2.2 "
         "points. The network was trained on all of them. CPU seconds are those since the row before, on one thread "
-        "beside other work. Blocks are chosen on 64 images, by how little they change what goes into them."
+        "beside other work. Blocks are chosen on 64 images, by how little they change what goes into them. Time is that "
+        f"of one image in ONNX Runtime on one thread, a share of the dense network's, the median of {RUNS} runs in turns."
     )
     lines = [title, "", as_line(results["environment"]), "", said]
     for macs, parts in results["rows"].items():
@@ -164,12 +170,12 @@ def table(results: dict[str, Any]) -> str:
             "",
             f"## {macs} of the MACs",
             "",
-            "| | MACs | parameters | accuracy | CPU s | processor |",
-            "|---|--:|--:|--:|--:|---|",
+            "| | MACs | parameters | time | accuracy | CPU s | processor |",
+            "|---|--:|--:|--:|--:|--:|---|",
         ]
         lines += [
-            f"| {r['row']} | {r['macs']:.2f} | {r['params']:.2f} | {r['accuracy']:.1f} % | {r['seconds']:.0f} | "
-            f"{r['processor']} |"
+            f"| {r['row']} | {r['macs']:.2f} | {r['params']:.2f} | {r['time']:.2f} | {r['accuracy']:.1f} % "
+            f"| {r['seconds']:.0f} | {r['processor']} |"
             for r in rows
         ]
     return "\n".join([*lines, "", f"Most memory in use: {results['peak_gb']:.1f} GB.", ""])

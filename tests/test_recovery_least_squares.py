@@ -8,6 +8,7 @@ import torch
 from structprune.equations import least_squares
 from structprune.equations.elimination import ConsumerMoments, eliminate
 from structprune.equations.least_squares import RIDGES, NormalEquations, fit
+from structprune.equations.linear_maps import with_intercept
 
 
 def sums_of(x, y):
@@ -53,16 +54,17 @@ def test_the_ridge_of_many_outputs_is_chosen_on_some_and_the_error_is_that_of_al
 
 
 def brute(consumer, removed):
-    """Error of the consumer solved again without some channels, over the power of its result."""
-    left = torch.ones(len(consumer.xx), dtype=torch.bool)
-    left[consumer.places[list(removed)].flatten()] = False
-    moment = consumer.penalised()
-    goal = consumer.xx @ consumer.matrix
+    """Error of the consumer without some channels, its other weights changed for the best, over the power of its result.
 
-    def fitted(index):
-        return (goal[index] * torch.linalg.solve(moment[index][:, index], goal[index])).sum()
-
-    return float((fitted(torch.ones_like(left)) - fitted(left)) / consumer.power())
+    Of the quadratic form ``w^T H w`` in all changes, those of the removed weights are given; over the others it is
+    least by the Schur complement of theirs.
+    """
+    gone = torch.zeros(len(consumer.xx), dtype=torch.bool)
+    gone[consumer.places[list(removed)].flatten()] = True
+    moment, weight = consumer.penalised(), consumer.matrix[gone]
+    across = moment[gone][:, ~gone]
+    schur = moment[gone][:, gone] - across @ torch.linalg.solve(moment[~gone][:, ~gone], across.T)
+    return float((weight * (schur @ weight)).sum() / consumer.power())
 
 
 def consumer_of(seed, channels, each, outputs):
@@ -94,6 +96,22 @@ def test_the_change_is_the_best_without_the_channels():
     assert not (consumer.matrix + change)[consumer.places[removed].flatten()].any()
     gap = (change * (consumer.xx @ change)).sum() / consumer.power()
     assert float(gap) == pytest.approx(brute(consumer, [1, 4]), rel=1e-2)
+
+
+def test_what_few_rows_say_nothing_of_stays_as_it_was():
+    """With 40 features and 12 rows most directions are not seen: weights along them must not be pulled to zero."""
+    generator = torch.Generator().manual_seed(0)
+    rows, others = torch.randn(2, 12, 40, generator=generator, dtype=torch.float64)
+    matrix = torch.randn(41, 3, generator=generator, dtype=torch.float64)
+    matrix[-1] = 0
+    matrix[4:8] = 0  # channel 1 makes nothing: without it nothing is missing
+    x = with_intercept(rows[None])[0]
+    consumer = ConsumerMoments(x.T @ x, matrix, torch.arange(40).view(10, 4))
+    assert not consumer.change(torch.tensor([1])).any()
+    order, rises = eliminate([consumer])
+    assert order[0] == 1 and rises[0] == 0
+    unseen, change = with_intercept(others[None])[0], consumer.change(torch.tensor([2]))
+    assert (unseen @ change).norm() < 0.5 * (unseen @ matrix).norm()  # 0.36; all weights solved anew leave 0.96
 
 
 @pytest.mark.parametrize("ridge", [1e-10, 1e-4, 1.0])

@@ -58,7 +58,7 @@ def test_channels_go_where_the_output_misses_them_least():
     chosen = structprune.Reconstruction().fit(graph, data)
     cheap, other = (chosen.depth(group, torch.arange(7, 0, -1).numpy()) for group in graph.groups())
     assert list(cheap) == sorted(cheap)
-    assert cheap[4] < 1e-2 * other[1] < other[3] < 1e2 * cheap[5]
+    assert cheap[4] < 1e-2 * other[2] < other[3] < 1e2 * cheap[5]
 
 
 def test_squared_errors_heed_samples_of_which_the_model_is_sure():
@@ -96,8 +96,8 @@ def test_distances_are_measured_on_samples_that_no_layer_was_solved_on():
     for batches in (data, data[:1]):  # with other batches, and with a part of the only one
         fitted = structprune.Reconstruction(distance=squared_error, levels=(0.5,), probes=24).fit(graph, batches)
         curve = fitted._curve(group)
-        # Half of the channels explain what was solved on to a millionth.
+        # Half of the channels explain what was solved on; of the others nearly a hundredth of the output is lost.
         assert curve.error[31] < 1e-4
         with torch.no_grad():
             power = float(model(data[0]).square().sum())
-        assert curve.price[:32].sum() * (32 + 4) > 1e-2 * power * (1 if batches is data else 0.25)
+        assert curve.price[:32].sum() * (32 + 4) > 5e-3 * power * (1 if batches is data else 0.25)

@@ -1,4 +1,9 @@
-"""The order in which channels are missed least, if the layers that consume them are solved again."""
+"""The order in which channels are missed least, if the layers that consume them are solved again.
+
+What is made least is the change of a layer's result, ``(W' - W)^T (x^T x + ridge) (W' - W)``: the ridge pulls towards
+the weights as they were, not towards zero. A layer of 4,608 features on 2,000 positions keeps what its weights do along
+the other 2,608 directions, of which these data say nothing.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +45,13 @@ class ConsumerMoments:
         return ((self.matrix * (self.xx @ self.matrix)).sum(0) - self.xx[-1, -1] * mean.square()).sum().clamp_min(0)
 
     def change(self, removed: Tensor) -> Tensor:
-        """What to add to `matrix`, in its shape, so that the consumer does best without the channels `removed`."""
+        """What to add to `matrix`, in its shape, so that the result changes least without the channels `removed`."""
+        gone = self.places[removed].flatten()
         kept = torch.ones(len(self.xx), dtype=torch.bool, device=self.xx.device)
-        kept[self.places[removed].flatten()] = False
-        solved = torch.linalg.solve(self.penalised()[kept][:, kept], self.xx[kept] @ self.matrix)
-        change = -self.matrix
-        change[kept] += solved
+        kept[gone] = False
+        change = torch.zeros_like(self.matrix)
+        change[gone] = -self.matrix[gone]
+        change[kept] = torch.linalg.solve(self.penalised()[kept][:, kept], self.xx[kept][:, gone] @ self.matrix[gone])
         return change
 
 
@@ -115,8 +121,8 @@ def eliminate(consumers: list[ConsumerMoments], at_once: float = 1 / 128) -> tup
     for consumer in consumers:
         inverse = _inverse(consumer.penalised())
         weight = 1 / consumer.power().clamp_min(torch.finfo(torch.float64).tiny)
-        solution, remaining = inverse @ (consumer.xx @ consumer.matrix), _without(len(inverse), consumer.places[:0])
-        states.append(_Elimination(inverse, solution, consumer.places, weight, remaining))
+        remaining = _without(len(inverse), consumer.places[:0])
+        states.append(_Elimination(inverse, consumer.matrix.clone(), consumer.places, weight, remaining))
     remaining = torch.arange(len(consumers[0].places), device=consumers[0].xx.device)
     order: list[Tensor] = []
     rises: list[Tensor] = []

@@ -71,6 +71,10 @@ class Equations(Protocol):
         """The same for so many of the outputs."""
         ...
 
+    def about(self, center: Tensor, /) -> Self:
+        """The equations of what is left to add to `center`."""
+        ...
+
     def error(self, solution: Tensor) -> Tensor:
         """The squared error of a solution by group and output."""
         ...
@@ -132,6 +136,10 @@ class NormalEquations:
             return self
         chosen = torch.arange(number, device=self.xy.device) * outputs // number
         return NormalEquations(self.xx, self.xy[..., chosen], self.yy[..., chosen])
+
+    def about(self, center: Tensor) -> NormalEquations:
+        """The same with ``y - center^T x`` in place of `y`; `center` has shape ``(groups, features, outputs)``."""
+        return NormalEquations(self.xx, self.xy - self.xx @ center, self.error(center))
 
     def error(self, solution: Tensor) -> Tensor:
         """Sum of ``(y - solution^T x) ** 2`` by group and output, shape ``(groups, outputs)``."""
@@ -204,7 +212,7 @@ class Solution:
     helps: bool
 
 
-def fit(train: E, held_out: E, free: int, noise: float = 0.0) -> Solution:
+def fit(train: E, held_out: E, free: int, noise: float = 0.0, center: Tensor | None = None) -> Solution:
     """Least squares on all rows with the ridge that is best on those held out.
 
     Args:
@@ -212,7 +220,21 @@ def fit(train: E, held_out: E, free: int, noise: float = 0.0) -> Solution:
         held_out: of the rows to choose the ridge by.
         free: number of last features that are not penalised.
         noise: squared error on the held-out rows that is rounding; with no more than that nothing is solved.
+        center: another matrix that the ridge may pull towards in place of zero, in the shape of the solution. What is
+            better on the held-out rows is taken: the solution about zero or that about `center`, which itself is one.
     """
+    before = float(held_out.yy.sum())
+    found = _fitted(train, held_out, free, noise)
+    if center is None or not before > noise:
+        return found
+    other = _fitted(train.about(center), held_out.about(center), free, noise)
+    if not other.after < min(found.after, before):
+        return found
+    return Solution(center + other.matrix, before, other.after, other.ridge, helps=True)
+
+
+def _fitted(train: E, held_out: E, free: int, noise: float) -> Solution:
+    """The solution about zero."""
     before = float(held_out.yy.sum())
     best, after = best_ridge(train, held_out, free) if before > noise else (0.0, before)
     if best and train.xy.shape[2] > CHOSEN_ON:

@@ -86,16 +86,19 @@ class WindowEquations:
             intercept: whether a constant is solved for, too.
         """
         samples = [WindowSamples.of(layer, x, y) for x, y in zip(inputs, lacks, strict=True)]
-        device = inputs[0].device
-        xy = torch.zeros(1, layer.features + intercept, layer.outputs, dtype=torch.float64, device=device)
-        yy = torch.zeros(1, layer.outputs, dtype=torch.float64, device=device)
-        for each in samples:
-            xy[:, : layer.features] += layer.matrix_of(each.to_weight(each.targets))
-            if intercept:
+        xy = torch.zeros(1, layer.features + intercept, layer.outputs, dtype=torch.float64, device=inputs[0].device)
+        return cls(layer, samples, WindowMoments.of(layer, inputs), xy, xy[:, 0], xy)._summed()
+
+    def _summed(self) -> WindowEquations:
+        """The same with the sums of the targets that its samples have, all else as it is."""
+        features = self.layer.features
+        xy, yy = torch.zeros_like(self.xy), torch.zeros_like(self.yy)
+        for each in self.samples:
+            xy[:, :features] += self.layer.matrix_of(each.to_weight(each.targets))
+            if xy.shape[1] > features:
                 xy[:, -1] += each.targets.sum((0, 2), dtype=torch.float64)
             yy += each.targets.square().sum((0, 2), dtype=torch.float64)
-        all_reduced(xy)
-        return cls(layer, samples, WindowMoments.of(layer, inputs), xy, all_reduced(yy), torch.zeros_like(xy))
+        return replace(self, xy=all_reduced(xy), yy=all_reduced(yy), near=torch.zeros_like(xy))
 
     def plus(self, other: WindowEquations) -> WindowEquations:
         """The equations of the windows of both."""
@@ -114,13 +117,16 @@ class WindowEquations:
         of_xy = self.xy[..., chosen]
         return WindowEquations(layer, samples, self.moments, of_xy, self.yy[..., chosen], self.near[..., chosen])
 
+    def about(self, center: Tensor) -> WindowEquations:
+        """The same with ``y - center^T x`` in place of `y`; `center` has the shape of `xy`."""
+        samples = [replace(each, targets=self._missing(each, center)) for each in self.samples]
+        return replace(self, samples=samples)._summed()
+
     def error(self, solution: Tensor) -> Tensor:
         """Sum of ``(y - solution^T x) ** 2`` by group and output, shape ``(1, outputs)``."""
         total = torch.zeros_like(self.yy)
-        matrix, shift = self._parts(solution)
         for each in self.samples:
-            missing = each.targets - self._results(each, matrix) - shift.to(each.targets.dtype)[:, None]
-            total += missing.square_().sum((0, 2), dtype=torch.float64)
+            total += self._missing(each, solution).square_().sum((0, 2), dtype=torch.float64)
         return all_reduced(total)
 
     def solve(self, ridge: float, free: int) -> Tensor | None:
@@ -162,6 +168,11 @@ class WindowEquations:
         features = self.layer.features
         matrix = solution[0, :features]
         return matrix, solution[0, -1] if solution.shape[1] > features else torch.zeros_like(self.yy[0])
+
+    def _missing(self, samples: WindowSamples, solution: Tensor) -> Tensor:
+        """What a solution leaves of the targets of some samples, in their shape."""
+        matrix, shift = self._parts(solution)
+        return samples.targets - self._results(samples, matrix) - shift.to(samples.targets.dtype)[:, None]
 
     def _results(self, samples: WindowSamples, matrix: Tensor) -> Tensor:
         return samples.results(self.layer.weight_of(matrix[None].to(samples.targets.dtype)))

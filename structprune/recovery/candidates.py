@@ -8,7 +8,7 @@ original's. Only these samples go through the models, those of many batches toge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,10 +154,11 @@ class Candidates:
         """From now on `restore` gives these tensors, by name, and all others as given."""
         self._changed = dict(changed)
 
-    def restore(self, model: nn.Module) -> None:
-        """Give a model the tensors as given, but for those that were remembered."""
+    def restore(self, model: nn.Module, as_given: Collection[str] = ()) -> None:
+        """Give a model the tensors as given, but for those that were remembered and are not among `as_given`."""
         for name, held in held_tensors(model).items():
-            held.tensor.data.copy_(self._changed.get(name, self._given[name]))
+            remembered = None if name in as_given else self._changed.get(name)
+            held.tensor.data.copy_(self._given[name] if remembered is None else remembered)
 
     def _results(self, model: nn.Module) -> list[Tensor | None]:
         """What is compared of the model's result for each piece, one after the other: that of the samples held out."""

@@ -20,7 +20,8 @@ from structprune.equations.fixed_inputs import FixedInput
 from structprune.equations.linear_maps import LinearMap
 from structprune.ops import layer_of, op_of
 from structprune.ops.arguments import arguments
-from structprune.recovery.layers import Consumer, as_consumer, uses_batch_statistics
+from structprune.recovery.layers import Consumer, as_consumer
+from structprune.recovery.norms import uses_batch_statistics
 from structprune.recovery.samples import Samples
 from structprune.tracing.provenance import plain
 

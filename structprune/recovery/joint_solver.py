@@ -28,7 +28,8 @@ from structprune.recovery.chain import (
     elementwise_between,
 )
 from structprune.recovery.gauss_newton import MAX_STRIDE, MIN_GAIN, ChainFit, final_step, fit_chain
-from structprune.recovery.layers import Consumer, norm_scale
+from structprune.recovery.layers import Consumer
+from structprune.recovery.norms import norm_scale
 from structprune.recovery.samples import Samples, joined
 
 HELD_OUT = 5  # a fifth of each batch, the last samples, is held out

@@ -22,12 +22,12 @@ from structprune.equations.window_moments import has_window_moments
 from structprune.equations.windows import has_window_sums
 from structprune.forwards.parallel_forward import Event, Pause, Side
 from structprune.ops import op_of
-from structprune.ops.arguments import bind
 from structprune.ops.relations import Axis
 from structprune.recovery.candidates import HeldOut, drawn_positions
 from structprune.recovery.chain import producers_of
 from structprune.recovery.joint_solver import ConsumerState, JointSolver
-from structprune.recovery.layers import Consumer, KeptParts, kept_indices, norm_scale, uses_batch_statistics
+from structprune.recovery.layers import Consumer, KeptParts, kept_indices
+from structprune.recovery.norms import NormsBehind
 from structprune.recovery.report import LayerRecovery
 from structprune.recovery.whole_samples import exact_equations, iterative_equations, whole_samples
 
@@ -49,6 +49,7 @@ class LayerSolver:
         rows: positions of all batches together to solve on.
         seed: of the draw of positions.
         held_out: samples that are not solved on.
+        given: the tensors that the pruned model was given with, by name; its norms may have new statistics since.
         rounds: of solving the layer together with its producers; none with 0.
         weights: whether weights may change, or its bias alone; there are no rounds then.
 
@@ -65,6 +66,7 @@ class LayerSolver:
         rows: int,
         seed: int,
         held_out: HeldOut,
+        given: Mapping[str, Tensor],
         rounds: int = 0,
         weights: bool = True,
     ) -> None:
@@ -85,7 +87,7 @@ class LayerSolver:
         self._random = torch.Generator().manual_seed(seed + consumer.node)
         self._pauses: list[Pause] = []
         self._map: LinearMap | None = None
-        self._scale: Tensor | None = None
+        self._norms = NormsBehind([graph.trace.nodes[number] for number in consumer.norms], given)
         self._iterative = False  # whether it has been solved by conjugate gradients
 
     @property
@@ -105,23 +107,13 @@ class LayerSolver:
         if self._joint is not None and self._joint.observe(event, pauses):
             return
         if event[0] != self.consumer.node:
-            self._observe_norm(pauses[0])
+            self._norms.observe(event[0], pauses[0])
+            self.refused = self.refused or self._norms.refused
             return
         self._pauses = list(pauses)
         self._map = linear_map(self._name, pauses[0].args, pauses[0].kwargs)
         if self._map is None:
             self.refused = "its input or its weight has a number of dimensions that is not solved for"
-
-    def _observe_norm(self, pause: Pause) -> None:
-        """Multiply the scale of the norms, shape ``(channels,)``, by that of one more."""
-        given = bind("batch_norm", None, pause.args, pause.kwargs)
-        assert given is not None
-        weight, variance, training, eps = (given[key] for key in ("weight", "running_var", "training", "eps"))
-        if uses_batch_statistics(training, variance):
-            self.refused = "the batch norm behind it takes its statistics from the batch"
-            return
-        scale = norm_scale(variance, eps, weight)
-        self._scale = scale if self._scale is None else self._scale * scale
 
     def solve(self, pauses: list[Pause], goals: list[Pause], tensors: Mapping[str, Tensor]) -> LayerRecovery | None:
         """Solve the layer, change its weight and correct the results at hand.
@@ -161,7 +153,15 @@ class LayerSolver:
         noise = power * (4 * torch.finfo(ours[0].dtype).eps) ** 2
         if not self._weights and isinstance(train, NormalEquations) and isinstance(held_out, NormalEquations):
             return intercept(train, held_out, noise), power
-        return fit(train, held_out, int(self._has_bias), noise), power
+        return fit(train, held_out, int(self._has_bias), noise, self._back_to_given()), power
+
+    def _back_to_given(self) -> Tensor | None:
+        """Another change for the ridge to pull towards: see `NormsBehind.back_to_given`."""
+        if self._map is None or not self._has_bias:
+            return None
+        first = self._pauses[0]
+        weight, bias = (argument(self._name, which, first.args, first.kwargs) for which in ("weight", "bias"))
+        return self._norms.back_to_given(self._map.matrix_of(weight), bias)
 
     def _report(self, solution: Solution, power: float, factor: float) -> LayerRecovery:
         """The report: `factor` is by how much the error fell once the producers were solved too."""
@@ -186,8 +186,8 @@ class LayerSolver:
         if self._joint is None or layer is None or not layer.has_adjoints:
             return 1.0
         matrix = layer.matrix_of(tensors[self.consumer.weight])
-        if self._scale is not None:
-            matrix = matrix * self._scale.to(matrix.dtype).reshape(matrix.shape[0], 1, -1)
+        if (scale := self._norms.scale) is not None:
+            matrix = matrix * scale.to(matrix.dtype).reshape(matrix.shape[0], 1, -1)
         hidden = [argument(self._name, "input", pause.args, pause.kwargs) for pause in self._pauses]
         weight = layer.weight_of(matrix)
         state = ConsumerState(self.consumer.target, layer, weight, self._has_bias, hidden, ours, goal, ridge)
@@ -325,7 +325,7 @@ class LayerSolver:
         Returns:
             The change that could be made: a channel that its norm scales by zero cannot be changed through it.
         """
-        weight, own_shift, scale = matrix, shift, self._scale
+        weight, own_shift, scale = matrix, shift, self._norms.scale
         if scale is not None:
             nonzero = scale.abs() > 1e-6 * scale.abs().max()
             matrix = matrix * nonzero.reshape(matrix.shape[0], 1, -1)

@@ -238,17 +238,6 @@ def _is_sum(node: fx.Node, part: fx.Node) -> bool:
     )
 
 
-def uses_batch_statistics(training: Any, variance: Any) -> bool:
-    """Whether a batch norm with these arguments takes its statistics from the batch."""
-    return variance is None or bool(training)
-
-
-def norm_scale(variance: Tensor, eps: float | None, weight: Tensor | None) -> Tensor:
-    """What a batch norm multiplies each channel by, in float64: 3 / 2 with variance 4, weight 3 and no `eps`."""
-    scale = (variance.double() + (1e-5 if eps is None else float(eps))).rsqrt()
-    return scale if weight is None else scale * weight.double()
-
-
 # -- layers that scale channels --------------------------------------------------------------------------------------
 
 

@@ -191,8 +191,10 @@ def _recovered(
 def _best(recovered: nn.Module, original: nn.Module, batches: list[Any], solving: Solving) -> RecoveryReport:
     """Give `recovered` the weights of the best candidate, and tell what was done.
 
-    Layers are solved from the better of the model as given and the same with its norms recalibrated: the ridge pulls
-    towards where they start. If producers were solved too and the result is worse than that, layers alone are tried.
+    Layers are solved from the better of the model as given and the same with its norms recalibrated, but for norms that
+    get what they get in the original. The ridge pulls towards where a layer starts, or towards the same with the
+    statistics as given, whichever is better (`NormsBehind`). If producers were solved too and the result is worse than
+    that, layers alone are tried.
     """
     held_out = HeldOut.of(batches)
     candidates = Candidates(solving.graph, solving.removed, original, batches, held_out, solving.given)
@@ -208,7 +210,7 @@ def _best(recovered: nn.Module, original: nn.Module, batches: list[Any], solving
     for count in dict.fromkeys((solving.how.rounds, 0)):
         if better or (reports and not any(row.producers for row in reports)):
             break
-        candidates.restore(recovered)
+        candidates.restore(recovered, as_given=solving.unchanged_statistics)
         solvers = solving.solvers(held_out, count)
         reports = _solve_in_order(recovered, original, batches, solving.graph, solvers, solving.how.offload)
         skipped = {solver.consumer.layer: solver.refused for solver in solvers if solver.refused}

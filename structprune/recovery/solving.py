@@ -17,7 +17,8 @@ from structprune.forwards.batches import samples_in
 from structprune.forwards.parallel_forward import Event
 from structprune.recovery.candidates import HeldOut
 from structprune.recovery.layer_solver import LayerSolver
-from structprune.recovery.layers import Consumer, consumers
+from structprune.recovery.layers import Consumer, changed_operations, consumers
+from structprune.recovery.norms import names_of_statistics
 from structprune.recovery.recurrent import RecurrentSolver
 from structprune.recovery.recurrent_consumers import RecurrentLayers, recurrent_layers
 
@@ -53,6 +54,7 @@ class Solving:
     Attributes:
         graph: of the original.
         removed: mask of the removed components.
+        unchanged_statistics: names of the statistics of batch norms that get what they get in the original.
         layers: what is to be solved.
         recurrent: recurrent layers that are to be solved.
         how: how they are solved.
@@ -62,6 +64,7 @@ class Solving:
 
     graph: ChannelGraph
     removed: Mask
+    unchanged_statistics: frozenset[str]
     layers: list[Consumer]
     recurrent: list[RecurrentLayers]
     how: How
@@ -93,7 +96,10 @@ class Solving:
         stay = "" if how.weights else "its weights are to stay"
         left = {**too_wide, **{each.layer: each.refused or stay for each in recurrent if each.refused or stay}}
         recurrent = [each for each in recurrent if not each.refused and not stay]
-        return cls(graph, removed, layers, recurrent, how, given, left)
+        changed = changed_operations(graph, removed, changes[0])
+        same = [node for node in graph.trace.nodes if node.meta["name"] == "batch_norm" and node not in changed]
+        unchanged = frozenset(name for norm in same for name in names_of_statistics(norm))
+        return cls(graph, removed, unchanged, layers, recurrent, how, given, left)
 
     @property
     def any(self) -> bool:
@@ -104,7 +110,8 @@ class Solving:
         """A solver for each layer."""
         common = self.how.rows, self.how.seed, held_out
         linear = [
-            LayerSolver(self.graph, self.removed, layer, *common, rounds, self.how.weights) for layer in self.layers
+            LayerSolver(self.graph, self.removed, layer, *common, self.given, rounds, self.how.weights)
+            for layer in self.layers
         ]
         return [*linear, *(RecurrentSolver(self.graph, self.removed, layer, *common) for layer in self.recurrent)]
 

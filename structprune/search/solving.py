@@ -30,7 +30,8 @@ from structprune.importance.weight import LnNorm
 from structprune.ops.arguments import arguments
 from structprune.planning.build import tensors_of
 from structprune.planning.plan import Plan
-from structprune.recovery.layers import GroupConsumer, as_consumer, group_consumers, norm_scale, uses_batch_statistics
+from structprune.recovery.layers import GroupConsumer, as_consumer, group_consumers
+from structprune.recovery.norms import norm_scale, uses_batch_statistics
 from structprune.recovery.probes import Probes
 from structprune.surgery.slicing import smaller_tensor
 from structprune.tracing.replay import Replay, ReplayedCall

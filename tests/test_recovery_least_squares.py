@@ -50,11 +50,43 @@ def test_the_ridge_of_many_outputs_is_chosen_on_some_and_the_error_is_that_of_al
     assert found.matrix.shape == (1, 30, 700)
 
 
+def test_the_ridge_pulls_towards_what_is_nearer_to_the_solution():
+    """30 rows decide 30 of 40 weights, as it were; the others are those that the ridge pulls towards."""
+    generator = torch.Generator().manual_seed(6)
+    x, rest = torch.randn(2, 20, 40, generator=generator, dtype=torch.float64)
+    rest, wanted = rest[:10], torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    train, held_out = sums_of(x, x @ wanted), sums_of(rest, rest @ wanted)
+    about_zero = fit(train, held_out, 0)
+    near = (wanted + 0.1 * torch.randn(40, 3, generator=generator, dtype=torch.float64))[None]
+    found = fit(train, held_out, 0, center=near)
+    assert found.helps
+    assert found.before == about_zero.before
+    assert found.after < 0.02 * about_zero.after
+    assert float((found.matrix[0] - wanted).norm()) < 0.2 * float((about_zero.matrix[0] - wanted).norm())
+    moved = held_out.about(near)
+    torch.testing.assert_close(moved.xy, sums_of(rest, rest @ (wanted - near[0])).xy)
+    torch.testing.assert_close(moved.yy, sums_of(rest, rest @ (wanted - near[0])).yy)
+    far = fit(train, held_out, 0, center=-20 * near)
+    assert torch.equal(far.matrix, about_zero.matrix)
+    assert far.after == about_zero.after
+
+
+def test_where_no_row_is_solved_on_the_other_matrix_may_be_the_answer():
+    rest = torch.randn(20, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    wanted = torch.ones(1, 4, 3, dtype=torch.float64)
+    nothing, held_out = sums_of(rest[:1] * 0, rest[:1] @ wanted[0] * 0), sums_of(rest, rest @ wanted[0])
+    found = fit(nothing, held_out, 0, center=wanted)
+    assert found.helps
+    assert found.after < 1e-20
+    assert torch.equal(found.matrix, wanted)
+    assert not fit(nothing, held_out, 0).helps
+
+
 # -- elimination -----------------------------------------------------------------------------------------------------
 
 
 def brute(consumer, removed):
-    """Error of the consumer without some channels, its other weights changed for the best, over the power of its result.
+    """Error of the consumer without some channels, the others changed for the best, over the power of its result.
 
     Of the quadratic form ``w^T H w`` in all changes, those of the removed weights are given; over the others it is
     least by the Schur complement of theirs.
@@ -109,7 +141,8 @@ def test_what_few_rows_say_nothing_of_stays_as_it_was():
     consumer = ConsumerMoments(x.T @ x, matrix, torch.arange(40).view(10, 4))
     assert not consumer.change(torch.tensor([1])).any()
     order, rises = eliminate([consumer])
-    assert order[0] == 1 and rises[0] == 0
+    assert order[0] == 1
+    assert rises[0] == 0
     unseen, change = with_intercept(others[None])[0], consumer.change(torch.tensor([2]))
     assert (unseen @ change).norm() < 0.5 * (unseen @ matrix).norm()  # 0.36; all weights solved anew leave 0.96
 

@@ -128,6 +128,17 @@ def test_sums_and_parts_of_them_are_equations_too(monkeypatch):
 
 
 @pytest.mark.parametrize("intercept", [False, True])
+def test_they_are_moved_as_the_exact_ones_are(intercept):
+    exact, iterative = equations({"padding": 3}, intercept)
+    center = torch.randn(exact.xy.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    wanted, found = exact.about(center), iterative.about(center)
+    torch.testing.assert_close(found.xy, wanted.xy)
+    torch.testing.assert_close(found.yy, wanted.yy)
+    torch.testing.assert_close(found.error(center), wanted.error(center))
+    torch.testing.assert_close(iterative.xy, exact.xy)  # they themselves stay
+
+
+@pytest.mark.parametrize("intercept", [False, True])
 def test_an_input_of_zeros_changes_nothing_and_no_windows_have_no_solution(intercept):
     layer = layer_of({"padding": 3})
     x, lacks = torch.zeros(4, 3, 20, dtype=torch.float64), torch.ones(4, 2, 21, dtype=torch.float64)

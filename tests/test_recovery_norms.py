@@ -1,0 +1,111 @@
+"""Batch norms behind a layer that is solved: with new statistics it need not lose what it computed right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.recovery_nets import jittered
+from torch import nn
+
+import structprune
+from structprune.recovery.norms import NormsBehind
+from structprune.tracing.replay import Replay
+from structprune.tracing.state import held_tensors
+
+
+def wide_net(norms=1, bias=False, samples=4096):
+    """Layers of 96 features, and norms with the statistics of far more samples than the tests give."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        middle = [nn.Conv2d(96, 96, 1, bias=bias), *(nn.BatchNorm2d(96) for _ in range(norms)), nn.ReLU()]
+        model = jittered(
+            nn.Sequential(nn.Conv2d(12, 96, 1), nn.BatchNorm2d(96), nn.ReLU(), *middle, nn.Conv2d(96, 4, 1))
+        )
+        model.train()
+        for norm in (module for module in model if isinstance(module, nn.BatchNorm2d)):
+            norm.momentum = None
+        with torch.no_grad():
+            model(torch.randn(samples, 12, 1, 1, dtype=torch.float64))
+    return model.eval()
+
+
+def few(samples=32):
+    return torch.randn(samples, 12, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norms", [1, 2])
+def test_the_change_gives_back_what_the_layer_was_with_the_statistics_as_given(norms, bias):
+    given, x = wide_net(norms, bias), few()
+    model = structprune.recalibrate(given, [x])
+    tracked = structprune.DependencyGraph(model, x).trace
+    nodes = [node for node in tracked.nodes if node.meta["name"] == "batch_norm"][1:]
+    tensors = {name: held.tensor for name, held in held_tensors(given).items()}
+    behind = NormsBehind(nodes, tensors)
+
+    def look(number):
+        def hook(call):
+            behind.observe(number, call)
+            return call()
+
+        return hook
+
+    with torch.no_grad(), Replay(tracked, {n.meta["index"]: look(n.meta["index"]) for n in nodes}).over(model):
+        model(x)
+    layer, inputs = model[3], model[:3](x)
+    matrix = layer.weight.detach().flatten(1).T[None]
+    change = behind.back_to_given(matrix, None if layer.bias is None else layer.bias.detach())
+    features = torch.cat([inputs, inputs.new_ones(len(inputs), 1, 1, 1)], 1).flatten(1)
+    found = model[3 : 4 + norms](inputs).flatten(1) + features @ change[0]
+    torch.testing.assert_close(found, given[3 : 4 + norms](inputs).flatten(1))
+    assert not behind.refused
+    assert behind.scale.shape == (96,)
+
+
+def test_without_new_statistics_there_is_nothing_to_give_back():
+    model, x = wide_net(), few()
+    trace = structprune.DependencyGraph(model, x).trace
+    nodes = [node for node in trace.nodes if node.meta["name"] == "batch_norm"]
+    behind = NormsBehind(nodes, {name: held.tensor for name, held in held_tensors(model).items()})
+    assert behind.scale is None
+    assert behind.back_to_given(torch.ones(1, 2, 3), None) is None
+
+
+def error(model, original):
+    x = torch.randn(512, 12, 1, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        return float((model(x) - original(x)).norm() / original(x).norm())
+
+
+def shifted(add):
+    """The same where all that is summed is positive: without some channels all sums are too small."""
+    model, many = wide_net(), few(4096)
+    with torch.no_grad():
+        model[3].weight.add_(add)
+        model[4].running_mean.copy_(model[:4](many).mean((0, 2, 3)))
+        model[4].running_var.copy_(model[:4](many).var((0, 2, 3)))
+    return model
+
+
+def recovered_from(model, x):
+    """A recovered model without a sixth of its channels, and the pruned one, which new statistics alone make better."""
+    slim = structprune.prune(model, x, importance="l2", ratio={"0": 1 / 6}, round_to=1)
+    recovered = structprune.recover(slim, model, [x], rounds=0)
+    tried = {row.name: row.error for row in structprune.recovery_report(recovered).candidates}
+    assert tried["layers solved"] < tried["norms recalibrated"] < tried["as given"]
+    return recovered, slim
+
+
+def test_norms_whose_input_is_as_it_was_keep_their_statistics():
+    recovered, slim = recovered_from(shifted(0.2), few(64))
+    assert torch.equal(recovered[1].running_mean, slim[1].running_mean)
+    assert torch.equal(recovered[1].running_var, slim[1].running_var)
+    assert not torch.equal(recovered[4].running_mean, slim[4].running_mean)
+
+
+def test_few_samples_do_not_cost_what_the_layers_knew(monkeypatch):
+    """64 samples say too little of a layer of 96 features to solve it anew from new statistics."""
+    models, x = [shifted(add) for add in (0.1, 0.2, 0.4)], few(64)
+    found = sum(error(recovered_from(model, x)[0], model) for model in models)
+    monkeypatch.setattr(NormsBehind, "back_to_given", lambda *_: None)
+    assert found < 0.97 * sum(error(recovered_from(model, x)[0], model) for model in models)

@@ -160,8 +160,9 @@ def table(results: dict[str, Any]) -> str:
     said = (
         f"{results['images']} images to choose and recover on, {JUDGED} to judge; a standard error is 1.4 to 2.2 "
         "points. The network was trained on all of them. CPU seconds are those since the row before, on one thread "
-        "beside other work. Blocks are chosen on 64 images, by how little they change what goes into them. Time is that "
-        f"of one image in ONNX Runtime on one thread, a share of the dense network's, the median of {RUNS} runs in turns."
+        "beside other work. Blocks are chosen on 64 images, by how little they change what goes into them. Time is "
+        "that of one image in ONNX Runtime on one thread, a share of the dense network's: the median of "
+        f"{RUNS} runs in turns."
     )
     lines = [title, "", as_line(results["environment"]), "", said]
     for macs, parts in results["rows"].items():

@@ -175,8 +175,8 @@ def table(results: dict[str, Any]) -> str:
             "|---|--:|--:|--:|--:|--:|---|",
         ]
         lines += [
-            f"| {r['row']} | {r['macs']:.2f} | {r['params']:.2f} | {r['time']:.2f} | {r['accuracy']:.1f} % "
-            f"| {r['seconds']:.0f} | {r['processor']} |"
+            f"| {r['row']} | {r['macs']:.2f} | {r['params']:.2f} | {format(r['time'], '.2f') if 'time' in r else ''} "
+            f"| {r['accuracy']:.1f} % | {r['seconds']:.0f} | {r['processor']} |"
             for r in rows
         ]
     return "\n".join([*lines, "", f"Most memory in use: {results['peak_gb']:.1f} GB.", ""])

@@ -26,16 +26,28 @@ class Candidate:
     recovered: float | None = None
 
 
+# Less than this that is lost is rounding: the square of a relative difference of 1e-6.
+ROUNDING = 1e-12
+
+
 def best_of(tried: Mapping[int, Candidate]) -> int | None:
     """The number of branches with which least is lost: of those that were recovered, if any were.
+
+    Where recovery leaves nothing but rounding, it is the one with which less was lost before.
 
     Example:
         >>> best_of({0: Candidate(None, 0.3, recovered=0.1), 4: Candidate(None, 0.2, recovered=0.15)})
         0
+        >>> best_of({0: Candidate(None, 0.3, recovered=1e-14), 4: Candidate(None, 0.2, recovered=2e-14)})
+        4
     """
-    losses = [(each.recovered, count) for count, each in tried.items() if each.recovered is not None]
-    losses = losses or [(each.lost, count) for count, each in tried.items() if each.lost is not None]
-    return min(losses)[1] if losses else None
+    known = {count: each for count, each in tried.items() if each.recovered is not None} or tried
+    losses = [
+        (max(each.recovered or 0.0, ROUNDING), each.lost, count)
+        for count, each in known.items()
+        if each.lost is not None
+    ]
+    return min(losses)[2] if losses else None
 
 
 def finalists(tried: Mapping[int, Candidate]) -> list[int]:

@@ -152,14 +152,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "set is measured once. Published: 93.77 % at 2.11x and 93.64 % at 2.55x, by torch-pruning, from a dense "
         "network of 93.53 %. Short trainings are those of a CPU: no GPU was at hand.",
         "",
-        "| epochs | device | x fewer MACs | x fewer parameters | dense | recovered, not trained | fine-tuned "
-        "| validation | best epoch | minutes |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| epochs | learning rate | device | x fewer MACs | x fewer parameters | dense | recovered, not trained "
+        "| fine-tuned | validation | best epoch | minutes |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['epochs']} | {row['device']} | {row['macs_ratio']:.2f} | {row['params_ratio']:.2f} "
-            f"| {row['dense']:.2f} % | {row['recovered']:.2f} % | {row['finetuned']:.2f} % | {row['validation']:.2f} % "
+            f"| {row['epochs']} | {row['lr']:g} | {row['device']} | {row['macs_ratio']:.2f} "
+            f"| {row['params_ratio']:.2f} | {row['dense']:.2f} % | {row['recovered']:.2f} % | {row['finetuned']:.2f} % | {row['validation']:.2f} % "
             f"| {row['best_epoch']} | {row['seconds'] / 60:.0f} |"
         )
     return "\n".join([*lines, "", as_line(rows[-1]["environment"]), ""])

@@ -35,15 +35,11 @@ def few(samples=32, channels=12):
     return torch.randn(samples, channels, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("norms", [1, 2])
-def test_the_change_gives_back_what_the_layer_was_with_the_statistics_as_given(norms, bias):
-    given, x = wide_net(norms, bias), few()
-    model = structprune.recalibrate(given, [x])
-    tracked = structprune.DependencyGraph(model, x).trace
-    nodes = [node for node in tracked.nodes if node.meta["name"] == "batch_norm"][1:]
-    tensors = {name: held.tensor for name, held in held_tensors(given).items()}
-    behind = NormsBehind(nodes, tensors)
+def followed(model, given, x):
+    """The norms behind the second layer of a model, followed on `x`; their statistics may be other than those given."""
+    trace = structprune.DependencyGraph(model, x).trace
+    nodes = [node for node in trace.nodes if node.meta["name"] == "batch_norm"][1:]
+    behind = NormsBehind(nodes, {name: held.tensor for name, held in held_tensors(given).items()})
 
     def look(number):
         def hook(call):
@@ -52,8 +48,17 @@ def test_the_change_gives_back_what_the_layer_was_with_the_statistics_as_given(n
 
         return hook
 
-    with torch.no_grad(), Replay(tracked, {n.meta["index"]: look(n.meta["index"]) for n in nodes}).over(model):
+    with torch.no_grad(), Replay(trace, {n.meta["index"]: look(n.meta["index"]) for n in nodes}).over(model):
         model(x)
+    return behind
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norms", [1, 2])
+def test_the_change_gives_back_what_the_layer_was_with_the_statistics_as_given(norms, bias):
+    given, x = wide_net(norms, bias), few()
+    model = structprune.recalibrate(given, [x])
+    behind = followed(model, given, x)
     layer, inputs = model[3], model[:3](x)
     matrix = layer.weight.detach().flatten(1).T[None]
     change = behind.back_to_given(matrix, None if layer.bias is None else layer.bias.detach())
@@ -66,11 +71,9 @@ def test_the_change_gives_back_what_the_layer_was_with_the_statistics_as_given(n
 
 def test_without_new_statistics_there_is_nothing_to_give_back():
     model, x = wide_net(), few()
-    trace = structprune.DependencyGraph(model, x).trace
-    nodes = [node for node in trace.nodes if node.meta["name"] == "batch_norm"]
-    behind = NormsBehind(nodes, {name: held.tensor for name, held in held_tensors(model).items()})
-    assert behind.scale is None
-    assert behind.back_to_given(torch.ones(1, 2, 3), None) is None
+    behind = followed(model, model, x)
+    assert behind.scale is not None
+    assert behind.back_to_given(torch.ones(1, 2, 96), None) is None
 
 
 def error(model, original):

@@ -159,7 +159,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         lines.append(
             f"| {row['epochs']} | {row['lr']:g} | {row['device']} | {row['macs_ratio']:.2f} "
-            f"| {row['params_ratio']:.2f} | {row['dense']:.2f} % | {row['recovered']:.2f} % | {row['finetuned']:.2f} % | {row['validation']:.2f} % "
+            f"| {row['params_ratio']:.2f} | {row['dense']:.2f} % | {row['recovered']:.2f} % "
+            f"| {row['finetuned']:.2f} % | {row['validation']:.2f} % "
             f"| {row['best_epoch']} | {row['seconds'] / 60:.0f} |"
         )
     return "\n".join([*lines, "", as_line(rows[-1]["environment"]), ""])
